@@ -1,0 +1,61 @@
+# Every target makes .venv by itself, from python3 (3.10 or newer) alone: `make demo`, `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow test-all lint examples bench bench-quick docs check format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## tune 640 hyperparameters on the digits data, in under a minute
+	$(BIN)/python examples/tune_digits.py
+
+test: $(VENV)/.dev ## the fast tests, with the doctests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
+
+test-all: test test-slow ## every test, the slow ones too
+
+lint: $(VENV)/.dev ## formatting, ruff's rules, types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+examples: $(VENV)/.demo ## the examples, reduced
+	$(BIN)/python examples/tune_digits.py --fast
+
+bench: $(VENV)/.dev ## the benchmarks
+	$(BIN)/python -m benchmarks
+
+bench-quick: $(VENV)/.dev
+	$(BIN)/python -m benchmarks --quick
+
+docs: $(VENV)/.docs ## the documentation, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint test-all examples bench-quick docs ## everything that must pass before a change is merged
+
+format: $(VENV)/.dev ## format, and mend what ruff can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each extra of pyproject.toml: demo, dev, docs.
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing hypergrad[$*] into $(VENV) (the first time takes a minute or two)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 10) or sys.exit("hypergrad needs Python 3.10 or newer, and $(PYTHON) is " + v + ": name a newer one, as in make test PYTHON=python3.12.")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -1,0 +1,53 @@
+"""hypergrad: gradients of an outer objective through the solution of an inner problem, in PyTorch."""
+
+from importlib.metadata import version
+
+from . import diff_optimizers, hypergradients, implicit, operators, solvers
+from ._solution import HypergradientWarning, Solution, SolverError, Status
+from ._vector import Vector
+from .diff_optimizers import (
+    DifferentiableOptimizer,
+    GradientDescent,
+    HeavyBall,
+    Momentum,
+    gd_step,
+    heavy_ball_step,
+    torch_momentum_step,
+)
+from .hypergradients import CG, CG_normaleq, exact, fixed_point, neumann, reverse, reverse_unroll, stoch_AID
+from .implicit import Hypergradient
+
+__version__ = version("torch-hypergrad")
+
+__all__ = [
+    # implicit differentiation
+    "implicit",
+    "Hypergradient",
+    # linear solvers, and how a solve ended
+    "solvers",
+    "operators",
+    "Vector",
+    "Solution",
+    "Status",
+    "SolverError",
+    "HypergradientWarning",
+    # HyperTorch's functional interface
+    "hypergradients",
+    "reverse_unroll",
+    "reverse",
+    "fixed_point",
+    "neumann",
+    "CG",
+    "CG_normaleq",
+    "stoch_AID",
+    "exact",
+    # differentiable optimisers
+    "diff_optimizers",
+    "DifferentiableOptimizer",
+    "GradientDescent",
+    "HeavyBall",
+    "Momentum",
+    "gd_step",
+    "heavy_ball_step",
+    "torch_momentum_step",
+]

@@ -1,0 +1,178 @@
+"""Derivatives with zeros for unused inputs. With _implicit_function.py the only caller of torch.autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FREED = (
+    "the graph of this loss or map was already freed by an earlier backward(), grad() or hypergradient: evaluate it "
+    "again, or pass a callable, which is evaluated anew"
+)
+ATTENTION = (
+    "a fused attention kernel has no second derivative: evaluate the model under "
+    "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+)
+
+
+def _explained(error: RuntimeError) -> RuntimeError:
+    """torch's error with what to do about it, or the error itself."""
+    text = str(error)
+    if "backward through the graph a second time" in text:
+        return RuntimeError(FREED)
+    if "scaled_dot_product" in text and "derivative" in text:
+        return RuntimeError(ATTENTION)
+    return error
+
+
+def _dense_or_zeros(grad: Tensor | None, like: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
+    if grad is None:
+        return torch.zeros_like(like) if not lead else like.new_zeros(*lead, *like.shape)
+    return grad if grad.layout is torch.strided else grad.to_dense()
+
+
+def grad(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+    batched: bool = False,
+    must_reach: str | None = None,
+) -> list[Tensor]:
+    """Σᵢ cotangentᵢᵀ ∂outputᵢ/∂input for each input; zeros where nothing depends on it. Never writes .grad.
+
+    batched: cotangents have one more leading axis, and so have the results (one vectorised pass).
+    must_reach: the ValueError to raise where no output depends on any input.
+    """
+    lead = (cotangents[0].shape[0],) if batched and cotangents else ()
+    kept = [i for i, y in enumerate(outputs) if y.requires_grad]
+    if not kept and must_reach:
+        raise ValueError(must_reach)
+    if not kept or not inputs:
+        return [_dense_or_zeros(None, x, lead) for x in inputs]
+    try:
+        grads = torch.autograd.grad(
+            [outputs[i] for i in kept],
+            inputs,
+            None if cotangents is None else [cotangents[i] for i in kept],
+            retain_graph=retain_graph or create_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+    except RuntimeError as error:
+        better = _explained(error)
+        if better is error:
+            raise
+        raise better from error
+    if must_reach and all(g is None for g in grads):
+        raise ValueError(must_reach)
+    return [_dense_or_zeros(g, x, lead) for g, x in zip(grads, inputs, strict=True)]
+
+
+def depends(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether any output has any input in its graph. Walks the graph; evaluates nothing."""
+    sought = {torch.autograd.graph.get_gradient_edge(x).node for x in inputs if x.requires_grad}
+    stack = [y.grad_fn or torch.autograd.graph.get_gradient_edge(y).node for y in outputs if y.requires_grad]
+    seen = set()
+    while stack:
+        node = stack.pop()
+        if node in sought:
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return False
+
+
+def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """tensor.backward(grad) for each tensor that requires grad, in one pass: the only function that writes .grad."""
+    pairs = [(x, g) for x, g in zip(tensors, grads, strict=True) if x.requires_grad]
+    torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+
+
+def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+    return [x + y for x, y in zip(xs, ys, strict=True)]
+
+
+def scaled(xs: Sequence[Tensor], a: float) -> list[Tensor]:
+    return list(xs) if a == 1 else [x * a for x in xs]
+
+
+class Linearisation:
+    """The derivative of outputs F(w, λ) at one point, from one graph that is kept until this object goes.
+
+    Args:
+        outputs: the leaves of F, with their graph.
+        params: the leaves of w in that graph.
+        hparams: the leaves of λ that require grad.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor], hparams: Sequence[Tensor]):
+        self.outputs = outputs
+        self.params = params
+        self.hparams = hparams
+        self._transposed: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """∂₁Fᵀ v: one retained reverse pass."""
+        return grad(self.outputs, self.params, v, retain_graph=True)
+
+    def vjp_many(self, vs: Sequence[Tensor]) -> list[Tensor]:
+        """∂₁Fᵀ v for a stack [m, *shape] of v: one vectorised pass, or a loop where torch has none."""
+        return many(self.vjp, lambda v: grad(self.outputs, self.params, v, retain_graph=True, batched=True), vs)
+
+    def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass. Without retain_graph the last: the graph is freed on the way."""
+        both = grad(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
+        return both[: len(self.params)], both[len(self.params) :]
+
+    def jvp(self, u: Sequence[Tensor]) -> list[Tensor]:
+        """∂₁F u: the vjp is linear in its cotangent, so its derivative with respect to the cotangent is ∂₁F.
+
+        The graph of the vjp is built at the first call, from the retained graph; F is not evaluated again.
+        """
+        cotangents, pulled = self._transpose()
+        return grad(pulled, cotangents, u, retain_graph=True)
+
+    def jvp_many(self, us: Sequence[Tensor]) -> list[Tensor]:
+        """∂₁F u for a stack [m, *shape] of u."""
+        cotangents, pulled = self._transpose()
+        return many(self.jvp, lambda u: grad(pulled, cotangents, u, retain_graph=True, batched=True), us)
+
+    def _transpose(self) -> tuple[list[Tensor], list[Tensor]]:
+        if self._transposed is None:
+            with torch.enable_grad():
+                cotangents = [torch.zeros_like(y, requires_grad=True) for y in self.outputs]
+                pulled = grad(self.outputs, self.params, cotangents, create_graph=True)
+            self._transposed = cotangents, pulled
+        return self._transposed
+
+
+def many(
+    one: Callable[[list[Tensor]], list[Tensor]],
+    batched: Callable[[Sequence[Tensor]], list[Tensor]],
+    stacks: Sequence[Tensor],
+) -> list[Tensor]:
+    """The batched product where torch can vectorise it, else one product at a time."""
+    try:
+        return batched(stacks)
+    except RuntimeError:
+        columns = [one([stack[j] for stack in stacks]) for j in range(len(stacks[0]))]
+        return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+
+def as_scalar(loss: Any, name: str) -> Tensor:
+    """The loss, or an error that says what came instead of a real scalar tensor."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name} must give a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise ValueError(
+            f"{name} must give a scalar, got shape {tuple(loss.shape)}, {loss.dtype}; reduce it to one number"
+        )
+    return loss

@@ -1,0 +1,148 @@
+"""How an iteration ended: a value with a status that says what happened and what to do."""
+
+from __future__ import annotations
+
+import enum
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
+
+
+class Status(enum.Enum):
+    """How a solve ended. Members are ordered from good to bad; `message` says what happened and what to try."""
+
+    message: str
+
+    CONVERGED = 0, "ended as asked: the tolerance is reached or, where none was given, all steps are done"
+    MAX_STEPS = 1, "the tolerance is not reached: raise max_steps, precondition, or loosen rtol or atol"
+    STAGNATED = (
+        2,
+        "the residual no longer falls: the accuracy of this dtype is reached, the system is singular and inconsistent, "
+        "or a restarted method is stuck; use float64, damping, a larger restart, or another solver",
+    )
+    DIVERGED = (
+        3,
+        "the residual grows: the iteration is not a contraction here; use a smaller step size, or GMRES, which needs "
+        "no contraction",
+    )
+    NOT_POSITIVE_DEFINITE = (
+        4,
+        "a direction of zero or negative curvature was met (xᵀAx ≤ 0): the point is no strict minimum, or the system "
+        "is singular; use MINRES, add damping, or solve the inner problem further",
+    )
+    NOT_SYMMETRIC = (
+        5,
+        "the operator was declared symmetric and is not (xᵀAy ≠ yᵀAx): use GMRES, BiCGStab, NormalCG or LSQR",
+    )
+    BREAKDOWN = (
+        6,
+        "a division by zero ended the method: the system is singular, or the method does not apply; use another "
+        "solver or damping",
+    )
+    NON_FINITE = (
+        7,
+        "NaN or infinity in the right hand side, in a product or in the iterates: look at the losses at this point "
+        "(overflow, log(0), a norm differentiated at 0), or use a wider dtype",
+    )
+
+    def __new__(cls, code: int, message: str):
+        member = object.__new__(cls)
+        member._value_ = code
+        member.message = message
+        return member
+
+
+class HypergradientWarning(UserWarning):
+    """A result that the library knows, or has reason to believe, is not what was asked for."""
+
+
+class SolverError(ValueError):
+    """A failed solve under on_failure="raise". `solution` holds what was reached."""
+
+    def __init__(self, message: str, solution: Solution):
+        super().__init__(message)
+        self.solution = solution
+
+
+def warn(text: str) -> None:
+    """A HypergradientWarning at the line of the caller's own code that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, HypergradientWarning, stacklevel=level)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A value and how it was reached.
+
+    Reading `status`, `ok` or `message` reads from the device once; the tensors can be read without.
+
+    Attributes:
+        value: the solution, in the structure of the right hand side (or of the start).
+        code: Status values as an integer tensor: 0-d, or [B] for B independent systems.
+        steps: iterations done: an int, or a tensor [B].
+        residual_norm: ‖b − Ax‖₂ of the returned value, recomputed, never the recursion's: 0-d, or [B].
+        rhs_norm: ‖b‖₂, likewise.
+        trace: the method's own residual norm before each step and after the last: [steps + 1], or [steps + 1, B].
+    """
+
+    value: Any
+    code: Tensor
+    steps: int | Tensor
+    residual_norm: Tensor
+    rhs_norm: Tensor
+    trace: Tensor
+
+    @cached_property
+    def statuses(self) -> list[Status]:
+        """The status of each system."""
+        return [Status(code) for code in self.code.reshape(-1).tolist()]
+
+    @property
+    def status(self) -> Status:
+        """The worst status of all systems."""
+        return max(self.statuses, key=lambda status: status.value)
+
+    @property
+    def ok(self) -> bool:
+        return self.status is Status.CONVERGED
+
+    @property
+    def relative_residual(self) -> Tensor:
+        """‖b − Ax‖ / ‖b‖, and 0 where both are 0."""
+        return (self.residual_norm / self.rhs_norm).where(self.residual_norm > 0, 0.0)
+
+    @property
+    def growth_rate(self) -> Tensor:
+        """The factor by which a step multiplied the residual, as the geometric mean over the last half of the steps."""
+        last, half = len(self.trace) - 1, len(self.trace) // 2
+        return (self.trace[last] / self.trace[half]) ** (1 / max(last - half, 1))
+
+    @property
+    def message(self) -> str:
+        """What happened, with numbers, and what to try."""
+        bad = [i for i, status in enumerate(self.statuses) if status is self.status]
+        where = f"{len(bad)} of {len(self.statuses)} systems, the first at index {bad[0]}: " if self.code.ndim else ""
+        relative = float(self.relative_residual.reshape(-1)[bad[0]])
+        steps = int(self.steps.reshape(-1)[bad[0]]) if isinstance(self.steps, Tensor) else self.steps
+        text = f"{where}{self.status.name} after {steps} steps at a relative residual of {relative:.2e}"
+        if self.status is Status.DIVERGED:
+            text += f", growing by a factor of {float(self.growth_rate.reshape(-1)[bad[0]]):.4g} a step"
+        return f"{text}: {self.status.message}"
+
+    def report(self, what: str, on_failure: OnFailure) -> None:
+        """Warn or raise if any system failed. "ignore" reads nothing from the device."""
+        if on_failure == "ignore" or self.ok:
+            return
+        text = f"{what}: {self.message}"
+        if on_failure == "raise":
+            raise SolverError(text, self)
+        warn(text)

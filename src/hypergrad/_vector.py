@@ -1,0 +1,410 @@
+"""Many tensors as one vector. The only file that knows containers and the only one that zips lists of tensors.
+
+A Space holds what all vectors of one problem share: the container, shapes, dtypes, devices, the batch axis, and how the
+leaves are stored. A Vector holds numbers: one buffer ("chunk") for all small leaves of one dtype and device, and one
+for each large leaf. With batch_dims = 1 every leaf has a leading axis of independent systems, and every scalar
+(dot, norm) is a tensor of shape [B] instead of a 0-d tensor. No operation here reads a number from the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+PyTree: TypeAlias = Any
+Scalar: TypeAlias = "float | Tensor"
+
+# Leaves up to SMALL elements share a buffer; so do all leaves of a problem with at most SMALL_TOTAL elements. Measured:
+# shared buffers win below a million elements, separate ones (no copy after each product) above.
+SMALL, SMALL_TOTAL = 2**15, 2**20
+
+
+def flatten(tree: PyTree, name: str) -> tuple[list[Tensor], list[str], Callable[[Iterable[Tensor]], PyTree]]:
+    """Leaves, their paths as text, and the inverse. An iterator (model.parameters()) is read once, into a list.
+
+    Raises TypeError naming the leaf that is not a floating point tensor, ValueError for no leaf at all.
+    """
+    if isinstance(tree, Iterator):
+        tree = list(tree)
+    paths, leaves, spec = optree.tree_flatten_with_path(tree)
+    names = [name + "".join(f"[{key!r}]" for key in path) for path in paths]
+    for leaf, path in zip(leaves, names, strict=True):
+        if not isinstance(leaf, Tensor):
+            hint = "; pass its parameters()" if isinstance(leaf, torch.nn.Module) else ""
+            raise TypeError(f"{path} must be a floating point tensor, got {type(leaf).__name__}{hint}")
+        if not leaf.is_floating_point():
+            raise TypeError(f"{path} must be a floating point tensor, got one of dtype {leaf.dtype}")
+    if not leaves:
+        raise ValueError(f"{name} holds no tensor: {tree!r}")
+    return leaves, names, lambda new: optree.tree_unflatten(spec, new)
+
+
+def check_distinct(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise ValueError where one tensor stands in two places: its derivative would be counted twice."""
+    seen: dict[int, str] = {}
+    for leaf, name in zip(leaves, names, strict=True):
+        if id(leaf) in seen:
+            raise ValueError(f"{seen[id(leaf)]} and {name} are the same tensor; pass each variable once")
+        seen[id(leaf)] = name
+
+
+def is_plain(leaf: Tensor) -> bool:
+    """Whether a leaf may be reshaped and stored with others (a sharded tensor, say, may not)."""
+    return type(leaf) in (Tensor, torch.nn.Parameter)
+
+
+class Space:
+    """Containers, shapes, dtypes, devices, batch axis and storage that all vectors of one problem share."""
+
+    def __init__(self, tree: PyTree, name: str, batch_dims: int = 0):
+        leaves, self.paths, self.unflatten = flatten(tree, name)
+        self.name = name
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.dtypes = [leaf.dtype for leaf in leaves]
+        self.devices = [leaf.device for leaf in leaves]
+        self.batch_dims = batch_dims
+        self.batch_shape = self._batch_shape()
+        self.device = self.devices[0]
+        widest = self.dtypes[0]
+        for dtype in self.dtypes:
+            widest = torch.promote_types(widest, dtype)
+        self.dtype = torch.promote_types(widest, torch.float32)
+        self.groups = self._groups(leaves)
+        lengths = [math.prod(shape[batch_dims:]) for shape in self.shapes]
+        self.sizes = [[lengths[i] for i in group] for group in self.groups]
+        self.length = sum(lengths)
+        self.plain = [is_plain(leaves[group[0]]) for group in self.groups]
+        self.tiny = torch.finfo(self.dtype).tiny
+        self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
+
+    def _batch_shape(self) -> torch.Size:
+        if self.batch_dims not in (0, 1):
+            raise ValueError(f"batch_dims must be 0 or 1, got {self.batch_dims}")
+        first = self.shapes[0][: self.batch_dims]
+        for path, shape in zip(self.paths, self.shapes, strict=True):
+            if shape[: self.batch_dims] != first or len(shape) < self.batch_dims:
+                raise ValueError(
+                    f"batch_dims=1 needs one leading axis of the same length in every leaf, but {self.paths[0]} has "
+                    f"shape {tuple(self.shapes[0])} and {path} has {tuple(shape)}"
+                )
+        return first
+
+    def _groups(self, leaves: Sequence[Tensor]) -> list[list[int]]:
+        """Which leaves share a buffer: index lists in leaf order of their first member."""
+        total: dict[tuple, int] = {}
+        for leaf in leaves:
+            total[leaf.dtype, leaf.device] = total.get((leaf.dtype, leaf.device), 0) + leaf.numel()
+        groups: dict[tuple, list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            kin = (leaf.dtype, leaf.device)
+            shares = is_plain(leaf) and (total[kin] <= SMALL_TOTAL or leaf.numel() <= SMALL)
+            groups.setdefault(kin if shares else (i,), []).append(i)
+        return list(groups.values())
+
+    def pack(self, leaves: Sequence[Tensor]) -> Vector:
+        """The vector of these leaves, which must have this space's shapes (unchecked). May share their memory."""
+        chunks = []
+        for group, plain in zip(self.groups, self.plain, strict=True):
+            if plain:
+                flat = [leaves[i].reshape(*self.batch_shape, -1) for i in group]
+                chunks.append(flat[0] if len(flat) == 1 else torch.cat(flat, -1))
+            else:
+                chunks.append(leaves[group[0]])
+        return Vector(self, chunks)
+
+    def vector(self, tree: PyTree, name: str) -> Vector:
+        """The vector of a tree that was given from outside: checked leaf by leaf. Never shares its graph."""
+        leaves = self.check(tree, name)
+        return self.pack([leaf.detach() for leaf in leaves])
+
+    def check(self, tree: PyTree, name: str) -> list[Tensor]:
+        """The leaves of a tree of this space's structure, shapes, dtypes and devices; else an error that says which.
+
+        A list, a tuple and an iterator count as the same structure.
+        """
+        leaves, paths, _ = flatten(tree, name)
+        own = [path[len(self.name) :] for path in self.paths]
+        new = [path[len(name) :] for path in paths]
+        if own != new:
+            odd = [p or "(a single tensor)" for p in (set(own) ^ set(new))]
+            raise ValueError(
+                f"{name} must have the structure of {self.name}: {len(new)} leaves instead of {len(own)}, "
+                f"and these stand in one of the two only: {', '.join(sorted(odd)[:5])}"
+            )
+        for i, (leaf, path) in enumerate(zip(leaves, paths, strict=True)):
+            got = (tuple(leaf.shape), leaf.dtype, leaf.device)
+            due = (tuple(self.shapes[i]), self.dtypes[i], self.devices[i])
+            if got != due:
+                raise ValueError(
+                    f"{path} must be like {self.paths[i]}: expected {describe(*due)}, got {describe(*got)}"
+                )
+        return leaves
+
+    def zeros(self) -> Vector:
+        """A new vector of zeros."""
+        chunks = []
+        for group, sizes, plain in zip(self.groups, self.sizes, self.plain, strict=True):
+            kind = {"dtype": self.dtypes[group[0]], "device": self.devices[group[0]]}
+            if not plain:
+                raise TypeError(f"{self.paths[group[0]]}: zeros of a sharded space come from a vector: use v.zeros()")
+            chunks.append(torch.zeros(*self.batch_shape, sum(sizes), **kind))
+        return Vector(self, chunks)
+
+    def assign_grad(self, leaves: Sequence[Tensor], gradient: Vector) -> None:
+        """leafᵢ.grad ← gradientᵢ for tensors of this space."""
+        for leaf, g in zip(leaves, gradient.leaves, strict=True):
+            leaf.grad = g
+
+    def from_flat(self, flat: Tensor) -> Vector:
+        """The vector whose `flat()` is this tensor [n] (or [B, n])."""
+        widths = [sum(sizes) for sizes in self.sizes]
+        parts = flat.split(widths, -1)
+        kinds = [(self.dtypes[group[0]], self.devices[group[0]]) for group in self.groups]
+        return Vector(self, [p.to(device=dev, dtype=dt) for p, (dt, dev) in zip(parts, kinds, strict=True)])
+
+    def scalar(self, value: float) -> Tensor:
+        """A scalar of this space: 0-d, or [B], in the widest dtype."""
+        return torch.full(self.batch_shape, value, dtype=self.dtype, device=self.device)
+
+
+def describe(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    return f"shape {shape}, {str(dtype).removeprefix('torch.')} on {device}"
+
+
+class Vector:
+    """A point of a Space, with the arithmetic that solvers need. Scalars are numbers, or tensors 0-d (or [B]).
+
+    Operations ending in _ write into the vector and return it.
+    """
+
+    __slots__ = ("chunks", "space")
+
+    def __init__(self, space: Space, chunks: list[Tensor]):
+        self.space = space
+        self.chunks = chunks
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors in their own shapes, in leaf order: views of the vector's memory."""
+        space = self.space
+        leaves: list[Any] = [None] * len(space.shapes)
+        for chunk, group, sizes, plain in zip(self.chunks, space.groups, space.sizes, space.plain, strict=True):
+            parts = (chunk,) if len(group) == 1 else chunk.split(sizes, -1)
+            for i, part in zip(group, parts, strict=True):
+                leaves[i] = part.view(space.shapes[i]) if plain else part
+        return leaves
+
+    @property
+    def tree(self) -> PyTree:
+        """The same numbers in the user's own container."""
+        return self.space.unflatten(self.leaves)
+
+    def flat(self) -> Tensor:
+        """One tensor [n] (or [B, n]) in the widest dtype."""
+        space = self.space
+        if not all(space.plain):
+            raise TypeError("sharded tensors have no flat form; use CG, MINRES, BiCGStab, LSQR, NormalCG or FixedPoint")
+        parts = [chunk.to(device=space.device, dtype=space.dtype) for chunk in self.chunks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _map(self, function: Callable[..., Tensor], *others: Vector) -> Vector:
+        chunks = zip(self.chunks, *(other.chunks for other in others), strict=True)
+        return Vector(self.space, [function(*own) for own in chunks])
+
+    def _factor(self, a: Scalar, chunk: Tensor, plain: bool) -> Any:
+        """The scalar a, shaped to multiply this chunk."""
+        if not isinstance(a, Tensor):
+            return a
+        a = a.to(device=chunk.device, dtype=chunk.dtype)
+        if not a.ndim:
+            return a
+        return a.unsqueeze(-1) if plain else a.view(-1, *[1] * (chunk.ndim - 1))
+
+    def _factors(self, a: Scalar) -> list[Any]:
+        return [self._factor(a, c, plain) for c, plain in zip(self.chunks, self.space.plain, strict=True)]
+
+    def __add__(self, other: Vector) -> Vector:
+        return self._map(torch.add, other)
+
+    def __sub__(self, other: Vector) -> Vector:
+        return self._map(torch.sub, other)
+
+    def __neg__(self) -> Vector:
+        return self._map(torch.neg)
+
+    def __mul__(self, a: Scalar) -> Vector:
+        return Vector(self.space, [c * f for c, f in zip(self.chunks, self._factors(a), strict=True)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, a: Scalar) -> Vector:
+        return Vector(self.space, [c / f for c, f in zip(self.chunks, self._factors(a), strict=True)])
+
+    def copy(self) -> Vector:
+        """The same numbers in new memory."""
+        return self._map(torch.clone)
+
+    def zeros(self) -> Vector:
+        """A new vector of zeros like this one."""
+        return self._map(torch.zeros_like)
+
+    def random(self, generator: torch.Generator) -> Vector:
+        """Standard normal numbers like this one, from a generator on the CPU."""
+
+        def draw(chunk: Tensor) -> Tensor:
+            return torch.randn(chunk.shape, generator=generator, dtype=chunk.dtype).to(chunk.device)
+
+        return self._map(draw)
+
+    def add_(self, other: Vector, a: Scalar = 1.0, sign: float = 1.0) -> Vector:
+        """self ← self + sign · a · other, one pass over memory."""
+        for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
+            if isinstance(factor, Tensor):
+                chunk.addcmul_(new, factor, value=sign)
+            else:
+                chunk.add_(new, alpha=sign * factor)
+        return self
+
+    def scale_(self, a: Scalar) -> Vector:
+        """self ← a · self."""
+        for chunk, factor in zip(self.chunks, self._factors(a), strict=True):
+            chunk.mul_(factor)
+        return self
+
+    def scale_add_(self, a: Tensor, other: Vector) -> Vector:
+        """self ← a · self + other, one pass over memory."""
+        for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
+            torch.addcmul(new, chunk, factor, out=chunk)
+        return self
+
+    def dot(self, other: Vector) -> Tensor:
+        """⟨self, other⟩ of each system, reduced in the widest dtype: 0-d, or [B]."""
+        total: Tensor | None = None
+        space = self.space
+        for x, y, plain in zip(self.chunks, other.chunks, space.plain, strict=True):
+            if x.element_size() < 4:
+                x, y = x.float(), y.float()
+            part = torch.linalg.vecdot(x, y) if plain else sharded_dot(x, y, space.batch_dims)
+            part = part.to(device=space.device, dtype=space.dtype)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def norm(self) -> Tensor:
+        """‖self‖₂ of each system."""
+        return self.dot(self).sqrt()
+
+    def scale(self) -> Tensor:
+        """The largest power of two not above the largest |entry| of each system; 1 where that is 0 or not finite."""
+        largest: Tensor | None = None
+        space = self.space
+        for chunk in self.chunks:
+            top = (
+                chunk.abs().flatten(space.batch_dims).amax(-1) if chunk.numel() else chunk.new_zeros(space.batch_shape)
+            )
+            top = full(top).to(device=space.device, dtype=space.dtype)
+            largest = top if largest is None else torch.maximum(largest, top)
+        assert largest is not None
+        usable = (largest > 0) & torch.isfinite(largest)
+        return torch.where(usable, torch.exp2(torch.log2(largest).floor()), 1.0)
+
+    def __repr__(self) -> str:
+        return f"Vector({self.tree!r})"
+
+
+def sharded_dot(x: Tensor, y: Tensor, batch_dims: int) -> Tensor:
+    product = x * y
+    return full(product.flatten(1).sum(-1) if batch_dims else product.sum())
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole tensor of a sharded one."""
+    gather = getattr(x, "full_tensor", None)
+    return x if gather is None else gather()
+
+
+class Basis:
+    """Up to m vectors of one space, stacked, so that all coefficients come from one matrix product a chunk."""
+
+    def __init__(self, like: Vector, m: int):
+        self.space, self.m = like.space, m
+        if not all(self.space.plain):
+            raise TypeError("sharded tensors cannot be stacked; use CG, MINRES, BiCGStab, LSQR, NormalCG or FixedPoint")
+        self.chunks = [chunk.new_zeros(*self.space.batch_shape, m, chunk.shape[-1]) for chunk in like.chunks]
+
+    @classmethod
+    def from_rows(cls, like: Vector, rows: Tensor) -> Basis:
+        """The basis whose `matrix()` is this tensor [m, n] (the same for all systems) or [B, m, n]."""
+        space = like.space
+        flat = rows.expand(*space.batch_shape, *rows.shape[-2:]).movedim(-2, 0)
+        parts = flat.split([sum(sizes) for sizes in space.sizes], -1)
+        new = object.__new__(cls)
+        new.space, new.m = space, rows.shape[-2]
+        new.chunks = [
+            part.movedim(0, -2).to(device=chunk.device, dtype=chunk.dtype)
+            for part, chunk in zip(parts, like.chunks, strict=True)
+        ]
+        return new
+
+    def __setitem__(self, j: int, vector: Vector) -> None:
+        for chunk, new in zip(self.chunks, vector.chunks, strict=True):
+            chunk[..., j, :] = new
+
+    def __getitem__(self, j: int) -> Vector:
+        """A view of vector j."""
+        return Vector(self.space, [chunk[..., j, :] for chunk in self.chunks])
+
+    def coefficients(self, vector: Vector, count: int) -> Tensor:
+        """(⟨v₀, x⟩, …, ⟨v_{count−1}, x⟩): [count], or [B, count]."""
+        total: Tensor | None = None
+        for chunk, x in zip(self.chunks, vector.chunks, strict=True):
+            part = (chunk[..., :count, :] @ x.unsqueeze(-1)).squeeze(-1)
+            part = part.to(device=self.space.device, dtype=self.space.dtype)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def combine(self, weights: Tensor) -> Vector:
+        """Σⱼ weightsⱼ vⱼ for weights of shape [count], or [B, count]."""
+        count = weights.shape[-1]
+        chunks = []
+        for chunk in self.chunks:
+            row = weights.to(device=chunk.device, dtype=chunk.dtype).unsqueeze(-2)
+            chunks.append((row @ chunk[..., :count, :]).squeeze(-2))
+        return Vector(self.space, chunks)
+
+    def leaves(self) -> list[Tensor]:
+        """All m vectors as tensors with one more leading axis: [m, *shape] in leaf order."""
+        space = self.space
+        leaves: list[Any] = [None] * len(space.shapes)
+        for chunk, group, sizes in zip(self.chunks, space.groups, space.sizes, strict=True):
+            for i, part in zip(group, chunk.split(sizes, -1), strict=True):
+                leaves[i] = part.movedim(-2, 0).reshape(self.m, *space.shapes[i])
+        return leaves
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> Basis:
+        """The basis of these tensors of shape [m, *shape] in leaf order."""
+        space = self.space
+        new = object.__new__(Basis)
+        new.space, new.m, new.chunks = space, self.m, []
+        for group in space.groups:
+            rows = [leaves[i].reshape(self.m, *space.batch_shape, -1).movedim(0, -2) for i in group]
+            new.chunks.append(rows[0] if len(rows) == 1 else torch.cat(rows, -1))
+        return new
+
+    def plus(self, other: Basis, a: float) -> Basis:
+        """The basis of vⱼ + a · otherⱼ."""
+        new = object.__new__(Basis)
+        new.space, new.m = self.space, self.m
+        new.chunks = [torch.add(v, w, alpha=a) for v, w in zip(self.chunks, other.chunks, strict=True)]
+        return new
+
+    def matrix(self) -> Tensor:
+        """The rows as one tensor [m, n] (or [B, m, n]) in the widest dtype."""
+        parts = [chunk.to(device=self.space.device, dtype=self.space.dtype) for chunk in self.chunks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -1,0 +1,328 @@
+"""Hypergradients by implicit differentiation at a solution of the inner problem.
+
+    A = ∂₁F,   Aᵀ v = ∇₁E(w, λ),   ∇f(λ) = ∇₂E(w, λ) − ∂₂Fᵀ v
+
+with F = ∇₁g for an inner loss g, and F = w − Φ for a fixed point map Φ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _autodiff, operators
+from ._autodiff import Linearisation, as_scalar
+from ._solution import OnFailure, Solution, warn
+from ._vector import PyTree, Space, Vector, check_distinct, flatten
+from .solvers import CG, GMRES, LinearSolver
+from .solvers._solver import Solver, solve
+
+UNSOLVED = 0.1  # estimated relative distance from the inner solution at which a warning is due
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """A hypergradient and how good it is.
+
+    Attributes:
+        grads: ∇f(λ), in the structure of hparams; zeros for a leaf that does not require grad or reaches nothing.
+        adjoint: v, in the structure of params: the warm start (x0=) of the next outer step.
+        solution: how the adjoint system was solved: status, steps, true residual.
+        inner_residual: ‖∇₁g‖ or ‖w − Φ(w)‖ or ‖F‖ at the given params: 0-d, or [B]. Known at no extra cost.
+        inner_distance: ‖F‖ ‖v‖ / (‖∇₁E‖ ‖w‖), an estimate of the relative distance of w from the inner solution, with
+            ‖v‖ / ‖∇₁E‖ standing for ‖A⁻¹‖ (of which it is a lower bound): 0-d, or [B].
+        outer_value: E(w, λ).
+    """
+
+    grads: PyTree
+    adjoint: PyTree
+    solution: Solution
+    inner_residual: Tensor
+    inner_distance: Tensor
+    outer_value: Tensor
+
+    def report(self, on_failure: OnFailure = "warn") -> None:
+        """Warn of, or raise for, an adjoint system that was not solved; warn of an inner problem that was not."""
+        self.solution.report("the adjoint system of the hypergradient", on_failure)
+        if on_failure != "ignore":
+            self.warn_if_unsolved()
+
+    def warn_if_unsolved(self) -> None:
+        """HypergradientWarning where params are too far from the inner solution for the result to mean much."""
+        worst = float(self.inner_distance.max())
+        if worst > UNSOLVED:
+            warn(
+                f"the inner problem is not solved: its residual is {float(self.inner_residual.max()):.2e}, and params "
+                f"are an estimated {worst:.1%} (of their norm) or more away from the solution, so the hypergradient means "
+                f"little. Run the inner solver longer, or differentiate its steps instead (reverse)"
+            )
+
+
+def grad(
+    outer_loss: Callable[[PyTree, PyTree], Tensor] | Tensor,
+    *,
+    params: PyTree,
+    hparams: PyTree,
+    inner_loss: Callable[[PyTree, PyTree], Tensor] | Tensor | None = None,
+    fp_map: Callable[[PyTree, PyTree], PyTree] | PyTree | None = None,
+    residual: Callable[[PyTree, PyTree], PyTree] | PyTree | None = None,
+    solver: Solver | None = None,
+    x0: PyTree | None = None,
+    symmetric: bool = False,
+    positive_definite: bool = False,
+    stochastic: bool = False,
+    final_draws: int = 1,
+    batch_dims: int = 0,
+) -> Hypergradient:
+    """Hypergradient ∇f(λ) of f(λ) = E(w(λ), λ) at a solution w of the inner problem. Changes nothing of the user's.
+
+        Aᵀ v = ∇₁E(w, λ),      ∇f(λ) = ∇₂E(w, λ) − ∂₂Fᵀ v
+
+    Losses and maps are callables of (params, hparams), or values that were evaluated already on live tensors
+    (model.parameters()); then params must be the very tensors that entered them, and the graph of the inner value is
+    freed. Exactly one of inner_loss, fp_map and residual says what the inner problem is.
+
+    Args:
+        outer_loss: E, scalar.
+        params: w, a tensor or any pytree of floating point tensors, at (or near) the solution.
+        hparams: λ, likewise; at least one leaf requires grad. Leaves may be outputs of a network.
+        inner_loss: g, scalar, minimised by w: A = ∇²₁₁g.
+        fp_map: Φ, of params' structure, w = Φ(w, λ): A = I − ∂₁Φ.
+        residual: F, of params' structure, F(w, λ) = 0: A = ∂₁F.
+        solver: a linear solver from hg.solvers, or a function (op, b, x0) of Vectors. Default: CG() where the system
+            is symmetric, else GMRES().
+        x0: start for v, in params' structure: the last hypergradient's `adjoint`, say.
+        symmetric: A of fp_map or residual is symmetric (that of inner_loss always is).
+        positive_definite: A is symmetric positive definite (lets Dense use Cholesky).
+        stochastic: the inner problem is drawn anew at every product; it must be a callable.
+        final_draws: draws over which the last product is averaged, with stochastic.
+        batch_dims: 1 where each leaf of params has a leading axis of independent inner problems (inner_loss their
+            sum): A is block diagonal, and scalars are per problem.
+
+    Returns: Hypergradient.
+    Raises:
+        TypeError, ValueError: something is not of the form above; the message names the leaf and both forms.
+        SolverError: the adjoint system was not solved and the solver's on_failure is "raise".
+        RuntimeError: the graph of an evaluated loss was freed before.
+    Warns: HypergradientWarning where the adjoint system was not solved (on_failure="warn"), or where the inner
+        problem is so far from solved that the result means little.
+    Cost: one evaluation of each loss, the solver's products, and one last product with respect to params and hparams
+        together, which also gives the true residual. The graph of ∇₁g (or Φ, F) is kept meanwhile.
+    Source: Grazzi et al. 2020, section 2; Pedregosa 2016, Algorithm 1.
+
+    Example:
+        w minimises ½(w − λ)², so f(λ) = ½λ² and ∇f(λ) = λ.
+
+        >>> lam = torch.tensor(3.0, requires_grad=True)
+        >>> result = grad(
+        ...     lambda w, lam: 0.5 * w**2,
+        ...     inner_loss=lambda w, lam: 0.5 * (w - lam) ** 2,
+        ...     params=lam.detach(),
+        ...     hparams=lam,
+        ... )
+        >>> result.grads
+        tensor(3.)
+    """
+    variables = Variables(params, hparams, batch_dims)
+    inner = InnerProblem.of(inner_loss, fp_map, residual)
+    symmetric = symmetric or positive_definite or inner.kind == "inner_loss"
+    if final_draws < 1 or (final_draws > 1 and not stochastic):
+        raise ValueError(f"final_draws must be 1, or more with stochastic=True; got {final_draws}")
+    if stochastic and not callable(inner.given):
+        raise TypeError(f"a stochastic {inner.kind} is drawn anew at every product, so it must be a callable")
+    if solver is None:
+        solver = CG() if symmetric else GMRES()
+    with _random_state_kept_on_error(variables.given):
+        if callable(outer_loss) and callable(inner.given):
+            variables.detach()
+        else:
+            variables.keep_live()
+        kept = None if stochastic else inner.linearise(variables)
+
+        def linearise() -> Linearisation:
+            return inner.linearise(variables) if kept is None else kept
+
+        outer_value, b, direct = outer_gradients(outer_loss, variables)
+        op = operators.adjoint(
+            linearise,
+            fixed_point=inner.kind == "fp_map",
+            symmetric=symmetric,
+            positive_definite=positive_definite,
+            batch_dims=batch_dims,
+        )
+        last = LastProduct(linearise, inner.kind == "fp_map", final_draws)
+        start = None if x0 is None else variables.space.vector(x0, "x0")
+        solution = solve(solver, op, b, start, last)
+        result = Hypergradient(
+            grads=variables.outer_grads(_autodiff.add(direct, last.cross)),
+            adjoint=solution.value.tree,
+            solution=solution,
+            inner_residual=last.residual,
+            inner_distance=_distance(last.residual, solution, variables),
+            outer_value=outer_value,
+        )
+        result.report(solver.on_failure if isinstance(solver, LinearSolver) else "warn")
+    return result
+
+
+def backward(
+    outer_loss: Callable[[PyTree, PyTree], Tensor] | Tensor, *, hparams: PyTree, **options: Any
+) -> Hypergradient:
+    """As `grad`, and adds ∇f(λ) to .grad of hparams' leaves as loss.backward() does.
+
+    Through hparams that are outputs of a network the gradient goes on to the network's parameters.
+
+    Args: those of `grad`.
+
+    Example:
+        >>> lam = torch.tensor(3.0, requires_grad=True)
+        >>> result = backward(
+        ...     lambda w, lam: w**2 / 2, fp_map=lambda w, lam: (w + lam) / 2, params=lam.detach(), hparams=lam
+        ... )
+        >>> lam.grad
+        tensor(3.)
+    """
+    hparams = list(hparams) if isinstance(hparams, Iterator) else hparams
+    result = grad(outer_loss, hparams=hparams, **options)
+    accumulate(hparams, result.grads)
+    return result
+
+
+def accumulate(hparams: PyTree, grads: PyTree) -> None:
+    """Add grads to .grad of hparams' leaves, or of what these were computed from, as backward() does."""
+    _autodiff.backward(flatten(hparams, "hparams")[0], flatten(grads, "grads")[0])
+
+
+class Variables:
+    """params and hparams as given, checked, and in the forms that losses and autograd want."""
+
+    def __init__(self, params: PyTree, hparams: PyTree, batch_dims: int = 0):
+        self.given, self._names, self._params_tree = flatten(params, "params")
+        self._outer, outer_names, self._hparams_tree = flatten(hparams, "hparams")
+        check_distinct(self.given, self._names)
+        check_distinct(self._outer, outer_names)
+        self.differentiated = [leaf for leaf in self._outer if leaf.requires_grad]
+        if not self.differentiated:
+            raise ValueError("none of hparams requires grad; call requires_grad_() on those to differentiate")
+        self.space = Space(self._params_tree(self.given), "params", batch_dims)
+        self.hparams = self._hparams_tree(self._outer)
+        self.detach()
+
+    def detach(self) -> None:
+        """Params become new leaves of autograd, for callables."""
+        self.leaves = [leaf.detach().requires_grad_() for leaf in self.given]
+        self.params = self._params_tree(self.leaves)
+
+    def keep_live(self) -> None:
+        """Params stay the tensors that evaluated losses were computed from."""
+        for leaf, name in zip(self.given, self._names, strict=True):
+            if not leaf.requires_grad:
+                raise ValueError(f"{name} does not require grad, so no evaluated loss has a derivative in it")
+        if {id(leaf) for leaf in self.given} & {id(leaf) for leaf in self._outer}:
+            raise ValueError("with evaluated losses no tensor may be in params and in hparams; pass callables")
+        if _autodiff.depends([leaf for leaf in self.given if not leaf.is_leaf], self.differentiated):
+            raise ValueError(
+                "params were computed from hparams, so evaluated losses would reach hparams through params as well: "
+                "detach params before evaluating, or pass callables"
+            )
+        self.leaves = self.given
+        self.params = self._params_tree(self.leaves)
+
+    def outer_grads(self, grads: list[Tensor]) -> PyTree:
+        """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad."""
+        each = iter(grads)
+        return self._hparams_tree(
+            [next(each) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in self._outer]
+        )
+
+
+@dataclass(frozen=True)
+class InnerProblem:
+    """The one of inner_loss, fp_map and residual that was given."""
+
+    kind: str
+    given: Any
+
+    @staticmethod
+    def of(inner_loss: Any, fp_map: Any, residual: Any) -> InnerProblem:
+        every = {"inner_loss": inner_loss, "fp_map": fp_map, "residual": residual}
+        given = {kind: value for kind, value in every.items() if value is not None}
+        if len(given) != 1:
+            raise TypeError(f"pass exactly one of inner_loss, fp_map and residual; got {list(given) or 'none'}")
+        return InnerProblem(*given.popitem())
+
+    def linearise(self, variables: Variables) -> Linearisation:
+        """The graph of ∇₁g, Φ or F at params and hparams."""
+        with torch.enable_grad():
+            value = self.given(variables.params, variables.hparams) if callable(self.given) else self.given
+            if self.kind == "inner_loss":
+                loss = as_scalar(value, "inner_loss")
+                message = "inner_loss does not depend on params; was it computed under no_grad, or from other tensors?"
+                outputs = _autodiff.grad([loss], variables.leaves, create_graph=True, must_reach=message)
+            else:
+                outputs = variables.space.check(value, f"the value of {self.kind}")
+        return Linearisation(outputs, variables.leaves, variables.differentiated)
+
+
+def outer_gradients(outer_loss: Any, variables: Variables) -> tuple[Tensor, Vector, list[Tensor]]:
+    """E, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams."""
+    with torch.enable_grad():
+        value = outer_loss(variables.params, variables.hparams) if callable(outer_loss) else outer_loss
+    loss = as_scalar(value, "outer_loss")
+    live = variables.leaves is variables.given
+    if live and not callable(outer_loss) and not _autodiff.depends([loss], variables.leaves):
+        raise ValueError("outer_loss does not depend on params; was it computed from other tensors, or under no_grad?")
+    grads = _autodiff.grad([loss], [*variables.leaves, *variables.differentiated], retain_graph=live)
+    count = len(variables.leaves)
+    return loss.detach(), variables.space.pack(grads[:count]).copy(), grads[count:]
+
+
+class LastProduct:
+    """The last product, with respect to params and hparams at once: v ↦ Aᵀv; keeps ±∂₂(·)ᵀv and the norm of F."""
+
+    def __init__(self, linearise: Callable[[], Linearisation], fixed_point: bool, draws: int):
+        self.linearise, self.fixed_point, self.draws = linearise, fixed_point, draws
+
+    def __call__(self, v: Vector) -> Vector:
+        image, cross = self._draw(v)
+        for _ in range(self.draws - 1):
+            new_image, new_cross = self._draw(v)
+            image, cross = image + new_image, _autodiff.add(cross, new_cross)
+        scale = 1 / self.draws
+        image = image * scale if self.draws > 1 else image
+        self.cross = _autodiff.scaled(cross, scale if self.fixed_point else -scale)
+        return v - image if self.fixed_point else image
+
+    def _draw(self, v: Vector) -> tuple[Vector, list[Tensor]]:
+        pack, linearisation = v.space.pack, self.linearise()
+        pulled, cross = linearisation.vjp_both(v.leaves, retain_graph=False)
+        outputs = pack([y.detach() for y in linearisation.outputs])
+        inputs = pack([w.detach() for w in linearisation.params])
+        self.residual = (inputs - outputs if self.fixed_point else outputs).norm()
+        return pack(pulled), cross
+
+
+def _distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
+    size = variables.space.pack([leaf.detach() for leaf in variables.given]).norm()
+    distance = residual * solution.value.norm() / (solution.rhs_norm * size)
+    return torch.where((residual == 0) | (solution.rhs_norm == 0), 0.0, distance)
+
+
+@contextmanager
+def _random_state_kept_on_error(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Put torch's random state back if an error leaves a half-done call."""
+    devices = {leaf.device for leaf in leaves if leaf.device.type == "cuda"}
+    state = torch.get_rng_state()
+    cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(state)
+        for device, kept in cuda.items():
+            torch.cuda.set_rng_state(kept, device)
+        raise

@@ -1,0 +1,203 @@
+"""Linear operators: a product, the transposed product, and what is known of them.
+
+Public: LinearOperator, matrix, function. Solvers see operators and vectors, never a loss or a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ._autodiff import Linearisation
+from ._vector import Basis, PyTree, Space, Vector
+
+Product = Callable[[Vector], Vector]
+
+
+class Counter:
+    """How many products an operator, its transpose and its damped forms have done together."""
+
+    def __init__(self) -> None:
+        self.products = 0
+
+
+class LinearOperator:
+    """A linear map A on vectors (or pytrees of tensors) of one space, called as A(v).
+
+    Args:
+        matvec: v ↦ A v on Vectors. For pytrees use `operators.function`, for a matrix `operators.matrix`.
+        transpose: v ↦ Aᵀ v; needed by LSQR and NormalCG alone, and not where symmetric.
+        symmetric: A = Aᵀ, as the caller declares. CG and MINRES refuse an operator without it.
+        positive_definite: vᵀAv > 0, as the caller declares; implies symmetric.
+        batch_dims: 1 where every leaf has a leading axis of independent systems, else 0.
+        many: A applied to a Basis at once, if that is cheaper than one product after another.
+        many_transpose: likewise for Aᵀ.
+
+    Cost: `products` counts the products of the operator, its transpose and its damped forms together.
+    """
+
+    def __init__(
+        self,
+        matvec: Product,
+        transpose: Product | None = None,
+        *,
+        symmetric: bool = False,
+        positive_definite: bool = False,
+        batch_dims: int = 0,
+        many: Callable[[Basis], Basis] | None = None,
+        many_transpose: Callable[[Basis], Basis] | None = None,
+    ):
+        self.symmetric = symmetric or positive_definite
+        self.positive_definite = positive_definite
+        self.batch_dims = batch_dims
+        self.damping = 0.0
+        self._matvec, self._many = matvec, many
+        self._transpose, self._many_transpose = (matvec, many) if self.symmetric else (transpose, many_transpose)
+        self._counter = Counter()
+
+    @property
+    def products(self) -> int:
+        """Products done so far, with A or Aᵀ; a product with m vectors at once counts m."""
+        return self._counter.products
+
+    @property
+    def has_transpose(self) -> bool:
+        return self._transpose is not None
+
+    def __call__(self, v: Any) -> Any:
+        """A v (+ damping · v): a Vector for a Vector, a pytree for a pytree."""
+        if not isinstance(v, Vector):
+            return self(Space(v, "v", self.batch_dims).vector(v, "v")).tree
+        self._counter.products += 1
+        product = self._matvec(v)
+        return product + v * self.damping if self.damping else product
+
+    def many(self, basis: Basis) -> Basis:
+        """A V for a stack of vectors V."""
+        if self._many is None:
+            result = Basis(basis[0], basis.m)
+            for j in range(basis.m):
+                result[j] = self(basis[j])
+            return result
+        self._counter.products += basis.m
+        result = self._many(basis)
+        return result.plus(basis, self.damping) if self.damping else result
+
+    def _derived(self, matvec: Product, many: Any, transpose: Product | None, many_transpose: Any) -> LinearOperator:
+        new = object.__new__(LinearOperator)
+        new.__dict__.update(self.__dict__)
+        new._matvec, new._many, new._transpose, new._many_transpose = matvec, many, transpose, many_transpose
+        return new
+
+    @property
+    def T(self) -> LinearOperator:
+        """Aᵀ, counted together with A. Raises TypeError where no transposed product is known."""
+        if self.symmetric:
+            return self
+        if self._transpose is None:
+            raise TypeError("this operator has no transposed product: pass transpose=, or use a solver that needs none")
+        return self._derived(self._transpose, self._many_transpose, self._matvec, self._many)
+
+    def damped(self, damping: float) -> LinearOperator:
+        """A + damping · I, counted together with A."""
+        if not damping:
+            return self
+        new = self._derived(self._matvec, self._many, self._transpose, self._many_transpose)
+        new.damping = self.damping + damping
+        return new
+
+
+def function(
+    matvec: Callable[[PyTree], PyTree],
+    transpose: Callable[[PyTree], PyTree] | None = None,
+    *,
+    symmetric: bool = False,
+    positive_definite: bool = False,
+    batch_dims: int = 0,
+) -> LinearOperator:
+    """The operator of a function on pytrees of tensors.
+
+    Args:
+        matvec: v ↦ A v; the result has v's structure, shapes, dtypes and devices.
+        transpose: v ↦ Aᵀ v, likewise.
+        symmetric, positive_definite, batch_dims: see LinearOperator.
+
+    Raises: ValueError at a product whose result is not like v, naming the leaf.
+
+    Example:
+        >>> op = function(lambda v: {"a": 2 * v["a"]}, symmetric=True)
+        >>> op({"a": torch.tensor([1.0, 3.0])})
+        {'a': tensor([2., 6.])}
+    """
+
+    def on_vectors(product: Callable[[PyTree], PyTree]) -> Product:
+        return lambda v: v.space.vector(product(v.tree), "the operator's product")
+
+    return LinearOperator(
+        on_vectors(matvec),
+        None if transpose is None else on_vectors(transpose),
+        symmetric=symmetric,
+        positive_definite=positive_definite,
+        batch_dims=batch_dims,
+    )
+
+
+def matrix(a: Tensor, *, symmetric: bool = False, positive_definite: bool = False) -> LinearOperator:
+    """The operator of a matrix [n, n], or of B matrices [B, n, n] on vectors [B, n].
+
+    Example:
+        >>> matrix(torch.tensor([[2.0, 1.0], [0.0, 3.0]]))(torch.tensor([1.0, 1.0]))
+        tensor([3., 3.])
+    """
+    if a.ndim not in (2, 3) or a.shape[-1] != a.shape[-2]:
+        raise ValueError(f"matrix must be [n, n] or [B, n, n], got shape {tuple(a.shape)}")
+
+    def product(v: Tensor) -> Tensor:
+        return (a @ v.unsqueeze(-1)).squeeze(-1)
+
+    def transposed(v: Tensor) -> Tensor:
+        return (a.mT @ v.unsqueeze(-1)).squeeze(-1)
+
+    tags = {"symmetric": symmetric, "positive_definite": positive_definite, "batch_dims": a.ndim - 2}
+    return function(product, transposed, **tags)
+
+
+def adjoint(
+    linearise: Callable[[], Linearisation],
+    *,
+    fixed_point: bool,
+    symmetric: bool,
+    positive_definite: bool,
+    batch_dims: int,
+) -> LinearOperator:
+    """Aᵀ of a residual F (A = ∂₁F), or of a fixed point map Φ (A = I − ∂₁Φ), by automatic differentiation.
+
+    Args:
+        linearise: gives the Linearisation that a product uses: always the same one, or a new draw for each product.
+    """
+
+    def product(pull: Callable[[Linearisation, Any], list[Tensor]]) -> Product:
+        def apply(v: Vector) -> Vector:
+            pulled = v.space.pack(pull(linearise(), v.leaves))
+            return v - pulled if fixed_point else pulled
+
+        return apply
+
+    def products(pull: Callable[[Linearisation, Any], list[Tensor]]) -> Callable[[Basis], Basis]:
+        def apply(basis: Basis) -> Basis:
+            pulled = basis.with_leaves(pull(linearise(), basis.leaves()))
+            return basis.plus(pulled, -1.0) if fixed_point else pulled
+
+        return apply
+
+    return LinearOperator(
+        product(Linearisation.vjp),
+        product(Linearisation.jvp),
+        symmetric=symmetric,
+        positive_definite=positive_definite,
+        batch_dims=batch_dims,
+        many=products(Linearisation.vjp_many),
+        many_transpose=products(Linearisation.jvp_many),
+    )

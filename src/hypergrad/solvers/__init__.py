@@ -1,0 +1,36 @@
+"""Linear solvers: frozen configuration, called as solver(op, b, x0=None) → Solution."""
+
+from .._solution import HypergradientWarning, Solution, SolverError, Status
+from ._direct import Dense
+from ._krylov import CG, GMRES, LSQR, MINRES, BiCGStab, NormalCG
+from ._lowrank import Nystrom
+from ._solver import IterativeSolver, LinearSolver
+from ._stationary import FixedPoint, Neumann, OneStep
+from ._stochastic import Optimizer
+
+__all__ = [
+    # Krylov, symmetric
+    "CG",
+    "MINRES",
+    # Krylov, any
+    "GMRES",
+    "BiCGStab",
+    "LSQR",
+    "NormalCG",
+    # stationary
+    "FixedPoint",
+    "Neumann",
+    "OneStep",
+    # direct and low rank
+    "Dense",
+    "Nystrom",
+    # first order, stochastic
+    "Optimizer",
+    # their forms and answers
+    "LinearSolver",
+    "IterativeSolver",
+    "Solution",
+    "Status",
+    "SolverError",
+    "HypergradientWarning",
+]

@@ -1,0 +1,426 @@
+"""Krylov methods, side by side. Every scalar is per system; a system that is solved rests while others go on.
+
+Letters are those of the papers. A step never reads from the device unless the system asks for a look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._solution import Status
+from .._vector import Basis, Vector
+from ..operators import LinearOperator, function
+from ._solver import IterativeSolver, Outcome, System
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0: a direction that has vanished takes no further step."""
+    return torch.where(b == 0, 0.0, a / b)
+
+
+def event(code: Tensor | None, happened: Tensor, status: Status) -> Tensor:
+    """Record a status where it happened, unless something else happened before."""
+    if code is None:
+        code = torch.zeros_like(happened, dtype=torch.long)
+    return torch.where(happened & (code == 0), status.value, code)
+
+
+def asymmetry(p: Vector, ap: Vector, q: Vector, aq: Vector) -> Tensor:
+    """Whether pᵀ(Aq) ≠ qᵀ(Ap), from products that the method has done anyway: true for no symmetric A."""
+    size = p.norm() * aq.norm() + q.norm() * ap.norm()
+    return (p.dot(aq) - q.dot(ap)).abs() > p.space.eps**0.5 * size
+
+
+def require_symmetric(op: LinearOperator, name: str) -> None:
+    if not op.symmetric:
+        raise TypeError(
+            f"{name} needs a symmetric operator, and this one is not declared so. If it is symmetric, declare it "
+            f"(symmetric=True); if not, use GMRES, BiCGStab, NormalCG or LSQR"
+        )
+
+
+def build_preconditioner(preconditioner: Any, system: System) -> Callable[[Vector], Vector] | None:
+    """r ↦ M⁻¹ r from what the user gave: None, an operator, a function of pytrees, or a recipe such as Nystrom."""
+    if preconditioner is None or isinstance(preconditioner, LinearOperator):
+        return preconditioner
+    if hasattr(preconditioner, "preconditioner"):
+        return preconditioner.preconditioner(system.op, system.b)
+    return function(preconditioner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CG(IterativeSolver):
+    """Conjugate gradients for a symmetric positive definite A.
+
+        α = rᵀz / pᵀAp,   x ← x + αp,   r ← r − αAp,   z = M⁻¹r,   β = (rᵀz)₊ / rᵀz,   p ← z + βp
+
+    Curvature pᵀAp ≤ 0 ends it with NOT_POSITIVE_DEFINITE at the last iterate before; the first two products are
+    compared, so that an A that is not symmetric after all is found (NOT_SYMMETRIC).
+
+    Args:
+        preconditioner: r ↦ M⁻¹r, symmetric positive definite: a LinearOperator, a function of pytrees like b, or
+            `Nystrom(...)`, which is built from A.
+
+    Cost: one product a step; four vectors beside b (one more with a preconditioner or x0).
+    Source: Hestenes and Stiefel 1952.
+
+    Example:
+        >>> op = hg.operators.matrix(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), symmetric=True)
+        >>> CG(rtol=1e-6)(op, torch.tensor([1.0, 2.0])).value
+        tensor([0.0909, 0.6364])
+    """
+
+    preconditioner: Any = None
+
+    def _check_operator(self, op: LinearOperator) -> None:
+        require_symmetric(op, "CG")
+
+    def _iterate(self, system: System) -> Outcome:
+        op, stop2 = system.op, system.stop**2
+        precondition = build_preconditioner(self.preconditioner, system)
+        x, r = system.start()
+        z = r if precondition is None else precondition(r)
+        p = z.copy()
+        p0 = system.b if precondition is None and system.x0 is None else z.copy()
+        first: tuple[Vector, Vector] | None = None
+        rz = r.dot(z)
+        rr = rz if precondition is None else r.dot(r)
+        going = rr > stop2
+        code, trace, curvatures = None, [rr], []
+        for k in range(system.max_steps):
+            if system.finished(k, going):
+                break
+            ap = op(p)
+            if k == 0:
+                first = p0, ap
+                del p0
+            elif first is not None:
+                code = event(None, asymmetry(*first, p, ap) & going, Status.NOT_SYMMETRIC)
+                first = None
+            curvature = p.dot(ap)
+            curvatures.append(curvature)
+            going = going & (curvature > 0)
+            alpha = torch.where(going, rz / curvature, 0.0)
+            x.add_(p, alpha)
+            r.add_(ap, alpha, -1.0)
+            z = r if precondition is None else precondition(r)
+            rz, old = r.dot(z), rz
+            rr = rz if precondition is None else r.dot(r)
+            going = going & (rr > stop2)
+            trace.append(rr)
+            p.scale_add_(divide(rz, old), z)
+        norms2 = torch.stack(trace)
+        if curvatures:
+            flat = (torch.stack(curvatures) <= 0) & (norms2[:-1] > stop2)
+            code = event(code, flat.any(0), Status.NOT_POSITIVE_DEFINITE)
+        return Outcome(x, norms2.sqrt(), len(trace) - 1, code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MINRES(IterativeSolver):
+    """Minimal residuals for a symmetric A, which may be indefinite or singular.
+
+    Lanczos vectors v (and z = M⁻¹v), one Givens rotation (c, s) a step, ‖r‖ = |η| never grows. On an inconsistent
+    singular system it ends as STAGNATED at a least-squares solution.
+
+    Args:
+        preconditioner: r ↦ M⁻¹r, symmetric positive definite, as in CG.
+
+    Cost: one product a step; seven vectors beside b (two more with a preconditioner).
+    Source: Paige and Saunders 1975; letters as in Elman, Silvester and Wathen, Algorithm 6.1.
+    """
+
+    preconditioner: Any = None
+
+    def _check_operator(self, op: LinearOperator) -> None:
+        require_symmetric(op, "MINRES")
+
+    def _iterate(self, system: System) -> Outcome:
+        op, stop = system.op, system.stop
+        precondition = build_preconditioner(self.preconditioner, system)
+        x, r = system.start()
+        v = r.copy()
+        z = v if precondition is None else precondition(v)
+        v_old, w, w_old = v.zeros(), v.zeros(), v.zeros()
+        gamma = v.dot(z).clamp_min(0).sqrt()
+        gamma_old = torch.ones_like(gamma)
+        eta, norm = gamma, r.norm()
+        c, c_old, s, s_old, size = gamma * 0 + 1, gamma * 0 + 1, gamma * 0, gamma * 0, gamma * 0
+        going, code, trace = norm > stop, None, [norm]
+        first: tuple[Vector, Vector] | None = None
+        for k in range(system.max_steps):
+            if system.finished(k, going):
+                break
+            z = z * divide(torch.ones_like(gamma), gamma)
+            az = op(z)
+            if k == 0:
+                first = z, az
+            elif first is not None:
+                asymmetric = going & asymmetry(*first, z, az)
+                code, first = event(code, asymmetric, Status.NOT_SYMMETRIC), None
+            delta = az.dot(z)
+            v_new = az - v * divide(delta, gamma)
+            v_new.add_(v_old, divide(gamma, gamma_old), -1.0)
+            z_new = v_new if precondition is None else precondition(v_new)
+            gamma_new = v_new.dot(z_new).clamp_min(0).sqrt()
+            a0 = c * delta - c_old * s * gamma
+            a1 = torch.hypot(a0, gamma_new)
+            a2 = s * delta + c_old * c * gamma
+            a3 = s_old * gamma
+            # ‖A r‖ / ‖r‖ of the iterate before this step: where it vanishes, that is a least-squares solution.
+            size = torch.maximum(size, torch.hypot(delta, torch.hypot(gamma_new, gamma * (k > 0))))
+            flat = torch.hypot(a0, c * gamma_new) <= 100 * v.space.eps * size
+            code = event(code, going & flat, Status.STAGNATED)
+            going = going & ~flat
+            c_old, s_old = c, s
+            c, s = divide(a0, a1), divide(gamma_new, a1)
+            w_new = (z - w_old * a3 - w * a2) * divide(torch.ones_like(a1), a1)
+            x.add_(w_new, torch.where(going, c * eta, 0.0))
+            eta = torch.where(going, -s * eta, eta)
+            if precondition is None:
+                norm = eta.abs()
+            else:
+                r = r * torch.where(going, s * s, 1.0) + v_new * torch.where(going, divide(c * eta, gamma_new), 0.0)
+                norm = r.norm()
+            going = going & (norm > stop)
+            trace.append(norm)
+            v_old, v, z, w_old, w = v, v_new, z_new, w, w_new
+            gamma_old, gamma = gamma, gamma_new
+        return Outcome(x, torch.stack(trace), len(trace) - 1, code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMRES(IterativeSolver):
+    """Generalised minimal residuals for any A, restarted: the usual choice where A is not symmetric.
+
+    Arnoldi with Gram–Schmidt done twice: A V_m = V_{m+1} H, then min_y ‖βe₁ − Hy‖, x ← x + V_m y. A whole cycle that
+    gains less than a thousandth ends it as STAGNATED.
+
+    Args:
+        restart: m, steps after which the basis is thrown away.
+
+    Cost: one product a step; m + 1 vectors.
+    Source: Saad and Schultz 1986.
+    """
+
+    restart: int = 30
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.restart, int) or self.restart < 1:
+            raise ValueError(f"GMRES: restart must be an integer ≥ 1, got {self.restart!r}")
+
+    def _iterate(self, system: System) -> Outcome:
+        x, r = system.start()
+        beta = r.norm()
+        going, code = beta > system.stop, None
+        trace, steps, cycle = [beta.unsqueeze(0)], 0, -1
+        while steps < system.max_steps and cycle and not system.finished(steps, going):
+            rest = min(self.restart, system.max_steps - steps)
+            basis, h, cycle = self._arnoldi(system, r, beta, going, rest, steps)
+            if not cycle:
+                break
+            q, triangle, norms = hessenberg_qr(h, beta)
+            y = triangular_solve(triangle, q[..., 0, :] * beta.unsqueeze(-1))
+            y = torch.where(going.unsqueeze(-1), y, 0.0)
+            x = x + basis.combine(y)
+            left = -(h @ y.unsqueeze(-1)).squeeze(-1)
+            left[..., 0] += beta
+            r = basis.combine(left)
+            trace.append(torch.where(going, norms, beta))
+            stuck = (norms[-1] > 0.999 * beta) & going if cycle == self.restart else going & False
+            code = event(code, stuck, Status.STAGNATED)
+            beta = r.norm()
+            going = going & ~stuck & (beta > system.stop)
+            steps += cycle
+        return Outcome(x, torch.cat(trace), steps, code)
+
+    def _arnoldi(
+        self, system: System, r: Vector, beta: Tensor, going: Tensor, most: int, before: int
+    ) -> tuple[Basis, Tensor, int]:
+        """The basis, the Hessenberg matrix [steps + 1, steps] (or [B, …]) and the steps done."""
+        basis = Basis(r, most + 1)
+        basis[0] = r * divide(torch.ones_like(beta), beta)
+        h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
+        for j in range(most):
+            w = system.op(basis[j])
+            for _ in range(2):
+                projection = basis.coefficients(w, j + 1)
+                w = w - basis.combine(projection)
+                h[..., : j + 1, j] += projection
+            norm = w.norm()
+            h[..., j + 1, j] = norm
+            basis[j + 1] = w * divide(torch.ones_like(norm), norm)
+            if system.goal is not None and (before + j + 1) % system.check_every == 0:
+                norms = hessenberg_qr(h[..., : j + 2, : j + 1], beta)[2]
+                if system.finished(before + j + 1, going & (norms[-1] > system.stop)):
+                    return basis, h[..., : j + 2, : j + 1], j + 1
+        return basis, h, most
+
+
+def hessenberg_qr(h: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, R of a Hessenberg matrix [m + 1, m], and the least residual norms ‖βe₁ − H_j y‖ for j = 1 … m: [m, …]."""
+    q, triangle = torch.linalg.qr(h)
+    diagonal = triangle.diagonal(dim1=-2, dim2=-1).abs()
+    below = h.diagonal(offset=-1, dim1=-2, dim2=-1)
+    dead = diagonal <= negligible(triangle)
+    sines = torch.where(dead, 1.0, below / diagonal).clamp_max(1.0)
+    norms = beta.unsqueeze(-1) * sines.cumprod(-1)
+    return q, triangle, norms.movedim(-1, 0)
+
+
+def negligible(triangle: Tensor) -> Tensor:
+    """The size below which a diagonal entry of R is rounding."""
+    largest = triangle.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)
+    return 10 * torch.finfo(triangle.dtype).eps * largest
+
+
+def triangular_solve(triangle: Tensor, rhs: Tensor) -> Tensor:
+    """R⁻¹ rhs, leaving out directions in which R is zero to rounding."""
+    dead = triangle.diagonal(dim1=-2, dim2=-1).abs() <= negligible(triangle)
+    eye = torch.eye(triangle.shape[-1], dtype=triangle.dtype, device=triangle.device)
+    safe = torch.where(dead.unsqueeze(-1), eye, triangle)
+    right = torch.where(dead, 0.0, rhs).unsqueeze(-1)
+    return torch.linalg.solve_triangular(safe, right, upper=True).squeeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiCGStab(IterativeSolver):
+    """Stabilised biconjugate gradients for any A, in constant memory.
+
+    Its residual is not monotone, and ρ = r̂ᵀr, r̂ᵀv or ω may vanish: BREAKDOWN, at the last iterate before.
+
+    Cost: two products a step; seven vectors beside b.
+    Source: van der Vorst 1992.
+    """
+
+    def _iterate(self, system: System) -> Outcome:
+        op, stop, eps = system.op, system.stop, system.b.space.eps
+        x, r = system.start()
+        shadow, p, v = r.copy(), r.copy(), r.zeros()
+        rho = r.dot(r)
+        norm = rho.sqrt()
+        shadow_norm = norm
+        going, code, trace = norm > stop, None, [norm]
+        for k in range(system.max_steps):
+            if system.finished(k, going):
+                break
+            v = op(p)
+            along = shadow.dot(v)
+            broke = (along.abs() <= eps * eps * shadow_norm * v.norm()) | (rho.abs() <= eps * shadow_norm * norm)
+            code = event(code, going & broke, Status.BREAKDOWN)
+            going = going & ~broke
+            alpha = torch.where(going, divide(rho, along), 0.0)
+            s = r - v * alpha
+            t = op(s)
+            omega = torch.where(going, divide(t.dot(s), t.dot(t)), 0.0)
+            x.add_(p, alpha).add_(s, omega)
+            r = s.add_(t, omega, -1.0)
+            rho, old = shadow.dot(r), rho
+            p.add_(v, omega, -1.0).scale_add_(divide(rho, old) * divide(alpha, omega), r)
+            norm = r.norm()
+            trace.append(norm)
+            going = going & (norm > stop)
+            stuck = going & (omega == 0)
+            code = event(code, stuck, Status.BREAKDOWN)
+            going = going & ~stuck
+        return Outcome(x, torch.stack(trace), len(trace) - 1, code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalCG(IterativeSolver):
+    """Conjugate gradients on the normal equations AᵀA x = Aᵀb, for any A; the condition number is squared.
+
+        s = Aᵀr,   q = Ap,   α = sᵀs / qᵀq,   x ← x + αp,   r ← r − αq,   p ← s₊ + (s₊ᵀs₊ / sᵀs) p
+
+    AᵀA is never formed. On an inconsistent singular system it ends as STAGNATED at a least-squares solution.
+
+    Cost: one product with A and one with Aᵀ a step; five vectors beside b.
+    Source: Hestenes and Stiefel 1952, section 10; the form is that of CGLS in Paige and Saunders 1982.
+    """
+
+    def _iterate(self, system: System) -> Outcome:
+        op, transposed, stop2, eps = system.op, system.op.T, system.stop**2, system.b.space.eps
+        x, r = system.start()
+        rr = r.dot(r)
+        going, code, trace = rr > stop2, None, [rr]
+        if not system.max_steps or system.finished(0, going):
+            return Outcome(x, rr.sqrt().unsqueeze(0), 0)
+        s = transposed(r)
+        p = s.copy()
+        ss = first = s.dot(s)
+        for k in range(system.max_steps):
+            if k and system.finished(k, going):
+                break
+            flat = ss <= (10 * eps) ** 2 * first
+            code = event(code, going & flat, Status.STAGNATED)
+            going = going & ~flat
+            q = op(p)
+            alpha = torch.where(going, divide(ss, q.dot(q)), 0.0)
+            x.add_(p, alpha)
+            r.add_(q, alpha, -1.0)
+            rr = r.dot(r)
+            trace.append(rr)
+            going = going & (rr > stop2)
+            if k + 1 < system.max_steps:
+                s = transposed(r)
+                ss, old = s.dot(s), ss
+                p.scale_add_(divide(ss, old), s)
+        return Outcome(x, torch.stack(trace).sqrt(), len(trace) - 1, code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSQR(IterativeSolver):
+    """Golub–Kahan bidiagonalisation of A: min ‖Ax − b‖ for any A, steadier than NormalCG where A is ill-conditioned.
+
+        βu = Av − αu,   αv = Aᵀu − βv,   one rotation (c, s) a step;   ‖r‖ = φ̄,   ‖Aᵀr‖ = φ̄ α |c|
+
+    On an inconsistent singular system it ends as STAGNATED at the least-squares solution.
+
+    Cost: one product with A and one with Aᵀ a step; four vectors beside b.
+    Source: Paige and Saunders 1982.
+    """
+
+    def _iterate(self, system: System) -> Outcome:
+        op, transposed, stop, eps = system.op, system.op.T, system.stop, system.b.space.eps
+        x, u = system.start()
+        beta = u.norm()
+        going, code, trace = beta > stop, None, [beta]
+        if not system.max_steps or system.finished(0, going):
+            return Outcome(x, beta.unsqueeze(0), 0)
+        one = torch.ones_like(beta)
+        u.scale_(divide(one, beta))
+        v = transposed(u).copy()
+        alpha = v.norm()
+        v.scale_(divide(one, alpha))
+        w = v.copy()
+        rho_bar, phi_bar, size = alpha, beta, alpha
+        flat = alpha == 0
+        for k in range(system.max_steps):
+            if k and system.finished(k, going):
+                break
+            code = event(code, going & flat, Status.STAGNATED)
+            going = going & ~flat
+            u.scale_add_(-alpha, op(v))
+            beta = u.norm()
+            u.scale_(divide(one, beta))
+            rho = torch.hypot(rho_bar, beta)
+            c, s = divide(rho_bar, rho), divide(beta, rho)
+            x.add_(w, torch.where(going, divide(c * phi_bar, rho), 0.0))
+            phi_bar = torch.where(going, s * phi_bar, phi_bar)
+            trace.append(phi_bar)
+            going = going & (phi_bar > stop)
+            if k + 1 < system.max_steps:
+                v.scale_add_(-beta, transposed(u))
+                alpha = v.norm()
+                v.scale_(divide(one, alpha))
+                w.scale_add_(-divide(s * alpha, rho), v)
+                rho_bar = -c * alpha
+                size = torch.maximum(size, torch.hypot(alpha, beta))
+                flat = alpha * c.abs() <= 10 * eps * size
+        return Outcome(x, torch.stack(trace), len(trace) - 1, code)

@@ -1,0 +1,236 @@
+"""What all linear solvers share: their configuration, the system they see, and the check of their answer."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from .._solution import OnFailure, Solution, Status
+from .._vector import Space, Vector
+from ..operators import LinearOperator
+
+# A solver is anything of this form; a plain function may return the bare value.
+Solver: TypeAlias = Callable[..., Any]
+
+
+@dataclass
+class System:
+    """A x = b as an iteration sees it: damped operator, right hand side scaled near 1, limits resolved."""
+
+    op: LinearOperator
+    b: Vector
+    x0: Vector | None
+    max_steps: int
+    stop: Tensor  # a system rests once ‖r‖ ≤ stop, 0-d or [B]: the tolerance or, without one, rounding level
+    goal: Tensor | None  # the tolerance itself; None runs max_steps without looking
+    check_every: int
+
+    def start(self) -> tuple[Vector, Vector]:
+        """x and r = b − A x in memory of their own; no product where there is no x0."""
+        if self.x0 is None:
+            return self.b.zeros(), self.b.copy()
+        return self.x0.copy(), self.b - self.op(self.x0)
+
+    def finished(self, step: int, going: Tensor) -> bool:
+        """Whether no system goes on, read from the device every check_every steps; never in fixed-step mode."""
+        return self.goal is not None and step % self.check_every == 0 and not bool(going.any())
+
+
+@dataclass
+class Outcome:
+    """Where an iteration arrived, in scaled units, before its residual is recomputed."""
+
+    x: Vector
+    trace: Tensor  # ‖r‖ by the recursion before each step and, where known, after the last: [steps (+ 1)(, B)]
+    steps: int
+    code: Tensor | None = None  # Status values of what went wrong on the way
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSolver(ABC):
+    """Configuration of a solver of (A + damping · I) x = b, called as solver(op, b, x0=None) → Solution.
+
+    Args:
+        rtol, atol: solved when ‖b − Ax‖ ≤ max(atol, rtol · ‖b‖). With neither given, the method runs as far as it is
+            told to and that is success.
+        damping: γ ≥ 0, added to the diagonal; residuals are those of the damped system.
+        on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore" (reads nothing from the device).
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    damping: float = 0.0
+    on_failure: OnFailure = "warn"
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol", "damping"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{type(self).__name__}: {name} must be a finite number ≥ 0, got {value!r}")
+        if self.on_failure not in ("warn", "raise", "ignore"):
+            raise ValueError(f'on_failure must be "warn", "raise" or "ignore", got {self.on_failure!r}')
+
+    @final
+    def __call__(self, op: LinearOperator, b: Any, x0: Any = None) -> Solution:
+        """Solve for x.
+
+        Args:
+            op: the operator A.
+            b: right hand side: a Vector or a pytree of tensors (with batch_dims=1: [B, ...] each).
+            x0: start, like b; zero if None.
+
+        Returns: Solution whose value has b's structure.
+        Raises: TypeError or ValueError for an x0 unlike b, or for an operator that this solver cannot take;
+            SolverError under on_failure="raise".
+        Cost: the method's products and one more, for the true residual.
+        """
+        vector = b if isinstance(b, Vector) else Space(b, "b", op.batch_dims).vector(b, "b")
+        start = x0 if x0 is None or isinstance(x0, Vector) else vector.space.vector(x0, "x0")
+        solution = solve(self, op, vector.copy(), start)
+        solution.report(type(self).__name__, self.on_failure)
+        return solution if isinstance(b, Vector) else replace(solution, value=solution.value.tree)
+
+    _runs_to_tolerance: ClassVar[bool] = True  # False: an approximation, successful without a tolerance
+    _scales: ClassVar[bool] = True  # False: the method's own parameters have the units of b
+
+    @abstractmethod
+    def _iterate(self, system: System) -> Outcome:
+        """Run the method. The residual is recomputed afterwards, by whoever called."""
+
+    def _check_operator(self, op: LinearOperator) -> None:  # noqa: B027 (most methods take any operator)
+        """Raise for an operator that this method cannot take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterativeSolver(LinearSolver):
+    """A solver that goes step by step.
+
+    Args:
+        max_steps: the number of steps: exact where neither rtol nor atol is given, else the most that are done
+            (default: 10 n, at most 1,000). With max_steps, rtol and atol all left out, rtol is 1e-6 in float64 and
+            1e-4 in narrower types.
+        check_every: steps between two looks at the residual, each a device synchronisation (default: 1 on the CPU,
+            where looking is free, 5 elsewhere). Without a tolerance it is never looked at.
+    """
+
+    max_steps: int | None = None
+    check_every: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("max_steps", 0), ("check_every", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{type(self).__name__}: {name} must be an integer ≥ {least}, got {value!r}")
+
+
+def solve(
+    solver: Solver,
+    op: LinearOperator,
+    b: Vector,
+    x0: Vector | None,
+    last_product: Callable[[Vector], Vector] | None = None,
+) -> Solution:
+    """Run a solver and recompute its residual; does not warn. b is overwritten.
+
+    Args:
+        solver: a LinearSolver, or a plain function (op, b, x0) → Vector, pytree or Solution.
+        last_product: v ↦ A v, where the caller needs that product anyway; it replaces the product for the residual,
+            and the iteration is then not taken up again when the recursion was too optimistic.
+    """
+    with torch.no_grad():
+        if not isinstance(solver, LinearSolver):
+            return _run_function(solver, op, b, x0, last_product or op)
+        solver._check_operator(op)
+        op = op.damped(solver.damping)
+        scale = b.scale() if solver._scales else b.space.scalar(1.0)
+        b.scale_(1 / scale)
+        system = _system(solver, op, b, None if x0 is None else x0 / scale, scale)
+        outcome = solver._iterate(system)
+        for refinements_left in (2, 1, 0):
+            x = outcome.x.scale_(scale)
+            image = op(x) if last_product is None else _damped(last_product(x), x, solver.damping)
+            residual = (b - image / scale).norm()
+            if len(outcome.trace) == outcome.steps:
+                outcome.trace = torch.cat([outcome.trace, residual.unsqueeze(0)])
+            code = _judge(outcome, residual, system)
+            if last_product is not None or system.goal is None or not refinements_left:
+                break
+            if not bool((code == Status.STAGNATED.value).any()) or outcome.code is not None:
+                break
+            system.x0 = x / scale
+            system.max_steps -= outcome.steps
+            outcome = _continued(outcome, solver._iterate(system))
+        return Solution(x, code, _steps(outcome, system), residual * scale, b.norm() * scale, outcome.trace * scale)
+
+
+def _damped(image: Vector, x: Vector, damping: float) -> Vector:
+    return image + x * damping if damping else image
+
+
+def _system(solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | None, scale: Tensor) -> System:
+    rtol, atol = solver.rtol, solver.atol
+    limits = (solver.max_steps, solver.check_every) if isinstance(solver, IterativeSolver) else (None, None)
+    max_steps, every = limits
+    if rtol is None and atol is None and max_steps is None and solver._runs_to_tolerance:
+        rtol = 1e-6 if b.space.eps < 1e-10 else 1e-4
+    norm = b.norm()
+    stop, goal = b.space.eps * norm, None
+    if rtol is not None or atol is not None:
+        goal = torch.maximum((rtol or 0.0) * norm, (atol or 0.0) / scale)
+        # A little below the goal, so that rounding between the recursion's and the true residual does not matter.
+        stop = torch.maximum(stop, 0.9 * goal)
+    if max_steps is None:
+        max_steps = min(10 * b.space.length, 1000)
+    every = every or (1 if b.space.device.type == "cpu" else 5)
+    return System(op, b, x0, max_steps, stop, goal, every)
+
+
+def _judge(outcome: Outcome, residual: Tensor, system: System) -> Tensor:
+    """The Status values that the true residual and the events on the way lead to; nothing is read from the device."""
+    claimed = outcome.trace[-1] <= system.stop
+    if system.goal is None:
+        code = torch.zeros_like(residual, dtype=torch.long) if outcome.code is None else outcome.code
+    else:
+        code = torch.where(claimed, Status.STAGNATED.value, Status.MAX_STEPS.value)
+        if outcome.code is not None:
+            code = torch.where(outcome.code > 0, outcome.code, code)
+        solved = (residual <= system.goal) & (code != Status.BREAKDOWN.value)
+        code = torch.where(solved, Status.CONVERGED.value, code)
+    finite = torch.isfinite(residual) & (torch.isfinite(outcome.trace[-1]) | (code == Status.CONVERGED.value))
+    if system.goal is None:
+        finite = finite & torch.isfinite(outcome.trace[-1])
+    return torch.where(finite, code, Status.NON_FINITE.value)
+
+
+def _continued(first: Outcome, second: Outcome) -> Outcome:
+    return Outcome(second.x, torch.cat([first.trace, second.trace[1:]]), first.steps + second.steps, second.code)
+
+
+def _steps(outcome: Outcome, system: System) -> int | Tensor:
+    """Steps done; for batched systems those before each rested."""
+    if not outcome.trace.ndim > 1:
+        return outcome.steps
+    return (outcome.trace[:-1] > system.stop).sum(0)
+
+
+def _run_function(
+    function: Solver, op: LinearOperator, b: Vector, x0: Vector | None, last_product: Callable[[Vector], Vector]
+) -> Solution:
+    """A user's plain function as a solver: its answer is checked like any other."""
+    before = op.products
+    result = function(op, b, x0)
+    value = result.value if isinstance(result, Solution) else result
+    x = value if isinstance(value, Vector) else b.space.vector(value, "the solver's result")
+    residual = (b - last_product(x)).norm()
+    code = result.code if isinstance(result, Solution) else torch.zeros_like(residual, dtype=torch.long)
+    code = torch.where(torch.isfinite(residual), code, Status.NON_FINITE.value)
+    steps = result.steps if isinstance(result, Solution) else op.products - before
+    trace = result.trace if isinstance(result, Solution) else torch.stack([residual])
+    return Solution(x, code, steps, residual, b.norm(), trace)

@@ -1,0 +1,65 @@
+"""First-order methods on the linear system, for products that are noisy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._vector import Vector
+from ._solver import IterativeSolver, Outcome, System
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(IterativeSolver):
+    """Any torch.optim optimizer on the linear system, with A x − b in place of the gradient.
+
+    For a symmetric A that is the gradient of ½xᵀAx − bᵀx. With a stochastic A every step sees a new draw, and a falling
+    learning rate averages them. Without x0 it starts from b.
+
+    Args:
+        build: list of tensors ↦ optimizer, or (optimizer, scheduler); the scheduler steps after each step. The tensors
+            are x in the leaves of b. Learning rates are in the units of the user's problem. Default: SGD(lr=1), which
+            for A = I − Jᵀ is FixedPoint.
+
+    Cost: one product a step for an optimizer that evaluates once (LBFGS: more); the optimizer's state.
+    Source: Grazzi, Pontil and Salzo 2021, Algorithm 1 (step 2).
+    """
+
+    build: Callable[[list[Tensor]], Any] = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
+    _scales: ClassVar[bool] = False
+
+    def _iterate(self, system: System) -> Outcome:
+        start = system.b if system.x0 is None else system.x0
+        space = start.space
+        parameters = [leaf.clone().requires_grad_() for leaf in start.leaves]
+        built = self.build(parameters)
+        optimizer, scheduler = built if isinstance(built, tuple) else (built, None)
+        going, trace, first = system.b.norm() > system.stop, [], True
+
+        def here() -> Vector:
+            return space.pack([p.detach() for p in parameters])
+
+        def closure() -> Tensor:
+            nonlocal first
+            with torch.no_grad():
+                x = here()
+                gradient = system.op(x) - system.b
+                if first:
+                    trace.append(gradient.norm())
+                    first = False
+                space.assign_grad(parameters, gradient)
+                return 0.5 * x.dot(gradient - system.b).sum()
+
+        steps = 0
+        while steps < system.max_steps and not system.finished(steps, going):
+            first = True
+            optimizer.step(closure)
+            if scheduler is not None:
+                scheduler.step()
+            going = trace[-1] > system.stop
+            steps += 1
+        return Outcome(here().copy(), torch.stack(trace or [system.b.norm()]), steps)
