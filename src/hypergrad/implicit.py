@@ -58,8 +58,8 @@ class Hypergradient:
         if worst > UNSOLVED:
             warn(
                 f"the inner problem is not solved: its residual is {float(self.inner_residual.max()):.2e}, and params "
-                f"are an estimated {worst:.1%} (of their norm) or more away from the solution, so the hypergradient means "
-                f"little. Run the inner solver longer, or differentiate its steps instead (reverse)"
+                f"are an estimated {worst:.1%} (of their norm) or more away from the solution, so the hypergradient "
+                f"means little. Run the inner solver longer, or differentiate its steps instead (reverse)"
             )
 
 

@@ -86,8 +86,7 @@ class CG(IterativeSolver):
         x, r = system.start()
         z = r if precondition is None else precondition(r)
         p = z.copy()
-        p0 = system.b if precondition is None and system.x0 is None else z.copy()
-        first: tuple[Vector, Vector] | None = None
+        first = [system.b if precondition is None and system.x0 is None else z.copy()]
         rz = r.dot(z)
         rr = rz if precondition is None else r.dot(r)
         going = rr > stop2
@@ -97,11 +96,10 @@ class CG(IterativeSolver):
                 break
             ap = op(p)
             if k == 0:
-                first = p0, ap
-                del p0
-            elif first is not None:
+                first.append(ap)
+            elif k == 1:
                 code = event(None, asymmetry(*first, p, ap) & going, Status.NOT_SYMMETRIC)
-                first = None
+                first.clear()
             curvature = p.dot(ap)
             curvatures.append(curvature)
             going = going & (curvature > 0)
@@ -152,17 +150,17 @@ class MINRES(IterativeSolver):
         eta, norm = gamma, r.norm()
         c, c_old, s, s_old, size = gamma * 0 + 1, gamma * 0 + 1, gamma * 0, gamma * 0, gamma * 0
         going, code, trace = norm > stop, None, [norm]
-        first: tuple[Vector, Vector] | None = None
+        first: list[Vector] = []
         for k in range(system.max_steps):
             if system.finished(k, going):
                 break
             z = z * divide(torch.ones_like(gamma), gamma)
             az = op(z)
             if k == 0:
-                first = z, az
-            elif first is not None:
-                asymmetric = going & asymmetry(*first, z, az)
-                code, first = event(code, asymmetric, Status.NOT_SYMMETRIC), None
+                first = [z, az]
+            elif k == 1:
+                code = event(code, asymmetry(*first, z, az) & going, Status.NOT_SYMMETRIC)
+                first.clear()
             delta = az.dot(z)
             v_new = az - v * divide(delta, gamma)
             v_new.add_(v_old, divide(gamma, gamma_old), -1.0)
