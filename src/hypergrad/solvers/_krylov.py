@@ -98,7 +98,7 @@ class CG(IterativeSolver):
             if k == 0:
                 first.append(ap)
             elif k == 1:
-                code = event(None, asymmetry(*first, p, ap) & going, Status.NOT_SYMMETRIC)
+                code = event(None, asymmetry(first[0], first[1], p, ap) & going, Status.NOT_SYMMETRIC)
                 first.clear()
             curvature = p.dot(ap)
             curvatures.append(curvature)
@@ -159,7 +159,7 @@ class MINRES(IterativeSolver):
             if k == 0:
                 first = [z, az]
             elif k == 1:
-                code = event(code, asymmetry(*first, z, az) & going, Status.NOT_SYMMETRIC)
+                code = event(code, asymmetry(first[0], first[1], z, az) & going, Status.NOT_SYMMETRIC)
                 first.clear()
             delta = az.dot(z)
             v_new = az - v * divide(delta, gamma)
