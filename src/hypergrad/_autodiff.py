@@ -90,6 +90,23 @@ def depends(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     return False
 
 
+def strangers(outputs: Sequence[Tensor], declared: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors."""
+    known = {id(x) for x in declared}
+    stack = [torch.autograd.graph.get_gradient_edge(y).node for y in outputs if y.requires_grad]
+    seen, found = set(), []
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            found.append(variable)
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return found
+
+
 def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """tensor.backward(grad) for each tensor that requires grad, in one pass: the only function that writes .grad."""
     pairs = [(x, g) for x, g in zip(tensors, grads, strict=True) if x.requires_grad]

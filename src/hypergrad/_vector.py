@@ -83,13 +83,13 @@ class Space:
         self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
 
     def _batch_shape(self) -> torch.Size:
-        if self.batch_dims not in (0, 1):
-            raise ValueError(f"batch_dims must be 0 or 1, got {self.batch_dims}")
+        if self.batch_dims < 0:
+            raise ValueError(f"batch_dims must be ≥ 0, got {self.batch_dims}")
         first = self.shapes[0][: self.batch_dims]
         for path, shape in zip(self.paths, self.shapes, strict=True):
             if shape[: self.batch_dims] != first or len(shape) < self.batch_dims:
                 raise ValueError(
-                    f"batch_dims=1 needs one leading axis of the same length in every leaf, but {self.paths[0]} has "
+                    f"batch_dims={self.batch_dims} needs leading axes of the same lengths in every leaf, but {self.paths[0]} has "
                     f"shape {tuple(self.shapes[0])} and {path} has {tuple(shape)}"
                 )
         return first
