@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 FREED = (
-    "the graph of this loss or map was already freed by an earlier backward(), grad() or hypergradient: evaluate it "
-    "again, or pass a callable, which is evaluated anew"
+    "the graph of this loss or map, or of hparams, was already freed by an earlier backward(), grad() or "
+    "hypergradient: evaluate it again; losses and maps passed as callables are evaluated anew"
 )
 ATTENTION = (
     "a fused attention kernel has no second derivative: evaluate the model under "
@@ -75,42 +75,70 @@ def grad(
     return [_dense_or_zeros(g, x, lead) for g, x in zip(grads, inputs, strict=True)]
 
 
-def depends(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
-    """Whether any output has any input in its graph. Walks the graph; evaluates nothing."""
-    sought = {torch.autograd.graph.get_gradient_edge(x).node for x in inputs if x.requires_grad}
-    stack = [y.grad_fn or torch.autograd.graph.get_gradient_edge(y).node for y in outputs if y.requires_grad]
-    seen = set()
+def _edge(x: Tensor) -> tuple[Any, int]:
+    """Where x comes from: a node of the graph, and which of its outputs x is."""
+    edge = torch.autograd.graph.get_gradient_edge(x)
+    return edge.node, edge.output_nr
+
+
+def _behind(edges: Iterable[tuple[Any, int]], seen: set[Any]) -> Iterator[tuple[Any, int]]:
+    """These edges and all that lead to them, some more than once; nodes in `seen` are not entered again."""
+    stack = list(edges)
     while stack:
-        node = stack.pop()
-        if node in sought:
-            return True
+        node, output = stack.pop()
+        yield node, output
         if node not in seen:
             seen.add(node)
-            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return False
+            stack.extend(parent for parent in node.next_functions if parent[0] is not None)
+
+
+def depends(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether any output has any input in its graph. Walks the graph; evaluates nothing."""
+    sought = {_edge(x) for x in inputs if x.requires_grad}
+    return any(edge in sought for edge in _behind([_edge(y) for y in outputs if y.requires_grad], set()))
+
+
+def computed_from(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """The first (i, j) where tensor i was computed from tensor j, or None. Walks the graph."""
+    places = {_edge(x): i for i, x in enumerate(tensors) if x.requires_grad}
+    seen: set[Any] = set()
+    for i, x in enumerate(tensors):
+        parents = () if x.grad_fn is None else x.grad_fn.next_functions
+        for edge in _behind([parent for parent in parents if parent[0] is not None], seen):
+            if places.get(edge, i) != i:
+                return i, places[edge]
+    return None
 
 
 def strangers(outputs: Sequence[Tensor], declared: Sequence[Tensor]) -> list[Tensor]:
     """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors."""
     known = {id(x) for x in declared}
-    stack = [torch.autograd.graph.get_gradient_edge(y).node for y in outputs if y.requires_grad]
-    seen, found = set(), []
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known:
-            found.append(variable)
-        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return found
+    edges = _behind([_edge(y) for y in outputs if y.requires_grad], set())
+    variables = (getattr(node, "variable", None) for node, _ in edges)
+    return list({id(x): x for x in variables if x is not None and id(x) not in known}.values())
 
 
 def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """tensor.backward(grad) for each tensor that requires grad, in one pass: the only function that writes .grad."""
+    """tensor.backward(grad) for each tensor that requires grad, in one pass: the only function that writes .grad.
+
+    An error on the way (a graph that was freed, a hook) leaves every .grad as it was.
+    """
     pairs = [(x, g) for x, g in zip(tensors, grads, strict=True) if x.requires_grad]
-    torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+    outputs = [x for x, _ in pairs]
+    written = [] if all(x.is_leaf for x in outputs) else strangers(outputs, ())
+    written += [x for x in outputs if x.retains_grad]
+    kept = [(x, x.grad, None if x.grad is None else x.grad.clone()) for x in written]
+    try:
+        torch.autograd.backward(outputs, [g for _, g in pairs])
+    except BaseException as error:
+        for x, before, numbers in kept:
+            x.grad = before
+            if before is not None:
+                before.detach().copy_(numbers)
+        better = _explained(error) if isinstance(error, RuntimeError) else error
+        if better is error:
+            raise
+        raise better from error
 
 
 def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:

@@ -7,20 +7,22 @@
         reverse:  λ̄ = −∂₂Fᵀ A⁻ᵀ w̄
         forward:  ẇ = −A⁻¹ ∂₂F λ̇
 
-Both rules call LinearSolve again, on the transposed operator, so derivatives of any order exist. A vmap over either is one
-batched solve on plain tensors, so a solver may look at its residuals under any transform. Only reverse products are used
-(a product with a Jacobian is the derivative of its transposed product): forward mode inside reverse mode is wrong through
-normalisation layers (torch 2.13).
+Both rules call LinearSolve again, on the transposed operator, so derivatives of any order exist. A vmap over either is
+one batched solve on plain tensors, so a solver may look at its residuals under any transform. Only reverse products are
+used (a product with a Jacobian is the derivative of its transposed product): forward mode inside reverse mode is wrong
+through normalisation layers (torch 2.13).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from . import _autodiff, operators
 from ._autodiff import Linearisation
@@ -94,7 +96,7 @@ class Problem:
     def linearise(self, w: Leaves, hparams: Leaves, wanted: Sequence[Tensor] = ()) -> Linearisation:
         """The retained graph of F at plain tensors; undeclared tensors in it are an error."""
         outputs = self.function(w, hparams)
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(y) for y in outputs):
+        if any(_functorch.is_functorch_wrapped_tensor(y) for y in outputs):
             raise ValueError(UNDECLARED.format("that is being differentiated or mapped outside"))
         undeclared = _autodiff.strangers(outputs, [*w, *hparams])
         if undeclared:
@@ -124,21 +126,22 @@ class Problem:
 
 
 UNDECLARED = (
-    "the map uses a tensor that requires grad and was not declared: {}. Its derivative would be lost. Pass it in hparams "
-    "(for a module: torch.func.functional_call with dict(module.named_parameters()) in hparams), or detach it"
+    "the map uses a tensor that requires grad and was not declared: {}. Its derivative would be lost. Pass it in "
+    "hparams (for a module: torch.func.functional_call with dict(module.named_parameters()) in hparams), or detach it"
 )
 
 
 def pull(function: Callable[[Leaves], Leaves], at: Leaves, cotangent: Leaves) -> Leaves:
     """∂functionᵀ cotangent at a point, differentiable."""
-    return torch.func.vjp(lambda *x: function(x), *at)[1](cotangent)
+    pullback = torch.func.vjp(lambda *x: function(x), *at)[1]
+    return pullback(cotangent)
 
 
 def push(function: Callable[[Leaves], Leaves], at: Leaves, tangent: Leaves) -> Leaves:
     """∂function tangent: the derivative of the pull, which is linear in its cotangent; differentiable."""
-    outputs, pullback = torch.func.vjp(lambda *x: function(x), *at)
+    outputs, pullback, *_ = torch.func.vjp(lambda *x: function(x), *at)
     zeros = tuple(torch.zeros_like(y) for y in outputs)
-    return torch.func.vjp(lambda *u: pullback(u), *zeros)[1](tangent)
+    return pull(lambda u: pullback(u), zeros, tangent)
 
 
 def product(problem: Problem, v: Leaves, w: Leaves, hparams: Leaves) -> Leaves:
@@ -295,21 +298,22 @@ class Root(torch.autograd.Function):
                 lead[i] = lead[i].expand(info.batch_size, *lead[i].shape)
         dims = [None if dim is None else 0 for dim in in_dims[2 + given :]]
 
-        def find_each(hparams: Leaves) -> Leaves:
-            found = []
-            for j in range(info.batch_size):
-                found.append(find(tuple(t if d is None else t[j] for t, d in zip(hparams, dims, strict=True))))
-            return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
-
-        outputs = Root.apply(problem.vmapped(dims), find and find_each, *lead)
+        find_all = None if find is None else functools.partial(find_each, find, dims, info.batch_size)
+        outputs = Root.apply(problem.vmapped(dims), find_all, *lead)
         return outputs, (0,) * len(outputs)
+
+
+def find_each(find: Callable[[Leaves], Leaves], dims: Sequence[int | None], count: int, hparams: Leaves) -> Leaves:
+    """The solutions for each entry of the mapped leaves of λ, stacked."""
+    entries = (tuple(t if dim is None else t[j] for t, dim in zip(hparams, dims, strict=True)) for j in range(count))
+    return tuple(torch.stack(parts) for parts in zip(*(find(entry) for entry in entries), strict=True))
 
 
 def adjoint(problem: Problem, w: Leaves, hparams: Leaves, w_bar: Leaves, kept: Sequence[int]) -> Sequence[Tensor]:
     """λ̄ = −∂₂Fᵀ A⁻ᵀ w̄ for the leaves of λ in kept."""
     put = over(hparams, kept)
     wanted = tuple(hparams[i] for i in kept)
-    plain = not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (*w, *hparams, *w_bar))
+    plain = not any(_functorch.is_functorch_wrapped_tensor(t) for t in (*w, *hparams, *w_bar))
     if torch.is_grad_enabled() or not plain:
         v = LinearSolve.apply(replace(problem, transposed=True), *w_bar, *w, *hparams)
         return tuple(-bar for bar in pull(lambda new: problem.function(w, put(new)), wanted, v))
@@ -333,9 +337,9 @@ def adjoint(problem: Problem, w: Leaves, hparams: Leaves, w_bar: Leaves, kept: S
 
 def refuse_nested_forward_mode() -> None:
     """Forward mode inside forward mode through an autograd.Function is silently wrong in torch (pytorch#197867)."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
+    stack = _functorch.get_interpreter_stack() or []
+    if sum(level.key() == _functorch.TransformType.Jvp for level in stack) > 1:
         raise NotImplementedError(
-            "forward mode over forward mode (jacfwd(jacfwd), jvp of jvp) through an implicit function is silently wrong in "
-            "torch (pytorch#197867); use jacfwd(jacrev), jacrev(jacrev) or torch.func.hessian"
+            "forward mode over forward mode (jacfwd(jacfwd), jvp of jvp) through an implicit function is silently "
+            "wrong in torch (pytorch#197867); use jacfwd(jacrev), jacrev(jacrev) or torch.func.hessian"
         )

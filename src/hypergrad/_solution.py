@@ -29,8 +29,8 @@ class Status(enum.Enum):
     )
     DIVERGED = (
         3,
-        "the residual grows: the iteration is not a contraction here; use a smaller step size, or GMRES, which needs "
-        "no contraction",
+        "the residual grows: the iteration is not a contraction here; use a smaller step size, or a method that needs "
+        "no contraction (GMRES for a linear system; Anderson, Broyden or Newton for a fixed point)",
     )
     NOT_POSITIVE_DEFINITE = (
         4,

@@ -44,6 +44,38 @@ def flatten(tree: PyTree, name: str) -> tuple[list[Tensor], list[str], Callable[
     return leaves, names, lambda new: optree.tree_unflatten(spec, new)
 
 
+def split(tree: PyTree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], PyTree]]:
+    """The tensors of any dtype in a tree, and a function that puts others in their places; the rest stays as it is."""
+    if isinstance(tree, Iterator):
+        tree = list(tree)
+    leaves, spec = optree.tree_flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def rebuild(tensors: Iterable[Tensor]) -> PyTree:
+        new = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            new[i] = tensor
+        return optree.tree_unflatten(spec, new)
+
+    return [leaves[i] for i in places], rebuild
+
+
+def matching(tree: PyTree, like: Sequence[Tensor], name: str) -> list[Tensor]:
+    """The leaves of a tree that must have these leaves' number, shapes and dtypes: nothing is broadcast silently."""
+    leaves, paths, _ = flatten(tree, name)
+    if len(leaves) != len(like):
+        raise ValueError(f"{name} must have the structure of the solution: {len(like)} leaves, got {len(leaves)}")
+    for leaf, path, due in zip(leaves, paths, like, strict=True):
+        if leaf.shape != due.shape or leaf.dtype != due.dtype:
+            expected, got = describe(due.shape, due.dtype, due.device), describe(leaf.shape, leaf.dtype, leaf.device)
+            raise ValueError(f"{path} must be like the solution: expected {expected}, got {got}")
+    return leaves
+
+
+def difference(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x - y for x, y in zip(xs, ys, strict=True))
+
+
 def check_distinct(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raise ValueError where one tensor stands in two places: its derivative would be counted twice."""
     seen: dict[int, str] = {}
@@ -89,8 +121,8 @@ class Space:
         for path, shape in zip(self.paths, self.shapes, strict=True):
             if shape[: self.batch_dims] != first or len(shape) < self.batch_dims:
                 raise ValueError(
-                    f"batch_dims={self.batch_dims} needs leading axes of the same lengths in every leaf, but {self.paths[0]} has "
-                    f"shape {tuple(self.shapes[0])} and {path} has {tuple(shape)}"
+                    f"batch_dims={self.batch_dims} needs leading axes of the same lengths in every leaf, but "
+                    f"{self.paths[0]} has shape {tuple(self.shapes[0])} and {path} has {tuple(shape)}"
                 )
         return first
 
@@ -172,8 +204,8 @@ class Space:
         return torch.full(self.batch_shape, value, dtype=self.dtype, device=self.device)
 
 
-def describe(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
-    return f"shape {shape}, {str(dtype).removeprefix('torch.')} on {device}"
+def describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
+    return f"shape {tuple(shape)}, {str(dtype).removeprefix('torch.')} on {device}"
 
 
 class Vector:
@@ -281,6 +313,14 @@ class Vector:
         for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
             torch.addcmul(new, chunk, factor, out=chunk)
         return self
+
+    def where(self, mask: Tensor, other: Vector) -> Vector:
+        """self for the systems where mask (0-d, or [B]) holds, other elsewhere."""
+        chunks = []
+        for x, y, plain in zip(self.chunks, other.chunks, self.space.plain, strict=True):
+            shaped = mask.to(x.device).reshape(*mask.shape, *[1] * (1 if plain else x.ndim - mask.ndim))
+            chunks.append(torch.where(shaped, x, y))
+        return Vector(self.space, chunks)
 
     def dot(self, other: Vector) -> Tensor:
         """⟨self, other⟩ of each system, reduced in the widest dtype: 0-d, or [B]."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _autodiff
 from ._autodiff import as_scalar
 from ._solution import warn
+from .implicit import random_state_kept_on_error
 
 Params: TypeAlias = "list[Tensor]"
 Coefficient: TypeAlias = "float | Tensor | Callable[[Any], float | Tensor]"
@@ -134,7 +135,7 @@ class DifferentiableOptimizer:
             )
         if isinstance(hparams, Iterator):
             warn("hparams is an iterator, which is empty after its first use; pass list(...)")
-        with torch.enable_grad():
+        with random_state_kept_on_error(params), torch.enable_grad():
             needing = [w if w.requires_grad else w.detach().requires_grad_() for w in params]
             return self.step(needing, hparams, create_graph)
 

@@ -15,9 +15,19 @@ from torch import Tensor
 from . import _autodiff, implicit, solvers
 from ._autodiff import Linearisation, as_scalar
 from ._solution import Status
+from ._vector import flatten
 
 Loss = Callable[[Any, Any], Tensor]
 Map = Callable[[Any, Any], Any]
+
+
+def _list(tensors: Any, name: str) -> list[Tensor]:
+    """A list of what the caller gave as one; a bare tensor would fall apart into its rows."""
+    if isinstance(tensors, (Tensor, dict)):
+        raise TypeError(
+            f"{name} must be a list of tensors, got {type(tensors).__name__}; implicit.grad takes any pytree"
+        )
+    return list(tensors)
 
 
 def _deliver(hparams: Sequence[Tensor], grads: Sequence[Tensor], set_grad: bool) -> list[Tensor]:
@@ -25,6 +35,20 @@ def _deliver(hparams: Sequence[Tensor], grads: Sequence[Tensor], set_grad: bool)
     if set_grad:
         implicit.accumulate(hparams, grads)
     return list(grads)
+
+
+def _backpropagated(
+    evaluate: Callable[[list[Tensor]], Tensor], hparams: Sequence[Tensor], set_grad: bool, retain_graph: bool
+) -> list[Tensor]:
+    """∇ of an outer loss whose graph reaches hparams, in memory of its own."""
+    leaves, names, _ = flatten(_list(hparams, "hparams"), "hparams")
+    needed = implicit.check_hparams(leaves, names)
+    with implicit.random_state_kept_on_error(leaves):
+        with torch.enable_grad():
+            loss = as_scalar(evaluate(leaves), "outer_loss")
+        each = iter(_autodiff.grad([loss], needed, retain_graph=retain_graph))
+        grads = [next(each).clone() if leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
+        return _deliver(leaves, grads, set_grad)
 
 
 def _implicit(
@@ -38,21 +62,22 @@ def _implicit(
     symmetric: bool = False,
 ) -> list[Tensor]:
     """implicit.grad on lists. K steps short of tol are what the caller asked for; any other failure is warned of."""
-    hparams = list(hparams)
-    result = implicit.grad(
-        outer_loss,
-        params=list(params),
-        hparams=hparams,
-        fp_map=fp_map,
-        solver=solver,
-        stochastic=stochastic,
-        symmetric=symmetric,
-    )
-    if result.solution.status is not Status.MAX_STEPS:
-        result.solution.report("the adjoint system of the hypergradient", "warn")
-    if not stochastic:
-        result.warn_if_unsolved()
-    return _deliver(hparams, result.grads, set_grad)
+    params, hparams = _list(params, "params"), _list(hparams, "hparams")
+    with implicit.random_state_kept_on_error(params):
+        result = implicit.grad(
+            outer_loss,
+            params=params,
+            hparams=hparams,
+            fp_map=fp_map,
+            solver=solver,
+            stochastic=stochastic,
+            symmetric=symmetric,
+        )
+        if result.solution.status is not Status.MAX_STEPS:
+            result.solution.report("the adjoint system of the hypergradient", "warn")
+        if not stochastic:
+            result.warn_if_unsolved()
+        return _deliver(hparams, result.grads, set_grad)
 
 
 def reverse_unroll(
@@ -76,9 +101,8 @@ def reverse_unroll(
         >>> reverse_unroll([lam / 2], [lam], lambda w, lam: (w[0] ** 2).sum())
         [tensor([1.5000])]
     """
-    params, hparams = list(params), list(hparams)
-    loss = as_scalar(outer_loss(params, hparams), "outer_loss")
-    return _deliver(hparams, _autodiff.grad([loss], hparams, retain_graph=True), set_grad)
+    params = _list(params, "params")
+    return _backpropagated(lambda hparams: outer_loss(params, hparams), hparams, set_grad, retain_graph=True)
 
 
 def reverse(
@@ -111,21 +135,25 @@ def reverse(
         >>> reverse(history, [lam], [step, step], lambda w, lam: w[0].sum())
         [tensor([1.5000])]
     """
-    hparams = list(hparams)
+    hparams = _list(hparams, "hparams")
     steps = len(params_history) - 1
-    if steps < 0 or len(update_map_history) < steps:
-        raise ValueError(f"{len(params_history)} iterates need {steps} maps, got {len(update_map_history)}")
-    variables = implicit.Variables(params_history[-1], hparams)
-    _, alpha, total = implicit.outer_gradients(outer_loss, variables)
-    for t in range(steps):
-        variables = implicit.Variables(params_history[-2 - t], hparams)
-        with torch.enable_grad():
-            value = update_map_history[-1 - t](variables.params, variables.hparams)
-        outputs = variables.space.check(value, "the value of the update map")
-        step = Linearisation(outputs, variables.leaves, variables.differentiated)
-        pulled, cross = step.vjp_both(alpha.leaves, retain_graph=False)
-        alpha, total = variables.space.pack(pulled), _autodiff.add(total, cross)
-    return _deliver(hparams, variables.outer_grads(total), set_grad)
+    if steps < 0:
+        raise ValueError("params_history holds no iterate; it needs w_T at least")
+    if len(update_map_history) < steps:
+        raise ValueError(f"{steps + 1} iterates need {steps} maps, got {len(update_map_history)}")
+    variables = implicit.Variables(_list(params_history[-1], "params"), hparams)
+    with implicit.random_state_kept_on_error(variables.given):
+        _, alpha, direct = implicit.outer_gradients(outer_loss, variables)
+        total = [g.clone() for g in direct]
+        for t in range(steps):
+            variables = implicit.Variables(_list(params_history[-2 - t], "params"), hparams)
+            with torch.enable_grad():
+                value = update_map_history[-1 - t](variables.params, variables.hparams)
+            outputs = alpha.space.check(value, "the value of the update map")
+            step = Linearisation(outputs, variables.leaves, variables.differentiated)
+            pulled, cross = step.vjp_both(alpha.leaves, retain_graph=False)
+            alpha, total = variables.space.pack(pulled), _autodiff.add(total, cross)
+        return _deliver(hparams, variables.outer_grads(total), set_grad)
 
 
 def fixed_point(
@@ -264,7 +292,7 @@ def stoch_AID(
     Cost: J_outer evaluations of outer_loss, K products, J_inner last products.
     Source: Grazzi, Pontil and Salzo 2021, Algorithm 1.
     """
-    params, hparams = list(params), list(hparams)
+    params, hparams = _list(params, "params"), _list(hparams, "hparams")
     for name, draws, flag, noisy in (
         ("J_inner", J_inner, "stoch_inner", stoch_inner),
         ("J_outer", J_outer, "stoch_outer", stoch_outer),
@@ -276,27 +304,29 @@ def stoch_AID(
         return torch.stack([as_scalar(outer_loss(params, hparams), "outer_loss") for _ in range(J_outer)]).mean()
 
     build = optim_build or (lambda tensors: torch.optim.SGD(tensors, lr=1.0))
-    result = implicit.grad(
-        averaged_loss,
-        params=params,
-        hparams=hparams,
-        fp_map=fp_map,
-        inner_loss=inner_loss,
-        solver=solvers.Optimizer(
-            max_steps=K, build=lambda tensors: build(tensors, **(opt_params or {})), on_failure="ignore"
-        ),
-        x0=linsys_start,
-        stochastic=stoch_inner,
-        final_draws=J_inner,
+    solver = solvers.Optimizer(
+        max_steps=K, build=lambda tensors: build(tensors, **(opt_params or {})), on_failure="ignore"
     )
-    if verbose:
-        for k in range(0, K + 1, max(K // 5, 1)):
-            print(f"k={k}: linear system, ‖b − Av‖ = {float(result.solution.trace[k]):.3e}")
-    if result.solution.status is Status.NON_FINITE:
-        raise ValueError(f"the linear system of the hypergradient: {result.solution.message}")
-    if not stoch_inner:
-        result.warn_if_unsolved()
-    return _deliver(hparams, result.grads, set_grad), list(result.adjoint)
+    with implicit.random_state_kept_on_error(params):
+        result = implicit.grad(
+            averaged_loss,
+            params=params,
+            hparams=hparams,
+            fp_map=fp_map,
+            inner_loss=inner_loss,
+            solver=solver,
+            x0=linsys_start,
+            stochastic=stoch_inner,
+            final_draws=J_inner,
+        )
+        if verbose:
+            for k in range(0, K + 1, max(K // 5, 1)):
+                print(f"k={k}: linear system, ‖b − Av‖ = {float(result.solution.trace[k]):.3e}")
+        if result.solution.status is Status.NON_FINITE:
+            raise ValueError(f"the linear system of the hypergradient: {result.solution.message}")
+        if not stoch_inner:
+            result.warn_if_unsolved()
+        return _deliver(hparams, result.grads, set_grad), list(result.adjoint)
 
 
 def exact(
@@ -316,6 +346,4 @@ def exact(
         >>> exact(lambda lam: [2 * lam[0]], [lam], lambda w, lam: w[0].sum())
         [tensor([2.])]
     """
-    hparams = list(hparams)
-    loss = as_scalar(outer_loss(opt_params_f(hparams), hparams), "outer_loss")
-    return _deliver(hparams, _autodiff.grad([loss], hparams), set_grad)
+    return _backpropagated(lambda hparams: outer_loss(opt_params_f(hparams), hparams), hparams, set_grad, False)

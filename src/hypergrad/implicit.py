@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -137,7 +138,7 @@ def grad(
         raise TypeError(f"a stochastic {inner.kind} is drawn anew at every product, so it must be a callable")
     if solver is None:
         solver = CG() if symmetric else GMRES()
-    with _random_state_kept_on_error(variables.given):
+    with random_state_kept_on_error(variables.given):
         if callable(outer_loss) and callable(inner.given):
             variables.detach()
         else:
@@ -188,8 +189,9 @@ def backward(
         tensor(3.)
     """
     hparams = list(hparams) if isinstance(hparams, Iterator) else hparams
-    result = grad(outer_loss, hparams=hparams, **options)
-    accumulate(hparams, result.grads)
+    with random_state_kept_on_error(optree.tree_leaves(hparams)):
+        result = grad(outer_loss, hparams=hparams, **options)
+        accumulate(hparams, result.grads)
     return result
 
 
@@ -203,12 +205,9 @@ class Variables:
 
     def __init__(self, params: PyTree, hparams: PyTree, batch_dims: int = 0):
         self.given, self._names, self._params_tree = flatten(params, "params")
-        self._outer, outer_names, self._hparams_tree = flatten(hparams, "hparams")
+        self._outer, self._outer_names, self._hparams_tree = flatten(hparams, "hparams")
         check_distinct(self.given, self._names)
-        check_distinct(self._outer, outer_names)
-        self.differentiated = [leaf for leaf in self._outer if leaf.requires_grad]
-        if not self.differentiated:
-            raise ValueError("none of hparams requires grad; call requires_grad_() on those to differentiate")
+        self.differentiated = check_hparams(self._outer, self._outer_names)
         self.space = Space(self._params_tree(self.given), "params", batch_dims)
         self.hparams = self._hparams_tree(self._outer)
         self.detach()
@@ -225,19 +224,44 @@ class Variables:
                 raise ValueError(f"{name} does not require grad, so no evaluated loss has a derivative in it")
         if {id(leaf) for leaf in self.given} & {id(leaf) for leaf in self._outer}:
             raise ValueError("with evaluated losses no tensor may be in params and in hparams; pass callables")
-        if _autodiff.depends([leaf for leaf in self.given if not leaf.is_leaf], self.differentiated):
-            raise ValueError(
-                "params were computed from hparams, so evaluated losses would reach hparams through params as well: "
-                "detach params before evaluating, or pass callables"
-            )
+        _check_independent([*self.given, *self._outer], [*self._names, *self._outer_names])
         self.leaves = self.given
         self.params = self._params_tree(self.leaves)
+
+    def check_reached(self, values: list[Tensor], name: str) -> None:
+        """Raise where a callable used the live params that it closes over instead of those that it was given."""
+        live = [leaf for leaf in self.given if leaf.requires_grad]
+        if live and not _autodiff.depends(values, self.leaves) and _autodiff.depends(values, live):
+            raise ValueError(
+                f"{name} does not use the params that it is called with, but the live ones, so its derivative would "
+                f"count as zero: use its argument (torch.func.functional_call), or pass evaluated losses"
+            )
 
     def outer_grads(self, grads: list[Tensor]) -> PyTree:
         """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad."""
         each = iter(grads)
         return self._hparams_tree(
             [next(each) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in self._outer]
+        )
+
+
+def check_hparams(leaves: list[Tensor], names: list[str]) -> list[Tensor]:
+    """The leaves that require grad. Raises ValueError for none, for one tensor twice, for one computed from another."""
+    check_distinct(leaves, names)
+    _check_independent(leaves, names)
+    differentiated = [leaf for leaf in leaves if leaf.requires_grad]
+    if not differentiated:
+        raise ValueError("none of hparams requires grad; call requires_grad_() on those to differentiate")
+    return differentiated
+
+
+def _check_independent(leaves: list[Tensor], names: list[str]) -> None:
+    pair = None if all(leaf.is_leaf for leaf in leaves) else _autodiff.computed_from(leaves)
+    if pair is not None:
+        late, early = (names[i] for i in pair)
+        raise ValueError(
+            f"{late} was computed from {early}, so what reaches {early} through {late} would be counted twice: detach "
+            f"{late} (before evaluating the losses), or leave {early} out"
         )
 
 
@@ -266,6 +290,8 @@ class InnerProblem:
                 outputs = _autodiff.grad([loss], variables.leaves, create_graph=True, must_reach=message)
             else:
                 outputs = variables.space.check(value, f"the value of {self.kind}")
+                if callable(self.given):
+                    variables.check_reached(outputs, self.kind)
         return Linearisation(outputs, variables.leaves, variables.differentiated)
 
 
@@ -274,6 +300,8 @@ def outer_gradients(outer_loss: Any, variables: Variables) -> tuple[Tensor, Vect
     with torch.enable_grad():
         value = outer_loss(variables.params, variables.hparams) if callable(outer_loss) else outer_loss
     loss = as_scalar(value, "outer_loss")
+    if callable(outer_loss):
+        variables.check_reached([loss], "outer_loss")
     live = variables.leaves is variables.given
     if live and not callable(outer_loss) and not _autodiff.depends([loss], variables.leaves):
         raise ValueError("outer_loss does not depend on params; was it computed from other tensors, or under no_grad?")
@@ -309,14 +337,14 @@ class LastProduct:
 
 def _distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
     size = variables.space.pack([leaf.detach() for leaf in variables.given]).norm()
-    distance = residual * solution.value.norm() / (solution.rhs_norm * size)
+    distance = residual / size * (solution.value / solution.rhs_norm).norm()
     return torch.where((residual == 0) | (solution.rhs_norm == 0), 0.0, distance)
 
 
 @contextmanager
-def _random_state_kept_on_error(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """Put torch's random state back if an error leaves a half-done call."""
-    devices = {leaf.device for leaf in leaves if leaf.device.type == "cuda"}
+def random_state_kept_on_error(leaves: Iterable[Any]) -> Iterator[None]:
+    """Put torch's random state, on the CPU and where these leaves are, back if an error leaves a half-done call."""
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
     state = torch.get_rng_state()
     cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
     try:

@@ -35,6 +35,9 @@ class LinearOperator:
         many: A applied to a Basis at once, if that is cheaper than one product after another.
         many_transpose: likewise for Aᵀ.
 
+    Attributes:
+        declared: (product, tensors) where the operator says which tensors it depends on, else None.
+
     Cost: `products` counts the products of the operator, its transpose and its damped forms together.
     """
 
@@ -53,6 +56,7 @@ class LinearOperator:
         self.positive_definite = positive_definite
         self.batch_dims = batch_dims
         self.damping = 0.0
+        self.declared: tuple[Callable[..., PyTree], tuple[Any, ...]] | None = None
         self._matvec, self._many = matvec, many
         self._transpose, self._many_transpose = (matvec, many) if self.symmetric else (transpose, many_transpose)
         self._counter = Counter()
@@ -110,9 +114,10 @@ class LinearOperator:
 
 
 def function(
-    matvec: Callable[[PyTree], PyTree],
-    transpose: Callable[[PyTree], PyTree] | None = None,
+    matvec: Callable[..., PyTree],
+    transpose: Callable[..., PyTree] | None = None,
     *,
+    tensors: tuple[Any, ...] = (),
     symmetric: bool = False,
     positive_definite: bool = False,
     batch_dims: int = 0,
@@ -120,8 +125,9 @@ def function(
     """The operator of a function on pytrees of tensors.
 
     Args:
-        matvec: v ↦ A v; the result has v's structure, shapes, dtypes and devices.
-        transpose: v ↦ Aᵀ v, likewise.
+        matvec: (v, *tensors) ↦ A v; the result has v's structure, shapes, dtypes and devices.
+        transpose: (v, *tensors) ↦ Aᵀ v, likewise.
+        tensors: what A depends on, for `implicit.linear_solve`, which differentiates with respect to them.
         symmetric, positive_definite, batch_dims: see LinearOperator.
 
     Raises: ValueError at a product whose result is not like v, naming the leaf.
@@ -132,16 +138,18 @@ def function(
         {'a': tensor([2., 6.])}
     """
 
-    def on_vectors(product: Callable[[PyTree], PyTree]) -> Product:
-        return lambda v: v.space.vector(product(v.tree), "the operator's product")
+    def on_vectors(product: Callable[..., PyTree]) -> Product:
+        return lambda v: v.space.vector(product(v.tree, *tensors), "the operator's product")
 
-    return LinearOperator(
+    op = LinearOperator(
         on_vectors(matvec),
         None if transpose is None else on_vectors(transpose),
         symmetric=symmetric,
         positive_definite=positive_definite,
         batch_dims=batch_dims,
     )
+    op.declared = matvec, tensors
+    return op
 
 
 def matrix(a: Tensor, *, symmetric: bool = False, positive_definite: bool = False) -> LinearOperator:
@@ -153,15 +161,14 @@ def matrix(a: Tensor, *, symmetric: bool = False, positive_definite: bool = Fals
     """
     if a.ndim not in (2, 3) or a.shape[-1] != a.shape[-2]:
         raise ValueError(f"matrix must be [n, n] or [B, n, n], got shape {tuple(a.shape)}")
-
-    def product(v: Tensor) -> Tensor:
-        return (a @ v.unsqueeze(-1)).squeeze(-1)
-
-    def transposed(v: Tensor) -> Tensor:
-        return (a.mT @ v.unsqueeze(-1)).squeeze(-1)
-
-    tags = {"symmetric": symmetric, "positive_definite": positive_definite, "batch_dims": a.ndim - 2}
-    return function(product, transposed, **tags)
+    return function(
+        lambda v, a: (a @ v.unsqueeze(-1)).squeeze(-1),
+        lambda v, a: (a.mT @ v.unsqueeze(-1)).squeeze(-1),
+        tensors=(a,),
+        symmetric=symmetric,
+        positive_definite=positive_definite,
+        batch_dims=a.ndim - 2,
+    )
 
 
 def adjoint(

@@ -150,6 +150,7 @@ class MINRES(IterativeSolver):
         eta, norm = gamma, r.norm()
         c, c_old, s, s_old, size = gamma * 0 + 1, gamma * 0 + 1, gamma * 0, gamma * 0, gamma * 0
         going, code, trace = norm > stop, None, [norm]
+        least = max(100 * v.space.eps, v.space.eps**0.75)
         first: list[Vector] = []
         for k in range(system.max_steps):
             if system.finished(k, going):
@@ -172,7 +173,7 @@ class MINRES(IterativeSolver):
             a3 = s_old * gamma
             # ‖A r‖ / ‖r‖ of the iterate before this step: where it vanishes, that is a least-squares solution.
             size = torch.maximum(size, torch.hypot(delta, torch.hypot(gamma_new, gamma * (k > 0))))
-            flat = torch.hypot(a0, c * gamma_new) <= 100 * v.space.eps * size
+            flat = torch.hypot(a0, c * gamma_new) <= least * size
             code = event(code, going & flat, Status.STAGNATED)
             going = going & ~flat
             c_old, s_old = c, s

@@ -61,7 +61,7 @@ class Nystrom(LinearSolver):
     def preconditioner(self, op: LinearOperator, like: Vector) -> Callable[[Vector], Vector]:
         """r ↦ M⁻¹r for this operator; k products now, none later."""
         require_symmetric(op, "Nystrom")
-        u, eigenvalues, _ = self._sketch(op, like, 0.0)
+        u, eigenvalues, _ = self._sketch(op, like, -op.damping)
         smallest = eigenvalues[..., -1:] + self.damping
 
         def precondition(r: Vector) -> Vector:
@@ -79,6 +79,7 @@ class Nystrom(LinearSolver):
         omega = torch.linalg.qr(draw.to(space.device))[0]
         test = Basis.from_rows(like, omega.mT)
         y = op.many(test).plus(test, shift).matrix().mT
+        y = torch.where(torch.isfinite(y), y, 0.0)  # eigh and svd raise for NaN; the residual will tell of it
         core = omega.mT @ y
         values, vectors = torch.linalg.eigh((core + core.mT) / 2)
         floor = 10 * space.eps * values.abs().amax(-1, keepdim=True)

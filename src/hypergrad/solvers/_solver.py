@@ -30,6 +30,7 @@ class System:
     stop: Tensor  # a system rests once ‖r‖ ≤ stop, 0-d or [B]: the tolerance or, without one, rounding level
     goal: Tensor | None  # the tolerance itself; None runs max_steps without looking
     check_every: int
+    scale: Tensor  # power of two that one scaled unit is worth in the user's units, 0-d or [B]
 
     def start(self) -> tuple[Vector, Vector]:
         """x and r = b − A x in memory of their own; no product where there is no x0."""
@@ -97,7 +98,6 @@ class LinearSolver(ABC):
         return solution if isinstance(b, Vector) else replace(solution, value=solution.value.tree)
 
     _runs_to_tolerance: ClassVar[bool] = True  # False: an approximation, successful without a tolerance
-    _scales: ClassVar[bool] = True  # False: the method's own parameters have the units of b
 
     @abstractmethod
     def _iterate(self, system: System) -> Outcome:
@@ -149,7 +149,7 @@ def solve(
             return _run_function(solver, op, b, x0, last_product or op)
         solver._check_operator(op)
         op = op.damped(solver.damping)
-        scale = b.scale() if solver._scales else b.space.scalar(1.0)
+        scale = b.scale()
         b.scale_(1 / scale)
         system = _system(solver, op, b, None if x0 is None else x0 / scale, scale)
         outcome = solver._iterate(system)
@@ -162,11 +162,15 @@ def solve(
             code = _judge(outcome, residual, system)
             if last_product is not None or system.goal is None or not refinements_left:
                 break
-            if not bool((code == Status.STAGNATED.value).any()) or outcome.code is not None:
+            again = code == Status.STAGNATED.value
+            if outcome.code is not None:
+                again = again & (outcome.code == 0)
+            if not bool(again.any()):
                 break
             system.x0 = x / scale
             system.max_steps -= outcome.steps
-            outcome = _continued(outcome, solver._iterate(system))
+            rest = replace(system, stop=torch.where(again, system.stop, torch.inf))
+            outcome = _continued(outcome, solver._iterate(rest), again)
         return Solution(x, code, _steps(outcome, system), residual * scale, b.norm() * scale, outcome.trace * scale)
 
 
@@ -186,10 +190,12 @@ def _system(solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | No
         goal = torch.maximum((rtol or 0.0) * norm, (atol or 0.0) / scale)
         # A little below the goal, so that rounding between the recursion's and the true residual does not matter.
         stop = torch.maximum(stop, 0.9 * goal)
+        if x0 is not None:
+            x0 = x0 * (norm != 0).to(norm.dtype)  # b = 0 has a solution that no iteration from elsewhere reaches
     if max_steps is None:
         max_steps = min(10 * b.space.length, 1000)
     every = every or (1 if b.space.device.type == "cpu" else 5)
-    return System(op, b, x0, max_steps, stop, goal, every)
+    return System(op, b, x0, max_steps, stop, goal, every, scale)
 
 
 def _judge(outcome: Outcome, residual: Tensor, system: System) -> Tensor:
@@ -209,8 +215,10 @@ def _judge(outcome: Outcome, residual: Tensor, system: System) -> Tensor:
     return torch.where(finite, code, Status.NON_FINITE.value)
 
 
-def _continued(first: Outcome, second: Outcome) -> Outcome:
-    return Outcome(second.x, torch.cat([first.trace, second.trace[1:]]), first.steps + second.steps, second.code)
+def _continued(first: Outcome, second: Outcome, again: Tensor) -> Outcome:
+    code = second.code if second.code is not None else torch.zeros_like(again, dtype=torch.long)
+    code = torch.where(again, code, 0 if first.code is None else first.code)
+    return Outcome(second.x, torch.cat([first.trace, second.trace[1:]]), first.steps + second.steps, code)
 
 
 def _steps(outcome: Outcome, system: System) -> int | Tensor:

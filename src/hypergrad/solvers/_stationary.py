@@ -32,7 +32,8 @@ def richardson(system: System, x: Vector, r: Vector, step_size: float) -> Outcom
             going = going & (norm > system.stop) & (norm <= HOPELESS * start)
     steps, norms = max(len(trace) - (system.goal is not None), 0), torch.stack(trace)
     steps = steps if system.max_steps else 0
-    grown = (norms[-1] > norms[0]) & (norms[-1] > norms[len(norms) // 2]) & (len(norms) > 2)
+    growing = (norms[-1] > norms[len(norms) // 2]) | (norms[-1] > HOPELESS * norms[0])
+    grown = (norms[-1] > norms[0]) & growing & (len(norms) > 2)
     return Outcome(x, norms, steps, event(None, grown, Status.DIVERGED))
 
 

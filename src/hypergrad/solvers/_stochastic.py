@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +30,11 @@ class Optimizer(IterativeSolver):
     """
 
     build: Callable[[list[Tensor]], Any] = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
-    _scales: ClassVar[bool] = False
 
     def _iterate(self, system: System) -> Outcome:
         start = system.b if system.x0 is None else system.x0
-        space = start.space
-        parameters = [leaf.clone().requires_grad_() for leaf in start.leaves]
+        b, space = system.b * system.scale, start.space
+        parameters = [leaf.clone().requires_grad_() for leaf in (start * system.scale).leaves]
         built = self.build(parameters)
         optimizer, scheduler = built if isinstance(built, tuple) else (built, None)
         going, trace, first = system.b.norm() > system.stop, [], True
@@ -47,12 +46,12 @@ class Optimizer(IterativeSolver):
             nonlocal first
             with torch.no_grad():
                 x = here()
-                gradient = system.op(x) - system.b
+                gradient = system.op(x) - b
                 if first:
-                    trace.append(gradient.norm())
+                    trace.append((gradient / system.scale).norm())
                     first = False
                 space.assign_grad(parameters, gradient)
-                return 0.5 * x.dot(gradient - system.b).sum()
+                return 0.5 * x.dot(gradient - b).sum()
 
         steps = 0
         while steps < system.max_steps and not system.finished(steps, going):
@@ -62,4 +61,4 @@ class Optimizer(IterativeSolver):
                 scheduler.step()
             going = trace[-1] > system.stop
             steps += 1
-        return Outcome(here().copy(), torch.stack(trace or [system.b.norm()]), steps)
+        return Outcome(here() / system.scale, torch.stack(trace or [system.b.norm()]), steps)
