@@ -152,7 +152,7 @@ class Equilibrium(nn.Module):
         """(z, (parameters, u)) ↦ cell(z, u) in z's dtype, under the autocast of this call also when differentiated."""
         device = split(z)[0][0].device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        cell = functional(self.cell) if isinstance(self.cell, nn.Module) else lambda _, z, u: self.cell(z, u)
+        cell = functional(self.cell) if isinstance(self.cell, nn.Module) else _without_parameters(self.cell)
 
         def step(z: PyTree, hparams: PyTree) -> PyTree:
             parameters, u = hparams
@@ -173,6 +173,10 @@ class Equilibrium(nn.Module):
         """One evaluation at z* with the real buffers, so that running statistics count each batch once."""
         if isinstance(self.cell, nn.Module) and self.cell.training and any(True for _ in self.cell.buffers()):
             self.cell(z, u)
+
+
+def _without_parameters(cell: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    return lambda _, z, u: cell(z, u)
 
 
 def _with_batch(solver: FixedPointSolver, batch_dims: int) -> FixedPointSolver:
