@@ -44,7 +44,7 @@ class Equilibrium(nn.Module):
     """z* = cell(z*, x) as a layer: any forward solver, gradients by the implicit function theorem.
 
     The memory does not depend on the number of forward steps. Each sample (first axis of each leaf of z) converges by
-    itself, forward and backward, unless a BatchNorm in training mode couples them.
+    itself, forward and backward, unless the samples are coupled (batch_dims=0).
 
     Args:
         cell: a Module or a function (z, u) ↦ z; u = x, or inject(x). A function may use no tensor that requires grad.
@@ -53,6 +53,8 @@ class Equilibrium(nn.Module):
         inject: a Module or a function of x for all that does not depend on z (xB + c): evaluated once a call, not at
             every step, and differentiated as usual.
         start: x ↦ the first z, or None for zeros like inject(x), or like x.
+        batch_dims: 1 where the first axis of each leaf of z counts independent samples, 0 where the samples are coupled
+            (a graph network); None: 1, or 0 while the cell has a BatchNorm that uses the batch's statistics.
         warm_start: start from the last call's z*, and each backward pass from the last v, while shapes stay the same.
 
     Attributes:
@@ -77,6 +79,7 @@ class Equilibrium(nn.Module):
         adjoint: Solver | None = None,
         inject: Callable[..., PyTree] | None = None,
         start: Callable[..., PyTree] | None = None,
+        batch_dims: int | None = None,
         warm_start: bool = False,
     ):
         super().__init__()
@@ -85,6 +88,7 @@ class Equilibrium(nn.Module):
         self.start = start
         self.solver = forward or Anderson()
         self.adjoint = adjoint or GMRES()
+        self.batch_dims = batch_dims
         self.warm_start = warm_start
         self.forward_info: Solution | None = None
         self.backward_info = Info()
@@ -95,7 +99,7 @@ class Equilibrium(nn.Module):
         u = x if self.inject is None else self.inject(x)
         z = self._start(x, u) if start is None else start
         hparams = (dict(self.cell.named_parameters()) if isinstance(self.cell, nn.Module) else {}, u)
-        batch_dims = 0 if self._couples_samples() else 1
+        batch_dims = self._batch_dims()
         step = self._step(z)
         solver = _with_batch(self.solver, batch_dims)
         with torch.no_grad():
@@ -165,9 +169,12 @@ class Equilibrium(nn.Module):
 
         return step
 
-    def _couples_samples(self) -> bool:
+    def _batch_dims(self) -> int:
+        if self.batch_dims is not None:
+            return self.batch_dims
         modules = self.cell.modules() if isinstance(self.cell, nn.Module) else []
-        return any(isinstance(m, _BatchNorm) and (m.training or not m.track_running_stats) for m in modules)
+        coupled = any(isinstance(m, _BatchNorm) and (m.training or not m.track_running_stats) for m in modules)
+        return 0 if coupled else 1
 
     def _record_statistics(self, z: PyTree, u: PyTree) -> None:
         """One evaluation at z* with the real buffers, so that running statistics count each batch once."""
