@@ -174,6 +174,8 @@ class Linearisation:
 
     def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
         """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass. Without retain_graph the last: the graph is freed on the way."""
+        # Between hparams that one network computes torch would free the network's graph as well.
+        retain_graph = retain_graph or not all(x.is_leaf for x in self.hparams)
         both = grad(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
         return both[: len(self.params)], both[len(self.params) :]
 

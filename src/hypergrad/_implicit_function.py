@@ -58,6 +58,17 @@ class WarmStart:
 
     value: list[Tensor] | None = None
 
+    def start(self, space: Space) -> Vector | None:
+        if self.value is None:
+            return None
+        held = [(leaf.shape, leaf.dtype, leaf.device) for leaf in self.value]
+        if held != list(zip(space.shapes, space.dtypes, space.devices, strict=True)):
+            raise ValueError(
+                f"warm_start holds a v of shapes {[tuple(leaf.shape) for leaf in self.value]}, and the solution has "
+                f"{[tuple(shape) for shape in space.shapes]}: set its value to None when the problem changes"
+            )
+        return space.pack(self.value)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -103,6 +114,13 @@ class Problem:
             raise ValueError(UNDECLARED.format(", ".join(self.names(leaf) for leaf in undeclared[:3])))
         return Linearisation(outputs, w, list(wanted))
 
+    def check_declared(self, w: Sequence[Tensor], hparams: Sequence[Tensor]) -> None:
+        """Look for undeclared tensors at once where no declared one requires grad: no derivative will be asked for."""
+        tensors = (*w, *hparams)
+        plain = not any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+        if torch.is_grad_enabled() and plain and not any(t.requires_grad for t in tensors):
+            self.linearise(tuple(leaf.detach().requires_grad_() for leaf in w), tuple(hparams))
+
     def run(self, linearisation: Linearisation, b: Vector, last: Any = None) -> Vector:
         """Solve with A or Aᵀ, reporting a failure and filling in Info."""
         op = operators.adjoint(
@@ -113,13 +131,13 @@ class Problem:
             batch_dims=self.batch_dims,
         )
         solver = self.solver if self.transposed or self.symmetric else self.tangent
-        start = None
-        if last is not None and self.warm is not None and self.warm.value is not None:
-            start = b.space.pack(self.warm.value)
+        warm = None if last is None else self.warm
+        start = None if warm is None else warm.start(b.space)
         solution = solve(solver, op if self.transposed else op.T, b, start, last)
         self.info.solution, self.info.solves = solution, self.info.solves + 1
-        if last is not None and self.warm is not None:
-            self.warm.value = [leaf.clone() for leaf in solution.value.leaves]
+        if warm is not None:
+            v = solution.value
+            warm.value = [leaf.clone() for leaf in v.where(torch.isfinite(solution.residual_norm), v.zeros()).leaves]
         policy = solver.on_failure if isinstance(solver, LinearSolver) else "warn"
         solution.report("the linear system of an implicit derivative", policy)
         return solution.value
@@ -207,6 +225,7 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Leaves:
+        refuse_nested_forward_mode()
         problem, x, w, hparams = LinearSolve._unpack(ctx)
         n = problem.count
         theta, kept, put = _theta(w, hparams)

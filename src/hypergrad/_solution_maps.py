@@ -96,7 +96,9 @@ def _attach(form: str, user: Callable[..., Any], solution: PyTree, hparams: PyTr
     given, rebuild_hparams = split(hparams)
     function = FORMS[form](user, rebuild, lambda h: (rebuild_hparams(h),))
     problem = options.problem(function, len(leaves), user)
-    return rebuild(Root.apply(problem, None, *(leaf.detach() for leaf in leaves), *given))
+    w = [leaf.detach() for leaf in leaves]
+    problem.check_declared(w, given)
+    return rebuild(Root.apply(problem, None, *w, *given))
 
 
 def root(residual: Callable[[PyTree, PyTree], PyTree], solution: PyTree, hparams: PyTree, **options: Any) -> PyTree:
@@ -261,6 +263,8 @@ def solver(
         options["symmetric"] = True
     settings = Options(**options)
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if min(chosen, default=-1) < 0:
+        raise ValueError(f"argnums must be one or more integers ≥ 0, got {argnums!r}")
 
     def decorate(compute: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(compute)
@@ -278,6 +282,8 @@ def solver(
                 with torch.enable_grad():
                     plain_args, plain_kwargs = rebuild([t.detach() for t in tensors])
                     result = compute(*plain_args, **plain_kwargs)
+                if has_aux and "aux" in found:
+                    raise NotImplementedError("has_aux under vmap: each entry has its own aux; map without has_aux")
                 result, found["aux"] = result if has_aux else (result, None)
                 new, _, found["rebuild"] = flatten(result, f"the result of {compute.__name__}")
                 return tuple(leaf.detach().clone() for leaf in new)
@@ -286,7 +292,9 @@ def solver(
                 return tuple(rebuild(tensors)[0][i] for i in chosen)
 
             function = FORMS[form](user, lambda w: found["rebuild"](w), arguments)
-            outputs = Root.apply(settings.problem(function, 0, user), find, *leaves)
+            problem = settings.problem(function, 0, user)
+            outputs = Root.apply(problem, find, *leaves)
+            problem.check_declared(outputs, leaves)
             solution = found["rebuild"](outputs)
             return (solution, found["aux"]) if has_aux else solution
 

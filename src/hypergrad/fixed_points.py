@@ -30,7 +30,8 @@ class FixedPointSolver(ABC):
     """What all forward solvers share. A step evaluates Φ once, at w, and is done when ‖Φ(w) − w‖ is small.
 
     Args:
-        max_steps: evaluations of Φ at most; exactly that many steps where neither rtol nor atol is given.
+        max_steps: steps at most; exactly that many where neither rtol nor atol is given. The residual of the last w
+            takes one evaluation more.
         rtol, atol: solved when ‖Φ(w) − w‖ ≤ max(atol, rtol · ‖Φ(w)‖). With max_steps, rtol and atol all left out, rtol
             is 1e-6 in float64 and 1e-4 in narrower types, and max_steps 200.
         batch_dims: 1 where the first axis of each leaf counts independent samples.
@@ -54,6 +55,8 @@ class FixedPointSolver(ABC):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{type(self).__name__}: {name} must be an integer ≥ {least}, got {value!r}")
+        if self.on_failure not in ("warn", "raise", "ignore"):
+            raise ValueError(f'on_failure must be "warn", "raise" or "ignore", got {self.on_failure!r}')
 
     @abstractmethod
     def _method(self, phi: Callable[[Vector], Vector], start: Vector, fp_map: Any, hparams: Any) -> Propose:

@@ -305,7 +305,8 @@ def outer_gradients(outer_loss: Any, variables: Variables) -> tuple[Tensor, Vect
     live = variables.leaves is variables.given
     if live and not callable(outer_loss) and not _autodiff.depends([loss], variables.leaves):
         raise ValueError("outer_loss does not depend on params; was it computed from other tensors, or under no_grad?")
-    grads = _autodiff.grad([loss], [*variables.leaves, *variables.differentiated], retain_graph=live)
+    retain = live or not all(leaf.is_leaf for leaf in variables.differentiated)
+    grads = _autodiff.grad([loss], [*variables.leaves, *variables.differentiated], retain_graph=retain)
     count = len(variables.leaves)
     return loss.detach(), variables.space.pack(grads[:count]).copy(), grads[count:]
 
@@ -338,7 +339,8 @@ class LastProduct:
 def _distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
     size = variables.space.pack([leaf.detach() for leaf in variables.given]).norm()
     distance = residual / size * (solution.value / solution.rhs_norm).norm()
-    return torch.where((residual == 0) | (solution.rhs_norm == 0), 0.0, distance)
+    unknown = (residual == 0) | (solution.rhs_norm == 0) | ~torch.isfinite(solution.residual_norm)
+    return torch.where(unknown, 0.0, distance)
 
 
 @contextmanager

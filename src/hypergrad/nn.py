@@ -98,7 +98,7 @@ class Equilibrium(nn.Module):
         """z* for inputs x, from `start` if given."""
         u = x if self.inject is None else self.inject(x)
         z = self._start(x, u) if start is None else start
-        hparams = (dict(self.cell.named_parameters()) if isinstance(self.cell, nn.Module) else {}, u)
+        hparams = (self._cell_parameters(), u)
         batch_dims = self._batch_dims()
         step = self._step(z)
         solver = _with_batch(self.solver, batch_dims)
@@ -131,7 +131,7 @@ class Equilibrium(nn.Module):
         leaves, _, rebuild = flatten(z, "z")
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         with torch.enable_grad():
-            outputs = flatten(self.cell(rebuild(leaves), u), "cell(z, x)")[0]
+            outputs = flatten(self._step(z)(rebuild(leaves), (self._cell_parameters(), u)), "cell(z, x)")[0]
             total = outputs[0].new_zeros(())
             for _ in range(probes):
                 v = [torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device) for y in outputs]
@@ -147,7 +147,7 @@ class Equilibrium(nn.Module):
             self._adjoint_start.value = None
             return first
         old = self.forward_info.value
-        if [leaf.shape for leaf in split(old)[0]] == [leaf.shape for leaf in split(first)[0]]:
+        if _kinds(old) == _kinds(first):
             return old
         self._adjoint_start.value = None
         return first
@@ -169,6 +169,9 @@ class Equilibrium(nn.Module):
 
         return step
 
+    def _cell_parameters(self) -> dict[str, Tensor]:
+        return dict(self.cell.named_parameters()) if isinstance(self.cell, nn.Module) else {}
+
     def _batch_dims(self) -> int:
         if self.batch_dims is not None:
             return self.batch_dims
@@ -184,6 +187,10 @@ class Equilibrium(nn.Module):
 
 def _without_parameters(cell: Callable[..., PyTree]) -> Callable[..., PyTree]:
     return lambda _, z, u: cell(z, u)
+
+
+def _kinds(tree: PyTree) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+    return [(leaf.shape, leaf.dtype, leaf.device) for leaf in split(tree)[0]]
 
 
 def _with_batch(solver: FixedPointSolver, batch_dims: int) -> FixedPointSolver:

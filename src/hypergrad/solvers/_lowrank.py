@@ -75,7 +75,7 @@ class Nystrom(LinearSolver):
         space = like.space
         k = min(self.rank, space.length)
         generator = torch.Generator().manual_seed(self.seed)
-        draw = torch.randn(*space.batch_shape, space.length, k, generator=generator, dtype=space.dtype)
+        draw = torch.randn(space.length, k, generator=generator, dtype=space.dtype)
         omega = torch.linalg.qr(draw.to(space.device))[0]
         test = Basis.from_rows(like, omega.mT)
         y = op.many(test).plus(test, shift).matrix().mT

@@ -73,7 +73,7 @@ class Neumann(IterativeSolver):
     def _iterate(self, system: System) -> Outcome:
         x, r = system.start()
         if not system.max_steps:
-            return Outcome(x.add_(r, self.step_size), r.norm().unsqueeze(0), 0)
+            return Outcome(x.add_(r, self.step_size), r.norm().unsqueeze(0)[:0], 0)
         x.add_(r, self.step_size)
         return richardson(system, x, system.b - system.op(x), self.step_size)
 

@@ -61,4 +61,5 @@ class Optimizer(IterativeSolver):
                 scheduler.step()
             going = trace[-1] > system.stop
             steps += 1
-        return Outcome(here() / system.scale, torch.stack(trace or [system.b.norm()]), steps)
+        norms = torch.stack(trace) if trace else system.b.norm().unsqueeze(0)[:0]
+        return Outcome(here() / system.scale, norms, steps)

@@ -1,0 +1,139 @@
+"""The instruments: interleaved clocks, the allocator's peak, and counts. One thread; nothing here knows a method."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a call, one entry a round."""
+
+    cpu: list[float]
+    wall: list[float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    low: float
+    middle: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, _, high = quantiles(values, n=4, method="inclusive")
+        return cls(low, median(values), high)
+
+
+def interleaved(calls: dict[str, Call], rounds: int, repeat: int = 1, step: Callable[[], object] = int) -> dict[str, Times]:
+    """Time each call once a round, in an order that turns round by round; the first round is for warming up.
+
+    repeat: calls in one sample, for those that are too short for the clock.
+    step: called after each sample, for a progress bar.
+    """
+    names = list(calls)
+    times = {name: Times([], []) for name in names}
+    for turn in range(rounds + 1):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            call = calls[name]
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in range(repeat):
+                call()
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            if turn:
+                times[name].cpu.append(cpu / repeat)
+                times[name].wall.append(wall / repeat)
+            step()
+    return times
+
+
+def ratios(times: Times, base: Times) -> tuple[Spread, Spread]:
+    """CPU and wall time over those of the base, round by round."""
+    cpu = Spread.of([x / y for x, y in zip(times.cpu, base.cpu, strict=True)])
+    wall = Spread.of([x / y for x, y in zip(times.wall, base.wall, strict=True)])
+    return cpu, wall
+
+
+def peak_memory(call: Call) -> int:
+    """The most bytes that the call held at once beyond what was there before, by torch's CPU allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    held = peak = 0
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+class _Reads(TorchFunctionMode):
+    """Counts the ways in which Python takes numbers out of a tensor without a scalar read of the dispatcher."""
+
+    WAYS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.nonzero}
+
+    def __init__(self, counts: Counter[str]):
+        super().__init__()
+        self.counts = counts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # tolist of a 0-d tensor is item(), which the dispatcher reports
+        if func in self.WAYS and args[0].ndim:
+            self.counts["reads"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Scalars(TorchDispatchMode):
+    """Counts scalar reads, each of which makes an accelerator's queue run dry."""
+
+    def __init__(self, counts: Counter[str]):
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.counts["reads"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts reverse passes ("passes", every call of torch.autograd.grad) and reads of numbers ("reads") in the block."""
+    counts: Counter[str] = Counter(passes=0, reads=0)
+    original = torch.autograd.grad
+
+    def passes(*args: Any, **kwargs: Any) -> Any:
+        counts["passes"] += 1
+        return original(*args, **kwargs)
+
+    with mock.patch("torch.autograd.grad", passes), _Reads(counts), _Scalars(counts):
+        yield counts
+
+
+def counting(function: Callable[..., Any], counts: Counter[str], key: str) -> Callable[..., Any]:
+    """The function, each of whose calls is counted under this key."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        counts[key] += 1
+        return function(*args, **kwargs)
+
+    return call

@@ -1,0 +1,194 @@
+"""The columns: floors, hypergrad, and its peers. To add one: a function of a Problem, and a line in `METHODS`.
+
+A floor is the least that any method with K products has to do: one forward pass with the graph of the gradient (or of
+the map), the outer gradient, K retained products and the last product. It has no linear algebra and gives no answer.
+
+"HyperTorch" is its published algorithm (Grazzi et al. 2020) in our own lines: lists of tensors, a read of the
+residual norm at each step, and a product with the Jacobian that evaluates the map again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import hypergrad as hg
+
+from .problems import Problem
+
+Tensors = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One column.
+
+    `floor` names the method it is compared with, `target` is the ratio to that which it should not exceed, `truth` is
+    the estimate that it must agree with (None: it gives none), `rows` are the rows it runs on (None: all).
+    """
+
+    name: str
+    run: Callable[[Problem], Sequence[Tensor]]
+    floor: str | None = None
+    truth: str | None = None
+    target: float | None = None
+    rows: tuple[str, ...] | None = None
+
+
+def leaves(problem: Problem) -> Tensors:
+    return [w.detach().requires_grad_() for w in problem.params]
+
+
+def outer_gradient(problem: Problem, params: Tensors) -> tuple[Tensors, list[Tensor | None]]:
+    loss = problem.outer_loss(params, problem.hparams)
+    grads = torch.autograd.grad(loss, [*params, *problem.hparams], allow_unused=True)
+    return list(grads[: len(params)]), list(grads[len(params) :])
+
+
+def floor(problem: Problem, fixed_point: bool, with_params: bool = True) -> Tensors:
+    """Forward + graph, outer gradient, K retained products, one last product (with_params: and its residual)."""
+    params = leaves(problem)
+    if fixed_point:
+        outputs = problem.fp_map(params, problem.hparams)
+    else:
+        loss = problem.inner_loss(params, problem.hparams)
+        outputs = list(torch.autograd.grad(loss, params, create_graph=True))
+    b, _ = outer_gradient(problem, params)
+    for _ in range(problem.steps):
+        torch.autograd.grad(outputs, params, b, retain_graph=True)
+    last = [*params, *problem.hparams] if with_params else problem.hparams
+    return list(torch.autograd.grad(outputs, last, b))
+
+
+def graph_and_product(problem: Problem, fixed_point: bool) -> Tensors:
+    """What a product needs in memory: the graph, v, and the result. For the memory beside the graph."""
+    params = leaves(problem)
+    if fixed_point:
+        outputs = problem.fp_map(params, problem.hparams)
+    else:
+        loss = problem.inner_loss(params, problem.hparams)
+        outputs = list(torch.autograd.grad(loss, params, create_graph=True))
+    return list(torch.autograd.grad(outputs, params, problem.params))
+
+
+def implicit_cg(problem: Problem) -> Tensors:
+    result = hg.implicit.grad(
+        problem.outer_loss,
+        inner_loss=problem.inner_loss,
+        params=problem.params,
+        hparams=problem.hparams,
+        solver=hg.solvers.CG(max_steps=problem.steps),
+    )
+    return result.grads
+
+
+def library(method: Callable[..., Tensors]) -> Callable[[Problem], Tensors]:
+    """One of hypergrad's functions with HyperTorch's signature."""
+
+    def run(problem: Problem) -> Tensors:
+        return method(
+            problem.params, problem.hparams, problem.steps, problem.fp_map, problem.outer_loss, tol=TOL, set_grad=False
+        )
+
+    return run
+
+
+TOL = 1e-12  # never reached in float32: every method does its K steps
+
+
+class HyperTorch:
+    """HyperTorch's CG, CG_normaleq and fixed_point, restated."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.params = leaves(problem)
+        self.b, self.direct = outer_gradient(problem, self.params)
+        self.mapped = problem.fp_map(self.params, problem.hparams)
+
+    def pull(self, v: Tensors) -> Tensors:
+        """∂₁Φᵀ v."""
+        return list(torch.autograd.grad(self.mapped, self.params, v, retain_graph=True))
+
+    def push(self, u: Tensors) -> Tensors:
+        """∂₁Φ u by double backward through a new evaluation of Φ; its probe's shape takes another."""
+        probe = [torch.ones_like(y).requires_grad_() for y in self.problem.fp_map(self.params, self.problem.hparams)]
+        mapped = self.problem.fp_map(self.params, self.problem.hparams)
+        pulled = torch.autograd.grad(mapped, self.params, probe, create_graph=True)
+        return list(torch.autograd.grad(pulled, probe, u))
+
+    def residual(self, v: Tensors) -> Tensors:
+        """(I − ∂₁Φᵀ) v."""
+        return [x - y for x, y in zip(v, self.pull(v), strict=True)]
+
+    def normal(self, v: Tensors) -> Tensors:
+        """(I − ∂₁Φ)(I − ∂₁Φᵀ) v."""
+        u = self.residual(v)
+        return [x - y for x, y in zip(u, self.push(u), strict=True)]
+
+    def finish(self, v: Tensors) -> Tensors:
+        cross = torch.autograd.grad(self.mapped, self.problem.hparams, v, allow_unused=True)
+        total = []
+        for c, d, h in zip(cross, self.direct, self.problem.hparams, strict=True):
+            parts = [part for part in (c, d) if part is not None]
+            total.append(sum(parts[1:], parts[0]) if parts else torch.zeros_like(h))
+        return total
+
+    def solve(self, product: Callable[[Tensors], Tensors], b: Tensors) -> Tensors:
+        """Conjugate gradients on lists of tensors; reads ‖r‖ at every step and ends with the iterate before."""
+        x = [torch.zeros_like(each) for each in b]
+        r, p = [each.clone() for each in b], [each.clone() for each in b]
+        for _ in range(self.problem.steps):
+            ap = product(p)
+            r_all, p_all, ap_all = joined(r), joined(p), joined(ap)
+            rr = (r_all * r_all).sum()
+            alpha = rr / (p_all * ap_all).sum()
+            x_new = [xi + alpha * pi for xi, pi in zip(x, p, strict=True)]
+            r = [ri - alpha * ai for ri, ai in zip(r, ap, strict=True)]
+            r_all = joined(r)
+            if float(r_all.norm()) < TOL:
+                break
+            beta = (r_all * r_all).sum() / rr
+            p = [ri + beta * pi for ri, pi in zip(r, p, strict=True)]
+            x = x_new
+        return x
+
+    def cg(self) -> Tensors:
+        return self.finish(self.solve(self.residual, self.b))
+
+    def normal_cg(self) -> Tensors:
+        b = [x - y for x, y in zip(self.b, self.push(self.b), strict=True)]
+        return self.finish(self.solve(self.normal, b))
+
+    def fixed_point(self) -> Tensors:
+        v = [torch.zeros_like(each) for each in self.b]
+        v_all = joined(v)
+        for _ in range(self.problem.steps):
+            v = [x + y for x, y in zip(self.pull(v), self.b, strict=True)]
+            before, v_all = v_all, joined(v)
+            if float((v_all - before).norm()) < TOL:
+                break
+        return self.finish(v)
+
+
+def joined(tensors: Tensors) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+FLOOR, MAP_FLOOR = "floor", "floor (map)"
+
+METHODS = [
+    Method(FLOOR, lambda p: floor(p, fixed_point=False)),
+    Method("floor, last for hparams only", lambda p: floor(p, fixed_point=False, with_params=False), FLOOR),
+    Method("hg.implicit.grad, CG", implicit_cg, FLOOR, "cg", 1.05),
+    Method(MAP_FLOOR, lambda p: floor(p, fixed_point=True)),
+    Method("floor (map), last for hparams only", lambda p: floor(p, fixed_point=True, with_params=False), MAP_FLOOR),
+    Method("hg.CG", library(hg.CG), MAP_FLOOR, "cg", 1.05),
+    Method("HyperTorch CG", lambda p: HyperTorch(p).cg(), MAP_FLOOR, "cg"),
+    Method("hg.fixed_point", library(hg.fixed_point), MAP_FLOOR, "fixed_point", 1.05),
+    Method("HyperTorch fixed_point", lambda p: HyperTorch(p).fixed_point(), MAP_FLOOR, "fixed_point"),
+    Method("hg.CG_normaleq", library(hg.CG_normaleq), MAP_FLOOR, "normal_cg", 2.3),
+    Method("HyperTorch CG_normaleq", lambda p: HyperTorch(p).normal_cg(), MAP_FLOOR, "normal_cg"),
+]

@@ -1,0 +1,237 @@
+"""The rows: bilevel problems at an exact solution of the inner problem, and the truth in float64.
+
+Every row starts at a known inner solution at no cost: the biased row by its choice of λ, the others by Newton.
+The truth is computed with forward-over-reverse products (torch.func), which no column uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, hessian, jvp, vjp
+
+Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+DENSE = 500  # parameters up to which A is materialised
+
+
+@dataclass(frozen=True)
+class Problem:
+    """min over λ of E(w*(λ), λ), w*(λ) = argmin g(·, λ), at w = w*(λ).
+
+    `step_size` makes the map w − step_size · ∇₁g of it, `steps` is K, `tolerance` is the relative difference from the
+    truth of K steps in float64 above which a method gets no time.
+    """
+
+    name: str
+    params: list[Tensor]
+    hparams: list[Tensor]
+    data: dict[str, Tensor]
+    inner: Callable[..., Tensor]
+    outer: Callable[..., Tensor]
+    step_size: float
+    steps: int = 20
+    tolerance: float = 1e-3
+    calls: int = 1  # calls in one sample of the clock
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def inner_loss(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> Tensor:
+        return self.inner(params, hparams, self.data)
+
+    def outer_loss(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> Tensor:
+        return self.outer(params, hparams, self.data)
+
+    def fp_map(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor]:
+        """One step of gradient descent: its Jacobian is symmetric, but nobody says so."""
+        with torch.enable_grad():
+            grads = torch.autograd.grad(self.inner_loss(params, hparams), list(params), create_graph=True)
+        return [w - self.step_size * g for w, g in zip(params, grads, strict=True)]
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same problem in another dtype."""
+        return replace(
+            self,
+            params=[w.detach().to(dtype) for w in self.params],
+            hparams=[h.detach().to(dtype).requires_grad_() for h in self.hparams],
+            data={k: v.to(dtype) if v.is_floating_point() else v for k, v in self.data.items()},
+        )
+
+    @property
+    def size(self) -> int:
+        return sum(w.numel() for w in self.params)
+
+    @cached_property
+    def system(self) -> System:
+        return System(self.to(torch.float64))
+
+
+class System:
+    """A v = b of a problem in float64, A = ∇²₁₁g, b = ∇₁E, as flat vectors, and the estimates that K steps give."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.w = flat(problem.params)
+        self.shapes = [w.shape for w in problem.params]
+        self.hparams = [h.detach() for h in problem.hparams]
+        self.gradient = grad(lambda w: problem.inner_loss(self.split(w), self.hparams))
+        self.b = grad(lambda w: problem.outer_loss(self.split(w), self.hparams))(self.w)
+        if len(self.w) <= DENSE:
+            dense = hessian(lambda w: problem.inner_loss(self.split(w), self.hparams))(self.w)
+            self.apply = lambda v: dense @ v
+            self.solution = torch.linalg.solve(dense, self.b)
+        else:
+            self.apply = lambda v: jvp(self.gradient, (self.w,), (v,))[1]
+            self.solution = self.cg(200, 1e-10)
+        self.truths: dict[str, Tensor] = {}
+        self.unsolved = float(self.gradient(self.w).norm() * self.solution.norm() / self.b.norm() / self.w.norm())
+        self.residual = float((self.b - self.apply(self.solution)).norm() / self.b.norm())
+
+    def split(self, w: Tensor) -> list[Tensor]:
+        return [part.view(s) for part, s in zip(w.split([s.numel() for s in self.shapes]), self.shapes, strict=True)]
+
+    def cg(self, steps: int, rtol: float = 0.0) -> Tensor:
+        """K steps of conjugate gradients on A v = b."""
+        v, r = torch.zeros_like(self.b), self.b
+        p = r
+        for _ in range(steps):
+            if r.norm() <= rtol * self.b.norm():
+                break
+            ap = self.apply(p)
+            alpha = (r @ r) / (p @ ap)
+            v, r, old = v + alpha * p, r - alpha * ap, r @ r
+            p = r + (r @ r) / old * p
+        return v
+
+    def normal_cg(self, steps: int) -> Tensor:
+        """K steps of conjugate gradients on A² v = A b."""
+        v, r = torch.zeros_like(self.b), self.apply(self.b)
+        p = r
+        for _ in range(steps):
+            ap = self.apply(self.apply(p))
+            alpha = (r @ r) / (p @ ap)
+            v, r, old = v + alpha * p, r - alpha * ap, r @ r
+            p = r + (r @ r) / old * p
+        return v
+
+    def fixed_point(self, steps: int) -> Tensor:
+        """η Σ_{k<K} (I − ηA)ᵏ b."""
+        v = torch.zeros_like(self.b)
+        for _ in range(steps):
+            v = v + self.problem.step_size * (self.b - self.apply(v))
+        return v
+
+    def hypergradient(self, v: Tensor) -> Tensor:
+        """∇₂E − ∂₂(∇₁g)ᵀ v, flat."""
+
+        def both(*hparams: Tensor) -> tuple[Tensor, Tensor]:
+            inner = grad(lambda w: self.problem.inner_loss(self.split(w), list(hparams)))(self.w)
+            return inner, self.problem.outer_loss(self.split(self.w), list(hparams))
+
+        pull = vjp(both, *self.hparams)[1]
+        return flat(pull((-v, torch.ones((), dtype=v.dtype))))
+
+    def truth(self, kind: str) -> Tensor:
+        """The "exact" hypergradient, or what K steps of "cg", "normal_cg" or "fixed_point" give without rounding."""
+        if kind not in self.truths:
+            v = self.solution if kind == "exact" else getattr(self, kind)(self.problem.steps)
+            self.truths[kind] = self.hypergradient(v)
+        return self.truths[kind]
+
+    def error(self, grads: Sequence[Tensor], kind: str) -> float:
+        """‖grads − truth‖ / ‖truth‖."""
+        wanted = self.truth(kind)
+        return float((flat(grads).double() - wanted).norm() / wanted.norm())
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def logistic_inner(params: Sequence[Tensor], hparams: Sequence[Tensor], data: dict[str, Tensor]) -> Tensor:
+    """Mean log-loss + ½ Σ e^{θⱼ} wⱼ²."""
+    (w,), (theta,) = params, hparams
+    return F.binary_cross_entropy_with_logits(data["x"] @ w, data["y"]) + 0.5 * (theta.exp() * w * w).sum()
+
+
+def logistic_outer(params: Sequence[Tensor], hparams: Sequence[Tensor], data: dict[str, Tensor]) -> Tensor:
+    return F.binary_cross_entropy_with_logits(data["xv"] @ params[0], data["yv"])
+
+
+def logistic(name: str, rows: int, size: int, decay: float, step_size: float, scales: float, **options: Any) -> Problem:
+    """Logistic regression with one penalty a feature; columns scaled from 1 down to `scales`."""
+    draw = np.random.RandomState(0)
+    oracle, x = draw.randn(size) / np.sqrt(size), draw.randn(rows + rows // 2, size) * np.logspace(0, scales, size)
+    y = (x @ oracle + 0.1 * draw.randn(len(x)) > 0).astype(float)
+    pieces = {"x": x[:rows], "y": y[:rows], "xv": x[rows:], "yv": y[rows:]}
+    data = {k: torch.from_numpy(v) for k, v in pieces.items()}
+    theta = torch.from_numpy(decay + 0.3 * draw.randn(size))
+    w = torch.zeros(size, dtype=torch.float64)
+    for _ in range(30):
+        s = torch.sigmoid(data["x"] @ w)
+        gradient = data["x"].T @ (s - data["y"]) / rows + theta.exp() * w
+        curvature = (data["x"].T * (s * (1 - s))) @ data["x"] / rows + theta.exp().diag()
+        w = w - torch.linalg.solve(curvature, gradient)
+        if gradient.norm() < 1e-13:
+            break
+    return Problem(name, [w], [theta], data, logistic_inner, logistic_outer, step_size, **options).to(torch.float32)
+
+
+def perceptron(params: Sequence[Tensor], x: Tensor) -> Tensor:
+    *hidden, (weight, bias) = zip(params[::2], params[1::2], strict=True)
+    for w, b in hidden:
+        x = F.relu(F.linear(x, w, b))
+    return F.linear(x, weight, bias)
+
+
+def biased_inner(params: Sequence[Tensor], hparams: Sequence[Tensor], data: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy + ½ρ‖w − λ‖²."""
+    bias = torch.stack([(w - h).square().sum() for w, h in zip(params, hparams, strict=True)]).sum()
+    return F.cross_entropy(perceptron(params, data["x"]), data["y"]) + 0.5 * RHO * bias
+
+
+def biased_outer(params: Sequence[Tensor], hparams: Sequence[Tensor], data: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(perceptron(params, data["xv"]), data["yv"])
+
+
+RHO = 0.2  # strength of the bias: A is well conditioned, so that K steps go a long way
+
+
+def biased_mlp(name: str, rows: int, widths: Sequence[int], **options: Any) -> Problem:
+    """A perceptron drawn towards λ. λ = w + ∇L(w) / ρ makes any w the exact solution."""
+    draw = np.random.RandomState(0)
+    params = []
+    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        params += [draw.randn(fan_out, fan_in) * np.sqrt(1 / (3 * fan_in)), draw.randn(fan_out) * np.sqrt(1 / (3 * fan_in))]
+    teacher = draw.randn(widths[0], widths[-1])
+    x = draw.randn(rows + rows // 2, widths[0])
+    y = (x @ teacher).argmax(1)
+    params = [torch.from_numpy(p) for p in params]
+    pieces = {"x": x[:rows], "y": y[:rows], "xv": x[rows:], "yv": y[rows:]}
+    data = {k: torch.from_numpy(v) for k, v in pieces.items()}
+    slopes = grad(lambda w: F.cross_entropy(perceptron(w, data["x"]), data["y"]))(params)
+    hparams = [w + slope / RHO for w, slope in zip(params, slopes, strict=True)]
+    return Problem(name, params, hparams, data, biased_inner, biased_outer, **options).to(torch.float32)
+
+
+def rows() -> dict[str, Callable[[], Problem]]:
+    """Every row of the full table; a row is built when it is measured."""
+    return {
+        "mlp": lambda: biased_mlp("mlp", 2000, (784, 256, 256, 10), step_size=1.5),
+        "logistic": lambda: logistic("logistic", 10_000, 1000, -4.0, 7.0, 0.0),
+        "tiny": lambda: logistic("tiny", 100, 20, -6.0, 30.0, -1.0, calls=20),
+    }
+
+
+def quick_rows() -> dict[str, Callable[[], Problem]]:
+    """Small relations of the rows, for counts."""
+    return {
+        "mlp": lambda: biased_mlp("mlp", 50, (12, 8, 8, 3), step_size=1.0, steps=10),
+        "logistic": lambda: logistic("logistic", 200, 30, -3.0, 4.0, 0.0, steps=10),
+        "tiny": lambda: logistic("tiny", 100, 20, -6.0, 30.0, -1.0, steps=10),
+    }
