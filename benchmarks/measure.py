@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any
-from unittest import mock
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Call = Callable[[], Any]
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Spread:
         return cls(low, median(values), high)
 
 
-def interleaved(calls: dict[str, Call], rounds: int, repeat: int = 1, step: Callable[[], object] = int) -> dict[str, Times]:
+def interleaved(
+    calls: dict[Name, Call], rounds: int, repeat: int = 1, step: Callable[[], object] = int
+) -> dict[Name, Times]:
     """Time each call once a round, in an order that turns round by round; the first round is for warming up.
 
     repeat: calls in one sample, for those that are too short for the clock.
@@ -79,25 +81,27 @@ def peak_memory(call: Call) -> int:
         call()
     held = peak = 0
     assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events: list[Any] = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
     return peak
 
 
-class _Reads(TorchFunctionMode):
-    """Counts the ways in which Python takes numbers out of a tensor without a scalar read of the dispatcher."""
+class _Calls(TorchFunctionMode):
+    """Counts reverse passes, and the reads that the dispatcher does not report as scalar reads."""
 
-    WAYS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.nonzero}
+    READS: ClassVar = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.nonzero}
 
     def __init__(self, counts: Counter[str]):
         super().__init__()
         self.counts = counts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.autograd.grad:
+            self.counts["passes"] += 1
         # tolist of a 0-d tensor is item(), which the dispatcher reports
-        if func in self.WAYS and args[0].ndim:
+        if func in self.READS and args[0].ndim:
             self.counts["reads"] += 1
         return func(*args, **(kwargs or {}))
 
@@ -117,15 +121,9 @@ class _Scalars(TorchDispatchMode):
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Counts reverse passes ("passes", every call of torch.autograd.grad) and reads of numbers ("reads") in the block."""
+    """Counts calls of torch.autograd.grad ("passes") and reads of numbers from the device ("reads") in the block."""
     counts: Counter[str] = Counter(passes=0, reads=0)
-    original = torch.autograd.grad
-
-    def passes(*args: Any, **kwargs: Any) -> Any:
-        counts["passes"] += 1
-        return original(*args, **kwargs)
-
-    with mock.patch("torch.autograd.grad", passes), _Reads(counts), _Scalars(counts):
+    with _Calls(counts), _Scalars(counts):
         yield counts
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev
 
 import hypergrad as hg
-from hypergrad import _solution_maps as implicit
+import hypergrad.fixed_points
+import hypergrad.nn
+from hypergrad import implicit
 from hypergrad._implicit_function import Info as Info
 from hypergrad._implicit_function import WarmStart as WarmStart
 
@@ -62,7 +64,7 @@ class Case:
 
     @property
     def solution(self) -> Tensor:
-        return self.solve(self.hparams)
+        return solution_of(self)
 
     def solve(self, h: Tensor) -> Tensor:
         """w(λ) to rounding: SciPy's answer, polished by Newton's method."""
@@ -89,6 +91,11 @@ class Case:
     def random_hparams(self, count: int, spread: float = 0.2) -> Tensor:
         draw = np.random.default_rng(3).standard_normal((count, *self.hparams.shape))
         return self.hparams + spread * torch.from_numpy(draw)
+
+
+@cache
+def solution_of(case: Case) -> Tensor:
+    return case.solve(case.hparams)
 
 
 def newton_step(residual: Callable[[Tensor, Tensor], Tensor], w: Tensor, h: Tensor) -> Tensor:

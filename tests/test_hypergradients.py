@@ -272,7 +272,7 @@ def test_tol_stops_early_and_is_relative():
         calls.append(None)
         return p.fp_map(w, h)
 
-    for tol, most in ((0.5, 4), (1e-3, 12)):
+    for tol, most in ((0.5, 7), (1e-3, 17)):  # looked at every fifth step
         calls.clear()
         hg.fixed_point(p.params, p.hparams, 1000, fp_map, p.outer_loss, tol=tol, set_grad=False, stochastic=True)
         assert 1 < len(calls) <= most
@@ -283,16 +283,7 @@ def test_tol_stops_early_and_is_relative():
     assert relative(flat(scaled) * 2.0**40, flat(few)) < 1e-14
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(
-            "fixed_point",
-            marks=pytest.mark.xfail(strict=True, reason="with a tol the residual after the last step costs a product"),
-        ),
-        "CG",
-    ],
-)
+@pytest.mark.parametrize("method", ["fixed_point", "CG"])
 def test_stochastic_draws_at_every_product(method):
     p = listed("ridge")
     calls = []

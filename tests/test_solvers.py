@@ -98,7 +98,7 @@ ROWS = {
         low_rank(10), lambda k, n: 10, lambda s: [s.n <= 10 and d for d in s.definite], "symmetric", (0.01, 0.3)
     ),
     "Nystrom(40)": Row(low_rank(40), lambda k, n: n, definite(1e3), "symmetric", (0.01, 0.3)),
-    "Optimizer": Row(S.Optimizer, lambda k, n: k, contracts(1, 50), limit=50),
+    "Optimizer": Row(S.Optimizer, lambda k, n: k, contracts(1, 40), limit=40),
 }
 KRYLOV = ("CG", "MINRES", "GMRES(5)", "GMRES(60)", "BiCGStab", "LSQR", "NormalCG")
 LAZY = (*KRYLOV, "FixedPoint", "Neumann", "OneStep")
@@ -256,7 +256,7 @@ EXPECTED = [
     ("LSQR", Status.STAGNATED, INCONSISTENT + INCONSISTENT_TOO),
     ("NormalCG", Status.STAGNATED, INCONSISTENT + INCONSISTENT_TOO),
     ("FixedPoint", Status.DIVERGED, ("A = 4I", "symmetric indefinite", "cyclic shift", "1×1 negative", "wide scale")),
-    ("FixedPoint", Status.MAX_STEPS, ("spd 1e3", "zero")),
+    ("FixedPoint", Status.MAX_STEPS, ("spd 1e3", "A = 1e-3 I")),
     ("Neumann", Status.DIVERGED, ("negative definite", "few eigenvalues")),
     ("OneStep", Status.MAX_STEPS, ("spd 10", "contraction .8")),
     ("Dense", Status.BREAKDOWN, SINGULAR),
@@ -295,16 +295,7 @@ def test_least_squares_solution_of_an_inconsistent_system(row, system, started):
         agree(a.x[0], a.system.solutions[0], 1e-8)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rtol": 1e-6},
-        pytest.param(
-            {"max_steps": 60},
-            marks=pytest.mark.xfail(strict=True, reason="growth_rate averages over resting steps too"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("options", [{"rtol": 1e-6}, {"max_steps": 10}, {"max_steps": 60}])
 @pytest.mark.parametrize(("factor", "make"), [(3.0, lambda q: 4 * np.eye(20)), (1.5, lambda q: np.eye(20) - 1.5 * q)])
 def test_diverged_tells_the_growth_rate(factor, make, options):
     q = with_singular_values(np.ones(20), 3)
@@ -406,7 +397,8 @@ def test_fixed_steps_cost_what_they_say_and_are_success(row, started):
     for steps in (0, 1, 3, 7) if ROWS[row].iterative else (1,):
         op = system.operator(ROWS[row].tag)
         solution = ROWS[row].solver(max_steps=steps)(op, system.rhs(), system.start() if started else None)
-        first = started and row != "Optimizer"  # the residual of x0
+        # The residual of x0 is one more; Optimizer has its own in each step, FixedPoint's first step is free from zero.
+        first = started and row != "Optimizer" and not (row == "FixedPoint" and steps == 0)
         assert op.products == ROWS[row].products(steps, system.n) + 1 + first
         assert solution.status is Status.CONVERGED and solution.ok
         assert solution.steps == steps and len(solution.trace) == steps + 1
@@ -487,7 +479,13 @@ def test_check_every_saves_reads_and_changes_no_answer(row):
     )
     assert one.status is five.status is Status.CONVERGED
     assert seldom <= often / 2
-    if row in ("GMRES(5)", "GMRES(60)", "Optimizer"):  # these use the steps until the next look
+    if row in (
+        "GMRES(5)",
+        "GMRES(60)",
+        "FixedPoint",
+        "Neumann",
+        "Optimizer",
+    ):  # these use the steps until the next look
         assert five.residual_norm <= 1e-10 * norm(system.b)
         agree(five.value, one.value, 2e-10 * system.condition[0])
     else:
@@ -560,9 +558,9 @@ def test_batched_is_looped(row, system):
                 # Rounding grows with the condition number, for methods on AᵀA with its square.
                 tolerance = 1e-12 if given.condition[i] <= 1.01e3 else 1e-19 * given.condition[i] ** 2
                 assert norm(together.value[i] - alone.value) <= tolerance * (norm(alone.value) + norm(x0[i]))
-                size = together.trace[:, i].max()
-                assert abs(together.residual_norm[i] - alone.residual_norm) <= tolerance * size
-                assert abs(together.trace[:, i] - alone.trace).max() <= tolerance * size
+                traces = together.trace[:, i].nan_to_num(), alone.trace.nan_to_num()  # NaN where it was not taken
+                assert abs(together.residual_norm[i] - alone.residual_norm) <= tolerance * traces[1].max()
+                assert (traces[0] - traces[1]).abs().max() <= tolerance * traces[1].max()
             elif "rtol" in options and status is Status.CONVERGED:
                 assert together.residual_norm[i] <= 1e-6 * together.rhs_norm[i]
 
@@ -588,7 +586,6 @@ def test_on_failure_warns_raises_or_says_nothing(row):
     assert not ignored.ok and isinstance(raised.value, ValueError)
 
 
-@pytest.mark.xfail(strict=True, reason="relative_residual takes NaN for 0")
 def test_relative_residual_of_nan_is_nan():
     assert answer("CG", "NaN in b").solution.relative_residual.isnan()
 
@@ -858,3 +855,102 @@ def test_pytrees_come_back_as_they_went_in(row, tree):
     # In float32 leaves rounding is of 1e-7, which methods on AᵀA multiply by κ² = 100.
     agree(flat(solution.value), plain.value, 1e-12 if tree != "mixed dtypes" else 1e-4)
     assert solution.residual_norm.dtype == torch.float64
+
+
+@pytest.mark.parametrize("row", ["CG", "MINRES", "GMRES(5)", "BiCGStab", "LSQR", "FixedPoint", "Dense", "Nystrom(40)"])
+def test_two_batch_axes(row):
+    """[2, 3, n] as six systems: the numbers of [6, n]."""
+    a = np.stack([with_spectrum(np.linspace(0.5, 1.5, 5), i) for i in range(6)])
+    b = np.stack([side(5, i) for i in range(6)])
+    one = hg.operators.matrix(torch.tensor(a), symmetric=True)
+    grid = torch.tensor(a).reshape(2, 3, 5, 5)
+    two = hg.operators.function(
+        lambda v: (grid @ v[..., None])[..., 0], lambda v: (grid @ v[..., None])[..., 0], symmetric=True, batch_dims=2
+    )
+    solver = ROWS[row].solver(max_steps=3)
+    flat, square = solver(one, torch.tensor(b)), solver(two, torch.tensor(b).reshape(2, 3, 5))
+    agree(square.value.reshape(6, 5), flat.value, 1e-13)
+    assert square.residual_norm.shape == square.code.shape == (2, 3) and len(square.statuses) == 6
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 100])
+def test_dense_takes_columns_in_batches(size):
+    system = GRID["nonsymmetric 10"]
+    agree(S.Dense(batch_size=size)(system.operator(), system.rhs()).value, system.solutions[0], 1e-12)
+
+
+OPTIMIZERS = {
+    "SGD with a schedule": lambda p: (o := torch.optim.SGD(p, lr=0.5), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=3),
+}
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_optimizer_steps_in_the_users_own_units(build, size):
+    """The same numbers as the optimizer run by hand on ½xᵀAx − bᵀx, whose learning rates know no scaling."""
+    system = GRID["spd 10"]
+    a, b = torch.tensor(system.a), size * system.rhs()
+    solution = S.Optimizer(max_steps=6, build=build)(system.operator(), b)
+    x = b.clone().requires_grad_()
+    built = build([x])
+    optimizer, scheduler = built if isinstance(built, tuple) else (built, None)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = 0.5 * x @ a @ x - b @ x
+        loss.backward()
+        return loss
+
+    for _ in range(6):
+        optimizer.step(closure)
+        if scheduler is not None:
+            scheduler.step()
+    agree(solution.value, x.detach(), 1e-10)
+    assert solution.steps == 6 and len(solution.trace) == 7
+    agree(solution.trace[0], system.residuals(b.numpy() / size)[0] * size, 1e-12)
+
+
+def test_lbfgs_solves_a_system_it_can():
+    system = GRID["spd 10"]
+    solution = S.Optimizer(
+        max_steps=60, rtol=1e-8, build=lambda p: torch.optim.LBFGS(p, tolerance_grad=0, tolerance_change=0)
+    )(system.operator(), system.rhs())
+    assert solution.status is Status.CONVERGED
+    agree(solution.value, system.solutions[0], 1e-7)
+
+
+def test_refinement_reaches_the_tolerance_where_the_recursion_alone_does_not():
+    """MINRES's own residual is too hopeful at condition 10⁶; the rest of a batch is left as it was."""
+    hard, easy = GRID["spd 1e6"], GRID["spd 10"]
+    failing = GRID["symmetric indefinite"]
+    together = System("", np.stack([hard.a, easy.a, failing.a]), np.stack([hard.b, easy.b, failing.b]))
+    for make, last in ((S.MINRES, Status.CONVERGED), (S.CG, Status.NOT_POSITIVE_DEFINITE)):
+        solution = make(rtol=1e-10, max_steps=300, on_failure="ignore")(together.operator(), together.rhs())
+        assert solution.statuses == [Status.CONVERGED, Status.CONVERGED, last]
+        alone = make(rtol=1e-10, max_steps=300, on_failure="ignore")(failing.operator(), failing.rhs())
+        agree(solution.value[2], alone.value, 1e-9)
+    once = S.MINRES(max_steps=73)(hard.operator(), hard.rhs())
+    assert once.residual_norm > 1e-9 * once.rhs_norm  # so the refinement was needed
+
+
+@pytest.mark.parametrize("row", ["FixedPoint", "Neumann"])
+def test_a_diverging_system_in_a_batch_is_named(row):
+    n = 5
+    a = np.stack([np.eye(n), -4 * np.eye(n), 0.9 * np.eye(n)])
+    system = System("", a, np.stack([side(n, i) for i in range(3)]))
+    for options in ({"max_steps": 40}, {"max_steps": 60, "rtol": 1e-6}):
+        solution = ROWS[row].solver(**options, on_failure="ignore")(system.operator(), system.rhs())
+        assert solution.statuses == [Status.CONVERGED, Status.DIVERGED, Status.CONVERGED]
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row != "Optimizer"])
+def test_a_start_far_out_is_not_believed(row):
+    """x0 of size 1 for b of size 1e-25: what is left of x0 by rounding is larger than b."""
+    system = GRID["b of 1e-20"]
+    given = dataclasses.replace(system, b=1e-5 * system.b)
+    x0 = torch.tensor(side(system.n))
+    solution = ROWS[row].solver(max_steps=40, rtol=1e-6, on_failure="ignore")(given.operator(), given.rhs(), x0)
+    residual = given.damped(ROWS[row].dampings[0]).residuals(solution.value.numpy())[0]
+    assert solution.status is not Status.CONVERGED or residual <= 1e-6 * norm(given.b)

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import diff_optimizers, hypergradients, implicit, operators, solvers
+from . import diff_optimizers, fixed_points, hypergradients, implicit, nn, operators, solvers
 from ._solution import HypergradientWarning, Solution, SolverError, Status
 from ._vector import Vector
 from .diff_optimizers import (
@@ -31,6 +31,9 @@ __all__ = [
     "Status",
     "SolverError",
     "HypergradientWarning",
+    # forward solvers of fixed points, and equilibrium layers
+    "fixed_points",
+    "nn",
     # HyperTorch's functional interface
     "hypergradients",
     "reverse_unroll",

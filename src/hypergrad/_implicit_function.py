@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from . import _autodiff, operators
 from ._autodiff import Linearisation
@@ -108,18 +109,25 @@ class Problem:
         """The retained graph of F at plain tensors; undeclared tensors in it are an error."""
         outputs = self.function(w, hparams)
         if any(_functorch.is_functorch_wrapped_tensor(y) for y in outputs):
-            raise ValueError(UNDECLARED.format("that is being differentiated or mapped outside"))
+            raise ValueError(UNDECLARED.format(OUTSIDE))
         undeclared = _autodiff.strangers(outputs, [*w, *hparams])
         if undeclared:
             raise ValueError(UNDECLARED.format(", ".join(self.names(leaf) for leaf in undeclared[:3])))
         return Linearisation(outputs, w, list(wanted))
 
     def check_declared(self, w: Sequence[Tensor], hparams: Sequence[Tensor]) -> None:
-        """Look for undeclared tensors at once where no declared one requires grad: no derivative will be asked for."""
-        tensors = (*w, *hparams)
-        plain = not any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors)
-        if torch.is_grad_enabled() and plain and not any(t.requires_grad for t in tensors):
-            self.linearise(tuple(leaf.detach().requires_grad_() for leaf in w), tuple(hparams))
+        """Look at once for undeclared tensors that `linearise` would miss.
+
+        It runs below all transforms, where what they differentiate or map looks like a constant, and it does not run
+        at all where no declared tensor requires grad. In these two cases F is evaluated here, at constants.
+        """
+        constants = tuple(leaf.detach() for leaf in w), tuple(leaf.detach() for leaf in hparams)
+        if torch._C._are_functorch_transforms_active():
+            mapped = set().union(*(mapped_levels(leaf) for leaf in (*constants[0], *constants[1])))
+            if any(depends_on_outside(y, mapped) for y in self.function(*constants)):
+                raise ValueError(UNDECLARED.format(OUTSIDE))
+        elif torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in hparams):
+            self.linearise(tuple(leaf.requires_grad_() for leaf in constants[0]), constants[1])
 
     def run(self, linearisation: Linearisation, b: Vector, last: Any = None) -> Vector:
         """Solve with A or Aᵀ, reporting a failure and filling in Info."""
@@ -147,6 +155,32 @@ UNDECLARED = (
     "the map uses a tensor that requires grad and was not declared: {}. Its derivative would be lost. Pass it in "
     "hparams (for a module: torch.func.functional_call with dict(module.named_parameters()) in hparams), or detach it"
 )
+
+OUTSIDE = "one that a transform outside (grad, jvp, vmap, ...) differentiates or maps"
+
+
+def mapped_levels(x: Tensor) -> set[int]:
+    """The levels of vmap at which x is mapped."""
+    levels = set()
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            levels.add(_functorch.maybe_get_level(x))
+        x = _functorch.get_unwrapped(x)
+    return levels
+
+
+def depends_on_outside(y: Tensor, mapped: set[int]) -> bool:
+    """Whether a transform differentiates y, made from constants, or maps it at another level than these."""
+    if not _functorch.is_functorch_wrapped_tensor(y):
+        return False
+    if _functorch.is_batchedtensor(y):
+        here = _functorch.maybe_get_level(y) not in mapped
+    else:
+        here = y.requires_grad or torch.autograd.forward_ad.unpack_dual(y).tangent is not None
+    if here:
+        return True
+    with retrieve_current_functorch_interpreter().lower():
+        return depends_on_outside(_functorch.get_unwrapped(y), mapped)
 
 
 def pull(function: Callable[[Leaves], Leaves], at: Leaves, cotangent: Leaves) -> Leaves:

@@ -91,7 +91,8 @@ class Solution:
         steps: iterations done: an int, or a tensor [B].
         residual_norm: ‖b − Ax‖₂ of the returned value, recomputed, never the recursion's: 0-d, or [B].
         rhs_norm: ‖b‖₂, likewise.
-        trace: the method's own residual norm before each step and after the last: [steps + 1], or [steps + 1, B].
+        trace: the method's own residual norm before each step and after the last: [steps + 1], or [steps + 1, B]; NaN
+            where it did not take it.
     """
 
     value: Any
@@ -118,12 +119,14 @@ class Solution:
     @property
     def relative_residual(self) -> Tensor:
         """‖b − Ax‖ / ‖b‖, and 0 where both are 0."""
-        return (self.residual_norm / self.rhs_norm).where(self.residual_norm > 0, 0.0)
+        return (self.residual_norm / self.rhs_norm).where(self.residual_norm != 0, 0.0)
 
     @property
     def growth_rate(self) -> Tensor:
         """The factor by which a step multiplied the residual, as the geometric mean over the last half of the steps."""
-        last, half = len(self.trace) - 1, len(self.trace) // 2
+        taken = ~self.trace.reshape(len(self.trace), -1).isnan().all(1)
+        known = taken.nonzero().squeeze(-1).tolist() or [0]
+        last, half = known[-1], known[(len(known) - 1) // 2]
         return (self.trace[last] / self.trace[half]) ** (1 / max(last - half, 1))
 
     @property

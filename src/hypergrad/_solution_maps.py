@@ -202,7 +202,9 @@ def linear_solve(op: LinearOperator, b: PyTree, solver: Solver | None = None, **
                 [-0.2500, -0.2500]])
     """
     if op.declared is None:
-        raise TypeError("linear_solve needs an operator from operators.matrix or operators.function")
+        raise TypeError(
+            "linear_solve needs an operator from operators.matrix or operators.function itself, not .T or .damped() of one"
+        )
     product, tensors = op.declared
     leaves, _, rebuild = flatten(b, "b")
     theta, rebuild_theta = split(tensors)
@@ -219,6 +221,7 @@ def linear_solve(op: LinearOperator, b: PyTree, solver: Solver | None = None, **
     )
     problem = settings.problem(function, len(leaves), product)
     zeros = [torch.zeros_like(leaf) for leaf in leaves]
+    problem.check_declared(zeros, (*theta, *leaves))
     return rebuild(LinearSolve.apply(problem, *leaves, *zeros, *theta))
 
 

@@ -281,6 +281,16 @@ class Vector:
         """The same numbers in new memory."""
         return self._map(torch.clone)
 
+    def apart_from(self, other: Vector) -> Vector:
+        """The same numbers in memory that other does not use: an identity map hands back its argument."""
+
+        def apart(mine: Tensor, theirs: Tensor, plain: bool) -> Tensor:
+            shares = mine is theirs or (plain and mine.data_ptr() == theirs.data_ptr())
+            return mine.clone() if shares else mine
+
+        chunks = zip(self.chunks, other.chunks, self.space.plain, strict=True)
+        return Vector(self.space, [apart(*pair) for pair in chunks])
+
     def zeros(self) -> Vector:
         """A new vector of zeros like this one."""
         return self._map(torch.zeros_like)
@@ -344,9 +354,8 @@ class Vector:
         largest: Tensor | None = None
         space = self.space
         for chunk in self.chunks:
-            top = (
-                chunk.abs().flatten(space.batch_dims).amax(-1) if chunk.numel() else chunk.new_zeros(space.batch_shape)
-            )
+            own = chunk.flatten(space.batch_dims)
+            top = torch.linalg.vector_norm(own, torch.inf, -1) if own.numel() else own.new_zeros(space.batch_shape)
             top = full(top).to(device=space.device, dtype=space.dtype)
             largest = top if largest is None else torch.maximum(largest, top)
         assert largest is not None

@@ -182,7 +182,7 @@ def fixed_point(
         K: steps.
         fp_map: Φ(params, hparams), a list like params.
         outer_loss: E(params, hparams), scalar.
-        tol: stop earlier once ‖∇₁E − Aᵀv‖ ≤ tol · ‖∇₁E‖.
+        tol: stop earlier once ‖∇₁E − Aᵀv‖ ≤ tol · ‖∇₁E‖, looked at every fifth step.
         set_grad: add the result to hparams' .grad, as backward() does.
         stochastic: fp_map is drawn anew at every product.
 
@@ -198,7 +198,7 @@ def fixed_point(
         ... )
         [tensor([3.0000])]
     """
-    solver = solvers.FixedPoint(max_steps=K, rtol=tol, on_failure="ignore")
+    solver = solvers.FixedPoint(max_steps=K, rtol=tol, check_every=5, on_failure="ignore")
     return _implicit(params, hparams, solver, fp_map, outer_loss, set_grad, stochastic=stochastic)
 
 
@@ -217,7 +217,7 @@ def neumann(
     Cost: K products and the last.
     Source: Lorraine, Vicol and Duvenaud 2020; Liao et al. 2018.
     """
-    solver = solvers.Neumann(max_steps=K, rtol=tol, on_failure="ignore")
+    solver = solvers.Neumann(max_steps=K, rtol=tol, check_every=5, on_failure="ignore")
     return _implicit(params, hparams, solver, fp_map, outer_loss, set_grad)
 
 

@@ -1,4 +1,4 @@
-"""Hypergradients by implicit differentiation at a solution of the inner problem.
+"""Implicit differentiation at a solution of the inner problem: as a hypergradient (grad, backward), or as a value.
 
     A = ∂₁F,   Aᵀ v = ∇₁E(w, λ),   ∇f(λ) = ∇₂E(w, λ) − ∂₂Fᵀ v
 
@@ -18,10 +18,28 @@ from torch import Tensor
 
 from . import _autodiff, operators
 from ._autodiff import Linearisation, as_scalar
+from ._implicit_function import Info, WarmStart
 from ._solution import OnFailure, Solution, warn
+from ._solution_maps import Phantom, argmin, fixed_point, linear_solve, root, solver
 from ._vector import PyTree, Space, Vector, check_distinct, flatten
 from .solvers import CG, GMRES, LinearSolver
 from .solvers._solver import Solver, solve
+
+__all__ = [
+    # the hypergradient at a solution
+    "grad",
+    "backward",
+    "Hypergradient",
+    # the solution as a differentiable value
+    "root",
+    "fixed_point",
+    "argmin",
+    "linear_solve",
+    "solver",
+    "Phantom",
+    "Info",
+    "WarmStart",
+]
 
 UNSOLVED = 0.1  # estimated relative distance from the inner solution at which a warning is due
 
@@ -130,6 +148,7 @@ def grad(
         tensor(3.)
     """
     variables = Variables(params, hparams, batch_dims)
+    check_distinct(variables.given, variables.names)
     inner = InnerProblem.of(inner_loss, fp_map, residual)
     symmetric = symmetric or positive_definite or inner.kind == "inner_loss"
     if final_draws < 1 or (final_draws > 1 and not stochastic):
@@ -204,9 +223,8 @@ class Variables:
     """params and hparams as given, checked, and in the forms that losses and autograd want."""
 
     def __init__(self, params: PyTree, hparams: PyTree, batch_dims: int = 0):
-        self.given, self._names, self._params_tree = flatten(params, "params")
+        self.given, self.names, self._params_tree = flatten(params, "params")
         self._outer, self._outer_names, self._hparams_tree = flatten(hparams, "hparams")
-        check_distinct(self.given, self._names)
         self.differentiated = check_hparams(self._outer, self._outer_names)
         self.space = Space(self._params_tree(self.given), "params", batch_dims)
         self.hparams = self._hparams_tree(self._outer)
@@ -219,12 +237,12 @@ class Variables:
 
     def keep_live(self) -> None:
         """Params stay the tensors that evaluated losses were computed from."""
-        for leaf, name in zip(self.given, self._names, strict=True):
+        for leaf, name in zip(self.given, self.names, strict=True):
             if not leaf.requires_grad:
                 raise ValueError(f"{name} does not require grad, so no evaluated loss has a derivative in it")
         if {id(leaf) for leaf in self.given} & {id(leaf) for leaf in self._outer}:
             raise ValueError("with evaluated losses no tensor may be in params and in hparams; pass callables")
-        _check_independent([*self.given, *self._outer], [*self._names, *self._outer_names])
+        _check_independent([*self.given, *self._outer], [*self.names, *self._outer_names])
         self.leaves = self.given
         self.params = self._params_tree(self.leaves)
 

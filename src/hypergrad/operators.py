@@ -34,6 +34,7 @@ class LinearOperator:
         batch_dims: 1 where every leaf has a leading axis of independent systems, else 0.
         many: A applied to a Basis at once, if that is cheaper than one product after another.
         many_transpose: likewise for Aᵀ.
+        contraction: v ↦ v − A v, if that is cheaper than A v (for A = I − Jᵀ it is Jᵀv).
 
     Attributes:
         declared: (product, tensors) where the operator says which tensors it depends on, else None.
@@ -51,13 +52,14 @@ class LinearOperator:
         batch_dims: int = 0,
         many: Callable[[Basis], Basis] | None = None,
         many_transpose: Callable[[Basis], Basis] | None = None,
+        contraction: Product | None = None,
     ):
         self.symmetric = symmetric or positive_definite
         self.positive_definite = positive_definite
         self.batch_dims = batch_dims
         self.damping = 0.0
         self.declared: tuple[Callable[..., PyTree], tuple[Any, ...]] | None = None
-        self._matvec, self._many = matvec, many
+        self._matvec, self._many, self._contraction = matvec, many, contraction
         self._transpose, self._many_transpose = (matvec, many) if self.symmetric else (transpose, many_transpose)
         self._counter = Counter()
 
@@ -71,12 +73,20 @@ class LinearOperator:
         return self._transpose is not None
 
     def __call__(self, v: Any) -> Any:
-        """A v (+ damping · v): a Vector for a Vector, a pytree for a pytree."""
+        """A v (+ damping · v) in memory of its own: a Vector for a Vector, a pytree for a pytree."""
         if not isinstance(v, Vector):
             return self(Space(v, "v", self.batch_dims).vector(v, "v")).tree
         self._counter.products += 1
-        product = self._matvec(v)
+        product = self._matvec(v).apart_from(v)
         return product + v * self.damping if self.damping else product
+
+    def contract(self, v: Vector) -> Vector:
+        """v − A v: one product."""
+        if self._contraction is None:
+            return v - self(v)
+        self._counter.products += 1
+        image = self._contraction(v)
+        return image - v * self.damping if self.damping else image
 
     def many(self, basis: Basis) -> Basis:
         """A V for a stack of vectors V."""
@@ -93,6 +103,8 @@ class LinearOperator:
         new = object.__new__(LinearOperator)
         new.__dict__.update(self.__dict__)
         new._matvec, new._many, new._transpose, new._many_transpose = matvec, many, transpose, many_transpose
+        new._contraction = self._contraction if matvec is self._matvec else None
+        new.declared = None
         return new
 
     @property
@@ -207,4 +219,5 @@ def adjoint(
         batch_dims=batch_dims,
         many=products(Linearisation.vjp_many),
         many_transpose=products(Linearisation.jvp_many),
+        contraction=(lambda v: v.space.pack(linearise().vjp(v.leaves))) if fixed_point else None,
     )

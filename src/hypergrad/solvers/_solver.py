@@ -30,6 +30,7 @@ class System:
     stop: Tensor  # a system rests once ‖r‖ ≤ stop, 0-d or [B]: the tolerance or, without one, rounding level
     goal: Tensor | None  # the tolerance itself; None runs max_steps without looking
     check_every: int
+    rhs_norm: Tensor  # ‖b‖ in scaled units
     scale: Tensor  # power of two that one scaled unit is worth in the user's units, 0-d or [B]
 
     def start(self) -> tuple[Vector, Vector]:
@@ -156,11 +157,12 @@ def solve(
         for refinements_left in (2, 1, 0):
             x = outcome.x.scale_(scale)
             image = op(x) if last_product is None else _damped(last_product(x), x, solver.damping)
-            residual = (b - image / scale).norm()
+            last = last_product is not None or system.goal is None or not refinements_left
+            residual = (b if last else b.copy()).add_(image, 1 / scale, -1.0).norm()
             if len(outcome.trace) == outcome.steps:
                 outcome.trace = torch.cat([outcome.trace, residual.unsqueeze(0)])
             code = _judge(outcome, residual, system)
-            if last_product is not None or system.goal is None or not refinements_left:
+            if last:
                 break
             again = code == Status.STAGNATED.value
             if outcome.code is not None:
@@ -171,7 +173,9 @@ def solve(
             system.max_steps -= outcome.steps
             rest = replace(system, stop=torch.where(again, system.stop, torch.inf))
             outcome = _continued(outcome, solver._iterate(rest), again)
-        return Solution(x, code, _steps(outcome, system), residual * scale, b.norm() * scale, outcome.trace * scale)
+        return Solution(
+            x, code, _steps(outcome, system), residual * scale, system.rhs_norm * scale, outcome.trace * scale
+        )
 
 
 def _damped(image: Vector, x: Vector, damping: float) -> Vector:
@@ -195,7 +199,7 @@ def _system(solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | No
     if max_steps is None:
         max_steps = min(10 * b.space.length, 1000)
     every = every or (1 if b.space.device.type == "cpu" else 5)
-    return System(op, b, x0, max_steps, stop, goal, every, scale)
+    return System(op, b, x0, max_steps, stop, goal, every, norm, scale)
 
 
 def _judge(outcome: Outcome, residual: Tensor, system: System) -> Tensor:

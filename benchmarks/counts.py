@@ -1,0 +1,102 @@
+"""What does not depend on the machine: products, evaluations, reads from the device, vectors of memory. No times."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import hypergrad as hg
+
+from . import problems
+from .measure import counted, counting, peak_memory
+from .methods import METHODS, Method, graph_and_product, implicit
+from .problems import Problem
+
+Answer = TypeVar("Answer")
+
+VECTORS = 6  # that CG may hold beside the graph and what one product needs
+SCALARS = 0.05  # in vectors of the wide row: what is no vector
+
+# Products of K steps from zero in fixed-step mode, beside the last one.
+SOLVERS: dict[str, tuple[Callable[[int], hg.solvers.LinearSolver], Callable[[int], int]]] = {
+    "CG": (lambda k: hg.solvers.CG(max_steps=k, on_failure="ignore"), lambda k: k),
+    "MINRES": (lambda k: hg.solvers.MINRES(max_steps=k, on_failure="ignore"), lambda k: k),
+    "GMRES": (lambda k: hg.solvers.GMRES(max_steps=k, on_failure="ignore"), lambda k: k),
+    "BiCGStab": (lambda k: hg.solvers.BiCGStab(max_steps=k, on_failure="ignore"), lambda k: 2 * k),
+    "NormalCG": (lambda k: hg.solvers.NormalCG(max_steps=k, on_failure="ignore"), lambda k: 2 * k),
+    "LSQR": (lambda k: hg.solvers.LSQR(max_steps=k, on_failure="ignore"), lambda k: 2 * k),
+    "FixedPoint": (lambda k: hg.solvers.FixedPoint(max_steps=k, on_failure="ignore"), lambda k: k - 1),
+    "Neumann": (lambda k: hg.solvers.Neumann(max_steps=k, on_failure="ignore"), lambda k: k),
+    "OneStep": (lambda k: hg.solvers.OneStep(on_failure="ignore"), lambda k: 0),
+}
+OWN_PASSES = 3  # of every implicit hypergradient: the gradient or map, the outer gradient, the last product
+
+
+def count(problem: Problem, call: Callable[[Problem], Answer]) -> tuple[Counter[str], Answer]:
+    """Reverse passes, reads, and evaluations of the inner and the outer loss in one call; and what it gave."""
+    with counted() as counts:
+        inner, outer = counting(problem.inner, counts, "inner"), counting(problem.outer, counts, "outer")
+        answer = call(replace(problem, inner=inner, outer=outer))
+    return counts, answer
+
+
+def expect(what: str, got: float, wanted: float, at_most: bool = False) -> None:
+    if (got > wanted) if at_most else (got != wanted):
+        raise AssertionError(f"{what}: {got:g} instead of {'at most ' if at_most else ''}{wanted:g}")
+
+
+def check_method(problem: Problem, method: Method) -> Counter[str]:
+    """Counts of one method on a problem in float64, compared with what it claims; and its answer, with the truth."""
+    title, steps = f"{problem.name}, {method.name}", problem.steps
+    counts, grads = count(problem, method.run)
+    expect(f"{title}: reverse passes", counts["passes"], method.passes(steps))
+    expect(f"{title}: evaluations of the inner problem", counts["inner"], method.evaluations(steps))
+    expect(f"{title}: evaluations of the outer loss", counts["outer"], 1)
+    if method.truth:
+        expect(f"{title}: error", problem.system.error(grads, method.truth), 1e-7, at_most=True)
+    return counts
+
+
+def check_solver(problem: Problem, name: str) -> Counter[str]:
+    """Counts of implicit.grad with a solver in fixed-step mode: nothing is read from the device."""
+    make, products = SOLVERS[name]
+    counts, _ = count(problem, lambda p: implicit(p, make(p.steps)))
+    expect(f"{problem.name}, {name}: reverse passes", counts["passes"], products(problem.steps) + OWN_PASSES)
+    expect(f"{problem.name}, {name}: reads from the device", counts["reads"], 0)
+    expect(f"{problem.name}, {name}: evaluations", counts["inner"] + counts["outer"], 2)
+    return counts
+
+
+def vectors(problem: Problem, call: Callable[[Problem], object], fixed_point: bool) -> float:
+    """Peak memory of a call beyond that of the graph and one product, in vectors of params' size."""
+    beside = peak_memory(lambda: call(problem)) - peak_memory(lambda: graph_and_product(problem, fixed_point))
+    return beside / sum(w.numel() * w.element_size() for w in problem.params)
+
+
+def check_memory(problem: Problem) -> float:
+    """Vectors that CG holds beside the graph."""
+    held = vectors(problem, lambda p: implicit(p, SOLVERS["CG"][0](p.steps)), fixed_point=False)
+    expect(f"{problem.name}, CG: vectors beside the graph", held, VECTORS + SCALARS, at_most=True)
+    return held
+
+
+def run() -> None:
+    """Check everything and print the counts. Raises AssertionError for a count that is off."""
+    for build in problems.quick_rows().values():
+        problem = build()
+        print(f"{problem.name}: {problem.size} parameters, K = {problem.steps}")
+        for method in METHODS:
+            show(method.name, check_method(problem, method))
+        print("  implicit.grad in fixed-step mode")
+        for name in SOLVERS:
+            show(f"  {name}", check_solver(problem, name))
+    print(f"CG holds {check_memory(problems.wide()):.2f} vectors beside the graph and one product")
+
+
+def show(name: str, counts: Counter[str]) -> None:
+    print(
+        f"  {name:32}{counts['passes']:4} reverse passes,{counts['inner']:3} inner and {counts['outer']} outer "
+        f"evaluations,{counts['reads']:3} reads"
+    )

@@ -1,0 +1,139 @@
+"""Readers of public data sets that you have on disk, and stand-ins that scikit-learn ships."""
+
+import gzip
+import pickle
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse
+import torch
+from sklearn.datasets import load_digits
+from sklearn.neighbors import kneighbors_graph
+from torch import Tensor
+
+
+class Images(NamedTuple):
+    """Pixels [n, pixels] in [0, 1] and labels [n]."""
+
+    name: str
+    x: Tensor
+    y: Tensor
+
+
+class Graph(NamedTuple):
+    """Features [n, d] whose rows add up to 1, labels [n], an edge list [2, m] in both directions, and three splits."""
+
+    name: str
+    x: Tensor
+    y: Tensor
+    edges: Tensor
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+def images(folder: Path | None = None) -> Images:
+    """The 60,000 training images of MNIST or Fashion-MNIST in torchvision's layout, or scikit-learn's 1,797 digits."""
+    if folder is None:
+        x, y = load_digits(return_X_y=True)
+        return Images("digits", torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y))
+    x = read_idx(find_idx(folder, "train-images-idx3-ubyte"))
+    y = read_idx(find_idx(folder, "train-labels-idx1-ubyte"))
+    return Images(folder.name, torch.tensor(x.reshape(len(x), -1) / 255, dtype=torch.float32), torch.tensor(y).long())
+
+
+def find_idx(folder: Path, name: str) -> Path:
+    places = [folder, *(folder / part / "raw" for part in (".", "MNIST", "FashionMNIST"))]
+    for path in (place / (name + ending) for place in places for ending in ("", ".gz")):
+        if path.is_file():
+            return path
+    raise SystemExit(
+        f"{folder} holds no {name}[.gz]: torchvision.datasets.MNIST(folder, download=True) gets MNIST, and Debian's "
+        f"package dataset-fashion-mnist puts Fashion-MNIST in /usr/share/datasets/fashion-mnist; without --data the "
+        f"digits that scikit-learn ships are used."
+    )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file of bytes: two zeros, 8 for uint8, the number of axes, their lengths as big-endian int32, the data."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    axes = data[3] if len(data) > 3 and data[:3] == b"\0\0\x08" else 0
+    shape = np.frombuffer(data, ">i4", axes, offset=4) if len(data) >= 4 + 4 * axes else ()
+    if not axes or len(data) != 4 + 4 * axes + np.prod(shape, dtype=int):
+        raise ValueError(f"{path} is no complete IDX file of bytes")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def graph(folder: Path | None = None, name: str = "cora", per_class: int = 20) -> Graph:
+    """Cora or Citeseer from the files ind.<name>.* of the Planetoid repository, or scikit-learn's digits joined to their
+    nearest neighbours, with 20 training nodes a class, 500 for validation and the rest for the test.
+    """
+    return digits_graph(per_class) if folder is None else read_planetoid(folder, name)
+
+
+def digits_graph(per_class: int = 20, neighbours: int = 8) -> Graph:
+    x, y = load_digits(return_X_y=True)
+    joined = scipy.sparse.coo_matrix(kneighbors_graph(x, neighbours))
+    labels, order = torch.tensor(y), torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    train = torch.cat([order[labels[order] == digit][:per_class] for digit in range(10)])
+    rest = order[~torch.isin(order, train)]
+    features = torch.tensor(x / x.sum(1, keepdims=True), dtype=torch.float32)
+    return Graph("digits", features, labels, undirected(joined.row, joined.col), train, rest[:500], rest[500:])
+
+
+def read_planetoid(folder: Path, name: str) -> Graph:
+    """The standard split: x (20 nodes a class) for training, the next 500 for validation, the named 1,000 for the test.
+
+    The nodes of tx, ty stand in the order of test.index; a number missing there is a node without features or label.
+    """
+    parts = {part: folder / f"ind.{name}.{part}" for part in ("y", "allx", "ally", "tx", "ty", "graph", "test.index")}
+    missing = [path.name for path in parts.values() if not path.is_file()]
+    if missing:
+        raise SystemExit(
+            f"{folder} holds no {', '.join(missing)}: get the folder `data` of https://github.com/kimiyoung/planetoid; "
+            f"without --data a graph of the digits that scikit-learn ships is used."
+        )
+    test = np.loadtxt(parts.pop("test.index"), dtype=int, ndmin=1)
+    y, allx, ally, tx, ty, neighbours = (read_pickle(path) for path in parts.values())
+    count = max(len(neighbours), test.max() + 1)
+    x, onehot = np.zeros((count, allx.shape[1]), np.float32), np.zeros((count, ally.shape[1]), np.float32)
+    x[: allx.shape[0]], onehot[: len(ally)] = allx.toarray(), ally
+    x[test], onehot[test] = tx.toarray(), ty
+    x /= x.sum(1, keepdims=True).clip(min=1)
+    pairs = np.array([(i, j) for i, near in neighbours.items() for j in near]).T
+    train, validation = torch.arange(len(y)), torch.arange(len(y), min(len(y) + 500, len(ally)))
+    labels = torch.tensor(onehot.argmax(1))
+    return Graph(name, torch.tensor(x), labels, undirected(*pairs), train, validation, torch.tensor(test))
+
+
+def undirected(rows: np.ndarray, columns: np.ndarray) -> Tensor:
+    """Each edge once in each direction, without loops at a node: [2, m]."""
+    both = np.unique(np.stack([np.append(rows, columns), np.append(columns, rows)]), axis=1)
+    return torch.tensor(both[:, both[0] != both[1]], dtype=torch.long)
+
+
+# A pickle calls what it names. These are all the names that a Planetoid file needs, as Python 2 wrote them.
+ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("scipy.sparse.csr", "csr_matrix"): scipy.sparse.csr_matrix,
+    ("collections", "defaultdict"): defaultdict,
+    ("__builtin__", "list"): list,
+    ("__builtin__", "object"): object,
+    ("copy_reg", "_reconstructor"): lambda cls, base, state: object.__new__(cls),
+}
+
+
+class SafeUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"refused to load {module_name}.{global_name} from a pickle")
+        return ALLOWED[module_name, global_name]
+
+
+def read_pickle(path: Path) -> Any:
+    with path.open("rb") as file:
+        return SafeUnpickler(file, encoding="latin1").load()

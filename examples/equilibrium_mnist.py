@@ -1,0 +1,280 @@
+# %% [markdown]
+# # Training an equilibrium model: four hypergradients of the same loss
+#
+# Each image x has a hidden state z*(x) of 200 numbers, the fixed point of a map that is trained:
+#
+#     z = tanh(zA + xB + c),    ‖A‖₂ ≤ 0.99,    logits = z*C + d,    min over A, B, c, C, d of the cross-entropy
+#
+# This is the third experiment of Grazzi, Franceschi, Pontil and Salzo (ICML 2020), with their sizes: 5,000 images to
+# train on, 5,000 to validate, the whole training set in each of the steps of SGD (learning rate 0.5, momentum 0.9).
+
+# %%
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from datasets import images
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from tqdm import tqdm
+
+import hypergrad as hg
+import hypergrad.fixed_points
+import hypergrad.nn
+
+
+@dataclass
+class Config:
+    data: str = "digits"
+    images: int = 5000  # to train on, and as many to validate
+    states: int = 200
+    iterations: int = 20  # T of the state and K of the adjoint system, in HyperTorch's three methods
+    rtol: float = 1e-6  # of the state and of the adjoint system, in hg.nn.Equilibrium
+    radius: float = 0.99
+    lr: float = 0.5
+    momentum: float = 0.9
+    steps: int = 60
+    seed: int = 0
+    measurements: int = 5  # of the error along the way
+
+
+# %% [markdown]
+# ## The model
+# As a module: the layer solves for z* and differentiates it implicitly; xB + c does not depend on z, so the layer
+# computes it once. The parameters are, in this order, A, B, c, C, d.
+
+
+# %%
+class Cell(nn.Module):
+    def __init__(self, states: int):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(states, states))
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(z @ self.A + u)
+
+
+class Model(nn.Module):
+    def __init__(self, pixels: int, states: int, rtol: float):
+        super().__init__()
+        self.layer = hg.nn.Equilibrium(
+            Cell(states),
+            inject=nn.Linear(pixels, states),
+            forward=hg.fixed_points.Anderson(rtol=rtol, max_steps=200),
+            adjoint=hg.solvers.GMRES(rtol=rtol, restart=15),
+        )
+        self.classifier = nn.Linear(states, 10)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.layer(x))
+
+
+# %% [markdown]
+# ## The same as functions of (params, hparams), as HyperTorch's interface wants it
+# Each of the methods adds a hypergradient to the `.grad` of the model's parameters.
+
+
+# %%
+def fp_map(x: Tensor) -> Callable[[list[Tensor], list[Tensor]], list[Tensor]]:
+    return lambda z, hparams: [torch.tanh(z[0] @ hparams[0] + linear(x, hparams[1], hparams[2]))]
+
+
+def outer_loss(y: Tensor) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
+    return lambda z, hparams: cross_entropy(linear(z[0], hparams[3], hparams[4]), y)
+
+
+def iterate(x: Tensor, hparams: list[Tensor], steps: int) -> list[Tensor]:
+    z = [x.new_zeros(len(x), len(hparams[0]))]
+    for _ in range(steps):
+        z = fp_map(x)(z, hparams)
+    return z
+
+
+def reverse_unroll(model: Model, x: Tensor, y: Tensor, steps: int) -> None:
+    hparams = list(model.parameters())
+    hg.reverse_unroll(iterate(x, hparams, steps), hparams, outer_loss(y))
+
+
+def fixed_point(model: Model, x: Tensor, y: Tensor, steps: int) -> None:
+    hparams = list(model.parameters())
+    with torch.no_grad():
+        z = iterate(x, hparams, steps)
+    hg.fixed_point(z, hparams, steps, fp_map(x), outer_loss(y))
+
+
+def normal_equations(model: Model, x: Tensor, y: Tensor, steps: int) -> None:
+    hparams = list(model.parameters())
+    with torch.no_grad():
+        z = iterate(x, hparams, steps)
+    hg.CG_normaleq(z, hparams, steps, fp_map(x), outer_loss(y))
+
+
+def equilibrium(model: Model, x: Tensor, y: Tensor, steps: int) -> None:
+    cross_entropy(model(x), y).backward()
+
+
+METHODS = {
+    "reverse unroll": reverse_unroll,
+    "fixed point": fixed_point,
+    "normal equations": normal_equations,
+    "Equilibrium layer": equilibrium,
+}
+
+# %% [markdown]
+# ## What is measured
+# The error of a hypergradient is its distance from one in float64, at a state and an adjoint solved to 1e-12. Memory is
+# what the tensors made on the way hold at most at one time.
+
+
+# %%
+def hypergradient(model: Model) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def reference(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    exact = Model(x.shape[1], model.classifier.in_features, rtol=1e-12).double()
+    exact.load_state_dict(model.state_dict())
+    cross_entropy(exact(x.double()), y).backward()
+    return hypergradient(exact)
+
+
+class PeakMemory(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.peak = WeakIdKeyDictionary(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for given, tree in ((True, (args, kwargs)), (False, result)):
+            for storage in [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]:
+                if storage not in self.sizes:
+                    self.sizes[storage] = 0 if given else storage.nbytes()
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+@torch.no_grad()
+def evaluate(model: Model, name: str, x: Tensor, y: Tensor, iterations: int) -> tuple[float, float]:
+    """Loss and accuracy at the state that the method itself uses."""
+    hparams = list(model.parameters())
+    logits = model(x) if METHODS[name] is equilibrium else model.classifier(iterate(x, hparams, iterations)[0])
+    return cross_entropy(logits, y).item(), (logits.argmax(1) == y).double().mean().item()
+
+
+# %% [markdown]
+# ## Training
+# The four models start alike and take their steps by turns, so that each meets the same load of the machine.
+
+
+# %%
+def train(config: Config, data: Path | None) -> dict[str, dict[str, list[float]]]:
+    torch.manual_seed(config.seed)
+    pixels, labels = images(data)[1:]
+    order = torch.randperm(len(labels))[: 2 * config.images]
+    pixels = pixels[order] - pixels[order[: config.images]].mean(0)  # this learning rate needs centred pixels
+    (x, x_val), (y, y_val) = pixels.tensor_split(2), labels[order].tensor_split(2)
+    first = Model(x.shape[1], config.states, config.rtol).state_dict()
+    models = {name: Model(x.shape[1], config.states, config.rtol) for name in METHODS}
+    optimizers = {name: torch.optim.SGD(m.parameters(), config.lr, config.momentum) for name, m in models.items()}
+    history = {name: {key: [] for key in ("seconds", "mib", "step", "loss", "accuracy", "error")} for name in METHODS}
+    for model in models.values():
+        model.load_state_dict(first)
+    measured = {round(i * config.steps / config.measurements) for i in range(config.measurements + 1)}
+    for step in tqdm(range(config.steps + 1), "outer steps"):
+        for name, model in models.items():
+            past, method = history[name], METHODS[name]
+            if step in measured:
+                model.zero_grad()
+                with PeakMemory() as memory:
+                    method(model, x, y, config.iterations)
+                truth = reference(model, x, y)
+                past["mib"].append(memory.peak / 2**20)
+                past["step"].append(step)
+                past["loss"].append(evaluate(model, name, x, y, config.iterations)[0])
+                past["accuracy"].append(evaluate(model, name, x_val, y_val, config.iterations)[1])
+                past["error"].append(((hypergradient(model) - truth).norm() / truth.norm()).item())
+            if step == config.steps:
+                continue
+            start = time.perf_counter()
+            optimizers[name].zero_grad()
+            method(model, x, y, config.iterations)
+            optimizers[name].step()
+            hg.nn.project_spectral_(model.layer.cell.A, config.radius)
+            past["seconds"].append(time.perf_counter() - start)
+    return history
+
+
+# %% [markdown]
+# ## Results
+
+
+# %%
+def table(history: dict[str, dict[str, list[float]]]) -> str:
+    lines = [
+        "| method | train loss | validation accuracy | s per step | peak MiB | error, start | error, end |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, past in history.items():
+        scores = f"{past['loss'][-1]:.4f} | {past['accuracy'][-1]:.2%}"
+        cost = f"{median(past['seconds']):.2f} | {max(past['mib']):.0f}"
+        lines.append(f"| {name} | {scores} | {cost} | {past['error'][0]:.1e} | {past['error'][-1]:.1e} |")
+    return "\n".join(lines)
+
+
+def plot(path: Path, history: dict[str, dict[str, list[float]]]) -> None:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, past), marker in zip(history.items(), "osv*", strict=True):
+        seconds = [median(past["seconds"]) * step for step in past["step"]]
+        left.plot(seconds, past["accuracy"], marker=marker, label=name)
+        right.semilogy(past["step"], past["error"], marker=marker, label=name)
+    left.set(title="Validation accuracy", xlabel="seconds of training", ylabel="accuracy")
+    right.set(title="Relative error of the hypergradient", xlabel="outer step", ylabel="‖∇ − reference‖ / ‖reference‖")
+    left.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train an equilibrium model by four kinds of hypergradients.")
+    parser.add_argument("--data", type=Path, help="folder of MNIST or Fashion-MNIST (default: scikit-learn's digits)")
+    parser.add_argument("--fast", action="store_true", help="200 images, 30 states, 6 steps")
+    parser.add_argument("--seed", type=int, default=0, help="of split and initial weights (default: 0)")
+    parser.add_argument("--steps", type=int, help="outer steps (default: 60)")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the results (default: results)")
+    args = parser.parse_args()
+
+    sizes = {"images": 5000 if args.data else 800}
+    if args.fast:
+        sizes = {"images": 200, "states": 30, "steps": 6, "measurements": 2}
+    if args.steps:
+        sizes["steps"] = args.steps
+    config = Config(data=args.data.name if args.data else "digits", seed=args.seed, **sizes)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "hypergrad": hg.__version__}
+    report = {"config": asdict(config), "versions": versions, "threads": torch.get_num_threads()}
+    print(json.dumps(report, indent=2))
+
+    history = train(config, args.data)
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot(args.output / "equilibrium_mnist.png", history)
+    (args.output / "equilibrium_mnist.json").write_text(json.dumps(report | {"history": history}, indent=2))
+    text = f"# Equilibrium model, four hypergradients\n\n{table(history)}\n\n![](equilibrium_mnist.png)\n\n"
+    (args.output / "equilibrium_mnist.md").write_text(f"{text}```json\n{json.dumps(report)}\n```\n")
+    print(table(history))
+
+
+if __name__ == "__main__":
+    main()
