@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One process a core with one thread each: the problems are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -16,10 +18,10 @@ demo: $(VENV)/.demo ## tune 640 hyperparameters on the digits data, in under a m
 	$(BIN)/python examples/tune_digits.py
 
 test: $(VENV)/.dev ## the fast tests, with the doctests
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
+	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
 
 test-all: test test-slow ## every test, the slow ones too
 

@@ -174,9 +174,7 @@ def refuses(call, case, error, words) -> None:
 
 def through(rows, form="fp_map", extra=()):
     table = doors(form)
-    return [
-        pytest.param(door, *row[1:], id=f"{row[0]}-{door}") for row in rows for door in table if door not in extra
-    ]
+    return [pytest.param(door, *row[1:], id=f"{row[0]}-{door}") for row in rows for door in table if door not in extra]
 
 
 @pytest.mark.parametrize(("door", "outer_loss", "error", "words"), through(OUTER))

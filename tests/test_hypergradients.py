@@ -295,9 +295,7 @@ def test_stochastic_draws_at_every_product(method):
     options = {"tol": 0.0, "set_grad": False}
     for stochastic in (True, False):
         calls.clear()
-        grads = getattr(hg, method)(
-            p.params, p.hparams, 6, fp_map, p.outer_loss, stochastic=stochastic, **options
-        )
+        grads = getattr(hg, method)(p.params, p.hparams, 6, fp_map, p.outer_loss, stochastic=stochastic, **options)
         assert len(calls) == ((6 if method == "fixed_point" else 7) if stochastic else 1)
         if stochastic:
             drawn = grads

@@ -218,9 +218,7 @@ class Biased:
         self.x, self.y, self.xv, self.yv = rand(30, 4), rand(30, 2), rand(20, 4), rand(20, 2)
         self.names = [name for name, _ in model.named_parameters()]
         slopes = torch.autograd.grad(self.train(), list(model.parameters()))
-        self.bias = [
-            (w + g / RHO).detach().requires_grad_() for w, g in zip(model.parameters(), slopes, strict=True)
-        ]
+        self.bias = [(w + g / RHO).detach().requires_grad_() for w, g in zip(model.parameters(), slopes, strict=True)]
 
     def train(self) -> torch.Tensor:
         return F.mse_loss(self.model(self.x), self.y)
@@ -273,9 +271,7 @@ def test_evaluated_losses_over_live_modules_equal_callables_and_the_dense_truth(
     options = {"hparams": case.bias, "solver": TIGHT}
     with untouched(list(case.model.parameters()), case.bias):
         live = hg.implicit.grad(case.outer(), inner_loss=case.inner(), params=params(case.model), **options)
-        called = hg.implicit.grad(
-            case.outer_loss, inner_loss=case.inner_loss, params=params(case.model), **options
-        )
+        called = hg.implicit.grad(case.outer_loss, inner_loss=case.inner_loss, params=params(case.model), **options)
         mixed = [
             hg.implicit.grad(case.outer(), inner_loss=case.inner_loss, params=params(case.model), **options),
             hg.implicit.grad(case.outer_loss, inner_loss=case.inner(), params=params(case.model), **options),

@@ -139,14 +139,16 @@ METHODS = {
     "stoch_AID": lambda p: hg.stoch_AID(
         p.params, p.hparams, p.outer_loss, 250, fp_map=p.fp_map, set_grad=False, verbose=False
     )[0],
-    "implicit.backward": lambda p: hg.implicit.backward(
-        p.outer_loss,
-        params=p.params,
-        hparams=p.hparams,
-        fp_map=p.fp_map,
-        symmetric=p.symmetric,
-        solver=S.GMRES(restart=60, rtol=1e-13, **QUIET),
-    ).grads,
+    "implicit.backward": lambda p: (
+        hg.implicit.backward(
+            p.outer_loss,
+            params=p.params,
+            hparams=p.hparams,
+            fp_map=p.fp_map,
+            symmetric=p.symmetric,
+            solver=S.GMRES(restart=60, rtol=1e-13, **QUIET),
+        ).grads
+    ),
 }
 FOR_METHODS = ["logistic", "quadratic-10", "contraction-.9"]  # HyperTorch's methods all converge quickly on these
 

@@ -133,7 +133,7 @@ def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     except BaseException as error:
         for x, before, numbers in kept:
             x.grad = before
-            if before is not None:
+            if before is not None and numbers is not None:
                 before.detach().copy_(numbers)
         better = _explained(error) if isinstance(error, RuntimeError) else error
         if better is error:

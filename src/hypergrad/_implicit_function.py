@@ -126,7 +126,7 @@ class Problem:
             mapped = set().union(*(mapped_levels(leaf) for leaf in (*constants[0], *constants[1])))
             if any(depends_on_outside(y, mapped) for y in self.function(*constants)):
                 raise ValueError(UNDECLARED.format(OUTSIDE))
-        elif torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in hparams):
+        elif torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in (*w, *hparams)):
             self.linearise(tuple(leaf.requires_grad_() for leaf in constants[0]), constants[1])
 
     def run(self, linearisation: Linearisation, b: Vector, last: Any = None) -> Vector:

@@ -203,7 +203,7 @@ def linear_solve(op: LinearOperator, b: PyTree, solver: Solver | None = None, **
     """
     if op.declared is None:
         raise TypeError(
-            "linear_solve needs an operator from operators.matrix or operators.function itself, not .T or .damped() of one"
+            "linear_solve needs what operators.matrix or operators.function gave, not .T or .damped() of it"
         )
     product, tensors = op.declared
     leaves, _, rebuild = flatten(b, "b")
@@ -221,7 +221,7 @@ def linear_solve(op: LinearOperator, b: PyTree, solver: Solver | None = None, **
     )
     problem = settings.problem(function, len(leaves), product)
     zeros = [torch.zeros_like(leaf) for leaf in leaves]
-    problem.check_declared(zeros, (*theta, *leaves))
+    problem.check_declared(leaves, theta)
     return rebuild(LinearSolve.apply(problem, *leaves, *zeros, *theta))
 
 
