@@ -23,7 +23,7 @@ class Images(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """Features [n, d] whose rows add up to 1, labels [n], an edge list [2, m] in both directions, and three splits."""
+    """Features [n, d], labels [n], each edge in both directions [2, m], and the nodes of the three splits."""
 
     name: str
     x: Tensor
@@ -67,8 +67,9 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def graph(folder: Path | None = None, name: str = "cora", per_class: int = 20) -> Graph:
-    """Cora or Citeseer from the files ind.<name>.* of the Planetoid repository, or scikit-learn's digits joined to their
-    nearest neighbours, with 20 training nodes a class, 500 for validation and the rest for the test.
+    """Cora or Citeseer from Planetoid's files ind.<name>.*, or scikit-learn's digits joined to their nearest neighbours.
+
+    The digits are split into 20 a class for training, 500 for validation, and the rest for the test.
     """
     return digits_graph(per_class) if folder is None else read_planetoid(folder, name)
 
@@ -79,14 +80,15 @@ def digits_graph(per_class: int = 20, neighbours: int = 8) -> Graph:
     labels, order = torch.tensor(y), torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     train = torch.cat([order[labels[order] == digit][:per_class] for digit in range(10)])
     rest = order[~torch.isin(order, train)]
-    features = torch.tensor(x / x.sum(1, keepdims=True), dtype=torch.float32)
+    features = torch.tensor(x / 16, dtype=torch.float32)
     return Graph("digits", features, labels, undirected(joined.row, joined.col), train, rest[:500], rest[500:])
 
 
 def read_planetoid(folder: Path, name: str) -> Graph:
     """The standard split: x (20 nodes a class) for training, the next 500 for validation, the named 1,000 for the test.
 
-    The nodes of tx, ty stand in the order of test.index; a number missing there is a node without features or label.
+    Rows of tx and ty are those of test.index; a number missing there is a node without features or label. Each row of
+    features is divided by its sum.
     """
     parts = {part: folder / f"ind.{name}.{part}" for part in ("y", "allx", "ally", "tx", "ty", "graph", "test.index")}
     missing = [path.name for path in parts.values() if not path.is_file()]

@@ -5,9 +5,9 @@
 #
 #     Z = relu(Â Z W + b(X)),    ‖W‖₂ ≤ 0.9,    logits = Z C + d
 #
-# with Â = D^(−1/2) (adjacency + I) D^(−1/2), so that ‖Â‖₂ ≤ 1 and the map contracts. Each node hears from all others, at
-# the memory cost of one layer. Source: Gu, Chang, Zhu, Sojoudi and El Ghaoui, "Implicit graph neural networks" (2020).
-# Beside it: two layers of Kipf and Welling (2017), which hear two steps far.
+# with Â = D^(−1/2) (adjacency + I) D^(−1/2), so that ‖Â‖₂ ≤ 1 and the map contracts. A node hears from all that it is
+# connected to, in the memory of one layer (Gu, Chang, Zhu, Sojoudi and El Ghaoui 2020, "Implicit graph neural
+# networks"). Beside it: a graph convolutional network of two layers (Kipf and Welling 2017), which hears two steps far.
 
 # %%
 import argparse
@@ -28,8 +28,6 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import hypergrad as hg
-import hypergrad.fixed_points
-import hypergrad.nn
 
 
 @dataclass

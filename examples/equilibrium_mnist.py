@@ -13,7 +13,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -30,8 +30,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 import hypergrad as hg
-import hypergrad.fixed_points
-import hypergrad.nn
 
 
 @dataclass
@@ -89,15 +87,15 @@ class Model(nn.Module):
 
 
 # %%
-def fp_map(x: Tensor) -> Callable[[list[Tensor], list[Tensor]], list[Tensor]]:
+def fp_map(x: Tensor) -> Callable[[list[Tensor], Sequence[Tensor]], list[Tensor]]:
     return lambda z, hparams: [torch.tanh(z[0] @ hparams[0] + linear(x, hparams[1], hparams[2]))]
 
 
-def outer_loss(y: Tensor) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
+def outer_loss(y: Tensor) -> Callable[[list[Tensor], Sequence[Tensor]], Tensor]:
     return lambda z, hparams: cross_entropy(linear(z[0], hparams[3], hparams[4]), y)
 
 
-def iterate(x: Tensor, hparams: list[Tensor], steps: int) -> list[Tensor]:
+def iterate(x: Tensor, hparams: Sequence[Tensor], steps: int) -> list[Tensor]:
     z = [x.new_zeros(len(x), len(hparams[0]))]
     for _ in range(steps):
         z = fp_map(x)(z, hparams)
@@ -213,7 +211,7 @@ def train(config: Config, data: Path | None) -> dict[str, dict[str, list[float]]
             optimizers[name].zero_grad()
             method(model, x, y, config.iterations)
             optimizers[name].step()
-            hg.nn.project_spectral_(model.layer.cell.A, config.radius)
+            hg.nn.project_spectral_(next(model.parameters()), config.radius)  # A
             past["seconds"].append(time.perf_counter() - start)
     return history
 
