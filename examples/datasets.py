@@ -67,7 +67,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def graph(folder: Path | None = None, name: str = "cora", per_class: int = 20) -> Graph:
-    """Cora or Citeseer from Planetoid's files ind.<name>.*, or scikit-learn's digits joined to their nearest neighbours.
+    """Cora or Citeseer from Planetoid's files ind.<name>.*, or scikit-learn's digits joined to nearest neighbours.
 
     The digits are split into 20 a class for training, 500 for validation, and the rest for the test.
     """

@@ -18,18 +18,14 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev
 
 import hypergrad as hg
-import hypergrad.fixed_points
-import hypergrad.nn
-from hypergrad import implicit
-from hypergrad._implicit_function import Info as Info
-from hypergrad._implicit_function import WarmStart as WarmStart
 
 with warnings.catch_warnings():
     # torch's forward mode imports this when first used, and warns about itself.
     warnings.simplefilter("ignore", DeprecationWarning)
     importlib.import_module("torch._decomp.decompositions_for_jvp")
 
-S = hg.solvers
+S, implicit = hg.solvers, hg.implicit
+Info, WarmStart = implicit.Info, implicit.WarmStart
 ADJOINTS = {"Dense": S.Dense(), "GMRES": S.GMRES(rtol=1e-14)}
 FORMS = {"residual": implicit.root, "fixed_point": implicit.fixed_point, "argmin": implicit.argmin}
 
@@ -69,7 +65,9 @@ class Case:
     def solve(self, h: Tensor) -> Tensor:
         """w(λ) to rounding: SciPy's answer, polished by Newton's method."""
         h = h.detach()
-        found = scipy.optimize.root(lambda w: self.residual(torch.from_numpy(w), h).numpy(), np.zeros(self.n), tol=1e-10)
+        found = scipy.optimize.root(
+            lambda w: self.residual(torch.from_numpy(w), h).numpy(), np.zeros(self.n), tol=1e-10
+        )
         w = torch.from_numpy(found.x)
         for _ in range(3):
             w = w - newton_step(self.residual, w, h)

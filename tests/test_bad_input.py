@@ -306,6 +306,14 @@ def test_options(options, error, words):
         refuses(call, case, error, words)
 
 
+@pytest.mark.xfail(strict=True, reason="open in solvers/_solver.py: _run_function trusts a Vector", raises=IndexError)
+def test_a_vector_of_another_space_from_the_users_solver():
+    case = good()
+    other = hg.implicit.Variables([rand(7)], case.hparams).space.zeros()
+    for call in implicit(case, solver=lambda op, b, x0: other):
+        refuses(call, case, ValueError, ["solver's result", "structure"])
+
+
 CONFIGURATIONS = [
     (lambda: S.CG(max_steps=-1), "CG: max_steps must be an integer ≥ 0, got -1"),
     (lambda: S.CG(max_steps=2.0), "CG: max_steps must be an integer ≥ 0, got 2.0"),

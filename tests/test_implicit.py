@@ -31,8 +31,10 @@ from hypergrad._autodiff import Linearisation
 from problems import PROBLEMS, Problem
 from test_oracles import flat, forms, relative
 
-SLOW = {("quadratic-1e5", solver) for solver in ("BiCGStab", "NormalCG", "LSQR")}  # a thousand steps each
-SLOW_IN_FLOAT32 = {("quadratic-1e3", solver) for solver in ("NormalCG", "LSQR", "Optimizer")}  # likewise
+# A thousand steps each.
+SLOW = {("quadratic-1e5", solver) for solver in ("BiCGStab", "NormalCG", "LSQR")}
+SLOW |= {("quadratic-1e3", solver) for solver in ("NormalCG", "LSQR", "Optimizer")} | {("biased", "Neumann")}
+SLOW_IN_FLOAT32 = SLOW | {("quadratic-1e5", "MINRES")}
 FORMS = [(name, form) for name in PROBLEMS for form in forms(problem_at(name))]
 QUIET = {"on_failure": "ignore"}
 
@@ -50,7 +52,12 @@ def rand(*shape: int, requires_grad: bool = False) -> torch.Tensor:
 
 
 def marked(rows, slow):
-    return [pytest.param(*row, marks=pytest.mark.slow if (row[0], row[2]) in slow else ()) for row in rows]
+    """The dear rows are slow, and of the random problems all forms but the maps, which every solver takes."""
+
+    def is_slow(name, form, solver, seed):
+        return (name, solver) in slow or (seed and form != "fp_map")
+
+    return [pytest.param(*row, marks=pytest.mark.slow if is_slow(*row) else ()) for row in rows]
 
 
 @pytest.mark.parametrize(("name", "form", "solver", "seed"), marked(cases(seeds=(0, 1)), SLOW))
@@ -843,6 +850,28 @@ def test_a_plain_function_gets_the_start_and_is_judged_by_its_residual():
         hypergradient(p, "inner_loss", lambda op, b, x0: b / 0.0)
 
 
+@pytest.mark.xfail(strict=True, reason="open in solvers/_solver.py: _run_function hands out b and x0 themselves")
+@pytest.mark.parametrize("writes", ["b", "x0"])
+def test_a_plain_function_may_write_into_what_it_is_given(writes):
+    """Textbook CG overwrites b with the residual; what is reported is still of the system itself, and x0 is kept."""
+    p = problem_at("ridge")
+    start = torch.randn_like(p.params)
+
+    def solver(op, b, x0):
+        v = exact_vector(op, b, x0)
+        if writes == "b":
+            b.scale_(0.0)
+            return v
+        return x0.scale_(0.0).add_(v)
+
+    with untouched(start):
+        result = hypergradient(p, "inner_loss", solver, x0=start)
+        result.adjoint.mul_(2.0)
+    assert_agrees(p, result.grads)
+    assert result.solution.relative_residual < 1e-12
+    assert relative(result.solution.rhs_norm, np.linalg.norm(dense_system("ridge", "inner_loss")[1])) < 1e-12
+
+
 # --- steps and cost ---------------------------------------------------------------------------------------------------
 
 ZERO_STEPS = ("CG", "MINRES", "GMRES", "BiCGStab", "NormalCG", "LSQR", "FixedPoint", "Optimizer")
@@ -922,8 +951,8 @@ def test_cost_is_one_evaluation_the_solvers_products_and_one_last(counted, form,
 
 
 def tiny():
-    """A problem whose tensors are large enough to be seen in the process's memory: 40 kB each."""
-    n = 10_000
+    """A problem whose tensors are large enough to be seen in the process's memory: 100 kB each."""
+    n = 25_000
     h, t = torch.randn(n, requires_grad=True), torch.randn(n)
     w = h.detach().clone()
 
@@ -966,12 +995,19 @@ def megabytes() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
+KINDS = ("grad", "evaluated", "backward", "CG", "reverse", "error")
+
+
 @pytest.mark.parametrize(
-    ("what", "collector"),
-    [("grad", True), *((what, False) for what in ("grad", "evaluated", "backward", "CG", "reverse", "error"))],
+    ("what", "collector", "calls"),
+    [
+        ("grad", False, 1000),
+        *((what, False, 250) for what in KINDS[1:]),
+        *(pytest.param(what, on, 1000, marks=pytest.mark.slow) for what in KINDS for on in (True, False)),
+    ],
 )
-def test_memory_is_constant_over_a_thousand_calls(what, collector):
-    """Without the cycle collector too: nothing is kept in a cycle. One tensor a call would be 40 MB."""
+def test_memory_is_constant_over_a_thousand_calls(what, collector, calls):
+    """Without the cycle collector too: nothing is kept in a cycle. One tensor a call would be 25 MB in 250 calls."""
     case = tiny()
     for _ in range(20):
         once(what, *case)
@@ -981,7 +1017,7 @@ def test_memory_is_constant_over_a_thousand_calls(what, collector):
     try:
         tensors = live_tensors()
         before = megabytes()
-        for _ in range(1000):
+        for _ in range(calls):
             once(what, *case)
         if collector:
             gc.collect()

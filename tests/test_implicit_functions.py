@@ -624,23 +624,14 @@ def test_the_transposed_system_is_consistent():
     assert rel(jacfwd(f)(SMALL.hparams), oracle(SMALL, 1, scalar=False)) < 1e-10 and set(used) == {"tangent"}
 
 
-@pytest.mark.parametrize("derive", ["T", "damped"])
-def test_linear_solve_of_a_derived_operator(derive):
-    a, b = system()
-    op = hg.operators.matrix(a)
-    op, truth = (op.T, a.T) if derive == "T" else (op.damped(1.0), a + torch.eye(4).double())
-    try:
-        x = implicit.linear_solve(op, b, DENSE)
-    except TypeError:
-        return
-    assert rel(x, lu(truth, b)) < 1e-12
-
-
 def test_linear_solve_wants_an_operator_that_declares_its_tensors():
     op = hg.operators.LinearOperator(lambda v: v)
     with pytest.raises(TypeError, match=r"operators\.matrix or operators\.function"):
         implicit.linear_solve(op, torch.ones(2))
     a = torch.eye(2).requires_grad_()
+    for derived in (hg.operators.matrix(a).T, hg.operators.matrix(a).damped(1.0)):
+        with pytest.raises(TypeError, match=r"not \.T or \.damped"):
+            implicit.linear_solve(derived, torch.ones(2))
     undeclared = hg.operators.function(lambda v: a @ v)
     with pytest.raises(ValueError, match=r"shape \(2, 2\)"):
         implicit.linear_solve(undeclared, torch.ones(2))
@@ -711,9 +702,7 @@ def scipy_minimize(h: Tensor) -> Tensor:
 
 def torch_lbfgs(h: Tensor) -> Tensor:
     w = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [w], max_iter=200, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
+    optimiser = torch.optim.LBFGS([w], lr=0.5, max_iter=300, tolerance_grad=1e-14, tolerance_change=0)
 
     def closure():
         optimiser.zero_grad()
@@ -783,7 +772,7 @@ def test_argnums_has_aux_keywords_starts_and_metadata():
     b, start, a, sign = (double(x).requires_grad_() for x in (8.0, 1.0, 2.0, 1.0))
     w, aux = fit(b, start, a, sign=sign)
     assert aux == {"steps": 7} and len(calls) == 1
-    gb, gs, ga, gsign = torch.autograd.grad(w, (b, start, a, sign), allow_unused=True)
+    gb, gs, ga, gsign = torch.autograd.grad(w, (b, start, a, sign), allow_unused=True, retain_graph=True)
     assert gs is None and gsign is None
     assert abs(gb - 1 / (2 * 2.0 * 2.0)) < 1e-15 and abs(ga + 2.0**2 / (2 * 2.0 * 2.0)) < 1e-15
     w.backward()
@@ -982,15 +971,56 @@ def test_undeclared_tensors_of_the_decorator_and_of_argmin():
         assert not fit(h).requires_grad
 
 
-@pytest.mark.parametrize("outside", ["grad", "vmap"])
-def test_a_tensor_of_an_outer_transform_is_undeclared_too(outside):
-    f = lambda c: square_root_of(c, double(4.0))  # noqa: E731
-    square_root_of = lambda c, a: implicit.root(lambda w, a: w**2 - a * c, double(2.0), a * 1.0, adjoint=DENSE)  # noqa: E731
-    with pytest.raises(ValueError, match="that is being differentiated or mapped outside"):
-        if outside == "grad":
-            grad(lambda c: grad(lambda a: square_root_of(c, a))(double(4.0)))(double(1.0))
-        else:
-            vmap(grad(lambda c: f(c.detach()) + grad(lambda a: square_root_of(c, a))(double(4.0))))(double([1.0, 2.0]))
+SCALED = {  # (c, a) ↦ √(ac) with c undeclared, and what that does to a
+    "root": lambda c, a: implicit.root(lambda w, a: w**2 - a * c, double(2.0), a, adjoint=DENSE),
+    "decorator": lambda c, a: implicit.solver(residual=lambda w, a: w**2 - a * c)(lambda a: a.sqrt())(a),
+    "linear_solve": lambda c, a: implicit.linear_solve(hg.operators.function(lambda v: c * v), a, DENSE),
+}
+
+
+@pytest.mark.parametrize("declared", [lambda c: double(4.0), lambda c: 4.0 * c], ids=["constant", "depends on it"])
+@pytest.mark.parametrize(
+    "outside",
+    [
+        grad,
+        jacrev,
+        jacfwd,
+        lambda f: lambda c: vmap(grad(f))(c.expand(3)),
+        lambda f: lambda c: jvp(f, (c,), (c,)),
+        lambda f: grad(lambda c: grad(lambda a: f(c, a))(double(1.0))),
+        lambda f: lambda c: jvp(lambda c: grad(lambda a: f(c, a))(double(1.0)), (c,), (c,)),
+        lambda f: grad(lambda c: jvp(lambda a: f(c, a), (double(1.0),), (double(1.0),))[1]),
+    ],
+    ids=["grad", "jacrev", "jacfwd", "vmap of grad", "jvp", "grad of grad", "jvp of grad", "grad of jvp"],
+)
+@pytest.mark.parametrize("form", SCALED)
+def test_a_tensor_of_an_outer_transform_is_undeclared_too(form, outside, declared):
+    """Below the transforms it looks like a constant: its derivative would be zero without a word."""
+    f = lambda c, a=1.0: SCALED[form](c, a * declared(c))  # noqa: E731
+    with pytest.raises(ValueError, match=r"that a transform outside .* differentiates or maps"):
+        outside(f)(double(1.0))
+
+
+def test_a_mapped_tensor_must_be_declared():
+    with pytest.raises(ValueError, match=r"that a transform outside .* differentiates or maps"):
+        vmap(lambda c: grad(lambda a: SCALED["root"](c, a))(double(4.0)))(double([1.0, 2.0]))
+    entries = double([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"that a transform outside .* differentiates or maps"):
+        vmap(lambda c: vmap(lambda a: SCALED["root"](c, a))(entries))(entries)
+    with torch.no_grad():  # a constant of the inside may be used
+        assert vmap(grad(lambda a: SCALED["root"](double(1.0), a)))(double([4.0, 4.0])).tolist() == [0.25, 0.25]
+    assert grad(lambda c: c * grad(lambda a: SCALED["root"](c.detach(), a))(double(4.0)))(double(1.0)) == 0.25
+
+
+def test_the_outer_variable_of_a_nested_problem_must_be_declared():
+    h = double([1.0, 2.0]).requires_grad_()
+
+    def loss(w: Tensor, h: Tensor) -> Tensor:
+        z = implicit.root(lambda z, h: z - w * h, (w * h).detach(), h, adjoint=DENSE)
+        return ((z - 1) ** 2).sum()
+
+    with pytest.raises(ValueError, match=r"that a transform outside .* differentiates or maps"):
+        implicit.argmin(loss, 1 / h.detach(), h, adjoint=DENSE).sum().backward()
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -1041,10 +1071,10 @@ def by_hand(kind: str, z: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, 
 NORMS = {"batch": partial(torch.nn.BatchNorm1d, 4, eps=1e-1), "layer": partial(torch.nn.LayerNorm, 4, eps=1e-1)}
 
 
-@pytest.mark.parametrize("transform", ["backward", "grad", "jacfwd", "hessian", "jacrev(jacrev)", "jacrev(jacfwd)"])
+@pytest.mark.parametrize("transform", ["backward", "second backward", "grad", "jacfwd", "jacfwd(grad)", "jacrev(grad)"])
 @pytest.mark.parametrize("kind", NORMS)
 def test_derivatives_through_normalisation_in_training_mode(kind, transform):
-    """DESIGN section 5: reverse over forward through these layers is silently wrong in torch."""
+    """Not in the list are transforms that are silently wrong in torch itself: see the next test."""
     module = Normalised(NORMS[kind]()).double()
     x, order = torch.randn(6, 4).double(), 1 if transform in ("backward", *FIRST) else 2
     names = ["weight", "norm.weight", "norm.bias"]
@@ -1071,14 +1101,38 @@ def test_derivatives_through_normalisation_in_training_mode(kind, transform):
         new = implicit.fixed_point(fp_map, z.reshape(6, 4), (parameters(h), x), adjoint=TIGHT)
         return new.sin().sum()
 
+    leaf = h.clone().requires_grad_()
     if transform == "backward":
-        leaf = h.clone().requires_grad_()
         value(leaf).backward()
         got = leaf.grad
+    elif transform == "second backward":
+        (first,) = torch.autograd.grad(value(leaf), leaf, create_graph=True)
+        got = torch.stack([torch.autograd.grad(g, leaf, retain_graph=True)[0] for g in first])
     else:
         got = TRANSFORMS[transform](value)(h)
     assert rel(got, truth(h)) < TOLERANCES[order]
     assert all(torch.equal(a, b) for a, b in zip(before, module.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("transform", ["jacrev(jacrev)", "hessian", "jacrev(jacfwd)"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_torch_itself_is_wrong_about_normalisation(kind, transform):
+    """Once this fails, torch is mended, and the transform belongs in the list of the test above."""
+    layer, x = NORMS[kind]().double(), torch.randn(6, 4).double()
+    h = torch.cat([torch.eye(4).flatten(), torch.rand(8)]).double()
+
+    def value(h: Tensor, hand: bool) -> Tensor:
+        parts = h.split([16, 4, 4])
+        weight = parts[0].reshape(4, 4)
+        if hand:
+            y = by_hand(kind, x, weight, parts[1], parts[2], 0 * x)
+        else:
+            y = 0.5 * torch.tanh(hg.nn.functional(layer)({"weight": parts[1], "bias": parts[2]}, x @ weight.T))
+        return y.sin().sum()
+
+    truth = jacrev(jacrev(lambda h: value(h, True)))(h)
+    assert rel(jacrev(grad(lambda h: value(h, False)))(h), truth) < 1e-12
+    assert rel(TRANSFORMS[transform](lambda h: value(h, False))(h), truth) > 1e-3
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -1216,13 +1270,12 @@ def test_the_users_tensors_stay_as_they_are():
     new = case.attach(w, h, adjoint=TIGHT)
     new.detach().add_(1.0)  # in memory of its own
     assert torch.equal(w, kept[0])
-    new = case.attach(w, h, adjoint=TIGHT)
-    cotangent = torch.ones(5).double()
-    torch.autograd.grad(new, h, cotangent)
+    new, cotangent = case.attach(w, h, adjoint=TIGHT), torch.ones(5).double()
+    torch.autograd.grad(new, h, cotangent, retain_graph=True)
     assert torch.equal(cotangent, torch.ones(5).double())
     assert torch.equal(w, kept[0]) and torch.equal(h.detach(), kept[1]) and h.grad is None
+    new.mul_(2.0)  # the solution that the derivative is taken at
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        new.mul_(2.0)
         new.sum().backward()
 
 

@@ -112,6 +112,7 @@ class Answer:
     name: str
     system: System  # damped
     solution: S.Solution
+    cold: bool  # started from zero
 
     @functools.cached_property
     def x(self) -> np.ndarray:
@@ -142,13 +143,44 @@ class Answer:
             out.append(good)
         return out
 
-    @property
+    def systems(self, bad: list[bool]) -> list[str]:
+        """Names for a report of the systems where `bad` holds."""
+        names = zip(bad, self.statuses, self.residual, self.reported, strict=True)
+        return [f"{self.name}[{i}]: {st.name} {r:.1e} {s:.1e}" for i, (no, st, r, s) in enumerate(names) if no]
+
     def silent(self) -> list[str]:
-        """The systems that are said to be solved and are not."""
-        claims = zip(self.statuses, self.right, self.residual, strict=True)
-        return [
-            f"{self.name}[{i}]: {r:.1e}" for i, (st, ok, r) in enumerate(claims) if st is Status.CONVERGED and not ok
-        ]
+        """Said to be solved and not right."""
+        return self.systems([s is Status.CONVERGED and not ok for s, ok in zip(self.statuses, self.right, strict=True)])
+
+    def unsolved(self, due: list[bool]) -> list[str]:
+        """Not solved though due."""
+        return self.systems([d and s is not Status.CONVERGED for d, s in zip(due, self.statuses, strict=True)])
+
+    def misreported(self) -> list[str]:
+        """The reported residual is not the true one, beyond rounding; where not finite, nothing is reported."""
+        slack = self.system.rounding(self.x) + 1e-12 * self.residual
+        bad = np.abs(self.reported - self.residual) > np.nan_to_num(slack)
+        lost = [status is Status.NON_FINITE for status in self.statuses]
+        last = self.solution.trace[-1].reshape(-1).numpy()
+        return self.systems(list(np.where(lost, np.isfinite(self.reported) & np.isfinite(last), bad)))
+
+    def misnamed(self) -> list[str]:
+        """NaN or infinity without NON_FINITE, or NON_FINITE for a sane system beside an insane one."""
+        lost = [status is Status.NON_FINITE for status in self.statuses]
+        mixed = not all(self.system.finite)
+        return self.systems(
+            [f == n for f, n in zip(self.system.finite, lost, strict=True)] if mixed else [False] * len(lost)
+        )
+
+    def mistraced(self) -> list[str]:
+        """The trace is not one longer than the steps, or does not begin with ‖b‖."""
+        steps = self.solution.steps
+        exact = isinstance(steps, int)
+        bad = [steps + 1 != len(self.solution.trace) if exact else int(steps.max()) + 1 > len(self.solution.trace)]
+        if self.cold and all(self.system.finite):
+            norms = np.array([norm(b) for b in self.system.sides])
+            bad.append(bool(np.any(np.abs(self.solution.trace[0].reshape(-1).numpy() - norms) > 1e-13 * norms)))
+        return [self.name] if any(bad) else []
 
 
 @functools.cache
@@ -158,7 +190,7 @@ def answer(row: str, system: str, started: bool = False, gamma: float = 0.0) -> 
     solver = ROWS[row].solver(max_steps=ROWS[row].limit, rtol=RTOL, damping=gamma, on_failure="ignore")
     solution = solver(given.operator(ROWS[row].tag), given.rhs(), given.start() if started else None)
     name = f"{row} / {system} / x0 {'random' if started else 'none'} / damping {gamma}"
-    return Answer(name, given.damped(gamma), solution)
+    return Answer(name, given.damped(gamma), solution, not started and row not in ("Neumann", "Optimizer"))
 
 
 def answers(row: str) -> list[Answer]:
@@ -172,58 +204,35 @@ def agree(value: Any, truth: Any, tolerance: float) -> None:
     assert norm(value - truth) <= tolerance * norm(truth), f"{norm(value - truth) / norm(truth):.2e} > {tolerance:.1e}"
 
 
+def count(every: list[Answer]) -> str:
+    statuses = Counter(status.name for a in every for status in a.statuses)
+    silent = sum(len(a.silent()) for a in every)
+    return f"{sum(statuses.values())} answers, {dict(statuses)}; silent failures: {silent}"
+
+
 @pytest.mark.parametrize("row", ROWS)
-def test_no_failure_is_silent(row):
-    assert [case for a in answers(row) for case in a.silent] == []
+def test_grid(row, capsys):
+    """No failure is silent, what is due is solved, residuals and traces are true, NaN is named. In one test: the grid is
+    solved once, on one core."""
+    every = answers(row)
+    due = [ROWS[row].solves(a.system) for a in every]
+    with capsys.disabled():
+        print(f"\n{row}: {count(every)}")
+    assert [case for a in every for case in a.silent()] == []
+    assert [case for a, wanted in zip(every, due, strict=True) for case in a.unsolved(wanted)] == []
+    assert sum(map(sum, due)) >= 6  # systems that the solver is made for are there
+    assert [case for a in every for case in a.misreported()] == []
+    assert [case for a in every for case in a.misnamed()] == []
+    assert [case for a in every for case in a.mistraced()] == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_count_of_silent_failures(capsys):
     every = [a for row in ROWS for a in answers(row)]
-    statuses = Counter(status.name for a in every for status in a.statuses)
-    silent = [case for a in every for case in a.silent]
     with capsys.disabled():
-        print(f"\n{len(ROWS)} solvers × {len(GRID)} systems: {sum(statuses.values())} answers, {dict(statuses)}")
-        print(f"silent failures: {len(silent)}")
-    assert len(silent) == 0
-
-
-@pytest.mark.parametrize("row", ROWS)
-def test_solves_what_it_is_made_for(row):
-    due = [(a, i) for a in answers(row) for i, solvable in enumerate(ROWS[row].solves(a.system)) if solvable]
-    assert len(due) >= 6
-    assert [(a.name, i, a.statuses[i]) for a, i in due if a.statuses[i] is not Status.CONVERGED] == []
-
-
-@pytest.mark.parametrize("row", ROWS)
-def test_reported_residual_is_the_true_one(row):
-    for a in answers(row):
-        slack = a.system.rounding(a.x) + 1e-12 * a.residual
-        for i, status in enumerate(a.statuses):
-            if status is Status.NON_FINITE:
-                assert not np.isfinite(a.reported[i]) or not np.isfinite(a.solution.trace[-1].reshape(-1)[i]), a.name
-            else:
-                assert abs(a.reported[i] - a.residual[i]) <= slack[i], (a.name, i, a.reported[i], a.residual[i])
-
-
-@pytest.mark.parametrize("row", ROWS)
-def test_trace_has_one_entry_a_step_and_one_more(row):
-    for a in answers(row):
-        if isinstance(a.solution.steps, int):
-            assert len(a.solution.trace) == a.solution.steps + 1, a.name
-        else:
-            assert int(a.solution.steps.max()) <= len(a.solution.trace) - 1, a.name
-        if row not in ("Neumann", "Optimizer") and all(a.system.finite) and "x0 none" in a.name:
-            agree(a.solution.trace[0].reshape(-1), [norm(b) for b in a.system.sides], 1e-13)
-
-
-@pytest.mark.parametrize("row", ROWS)
-def test_nan_and_inf_are_non_finite_and_nothing_else_in_the_batch_is(row):
-    for a in answers(row):
-        for i, finite in enumerate(a.system.finite):
-            if not finite:
-                assert a.statuses[i] is Status.NON_FINITE, (a.name, i)
-            elif not all(a.system.finite):
-                assert a.statuses[i] is not Status.NON_FINITE, (a.name, i)
+        print(f"\n{len(ROWS)} solvers × {len(GRID)} systems × x0 × damping: {count(every)}")
+    assert sum(len(a.silent()) for a in every) == 0
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -954,3 +963,17 @@ def test_a_start_far_out_is_not_believed(row):
     solution = ROWS[row].solver(max_steps=40, rtol=1e-6, on_failure="ignore")(given.operator(), given.rhs(), x0)
     residual = given.damped(ROWS[row].dampings[0]).residuals(solution.value.numpy())[0]
     assert solution.status is not Status.CONVERGED or residual <= 1e-6 * norm(given.b)
+
+
+@pytest.mark.parametrize("system", ["nonsymmetric 1e8", "spd 1e6", "wide scale", "triangular, far from normal"])
+def test_a_whole_cycle_of_gmres_is_backward_stable(system):
+    """n steps leave what rounding does: the basis stays orthogonal where A is badly conditioned."""
+    given = GRID[system]
+    x = S.GMRES(max_steps=given.n, restart=given.n)(given.operator(), given.rhs()).value.numpy()
+    assert given.residuals(x) <= given.rounding(x)
+
+
+@pytest.mark.parametrize("system", ["cyclic shift", "skew-symmetric"])
+def test_bicgstab_keeps_the_iterate_before_a_breakdown(system):
+    solution = answer("BiCGStab", system).solution
+    assert solution.status is Status.BREAKDOWN and not solution.value.any()

@@ -196,10 +196,9 @@ def push(function: Callable[[Leaves], Leaves], at: Leaves, tangent: Leaves) -> L
     return pull(lambda u: pullback(u), zeros, tangent)
 
 
-def product(problem: Problem, v: Leaves, w: Leaves, hparams: Leaves) -> Leaves:
-    """A v or Aᵀ v as a differentiable function of v, w and λ."""
-    rule = pull if problem.transposed else push
-    return rule(lambda x: problem.function(x, hparams), w, v)
+def pulled(problem: Problem, u: Leaves, w: Leaves, hparams: Leaves) -> Leaves:
+    """∂₁Fᵀ u as a differentiable function of u, w and λ."""
+    return pull(lambda x: problem.function(x, hparams), w, u)
 
 
 def floating(leaves: Leaves) -> list[int]:
@@ -251,7 +250,9 @@ class LinearSolve(torch.autograd.Function):
         problem, x, w, hparams = LinearSolve._unpack(ctx)
         b_bar = LinearSolve.apply(problem.T, *x_bar, *w, *hparams)
         theta, kept, put = _theta(w, hparams)
-        bars = pull(lambda t: product(problem, x, *put(t)), theta, b_bar)
+        # ⟨b̄, A x⟩ = ⟨Aᵀ b̄, x⟩: the side with the transposed product takes one reverse pass fewer.
+        u, v = (x, b_bar) if problem.transposed else (b_bar, x)
+        bars = pull(lambda t: pulled(problem, u, *put(t)), theta, v)
         rest: list[Tensor | None] = [None] * (len(w) + len(hparams))
         for i, bar in zip(kept, bars, strict=True):
             rest[i] = -bar
@@ -264,7 +265,11 @@ class LinearSolve(torch.autograd.Function):
         n = problem.count
         theta, kept, put = _theta(w, hparams)
         dots = tuple(zeros_if_none(tangents[n + i], t) for i, t in zip(kept, theta, strict=True))
-        a_dot_x = push(lambda t: product(problem, x, *put(t)), theta, dots)
+        if problem.transposed:
+            a_dot_x = push(lambda t: pulled(problem, x, *put(t)), theta, dots)
+        else:  # the derivative of u ↦ ⟨∂θ⟨∂₁Fᵀ u, x⟩, θ̇⟩, which is linear
+            zeros = tuple(torch.zeros_like(y) for y in x)
+            a_dot_x = pull(lambda u: pull(lambda t: pulled(problem, u, *put(t)), theta, x), zeros, dots)
         rhs = [zeros_if_none(b, y) - y for b, y in zip(tangents[:n], a_dot_x, strict=True)]
         return LinearSolve.apply(problem, *rhs, *w, *hparams)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from . import _autodiff
 from ._implicit_function import Info, WarmStart
@@ -23,8 +24,8 @@ from .solvers._solver import Solver
 def functional(module: nn.Module) -> Callable[..., Any]:
     """A module as a pure function of its parameters: (parameters, *args) ↦ module(*args).
 
-    Parameters come as a dict like dict(module.named_parameters()). Buffers are copied at each call, so BatchNorm in
-    training mode uses its batch's statistics and leaves the running ones alone.
+    Parameters come as a dict like dict(module.named_parameters()). Buffers are copied at each call, and BatchNorm in
+    training mode uses its batch's statistics without recording them.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -35,9 +36,23 @@ def functional(module: nn.Module) -> Callable[..., Any]:
 
     def function(parameters: dict[str, Tensor], *args: Any) -> Any:
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        return torch.func.functional_call(module, {**parameters, **buffers}, args)
+        with _nothing_recorded(module):
+            return torch.func.functional_call(module, {**parameters, **buffers}, args)
 
     return function
+
+
+@contextlib.contextmanager
+def _nothing_recorded(module: nn.Module) -> Iterator[None]:
+    """Normalisation in training mode writes no running statistics: under vmap it could not."""
+    recording = [m for m in module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    for m in recording:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in recording:
+            m.track_running_stats = True
 
 
 class Equilibrium(nn.Module):
