@@ -306,7 +306,6 @@ def test_options(options, error, words):
         refuses(call, case, error, words)
 
 
-@pytest.mark.xfail(strict=True, reason="open in solvers/_solver.py: _run_function trusts a Vector", raises=IndexError)
 def test_a_vector_of_another_space_from_the_users_solver():
     case = good()
     other = hg.implicit.Variables([rand(7)], case.hparams).space.zeros()

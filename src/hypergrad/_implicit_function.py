@@ -107,13 +107,21 @@ class Problem:
 
     def linearise(self, w: Leaves, hparams: Leaves, wanted: Sequence[Tensor] = ()) -> Linearisation:
         """The retained graph of F at plain tensors; undeclared tensors in it are an error."""
-        outputs = self.function(w, hparams)
+        outputs = self._evaluate(w, hparams)
         if any(_functorch.is_functorch_wrapped_tensor(y) for y in outputs):
             raise ValueError(UNDECLARED.format(OUTSIDE))
         undeclared = _autodiff.strangers(outputs, [*w, *hparams])
         if undeclared:
             raise ValueError(UNDECLARED.format(", ".join(self.names(leaf) for leaf in undeclared[:3])))
         return Linearisation(outputs, w, list(wanted))
+
+    def _evaluate(self, w: Leaves, hparams: Leaves) -> Leaves:
+        try:
+            return self.function(w, hparams)
+        except RuntimeError as error:
+            if "INTERNAL ASSERT" in str(error) and "functorch" in str(error):  # a tensor of a transform that is not on
+                raise ValueError(UNDECLARED.format(OUTSIDE)) from error
+            raise
 
     def check_declared(self, w: Sequence[Tensor], hparams: Sequence[Tensor]) -> None:
         """Look at once for undeclared tensors that `linearise` would miss.
@@ -124,7 +132,7 @@ class Problem:
         constants = tuple(leaf.detach() for leaf in w), tuple(leaf.detach() for leaf in hparams)
         if torch._C._are_functorch_transforms_active():
             mapped = set().union(*(mapped_levels(leaf) for leaf in (*constants[0], *constants[1])))
-            if any(depends_on_outside(y, mapped) for y in self.function(*constants)):
+            if any(depends_on_outside(y, mapped) for y in self._evaluate(*constants)):
                 raise ValueError(UNDECLARED.format(OUTSIDE))
         elif torch.is_grad_enabled() and not any(leaf.requires_grad for leaf in (*w, *hparams)):
             self.linearise(tuple(leaf.requires_grad_() for leaf in constants[0]), constants[1])

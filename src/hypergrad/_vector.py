@@ -350,7 +350,7 @@ class Vector:
         return self.dot(self).sqrt()
 
     def scale(self) -> Tensor:
-        """The largest power of two not above the largest |entry| of each system; 1 where that is 0 or not finite."""
+        """A power of two near the largest |entry| of each system, with a finite inverse; 1 where that is 0 or not finite."""
         largest: Tensor | None = None
         space = self.space
         for chunk in self.chunks:
@@ -360,7 +360,7 @@ class Vector:
             largest = top if largest is None else torch.maximum(largest, top)
         assert largest is not None
         usable = (largest > 0) & torch.isfinite(largest)
-        return torch.where(usable, torch.exp2(torch.log2(largest).floor()), 1.0)
+        return torch.where(usable, torch.exp2(torch.log2(largest.clamp_min(space.tiny)).floor()), 1.0)
 
     def __repr__(self) -> str:
         return f"Vector({self.tree!r})"

@@ -237,9 +237,11 @@ def _run_function(
 ) -> Solution:
     """A user's plain function as a solver: its answer is checked like any other."""
     before = op.products
-    result = function(op, b, x0)
+    result = function(op, b.copy(), x0 if x0 is None else x0.copy())  # theirs to write into
     value = result.value if isinstance(result, Solution) else result
-    x = value if isinstance(value, Vector) else b.space.vector(value, "the solver's result")
+    tree = value.tree if isinstance(value, Vector) else value
+    own = isinstance(value, Vector) and value.space is b.space
+    x = value if own else b.space.vector(tree, "the solver's result")
     residual = (b - last_product(x)).norm()
     code = result.code if isinstance(result, Solution) else torch.zeros_like(residual, dtype=torch.long)
     code = torch.where(torch.isfinite(residual), code, Status.NON_FINITE.value)
