@@ -1007,8 +1007,10 @@ def test_a_mapped_tensor_must_be_declared():
     entries = double([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match=r"that a transform outside .* differentiates or maps"):
         vmap(lambda c: vmap(lambda a: SCALED["root"](c, a))(entries))(entries)
-    with torch.no_grad():  # a constant of the inside may be used
-        assert vmap(grad(lambda a: SCALED["root"](double(1.0), a)))(double([4.0, 4.0])).tolist() == [0.25, 0.25]
+    one, a = double(1.0), double([4.0, 4.0])  # constants may be used, made outside of the transforms
+    assert vmap(grad(lambda a: SCALED["root"](one, a)))(a).tolist() == [0.25, 0.25]
+    with pytest.raises(ValueError, match=r"Pass it in hparams"):
+        vmap(grad(lambda a: SCALED["root"](double(1.0), a)))(a)
     assert grad(lambda c: c * grad(lambda a: SCALED["root"](c.detach(), a))(double(4.0)))(double(1.0)) == 0.25
 
 

@@ -118,6 +118,7 @@ class FixedPointSolver(ABC):
         unsolved = norm.new_zeros(norm.shape, dtype=torch.bool) if fixed else self._unsolved(norm, size, rtol, atol)
         code = torch.where(unsolved, Status.MAX_STEPS.value, Status.CONVERGED.value)
         grown = (trace[-1] > trace[0]) & (trace[-1] > trace[len(trace) // 2]) & (len(trace) > 2)
+        grown = grown & ~(trace[-1] <= 100 * w.space.eps * size)  # at rounding level nothing is growth
         code = torch.where(grown & (unsolved | fixed), Status.DIVERGED.value, code)
         finite = torch.isfinite(norm) & (torch.isfinite(trace[-1]) | ~unsolved)
         code = torch.where(finite, code, Status.NON_FINITE.value)
@@ -202,7 +203,9 @@ class Anderson(FixedPointSolver):
             row = residuals.coefficients(r, count).double()
             gram[..., slot, :count] = row
             gram[..., :count, slot] = row
-            alpha = _affine_least_squares(gram[..., :count, :count], max(self.regularisation, 1e2 * start.space.eps**2))
+            # Residuals may be dependent to the last bit: some regularisation there must be, in the Gram matrix's dtype.
+            least = max(1e2 * start.space.eps**2, 4 * torch.finfo(gram.dtype).eps)
+            alpha = _affine_least_squares(gram[..., :count, :count], max(self.regularisation, least))
             alpha = alpha.to(start.space.dtype)
             return iterates.combine(alpha) + residuals.combine(alpha * self.mixing)
 
