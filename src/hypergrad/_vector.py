@@ -350,7 +350,7 @@ class Vector:
         return self.dot(self).sqrt()
 
     def scale(self) -> Tensor:
-        """A power of two near the largest |entry| of each system, its inverse finite; 1 where that is 0 or not finite."""
+        """A power of two near the largest |entry| of each system; 1 where that is 0 or not finite."""
         largest: Tensor | None = None
         space = self.space
         for chunk in self.chunks:
