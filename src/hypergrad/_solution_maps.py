@@ -121,7 +121,9 @@ def root(residual: Callable[[PyTree, PyTree], PyTree], solution: PyTree, hparams
         info: an Info that each derivative fills in.
         warm_start: a WarmStart that keeps v from one backward pass to the next.
 
-    Returns: w in solution's structure; it requires grad exactly where a tensor of hparams does.
+    Returns:
+        w in solution's structure; it requires grad exactly where a tensor of hparams does.
+
     Raises: ValueError, when differentiated, for an undeclared tensor, naming its shape (and name in a module) and how
         to pass it; SolverError, likewise, under on_failure="raise".
     Warns: HypergradientWarning, when differentiated, for a linear system that was not solved.

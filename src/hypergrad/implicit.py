@@ -123,7 +123,9 @@ def grad(
         batch_dims: 1 where each leaf of params has a leading axis of independent inner problems (inner_loss their
             sum): A is block diagonal, and scalars are per problem.
 
-    Returns: Hypergradient.
+    Returns:
+        A Hypergradient.
+
     Raises:
         TypeError, ValueError: something is not of the form above; the message names the leaf and both forms.
         SolverError: the adjoint system was not solved and the solver's on_failure is "raise".

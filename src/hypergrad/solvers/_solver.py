@@ -87,7 +87,9 @@ class LinearSolver(ABC):
             b: right hand side: a Vector or a pytree of tensors (with batch_dims=1: [B, ...] each).
             x0: start, like b; zero if None.
 
-        Returns: Solution whose value has b's structure.
+        Returns:
+            A Solution whose value has b's structure.
+
         Raises: TypeError or ValueError for an x0 unlike b, or for an operator that this solver cannot take;
             SolverError under on_failure="raise".
         Cost: the method's products and one more, for the true residual.
