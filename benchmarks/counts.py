@@ -16,7 +16,7 @@ from .problems import Problem
 
 Answer = TypeVar("Answer")
 
-VECTORS = 6  # that CG may hold beside the graph and what one product needs
+VECTORS = 4  # b, x, r and p of CG; the product it waits for counts apart
 SCALARS = 0.05  # in vectors of the wide row: what is no vector
 
 # Products of K steps from zero in fixed-step mode, beside the last one.

@@ -769,6 +769,17 @@ def test_final_draws_average_the_last_product(finite_sum, draws):
 
 
 @pytest.mark.filterwarnings("ignore::hypergrad.HypergradientWarning")
+def test_one_draw_does_not_say_whether_a_stochastic_problem_is_solved():
+    """The same point, far from the solution: warned of where the map is what it seems, silent where it is one draw."""
+    hparams = torch.ones(3, requires_grad=True)
+    options = {"params": torch.zeros(3), "hparams": hparams, "fp_map": lambda w, h: 0.5 * w + h, "solver": S.GMRES()}
+    outer = lambda w, h: ((w - 1.0) ** 2).sum()  # noqa: E731
+    with pytest.warns(hg.HypergradientWarning, match="the inner problem is not solved"):
+        known = hg.implicit.grad(outer, **options)
+    drawn = hg.implicit.grad(outer, stochastic=True, **options)  # any warning is an error here
+    assert relative(flat(drawn.grads), flat(known.grads)) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("solver", "evaluations"),
     [

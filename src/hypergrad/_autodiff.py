@@ -43,11 +43,13 @@ def grad(
     create_graph: bool = False,
     batched: bool = False,
     must_reach: str | None = None,
+    materialize: bool = True,
 ) -> list[Tensor]:
     """Σᵢ cotangentᵢᵀ ∂outputᵢ/∂input for each input; zeros where nothing depends on it. Never writes .grad.
 
     batched: cotangents have one more leading axis, and so have the results (one vectorised pass).
     must_reach: the ValueError to raise where no output depends on any input.
+    materialize: False lets zeros be views of one number, which take no memory and must not be written to.
     """
     lead = (cotangents[0].shape[0],) if batched and cotangents else ()
     kept = [i for i, y in enumerate(outputs) if y.requires_grad]
@@ -72,6 +74,8 @@ def grad(
         raise better from error
     if must_reach and all(g is None for g in grads):
         raise ValueError(must_reach)
+    if not materialize:
+        grads = [x.new_zeros(()).expand_as(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
     return [_dense_or_zeros(g, x, lead) for g, x in zip(grads, inputs, strict=True)]
 
 

@@ -238,7 +238,8 @@ class LinearSolve(torch.autograd.Function):
             linearisation = problem.linearise(w, hparams)
         space = Space(list(w), "w", problem.batch_dims)
         b = space.pack([leaf.detach() for leaf in tensors[:n]]).copy()
-        return tuple(problem.run(linearisation, b).leaves)
+        # New tensors: autograd hangs the graph on what it gets back, and Info would keep it alive.
+        return tuple(leaf.detach() for leaf in problem.run(linearisation, b).leaves)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:

@@ -107,7 +107,9 @@ def root(residual: Callable[[PyTree, PyTree], PyTree], solution: PyTree, hparams
         dw/dλ = −(∂₁F)⁻¹ ∂₂F
 
     To any order, under torch.autograd and torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap); forward mode
-    inside forward mode raises.
+    inside forward mode raises. Where F holds an affine normalisation layer in training mode, torch's own
+    jacrev(jacrev), hessian and jacrev(jacfwd) are wrong, with this function or without; jacrev(grad) and jacfwd(grad)
+    are right.
 
     Args:
         residual: F(params, hparams), of params' structure. It may use no tensor that requires grad but these two.
@@ -127,7 +129,8 @@ def root(residual: Callable[[PyTree, PyTree], PyTree], solution: PyTree, hparams
     Raises: ValueError, when differentiated, for an undeclared tensor, naming its shape (and name in a module) and how
         to pass it; SolverError, likewise, under on_failure="raise".
     Warns: HypergradientWarning, when differentiated, for a linear system that was not solved.
-    Cost: forward nothing; backward one evaluation of F, the solver's products, and a last one with respect to w and λ
+    Cost: forward nothing, or one evaluation of F under a transform and where nothing requires grad (to find undeclared
+        tensors); backward one evaluation of F, the solver's products, and a last one with respect to w and λ
         together. Second derivatives: one more linear system each.
     Source: the implicit function theorem; Blondel et al. 2022, section 2.
 

@@ -101,6 +101,7 @@ class Space:
         self.devices = [leaf.device for leaf in leaves]
         self.batch_dims = batch_dims
         self.batch_shape = self._batch_shape()
+        self.row_shape = (*self.batch_shape, -1)
         self.device = self.devices[0]
         widest = self.dtypes[0]
         for dtype in self.dtypes:
@@ -111,6 +112,8 @@ class Space:
         self.sizes = [[lengths[i] for i in group] for group in self.groups]
         self.length = sum(lengths)
         self.plain = [is_plain(leaves[group[0]]) for group in self.groups]
+        # Scalars of a uniform space multiply its chunks as they are.
+        self.uniform = all(self.plain) and {*self.dtypes} == {self.dtype} and {*self.devices} == {self.device}
         self.tiny = torch.finfo(self.dtype).tiny
         self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
 
@@ -143,7 +146,7 @@ class Space:
         chunks = []
         for group, plain in zip(self.groups, self.plain, strict=True):
             if plain:
-                flat = [leaves[i].reshape(*self.batch_shape, -1) for i in group]
+                flat = [leaves[i].reshape(self.row_shape) for i in group]
                 chunks.append(flat[0] if len(flat) == 1 else torch.cat(flat, -1))
             else:
                 chunks.append(leaves[group[0]])
@@ -214,15 +217,21 @@ class Vector:
     Operations ending in _ write into the vector and return it.
     """
 
-    __slots__ = ("chunks", "space")
+    __slots__ = ("_leaves", "chunks", "space")
 
     def __init__(self, space: Space, chunks: list[Tensor]):
         self.space = space
         self.chunks = chunks
+        self._leaves: list[Tensor] | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The tensors in their own shapes, in leaf order: views of the vector's memory."""
+        """The tensors in their own shapes, in leaf order: views of the vector's memory, made once."""
+        if self._leaves is None:
+            self._leaves = self._views()
+        return self._leaves
+
+    def _views(self) -> list[Tensor]:
         space = self.space
         leaves: list[Any] = [None] * len(space.shapes)
         for chunk, group, sizes, plain in zip(self.chunks, space.groups, space.sizes, space.plain, strict=True):
@@ -258,13 +267,15 @@ class Vector:
         return a.unsqueeze(-1) if plain else a.view(-1, *[1] * (chunk.ndim - 1))
 
     def _factors(self, a: Scalar) -> list[Any]:
+        if self.space.uniform and not (isinstance(a, Tensor) and a.ndim):
+            return [a] * len(self.chunks)
         return [self._factor(a, c, plain) for c, plain in zip(self.chunks, self.space.plain, strict=True)]
 
     def __add__(self, other: Vector) -> Vector:
         return self._map(torch.add, other)
 
     def __sub__(self, other: Vector) -> Vector:
-        return self._map(torch.sub, other)
+        return Vector(self.space, [x - y for x, y in zip(self.chunks, other.chunks, strict=True)])
 
     def __neg__(self) -> Vector:
         return self._map(torch.neg)
@@ -283,13 +294,16 @@ class Vector:
 
     def apart_from(self, other: Vector) -> Vector:
         """The same numbers in memory that other does not use: an identity map hands back its argument."""
+        chunks = [
+            x.clone() if x is y or (plain and x.data_ptr() == y.data_ptr()) else x
+            for x, y, plain in zip(self.chunks, other.chunks, self.space.plain, strict=True)
+        ]
+        return Vector(self.space, chunks)
 
-        def apart(mine: Tensor, theirs: Tensor, plain: bool) -> Tensor:
-            shares = mine is theirs or (plain and mine.data_ptr() == theirs.data_ptr())
-            return mine.clone() if shares else mine
-
-        chunks = zip(self.chunks, other.chunks, self.space.plain, strict=True)
-        return Vector(self.space, [apart(*pair) for pair in chunks])
+    def own(self) -> Vector:
+        """The same numbers, in memory that no leaf given to `pack` shares: several leaves were copied there already."""
+        pairs = zip(self.chunks, self.space.groups, strict=True)
+        return Vector(self.space, [chunk.clone() if len(group) == 1 else chunk for chunk, group in pairs])
 
     def zeros(self) -> Vector:
         """A new vector of zeros like this one."""
@@ -336,6 +350,8 @@ class Vector:
         """⟨self, other⟩ of each system, reduced in the widest dtype: 0-d, or [B]."""
         total: Tensor | None = None
         space = self.space
+        if space.uniform and len(self.chunks) == 1:
+            return torch.linalg.vecdot(self.chunks[0], other.chunks[0])
         for x, y, plain in zip(self.chunks, other.chunks, space.plain, strict=True):
             if x.element_size() < 4:
                 x, y = x.float(), y.float()

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _autodiff, operators
 from ._autodiff import Linearisation, as_scalar
 from ._implicit_function import Info, WarmStart
-from ._solution import OnFailure, Solution, warn
+from ._solution import Solution, warn
 from ._solution_maps import Phantom, argmin, fixed_point, linear_solve, root, solver
 from ._vector import PyTree, Space, Vector, check_distinct, flatten
 from .solvers import CG, GMRES, LinearSolver
@@ -64,12 +64,6 @@ class Hypergradient:
     inner_residual: Tensor
     inner_distance: Tensor
     outer_value: Tensor
-
-    def report(self, on_failure: OnFailure = "warn") -> None:
-        """Warn of, or raise for, an adjoint system that was not solved; warn of an inner problem that was not."""
-        self.solution.report("the adjoint system of the hypergradient", on_failure)
-        if on_failure != "ignore":
-            self.warn_if_unsolved()
 
     def warn_if_unsolved(self) -> None:
         """HypergradientWarning where params are too far from the inner solution for the result to mean much."""
@@ -188,7 +182,10 @@ def grad(
             inner_distance=_distance(last.residual, solution, variables),
             outer_value=outer_value,
         )
-        result.report(solver.on_failure if isinstance(solver, LinearSolver) else "warn")
+        on_failure = solver.on_failure if isinstance(solver, LinearSolver) else "warn"
+        result.solution.report("the adjoint system of the hypergradient", on_failure)
+        if on_failure != "ignore" and not stochastic:  # one draw's residual does not say whether the mean is solved
+            result.warn_if_unsolved()
     return result
 
 
@@ -326,9 +323,10 @@ def outer_gradients(outer_loss: Any, variables: Variables) -> tuple[Tensor, Vect
     if live and not callable(outer_loss) and not _autodiff.depends([loss], variables.leaves):
         raise ValueError("outer_loss does not depend on params; was it computed from other tensors, or under no_grad?")
     retain = live or not all(leaf.is_leaf for leaf in variables.differentiated)
-    grads = _autodiff.grad([loss], [*variables.leaves, *variables.differentiated], retain_graph=retain)
+    inputs = [*variables.leaves, *variables.differentiated]
+    grads = _autodiff.grad([loss], inputs, retain_graph=retain, materialize=False)
     count = len(variables.leaves)
-    return loss.detach(), variables.space.pack(grads[:count]).copy(), grads[count:]
+    return loss.detach(), variables.space.pack(grads[:count]).own(), grads[count:]
 
 
 class LastProduct:

@@ -20,8 +20,9 @@ class Dense(LinearSolver):
     """A, materialised and factorised: Cholesky where A is declared positive definite, else LU.
 
     A singular A (pivots below n · eps) gets the least-squares solution of least norm and BREAKDOWN. A Cholesky factor
-    that does not exist gives NOT_POSITIVE_DEFINITE, and a declared symmetry that is not there NOT_SYMMETRIC; the value
-    then comes from LU. Without a tolerance, rtol is 1e-6 in float64 and 1e-4 in narrower types.
+    that does not exist gives NOT_POSITIVE_DEFINITE, and a declared symmetry that is not there NOT_SYMMETRIC, unless LU,
+    from which the value then comes, reaches the tolerance. Without a tolerance, rtol is 1e-6 in float64 and 1e-4 in
+    narrower types.
 
     Args:
         batch_size: columns computed at once (default: as many as fit 2²⁴ numbers).

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,14 +34,6 @@ def asymmetry(p: Vector, ap: Vector, q: Vector, aq: Vector) -> Tensor:
     """Whether pᵀ(Aq) ≠ qᵀ(Ap), from products that the method has done anyway: true for no symmetric A."""
     size = p.norm() * aq.norm() + q.norm() * ap.norm()
     return (p.dot(aq) - q.dot(ap)).abs() > p.space.eps**0.5 * size
-
-
-def require_symmetric(op: LinearOperator, name: str) -> None:
-    if not op.symmetric:
-        raise TypeError(
-            f"{name} needs a symmetric operator, and this one is not declared so. If it is symmetric, declare it "
-            f"(symmetric=True); if not, use GMRES, BiCGStab, NormalCG or LSQR"
-        )
 
 
 def build_preconditioner(preconditioner: Any, system: System) -> Callable[[Vector], Vector] | None:
@@ -76,9 +68,7 @@ class CG(IterativeSolver):
     """
 
     preconditioner: Any = None
-
-    def _check_operator(self, op: LinearOperator) -> None:
-        require_symmetric(op, "CG")
+    _needs_symmetric: ClassVar[bool] = True
 
     def _iterate(self, system: System) -> Outcome:
         op, stop2 = system.op, system.stop**2
@@ -86,24 +76,22 @@ class CG(IterativeSolver):
         x, r = system.start()
         z = r if precondition is None else precondition(r)
         p = z.copy()
-        first = [system.b if precondition is None and system.x0 is None else z.copy()]
+        first = system.b if precondition is None and system.x0 is None else z.copy()
         rz = r.dot(z)
         rr = rz if precondition is None else r.dot(r)
-        going = rr > stop2
-        code, trace, curvatures = None, [rr], []
+        going, zero = rr > stop2, torch.zeros_like(rr)
+        code, trace, curvatures, probe = None, [rr], [], None
         for k in range(system.max_steps):
             if system.finished(k, going):
                 break
             ap = op(p)
-            if k == 0:
-                first.append(ap)
-            elif k == 1:
-                code = event(None, asymmetry(first[0], first[1], p, ap) & going, Status.NOT_SYMMETRIC)
-                first.clear()
+            if probe is not None:
+                asymmetric = (first.dot(ap) - probe[0]).abs() > p.space.eps**0.5 * (probe[1] + first.norm() * ap.norm())
+                code, first, probe = event(None, asymmetric & going, Status.NOT_SYMMETRIC), system.b, None
             curvature = p.dot(ap)
             curvatures.append(curvature)
-            going = going & (curvature > 0)
-            alpha = torch.where(going, rz / curvature, 0.0)
+            going = going & (curvature > zero)
+            alpha = torch.where(going, rz / curvature, zero)
             x.add_(p, alpha)
             r.add_(ap, alpha, -1.0)
             z = r if precondition is None else precondition(r)
@@ -111,7 +99,10 @@ class CG(IterativeSolver):
             rr = rz if precondition is None else r.dot(r)
             going = going & (rr > stop2)
             trace.append(rr)
-            p.scale_add_(divide(rz, old), z)
+            p.scale_add_(divide(rz, old) if precondition else torch.where(going, rz / old, zero), z)
+            if k == 0:
+                probe = p.dot(ap), p.norm() * ap.norm()
+            del ap
         norms2 = torch.stack(trace)
         if curvatures:
             flat = (torch.stack(curvatures) <= 0) & (norms2[:-1] > stop2)
@@ -134,9 +125,7 @@ class MINRES(IterativeSolver):
     """
 
     preconditioner: Any = None
-
-    def _check_operator(self, op: LinearOperator) -> None:
-        require_symmetric(op, "MINRES")
+    _needs_symmetric: ClassVar[bool] = True
 
     def _iterate(self, system: System) -> Outcome:
         op, stop = system.op, system.stop
@@ -347,22 +336,25 @@ class NormalCG(IterativeSolver):
         op, transposed, stop2, eps = system.op, system.op.T, system.stop**2, system.b.space.eps
         x, r = system.start()
         rr = r.dot(r)
-        going, code, trace = rr > stop2, None, [rr]
+        going, trace = rr > stop2, [rr]
         if not system.max_steps or system.finished(0, going):
             return Outcome(x, rr.sqrt().unsqueeze(0), 0)
         s = transposed(r)
         p = s.copy()
-        ss = first = s.dot(s)
+        ss, zero, flat = s.dot(s), torch.zeros_like(rr), torch.zeros_like(going)
+        least = (10 * eps) ** 2 * ss
+        del s
         for k in range(system.max_steps):
             if k and system.finished(k, going):
                 break
-            flat = ss <= (10 * eps) ** 2 * first
-            code = event(code, going & flat, Status.STAGNATED)
-            going = going & ~flat
+            steep = ss > least
+            flat = flat | (going & ~steep)
+            going = going & steep
             q = op(p)
-            alpha = torch.where(going, divide(ss, q.dot(q)), 0.0)
+            alpha = torch.where(going, divide(ss, q.dot(q)), zero)
             x.add_(p, alpha)
             r.add_(q, alpha, -1.0)
+            del q
             rr = r.dot(r)
             trace.append(rr)
             going = going & (rr > stop2)
@@ -370,7 +362,8 @@ class NormalCG(IterativeSolver):
                 s = transposed(r)
                 ss, old = s.dot(s), ss
                 p.scale_add_(divide(ss, old), s)
-        return Outcome(x, torch.stack(trace).sqrt(), len(trace) - 1, code)
+                del s
+        return Outcome(x, torch.stack(trace).sqrt(), len(trace) - 1, event(None, flat, Status.STAGNATED))
 
 
 @dataclass(frozen=True, kw_only=True)

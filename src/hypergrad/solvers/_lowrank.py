@@ -12,8 +12,8 @@ from torch import Tensor
 from .._solution import Status
 from .._vector import Basis, Vector
 from ..operators import LinearOperator
-from ._krylov import event, require_symmetric
-from ._solver import LinearSolver, Outcome, System
+from ._krylov import event
+from ._solver import LinearSolver, Outcome, System, require_symmetric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Nystrom(LinearSolver):
     damping: float = 1e-2
     seed: int = 0
     _runs_to_tolerance: ClassVar[bool] = False
+    _needs_symmetric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,9 +47,6 @@ class Nystrom(LinearSolver):
             raise ValueError(f"Nystrom: rank must be an integer ≥ 1, got {self.rank!r}")
         if not self.damping > 0:
             raise ValueError(f"Nystrom: damping must be > 0, for the inverse outside the sketch, got {self.damping!r}")
-
-    def _check_operator(self, op: LinearOperator) -> None:
-        require_symmetric(op, "Nystrom")
 
     def _iterate(self, system: System) -> Outcome:
         x, r = system.start()

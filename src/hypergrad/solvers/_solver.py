@@ -41,7 +41,7 @@ class System:
 
     def finished(self, step: int, going: Tensor) -> bool:
         """Whether no system goes on, read from the device every check_every steps; never in fixed-step mode."""
-        return self.goal is not None and step % self.check_every == 0 and not bool(going.any())
+        return self.goal is not None and step % self.check_every == 0 and not bool(going.any() if going.ndim else going)
 
 
 @dataclass
@@ -101,13 +101,11 @@ class LinearSolver(ABC):
         return solution if isinstance(b, Vector) else replace(solution, value=solution.value.tree)
 
     _runs_to_tolerance: ClassVar[bool] = True  # False: an approximation, successful without a tolerance
+    _needs_symmetric: ClassVar[bool] = False
 
     @abstractmethod
     def _iterate(self, system: System) -> Outcome:
         """Run the method. The residual is recomputed afterwards, by whoever called."""
-
-    def _check_operator(self, op: LinearOperator) -> None:  # noqa: B027 (most methods take any operator)
-        """Raise for an operator that this method cannot take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +131,14 @@ class IterativeSolver(LinearSolver):
                 raise ValueError(f"{type(self).__name__}: {name} must be an integer ≥ {least}, got {value!r}")
 
 
+def require_symmetric(op: LinearOperator, name: str) -> None:
+    if not op.symmetric:
+        raise TypeError(
+            f"{name} needs a symmetric operator, and this one is not declared so. If it is symmetric, declare it "
+            f"(symmetric=True); if not, use GMRES, BiCGStab, NormalCG or LSQR"
+        )
+
+
 def solve(
     solver: Solver,
     op: LinearOperator,
@@ -150,7 +156,8 @@ def solve(
     with torch.no_grad():
         if not isinstance(solver, LinearSolver):
             return _run_function(solver, op, b, x0, last_product or op)
-        solver._check_operator(op)
+        if solver._needs_symmetric:
+            require_symmetric(op, type(solver).__name__)
         op = op.damped(solver.damping)
         scale = b.scale()
         b.scale_(1 / scale)
@@ -206,18 +213,18 @@ def _system(solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | No
 
 def _judge(outcome: Outcome, residual: Tensor, system: System) -> Tensor:
     """The Status values that the true residual and the events on the way lead to; nothing is read from the device."""
-    claimed = outcome.trace[-1] <= system.stop
+    norm = outcome.trace[-1]
     if system.goal is None:
         code = torch.zeros_like(residual, dtype=torch.long) if outcome.code is None else outcome.code
+        finite = torch.maximum(residual, norm) < torch.inf
     else:
+        claimed = norm <= system.stop
         code = torch.where(claimed, Status.STAGNATED.value, Status.MAX_STEPS.value)
         if outcome.code is not None:
             code = torch.where(outcome.code > 0, outcome.code, code)
         solved = (residual <= system.goal) & (code != Status.BREAKDOWN.value)
         code = torch.where(solved, Status.CONVERGED.value, code)
-    finite = torch.isfinite(residual) & (torch.isfinite(outcome.trace[-1]) | (code == Status.CONVERGED.value))
-    if system.goal is None:
-        finite = finite & torch.isfinite(outcome.trace[-1])
+        finite = (residual < torch.inf) & ((norm < torch.inf) | (code == Status.CONVERGED.value))
     return torch.where(finite, code, Status.NON_FINITE.value)
 
 
