@@ -102,6 +102,7 @@ class Space:
         self.batch_dims = batch_dims
         self.batch_shape = self._batch_shape()
         self.row_shape = (*self.batch_shape, -1)
+        self.rows = [len(shape) == batch_dims + 1 for shape in self.shapes]  # leaves that are stored as they are
         self.device = self.devices[0]
         widest = self.dtypes[0]
         for dtype in self.dtypes:
@@ -146,7 +147,7 @@ class Space:
         chunks = []
         for group, plain in zip(self.groups, self.plain, strict=True):
             if plain:
-                flat = [leaves[i].reshape(self.row_shape) for i in group]
+                flat = [leaves[i] if self.rows[i] else leaves[i].reshape(self.row_shape) for i in group]
                 chunks.append(flat[0] if len(flat) == 1 else torch.cat(flat, -1))
             else:
                 chunks.append(leaves[group[0]])
@@ -237,7 +238,7 @@ class Vector:
         for chunk, group, sizes, plain in zip(self.chunks, space.groups, space.sizes, space.plain, strict=True):
             parts = (chunk,) if len(group) == 1 else chunk.split(sizes, -1)
             for i, part in zip(group, parts, strict=True):
-                leaves[i] = part.view(space.shapes[i]) if plain else part
+                leaves[i] = part.view(space.shapes[i]) if plain and not space.rows[i] else part
         return leaves
 
     @property
@@ -272,7 +273,7 @@ class Vector:
         return [self._factor(a, c, plain) for c, plain in zip(self.chunks, self.space.plain, strict=True)]
 
     def __add__(self, other: Vector) -> Vector:
-        return self._map(torch.add, other)
+        return Vector(self.space, [x + y for x, y in zip(self.chunks, other.chunks, strict=True)])
 
     def __sub__(self, other: Vector) -> Vector:
         return Vector(self.space, [x - y for x, y in zip(self.chunks, other.chunks, strict=True)])

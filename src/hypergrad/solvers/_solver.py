@@ -39,9 +39,15 @@ class System:
             return self.b.zeros(), self.b.copy()
         return self.x0.copy(), self.b - self.op(self.x0)
 
-    def finished(self, step: int, going: Tensor) -> bool:
+    def finished(self, step: int, going: Tensor | bool) -> bool:
         """Whether no system goes on, read from the device every check_every steps; never in fixed-step mode."""
-        return self.goal is not None and step % self.check_every == 0 and not bool(going.any() if going.ndim else going)
+        if self.goal is None or step % self.check_every:
+            return False
+        return not bool(going.any() if isinstance(going, Tensor) and going.ndim else going)
+
+    def look(self, norm: Tensor) -> Any:
+        """The norm to compare with: of one system that has a tolerance a number, read from the device."""
+        return norm if self.goal is None or norm.ndim else norm.item()
 
 
 @dataclass

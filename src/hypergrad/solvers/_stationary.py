@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,15 +25,19 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
     """
     b, most, looking = system.b, system.max_steps, system.goal is not None
     looks = range(0, most, system.check_every) if looking else {0, (most + 1) // 2, most - 1}
-    freezes = looking and (system.check_every > 1 or bool(b.space.batch_dims))
-    going, norms, trace, steps = torch.ones_like(system.stop, dtype=torch.bool), [], [], 0
+    freezes, unseen = looking and bool(b.space.batch_dims), torch.full_like(system.stop, torch.nan)
+    stop, hopeless, going = system.look(system.stop), torch.inf, True
+    norms, trace, steps = [], [], 0
     for k in range(most):
         image = b.copy() if x is None else system.op.contract(x) + b
-        trace.append(system.stop * torch.nan)
+        trace.append(unseen)
         if k in looks:
-            trace[-1] = (image if x is None else image - x).norm()
-            norms.append(trace[-1])
-            going = going & (norms[-1] > system.stop) & ~(norms[-1] > HOPELESS * norms[0])
+            norm = trace[-1] = (image if x is None else image - x).norm()
+            norms.append(norm)
+            if looking:
+                size = system.look(norm)
+                going = going & (size > stop) & (size <= hopeless)
+                hopeless = HOPELESS * size if k == 0 else hopeless
         if system.finished(k, going):
             break
         x = _advanced(x, image, step_size, going if freezes else None)
@@ -42,7 +46,7 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
     return Outcome(b.zeros() if x is None else x, torch.stack(trace or [b.norm()])[: len(trace)], steps, code)
 
 
-def _advanced(x: Vector | None, image: Vector, step_size: float, going: Tensor | None) -> Vector:
+def _advanced(x: Vector | None, image: Vector, step_size: float, going: Any) -> Vector:
     """x + η (image − x), where going."""
     if step_size == 1 and going is None:
         return image
