@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hypergrad as hg
 from hypergrad import solvers as S
 from hypergrad.solvers import Status
+from hypergrad.solvers._solver import System as SolverSystem
 from systems import GRID, System, logspace, norm, side, with_singular_values, with_spectrum
 
 RTOL, LIMIT = 1e-10, 80
@@ -456,6 +457,13 @@ def reads(solver: S.LinearSolver, system: System, x0: torch.Tensor | None = None
     return counted.count, solution
 
 
+@pytest.fixture
+def accelerator(monkeypatch):
+    """As if the tensors stood on a device that a read has to wait for."""
+    monkeypatch.setattr("hypergrad.solvers._solver.FREE_TO_READ", ())
+
+
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("system", ["spd 10", "batch spd", "NaN in A"])
 @pytest.mark.parametrize("row", LAZY)
 def test_fixed_steps_never_read_from_the_device(row, system):
@@ -479,6 +487,29 @@ def test_fixed_steps_run_on_the_meta_device_where_every_read_raises(row, batch_s
         assert solution.value.shape == b.shape and solution.code.shape == batch_shape
 
 
+@pytest.mark.parametrize("options", [{"max_steps": 7}, {"max_steps": 300, "rtol": 1e-9}])
+@pytest.mark.parametrize("system", ["spd 10", "spd 1e6", "NaN in A", "symmetric indefinite", "b = 0", "1×1", "A = 4I"])
+@pytest.mark.parametrize("row", ["CG", "FixedPoint", "Neumann"])
+def test_numbers_on_the_cpu_and_tensors_elsewhere_give_the_same(row, system, options, monkeypatch):
+    solver = ROWS[row].solver(on_failure="ignore", check_every=1, **options)
+    op, b = GRID[system].operator(), GRID[system].rhs()
+    numbers = solver(op, b)
+    monkeypatch.setattr(SolverSystem, "look", lambda self, scalar: scalar)
+    tensors = solver(op, b)
+    assert (numbers.status, numbers.steps) == (tensors.status, tensors.steps)
+    torch.testing.assert_close(numbers.value, tensors.value, rtol=1e-12, atol=0.0, equal_nan=True)
+    torch.testing.assert_close(numbers.trace, tensors.trace, rtol=1e-12, atol=0.0, equal_nan=True)
+
+
+def test_a_step_that_float32_cannot_hold_is_reported():
+    """‖A‖ = 1e-39: the step is 1e39, beyond float32, and so is the solution."""
+    op = hg.operators.matrix(1e-39 * torch.eye(3), symmetric=True)
+    for options in ({"max_steps": 2}, {"rtol": 1e-4}):
+        solution = S.CG(on_failure="ignore", **options)(op, torch.ones(3))
+        assert solution.status is Status.NON_FINITE
+
+
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("row", [*KRYLOV, "FixedPoint", "Neumann", "Optimizer"])
 def test_check_every_saves_reads_and_changes_no_answer(row):
     system = GRID["contraction .8" if row not in ("CG", "MINRES") else "spd 10"]

@@ -116,6 +116,7 @@ class Space:
         # Scalars of a uniform space multiply its chunks as they are.
         self.uniform = all(self.plain) and {*self.dtypes} == {self.dtype} and {*self.devices} == {self.device}
         self.tiny = torch.finfo(self.dtype).tiny
+        self.largest = min(torch.finfo(dtype).max for dtype in self.dtypes)
         self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
 
     def _batch_shape(self) -> torch.Size:
@@ -268,6 +269,8 @@ class Vector:
         return a.unsqueeze(-1) if plain else a.view(-1, *[1] * (chunk.ndim - 1))
 
     def _factors(self, a: Scalar) -> list[Any]:
+        if isinstance(a, float) and abs(a) > self.space.largest:  # as a tensor would, and torch would not
+            a = math.copysign(math.inf, a)
         if self.space.uniform and not (isinstance(a, Tensor) and a.ndim):
             return [a] * len(self.chunks)
         return [self._factor(a, c, plain) for c, plain in zip(self.chunks, self.space.plain, strict=True)]
@@ -333,10 +336,13 @@ class Vector:
             chunk.mul_(factor)
         return self
 
-    def scale_add_(self, a: Tensor, other: Vector) -> Vector:
+    def scale_add_(self, a: Scalar, other: Vector) -> Vector:
         """self ← a · self + other, one pass over memory."""
         for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
-            torch.addcmul(new, chunk, factor, out=chunk)
+            if isinstance(factor, Tensor):
+                torch.addcmul(new, chunk, factor, out=chunk)
+            else:
+                torch.add(new, chunk, alpha=factor, out=chunk)
         return self
 
     def where(self, mask: Tensor, other: Vector) -> Vector:

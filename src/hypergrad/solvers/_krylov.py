@@ -15,7 +15,7 @@ from torch import Tensor
 from .._solution import Status
 from .._vector import Basis, Vector
 from ..operators import LinearOperator, function
-from ._solver import IterativeSolver, Outcome, System
+from ._solver import IterativeSolver, Outcome, System, ratio
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
@@ -71,15 +71,15 @@ class CG(IterativeSolver):
     _needs_symmetric: ClassVar[bool] = True
 
     def _iterate(self, system: System) -> Outcome:
-        op, stop2 = system.op, system.stop**2
+        op, look, stop2 = system.op, system.look, system.look(system.stop) ** 2
         precondition = build_preconditioner(self.preconditioner, system)
         x, r = system.start()
         z = r if precondition is None else precondition(r)
         p = z.copy()
         first = system.b if precondition is None and system.x0 is None else z.copy()
-        rz = r.dot(z)
-        rr = rz if precondition is None else r.dot(r)
-        going, zero = rr > stop2, torch.zeros_like(rr)
+        rz = look(r.dot(z))
+        rr = rz if precondition is None else look(r.dot(r))
+        going = rr > stop2
         code, trace, curvatures, probe = None, [rr], [], None
         for k in range(system.max_steps):
             if system.finished(k, going):
@@ -88,24 +88,24 @@ class CG(IterativeSolver):
             if probe is not None:
                 asymmetric = (first.dot(ap) - probe[0]).abs() > p.space.eps**0.5 * (probe[1] + first.norm() * ap.norm())
                 code, first, probe = event(None, asymmetric & going, Status.NOT_SYMMETRIC), system.b, None
-            curvature = p.dot(ap)
+            curvature = look(p.dot(ap))
             curvatures.append(curvature)
-            going = going & (curvature > zero)
-            alpha = torch.where(going, rz / curvature, zero)
+            going = going & (curvature > 0)
+            alpha = ratio(rz, curvature, going)
             x.add_(p, alpha)
             r.add_(ap, alpha, -1.0)
             z = r if precondition is None else precondition(r)
-            rz, old = r.dot(z), rz
-            rr = rz if precondition is None else r.dot(r)
+            rz, old = look(r.dot(z)), rz
+            rr = rz if precondition is None else look(r.dot(r))
             going = going & (rr > stop2)
             trace.append(rr)
-            p.scale_add_(divide(rz, old) if precondition else torch.where(going, rz / old, zero), z)
+            p.scale_add_(ratio(rz, old, going), z)
             if k == 0:
                 probe = p.dot(ap), p.norm() * ap.norm()
             del ap
-        norms2 = torch.stack(trace)
+        norms2 = system.stack(trace)
         if curvatures:
-            flat = (torch.stack(curvatures) <= 0) & (norms2[:-1] > stop2)
+            flat = (system.stack(curvatures) <= 0) & (norms2[:-1] > stop2)
             code = event(code, flat.any(0), Status.NOT_POSITIVE_DEFINITE)
         return Outcome(x, norms2.sqrt(), len(trace) - 1, code)
 

@@ -18,6 +18,10 @@ from ..operators import LinearOperator
 # A solver is anything of this form; a plain function may return the bare value.
 Solver: TypeAlias = Callable[..., Any]
 
+Real: TypeAlias = Any  # a scalar of an iteration: see System.look
+
+FREE_TO_READ = ("cpu",)  # kinds of device on which reading a number waits for nothing
+
 
 @dataclass
 class System:
@@ -45,9 +49,26 @@ class System:
             return False
         return not bool(going.any() if isinstance(going, Tensor) and going.ndim else going)
 
-    def look(self, norm: Tensor) -> Any:
-        """The norm to compare with: of one system that has a tolerance a number, read from the device."""
-        return norm if self.goal is None or norm.ndim else norm.item()
+    def look(self, scalar: Tensor) -> Real:
+        """A scalar to compute with: of one system where reading is free (or looked for anyway) a number, else a tensor.
+
+        Arithmetic with numbers costs nothing beside a small product; that with 0-d tensors does.
+        """
+        looked = self.goal is not None and self.check_every == 1
+        return scalar.item() if not scalar.ndim and (looked or scalar.device.type in FREE_TO_READ) else scalar
+
+    def stack(self, scalars: list[Real]) -> Tensor:
+        """Scalars of an iteration as one tensor: [steps], or [steps, B]."""
+        if isinstance(scalars[0], Tensor):
+            return torch.stack(scalars)
+        return torch.tensor(scalars, dtype=self.stop.dtype, device=self.stop.device)
+
+
+def ratio(a: Real, b: Real, going: Any) -> Real:
+    """a / b where going, else 0."""
+    if isinstance(going, Tensor):
+        return torch.where(going, a / b, 0.0)
+    return a / b if going else 0.0
 
 
 @dataclass
@@ -213,7 +234,7 @@ def _system(solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | No
             x0 = x0 * (norm != 0).to(norm.dtype)  # b = 0 has a solution that no iteration from elsewhere reaches
     if max_steps is None:
         max_steps = min(10 * b.space.length, 1000)
-    every = every or (1 if b.space.device.type == "cpu" else 5)
+    every = every or (1 if b.space.device.type in FREE_TO_READ else 5)
     return System(op, b, x0, max_steps, stop, goal, every, norm, scale)
 
 
