@@ -207,7 +207,7 @@ def test_basis(layout):
     x, y, a, b = pair(layout)
     space = x.space
     basis = Basis(x, 3)
-    basis[0], basis[2] = x, y
+    basis[0], basis[1], basis[2] = x, x.zeros(), y
     rows = np.stack([a, 0 * a, b], -2)
     close(basis[0], a, space, 0)
     close(basis[2], b, space, 0)

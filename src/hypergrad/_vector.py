@@ -401,13 +401,18 @@ def full(x: Tensor) -> Tensor:
 
 
 class Basis:
-    """Up to m vectors of one space, stacked, so that all coefficients come from one matrix product a chunk."""
+    """Up to m vectors of one space, stacked: one tensor [m, ...] a chunk, so that each vector lies in one piece."""
 
     def __init__(self, like: Vector, m: int):
         self.space, self.m = like.space, m
         if not all(self.space.plain):
             raise TypeError("sharded tensors cannot be stacked; use CG, MINRES, BiCGStab, LSQR, NormalCG or FixedPoint")
-        self.chunks = [chunk.new_zeros(*self.space.batch_shape, m, chunk.shape[-1]) for chunk in like.chunks]
+        self.chunks = [chunk.new_empty(m, *chunk.shape) for chunk in like.chunks]
+
+    def _like(self, chunks: list[Tensor]) -> Basis:
+        new = object.__new__(Basis)
+        new.space, new.m, new.chunks = self.space, len(chunks[0]), chunks
+        return new
 
     @classmethod
     def from_rows(cls, like: Vector, rows: Tensor) -> Basis:
@@ -415,27 +420,25 @@ class Basis:
         space = like.space
         flat = rows.expand(*space.batch_shape, *rows.shape[-2:]).movedim(-2, 0)
         parts = flat.split([sum(sizes) for sizes in space.sizes], -1)
-        new = object.__new__(cls)
-        new.space, new.m = space, rows.shape[-2]
-        new.chunks = [
-            part.movedim(0, -2).to(device=chunk.device, dtype=chunk.dtype)
-            for part, chunk in zip(parts, like.chunks, strict=True)
-        ]
-        return new
+        pairs = zip(parts, like.chunks, strict=True)
+        return cls(like, 0)._like([part.to(device=chunk.device, dtype=chunk.dtype) for part, chunk in pairs])
 
     def __setitem__(self, j: int, vector: Vector) -> None:
         for chunk, new in zip(self.chunks, vector.chunks, strict=True):
-            chunk[..., j, :] = new
+            chunk[j] = new
 
     def __getitem__(self, j: int) -> Vector:
         """A view of vector j."""
-        return Vector(self.space, [chunk[..., j, :] for chunk in self.chunks])
+        return Vector(self.space, [chunk[j] for chunk in self.chunks])
 
     def coefficients(self, vector: Vector, count: int) -> Tensor:
         """(⟨v₀, x⟩, …, ⟨v_{count−1}, x⟩): [count], or [B, count]."""
         total: Tensor | None = None
         for chunk, x in zip(self.chunks, vector.chunks, strict=True):
-            part = (chunk[..., :count, :] @ x.unsqueeze(-1)).squeeze(-1)
+            if self.space.batch_dims:  # one after the other: a batched matrix product takes four times as long
+                part = torch.stack([torch.linalg.vecdot(chunk[j], x) for j in range(count)], -1)
+            else:
+                part = chunk[:count] @ x
             part = part.to(device=self.space.device, dtype=self.space.dtype)
             total = part if total is None else total + part
         assert total is not None
@@ -447,7 +450,7 @@ class Basis:
         chunks = []
         for chunk in self.chunks:
             row = weights.to(device=chunk.device, dtype=chunk.dtype).unsqueeze(-2)
-            chunks.append((row @ chunk[..., :count, :]).squeeze(-2))
+            chunks.append((row @ chunk[:count].movedim(0, -2)).squeeze(-2))
         return Vector(self.space, chunks)
 
     def leaves(self) -> list[Tensor]:
@@ -456,27 +459,22 @@ class Basis:
         leaves: list[Any] = [None] * len(space.shapes)
         for chunk, group, sizes in zip(self.chunks, space.groups, space.sizes, strict=True):
             for i, part in zip(group, chunk.split(sizes, -1), strict=True):
-                leaves[i] = part.movedim(-2, 0).reshape(self.m, *space.shapes[i])
+                leaves[i] = part.reshape(self.m, *space.shapes[i])
         return leaves
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> Basis:
         """The basis of these tensors of shape [m, *shape] in leaf order."""
-        space = self.space
-        new = object.__new__(Basis)
-        new.space, new.m, new.chunks = space, self.m, []
-        for group in space.groups:
-            rows = [leaves[i].reshape(self.m, *space.batch_shape, -1).movedim(0, -2) for i in group]
-            new.chunks.append(rows[0] if len(rows) == 1 else torch.cat(rows, -1))
-        return new
+        chunks = []
+        for group in self.space.groups:
+            rows = [leaves[i].reshape(self.m, *self.space.row_shape) for i in group]
+            chunks.append(rows[0] if len(rows) == 1 else torch.cat(rows, -1))
+        return self._like(chunks)
 
     def plus(self, other: Basis, a: float) -> Basis:
         """The basis of vⱼ + a · otherⱼ."""
-        new = object.__new__(Basis)
-        new.space, new.m = self.space, self.m
-        new.chunks = [torch.add(v, w, alpha=a) for v, w in zip(self.chunks, other.chunks, strict=True)]
-        return new
+        return self._like([torch.add(v, w, alpha=a) for v, w in zip(self.chunks, other.chunks, strict=True)])
 
     def matrix(self) -> Tensor:
         """The rows as one tensor [m, n] (or [B, m, n]) in the widest dtype."""
         parts = [chunk.to(device=self.space.device, dtype=self.space.dtype) for chunk in self.chunks]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).movedim(0, -2)

@@ -226,6 +226,7 @@ class GMRES(IterativeSolver):
             beta = r.norm()
             going = going & ~stuck & (beta > system.stop)
             steps += cycle
+            del basis  # before the next one is there
         return Outcome(x, torch.cat(trace), steps, code)
 
     def _arnoldi(
@@ -235,6 +236,8 @@ class GMRES(IterativeSolver):
         basis = Basis(r, most + 1)
         basis[0] = r * divide(torch.ones_like(beta), beta)
         h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
+        # ‖βe₁ − Hy‖ is least at β|n₀|, n the unit vector orthogonal to H's columns: one rotation for each new column.
+        null, largest, least = torch.ones_like(beta).unsqueeze(-1), torch.zeros_like(beta), beta
         for j in range(most):
             w = system.op(basis[j])
             for _ in range(2):
@@ -244,9 +247,15 @@ class GMRES(IterativeSolver):
             norm = w.norm()
             h[..., j + 1, j] = norm
             basis[j + 1] = w * divide(torch.ones_like(norm), norm)
-            if system.goal is not None and (before + j + 1) % system.check_every == 0:
-                norms = hessenberg_qr(h[..., : j + 2, : j + 1], beta)[2]
-                if system.finished(before + j + 1, going & (norms[-1] > system.stop)):
+            if system.goal is not None:
+                a = torch.linalg.vecdot(null, h[..., : j + 1, j])
+                size = torch.hypot(a, norm)
+                largest = torch.maximum(largest, size)
+                dead = size <= negligible(largest)
+                s, c = torch.where(dead, 1.0, norm / size), torch.where(dead, 0.0, a / size)
+                null = torch.cat([null * s.unsqueeze(-1), -c.unsqueeze(-1)], -1)
+                least = least * s
+                if system.finished(before + j + 1, going & (least > system.stop)):
                     return basis, h[..., : j + 2, : j + 1], j + 1
         return basis, h, most
 
@@ -256,21 +265,21 @@ def hessenberg_qr(h: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, triangle = torch.linalg.qr(h)
     diagonal = triangle.diagonal(dim1=-2, dim2=-1).abs()
     below = h.diagonal(offset=-1, dim1=-2, dim2=-1)
-    dead = diagonal <= negligible(triangle)
+    dead = diagonal <= negligible(diagonal.amax(-1, keepdim=True))
     sines = torch.where(dead, 1.0, below / diagonal).clamp_max(1.0)
     norms = beta.unsqueeze(-1) * sines.cumprod(-1)
     return q, triangle, norms.movedim(-1, 0)
 
 
-def negligible(triangle: Tensor) -> Tensor:
+def negligible(largest: Tensor) -> Tensor:
     """The size below which a diagonal entry of R is rounding."""
-    largest = triangle.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)
-    return 10 * torch.finfo(triangle.dtype).eps * largest
+    return 10 * torch.finfo(largest.dtype).eps * largest
 
 
 def triangular_solve(triangle: Tensor, rhs: Tensor) -> Tensor:
     """R⁻¹ rhs, leaving out directions in which R is zero to rounding."""
-    dead = triangle.diagonal(dim1=-2, dim2=-1).abs() <= negligible(triangle)
+    diagonal = triangle.diagonal(dim1=-2, dim2=-1).abs()
+    dead = diagonal <= negligible(diagonal.amax(-1, keepdim=True))
     eye = torch.eye(triangle.shape[-1], dtype=triangle.dtype, device=triangle.device)
     safe = torch.where(dead.unsqueeze(-1), eye, triangle)
     right = torch.where(dead, 0.0, rhs).unsqueeze(-1)
