@@ -54,6 +54,7 @@ class Result:
 
 def measure(problem: Problem, methods: list[Method], rounds: int) -> list[Result]:
     """All cells of one row: answers first, then the clock for those that are right."""
+    methods = [method for method in methods if method.fits(problem)]
     checked = [check(problem, method) for method in tqdm(methods, desc=f"{problem.name}: answers", leave=False)]
     right = [method for method, result in zip(methods, checked, strict=True) if result.correct]
     calls = {(method.name, problem.steps): partial(method.run, problem) for method in right}
@@ -73,7 +74,7 @@ def check(problem: Problem, method: Method) -> Result:
     if method.truth:
         error, distance = problem.system.error(grads, method.truth), problem.system.error(grads, "exact")
     correct = error is None or error <= TOLERANCE[method.truth or ""]
-    fixed_point = method.name != FLOOR and method.floor != FLOOR
+    fixed_point = FLOOR not in (method.name, method.floor)
     vectors = None if problem.small else counts.vectors(problem, method.run, fixed_point)
     return Result(problem.name, method.name, correct, error, distance, counted["passes"], counted["reads"], vectors)
 

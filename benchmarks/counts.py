@@ -12,7 +12,7 @@ import hypergrad as hg
 
 from . import problems
 from .measure import counted, counting, peak_memory
-from .methods import METHODS, Method, graph_and_product, implicit
+from .methods import METHODS, Method, graph_and_product, implicit, layer
 from .problems import Problem
 
 Answer = TypeVar("Answer")
@@ -52,7 +52,7 @@ def check_method(problem: Problem, method: Method) -> Counter[str]:
     """Counts of one method on a problem in float64, compared with what it claims; and its answer, with the truth."""
     title, steps = f"{problem.name}, {method.name}", problem.steps
     counts, grads = count(problem, method.run)
-    expect(f"{title}: reverse passes", counts["passes"], method.passes(steps))
+    expect(f"{title}: reverse passes", counts["passes"], method.passes_on(problem))
     expect(f"{title}: evaluations of the inner problem", counts["inner"], method.evaluations(steps))
     expect(f"{title}: evaluations of the outer loss", counts["outer"], 1)
     if method.truth:
@@ -84,16 +84,25 @@ def check_memory(problem: Problem) -> float:
     return held
 
 
+def check_forward_memory(problem: Problem) -> None:
+    """The layer's memory does not depend on how many steps the forward solver takes."""
+    few, many = (peak_memory(lambda steps=steps: layer(problem, steps)) for steps in (3, 60))
+    expect(f"{problem.name}: peak bytes after 60 steps, over those after 3", many / few, 1.05, at_most=True)
+
+
 def run() -> None:
     """Check everything and print the counts. Raises AssertionError for a count that is off."""
     for build in problems.quick_rows().values():
         problem = build()
         print(f"{problem.name}: {problem.size} parameters, K = {problem.steps}")
         for method in METHODS:
-            show(method.name, check_method(problem, method))
-        print("  implicit.grad in fixed-step mode")
-        for name in SOLVERS:
-            show(f"  {name}", check_solver(problem, name))
+            if method.fits(problem):
+                show(method.name, check_method(problem, method))
+        if problem.step_size is not None:
+            print("  implicit.grad in fixed-step mode")
+            for name in SOLVERS:
+                show(f"  {name}", check_solver(problem, name))
+    check_forward_memory(problems.equilibrium("equilibrium", 200, 20, 30, 3, 0.9))
     print(f"CG holds {check_memory(problems.wide()):.2f} vectors beside the graph and one product")
 
 

@@ -10,10 +10,10 @@ residual norm at each step, and a product with the Jacobian that evaluates the m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hypergrad as hg
 
@@ -28,7 +28,8 @@ class Method:
 
     `floor` names the method it is compared with, `target` is the ratio to that which it should not exceed, `peer` names
     a method that it should not be slower than, `truth` is the estimate that it must agree with (None: it gives none).
-    `passes` is the number of reverse passes of K steps, and `evaluations` that of the inner loss or map.
+    `passes` is the number of reverse passes of K steps, and `evaluations` that of the inner loss or map. `needs` says
+    for which problems it is: "any", "loss" (the inner problem is a loss, its system symmetric) or "map".
     """
 
     name: str
@@ -39,6 +40,15 @@ class Method:
     target: float | None = None
     peer: str | None = None
     evaluations: Callable[[int], int] = lambda steps: 1
+    needs: str = "any"
+
+    def fits(self, problem: Problem) -> bool:
+        return self.needs in ("any", "map" if problem.step_size is None else "loss")
+
+    def passes_on(self, problem: Problem) -> int:
+        """`passes`, in which each evaluation of a map counts as one: it is, where the map is a gradient step."""
+        free = problem.step_size is None and self.needs == "any"
+        return self.passes(problem.steps) - free * self.evaluations(problem.steps)
 
 
 # The relative difference from K steps without rounding above which a method gets no time. In float32 the normal
@@ -69,7 +79,16 @@ def floor(problem: Problem, fixed_point: bool, with_params: bool = True) -> Tens
     for _ in range(problem.steps):
         torch.autograd.grad(outputs, params, b, retain_graph=True)
     last = [*params, *problem.hparams] if with_params else problem.hparams
-    return list(torch.autograd.grad(outputs, last, b))
+    return list(torch.autograd.grad(outputs, last, b, allow_unused=True))
+
+
+def iterated_floor(problem: Problem) -> Tensors:
+    """K steps of the map as it is, without a graph, and then the floor."""
+    with torch.no_grad():
+        params = problem.params
+        for _ in range(problem.steps):
+            params = problem.fp_map(params, problem.hparams)
+    return floor(replace(problem, params=params), fixed_point=True)
 
 
 def graph_and_product(problem: Problem, fixed_point: bool) -> Tensors:
@@ -107,6 +126,31 @@ def library(method: Callable[..., Tensors]) -> Callable[[Problem], Tensors]:
         )
 
     return run
+
+
+class Cell(nn.Module):
+    def __init__(self, a: Tensor):
+        super().__init__()
+        self.a = nn.Parameter(a.detach())
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(z @ self.a + u)
+
+
+def layer(problem: Problem, forward_steps: int | None = None) -> Tensors:
+    """hg.nn.Equilibrium, xB + c evaluated once: K steps of the map (or as many as said), K terms of the adjoint."""
+    a, b, c, weight, bias = problem.hparams
+    steps = problem.steps if forward_steps is None else forward_steps
+    equilibrium = hg.nn.Equilibrium(
+        Cell(a),
+        inject=lambda x: x @ b + c,
+        start=lambda x: problem.params[0],
+        forward=hg.fixed_points.Picard(max_steps=steps, on_failure="ignore"),
+        adjoint=hg.solvers.FixedPoint(max_steps=problem.steps, on_failure="ignore"),
+    )
+    z = equilibrium(problem.data["x"])
+    loss = problem.outer_loss([z], problem.hparams)
+    return list(torch.autograd.grad(loss, [*equilibrium.parameters(), b, c, weight, bias]))
 
 
 class HyperTorch:
@@ -187,14 +231,18 @@ def joined(tensors: Tensors) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-FLOOR, MAP_FLOOR = "floor", "floor (map)"
+FLOOR, MAP_FLOOR, ITERATED_FLOOR = "floor", "floor (map)", "K steps, floor (map)"
 
 METHODS = [
-    Method(FLOOR, lambda p: floor(p, fixed_point=False), lambda k: k + 3),
+    Method(FLOOR, lambda p: floor(p, fixed_point=False), lambda k: k + 3, needs="loss"),
     Method(
-        f"{FLOOR}, last for hparams", lambda p: floor(p, fixed_point=False, with_params=False), lambda k: k + 3, FLOOR
+        f"{FLOOR}, last for hparams",
+        lambda p: floor(p, fixed_point=False, with_params=False),
+        lambda k: k + 3,
+        FLOOR,
+        needs="loss",
     ),
-    Method("hg.implicit.grad, CG", implicit_cg, lambda k: k + 3, FLOOR, "cg", 1.05),
+    Method("hg.implicit.grad, CG", implicit_cg, lambda k: k + 3, FLOOR, "cg", 1.05, needs="loss"),
     Method(MAP_FLOOR, lambda p: floor(p, fixed_point=True), lambda k: k + 3),
     Method(
         f"{MAP_FLOOR}, last for hparams",
@@ -202,8 +250,8 @@ METHODS = [
         lambda k: k + 3,
         MAP_FLOOR,
     ),
-    Method("hg.CG", library(hg.CG), lambda k: k + 3, MAP_FLOOR, "cg", 1.05, "HyperTorch CG"),
-    Method("HyperTorch CG", lambda p: HyperTorch(p).cg(), lambda k: k + 3, MAP_FLOOR, "cg"),
+    Method("hg.CG", library(hg.CG), lambda k: k + 3, MAP_FLOOR, "cg", 1.05, "HyperTorch CG", needs="loss"),
+    Method("HyperTorch CG", lambda p: HyperTorch(p).cg(), lambda k: k + 3, MAP_FLOOR, "cg", needs="loss"),
     Method(
         "hg.fixed_point",
         library(hg.fixed_point),
@@ -230,5 +278,22 @@ METHODS = [
         MAP_FLOOR,
         "normal_cg",
         evaluations=lambda k: 2 * k + 3,
+    ),
+    Method(
+        ITERATED_FLOOR,
+        iterated_floor,
+        lambda k: k + 2,
+        evaluations=lambda k: k + 1,
+        needs="map",
+    ),
+    Method(
+        "hg.nn.Equilibrium, inject",
+        layer,
+        lambda k: 1,  # those inside a backward pass are not seen
+        ITERATED_FLOOR,
+        "fixed_point",
+        0.55,
+        evaluations=lambda k: 0,  # of the map as it is
+        needs="map",
     ),
 ]

@@ -1,7 +1,7 @@
 """The rows: bilevel problems at an exact solution of the inner problem, and the truth in float64.
 
-Every row starts at a known inner solution at no cost: the biased row by its choice of λ, the others by Newton.
-The truth is computed with forward-over-reverse products (torch.func), which no column uses.
+Every row starts at a known inner solution at no cost: the biased row by its choice of λ, the logistic ones by Newton,
+the equilibrium by iterating. The truth is computed with products of torch.func, which no column uses.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ DENSE = 500  # parameters up to which A is materialised
 
 @dataclass(frozen=True)
 class Problem:
-    """min over λ of E(w*(λ), λ), w*(λ) = argmin g(·, λ), at w = w*(λ).
+    """min over λ of E(w*(λ), λ), at w = w*(λ): the minimiser of `inner` = g(·, λ), or the fixed point of it = Φ(·, λ).
 
-    `step_size` makes the map w − step_size · ∇₁g of it, `steps` is K. On a `small` problem the time of a step counts,
-    and the floor and memory mean little.
+    `step_size` makes the map w − step_size · ∇₁g of a loss; None: `inner` is a map already, and not symmetric. `steps`
+    is K. On a `small` problem the time of a step counts, and the floor and memory mean little.
     """
 
     name: str
     params: list[Tensor]
     hparams: list[Tensor]
     data: dict[str, Tensor]
-    inner: Callable[..., Tensor]
+    inner: Callable[..., Any]
     outer: Callable[..., Tensor]
-    step_size: float
+    step_size: float | None
     steps: int = 20
     rounds: int = 15
     calls: int = 1  # calls in one sample of the clock
@@ -49,7 +49,9 @@ class Problem:
         return self.outer(params, hparams, self.data)
 
     def fp_map(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor]:
-        """One step of gradient descent: its Jacobian is symmetric, but nobody says so."""
+        """The map, or one step of gradient descent: its Jacobian is symmetric, but nobody says so."""
+        if self.step_size is None:
+            return self.inner(params, hparams, self.data)
         with torch.enable_grad():
             grads = torch.autograd.grad(self.inner_loss(params, hparams), list(params), create_graph=True)
         return [w - self.step_size * g for w, g in zip(params, grads, strict=True)]
@@ -69,7 +71,8 @@ class Problem:
 
     @cached_property
     def system(self) -> System:
-        return System(self.to(torch.float64))
+        problem = self.to(torch.float64)
+        return System(problem) if self.step_size is not None else MapSystem(problem)
 
 
 class System:
@@ -150,6 +153,65 @@ class System:
         return float((flat(grads).double() - wanted).norm() / wanted.norm())
 
 
+class MapSystem(System):
+    """(I − ∂₁Φᵀ) v = ∇₁E of a problem whose inner problem is a map."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.w = flat(problem.params)
+        self.shapes = [w.shape for w in problem.params]
+        self.hparams = [h.detach() for h in problem.hparams]
+        self.b = grad(lambda w: problem.outer_loss(self.split(w), self.hparams))(self.w)
+        image, self.pull, *_ = vjp(self.map, self.w)
+        self.apply = lambda v: v - self.pull(v)[0]
+        self.solution = self.fixed_point(1000)
+        self.truths = {}
+        size = float(self.solution.norm() / self.b.norm() / self.w.norm())
+        self.unsolved = float((self.w - image).norm()) * size
+        self.residual = float((self.b - self.apply(self.solution)).norm() / self.b.norm())
+
+    def map(self, w: Tensor) -> Tensor:
+        return flat_live(self.problem.fp_map(self.split(w), self.hparams))
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """(I − ∂₁Φ) u."""
+        return u - jvp(self.map, (self.w,), (u,))[1]
+
+    def fixed_point(self, steps: int) -> Tensor:
+        """Σ_{k<K} (∂₁Φᵀ)ᵏ b; fewer where nothing changes any more."""
+        v = torch.zeros_like(self.b)
+        for _ in range(steps):
+            v, old = self.pull(v)[0] + self.b, v
+            if (v - old).norm() <= 1e-15 * v.norm():
+                break
+        return v
+
+    def normal_cg(self, steps: int) -> Tensor:
+        """K steps of conjugate gradients on (I − ∂₁Φ)(I − ∂₁Φᵀ) v = (I − ∂₁Φ) b."""
+        v, r = torch.zeros_like(self.b), self.transposed(self.b)
+        p = r
+        for _ in range(steps):
+            ap = self.transposed(self.apply(p))
+            alpha = (r @ r) / (p @ ap)
+            v, r, old = v + alpha * p, r - alpha * ap, r @ r
+            p = r + (r @ r) / old * p
+        return v
+
+    def hypergradient(self, v: Tensor) -> Tensor:
+        """∇₂E + ∂₂Φᵀ v, flat."""
+
+        def both(*hparams: Tensor) -> tuple[Tensor, Tensor]:
+            image = flat_live(self.problem.fp_map(self.split(self.w), list(hparams)))
+            return image, self.problem.outer_loss(self.split(self.w), list(hparams))
+
+        return flat(vjp(both, *self.hparams)[1]((v, torch.ones((), dtype=v.dtype))))
+
+
+def flat_live(tensors: Sequence[Tensor]) -> Tensor:
+    """`flat` with its graph."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
@@ -222,12 +284,43 @@ def biased_mlp(name: str, rows: int, widths: Sequence[int], rho: float, **option
     )
 
 
+def tanh_map(params: Sequence[Tensor], hparams: Sequence[Tensor], data: dict[str, Tensor]) -> list[Tensor]:
+    """z ↦ tanh(zA + xB + c)."""
+    (z,), (a, b, c, *_) = params, hparams
+    return [torch.tanh(z @ a + data["x"] @ b + c)]
+
+
+def tanh_outer(params: Sequence[Tensor], hparams: Sequence[Tensor], data: dict[str, Tensor]) -> Tensor:
+    *_, weight, bias = hparams
+    return F.cross_entropy(params[0] @ weight + bias, data["y"])
+
+
+def equilibrium(name: str, rows: int, inputs: int, states: int, classes: int, norm: float, **options: Any) -> Problem:
+    """z = tanh(zA + xB + c), logits zC + d; ‖A‖₂ = norm, and all of A, B, c, C, d are hyperparameters."""
+    draw = np.random.RandomState(0)
+    a, b = draw.randn(states, states), draw.randn(inputs, states) / np.sqrt(inputs)
+    c, weight, bias = 0.1 * draw.randn(states), draw.randn(states, classes) / np.sqrt(states), 0.1 * draw.randn(classes)
+    a *= norm / np.linalg.norm(a, 2)
+    x, y = draw.randn(rows, inputs), draw.randint(classes, size=rows)
+    hparams = [torch.from_numpy(h) for h in (a, b, c, weight, bias)]
+    data = {"x": torch.from_numpy(x), "y": torch.from_numpy(y)}
+    z, u = torch.zeros(rows, states, dtype=torch.float64), torch.from_numpy(x @ b + c)
+    for _ in range(2000):
+        z, old = torch.tanh(z @ hparams[0] + u), z
+        if (z - old).norm() <= 1e-15 * z.norm():
+            break
+    return Problem(name, [z], hparams, data, tanh_map, tanh_outer, None, **options).to(torch.float64)
+
+
 def rows() -> dict[str, Callable[[], Problem]]:
     """Every row of the full table, in float32; a row is built when it is measured."""
     return {
-        "mlp": lambda: biased_mlp("mlp", 2000, (784, 256, 256, 10), rho=0.2, step_size=1.5).to(torch.float32),
-        "logistic": lambda: logistic("logistic", 10_000, 1000, -4.0, 7.0, 0.0, rounds=40).to(torch.float32),
-        "tiny": lambda: logistic("tiny", 100, 20, -6.0, 30.0, -1.0, rounds=40, calls=10, small=True).to(torch.float32),
+        "mlp": lambda: biased_mlp("mlp", 2000, (784, 256, 256, 10), rho=0.2, step_size=1.5, rounds=10).to(
+            torch.float32
+        ),
+        "logistic": lambda: logistic("logistic", 10_000, 1000, -4.0, 7.0, 0.0, rounds=20).to(torch.float32),
+        "equilibrium": lambda: equilibrium("equilibrium", 5000, 784, 200, 10, 0.95, rounds=12).to(torch.float32),
+        "tiny": lambda: logistic("tiny", 100, 20, -6.0, 30.0, -1.0, rounds=30, calls=5, small=True).to(torch.float32),
     }
 
 
@@ -236,6 +329,7 @@ def quick_rows() -> dict[str, Callable[[], Problem]]:
     return {
         "mlp": lambda: biased_mlp("mlp", 50, (12, 8, 8, 3), rho=1.0, step_size=1.0, steps=6),
         "tiny": lambda: logistic("tiny", 100, 20, -6.0, 30.0, -1.0, steps=6),
+        "equilibrium": lambda: equilibrium("equilibrium", 12, 5, 4, 3, 0.7, steps=6),
     }
 
 

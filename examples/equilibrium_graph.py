@@ -200,8 +200,8 @@ def main() -> None:
 
     history = compare(graph(args.data), config)
     args.output.mkdir(parents=True, exist_ok=True)
-    plot(args.output / "equilibrium_graph.png", history)
     (args.output / "equilibrium_graph.json").write_text(json.dumps(report | {"history": history}, indent=2))
+    plot(args.output / "equilibrium_graph.png", history)
     text = f"# Equilibrium graph network and GCN on {config.data}\n\n{table(history)}\n\n![](equilibrium_graph.png)\n\n"
     (args.output / "equilibrium_graph.md").write_text(f"{text}```json\n{json.dumps(report)}\n```\n")
     print(table(history))

@@ -267,8 +267,8 @@ def main() -> None:
 
     history = train(config, args.data)
     args.output.mkdir(parents=True, exist_ok=True)
-    plot(args.output / "equilibrium_mnist.png", history)
     (args.output / "equilibrium_mnist.json").write_text(json.dumps(report | {"history": history}, indent=2))
+    plot(args.output / "equilibrium_mnist.png", history)
     text = f"# Equilibrium model, four hypergradients\n\n{table(history)}\n\n![](equilibrium_mnist.png)\n\n"
     (args.output / "equilibrium_mnist.md").write_text(f"{text}```json\n{json.dumps(report)}\n```\n")
     print(table(history))

@@ -282,7 +282,9 @@ def test_a_batch_is_its_samples_one_by_one(name, options):
     start = torch.zeros(4, 12).double()
     if name == "Newton":  # an iterative inner solver goes on until its last sample is done
         options = options | {"linear": S.Dense(on_failure="ignore")}
-    together = SOLVERS[name](batch_dims=1, **options)(batched_phi, start, h)
+    together = SOLVERS[name](batch_dims=1, trace=True, **options)(batched_phi, start, h)
+    worst = SOLVERS[name](batch_dims=1, **options)(batched_phi, start, h)
+    assert torch.equal(worst.trace, together.trace.amax(1)) and torch.equal(worst.code, together.code)
     assert together.trace.shape == (together.steps + 1, 4) and together.code.shape == (4,)
     alone = [SOLVERS[name](**options)(CASE.user, start[i], h[i]) for i in range(4)]
     assert together.steps == max(one.steps for one in alone)
@@ -305,7 +307,7 @@ def test_a_solved_sample_rests(name):
             seen.append(w.clone())
         return batched_phi(w, h)
 
-    solution = SOLVERS[name](batch_dims=1, rtol=1e-9, max_steps=400)(phi, torch.zeros(4, 12).double(), h)
+    solution = SOLVERS[name](batch_dims=1, rtol=1e-9, max_steps=400, trace=True)(phi, torch.zeros(4, 12).double(), h)
     first = int((solution.trace[:, 0] == solution.trace[-1, 0]).nonzero()[0])
     assert first < solution.steps  # the easiest one waits for the others
     assert all(torch.equal(w[0], seen[first][0]) for w in seen[first:])

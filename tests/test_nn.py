@@ -198,7 +198,7 @@ def test_higher_derivatives_and_transforms():
 
 def test_samples_converge_by_themselves():
     cell, x = Cell().double(), batch_of(count=6)
-    layer = Equilibrium(cell, forward=FP.Picard(rtol=1e-8, max_steps=500))
+    layer = Equilibrium(cell, forward=FP.Picard(rtol=1e-8, max_steps=500, trace=True))
     together = layer(x)
     steps = layer.forward_info.trace
     alone = torch.cat([layer(one[None]) for one in x])

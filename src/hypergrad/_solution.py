@@ -92,7 +92,7 @@ class Solution:
         residual_norm: ‖b − Ax‖₂ of the returned value, recomputed, never the recursion's: 0-d, or [B].
         rhs_norm: ‖b‖₂, likewise.
         trace: the method's own residual norm before each step and after the last: [steps + 1], or [steps + 1, B]; NaN
-            where it did not take it.
+            where it did not take it. Of fixed_points without trace=True: that of the worst system, [steps + 1].
     """
 
     value: Any
@@ -138,7 +138,8 @@ class Solution:
         steps = int(self.steps.reshape(-1)[bad[0]]) if isinstance(self.steps, Tensor) else self.steps
         text = f"{where}{self.status.name} after {steps} steps at a relative residual of {relative:.2e}"
         if self.status is Status.DIVERGED:
-            text += f", growing by a factor of {float(self.growth_rate.reshape(-1)[bad[0]]):.4g} a step"
+            rate = self.growth_rate.reshape(-1)[bad[0] if self.trace.ndim > 1 else 0]
+            text += f", growing by a factor of {float(rate):.4g} a step"
         return f"{text}: {self.status.message}"
 
     def report(self, what: str, on_failure: OnFailure) -> None:

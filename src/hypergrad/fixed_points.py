@@ -37,6 +37,7 @@ class FixedPointSolver(ABC):
         batch_dims: 1 where the first axis of each leaf counts independent samples.
         on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore".
         check_every: steps between two looks at the residual (default: 1 on the CPU, 5 elsewhere).
+        trace: keep the residual norm of each sample at each step, [steps + 1, B]; else that of the worst, [steps + 1].
     """
 
     max_steps: int | None = None
@@ -45,6 +46,7 @@ class FixedPointSolver(ABC):
     batch_dims: int = 0
     on_failure: OnFailure = "warn"
     check_every: int | None = None
+    trace: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -104,25 +106,30 @@ class FixedPointSolver(ABC):
 
         image, r, norm, size = measure(w)
         best = (w, norm, size)
-        trace, going = [norm], self._unsolved(norm, size, rtol, atol)
-        steps = 0
+        going = self._unsolved(norm, size, rtol, atol)
+        first = before = norm  # before: at the last power of two, to see growth by
+        trace, steps = [self._traced(norm)], 0
         while steps < most and (fixed or steps % every or bool(going.any())):
+            before = before if steps & (steps - 1) else norm
             new = propose(w, image, r)
             w = new if fixed or not self.batch_dims else new.where(going, w)
             image, r, norm, size = measure(w)
             steps += 1
-            trace.append(norm)
+            trace.append(self._traced(norm))
             best = (w, norm, size) if fixed else _better((w, norm, size), best)
             going = going & self._unsolved(norm, size, rtol, atol)
-        w, norm, size = best
+        last, (w, norm, size) = norm, best
         unsolved = norm.new_zeros(norm.shape, dtype=torch.bool) if fixed else self._unsolved(norm, size, rtol, atol)
         code = torch.where(unsolved, Status.MAX_STEPS.value, Status.CONVERGED.value)
-        grown = (trace[-1] > trace[0]) & (trace[-1] > trace[len(trace) // 2]) & (len(trace) > 2)
-        grown = grown & ~(trace[-1] <= 100 * w.space.eps * size)  # at rounding level nothing is growth
+        grown = (last > first) & (last > before) & (steps > 1)
+        grown = grown & ~(last <= 100 * w.space.eps * size)  # at rounding level nothing is growth
         code = torch.where(grown & (unsolved | fixed), Status.DIVERGED.value, code)
-        finite = torch.isfinite(norm) & (torch.isfinite(trace[-1]) | ~unsolved)
+        finite = torch.isfinite(norm) & (torch.isfinite(last) | ~unsolved)
         code = torch.where(finite, code, Status.NON_FINITE.value)
         return Solution(w.tree, code, steps, norm, size, torch.stack(trace))
+
+    def _traced(self, norm: Tensor) -> Tensor:
+        return norm.amax() if norm.ndim and not self.trace else norm
 
     def _unsolved(self, norm: Tensor, size: Tensor, rtol: float | None, atol: float | None) -> Tensor:
         return ~(norm <= torch.clamp_min((rtol or 0.0) * size, atol or 0.0))
