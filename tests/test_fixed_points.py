@@ -284,9 +284,11 @@ def test_a_batch_is_its_samples_one_by_one(name, options):
         options = options | {"linear": S.Dense(on_failure="ignore")}
     together = SOLVERS[name](batch_dims=1, trace=True, **options)(batched_phi, start, h)
     worst = SOLVERS[name](batch_dims=1, **options)(batched_phi, start, h)
-    assert torch.equal(worst.trace, together.trace.amax(1)) and torch.equal(worst.code, together.code)
+    seen = ~worst.trace.isnan()
+    assert torch.equal(worst.trace[seen], together.trace.amax(1)[seen]) and torch.equal(worst.code, together.code)
+    assert seen.all() if "max_steps" not in options or "rtol" in options else seen.tolist() == [1, 1, 1, 0, 1, 0, 1]
     assert together.trace.shape == (together.steps + 1, 4) and together.code.shape == (4,)
-    alone = [SOLVERS[name](**options)(CASE.user, start[i], h[i]) for i in range(4)]
+    alone = [SOLVERS[name](trace=True, **options)(CASE.user, start[i], h[i]) for i in range(4)]
     assert together.steps == max(one.steps for one in alone)
     for i, one in enumerate(alone):
         assert rel(together.value[i], one.value) < 1e-9

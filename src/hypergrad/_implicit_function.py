@@ -28,7 +28,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from . import _autodiff, operators
 from ._autodiff import Linearisation
 from ._solution import Solution
-from ._vector import Space, Vector
+from ._vector import Space, Vector, difference
 from .solvers import LinearSolver
 from .solvers._solver import Solver, solve
 
@@ -76,7 +76,7 @@ class Problem:
     """F and how its linear systems are solved: what both Functions carry along unchanged.
 
     Args:
-        function: F on tuples of leaves.
+        function: F, or Φ where fixed_point (F = w − Φ), on tuples of leaves.
         count: the number of leaves of w.
         solver, tangent: linear solvers of Aᵀv = b and of Av = b.
         symmetric, positive_definite: of A.
@@ -87,6 +87,7 @@ class Problem:
     count: int
     solver: Solver
     tangent: Solver
+    fixed_point: bool = False
     symmetric: bool = False
     positive_definite: bool = False
     batch_dims: int = 0
@@ -100,13 +101,18 @@ class Problem:
         """The same with Aᵀ for A."""
         return self if self.symmetric else replace(self, transposed=not self.transposed)
 
+    def residual(self, w: Leaves, hparams: Leaves) -> Leaves:
+        """F(w, λ)."""
+        values = self.function(w, hparams)
+        return difference(w, values) if self.fixed_point else values
+
     def vmapped(self, dims: Sequence[int | None]) -> Problem:
-        """F over one more leading axis of w, and of those leaves of λ whose entry in dims is 0."""
+        """The same over one more leading axis of w, and of those leaves of λ whose entry in dims is 0."""
         mapped = torch.func.vmap(self.function, in_dims=(0, tuple(dims)))
         return replace(self, function=mapped, batch_dims=self.batch_dims + 1, warm=None)
 
     def linearise(self, w: Leaves, hparams: Leaves, wanted: Sequence[Tensor] = ()) -> Linearisation:
-        """The retained graph of F at plain tensors; undeclared tensors in it are an error."""
+        """The retained graph of F (or Φ) at plain tensors; undeclared tensors in it are an error."""
         outputs = self._evaluate(w, hparams)
         if any(_functorch.is_functorch_wrapped_tensor(y) for y in outputs):
             raise ValueError(UNDECLARED.format(OUTSIDE))
@@ -141,7 +147,7 @@ class Problem:
         """Solve with A or Aᵀ, reporting a failure and filling in Info."""
         op = operators.adjoint(
             lambda: linearisation,
-            fixed_point=False,
+            fixed_point=self.fixed_point,
             symmetric=self.symmetric,
             positive_definite=self.positive_definite,
             batch_dims=self.batch_dims,
@@ -206,7 +212,7 @@ def push(function: Callable[[Leaves], Leaves], at: Leaves, tangent: Leaves) -> L
 
 def pulled(problem: Problem, u: Leaves, w: Leaves, hparams: Leaves) -> Leaves:
     """∂₁Fᵀ u as a differentiable function of u, w and λ."""
-    return pull(lambda x: problem.function(x, hparams), w, u)
+    return pull(lambda x: problem.residual(x, hparams), w, u)
 
 
 def floating(leaves: Leaves) -> list[int]:
@@ -351,7 +357,7 @@ class Root(torch.autograd.Function):
         put = over(hparams, kept)
         at = tuple(hparams[i] for i in kept)
         dots = tuple(zeros_if_none(tangents[ctx.given + i], hparams[i]) for i in kept)
-        rhs = push(lambda new: problem.function(w, put(new)), at, dots)
+        rhs = push(lambda new: problem.residual(w, put(new)), at, dots)
         return LinearSolve.apply(problem, *(-y for y in rhs), *w, *hparams)
 
     @staticmethod
@@ -383,7 +389,7 @@ def adjoint(problem: Problem, w: Leaves, hparams: Leaves, w_bar: Leaves, kept: S
     plain = not any(_functorch.is_functorch_wrapped_tensor(t) for t in (*w, *hparams, *w_bar))
     if torch.is_grad_enabled() or not plain:
         v = LinearSolve.apply(replace(problem, transposed=True), *w_bar, *w, *hparams)
-        return tuple(-bar for bar in pull(lambda new: problem.function(w, put(new)), wanted, v))
+        return tuple(-bar for bar in pull(lambda new: problem.residual(w, put(new)), wanted, v))
     # No derivative of this will be asked for: one graph serves all products, the last of which gives λ̄ too.
     with torch.enable_grad():
         wanted = tuple(leaf.detach().requires_grad_() for leaf in wanted)
@@ -395,11 +401,11 @@ def adjoint(problem: Problem, w: Leaves, hparams: Leaves, w_bar: Leaves, kept: S
 
     def last(v: Vector) -> Vector:
         image, cross[:] = linearisation.vjp_both(v.leaves, retain_graph=False)
-        return v.space.pack(image)
+        return v - v.space.pack(image) if problem.fixed_point else v.space.pack(image)
 
     problem_t = replace(problem, transposed=True)
     problem_t.run(linearisation, space.pack(list(w_bar)).copy(), last)
-    return _autodiff.scaled(cross, -1.0)
+    return _autodiff.scaled(cross, 1.0 if problem.fixed_point else -1.0)
 
 
 def refuse_nested_forward_mode() -> None:

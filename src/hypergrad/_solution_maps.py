@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._autodiff import as_scalar
 from ._implicit_function import Info, Leaves, LinearSolve, Problem, Root, WarmStart
-from ._vector import PyTree, difference, flatten, matching, split
+from ._vector import PyTree, flatten, matching, split
 from .operators import LinearOperator
 from .solvers import CG, GMRES, Neumann
 from .solvers._solver import Solver
@@ -53,7 +53,13 @@ class Options:
     info: Info = field(default_factory=Info)
     warm_start: WarmStart | None = None
 
-    def problem(self, function: Callable[[Leaves, Leaves], Leaves], count: int, users: Callable[..., Any]) -> Problem:
+    def problem(
+        self,
+        function: Callable[[Leaves, Leaves], Leaves],
+        count: int,
+        users: Callable[..., Any],
+        fixed_point: bool = False,
+    ) -> Problem:
         symmetric = self.symmetric or self.positive_definite
         adjoint = self.adjoint or (CG() if symmetric else GMRES())
         return Problem(
@@ -61,6 +67,7 @@ class Options:
             count,
             solver=adjoint,
             tangent=self.tangent or adjoint,
+            fixed_point=fixed_point,
             symmetric=symmetric,
             positive_definite=self.positive_definite,
             batch_dims=self.batch_dims,
@@ -70,7 +77,7 @@ class Options:
         )
 
 
-# The three forms: (user's function, rebuild w, hparams' leaves ↦ the user's arguments) ↦ F on leaves.
+# The three forms: (user's function, rebuild w, hparams' leaves ↦ the user's arguments) ↦ F (or Φ) on leaves.
 
 
 def _residual(user: Callable[..., Any], rebuild: Any, arguments: Any) -> Callable[[Leaves, Leaves], Leaves]:
@@ -78,7 +85,7 @@ def _residual(user: Callable[..., Any], rebuild: Any, arguments: Any) -> Callabl
 
 
 def _fixed_point(user: Callable[..., Any], rebuild: Any, arguments: Any) -> Callable[[Leaves, Leaves], Leaves]:
-    return lambda w, h: difference(w, matching(user(rebuild(w), *arguments(h)), w, "the value of the fixed point map"))
+    return lambda w, h: tuple(matching(user(rebuild(w), *arguments(h)), w, "the value of the fixed point map"))
 
 
 def _argmin(user: Callable[..., Any], rebuild: Any, arguments: Any) -> Callable[[Leaves, Leaves], Leaves]:
@@ -95,7 +102,7 @@ def _attach(form: str, user: Callable[..., Any], solution: PyTree, hparams: PyTr
     leaves, _, rebuild = flatten(solution, "solution")
     given, rebuild_hparams = split(hparams)
     function = FORMS[form](user, rebuild, lambda h: (rebuild_hparams(h),))
-    problem = options.problem(function, len(leaves), user)
+    problem = options.problem(function, len(leaves), user, form == "fixed_point")
     w = [leaf.detach() for leaf in leaves]
     problem.check_declared(w, given)
     return rebuild(Root.apply(problem, None, *w, *given))
@@ -300,7 +307,7 @@ def solver(
                 return tuple(rebuild(tensors)[0][i] for i in chosen)
 
             function = FORMS[form](user, lambda w: found["rebuild"](w), arguments)
-            problem = settings.problem(function, 0, user)
+            problem = settings.problem(function, 0, user, form == "fixed_point")
             outputs = Root.apply(problem, find, *leaves)
             problem.check_declared(outputs, leaves)
             solution = found["rebuild"](outputs)

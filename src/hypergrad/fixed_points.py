@@ -22,7 +22,7 @@ from ._vector import Basis, PyTree, Space, Vector
 from .solvers import GMRES, LinearSolver
 from .solvers._solver import solve
 
-Propose = Callable[[Vector, Vector, Vector], Vector]  # (w, Φ(w), r = Φ(w) − w) ↦ the next w
+Propose = Callable[[Vector, Vector, Any], Vector]  # (w, Φ(w), r = Φ(w) − w) ↦ the next w
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class FixedPointSolver(ABC):
         batch_dims: 1 where the first axis of each leaf counts independent samples.
         on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore".
         check_every: steps between two looks at the residual (default: 1 on the CPU, 5 elsewhere).
-        trace: keep the residual norm of each sample at each step, [steps + 1, B]; else that of the worst, [steps + 1].
+        trace: keep the residual norm of each sample at each step, [steps + 1, B]; else that of the worst, [steps + 1],
+            and without a tolerance only at steps 1, 2, 4, … and the last (NaN in between).
     """
 
     max_steps: int | None = None
@@ -59,6 +60,11 @@ class FixedPointSolver(ABC):
                 raise ValueError(f"{type(self).__name__}: {name} must be an integer ≥ {least}, got {value!r}")
         if self.on_failure not in ("warn", "raise", "ignore"):
             raise ValueError(f'on_failure must be "warn", "raise" or "ignore", got {self.on_failure!r}')
+
+    @property
+    def _uses_residual(self) -> bool:
+        """Whether a step of the method takes r, and not only Φ(w)."""
+        return True
 
     @abstractmethod
     def _method(self, phi: Callable[[Vector], Vector], start: Vector, fp_map: Any, hparams: Any) -> Propose:
@@ -99,12 +105,15 @@ class FixedPointSolver(ABC):
         most = 200 if most is None else most
         every = self.check_every or (1 if w.space.device.type == "cpu" else 5)
 
-        def measure(w: Vector) -> tuple[Vector, Vector, Tensor, Tensor]:
-            image = phi(w)
-            r = image - w
-            return image, r, r.norm(), image.norm()
+        unknown = torch.full(w.space.batch_shape, torch.nan, dtype=w.space.dtype, device=w.space.device)
 
-        image, r, norm, size = measure(w)
+        def measure(w: Vector, step: int) -> tuple[Vector, Any, Tensor, Tensor]:
+            image = phi(w)
+            looks = not fixed or self.trace or not step & (step - 1) or step == most
+            r = image - w if looks or self._uses_residual else None
+            return (image, r, r.norm(), image.norm()) if looks and r is not None else (image, r, unknown, unknown)
+
+        image, r, norm, size = measure(w, 0)
         best = (w, norm, size)
         going = self._unsolved(norm, size, rtol, atol)
         first = before = norm  # before: at the last power of two, to see growth by
@@ -113,8 +122,8 @@ class FixedPointSolver(ABC):
             before = before if steps & (steps - 1) else norm
             new = propose(w, image, r)
             w = new if fixed or not self.batch_dims else new.where(going, w)
-            image, r, norm, size = measure(w)
             steps += 1
+            image, r, norm, size = measure(w, steps)
             trace.append(self._traced(norm))
             best = (w, norm, size) if fixed else _better((w, norm, size), best)
             going = going & self._unsolved(norm, size, rtol, atol)
@@ -163,6 +172,10 @@ class Picard(FixedPointSolver):
         super().__post_init__()
         if not 0 < self.damping <= 1:
             raise ValueError(f"Picard: damping must be in (0, 1], got {self.damping!r}")
+
+    @property
+    def _uses_residual(self) -> bool:
+        return self.damping < 1
 
     def _method(self, phi: Callable[[Vector], Vector], start: Vector, fp_map: Any, hparams: Any) -> Propose:
         return lambda w, image, r: image if self.damping == 1 else w + r * self.damping

@@ -29,7 +29,7 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
     stop, hopeless, going = system.look(system.stop), torch.inf, True
     norms, trace, steps = [], [], 0
     for k in range(most):
-        image = b.copy() if x is None else system.op.contract(x) + b
+        image = b.copy() if x is None else system.op.contract(x).apart_from(x).add_(b)
         trace.append(unseen)
         if k in looks:
             norm = trace[-1] = (image if x is None else image - x).norm()
