@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import pickle
 import sys
 import tempfile
 import warnings
@@ -205,6 +206,35 @@ def test_samples_converge_by_themselves():
     assert rel(together, alone) < 1e-13
     rests = [int((steps[:, i] == steps[-1, i]).nonzero()[0]) for i in range(6)]
     assert len(set(rests)) > 1
+
+
+def test_a_used_layer_can_be_pickled_and_copied():
+    layer, x = Equilibrium(Cell(), warm_start=True), batch_of(dtype=torch.float32)
+    z = layer(x)
+    z.sum().backward()
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert other.forward_info is None and other.backward_info.solution is None
+        torch.testing.assert_close(other(x), z, rtol=1e-3, atol=1e-4)
+    assert layer.forward_info is not None and layer.backward_info.solves == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_default_tolerance_can_be_reached_in_half_precision(dtype):
+    x = batch_of(dtype=dtype).requires_grad_()
+    layer = Equilibrium(lambda z, u: torch.tanh(0.5 * z + u), forward=FP.Picard())
+    layer(x).sum().backward()  # a warning would be an error
+    assert layer.forward_info.ok and layer.backward_info.solution.ok
+    exact = x.detach().double().requires_grad_()
+    Equilibrium(layer.cell)(exact).sum().backward()
+    assert rel(x.grad.double(), exact.grad) < 20 * torch.finfo(dtype).eps
+
+
+def test_a_failed_backward_pass_is_reported_at_the_line_that_called_it():
+    layer = Equilibrium(lambda z, u: torch.tanh(0.9 * z + u), adjoint=S.GMRES(max_steps=1, restart=1, rtol=1e-9))
+    loss = layer(batch_of().requires_grad_()).sum()
+    with pytest.warns(hg.HypergradientWarning, match="MAX_STEPS") as told:
+        loss.backward()
+    assert told[0].filename == __file__
 
 
 def test_coupled_samples_by_batch_dims():

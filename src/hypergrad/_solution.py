@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
@@ -21,7 +22,10 @@ class Status(enum.Enum):
     message: str
 
     CONVERGED = 0, "ended as asked: the tolerance is reached or, where none was given, all steps are done"
-    MAX_STEPS = 1, "the tolerance is not reached: raise max_steps, precondition, or loosen rtol or atol"
+    MAX_STEPS = (
+        1,
+        "the tolerance is not reached: raise max_steps, precondition, take a more exact solver, or loosen rtol or atol",
+    )
     STAGNATED = (
         2,
         "the residual no longer falls: the accuracy of this dtype is reached, the system is singular and inconsistent, "
@@ -72,9 +76,10 @@ class SolverError(ValueError):
 
 
 def warn(text: str) -> None:
-    """A HypergradientWarning at the line of the caller's own code that led here."""
+    """A HypergradientWarning at the line of the caller's own code that led here, through torch's backward pass too."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
+    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, HypergradientWarning, stacklevel=level)
 

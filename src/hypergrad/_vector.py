@@ -118,6 +118,8 @@ class Space:
         self.tiny = torch.finfo(self.dtype).tiny
         self.largest = min(torch.finfo(dtype).max for dtype in self.dtypes)
         self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
+        # What solvers aim at where the user names no tolerance: half the digits, and in half precision what is there.
+        self.rtol = 1e-6 if self.eps < 1e-10 else max(1e-4, 4 * self.eps)
 
     def _batch_shape(self) -> torch.Size:
         if self.batch_dims < 0:

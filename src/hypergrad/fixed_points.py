@@ -33,7 +33,7 @@ class FixedPointSolver(ABC):
         max_steps: steps at most; exactly that many where neither rtol nor atol is given. The residual of the last w
             takes one evaluation more.
         rtol, atol: solved when ‖Φ(w) − w‖ ≤ max(atol, rtol · ‖Φ(w)‖). With max_steps, rtol and atol all left out, rtol
-            is 1e-6 in float64 and 1e-4 in narrower types, and max_steps 200.
+            is 1e-6 in float64 and 1e-4 in float32 (4 eps in half precision), and max_steps 200.
         batch_dims: 1 where the first axis of each leaf counts independent samples.
         on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore".
         check_every: steps between two looks at the residual (default: 1 on the CPU, 5 elsewhere).
@@ -100,7 +100,7 @@ class FixedPointSolver(ABC):
     def _run(self, phi: Callable[[Vector], Vector], w: Vector, propose: Propose) -> Solution:
         rtol, atol, most = self.rtol, self.atol, self.max_steps
         if rtol is None and atol is None and most is None:
-            rtol = 1e-6 if w.space.eps < 1e-10 else 1e-4
+            rtol = w.space.rtol
         fixed = rtol is None and atol is None
         most = 200 if most is None else most
         every = self.check_every or (1 if w.space.device.type == "cpu" else 5)

@@ -7,6 +7,7 @@ with F = ∇₁g for an inner loss g, and F = w − Φ for a fixed point map Φ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,10 +70,11 @@ class Hypergradient:
         """HypergradientWarning where params are too far from the inner solution for the result to mean much."""
         worst = float(self.inner_distance.max())
         if worst > UNSOLVED:
+            away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
             warn(
                 f"the inner problem is not solved: its residual is {float(self.inner_residual.max()):.2e}, and params "
-                f"are an estimated {worst:.1%} (of their norm) or more away from the solution, so the hypergradient "
-                f"means little. Run the inner solver longer, or differentiate its steps instead (reverse)"
+                f"are {away} the solution, so the hypergradient means little. Run the inner solver "
+                f"longer, or differentiate its steps instead (reverse)"
             )
 
 

@@ -109,6 +109,10 @@ class Equilibrium(nn.Module):
         self.backward_info = Info()
         self._adjoint_start = WarmStart()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold the layer without what its last call left: infos and warm starts."""
+        return self.__dict__ | {"forward_info": None, "backward_info": Info(), "_adjoint_start": WarmStart()}
+
     def forward(self, x: PyTree, start: PyTree | None = None) -> PyTree:
         """z* for inputs x, from `start` if given."""
         u = x if self.inject is None else self.inject(x)

@@ -22,7 +22,7 @@ class Dense(LinearSolver):
     A singular A (pivots below n · eps) gets the least-squares solution of least norm and BREAKDOWN. A Cholesky factor
     that does not exist gives NOT_POSITIVE_DEFINITE, and a declared symmetry that is not there NOT_SYMMETRIC, unless LU,
     from which the value then comes, reaches the tolerance. Without a tolerance, rtol is 1e-6 in float64 and 1e-4 in
-    narrower types.
+    float32.
 
     Args:
         batch_size: columns computed at once (default: as many as fit 2²⁴ numbers).
