@@ -144,8 +144,11 @@ def draw(results: list[Result], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = list(dict.fromkeys(r.row for r in results))
-    figure, axes = plt.subplots(1, len(rows), figsize=(4 + 4 * len(rows), 4.2), sharey=True, squeeze=False)
-    for axis, row in zip(axes[0], rows, strict=True):
+    columns = min(len(rows), 2)
+    figure, axes = plt.subplots(-(-len(rows) // columns), columns, figsize=(6.5 * columns, 4 * len(rows) / columns))
+    for axis in axes.flat[len(rows) :] if len(rows) > 1 else ():
+        axis.remove()
+    for axis, row in zip(axes.flat if len(rows) > 1 else [axes], rows, strict=False):
         cells = [r for r in results if r.row == row]
         for place, r in enumerate(reversed(cells)):
             if r.floor_cpu is None:
@@ -158,8 +161,8 @@ def draw(results: list[Result], path: Path) -> None:
             if r.target:
                 axis.plot([r.target, r.target], [place - 0.45, place + 0.45], color="tab:red", linewidth=2)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set(title=row, xscale="log", xlim=(0.7, 16), yticks=range(len(cells)))
-        axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"], minor=False)
+        axis.set(title=row, xscale="log", xlim=(0.4, 20), yticks=range(len(cells)))
+        axis.set_xticks([0.5, 1, 2, 4, 8], ["½", "1", "2", "4", "8"], minor=False)
         axis.set_xticks([], minor=True)
         axis.set_yticklabels([r.method for r in reversed(cells)])
         axis.set_xlabel("CPU time over the floor's")
