@@ -1,4 +1,4 @@
-"""python -m benchmarks: time every column on every row; print a table, write results.json and results.png.
+"""python -m benchmarks: time every column on every row; print a table, write benchmarks.json and benchmarks.png.
 
 python -m benchmarks --quick: assert counts (products, evaluations, reads from the device, vectors), never times.
 """
@@ -27,7 +27,7 @@ from .measure import Spread, Times, interleaved, ratios
 from .methods import FLOOR, METHODS, TOLERANCE, Method
 from .problems import Problem
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,9 @@ def surroundings() -> dict[str, object]:
     listing = Path("/proc/cpuinfo")
     cpuinfo = listing.read_text() if listing.exists() else ""
     models = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     packages = {name: version(name) for name in ("torch", "numpy", "optree")} | {"hypergrad": hg.__version__}
     return {
         "cpu": models[0] if models else platform.processor(),
@@ -195,7 +197,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(problems.rows()), default=list(problems.rows()))
     parser.add_argument("--methods", nargs="+", metavar="WORD", help="only methods whose name holds one of these")
     parser.add_argument("--rounds", type=int, help="rounds of the clock (default: each row's own)")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder for results.json and results.png")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for benchmarks.json and .png")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -217,8 +219,8 @@ def main() -> None:
     print(table(results))
     options.output.mkdir(parents=True, exist_ok=True)
     document = {"machine": before, "rows": settings, "results": [asdict(r) for r in results]}
-    (options.output / "results.json").write_text(json.dumps(document, indent=1) + "\n")
-    draw(results, options.output / "results.png")
+    (options.output / "benchmarks.json").write_text(json.dumps(document, indent=1) + "\n")
+    draw(results, options.output / "benchmarks.png")
 
 
 if __name__ == "__main__":
