@@ -67,14 +67,18 @@ def outer_gradient(problem: Problem, params: Tensors) -> tuple[Tensors, list[Ten
     return list(grads[: len(params)]), list(grads[len(params) :])
 
 
+def graph(problem: Problem, params: Tensors, fixed_point: bool) -> Tensors:
+    """The map, or the gradient of the inner loss, with its graph."""
+    if fixed_point:
+        return problem.fp_map(params, problem.hparams)
+    loss = problem.inner_loss(params, problem.hparams)
+    return list(torch.autograd.grad(loss, params, create_graph=True))
+
+
 def floor(problem: Problem, fixed_point: bool, with_params: bool = True) -> Tensors:
     """Forward + graph, outer gradient, K retained products, one last product (with_params: and its residual)."""
     params = leaves(problem)
-    if fixed_point:
-        outputs = problem.fp_map(params, problem.hparams)
-    else:
-        loss = problem.inner_loss(params, problem.hparams)
-        outputs = list(torch.autograd.grad(loss, params, create_graph=True))
+    outputs = graph(problem, params, fixed_point)
     b, _ = outer_gradient(problem, params)
     for _ in range(problem.steps):
         torch.autograd.grad(outputs, params, b, retain_graph=True)
@@ -94,11 +98,7 @@ def iterated_floor(problem: Problem) -> Tensors:
 def graph_and_product(problem: Problem, fixed_point: bool) -> Tensors:
     """What a product needs in memory: the graph, v, and the result. For the memory beside the graph."""
     params = leaves(problem)
-    if fixed_point:
-        outputs = problem.fp_map(params, problem.hparams)
-    else:
-        loss = problem.inner_loss(params, problem.hparams)
-        outputs = list(torch.autograd.grad(loss, params, create_graph=True))
+    outputs = graph(problem, params, fixed_point)
     return list(torch.autograd.grad(outputs, params, problem.params))
 
 

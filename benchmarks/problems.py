@@ -112,12 +112,15 @@ class System:
             p = r + (r @ r) / old * p
         return v
 
+    def transposed(self, u: Tensor) -> Tensor:
+        return self.apply(u)
+
     def normal_cg(self, steps: int) -> Tensor:
-        """K steps of conjugate gradients on A² v = A b."""
-        v, r = torch.zeros_like(self.b), self.apply(self.b)
+        """K steps of conjugate gradients on AᵀA v = Aᵀ b."""
+        v, r = torch.zeros_like(self.b), self.transposed(self.b)
         p = r
         for _ in range(steps):
-            ap = self.apply(self.apply(p))
+            ap = self.transposed(self.apply(p))
             alpha = (r @ r) / (p @ ap)
             v, r, old = v + alpha * p, r - alpha * ap, r @ r
             p = r + (r @ r) / old * p
@@ -184,17 +187,6 @@ class MapSystem(System):
             v, old = self.pull(v)[0] + self.b, v
             if (v - old).norm() <= 1e-15 * v.norm():
                 break
-        return v
-
-    def normal_cg(self, steps: int) -> Tensor:
-        """K steps of conjugate gradients on (I − ∂₁Φ)(I − ∂₁Φᵀ) v = (I − ∂₁Φ) b."""
-        v, r = torch.zeros_like(self.b), self.transposed(self.b)
-        p = r
-        for _ in range(steps):
-            ap = self.transposed(self.apply(p))
-            alpha = (r @ r) / (p @ ap)
-            v, r, old = v + alpha * p, r - alpha * ap, r @ r
-            p = r + (r @ r) / old * p
         return v
 
     def hypergradient(self, v: Tensor) -> Tensor:

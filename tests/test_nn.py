@@ -423,7 +423,7 @@ def test_bfloat16_autocast(inject):
     assert all(rel(g, e) < 0.1 for g, e in zip(got, expected[1:], strict=True))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_cell(backend):
     cell, x = Cell().double(), batch_of()
     torch.compiler.reset()
