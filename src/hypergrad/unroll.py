@@ -395,7 +395,7 @@ class _Run:
 
     def measure(self, state: _State, begin: int) -> tuple[dict[int, _State], int]:
         """The states one and two steps on, and the bytes that the graph of the second keeps for itself."""
-        leaves, middle, rebuild = self.record(state, begin, begin + 1)
+        _, middle, rebuild = self.record(state, begin, begin + 1)
         one = self.keep([x.detach() for x in middle], rebuild)
         seen: set[Any] = set()
         before = _autodiff.saved(middle, seen)
