@@ -121,7 +121,7 @@ def test_heavy_ball_row(memory):
         w = w - eta * v
     torch.testing.assert_close(result.grads, dw @ w, rtol=1e-12, atol=0)
     assert abs(result.outer_value.item() / 0.0109102107586 - 1) < 1e-10
-    assert abs(result.grads.norm().item() / 0.0533204677 - 1) < 1e-9
+    assert abs(result.grads.norm().item() / 0.0533204678 - 1) < 1e-9
 
 
 def contraction(w, lam):

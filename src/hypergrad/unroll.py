@@ -370,7 +370,7 @@ class _Run:
             )
 
     def advance(self, state: _State, begin: int, end: int, known: Mapping[int, _State] = NONE) -> _State:
-        """The state after steps begin … end − 1, keeping no graph; from the last known state on the way, if there is one."""
+        """The state after steps begin … end − 1, keeping no graph; from the last known state on the way, if any."""
         at = max((t for t in known if begin < t <= end), default=begin)
         begin, state = at, known.get(at, state)
         if begin == end:
