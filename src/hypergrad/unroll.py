@@ -8,10 +8,10 @@ Nothing needs to have converged, so step sizes, schedules and starts can be lear
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from ._vector import PyTree, describe, flatten, split
 from .implicit import check_hparams, random_state_kept_on_error
 
 __all__ = ["reverse", "Unrolled"]
+
+Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 NONE: Mapping[int, Any] = {}
@@ -108,8 +110,8 @@ def reverse(
         RuntimeError: step changed its arguments in place, or did not replay.
 
     Warns: HypergradientWarning where a leaf of hparams is reached by nothing (a learning rate read with .item(), say).
-    Cost: the evaluations above and T reverse passes. Beside what memory says, three iterates, twice hparams, and the
-        working memory of one step's reverse pass, taken as G in a budget. I and G are measured at the first two steps;
+    Cost: the evaluations above and T reverse passes. Beside what memory says, a few iterates, twice hparams, and
+        the working memory of one step's reverse pass; a budget sets 6 I + G aside for these, an estimate. I and G are measured at the first two steps;
         where a budget holds the whole graph these two are evaluated again. One device synchronisation a replayed block.
         Buffers that a module writes in step are written once more at each replay.
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
@@ -133,7 +135,7 @@ def reverse(
         origin = steps - kept
         bounds, checkpoints, known = _plan(storage, run, first, origin, kept)
         stack, later = [(0, first)], None
-        outer_value, alpha, grads = None, [], []
+        outer_value, alpha, grads, random_after = None, [], [], {}
         # Revolve: the last block that is not done is reached from the last checkpoint, leaving others on the way.
         for end in range(len(bounds) - 1, 0, -1):
             here, state = stack[-1]
@@ -189,7 +191,7 @@ def _storage(memory: str | int) -> str | int | float:
     return float(number[1]) * UNITS[number[2]]
 
 
-def _batches(batches: Any, steps: int) -> Callable[[int], Any]:
+def _batches(batches: Any, steps: int) -> Callable[[int], Any] | None:
     if batches is None or callable(batches):
         return batches
     if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
@@ -246,7 +248,7 @@ def _plan(
         assert bounds is not None
         return bounds, len(bounds) - 1, known
     assert isinstance(storage, float)
-    available = storage - graph - 4 * iterate - 2 * sum(x.nbytes for x in run.differentiated)
+    available = storage - graph - 6 * iterate - 2 * sum(x.nbytes for x in run.differentiated)
     checkpoints = int((available - graph) // iterate)
     if checkpoints < 1:
         least = storage - available + graph + iterate
@@ -278,7 +280,7 @@ class _State:
     """An iterate, with all that the steps from here on depend on."""
 
     tensors: list[Tensor]
-    rebuild: Callable[[list[Tensor]], PyTree]
+    rebuild: Rebuild
     random: dict[torch.device, Tensor]
     versions: list[int]
 
@@ -310,7 +312,7 @@ class _Run:
         self.evaluations = 0
         self._random: dict[torch.device, Tensor] = {}
 
-    def keep(self, tensors: list[Tensor], rebuild: Callable[[list[Tensor]], PyTree]) -> _State:
+    def keep(self, tensors: list[Tensor], rebuild: Rebuild) -> _State:
         """A state to go on from; the random state is shared with the last one where nothing was drawn."""
         new = _random_state(self.devices)
         if not self._random or any(not torch.equal(new[d], self._random[d]) for d in new):
@@ -324,9 +326,7 @@ class _Run:
         _set_random_state(state.random)
         return [_leaf(x) for x in state.tensors]
 
-    def evaluate(
-        self, tensors: list[Tensor], rebuild: Callable[[list[Tensor]], PyTree], t: int
-    ) -> tuple[list[Tensor], Callable[[list[Tensor]], PyTree]]:
+    def evaluate(self, tensors: list[Tensor], rebuild: Rebuild, t: int) -> tuple[list[Tensor], Rebuild]:
         """Φ_t, checked: tensors like the start, with a graph, and nothing changed in place."""
         time = (t,) if self.with_time else ()
         batch = (self.batches(t),) if self.batches else ()
@@ -382,9 +382,7 @@ class _Run:
             del outputs
         return self.keep(tensors, rebuild)
 
-    def record(
-        self, state: _State, begin: int, end: int
-    ) -> tuple[list[Tensor], list[Tensor], Callable[[list[Tensor]], PyTree]]:
+    def record(self, state: _State, begin: int, end: int) -> tuple[list[Tensor], list[Tensor], Rebuild]:
         """Leaves and outputs of the graph of steps begin … end − 1."""
         leaves, rebuild = self.restore(state), state.rebuild
         outputs = leaves
