@@ -110,10 +110,10 @@ def reverse(
         RuntimeError: step changed its arguments in place, or did not replay.
 
     Warns: HypergradientWarning where a leaf of hparams is reached by nothing (a learning rate read with .item(), say).
-    Cost: the evaluations above and T reverse passes. Beside what memory says, a few iterates, twice hparams, and
-        the working memory of one step's reverse pass; a budget sets 6 I + G aside for these, an estimate. I and G are measured at the first two steps;
-        where a budget holds the whole graph these two are evaluated again. One device synchronisation a replayed block.
-        Buffers that a module writes in step are written once more at each replay.
+    Cost: the evaluations above and T reverse passes. Beside what memory says, a few iterates, twice hparams, and the
+        working memory of one step's reverse pass; a budget sets 6 I + G aside for these, an estimate. I and G are
+        measured at the first two steps; where all is one block, these are evaluated again. One device synchronisation
+        a replayed block. Buffers that a module writes in step are written once more at each replay.
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
         over blocks of steps whose graph is kept at once.
 
