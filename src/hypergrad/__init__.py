@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import diff_optimizers, fixed_points, hypergradients, implicit, nn, operators, solvers
+from . import diff_optimizers, fixed_points, hypergradients, implicit, nn, operators, solvers, unroll
 from ._solution import HypergradientWarning, Solution, SolverError, Status
 from ._vector import Vector
 from .diff_optimizers import (
@@ -44,6 +44,8 @@ __all__ = [
     "CG_normaleq",
     "stoch_AID",
     "exact",
+    # iterative differentiation: through the steps of an inner optimiser
+    "unroll",
     # differentiable optimisers
     "diff_optimizers",
     "DifferentiableOptimizer",

@@ -79,6 +79,46 @@ def grad(
     return [_dense_or_zeros(g, x, lead) for g, x in zip(grads, inputs, strict=True)]
 
 
+def grad_or_none(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, retain_graph: bool = False
+) -> list[Tensor | None]:
+    """As `grad`, with None where nothing depends on the input."""
+    kept = [i for i, y in enumerate(outputs) if y.requires_grad]
+    if not kept or not inputs:
+        return [None] * len(inputs)
+    try:
+        grads = torch.autograd.grad(
+            [outputs[i] for i in kept],
+            inputs,
+            [cotangents[i] for i in kept],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    except RuntimeError as error:
+        better = _explained(error)
+        if better is error:
+            raise
+        raise better from error
+    return [None if g is None else _dense_or_zeros(g, x) for g, x in zip(grads, inputs, strict=True)]
+
+
+def saved(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
+    """Bytes of each storage that the graph of outputs keeps, by address; nodes in `seen` are left out, and added to it.
+
+    Reads the nodes: saved-tensor hooks would forbid torch.func inside what is measured.
+    """
+    before, sizes = set(seen), {}
+    for node, _ in _behind([_edge(y) for y in outputs if y.requires_grad], seen):
+        if node in before or hasattr(node, "variable"):
+            continue
+        values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for value in (*values, *getattr(node, "saved_tensors", ())):
+            for x in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(x, Tensor) and x.layout is torch.strided:
+                    sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return sizes
+
+
 def _edge(x: Tensor) -> tuple[Any, int]:
     """Where x comes from: a node of the graph, and which of its outputs x is."""
     edge = torch.autograd.graph.get_gradient_edge(x)

@@ -50,6 +50,9 @@ def split(tree: PyTree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], PyTr
         tree = list(tree)
     leaves, spec = optree.tree_flatten(tree)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [leaves[i] for i in places]
+    for i in places:  # the function must not keep their memory, nor their graph
+        leaves[i] = None
 
     def rebuild(tensors: Iterable[Tensor]) -> PyTree:
         new = list(leaves)
@@ -57,7 +60,7 @@ def split(tree: PyTree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], PyTr
             new[i] = tensor
         return optree.tree_unflatten(spec, new)
 
-    return [leaves[i] for i in places], rebuild
+    return tensors, rebuild
 
 
 def matching(tree: PyTree, like: Sequence[Tensor], name: str) -> list[Tensor]:

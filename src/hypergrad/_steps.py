@@ -1,0 +1,235 @@
+"""The steps of an inner optimiser as `unroll` evaluates them: counted, checked, replayed and differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import _autodiff
+from ._autodiff import as_scalar
+from ._solution import warn
+from ._vector import PyTree, describe, flatten, split
+from .implicit import check_hparams
+
+Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
+
+NONE: Mapping[int, Any] = {}
+NODE = 512  # bytes of one node of a graph, beside the tensors it keeps
+IN_PLACE = (
+    "step changed its params (or hparams) in place, and with them the iterates that the reverse pass starts from: "
+    "write w = w - lr * g, not w -= lr * g or w.sub_(lr * g), and build a new container"
+)
+
+
+def random_state(devices: Sequence[torch.device]) -> dict[torch.device, Tensor]:
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    return states | {device: torch.cuda.get_rng_state(device) for device in devices}
+
+
+def set_random_state(states: dict[torch.device, Tensor]) -> None:
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    return torch.equal(x, y) or bool(((x == y) | ((x != x) & (y != y))).all())
+
+
+@dataclass(frozen=True)
+class State:
+    """An iterate, with all that the steps from here on depend on."""
+
+    tensors: list[Tensor]
+    rebuild: Rebuild
+    random: dict[torch.device, Tensor]
+    versions: list[int]
+
+
+class Run:
+    """The steps of one call: evaluates, counts and checks them."""
+
+    def __init__(
+        self,
+        step: Callable[..., PyTree],
+        start: PyTree,
+        hparams: PyTree,
+        batches: Callable[[int], Any] | None,
+        with_time: bool,
+        allow_detached: bool,
+    ):
+        self.step, self.batches, self.with_time, self.allow_detached = step, batches, with_time, allow_detached
+        self.start, self.rebuild = split(start)
+        if any(x.is_complex() for x in self.start):
+            raise TypeError("start holds a complex tensor: pass torch.view_as_real of it")
+        if not any(x.is_floating_point() for x in self.start):
+            raise ValueError("start holds no floating point tensor")
+        self.outer, self.names, self.hparams_tree = flatten(hparams, "hparams")
+        self.differentiated = check_hparams(self.outer, self.names)
+        self.hparams = self.hparams_tree(self.outer)
+        self.devices = sorted({x.device for x in (*self.start, *self.outer) if x.device.type == "cuda"}, key=str)
+        self.final: list[Tensor] = []
+        self.final_rebuild = self.rebuild
+        self.evaluations = 0
+        self._random: dict[torch.device, Tensor] = {}
+
+    def keep(self, tensors: list[Tensor], rebuild: Rebuild) -> State:
+        """A state to go on from; the random state is shared with the last one where nothing was drawn."""
+        new = random_state(self.devices)
+        if not self._random or any(not torch.equal(new[d], self._random[d]) for d in new):
+            self._random = new
+        return State(tensors, rebuild, self._random, [x._version for x in tensors])
+
+    def restore(self, state: State) -> list[Tensor]:
+        """The leaves of a new graph at this state."""
+        if [x._version for x in state.tensors] != state.versions:
+            raise RuntimeError(IN_PLACE)
+        set_random_state(state.random)
+        return [_leaf(x) for x in state.tensors]
+
+    def evaluate(self, tensors: list[Tensor], rebuild: Rebuild, t: int) -> tuple[list[Tensor], Rebuild]:
+        """Φ_t, checked: tensors like the start, with a graph, and nothing changed in place."""
+        time = (t,) if self.with_time else ()
+        batch = (self.batches(t),) if self.batches else ()
+        guarded = [*tensors, *self.outer]
+        versions = [x._version for x in guarded]
+        self.evaluations += 1
+        try:
+            value = self.step(rebuild(tensors), self.hparams, *time, *batch)
+        except RuntimeError as error:
+            if "in-place operation" in str(error) or "inplace operation" in str(error):
+                raise RuntimeError(IN_PLACE) from error
+            raise
+        if [x._version for x in guarded] != versions:
+            raise RuntimeError(IN_PLACE)
+        outputs, new_rebuild = split(value)
+        if self.evaluations == 1:
+            self.check_reached(tensors, outputs)
+        if len(outputs) != len(self.start):
+            raise ValueError(f"step must give the tensors that it gets: {len(self.start)}, got {len(outputs)}")
+        for i, (x, due) in enumerate(zip(outputs, self.start, strict=True)):
+            if (x.shape, x.dtype, x.device) != (due.shape, due.dtype, due.device):
+                expected, got = (describe(y.shape, y.dtype, y.device) for y in (due, x))
+                raise ValueError(
+                    f"tensor {i} of step's result must be like the start's: expected {expected}, got {got}"
+                )
+            if x.is_floating_point() and not x.requires_grad and not self.allow_detached:
+                raise ValueError(
+                    f"tensor {i} of step's result (shape {tuple(x.shape)}) has no graph to params or hparams, so no "
+                    f"gradient would pass: was it computed under no_grad, or with detach(), .data or .item()? "
+                    f"If it is meant to be constant, pass allow_detached=True"
+                )
+        return outputs, new_rebuild
+
+    def check_reached(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
+        """Raise where step uses the live start that it closes over instead of what it is given."""
+        live = [x for x in self.start if x.requires_grad and not any(x is y for y in self.outer)]
+        floats = [x for x in tensors if x.requires_grad]
+        if live and not _autodiff.depends(outputs, floats) and _autodiff.depends(outputs, live):
+            raise ValueError(
+                "step does not use the params that it is called with, but the live start: use its argument"
+            )
+
+    def advance(self, state: State, begin: int, end: int, known: Mapping[int, State] = NONE) -> State:
+        """The state after steps begin … end − 1, keeping no graph; from the last known state on the way, if any."""
+        at = max((t for t in known if begin < t <= end), default=begin)
+        begin, state = at, known.get(at, state)
+        if begin == end:
+            return state
+        tensors, rebuild = self.restore(state), state.rebuild
+        for t in range(begin, end):
+            outputs, rebuild = self.evaluate([_leaf(x) for x in tensors], rebuild, t)
+            tensors = [x.detach() for x in outputs]
+            del outputs
+        return self.keep(tensors, rebuild)
+
+    def record(self, state: State, begin: int, end: int) -> tuple[list[Tensor], list[Tensor], Rebuild]:
+        """Leaves and outputs of the graph of steps begin … end − 1."""
+        leaves, rebuild = self.restore(state), state.rebuild
+        outputs = leaves
+        for t in range(begin, end):
+            inputs = [x if x.requires_grad else _leaf(x) for x in outputs]
+            outputs, rebuild = self.evaluate(inputs, rebuild, t)
+        return leaves, outputs, rebuild
+
+    def measure(self, state: State, begin: int) -> tuple[dict[int, State], int]:
+        """The states one and two steps on, and the bytes that the graph of the second keeps for itself."""
+        _, middle, rebuild = self.record(state, begin, begin + 1)
+        one = self.keep([x.detach() for x in middle], rebuild)
+        seen: set[Any] = set()
+        before = _autodiff.saved(middle, seen)
+        inputs = [x if x.requires_grad else _leaf(x) for x in middle]
+        outputs, rebuild = self.evaluate(inputs, rebuild, begin + 1)
+        nodes = len(seen)
+        sizes = _autodiff.saved(outputs, seen)
+        own = sum(size for place, size in sizes.items() if place not in before)
+        two = self.keep([x.detach() for x in outputs], rebuild)
+        return {begin + 1: one, begin + 2: two}, own + NODE * max(len(seen) - nodes, 1)
+
+    def outer_gradients(self, outer_loss: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """E, ∇₁E and ∇₂E at the final iterate."""
+        leaves = [_leaf(x) for x in self.final]
+        loss = as_scalar(outer_loss(self.final_rebuild(leaves), self.hparams), "outer_loss")
+        inputs = [x for x in leaves if x.requires_grad]
+        both = self._vjp([loss], inputs, [torch.ones_like(loss)])
+        alpha = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, both, strict=False)]
+        return loss.detach().clone(), alpha, both[len(inputs) :]
+
+    def pull(
+        self, leaves: list[Tensor], outputs: list[Tensor], alpha: list[Tensor], grads: list[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """α ← ∂₁Φᵀ α and ∇ ← ∇ + ∂₂Φᵀ α over one block."""
+        inputs = [x for x in leaves if x.requires_grad]
+        both = self._vjp([y for y in outputs if y.is_floating_point()], inputs, alpha)
+        alpha = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, both, strict=False)]
+        return alpha, _add(grads, both[len(inputs) :])
+
+    def _vjp(self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor | None]:
+        # Between hparams that one network computes torch would free the network's graph as well.
+        retain = not all(x.is_leaf for x in self.differentiated)
+        return _autodiff.grad_or_none(outputs, [*inputs, *self.differentiated], cotangents, retain_graph=retain)
+
+    def start_gradients(self, alpha: list[Tensor]) -> list[Tensor]:
+        each = iter(alpha)
+        return [next(each).clone() if x.is_floating_point() else torch.zeros_like(x) for x in self.start]
+
+    def through_start(self, start_grads: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
+        """∇ ← ∇ + (∂w₀/∂λ)ᵀ α, where the start was computed from hparams."""
+        if not _autodiff.depends(self.start, self.differentiated):
+            return grads
+        more = _autodiff.grad_or_none(self.start, self.differentiated, start_grads, retain_graph=True)
+        return _add(grads, more)
+
+    def hypergradient(self, grads: list[Tensor | None], complain: bool) -> PyTree:
+        """∇ in the structure of hparams, in memory of its own; unreached leaves are zero, and said so."""
+        if all(g is None for g in grads):
+            raise ValueError(
+                "neither step nor outer_loss depends on hparams: are they used from the argument, and as tensors (not "
+                "through .item(), float() or .data)?"
+            )
+        named = [name for x, name in zip(self.outer, self.names, strict=True) if x.requires_grad]
+        lost = [name for name, g in zip(named, grads, strict=True) if g is None]
+        if lost and complain:
+            warn(
+                f"neither step nor outer_loss depends on {', '.join(lost)}, so the gradient there is zero: was it read "
+                f"as a number (.item(), float(), .data)?"
+            )
+        each = iter(grads)
+        full = [next(each) if x.requires_grad else None for x in self.outer]
+        zipped = zip(full, self.outer, strict=True)
+        return self.hparams_tree([torch.zeros_like(x) if g is None else g.clone() for g, x in zipped])
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_() if x.is_floating_point() else x
+
+
+def _add(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [y if x is None else x if y is None else x + y for x, y in zip(xs, ys, strict=True)]

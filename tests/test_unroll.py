@@ -1,0 +1,393 @@
+"""Reverse mode through an inner optimiser: every storage against the plain unrolled graph, closed forms and minima."""
+
+import gc
+import random
+import weakref
+from functools import cache
+from math import comb
+
+import pytest
+import torch
+
+import hypergrad as hg
+from hypergrad.unroll import reverse
+
+DOUBLE = {"dtype": torch.float64}
+STORAGES = ["graph", "iterates", "sqrt", 1, 2, 3, 5, 100, "40 KiB", "10MB"]
+T = 23
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def setting():
+    """An MLP-like inner problem with momentum, noise, dropout, batches and an integer in its state."""
+    start = {
+        "w": [torch.randn(4, 3, **DOUBLE, requires_grad=True), torch.randn(3, **DOUBLE, requires_grad=True)],
+        "m": [torch.zeros(4, 3, **DOUBLE), torch.zeros(3, **DOUBLE)],
+        "count": torch.tensor(0),
+    }
+    hparams = {
+        "lr": torch.tensor(0.3, **DOUBLE, requires_grad=True),
+        "decay": torch.zeros(4, 3, **DOUBLE, requires_grad=True),
+        "fixed": torch.tensor(0.8, **DOUBLE),
+    }
+    batches = [torch.randn(6, 4, **DOUBLE) for _ in range(T)]
+    return start, hparams, batches
+
+
+def step(state, hparams, t, x):
+    w, b = state["w"]
+    hidden = torch.nn.functional.dropout(torch.tanh(x @ w + b), 0.3)
+    noise = 0.1 * torch.randn(3, **DOUBLE)
+    loss = (hidden**2).sum() / 6 + (hparams["decay"].exp() * w**2).sum() / 20 + (noise * b).sum() + 0.01 * t * b.sum()
+    grads = torch.autograd.grad(loss, [w, b], create_graph=True)
+    m = [hparams["fixed"] * m + g for m, g in zip(state["m"], grads, strict=True)]
+    new = [v - hparams["lr"] * m for v, m in zip([w, b], m, strict=True)]
+    return {"w": new, "m": m, "count": state["count"] + 1}
+
+
+def outer(state, hparams):
+    x = torch.randn(5, 4, **DOUBLE)
+    return ((x @ state["w"][0] + state["w"][1]) ** 2).mean() + hparams["lr"] ** 2 + state["m"][1].sum()
+
+
+@cache
+def plain(truncate=T):
+    """The unrolled graph by torch.autograd, and the random state after it."""
+    torch.manual_seed(0)
+    start, hparams, batches = setting()
+    state = start
+    for t in range(T + 1):
+        if t == T - truncate and truncate < T:
+            floats = {k: [x.detach().requires_grad_() for x in state[k]] for k in ("w", "m")}
+            state = floats | {"count": state["count"]}
+        if t < T:
+            state = step(state, hparams, t, batches[t])
+    value = outer(state, hparams)
+    inputs = [hparams["lr"], hparams["decay"], *start["w"]]
+    return torch.autograd.grad(value, inputs, allow_unused=True), value.detach(), torch.rand(3), state
+
+
+@pytest.mark.parametrize("memory", STORAGES)
+@pytest.mark.parametrize("truncate", [None, 0, 1, 7])
+def test_every_storage_is_the_plain_graph(memory, truncate):
+    """Gradient, start, value, integers, dropout, noise, batches and the random state afterwards; nothing is written."""
+    start, hparams, batches = setting()
+    before = [x.clone() for x in (*start["w"], *start["m"], *hparams.values())]
+    result = reverse(step, start, hparams, outer, T, memory=memory, truncate=truncate, batches=batches)
+    drawn = torch.rand(3)
+    grads, value, after, state = plain(T if truncate is None else truncate)
+    assert torch.equal(drawn, after)
+    assert torch.equal(result.outer_value, value)
+    assert torch.equal(result.params["w"][0], state["w"][0]) and result.params["count"] == T
+    torch.testing.assert_close(result.grads["lr"], grads[0], rtol=1e-13, atol=1e-14)
+    due = torch.zeros(4, 3, **DOUBLE) if grads[1] is None else grads[1]
+    torch.testing.assert_close(result.grads["decay"], due, rtol=1e-13, atol=1e-14)
+    assert result.grads["fixed"] == 0
+    if truncate is None:
+        torch.testing.assert_close(result.start_grads["w"][0], grads[2], rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(result.start_grads["w"][1], grads[3], rtol=1e-13, atol=1e-14)
+        assert result.start_grads["count"] == 0
+    else:
+        assert result.start_grads is None
+    assert all(x.grad is None for x in (*start["w"], *hparams.values()))
+    now = (*start["w"], *start["m"], *hparams.values())
+    assert all(torch.equal(x, y) for x, y in zip(before, now, strict=True))
+
+
+@pytest.mark.parametrize("memory", STORAGES)
+def test_heavy_ball_row(memory):
+    """DESIGN section 7: f and ∇f of 30 steps, ∇f by the forward recursion as well."""
+    a = torch.linspace(0.1, 1, 10, **DOUBLE)
+    lam = torch.tensor([0.3, 1.0], **DOUBLE).log().requires_grad_()
+
+    def ball(state, lam):
+        w, v = state
+        v = torch.sigmoid(lam[1]) * v + a * w
+        return w - lam[0].exp() * v, v
+
+    start = (torch.ones(10, **DOUBLE), torch.zeros(10, **DOUBLE))
+    result = reverse(ball, start, lam, lambda s, lam: (s[0] ** 2).sum() / 2, 30, memory=memory)
+    eta, mu = 0.3, 0.5
+    w, v = start
+    dw, dv = torch.zeros(2, 10, **DOUBLE), torch.zeros(2, 10, **DOUBLE)
+    for _ in range(30):
+        dv = mu * dv + a * dw + torch.stack([torch.zeros_like(v), mu * (1 - mu) * v])
+        v = mu * v + a * w
+        dw = dw - eta * dv - torch.stack([eta * v, torch.zeros_like(v)])
+        w = w - eta * v
+    torch.testing.assert_close(result.grads, dw @ w, rtol=1e-12, atol=0)
+    assert abs(result.outer_value.item() / 0.0109102107586 - 1) < 1e-10
+    assert abs(result.grads.norm().item() / 0.0533204678 - 1) < 1e-9
+
+
+def contraction(w, lam):
+    return torch.sin(w) * lam
+
+
+@cache
+def fewest(steps, checkpoints):
+    """Steps to advance beside the recorded ones, by dynamic programming."""
+    if steps <= 1:
+        return 0
+    if checkpoints == 1:
+        return steps * (steps - 1) // 2
+    return min(m + fewest(steps - m, checkpoints - 1) + fewest(m, checkpoints) for m in range(1, steps))
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2, 3, 4, 7, 50])
+def test_binomial_schedule_is_minimal(checkpoints):
+    """The evaluations are those of the closed form, and of a search over all schedules."""
+    lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.tensor(1.0, **DOUBLE)
+    for steps in [1, 2, 3, 5, 8, 13, 21, 40]:
+        result = reverse(contraction, start, lam, lambda w, lam: w, steps, memory=checkpoints)
+        r = next(r for r in range(steps) if comb(checkpoints + r, r) >= steps)
+        closed = steps + r * steps - (comb(checkpoints + r, r - 1) if r else 0)
+        assert result.evaluations == closed == steps + fewest(steps, checkpoints)
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2, 3, 6])
+def test_checkpoints_are_no_more_than_asked(checkpoints, monkeypatch):
+    stored, most = [], []
+    keep = hg._steps.Run.advance
+
+    def counted(*args, **options):
+        state = keep(*args, **options)
+        stored.append(weakref.ref(state))
+        most.append(sum(ref() is not None for ref in stored))
+        return state
+
+    monkeypatch.setattr(hg._steps.Run, "advance", counted)
+    lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.tensor(1.0, **DOUBLE)
+    reverse(contraction, start, lam, lambda w, lam: w, 40, memory=checkpoints)
+    assert max(most) <= checkpoints + 2  # the state that is recorded, and the one that it must end in
+
+
+def test_evaluations():
+    lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.ones(2000, **DOUBLE)
+    count = {m: reverse(contraction, start, lam, lambda w, lam: w.sum(), 100, memory=m).evaluations
+             for m in ("graph", "iterates", "sqrt", 100)}  # fmt: skip
+    assert count["graph"] == 100 and count["iterates"] == count[100] == 199
+    assert 100 < count["sqrt"] < 200
+
+
+@pytest.mark.parametrize("memory", STORAGES)
+def test_gradcheck(memory):
+    def f(lam, start):
+        lam, start = lam.detach().requires_grad_(), start.detach()
+        result = reverse(contraction, start, lam, lambda w, lam: (w * lam).sum() ** 2, 6, memory=memory)
+        return result.outer_value, result.grads, result.start_grads
+
+    lam, start, h = torch.tensor([0.9, 1.1], **DOUBLE), torch.tensor([1.0, 0.4], **DOUBLE), 1e-6
+    _, grads, start_grads = f(lam, start)
+    for i in range(2):
+        e = torch.eye(2, **DOUBLE)[i] * h
+        assert abs((f(lam + e, start)[0] - f(lam - e, start)[0]) / (2 * h) - grads[i]) < 1e-8
+        assert abs((f(lam, start + e)[0] - f(lam, start - e)[0]) / (2 * h) - start_grads[i]) < 1e-8
+
+
+def peak(call):
+    """Bytes that torch's allocator gave out during the call and had not got back, at most."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    live = most = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    assert events
+    return most
+
+
+def peak_of(memory, steps=60, size=120):
+    x = torch.randn(20, size, **DOUBLE)
+    lam = torch.tensor(0.1, **DOUBLE, requires_grad=True)
+
+    def descend(w, lam):
+        loss = torch.tanh(x @ w).square().sum()
+        return w - lam * torch.autograd.grad(loss, w, create_graph=True)[0]
+
+    start = torch.randn(size, size, **DOUBLE)
+    return peak(lambda: reverse(descend, start, lam, lambda w, lam: w.square().sum(), steps, memory=memory))
+
+
+def test_budget_is_respected():
+    """The measured peak stays below the budget, whichever way of keeping it picks; a too small one is refused."""
+    for budget in ["2MB", "3MB", "5MB", "10MB", "100MB"]:
+        assert peak_of(budget) <= float(budget[:-2]) * 1e6
+    with pytest.raises(ValueError, match="one step needs about"):
+        peak_of("100 KiB")
+
+
+def test_sqrt_needs_little():
+    sqrt, iterates, graph = peak_of("sqrt", 200), peak_of("iterates", 200), peak_of("graph", 200)
+    assert sqrt < iterates / 4 < graph / 4
+
+
+def test_nothing_leaks():
+    """No tensor of a call lives on after it; in a graph, say, or in a cycle."""
+
+    def run():
+        start, hparams, batches = setting()
+        reverse(step, start, hparams, outer, T, memory="sqrt", batches=batches)
+        gc.collect()
+        return sum(type(x) is torch.Tensor for x in gc.get_objects())
+
+    counts = [run() for _ in range(3)]
+    assert counts[1] == counts[2]
+
+
+def simple():
+    return torch.ones(3, **DOUBLE), {"a": torch.tensor(0.5, **DOUBLE, requires_grad=True)}
+
+
+def total(w, hparams):
+    return w.sum()
+
+
+def in_place_leaf(w, h):
+    return w.mul_(h["a"])
+
+
+def in_place_hidden(w, h):
+    with torch.no_grad():
+        w.mul_(0.5)
+    return w * h["a"]
+
+
+def detached(w, h):
+    return (w * h["a"]).detach()
+
+
+def item(w, h):
+    return w * h["a"].item()
+
+
+def python_random(w, h):
+    return w * h["a"] * random.random()
+
+
+def wrong_shape(w, h):
+    return (w * h["a"])[:2]
+
+
+BAD = {
+    "in place": (in_place_leaf, RuntimeError, "in place"),
+    "in place, hidden": (in_place_hidden, RuntimeError, "in place"),
+    "detached": (detached, ValueError, "no graph"),
+    "item": (item, ValueError, "neither step nor outer_loss depends on hparams"),
+    "random": (python_random, RuntimeError, "other numbers"),
+    "shape": (wrong_shape, ValueError, "must be like the start's"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"),  # in 1 MB the whole graph fits, and nothing is replayed
+    [(name, m) for name in BAD for m in ("iterates", "sqrt", 2, "1MB") if (name, m) != ("random", "1MB")],
+)
+def test_bad_steps_are_found(name, memory):
+    """Each is explained, and neither the start, nor .grad, nor the random state is changed."""
+    bad, kind, words = BAD[name]
+    start, hparams = simple()
+    noisy = lambda w, h: bad(w + 0 * torch.randn(3, **DOUBLE) if name == "random" else w, h)  # noqa: E731
+    state = torch.get_rng_state()
+    with pytest.raises(kind, match=words):
+        reverse(noisy, start, hparams, total, 50, memory=memory)
+    assert torch.equal(start, torch.ones(3, **DOUBLE)) and hparams["a"].grad is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_overwritten_buffer_is_found():
+    """A step that gives the same memory each time would overwrite the iterates that are kept."""
+    buffer = torch.zeros(3, **DOUBLE)
+
+    def reuse(w, h):
+        buffer.copy_((w * h["a"]).detach())
+        return buffer
+
+    start, hparams = simple()
+    with pytest.raises(RuntimeError, match="in place"):
+        reverse(reuse, start, hparams, total, 9, memory="iterates", allow_detached=True)
+
+
+def test_partly_detached():
+    """A learning rate without a graph is warned of by name; a constant part of the state needs leave."""
+    start, hparams = simple()
+    hparams["lr"] = torch.tensor(0.1, **DOUBLE, requires_grad=True)
+    with pytest.warns(hg.HypergradientWarning, match=r"hparams\['lr'\]"):
+        result = reverse(lambda w, h: w - h["lr"].item() * h["a"] * w, start, hparams, total, 4)
+    assert result.grads["lr"] == 0 and result.grads["a"] != 0
+
+    def half(state, h):
+        return state[0] * h["a"] + state[1], state[1].detach()
+
+    with pytest.raises(ValueError, match="tensor 1 of step's result"):
+        reverse(half, (start, start.clone()), {"a": hparams["a"]}, lambda s, h: s[0].sum(), 4)
+    result = reverse(half, (start, start.clone()), {"a": hparams["a"]}, lambda s, h: s[0].sum(), 4, allow_detached=True)
+    a = hparams["a"]
+    torch.testing.assert_close(result.grads["a"], 3 * (4 * a**3 + 3 * a**2 + 2 * a + 1).detach())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_gradient_through_the_start(same):
+    """The start may be one of hparams, or be computed from them."""
+    a = torch.tensor([2.0, 3.0], **DOUBLE, requires_grad=True)
+    start = a if same else a**2
+    result = reverse(lambda w, a: w * 0.5 + 0 * a, start, a, lambda w, a: w.sum(), 3, memory=2)
+    due = torch.full_like(a, 0.125) * (1 if same else 2 * a.detach())
+    torch.testing.assert_close(result.grads, due)
+
+
+def test_live_start_is_found():
+    start, hparams = simple()
+    start.requires_grad_()
+    with pytest.raises(ValueError, match="use its argument"):
+        reverse(lambda w, h: start * h["a"], start, hparams, total, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"memory": "cube"}, ValueError, "cube"),
+        ({"memory": 0}, ValueError, "got 0"),
+        ({"memory": True}, ValueError, "got True"),
+        ({"truncate": -1}, ValueError, "truncate"),
+        ({"batches": iter([1, 2])}, TypeError, "drawn again"),
+        ({"batches": [1, 2]}, ValueError, "3 steps need as many batches, got 2"),
+    ],
+)
+def test_bad_options(options, kind, words):
+    start, hparams = simple()
+    with pytest.raises(kind, match=words):
+        reverse(lambda w, h: w * h["a"], start, hparams, total, 3, **options)
+
+
+def test_arguments_of_step():
+    """t alone with with_time; t and the batch with batches, which may be drawn at random for each step."""
+    start, hparams = simple()
+    seen = []
+    reverse(lambda w, h, t: (seen.append(t), w * h["a"])[1], start, hparams, total, 3, with_time=True, memory="graph")
+    assert seen == [0, 1, 2]
+
+    def noisy(memory):
+        torch.manual_seed(1)
+        draw = lambda t: torch.randn(3, **DOUBLE)  # noqa: E731
+        return reverse(lambda w, h, t, x: w * h["a"] + x, start, hparams, total, 9, batches=draw, memory=memory).grads
+
+    values = [noisy(memory)["a"] for memory in ("graph", 2)]
+    assert values[0] == values[1]
+
+
+def test_under_no_grad_and_torch_func():
+    """The caller's grad mode does not matter, and step may use torch.func."""
+    start, hparams = simple()
+
+    def descend(w, h):
+        return w - h["a"] * torch.func.grad(lambda w: (w**4).sum() / 4)(w)
+
+    with torch.no_grad():
+        results = [reverse(descend, start, hparams, total, 12, memory=m).grads["a"] for m in ("graph", "sqrt", "200KB")]
+    assert results[0] == results[1] == results[2] != 0
