@@ -82,7 +82,7 @@ def advance_torch(optimizer, params, loss, steps, sign=1):
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=IDS)
 def test_trajectories_are_torch_optims(name, options, problem):
-    """50 steps. To 1e-10, not bit for bit: torch adds in place with fused multiplications and takes powers in Python."""
+    """50 steps. Not bit for bit: torch has fused multiplications, lerp, and powers in Python, in another order."""
     start, loss = PROBLEMS[problem]()
     theirs = [w.clone().requires_grad_() for w in start]
     optimizer = getattr(torch.optim, name)(theirs, **options)
@@ -91,7 +91,7 @@ def test_trajectories_are_torch_optims(name, options, problem):
     for _ in range(5):
         advance_torch(optimizer, theirs, loss, 10)
         ours, state = advance(rule, ours, state, loss, 10)
-        assert distance(ours, theirs) < 1e-10
+        assert distance(ours, theirs) < 1e-12
     assert distance(ours, start) > 1e-3
 
 
@@ -211,9 +211,14 @@ def test_prox_operators_minimise(name):
     constraint = [] if total is None else [{"type": "eq", "fun": lambda u: u.sum() - total}]
     goal = lambda u: 0.5 * ((u - w.numpy()) ** 2).sum() + eta * r(u)  # noqa: E731
     result = minimize(
-        goal, ours + 0.1, method="SLSQP", bounds=None if bounds is None else [bounds] * 4, constraints=constraint
+        goal,
+        ours + 0.1,
+        method="SLSQP",
+        bounds=None if bounds is None else [bounds] * 4,
+        constraints=constraint,
+        options={"ftol": 1e-14},
     )
-    assert goal(ours) <= result.fun + 1e-9 and abs(ours - result.x).max() < 2e-3
+    assert goal(ours) <= result.fun + 1e-9 and abs(ours - result.x).max() < 1e-2
 
 
 def test_fista_and_mirror_descent_walk_their_formulas():

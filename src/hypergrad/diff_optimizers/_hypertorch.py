@@ -1,4 +1,4 @@
-"""HyperTorch's interface: an optimiser object is itself a fixed point map, `optimizer(params, hparams)` gives new params."""
+"""HyperTorch's interface: an optimiser object is a fixed point map, `optimizer(params, hparams)` gives new params."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ class PerStep:
         values: a tensor whose first axis counts steps, or a sequence of numbers or 0-d tensors.
 
     Example:
-        >>> rule = SGD(lr=PerStep(torch.linspace(0.1, 0.01, 100)))
+        >>> import hypergrad
+        >>> rule = hypergrad.diff_optimizers.SGD(lr=PerStep(torch.linspace(0.1, 0.01, 100)))
     """
 
     values: Tensor | Sequence[Value]
@@ -61,7 +62,8 @@ class PerLeaf:
             broadcasts to the leaf's (0-d, or one value for each entry), or a PerStep of those.
 
     Example:
-        >>> rule = SGD(lr=PerLeaf([0.1, PerStep([0.2, 0.1])]))
+        >>> import hypergrad
+        >>> rule = hypergrad.diff_optimizers.SGD(lr=PerLeaf([0.1, PerStep([0.2, 0.1])]))
     """
 
     values: PyTree
@@ -134,7 +136,7 @@ class Here:
             raise ValueError(f"{name} is a callable of hparams: pass hparams to update")
         value = function(self.hparams)
         if torch.is_grad_enabled() and _has_graph(self.hparams):
-            inside = value.values if isinstance(value, (PerStep, PerLeaf)) else value
+            inside: Any = value.values if isinstance(value, (PerStep, PerLeaf)) else value
             if not _has_graph([x.values if isinstance(x, PerStep) else x for x in optree.tree_leaves(inside)]):
                 raise ValueError(
                     f"{name} has no graph back to hparams, which require grad: was it computed with .item(), .detach() "
@@ -241,8 +243,8 @@ class Rule(ABC):
         buffers = {name: _aligned(state[name], leaves, name, shapes=False) for name in slots}
         if _looks_detached(leaves, slopes, buffers, state["step"]):
             warn(
-                "params and grads carry a graph but the optimiser's state carries none: derivatives through its buffers "
-                "are lost. Carry (params, state) together; to truncate on purpose, detach both"
+                "params and grads carry a graph but the optimiser's state carries none: derivatives through its "
+                "buffers are lost. Carry (params, state) together; to truncate on purpose, detach both"
             )
         called: dict[Any, Any] = {}
         new_params, new_buffers = [], {name: [] for name in slots}
@@ -266,10 +268,11 @@ class Rule(ABC):
         Returns: step((params, state), hparams, ...) ↦ (params, state).
 
         Example:
-            >>> step = SGD(lr=lambda h: h.exp()).on(lambda w, h: w**2 / 2)
+            >>> import hypergrad
+            >>> rule = hypergrad.diff_optimizers.SGD(lr=lambda h: h.exp())
+            >>> step = rule.on(lambda w, h: w**2 / 2)
             >>> w, log_lr = torch.tensor(1.0), torch.tensor(0.5).log().requires_grad_()
-            >>> state = SGD().init(w)
-            >>> step((w, state), log_lr)[0].detach()
+            >>> step((w, rule.init(w)), log_lr)[0].detach()
             tensor(0.5000)
         """
 

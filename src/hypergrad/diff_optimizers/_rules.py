@@ -22,9 +22,9 @@ Slots: TypeAlias = "Mapping[str, Callable[[Tensor], Tensor]]"
 def root(v: Tensor) -> Tensor:
     """√v, with derivative 0 where v = 0.
 
-    There the derivative of √v is infinite, and 0 · ∞ = NaN in the chain rule. But v = 0 means that every gradient so far
-    was 0, hence m = 0, and the derivative of m/(√v + ε) is dm/ε − m d√v/ε² = dm/ε: the term with d√v is gone, whatever
-    stands for it, and 0 is what gives that. (Where v underflowed, √v ≪ ε and the same holds to rounding.)
+    There the derivative of √v is infinite, and 0 · ∞ = NaN in the chain rule. But v = 0 means that every gradient so
+    far was 0, hence m = 0, and the derivative of m/(√v + ε) is dm/ε − m d√v/ε² = dm/ε: the term with d√v is gone,
+    whatever finite number stands for it. (Where v underflowed, √v ≪ ε and the same holds to rounding.)
     """
     positive = v > 0
     return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
@@ -127,7 +127,8 @@ class Adam(Rule):
         m ← β₁m + (1 − β₁)g,    v ← β₂v + (1 − β₂)g²
         w ← w − η/(1 − β₁ᵗ) · m / (√v/√(1 − β₂ᵗ) + ε)
 
-    with max(v₁, …, v_t) in v's place under amsgrad, and w ← (1 − ηλ)w first, λ nowhere else, under decoupled_weight_decay.
+    with max(v₁, …, v_t) in v's place under amsgrad, and w ← (1 − ηλ)w first, λ nowhere else, under
+    decoupled_weight_decay.
 
     Args:
         lr: η.
