@@ -109,6 +109,21 @@ def test_from_torch_mid_training(name, options):
     assert isinstance(rule.lr, D.PerLeaf) and distance(params, theirs) < 1e-10
 
 
+def test_from_torch_at_the_start_with_a_tensor_lr_and_uneven_steps():
+    start, loss = mlp()
+    theirs = [w.clone().requires_grad_() for w in start]
+    lr = torch.tensor(0.03, requires_grad=True)
+    twin = D.from_torch(torch.optim.Adam(theirs, lr=lr, foreach=False))
+    assert twin.rule.lr is not None and int(twin.state["step"]) == 0
+    params, _ = twin.rule.update(twin.params, twin.state, torch.autograd.grad(loss(theirs), theirs))
+    assert torch.autograd.grad(params[1].sum(), lr)[0].abs() > 0.1
+    uneven = torch.optim.Adam(theirs)
+    theirs[0].grad = torch.ones_like(theirs[0])
+    uneven.step()
+    with pytest.raises(ValueError, match=r"different numbers of steps: \[0, 1\]"):
+        D.from_torch(uneven)
+
+
 RULES = {
     "SGD": (D.SGD, {"lr": 0.3, "momentum": 0.6, "dampening": 0.2, "weight_decay": 0.1}),
     "Polyak": (D.Polyak, {"lr": 0.3, "momentum": 0.6, "weight_decay": 0.1}),
@@ -238,6 +253,17 @@ def test_fista_and_mirror_descent_walk_their_formulas():
     mirror = D.MirrorDescent(lr=0.3)
     new = mirror.update(*mirror.update(w, mirror.init(w), g), g)[0]
     assert distance([new], [(w.log() - 0.6 * g).softmax(-1)]) < 1e-12
+
+
+def test_mirror_descent_on_the_boundary():
+    """An entry that is 0 stays 0, its derivative is e^{−ηg}/Z, and huge gradients there do not overflow."""
+    w = torch.tensor([0.0, 0.4, 0.6], requires_grad=True)
+    g, rule = torch.tensor([0.5, -1.0, 2.0]), D.MirrorDescent(lr=0.3)
+    new = rule.update(w, rule.init(w), g)[0]
+    slope = torch.autograd.grad(new[0], w)[0]
+    z = (w.detach() * (-0.3 * g).exp()).sum()
+    assert new[0] == 0 and torch.allclose(slope, torch.stack([(-0.15 * torch.ones(())).exp() / z, z * 0, z * 0]))
+    assert rule.update(w, rule.init(w), g * torch.tensor([-1e5, 1.0, 1.0]))[0].isfinite().all()
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -87,14 +87,8 @@ class Here:
     """The values of hyperparameters at one leaf and one step: here(rule, "lr"). Its t counts updates from 1."""
 
     def __init__(self, leaf: Tensor, index: int, count: int, step: Tensor, hparams: PyTree, called: dict[Any, Any]):
-        self.leaf, self.index, self.count, self.step, self.hparams, self.called = (
-            leaf,
-            index,
-            count,
-            step,
-            hparams,
-            called,
-        )
+        self.leaf, self.index, self.count = leaf, index, count
+        self.step, self.hparams, self.called = step, hparams, called
         # Powers such as β₂ᵗ in float64, as torch.optim has them, whatever the counter's dtype.
         self.t = (step if step.device.type == "mps" else step.to(torch.float64)) + 1
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,14 +34,14 @@ def number_root(x: Value) -> Value:
     return x.sqrt() if isinstance(x, Tensor) else x**0.5
 
 
-def decayed(rule: Rule, w: Tensor, g: Tensor, here: Here) -> Tensor:
+def decayed(rule: Any, w: Tensor, g: Tensor, here: Here) -> Tensor:
     """g + λw"""
-    return g if is_zero(getattr(rule, "weight_decay")) else g + here(rule, "weight_decay") * w  # noqa: B009
+    return g if is_zero(rule.weight_decay) else g + here(rule, "weight_decay") * w
 
 
-def decoupled(rule: Rule, w: Tensor, g: Tensor, here: Here) -> tuple[Tensor, Tensor]:
+def decoupled(rule: Any, w: Tensor, g: Tensor, here: Here) -> tuple[Tensor, Tensor]:
     """(w, g + λw), or ((1 − ηλ) w, g) where the decay does not pass through the moments."""
-    if not getattr(rule, "decoupled_weight_decay"):  # noqa: B009
+    if not rule.decoupled_weight_decay:
         return w, decayed(rule, w, g, here)
     return w * (1 - here(rule, "lr") * here(rule, "weight_decay")), g
 
