@@ -1,6 +1,7 @@
 """Update rules against torch.optim, finite differences, closed forms and independent oracles."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -136,6 +137,9 @@ RULES = {
     "Adamax": (D.Adamax, {"lr": 0.3, "eps": 0.01, "weight_decay": 0.1}),
     "NAdam": (D.NAdam, {"lr": 0.3, "eps": 0.01, "weight_decay": 0.1, "momentum_decay": 0.1}),
     "RAdam": (D.RAdam, {"lr": 0.3, "eps": 0.01, "weight_decay": 0.1}),
+    "Nesterov": (partial(D.SGD, nesterov=True), {"lr": 0.3, "momentum": 0.6}),
+    "Centred": (partial(D.RMSprop, centered=True), {"lr": 0.3, "alpha": 0.6, "eps": 0.01, "momentum": 0.5}),
+    "Decoupled": (partial(D.NAdam, decoupled_weight_decay=True), {"lr": 0.3, "weight_decay": 0.1}),
     "L1": (lambda lr, a: D.ProximalGradient(lr=lr, prox=D.L1(strength=a)), {"lr": 0.3, "a": 0.2}),
     "FISTA": (lambda lr, a, b: D.FISTA(lr=lr, prox=D.ElasticNet(l1=a, l2=b)), {"lr": 0.3, "a": 0.2, "b": 0.1}),
     "Group": (lambda lr, a: D.ProximalGradient(lr=lr, prox=D.GroupLasso(strength=a)), {"lr": 0.3, "a": 0.2}),
@@ -157,6 +161,7 @@ def test_gradcheck_in_params_state_grads_and_each_hyperparameter(name):
     w, g = (torch.rand(3, requires_grad=True) + 0.1 for _ in range(2))
     slots = [k for k in build.init(w) if k != "step"]
     s = [(torch.rand_like(build.init(w)[k]) * 0.5 + 0.1) for k in slots]
+    s = [x + (k == "square_avg") for x, k in zip(s, slots, strict=True)]  # v > a², away from the root's kink
     inputs = [x.detach().requires_grad_() for x in (w, g, *s)]
 
     def run(w, g, *rest):
@@ -203,6 +208,22 @@ def test_every_form_of_a_hyperparameter():
             params, state = rule.update(params, state, g, table if callable(lr) else None)
             expected = [x - at(i, t) * y for i, (x, y) in enumerate(zip(expected, g, strict=True))]
         assert distance(params, expected) < 1e-14
+
+
+def test_an_unrolled_loop_of_a_rule():
+    """Five steps of Adam on a loss that depends on λ, with a schedule and momentum made from λ: finite differences."""
+    w, x = torch.randn(3), torch.randn(6, 3)
+    rule = D.Adam(lr=lambda h: D.PerStep(h[0].exp()), betas=(lambda h: h[1].sigmoid(), 0.9), eps=1e-3)
+    step = rule.on(lambda w, h: (x @ w).cosh().log().mean() + h[1].exp() * (w**2).sum())
+
+    def final(*h):
+        carry = (w, rule.init(w))
+        for _ in range(5):
+            carry = step(carry, h)
+        return carry[0]
+
+    h = (torch.randn(5) * 0.1 - 2, torch.tensor(0.3))
+    assert torch.autograd.gradcheck(final, tuple(x.requires_grad_() for x in h))
 
 
 # --- proximal operators -----------------------------------------------------------------------------------------------
