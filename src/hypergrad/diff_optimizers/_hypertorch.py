@@ -1,7 +1,4 @@
-"""Differentiable update rules: one step of an optimiser as a differentiable function of params and hparams.
-
-HyperTorch's interface. An optimiser object is itself a fixed point map: `optimizer(params, hparams)` gives new params.
-"""
+"""HyperTorch's interface: an optimiser object is a fixed point map, `optimizer(params, hparams)` gives new params."""
 
 from __future__ import annotations
 
@@ -12,10 +9,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import _autodiff
-from ._autodiff import as_scalar
-from ._solution import warn
-from .implicit import random_state_kept_on_error
+from .. import _autodiff
+from .._autodiff import as_scalar
+from .._solution import warn
+from ..implicit import random_state_kept_on_error
 
 Params: TypeAlias = "list[Tensor]"
 Coefficient: TypeAlias = "float | Tensor | Callable[[Any], float | Tensor]"

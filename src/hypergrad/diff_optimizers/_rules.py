@@ -1,0 +1,420 @@
+"""Update rules, side by side, each its formula in the order in which torch.optim computes it.
+
+λ is the weight decay, η the learning rate, t the number of the update from 1. Unless a rule says otherwise the first
+line of each is g ← ∇g(w) + λw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ._rule import Here, Hyper, Rule, Value, is_zero
+
+Update: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"
+Slots: TypeAlias = "Mapping[str, Callable[[Tensor], Tensor]]"
+
+
+def root(v: Tensor) -> Tensor:
+    """√v, with derivative 0 where v = 0.
+
+    There the derivative of √v is infinite, and 0 · ∞ = NaN in the chain rule. But v = 0 means that every gradient so
+    far was 0, hence m = 0, and the derivative of m/(√v + ε) is dm/ε − m d√v/ε² = dm/ε: the term with d√v is gone,
+    whatever finite number stands for it. (Where v underflowed, √v ≪ ε and the same holds to rounding.)
+    """
+    positive = v > 0
+    return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
+
+
+def number_root(x: Value) -> Value:
+    return x.sqrt() if isinstance(x, Tensor) else x**0.5
+
+
+def decayed(rule: Any, w: Tensor, g: Tensor, here: Here) -> Tensor:
+    """g + λw"""
+    return g if is_zero(rule.weight_decay) else g + here(rule, "weight_decay") * w
+
+
+def decoupled(rule: Any, w: Tensor, g: Tensor, here: Here) -> tuple[Tensor, Tensor]:
+    """(w, g + λw), or ((1 − ηλ) w, g) where the decay does not pass through the moments."""
+    if not rule.decoupled_weight_decay:
+        return w, decayed(rule, w, g, here)
+    return w * (1 - here(rule, "lr") * here(rule, "weight_decay")), g
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(Rule):
+    """Gradient descent with momentum.
+
+        b ← g                    (t = 1)
+        b ← μb + (1 − τ)g        (t > 1)
+        w ← w − ηb               (Nesterov: w − η(g + μb))
+
+    Where momentum is the number 0 the state holds no b and w ← w − ηg.
+
+    Args:
+        lr: η.
+        momentum: μ.
+        dampening: τ.
+        weight_decay: λ.
+        nesterov: whether to look ahead.
+
+    Source: torch.optim.SGD; Sutskever et al., ICML 2013.
+
+    Example:
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> rule, w = SGD(lr=lr), torch.tensor([1.0, 2.0])
+        >>> new, state = rule.update(w, rule.init(w), w)
+        >>> new.detach(), torch.autograd.grad(new.sum(), lr)[0]
+        (tensor([0.9000, 1.8000]), tensor(-3.))
+    """
+
+    lr: Hyper = 1e-3
+    momentum: Hyper = 0.0
+    dampening: Hyper = 0.0
+    weight_decay: Hyper = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
+            raise ValueError("SGD: nesterov wants a momentum and no dampening")
+
+    def _slots(self) -> Slots:
+        return {} if is_zero(self.momentum) else {"momentum_buffer": torch.zeros_like}
+
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
+        g = decayed(self, w, g, here)
+        if not s:
+            return w - here(self, "lr") * g, {}
+        mu, later = here(self, "momentum"), (here.t > 1).to(here.t.dtype)
+        b = mu * s["momentum_buffer"] + (1 - here(self, "dampening") * later) * g
+        return w - here(self, "lr") * (g + mu * b if self.nesterov else b), {"momentum_buffer": b}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polyak(Rule):
+    """Polyak's heavy ball, w₊ ← w − ηg + μ(w − w₋), from w₋ = w. (HyperTorch's `HeavyBall` starts from w₋ = 0.)
+
+    Args:
+        lr: η.
+        momentum: μ.
+        weight_decay: λ.
+
+    Source: Polyak 1964. With constant η and μ it walks SGD's path; with other values at each step it does not.
+    """
+
+    lr: Hyper = 1e-3
+    momentum: Hyper = 0.9
+    weight_decay: Hyper = 0.0
+
+    def _slots(self) -> Slots:
+        return {"previous": torch.clone}
+
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
+        g = decayed(self, w, g, here)
+        return w - here(self, "lr") * g + here(self, "momentum") * (w - s["previous"]), {"previous": w}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(Rule):
+    """Adam.
+
+        m ← β₁m + (1 − β₁)g,    v ← β₂v + (1 − β₂)g²
+        w ← w − η/(1 − β₁ᵗ) · m / (√v/√(1 − β₂ᵗ) + ε)
+
+    with max(v₁, …, v_t) in v's place under amsgrad, and w ← (1 − ηλ)w first, λ nowhere else, under
+    decoupled_weight_decay.
+
+    Args:
+        lr: η.
+        betas: (β₁, β₂).
+        eps: ε.
+        weight_decay: λ.
+        amsgrad: whether the second moment never falls.
+        decoupled_weight_decay: whether the decay leaves the moments alone (AdamW).
+
+    Source: Kingma & Ba, ICLR 2015; Reddi et al., ICLR 2018; Loshchilov & Hutter, ICLR 2019; as in torch.optim.Adam.
+
+    Example:
+        >>> rule, w = Adam(lr=0.1), torch.tensor([1.0, 2.0])
+        >>> rule.update(w, rule.init(w), w)[0]
+        tensor([0.9000, 1.9000])
+    """
+
+    lr: Hyper = 1e-3
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999)
+    eps: Hyper = 1e-8
+    weight_decay: Hyper = 0.0
+    amsgrad: bool = False
+    decoupled_weight_decay: bool = False
+
+    def _slots(self) -> Slots:
+        names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.amsgrad else []))
+        return dict.fromkeys(names, torch.zeros_like)
+
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
+        w, g = decoupled(self, w, g, here)
+        (b1, b2), t = here(self, "betas"), here.t
+        m = s["exp_avg"] + (1 - b1) * (g - s["exp_avg"])
+        v = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
+        new = {"exp_avg": m, "exp_avg_sq": v}
+        if self.amsgrad:
+            v = new["max_exp_avg_sq"] = torch.maximum(s["max_exp_avg_sq"], v)
+        scale = root(v) / (1 - b2**t).sqrt() + here(self, "eps")
+        return w - here(self, "lr") / (1 - b1**t) * (m / scale), new
+
+
+def AdamW(
+    *,
+    lr: Hyper = 1e-3,
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+    eps: Hyper = 1e-8,
+    weight_decay: Hyper = 1e-2,
+    amsgrad: bool = False,
+    maximize: bool = False,
+) -> Adam:
+    """`Adam` with decoupled_weight_decay and torch.optim.AdamW's defaults.
+
+    Returns: Adam.
+    """
+    moments = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    return Adam(**moments, amsgrad=amsgrad, maximize=maximize, decoupled_weight_decay=True)
+
+
+def AMSGrad(
+    *,
+    lr: Hyper = 1e-3,
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+    eps: Hyper = 1e-8,
+    weight_decay: Hyper = 0.0,
+    maximize: bool = False,
+) -> Adam:
+    """`Adam` with amsgrad.
+
+    Returns: Adam.
+    """
+    return Adam(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=True, maximize=maximize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSprop(Rule):
+    """RMSprop.
+
+        v ← αv + (1 − α)g²
+        a ← αa + (1 − α)g,    d = √(v − a²) + ε        (centered; otherwise d = √v + ε)
+        b ← μb + g/d,         w ← w − ηb               (with momentum; otherwise w ← w − ηg/d)
+
+    Args:
+        lr: η.
+        alpha: α.
+        eps: ε.
+        weight_decay: λ.
+        momentum: μ; where it is the number 0 the state holds no b.
+        centered: whether to divide by the standard deviation instead of the second moment.
+
+    Source: Hinton's lectures 2012; Graves 2013 (centred); as in torch.optim.RMSprop. Where rounding makes v − a²
+        negative, 0 stands for its root, where torch has NaN.
+    """
+
+    lr: Hyper = 1e-2
+    alpha: Hyper = 0.99
+    eps: Hyper = 1e-8
+    weight_decay: Hyper = 0.0
+    momentum: Hyper = 0.0
+    centered: bool = False
+
+    def _slots(self) -> Slots:
+        names = ["square_avg", *(["grad_avg"] if self.centered else [])]
+        return dict.fromkeys(names + ([] if is_zero(self.momentum) else ["momentum_buffer"]), torch.zeros_like)
+
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
+        g, alpha, lr = decayed(self, w, g, here), here(self, "alpha"), here(self, "lr")
+        v = alpha * s["square_avg"] + (1 - alpha) * g * g
+        new, spread = {"square_avg": v}, v
+        if self.centered:
+            a = new["grad_avg"] = s["grad_avg"] + (1 - alpha) * (g - s["grad_avg"])
+            spread = v - a * a
+        ratio = g / (root(spread) + here(self, "eps"))
+        if "momentum_buffer" in s:
+            ratio = new["momentum_buffer"] = here(self, "momentum") * s["momentum_buffer"] + ratio
+        return w - lr * ratio, new
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adagrad(Rule):
+    """Adagrad, v ← v + g², w ← w − η/(1 + (t − 1)δ) · g / (√v + ε).
+
+    Args:
+        lr: η.
+        lr_decay: δ.
+        weight_decay: λ.
+        initial_accumulator_value: v at the start: a number or a 0-d tensor.
+        eps: ε.
+
+    Source: Duchi et al., JMLR 2011; as in torch.optim.Adagrad.
+    """
+
+    lr: Hyper = 1e-2
+    lr_decay: Hyper = 0.0
+    weight_decay: Hyper = 0.0
+    initial_accumulator_value: float | Tensor = 0.0
+    eps: Hyper = 1e-10
+
+    def _slots(self) -> Slots:
+        return {"sum": lambda w: torch.zeros_like(w) + self.initial_accumulator_value}
+
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
+        g = decayed(self, w, g, here)
+        v = s["sum"] + g * g
+        lr = here(self, "lr") / (1 + (here.t - 1) * here(self, "lr_decay"))
+        return w - lr * (g / (root(v) + here(self, "eps"))), {"sum": v}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adadelta(Rule):
+    """Adadelta.
+
+        v ← ρv + (1 − ρ)g²,    d = g √(u + ε)/√(v + ε),    u ← ρu + (1 − ρ)d²,    w ← w − ηd
+
+    Args:
+        lr: η.
+        rho: ρ.
+        eps: ε, positive.
+        weight_decay: λ.
+
+    Source: Zeiler 2012; as in torch.optim.Adadelta.
+    """
+
+    lr: Hyper = 1.0
+    rho: Hyper = 0.9
+    eps: Hyper = 1e-6
+    weight_decay: Hyper = 0.0
+
+    def _slots(self) -> Slots:
+        return dict.fromkeys(("square_avg", "acc_delta"), torch.zeros_like)
+
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
+        g, rho, eps = decayed(self, w, g, here), here(self, "rho"), here(self, "eps")
+        v = rho * s["square_avg"] + (1 - rho) * g * g
+        d = (s["acc_delta"] + eps).sqrt() / (v + eps).sqrt() * g
+        u = rho * s["acc_delta"] + (1 - rho) * d * d
+        return w - here(self, "lr") * d, {"square_avg": v, "acc_delta": u}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adamax(Rule):
+    """Adamax, m ← β₁m + (1 − β₁)g, u ← max(β₂u, |g| + ε), w ← w − η/(1 − β₁ᵗ) · m/u.
+
+    Args:
+        lr: η.
+        betas: (β₁, β₂).
+        eps: ε, positive.
+        weight_decay: λ.
+
+    Source: Kingma & Ba, ICLR 2015, section 7.1; as in torch.optim.Adamax.
+    """
+
+    lr: Hyper = 2e-3
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999)
+    eps: Hyper = 1e-8
+    weight_decay: Hyper = 0.0
+
+    def _slots(self) -> Slots:
+        return dict.fromkeys(("exp_avg", "exp_inf"), torch.zeros_like)
+
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
+        g, (b1, b2) = decayed(self, w, g, here), here(self, "betas")
+        m = s["exp_avg"] + (1 - b1) * (g - s["exp_avg"])
+        u = torch.maximum(b2 * s["exp_inf"], g.abs() + here(self, "eps"))
+        return w - here(self, "lr") / (1 - b1**here.t) * (m / u), {"exp_avg": m, "exp_inf": u}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NAdam(Rule):
+    """NAdam, with m and v as in `Adam`.
+
+        μ_t = β₁(1 − ½ 0.96^(tψ)),    π_t = μ₁ ⋯ μ_t
+        w ← w − η [ (1 − μ_t)/(1 − π_t) g + μ_{t+1}/(1 − π_t μ_{t+1}) m ] / (√(v/(1 − β₂ᵗ)) + ε)
+
+    Args:
+        lr: η.
+        betas: (β₁, β₂).
+        eps: ε.
+        weight_decay: λ.
+        momentum_decay: ψ.
+        decoupled_weight_decay: whether the decay leaves the moments alone.
+
+    Source: Dozat 2016; as in torch.optim.NAdam.
+    """
+
+    lr: Hyper = 2e-3
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999)
+    eps: Hyper = 1e-8
+    weight_decay: Hyper = 0.0
+    momentum_decay: Hyper = 4e-3
+    decoupled_weight_decay: bool = False
+
+    def _slots(self) -> Slots:
+        # π is a number of each leaf and has the graph of β₁, so it is part of the state. On the CPU, as the counter is.
+        def one(w: Tensor) -> Tensor:
+            return torch.ones((), dtype=torch.promote_types(w.dtype, torch.float32))
+
+        return {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like, "mu_product": one}
+
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
+        w, g = decoupled(self, w, g, here)
+        (b1, b2), t, psi, lr = here(self, "betas"), here.t, here(self, "momentum_decay"), here(self, "lr")
+        mu, ahead = (b1 * (1 - 0.5 * 0.96 ** (n * psi)) for n in (t, t + 1))
+        product = s["mu_product"] * mu
+        m = s["exp_avg"] + (1 - b1) * (g - s["exp_avg"])
+        v = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
+        scale = root(v / (1 - b2**t)) + here(self, "eps")
+        new = w - lr * (1 - mu) / (1 - product) * (g / scale) - lr * ahead / (1 - product * ahead) * (m / scale)
+        return new, {"exp_avg": m, "exp_avg_sq": v, "mu_product": product}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RAdam(Rule):
+    """RAdam, with m and v as in `Adam`.
+
+        ρ_∞ = 2/(1 − β₂) − 1,    ρ = ρ_∞ − 2tβ₂ᵗ/(1 − β₂ᵗ),    r² = (ρ − 4)(ρ − 2)ρ_∞ / ((ρ_∞ − 4)(ρ_∞ − 2)ρ)
+        w ← w − η/(1 − β₁ᵗ) · m · r √(1 − β₂ᵗ)/(√v + ε)        (ρ > 5; otherwise w − η/(1 − β₁ᵗ) · m)
+
+    Args:
+        lr: η.
+        betas: (β₁, β₂).
+        eps: ε.
+        weight_decay: λ.
+        decoupled_weight_decay: whether the decay leaves the moments alone.
+
+    Source: Liu et al., ICLR 2020; as in torch.optim.RAdam. The step is not continuous in β₂ where ρ = 5.
+    """
+
+    lr: Hyper = 1e-3
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999)
+    eps: Hyper = 1e-8
+    weight_decay: Hyper = 0.0
+    decoupled_weight_decay: bool = False
+
+    def _slots(self) -> Slots:
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like)
+
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
+        w, g = decoupled(self, w, g, here)
+        (b1, b2), t = here(self, "betas"), here.t
+        m = s["exp_avg"] + (1 - b1) * (g - s["exp_avg"])
+        v = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
+        limit = 2 / (1 - b2) - 1
+        rho = limit - 2 * t * b2**t / (1 - b2**t)
+        rectify = rho > 5
+        # Both branches are differentiated: where the first is not taken it is taken at ρ = ρ_∞ = 6, where it is smooth.
+        rho, limit = torch.where(rectify, rho, 6.0), torch.where(rectify, limit, 6.0)
+        r = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)).sqrt() * (1 - b2**t).sqrt()
+        on, off = rectify.to(rho.dtype), (~rectify).to(rho.dtype)
+        factor = on * r / (root(v) + here(self, "eps")) + off
+        return w - here(self, "lr") / (1 - b1**t) * (m * factor), {"exp_avg": m, "exp_avg_sq": v}
