@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hypergrad as hg
+from hypergrad.diff_optimizers import PerStep
 from hypergrad.unroll import reverse
 
 DOUBLE = {"dtype": torch.float64}
@@ -391,3 +392,30 @@ def test_under_no_grad_and_torch_func():
     with torch.no_grad():
         results = [reverse(descend, start, hparams, total, 12, memory=m).grads["a"] for m in ("graph", "sqrt", "200KB")]
     assert results[0] == results[1] == results[2] != 0
+
+
+RULES = {
+    "SGD": hg.diff_optimizers.SGD(lr=lambda h: PerStep(h["log_lr"].exp()), momentum=0.9, nesterov=True),
+    "Adam": hg.diff_optimizers.Adam(lr=lambda h: PerStep(h["log_lr"].exp())),
+    "RAdam": hg.diff_optimizers.RAdam(lr=lambda h: PerStep(h["log_lr"].exp())),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_update_rules_learn_a_schedule_in_every_mode(name):
+    """A learning rate for each of 30 steps, and a weight decay; the rule's state is part of what is carried."""
+    x, y, w = torch.randn(20, 3, **DOUBLE), torch.randn(20, **DOUBLE), torch.randn(3, **DOUBLE)
+    hparams = {"decay": torch.full((3,), -2.0, **DOUBLE), "log_lr": torch.linspace(-2.0, -3.0, 30, **DOUBLE)}
+    hparams = {key: value.requires_grad_() for key, value in hparams.items()}
+    step = RULES[name].on(lambda w, h: ((x @ w - y) ** 2).mean() / 2 + (h["decay"].exp() * w**2).sum())
+    start = (w, RULES[name].init(w))
+    outer = lambda carry, h: (carry[0] ** 2).sum()  # noqa: E731
+    carry = start
+    for _ in range(30):
+        carry = step(carry, hparams)
+    expected = torch.autograd.grad(outer(carry, hparams), list(hparams.values()))
+    assert all(bool((g != 0).all()) for g in expected)
+    for memory in ("graph", "iterates", "sqrt", 3, "100KB"):
+        result = reverse(step, start, hparams, outer, 30, memory=memory)
+        for got, wanted in zip(result.grads.values(), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0.0)

@@ -43,9 +43,12 @@ def from_torch(optimizer: torch.optim.Optimizer) -> Twin:
     Args:
         optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam or RAdam, of torch.optim itself.
 
-    Returns: Twin(rule, params, state). SGD keeps no count of its steps: state["step"] is 1 where it has stepped.
-    Raises: TypeError for another class; ValueError for `differentiable=True`, hooks, complex parameters, sparse
-        gradients, flags that differ between groups, parameters that have taken different numbers of steps.
+    Returns:
+        Twin(rule, params, state). SGD keeps no count of its steps: state["step"] is 1 where it has stepped.
+
+    Raises:
+        TypeError, ValueError: another class; `differentiable=True`, hooks, complex parameters, sparse gradients, flags
+            that differ between groups, parameters that have taken different numbers of steps.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
