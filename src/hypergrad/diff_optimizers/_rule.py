@@ -217,9 +217,13 @@ class Rule(ABC):
             grads: ∇g(w), of params' structure. To differentiate through it, compute it with create_graph=True.
             hparams: λ, what callable hyperparameters are called with.
 
-        Returns: (params, state) after the step, new tensors in the same structures.
-        Raises: ValueError where structures or shapes do not match, where a PerStep has ended, where a callable gives a
-            value without a graph though hparams require grad, and where hparams are passed but nothing is callable.
+        Returns:
+            (params, state) after the step, new tensors in the same structures.
+
+        Raises:
+            ValueError: structures or shapes do not match, a PerStep has ended, a callable gives a value without a graph
+                though hparams require grad, or hparams are passed but nothing is callable.
+
         Warns: HypergradientWarning where params and grads carry a graph and the state's buffers were detached.
         Cost: elementwise; no reading from the device.
         """
