@@ -28,10 +28,10 @@ def _explained(error: RuntimeError) -> RuntimeError:
     return error
 
 
-def _dense_or_zeros(grad: Tensor | None, like: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
-    if grad is None:
-        return torch.zeros_like(like) if not lead else like.new_zeros(*lead, *like.shape)
-    return grad if grad.layout is torch.strided else grad.to_dense()
+def _zeros(like: Tensor, lead: tuple[int, ...], materialize: bool) -> Tensor:
+    if not materialize:
+        return like.new_zeros(()).expand_as(like)
+    return like.new_zeros(*lead, *like.shape) if lead else torch.zeros_like(like)
 
 
 def grad(
@@ -52,11 +52,27 @@ def grad(
     materialize: False lets zeros be views of one number, which take no memory and must not be written to.
     """
     lead = (cotangents[0].shape[0],) if batched and cotangents else ()
-    kept = [i for i, y in enumerate(outputs) if y.requires_grad]
-    if not kept and must_reach:
+    grads = grad_or_none(
+        outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, batched=batched
+    )
+    if must_reach and all(g is None for g in grads):
         raise ValueError(must_reach)
+    return [_zeros(x, lead, materialize) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+
+
+def grad_or_none(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+    batched: bool = False,
+) -> list[Tensor | None]:
+    """As `grad`, with None where nothing depends on the input."""
+    kept = [i for i, y in enumerate(outputs) if y.requires_grad]
     if not kept or not inputs:
-        return [_dense_or_zeros(None, x, lead) for x in inputs]
+        return [None] * len(inputs)
     try:
         grads = torch.autograd.grad(
             [outputs[i] for i in kept],
@@ -72,34 +88,7 @@ def grad(
         if better is error:
             raise
         raise better from error
-    if must_reach and all(g is None for g in grads):
-        raise ValueError(must_reach)
-    if not materialize:
-        grads = [x.new_zeros(()).expand_as(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
-    return [_dense_or_zeros(g, x, lead) for g, x in zip(grads, inputs, strict=True)]
-
-
-def grad_or_none(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, retain_graph: bool = False
-) -> list[Tensor | None]:
-    """As `grad`, with None where nothing depends on the input."""
-    kept = [i for i, y in enumerate(outputs) if y.requires_grad]
-    if not kept or not inputs:
-        return [None] * len(inputs)
-    try:
-        grads = torch.autograd.grad(
-            [outputs[i] for i in kept],
-            inputs,
-            [cotangents[i] for i in kept],
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-    except RuntimeError as error:
-        better = _explained(error)
-        if better is error:
-            raise
-        raise better from error
-    return [None if g is None else _dense_or_zeros(g, x) for g, x in zip(grads, inputs, strict=True)]
+    return [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
 
 
 def saved(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
