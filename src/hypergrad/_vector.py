@@ -383,7 +383,7 @@ class Vector:
         space = self.space
         for chunk in self.chunks:
             own = chunk.flatten(space.batch_dims)
-            top = torch.linalg.vector_norm(own, torch.inf, -1) if own.numel() else own.new_zeros(space.batch_shape)
+            top = own.abs().amax(-1) if own.numel() else own.new_zeros(space.batch_shape)
             top = full(top).to(device=space.device, dtype=space.dtype)
             largest = top if largest is None else torch.maximum(largest, top)
         assert largest is not None
