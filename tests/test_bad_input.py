@@ -3,6 +3,7 @@
 import re
 import warnings
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import hypergrad as hg
 from helpers import S, as_lists, noisy, nothing_changed, problem_at, untouched
+from hypergrad._solution import warn
 from test_oracles import relative
 
 
@@ -744,6 +746,53 @@ def test_a_consistent_singular_system_has_a_solution(scale):
         assert relative(result.grads, truth) < 1e-8
 
 
+NOT_FINITE_THERE = {  # √λ at 0: the adjoint is fine, the last derivative is not
+    "outer loss": lambda loud: hg.implicit.grad(
+        lambda w, h: w.square().sum() + h.sqrt().sum(), inner_loss=lambda w, h: (w - 1 - h).square().sum(), **loud
+    ),
+    "inner loss": lambda loud: hg.implicit.grad(
+        lambda w, h: w.square().sum(), inner_loss=lambda w, h: (w - 1 - h.sqrt()).square().sum(), **loud
+    ),
+    "CG": lambda c: hg.CG(*lists(c), 5, half_way, lambda w, h: w[0].square().sum()),
+    "stoch_AID": lambda c: hg.stoch_AID(*lists(c), lambda w, h: w[0].square().sum(), 3, fp_map=half_way, verbose=False),
+    "reverse": lambda c: hg.reverse([[c["params"]]] * 2, *lists(c)[1:], [half_way], lambda w, h: w[0].square().sum()),
+    "exact": lambda c: hg.exact(lambda h: [h[0].sqrt() + 1], *lists(c)[1:], lambda w, h: w[0].square().sum()),
+    "unroll": lambda c: hg.unroll.reverse(
+        lambda w, h: half_way([w], [h])[0], c["params"], c["hparams"], lambda w, h: w.square().sum(), 3
+    ),
+}
+
+
+def lists(c):
+    return [c["params"]], [c["hparams"]]
+
+
+def half_way(w, h):
+    return [0.5 * w[0] + 0.5 + 0.5 * h[0].sqrt()]
+
+
+@pytest.mark.parametrize("door", NOT_FINITE_THERE)
+def test_a_hypergradient_that_is_not_finite_is_said_to_be_so(door):
+    case = {"params": torch.tensor([1.0, 2.0, 1.0]), "hparams": torch.tensor([0.0, 1.0, 0.0], requires_grad=True)}
+    with pytest.warns(hg.HypergradientWarning, match="the hypergradient holds NaN or infinity"):
+        NOT_FINITE_THERE[door](case)
+    if door in ("outer loss", "inner loss"):
+        with pytest.raises(hg.SolverError, match="holds NaN or infinity"):
+            NOT_FINITE_THERE[door](case | {"solver": S.CG(on_failure="raise")})
+        NOT_FINITE_THERE[door](case | {"solver": S.CG(on_failure="ignore")})  # any warning is an error here
+
+
+def test_sums_that_overflow_are_finite():
+    """Entries that are finite, whose sum is not in float32."""
+    h = torch.full((4,), 2e38, requires_grad=True)
+    hg.implicit.grad(
+        lambda w, h: w.square().sum() + (h * h.detach()).sum(),
+        inner_loss=lambda w, h: (w - 1).square().sum() + 0 * (h.sum() * w.sum()) / 1e38,
+        params=torch.ones(3),
+        hparams=h,
+    )  # any warning is an error here
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["outer value", "outer gradient", "a product", "the inner problem"])
 def test_numbers_that_are_not_finite(where, bad):
@@ -889,3 +938,12 @@ def good_but_far():
     case = good()
     case.params = [w + 1.0 for w in case.params]
     return case
+
+
+def test_warnings_point_at_the_caller_whatever_its_folder_is_called():
+    """A file beside torch's folder whose name begins like it is somebody else's."""
+    folder = f"{Path(torch.__file__).parent}_user"
+    code = compile("warn('message')", f"{folder}/file.py", "exec")
+    with pytest.warns(hg.HypergradientWarning, match="message") as told:
+        exec(code, {"warn": warn})
+    assert told[0].filename == f"{folder}/file.py"

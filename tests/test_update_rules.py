@@ -257,6 +257,37 @@ def test_prox_operators_minimise(name):
     assert goal(ours) <= result.fun + 1e-9 and abs(ours - result.x).max() < 1e-2
 
 
+def simplex_by_bisection(w, radius):
+    low, high = w.min() - radius, w.max()
+    for _ in range(200):
+        theta = (low + high) / 2
+        low, high = (theta, high) if (w - theta).clamp(min=0).sum() > radius else (low, theta)
+    return (w - theta).clamp(min=0)
+
+
+def group_closed(w, threshold):
+    """u = s w/‖w‖ with the s ≥ 0 that minimises ½(s − ‖w‖)² + τs."""
+    s = max(float(w.square().sum().sqrt()) - threshold, 0.0)
+    return s * w / w.square().sum().sqrt()
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 5.0])  # all entries at a kink or bound, some, nearly none
+def test_prox_operators_against_closed_forms_and_bisection(scale):
+    w, eta = scale * torch.randn(7), 0.6
+    soft = lambda w, t: w.sign() * (w.abs() - t).clamp(min=0)  # noqa: E731
+    truth = {
+        "L1": soft(w, 0.3),
+        "ElasticNet": soft(w, 0.3) / 1.42,
+        "Box": w.clamp(-0.3, 0.4),
+        "Simplex": simplex_by_bisection(w, 1.3),
+        "GroupLasso": group_closed(w, 0.3),
+    }
+    for name, expected in truth.items():
+        rule = D.ProximalGradient(lr=eta, prox=PROXES[name][0])
+        got = rule.update(w, {"step": torch.zeros(())}, torch.zeros(7))[0]
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
 def test_fista_and_mirror_descent_walk_their_formulas():
     a, b = torch.randn(5, 3), torch.randn(5)
     eta, rule = 0.02, D.FISTA(lr=0.02, prox=D.L1(strength=0.4))
@@ -294,6 +325,13 @@ def test_errors():
     w, h = torch.randn(3), torch.randn((), requires_grad=True)
     other = torch.optim.SGD([w.clone().requires_grad_()], lr=0.1, differentiable=True)
 
+    leaf, sparse = torch.randn(3), torch.randn(3, requires_grad=True)
+    sparse.grad = torch.ones(3).to_sparse()
+    hooked = torch.optim.SGD([leaf])
+    hooked.register_step_post_hook(lambda *_: None)
+    groups = [{"params": [leaf], "nesterov": True}, {"params": [leaf.clone()]}]
+    mixed = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
     def step(rule, hparams=None, grads=w):
         return rule.update(w, rule.init(w), grads, hparams)
 
@@ -310,6 +348,13 @@ def test_errors():
         (lambda: D.Adam(betas=(0.9, 1.0)), ValueError, r"betas\[1\]"),
         (lambda: D.from_torch(torch.optim.LBFGS([w.clone().requires_grad_()])), TypeError, "got LBFGS"),
         (lambda: D.from_torch(other), ValueError, "differentiable=True"),
+        (lambda: D.from_torch(hooked), ValueError, "step hooks"),
+        (lambda: D.from_torch(torch.optim.SGD([leaf.to(torch.complex128)])), ValueError, "complex"),
+        (lambda: D.from_torch(torch.optim.SGD([sparse])), ValueError, "sparse gradient"),
+        (lambda: D.from_torch(mixed), ValueError, "nesterov differs between param groups"),
+        (lambda: D.from_torch(type("Own", (torch.optim.SGD,), {})([leaf])), TypeError, "no subclass"),
+        (lambda: D.Box(lower=1.0, upper=0.0), ValueError, "lower must be ≤ upper"),
+        (lambda: D.Simplex(radius=-1.0), ValueError, "Simplex: radius must be ≥ 0"),
     ]
     for call, error, words in rows:
         with pytest.raises(error, match=words):

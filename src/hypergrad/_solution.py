@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+import math
+import os
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from ._vector import full
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
 
@@ -78,10 +83,29 @@ class SolverError(ValueError):
 def warn(text: str) -> None:
     """A HypergradientWarning at the line of the caller's own code that led here, through torch's backward pass too."""
     level, frame = 1, sys._getframe()
-    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    inside = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, HypergradientWarning, stacklevel=level)
+
+
+NOT_FINITE = (
+    "the hypergradient holds NaN or infinity: a derivative with respect to hparams is not finite at this point (a root "
+    "or a norm at 0, log(0), overflow in a loss or a step)"
+)
+
+
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all entries are finite: one read from the device, and a closer look only where a sum is not."""
+    tensors = list(tensors)
+    sums = [full(x.detach().sum()) for x in tensors]
+    total = sum(s.float().to(sums[0].device) for s in sums)
+    return math.isfinite(float(total)) or all(bool(full(torch.isfinite(x).all())) for x in tensors)
+
+
+def warn_if_not_finite(grads: Iterable[Tensor]) -> None:
+    if not finite(grads):
+        warn(NOT_FINITE)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _autodiff
 from ._autodiff import as_scalar
-from ._solution import warn
+from ._solution import warn, warn_if_not_finite
 from ._vector import PyTree, describe, flatten, split
 from .implicit import check_hparams
 
@@ -75,8 +75,9 @@ class Run:
         self.differentiated = check_hparams(self.outer, self.names)
         self.hparams = self.hparams_tree(self.outer)
         self.devices = sorted({x.device for x in (*self.start, *self.outer) if x.device.type == "cuda"}, key=str)
-        self.final: list[Tensor] = []
-        self.final_rebuild = self.rebuild
+        self.params: PyTree = None
+        self.outer_value = torch.tensor(torch.nan)
+        self.random_after: dict[torch.device, Tensor] = {}
         self.evaluations = 0
         self._random: dict[torch.device, Tensor] = {}
 
@@ -173,14 +174,19 @@ class Run:
         two = self.keep([x.detach() for x in outputs], rebuild)
         return {begin + 1: one, begin + 2: two}, own + NODE * max(len(seen) - nodes, 1)
 
-    def outer_gradients(self, outer_loss: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """E, ∇₁E and ∇₂E at the final iterate."""
-        leaves = [_leaf(x) for x in self.final]
-        loss = as_scalar(outer_loss(self.final_rebuild(leaves), self.hparams), "outer_loss")
+    def close(
+        self, final: list[Tensor], rebuild: Rebuild, outer_loss: Callable[..., Tensor]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """∇₁E and ∇₂E at the final iterate; keeps E, and the random state that the user goes on with."""
+        self.params = rebuild(final)
+        leaves = [_leaf(x) for x in final]
+        loss = as_scalar(outer_loss(rebuild(leaves), self.hparams), "outer_loss")
+        self.outer_value = loss.detach().clone()
         inputs = [x for x in leaves if x.requires_grad]
         both = self._vjp([loss], inputs, [torch.ones_like(loss)])
         alpha = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, both, strict=False)]
-        return loss.detach().clone(), alpha, both[len(inputs) :]
+        self.random_after = random_state(self.devices)
+        return alpha, both[len(inputs) :]
 
     def pull(
         self, leaves: list[Tensor], outputs: list[Tensor], alpha: list[Tensor], grads: list[Tensor | None]
@@ -221,6 +227,7 @@ class Run:
                 f"neither step nor outer_loss depends on {', '.join(lost)}, so the gradient there is zero: was it read "
                 f"as a number (.item(), float(), .data)?"
             )
+        warn_if_not_finite(g for g in grads if g is not None)
         each = iter(grads)
         full = [next(each) if x.requires_grad else None for x in self.outer]
         zipped = zip(full, self.outer, strict=True)

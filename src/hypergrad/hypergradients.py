@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _autodiff, implicit, solvers
 from ._autodiff import Linearisation, as_scalar
-from ._solution import Solution, Status
+from ._solution import Solution, Status, warn_if_not_finite
 from ._vector import flatten
 
 Loss = Callable[[Any, Any], Tensor]
@@ -48,6 +48,7 @@ def _backpropagated(
             loss = as_scalar(evaluate(leaves), "outer_loss")
         each = iter(_autodiff.grad([loss], needed, retain_graph=retain_graph))
         grads = [next(each).clone() if leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
+        warn_if_not_finite(grads)
         return _deliver(leaves, grads, set_grad)
 
 
@@ -83,6 +84,7 @@ def _implicit(
         )
         if not _as_asked(result.solution):
             result.solution.report("the adjoint system of the hypergradient", "warn")
+        result.check_finite()
         if not stochastic:
             result.warn_if_unsolved()
         return _deliver(hparams, result.grads, set_grad)
@@ -161,6 +163,7 @@ def reverse(
             step = Linearisation(outputs, variables.leaves, variables.differentiated)
             pulled, cross = step.vjp_both(alpha.leaves, retain_graph=False)
             alpha, total = variables.space.pack(pulled), _autodiff.add(total, cross)
+        warn_if_not_finite(total)
         return _deliver(hparams, variables.outer_grads(total), set_grad)
 
 
@@ -332,6 +335,7 @@ def stoch_AID(
                 print(f"k={k}: linear system, ‖b − Av‖ = {float(result.solution.trace[k]):.3e}")
         if result.solution.status is Status.NON_FINITE:
             raise ValueError(f"the linear system of the hypergradient: {result.solution.message}")
+        result.check_finite()
         if not stoch_inner:
             result.warn_if_unsolved()
         return _deliver(hparams, result.grads, set_grad), list(result.adjoint)

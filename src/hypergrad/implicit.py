@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _autodiff, operators
 from ._autodiff import Linearisation, as_scalar
 from ._implicit_function import Info, WarmStart
-from ._solution import Solution, warn
+from ._solution import NOT_FINITE, OnFailure, Solution, SolverError, Status, finite, warn
 from ._solution_maps import Phantom, argmin, fixed_point, linear_solve, root, solver
 from ._vector import PyTree, Space, Vector, check_distinct, flatten
 from .solvers import CG, GMRES, LinearSolver
@@ -65,6 +65,14 @@ class Hypergradient:
     inner_residual: Tensor
     inner_distance: Tensor
     outer_value: Tensor
+
+    def check_finite(self, on_failure: OnFailure = "warn") -> None:
+        """Warn of, or raise for, a hypergradient that is not finite though the adjoint is."""
+        if self.solution.status is Status.NON_FINITE or finite(optree.tree_leaves(self.grads)):
+            return
+        if on_failure == "raise":
+            raise SolverError(NOT_FINITE, self.solution)
+        warn(NOT_FINITE)
 
     def warn_if_unsolved(self) -> None:
         """HypergradientWarning where params are too far from the inner solution for the result to mean much."""
@@ -124,10 +132,11 @@ def grad(
 
     Raises:
         TypeError, ValueError: something is not of the form above; the message names the leaf and both forms.
-        SolverError: the adjoint system was not solved and the solver's on_failure is "raise".
+        SolverError: the adjoint system was not solved, or the result is not finite, and the solver's on_failure is
+            "raise".
         RuntimeError: the graph of an evaluated loss was freed before.
-    Warns: HypergradientWarning where the adjoint system was not solved (on_failure="warn"), or where the inner
-        problem is so far from solved that the result means little.
+    Warns: HypergradientWarning where the adjoint system was not solved or the result is not finite
+        (on_failure="warn"), or where the inner problem is so far from solved that the result means little.
     Cost: one evaluation of each loss, the solver's products, and one last product with respect to params and hparams
         together, which also gives the true residual. The graph of ∇₁g (or Φ, F) is kept meanwhile.
     Source: Grazzi et al. 2020, section 2; Pedregosa 2016, Algorithm 1.
@@ -186,6 +195,8 @@ def grad(
         )
         on_failure = solver.on_failure if isinstance(solver, LinearSolver) else "warn"
         result.solution.report("the adjoint system of the hypergradient", on_failure)
+        if on_failure != "ignore":
+            result.check_finite(on_failure)
         if on_failure != "ignore" and not stochastic:  # one draw's residual does not say whether the mean is solved
             result.warn_if_unsolved()
     return result

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._steps import Run, State, random_state, same, set_random_state
+from ._steps import Run, State, same, set_random_state
 from ._vector import PyTree
 from .implicit import random_state_kept_on_error
 
@@ -99,7 +99,8 @@ def reverse(
             also where step's result has no graph, or was computed from the live start instead of its argument.
         RuntimeError: step changed its arguments in place, or did not replay.
 
-    Warns: HypergradientWarning where a leaf of hparams is reached by nothing (a learning rate read with .item(), say).
+    Warns: HypergradientWarning where a leaf of hparams is reached by nothing (a learning rate read with .item(), say),
+        and where the result is not finite (steps that diverge).
     Cost: the evaluations above and T reverse passes. Beside what memory says, a few iterates, twice hparams, and the
         working memory of one step's reverse pass; a budget sets 6 I + G aside for these, an estimate. I and G are
         measured at the first two steps; where all is one block, these are evaluated again. One device synchronisation
@@ -125,7 +126,7 @@ def reverse(
         origin = steps - kept
         bounds, checkpoints, known = _plan(storage, run, first, origin, kept)
         stack, later = [(0, first)], None
-        outer_value, alpha, grads, random_after = None, [], [], {}
+        alpha, grads = [], []
         # Revolve: the last block that is not done is reached from the last checkpoint, leaving others on the way.
         for end in range(len(bounds) - 1, 0, -1):
             here, state = stack[-1]
@@ -140,28 +141,23 @@ def reverse(
                 stack.pop()
             leaves, outputs, rebuild = run.record(state, origin + bounds[end - 1], origin + bounds[end])
             if later is None:
-                run.final, run.final_rebuild = [x.detach() for x in outputs], rebuild
-                outer_value, alpha, grads = run.outer_gradients(outer_loss)
-                random_after = random_state(run.devices)
+                alpha, grads = run.close([x.detach() for x in outputs], rebuild, outer_loss)
             elif not all(same(x, y) for x, y in zip(outputs, later.tensors, strict=True)):
                 raise RuntimeError(NO_REPLAY.format(origin + bounds[end - 1], origin + bounds[end] - 1))
             later, known = state, {}
             alpha, grads = run.pull(leaves, outputs, alpha, grads)
             del leaves, outputs
         if later is None:  # no step is differentiated
-            run.final, run.final_rebuild = first.tensors, first.rebuild
-            outer_value, alpha, grads = run.outer_gradients(outer_loss)
-            random_after = random_state(run.devices)
-        set_random_state(random_after)
-        assert outer_value is not None
+            alpha, grads = run.close(first.tensors, first.rebuild, outer_loss)
+        set_random_state(run.random_after)
         start_grads = run.start_gradients(alpha) if kept == steps else None
         if start_grads is not None:
             grads = run.through_start(start_grads, grads)
         return Unrolled(
             grads=run.hypergradient(grads, complain=kept == steps),
             start_grads=None if start_grads is None else run.rebuild(start_grads),
-            params=run.final_rebuild(run.final),
-            outer_value=outer_value,
+            params=run.params,
+            outer_value=run.outer_value,
             evaluations=run.evaluations,
         )
 

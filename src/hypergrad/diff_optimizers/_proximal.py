@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ class Prox(Configuration, ABC):
 
     At a kink the derivative is that of one side, and where the result is constant it is 0.
     """
+
+    def __post_init__(self) -> None:
+        """Numbers are checked here: strengths and radii must be ≥ 0. `Box` has its own condition."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "dim" and isinstance(value, (int, float)) and not value >= 0:
+                raise ValueError(f"{type(self).__name__}: {f.name} must be ≥ 0, got {value!r}")
 
     @abstractmethod
     def _leaf(self, w: Tensor, lr: Value, here: Here) -> Tensor:
@@ -70,6 +77,11 @@ class Box(Prox):
 
     lower: Hyper = 0.0
     upper: Hyper = 1.0
+
+    def __post_init__(self) -> None:
+        bounds = self.lower, self.upper
+        if all(isinstance(x, (int, float)) for x in bounds) and not bounds[0] <= bounds[1]:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(f"Box: lower must be ≤ upper, got {bounds}")
 
     def _leaf(self, w: Tensor, lr: Value, here: Here) -> Tensor:
         lower, upper = here(self, "lower"), here(self, "upper")

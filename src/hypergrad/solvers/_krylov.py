@@ -30,10 +30,14 @@ def event(code: Tensor | None, happened: Tensor, status: Status) -> Tensor:
     return torch.where(happened & (code == 0), status.value, code)
 
 
-def asymmetry(p: Vector, ap: Vector, q: Vector, aq: Vector) -> Tensor:
+def pairing(q: Vector, ap: Vector) -> tuple[Tensor, Tensor]:
+    """qᵀ(Ap), and ‖q‖ ‖Ap‖."""
+    return q.dot(ap), q.norm() * ap.norm()
+
+
+def asymmetry(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], eps: float) -> Tensor:
     """Whether pᵀ(Aq) ≠ qᵀ(Ap), from products that the method has done anyway: true for no symmetric A."""
-    size = p.norm() * aq.norm() + q.norm() * ap.norm()
-    return (p.dot(aq) - q.dot(ap)).abs() > p.space.eps**0.5 * size
+    return (one[0] - other[0]).abs() > eps**0.5 * (one[1] + other[1])
 
 
 def build_preconditioner(preconditioner: Any, system: System) -> Callable[[Vector], Vector] | None:
@@ -86,7 +90,7 @@ class CG(IterativeSolver):
                 break
             ap = op(p)
             if probe is not None:
-                asymmetric = (first.dot(ap) - probe[0]).abs() > p.space.eps**0.5 * (probe[1] + first.norm() * ap.norm())
+                asymmetric = asymmetry(pairing(first, ap), probe, p.space.eps)
                 code, first, probe = event(None, asymmetric & going, Status.NOT_SYMMETRIC), system.b, None
             curvature = look(p.dot(ap))
             curvatures.append(curvature)
@@ -101,7 +105,7 @@ class CG(IterativeSolver):
             trace.append(rr)
             p.scale_add_(ratio(rz, old, going), z)
             if k == 0:
-                probe = p.dot(ap), p.norm() * ap.norm()
+                probe = pairing(p, ap)
             del ap
         norms2 = system.stack(trace)
         if curvatures:
@@ -149,7 +153,11 @@ class MINRES(IterativeSolver):
             if k == 0:
                 first = [z, az]
             elif k == 1:
-                code = event(code, asymmetry(first[0], first[1], z, az) & going, Status.NOT_SYMMETRIC)
+                code = event(
+                    code,
+                    asymmetry(pairing(first[0], az), pairing(z, first[1]), v.space.eps) & going,
+                    Status.NOT_SYMMETRIC,
+                )
                 first.clear()
             delta = az.dot(z)
             v_new = az - v * divide(delta, gamma)
