@@ -249,6 +249,16 @@ def test_divergence_in_fixed_step_mode_and_the_growth_rate():
     assert abs(FP.Picard(max_steps=10)(slow, start).growth_rate - 0.99) < 1e-12
 
 
+def test_a_hump_is_no_divergence():
+    """A map far from normal: the residual 50 k 2^(1−k) rises from 1 to 50 and falls; in step 8 it is at 3."""
+    a = torch.tensor([[0.5, 50.0], [0.0, 0.5]]).double()
+    b = torch.tensor([0.0, 1.0]).double()
+    for options in ({"max_steps": 8}, {"max_steps": 8, "rtol": 1e-9}):
+        solution = FP.Picard(**options, **QUIET)(lambda w: a @ w + b, torch.zeros(2).double())
+        assert solution.trace[-1] > solution.trace[0]
+        assert solution.status is (Status.MAX_STEPS if "rtol" in options else Status.CONVERGED)
+
+
 def test_with_a_tolerance_the_best_w_is_kept():
     """A residual that falls, then grows."""
     scales = iter([0.5, 0.5, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0])

@@ -501,6 +501,25 @@ def test_numbers_on_the_cpu_and_tensors_elsewhere_give_the_same(row, system, opt
     torch.testing.assert_close(numbers.trace, tensors.trace, rtol=1e-12, atol=0.0, equal_nan=True)
 
 
+@pytest.mark.parametrize("system", ["nonsymmetric 10", "nonsymmetric 1e3", "contraction .8", "spd 1e3"])
+def test_gmres_stops_at_the_first_step_that_is_good_enough(system):
+    """What it tracks by rotations is the least residual, by dense least squares over the Krylov space."""
+    system = GRID[system]
+    op, b = system.operator(), system.rhs()
+    rtol, krylov, wanted = 1e-3, [b / b.norm()], 0
+    stop = 0.9 * rtol * b.norm()
+    while True:
+        image = torch.stack([op(v) for v in krylov], -1)
+        least = (image @ (torch.linalg.pinv(image) @ b) - b).norm()
+        wanted += 1
+        if least <= stop:
+            break
+        q, _ = torch.linalg.qr(torch.stack([*krylov, op(krylov[-1])], -1))
+        krylov = list(q.unbind(-1))
+    assert wanted > 3
+    assert S.GMRES(restart=200, rtol=rtol)(op, b).steps == wanted
+
+
 def test_a_step_that_float32_cannot_hold_is_reported():
     """‖A‖ = 1e-39: the step is 1e39, beyond float32, and so is the solution."""
     op = hg.operators.matrix(1e-39 * torch.eye(3), symmetric=True)
