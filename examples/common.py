@@ -1,0 +1,109 @@
+"""What all examples share: typed options, the configuration printed and saved, results beside it."""
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+C = TypeVar("C", bound="Common")
+
+
+@dataclass
+class Common:
+    """Options that every example has; its own Config adds more."""
+
+    data: Path | None = None
+    """Folder of the data set; without it, data that scikit-learn ships."""
+    output: Path = Path("results")
+    """Folder of the results."""
+    seed: int = 0
+    """Of everything that is random."""
+    threads: int = 1
+    """Of torch."""
+    fast: bool = False
+    """Reduced sizes, to see that it runs."""
+
+
+def parse(kind: type[C], description: str, fast: Mapping[str, Any]) -> C:
+    """The configuration from the command line: `kind`'s defaults, those of `fast` with --fast; printed.
+
+    Sets torch's threads and seed.
+    """
+    default = kind(**(fast if "--fast" in sys.argv[1:] else {}))
+    config = tyro.cli(kind, default=default, description=description, prog=f"python -m examples.{_name(kind)}")
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    print(json.dumps(record(config), indent=2))
+    return config
+
+
+def record(config: Common) -> dict[str, Any]:
+    """What is saved beside results: how they were made."""
+    packages = {name: version(name) for name in ("torch", "torch-hypergrad", "numpy")}
+    return {
+        "command": command(config),
+        "date": date.today().isoformat(),
+        "machine": f"{processor()}, {config.threads} thread{'s' * (config.threads > 1)}",
+        "versions": {"python": platform.python_version()} | packages,
+        "config": {key: plain(value) for key, value in asdict(config).items()},
+    }
+
+
+def save(config: Common, title: str, table: str, figure: Figure, results: Any) -> None:
+    """Write <name>.json (results and how they were made), <name>.png, and <name>.md (table, picture, how); print the table."""
+    name = _name(type(config))
+    config.output.mkdir(parents=True, exist_ok=True)
+    made = record(config)
+    (config.output / f"{name}.json").write_text(json.dumps(made | {"results": results}, indent=1) + "\n")
+    figure.savefig(config.output / f"{name}.png", dpi=120)
+    how = f"`{made['command']}`, {made['date']}, {made['machine']}"
+    text = f"# {title}\n\n{table}\n\n![{title}]({name}.png)\n\n{how}\n\n```json\n{json.dumps(made)}\n```\n"
+    (config.output / f"{name}.md").write_text(text, encoding="utf-8")
+    print(f"\n{table}")
+
+
+def command(config: Common) -> str:
+    """The command line that gives this configuration; folders by their names alone."""
+    words = ["python", "-m", f"examples.{_name(type(config))}"]
+    default = type(config)()
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value == getattr(default, field.name) or field.name == "output":
+            continue
+        option = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            values = value if isinstance(value, (tuple, list)) else [value]
+            words += [f"--{option}", *(str(plain(each)) for each in values)]
+    return shlex.join(words)
+
+
+def plain(value: Any) -> Any:
+    """A value of a configuration as JSON has it; of a path the last part."""
+    if isinstance(value, Path):
+        return value.name
+    return [plain(each) for each in value] if isinstance(value, (tuple, list)) else value
+
+
+def processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _name(kind: type[Common]) -> str:
+    """The example's module, also where it runs as __main__."""
+    spec = getattr(sys.modules[kind.__module__], "__spec__", None)
+    return (spec.name if spec else kind.__module__).rsplit(".", 1)[-1]
