@@ -153,7 +153,7 @@ def test_binomial_schedule_is_minimal(checkpoints):
 @pytest.mark.parametrize("checkpoints", [1, 2, 3, 6])
 def test_checkpoints_are_no_more_than_asked(checkpoints, monkeypatch):
     stored, most = [], []
-    keep = hg._steps.Run.advance
+    keep = hg.unroll._steps.Run.advance
 
     def counted(*args, **options):
         state = keep(*args, **options)
@@ -161,7 +161,7 @@ def test_checkpoints_are_no_more_than_asked(checkpoints, monkeypatch):
         most.append(sum(ref() is not None for ref in stored))
         return state
 
-    monkeypatch.setattr(hg._steps.Run, "advance", counted)
+    monkeypatch.setattr(hg.unroll._steps.Run, "advance", counted)
     lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.tensor(1.0, **DOUBLE)
     reverse(contraction, start, lam, lambda w, lam: w, 40, memory=checkpoints)
     assert max(most) <= checkpoints + 2  # the state that is recorded, and the one that it must end in

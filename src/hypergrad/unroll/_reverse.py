@@ -1,8 +1,6 @@
-"""Iterative differentiation: the gradient through the inner optimiser's own steps, w_{t+1} = Φ_t(w_t, λ).
+"""Reverse mode through the steps, with the storage of iterates as a choice.
 
-    f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T−1 … 0:   ∇ ← ∇ + ∂₂Φ_tᵀ α,   α ← ∂₁Φ_tᵀ α
-
-Nothing needs to have converged, so step sizes, schedules and starts can be learned.
+f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T−1 … 0:   ∇ ← ∇ + ∂₂Φ_tᵀ α,   α ← ∂₁Φ_tᵀ α
 """
 
 from __future__ import annotations
@@ -17,10 +15,8 @@ import torch
 from torch import Tensor
 
 from ._steps import Run, State, same, set_random_state
-from ._vector import PyTree
-from .implicit import random_state_kept_on_error
-
-__all__ = ["reverse", "Unrolled"]
+from .._vector import PyTree
+from ..implicit import random_state_kept_on_error
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 NO_REPLAY = (

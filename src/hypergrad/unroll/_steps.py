@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import _autodiff
-from ._autodiff import as_scalar
-from ._solution import warn, warn_if_not_finite
-from ._vector import PyTree, describe, flatten, split
-from .implicit import check_hparams
+from .. import _autodiff
+from .._autodiff import as_scalar
+from .._solution import warn, warn_if_not_finite
+from .._vector import PyTree, describe, flatten, split
+from ..implicit import check_hparams
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
 

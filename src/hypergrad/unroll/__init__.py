@@ -1,0 +1,8 @@
+"""Iterative differentiation: the gradient through the inner optimiser's own steps, w_{t+1} = Φ_t(w_t, λ).
+
+Nothing needs to have converged, so step sizes, schedules and starts can be learned.
+"""
+
+from ._reverse import Unrolled, reverse
+
+__all__ = ["reverse", "Unrolled"]
