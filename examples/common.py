@@ -60,7 +60,7 @@ def record(config: Common) -> dict[str, Any]:
 
 
 def save(config: Common, title: str, table: str, figure: Figure, results: Any) -> None:
-    """Write <name>.json (results and how they were made), <name>.png, and <name>.md (table, picture, how); print the table."""
+    """Write <name>.json (results and how they were made), .png and .md (table, picture, how); print the table."""
     name = _name(type(config))
     config.output.mkdir(parents=True, exist_ok=True)
     made = record(config)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._steps import Run, State, same, set_random_state
 from .._vector import PyTree
 from ..implicit import random_state_kept_on_error
+from ._steps import Run, State, same, set_random_state
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 NO_REPLAY = (
