@@ -57,7 +57,7 @@ def finite_differences(
 ) -> Differences:
     """The hypergradient against D(t) = (f(λ + tu) − f(λ − tu)) / 2t, each f(λ) with the inner problem solved anew.
 
-        D = D(t/2) + (D(t/2) − D(t)) / 3,      error ≈ |D(t/2) − D(t)| / 3 + eps |f| / t
+        D = D(t/2) + (D(t/2) − D(t)) / 3,      error ≈ |D(t/2) − D(t)| / 3 + 10 eps |f| / t
 
     The first term of the error is that of D(t/2), so a smooth f is estimated far better than it says. An inner problem
     that `solve` leaves unsolved to τ adds about τ/t, which shows in the first term too.
@@ -94,6 +94,6 @@ def finite_differences(
         values = [[value(here + u * (sign * size)) for sign in (1, -1)] for size in (t, t / 2)]
         wide, narrow = ((plus - minus) / (2 * size) for (plus, minus), size in zip(values, (t, t / 2), strict=True))
         derivatives.append(narrow + (narrow - wide) / 3)
-        errors.append(abs(narrow - wide) / 3 + outer.eps * max(abs(x) for pair in values for x in pair) / t)
+        errors.append(abs(narrow - wide) / 3 + 10 * outer.eps * max(abs(x) for pair in values for x in pair) / t)
         along.append(float(given.dot(u)))
     return Differences(tuple(derivatives), tuple(errors), tuple(along), t)

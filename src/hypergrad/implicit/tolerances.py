@@ -1,7 +1,8 @@
 """Tolerances that fall from one outer step to the next: solve roughly as long as λ is far from its best value.
 
 The k-th outer step solves the inner problem and the adjoint system to a tolerance εₖ. With Σ εₖ < ∞, and step sizes
-that would do for exact gradients, λ converges to a stationary point.
+that would do for exact gradients, λ converges to a stationary point. The first, rough steps may warn of an
+`UnsolvedInnerProblem`, as they should.
 
     exponential  εₖ = first · factorᵏ       quadratic  εₖ = first / (k + 1)²       cubic  εₖ = first / (k + 1)³
 
