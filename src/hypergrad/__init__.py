@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import diff_optimizers, fixed_points, hypergradients, implicit, nn, operators, solvers, unroll
+from . import diagnostics, diff_optimizers, fixed_points, hypergradients, implicit, nn, operators, solvers, unroll
 from ._solution import HypergradientWarning, Solution, SolverError, Status
 from ._vector import Vector
 from .diff_optimizers import (
@@ -31,6 +31,8 @@ __all__ = [
     "Status",
     "SolverError",
     "HypergradientWarning",
+    # how good a hypergradient is, and what its problem is like
+    "diagnostics",
     # forward solvers of fixed points, and equilibrium layers
     "fixed_points",
     "nn",

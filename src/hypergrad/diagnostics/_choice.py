@@ -52,8 +52,9 @@ def solver_choice(s: Structure, accuracy: float = 1e-6) -> tuple[SolverChoice, .
         (MINRES); Paige and Saunders 1982 (LSQR).
 
     Example:
-        >>> found = operator_structure(hg.operators.matrix(torch.diag(torch.tensor([1.0, 4.0])), symmetric=True),
-        ...     torch.zeros(2))
+        >>> found = hg.diagnostics.operator_structure(
+        ...     hg.operators.matrix(torch.diag(torch.tensor([1.0, 4.0])), symmetric=True), torch.zeros(2)
+        ... )
         >>> [(c.solver, c.steps) for c in solver_choice(found, 1e-3)][:2]
         [('CG', 2), ('MINRES', 2)]
     """

@@ -14,6 +14,7 @@ from .. import operators
 from .._vector import Space, Vector
 from ..implicit import InnerProblem, Variables
 from ..operators import LinearOperator
+from ._modules import unchanged, visible_modules
 from ._spectrum import arnoldi, golub_kahan, growth, unseen
 
 Range: TypeAlias = tuple[float, float]
@@ -27,8 +28,8 @@ class Structure:
     """What m products with random vectors say of A, and of J = I − A (for a fixed point map, J = ∂₁Φ).
 
     A range (low, high) holds the number that it is named after; where `exact` is False, an outer end comes from the
-    random start: it fails with probability 1e-6, and may be infinite. The other ends are proven, up to rounding, but for
-    `radius_range`.
+    random start: it fails with probability 1e-6, and may be infinite. The other ends are proven, up to rounding, but
+    for `radius_range`.
 
     Attributes:
         n: unknowns (of each system).
@@ -136,7 +137,9 @@ def structure(
     probes: int = 3,
     seed: int = 0,
 ) -> Structure:
-    """The structure of A = ∇²₁₁g, I − ∂₁Φ or ∂₁F at (w, λ). Changes nothing of the user's, torch's random state neither.
+    """The structure of A = ∇²₁₁g, I − ∂₁Φ or ∂₁F at (w, λ).
+
+    Buffers of modules that the callables can be seen to use, and torch's random state, are put back.
 
     Args:
         params, hparams, inner_loss, fp_map, residual, symmetric, positive_definite, batch_dims: as in `implicit.grad`.
@@ -156,7 +159,8 @@ def structure(
     inner = InnerProblem.of(inner_loss, fp_map, residual)
     if not callable(inner.given):
         raise TypeError(f"{inner.kind} must be a callable of (params, hparams): an evaluated value has only one graph")
-    linearisation = inner.linearise(variables)
+    with unchanged(visible_modules(inner.given), variables.space.devices):
+        linearisation = inner.linearise(variables)
     # The operator is declared as little as possible: a wrong declaration would stand in for the transposed product.
     op = operators.adjoint(
         lambda: linearisation,
@@ -171,9 +175,7 @@ def structure(
     return replace(found, declared_symmetric=declared)
 
 
-def operator_structure(
-    op: LinearOperator, like: Any, *, steps: int = 50, probes: int = 3, seed: int = 0
-) -> Structure:
+def operator_structure(op: LinearOperator, like: Any, *, steps: int = 50, probes: int = 3, seed: int = 0) -> Structure:
     """The structure of an operator A.
 
     Arnoldi from a random vector (Lanczos with full reorthogonalisation where A is symmetric) gives Ritz values θ. For
@@ -223,12 +225,12 @@ def operator_structure(
     known |= {"eps": space.eps, "products": op.products - before}
     found = []
     for i, each in enumerate(asymmetry.reshape(-1).tolist()):
-        single = [None if x is None else x.reshape(-1, *x.shape[-2:])[i] for x in (h, own, shifted)]
+        small, of_a, of_j = (None if x is None else x.reshape(-1, *x.shape[-2:])[i] for x in (h, own, shifted))
         about = known | {"asymmetry": each, "system": i if space.batch_dims else None}
         if rate is None:
-            found.append(_symmetric(single[0], about))
+            found.append(_symmetric(small, about))
         else:
-            found.append(_general(*single, float(rate.reshape(-1)[i]), about))
+            found.append(_general(small, of_a, of_j, float(rate.reshape(-1)[i]), about))
     return max(found, key=lambda s: (s.negligible, s.condition))
 
 
