@@ -36,12 +36,12 @@ def solver_choice(s: Structure, accuracy: float = 1e-6) -> tuple[SolverChoice, .
         NormalCG, LSQR   2 ((κ − 1)/(κ + 1))^k       of the residual
         FixedPoint       ‖J‖^k of the error where ‖J‖ < 1, else about ρ(J)^k;   J = I − A
         Neumann          ((κ − 1)/(κ + 1))^k         of the error, A positive definite, η = 2/(λ_min + λ_max)
-        GMRES            the least of MINRES's (A symmetric) and ‖J‖^k, without restarts; else no bound but n steps
+        GMRES            MINRES's where A is symmetric, else ‖J‖^k; n steps at most; all without restarts
         BiCGStab         no bound
 
-    In exact arithmetic CG, MINRES, NormalCG, LSQR and GMRES (without restarts) end after n steps at the latest, so none
-    needs more by this table; with rounding an ill-conditioned system may. κ and ‖J‖ are those of the Structure: unless
-    it is `exact`, they may be larger in truth, and so may the steps.
+    These are bounds, and often far from sharp: in exact arithmetic CG, MINRES, NormalCG and LSQR end after n steps, and
+    where the spectrum is clustered sooner; rounding delays them. κ and ‖J‖ are those of the Structure: unless it is
+    `exact` they may be larger in truth, and so may the steps.
 
     Args:
         accuracy: ε in (0, 1), relative.
@@ -78,10 +78,6 @@ def rate_of(condition: float) -> float:
     return 1.0 if math.isinf(condition) else (condition - 1) / (condition + 1)
 
 
-def _at_most(steps: int | None, n: int) -> int:
-    return n if steps is None else min(steps, n)
-
-
 def _choice(solver: str, steps: int | None, why: str, cost: int = 1, more: int = 0) -> SolverChoice:
     return SolverChoice(solver, True, steps, None if steps is None else cost * steps + more, why)
 
@@ -103,7 +99,7 @@ def _cg(s: Structure, accuracy: float) -> SolverChoice:
         return _against("CG", _NOT_SYMMETRIC)
     if not _definite(s):
         return _against("CG", f"A is {s.definiteness}, not positive definite")
-    steps = _at_most(steps_needed(rate_of(math.sqrt(s.condition)), accuracy, 2.0), s.n)
+    steps = steps_needed(rate_of(math.sqrt(s.condition)), accuracy, 2.0)
     return _choice("CG", steps, "2 ((√κ−1)/(√κ+1))^k")
 
 
@@ -114,18 +110,18 @@ def _minres(s: Structure, accuracy: float) -> SolverChoice:
         return _choice("MINRES", None, _LEAST_SQUARES)
     if s.definiteness == "indefinite":
         half = steps_needed(rate_of(s.condition), accuracy, 2.0)
-        return _choice("MINRES", _at_most(None if half is None else 2 * half, s.n), "2 ((κ−1)/(κ+1))^⌊k/2⌋")
-    steps = _at_most(steps_needed(rate_of(math.sqrt(s.condition)), accuracy, 2.0), s.n)
+        return _choice("MINRES", None if half is None else 2 * half, "2 ((κ−1)/(κ+1))^⌊k/2⌋")
+    steps = steps_needed(rate_of(math.sqrt(s.condition)), accuracy, 2.0)
     return _choice("MINRES", steps, "2 ((√κ−1)/(√κ+1))^k")
 
 
 def _gmres(s: Structure, accuracy: float) -> SolverChoice:
     if s.singular:
         return _choice("GMRES", None, "A is singular: it may break down before a solution")
-    if s.symmetric:
-        return _choice("GMRES", _minres(s, accuracy).steps, "as MINRES, without restarts")
-    by_norm = steps_needed(s.contraction[0], accuracy)
+    by_norm = _minres(s, accuracy).steps if s.symmetric else steps_needed(s.contraction[0], accuracy)
     if by_norm is not None and by_norm < s.n:
+        if s.symmetric:
+            return _choice("GMRES", by_norm, "as MINRES, without restarts")
         return _choice("GMRES", by_norm, "‖J‖^k, without restarts")
     return _choice("GMRES", s.n, "n, without restarts: nothing better is known of a matrix like this")
 
@@ -140,7 +136,7 @@ def _normal(solver: str) -> Callable[[Structure, float], SolverChoice]:
     def make(s: Structure, accuracy: float) -> SolverChoice:
         if s.singular:
             return _choice(solver, None, _LEAST_SQUARES)
-        steps = _at_most(steps_needed(rate_of(s.condition), accuracy, 2.0), s.n)
+        steps = steps_needed(rate_of(s.condition), accuracy, 2.0)
         return _choice(solver, steps, "2 ((κ−1)/(κ+1))^k, the condition number being squared", cost=2)
 
     return make

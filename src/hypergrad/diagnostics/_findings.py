@@ -82,7 +82,7 @@ def findings(
 
     Returns: a tuple of Findings. Buffers of visible modules and torch's random state are put back.
     Raises: TypeError, ValueError as `implicit.grad` and `structure` do.
-    Cost: two evaluations of the outer loss; nine of the inner loss or map, with five products; those of `structure`.
+    Cost: two evaluations of the outer loss; eleven of the inner loss or map, with five products; those of `structure`.
 
     Example:
         >>> w, lam = torch.tensor([1.5, 0.0]), torch.tensor(1.0, requires_grad=True)
@@ -232,15 +232,19 @@ def _kink(point: Point) -> list[Finding]:
     eps = point.here.space.eps
     d, u = (point.here.random(point.generator) for _ in range(2))
     d, u = d * (point.size / d.norm()), u / u.norm()
-    base = point.here.space.pack(point.linearisation.vjp(u.leaves)).norm()
+
+    def look(step: float) -> tuple[Vector, Vector]:
+        """The value and a product at w + step · d, from a graph that is used before another evaluation."""
+        there = point.at(point.here + d * step)
+        return point.values(there), point.here.space.pack(there.vjp(u.leaves))
+
+    base = look(0.0)[1].norm()
     changes, jumps = [], []
     for step in (eps ** (1 / 3), eps**0.5):
-        sides = [point.at(point.here + d * (sign * step)) for sign in (1.0, -1.0)]
-        products = [point.here.space.pack(side.vjp(u.leaves)) for side in sides]
-        size = torch.maximum(base, torch.maximum(products[0].norm(), products[1].norm()))
-        changes.append(_ratio((products[0] - products[1]).norm(), size))
-        values = [point.values(side) for side in sides]
-        jumps.append(_ratio((values[0] - values[1]).norm(), size * point.size))
+        (value, product), (other_value, other_product) = look(step), look(-step)
+        size = torch.maximum(base, torch.maximum(product.norm(), other_product.norm()))
+        changes.append(_ratio((product - other_product).norm(), size))
+        jumps.append(_ratio((value - other_value).norm(), size * point.size))
     # Of several systems the one that shows it most.
     turned = _largest(torch.where(changes[1] > 0.5 * changes[0], changes[1], 0.0))
     jumped = _largest(torch.where(jumps[1] > 0.5 * jumps[0], jumps[1] / (30 * eps**0.5), 0.0))

@@ -161,18 +161,17 @@ def structure(
         raise TypeError(f"{inner.kind} must be a callable of (params, hparams): an evaluated value has only one graph")
     with unchanged(visible_modules(inner.given), variables.space.devices):
         linearisation = inner.linearise(variables)
-    # The operator is declared as little as possible: a wrong declaration would stand in for the transposed product.
-    op = operators.adjoint(
-        lambda: linearisation,
-        fixed_point=inner.kind == "fp_map",
-        symmetric=inner.kind == "inner_loss",
-        positive_definite=False,
-        batch_dims=batch_dims,
-    )
-    declared = symmetric or positive_definite or inner.kind == "inner_loss"
-    like = variables.space.pack([leaf.detach() for leaf in variables.given])
-    found = operator_structure(op, like, steps=steps, probes=probes, seed=seed)
-    return replace(found, declared_symmetric=declared)
+        # Declared as little as possible: a wrong declaration would stand in for the transposed product.
+        op = operators.adjoint(
+            lambda: linearisation,
+            fixed_point=inner.kind == "fp_map",
+            symmetric=inner.kind == "inner_loss",
+            positive_definite=False,
+            batch_dims=batch_dims,
+        )
+        like = variables.space.pack([leaf.detach() for leaf in variables.given])
+        found = operator_structure(op, like, steps=steps, probes=probes, seed=seed)
+    return replace(found, declared_symmetric=symmetric or positive_definite or inner.kind == "inner_loss")
 
 
 def operator_structure(op: LinearOperator, like: Any, *, steps: int = 50, probes: int = 3, seed: int = 0) -> Structure:
@@ -272,7 +271,7 @@ def _symmetric(h: Any, about: dict[str, Any]) -> Structure:
     size, top = max(abs(low), abs(high)), max(abs(lowest[0]), abs(highest[1]))
     values = torch.linalg.svdvals(h)  # of A V_m, so none is below the least of A
     negligible = _negligible(values, n, eps)
-    least = min(float(values.min()), low if low > 0 else -high if high < 0 else math.inf)
+    least = float(values.min())
     surely = lowest[0] if lowest[0] > 0 else -highest[1] if highest[1] < 0 else least if m == n else 0.0
     radius = max(abs(1 - low), abs(1 - high))
     radius_range = (radius, max(abs(1 - lowest[0]), abs(1 - highest[1])))
