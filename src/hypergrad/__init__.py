@@ -3,7 +3,16 @@
 from importlib.metadata import version
 
 from . import diagnostics, diff_optimizers, fixed_points, hypergradients, implicit, nn, operators, solvers, unroll
-from ._solution import HypergradientWarning, Solution, SolverError, Status
+from ._solution import (
+    HypergradientWarning,
+    InaccurateHypergradient,
+    NotConverged,
+    NotFinite,
+    Solution,
+    SolverError,
+    Status,
+    UnsolvedInnerProblem,
+)
 from ._vector import Vector
 from .diff_optimizers import (
     DifferentiableOptimizer,
@@ -31,7 +40,11 @@ __all__ = [
     "Status",
     "SolverError",
     "HypergradientWarning",
-    # how good a hypergradient is, and what its problem is like
+    "NotConverged",
+    "NotFinite",
+    "UnsolvedInnerProblem",
+    "InaccurateHypergradient",
+    # how wrong a hypergradient is
     "diagnostics",
     # forward solvers of fixed points, and equilibrium layers
     "fixed_points",

@@ -1,7 +1,34 @@
-"""What a hypergradient's problem is like: structure, findings, pictures."""
+"""How wrong a hypergradient is, and why: an estimate, a bound, finite differences, what its problem is like."""
 
+from ._bound import Constants, Truncation, bound, truncation
 from ._choice import SolverChoice, solver_choice
+from ._differences import Differences, finite_differences
+from ._error import Estimate, estimate
 from ._findings import Finding, findings
+from ._report import Report, check
 from ._structure import Structure, operator_structure, structure
 
-__all__ = ["Structure", "structure", "operator_structure", "SolverChoice", "solver_choice", "Finding", "findings"]
+__all__ = [
+    "check",
+    "Report",
+    # the error, estimated
+    "Estimate",
+    "estimate",
+    # the error, bounded by declared constants
+    "Constants",
+    "bound",
+    "Truncation",
+    "truncation",
+    # the error, by finite differences
+    "Differences",
+    "finite_differences",
+    # the linear system, and what solves it
+    "Structure",
+    "structure",
+    "operator_structure",
+    "SolverChoice",
+    "solver_choice",
+    # what is wrong
+    "Finding",
+    "findings",
+]
