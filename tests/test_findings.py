@@ -59,6 +59,17 @@ def test_nothing_is_wrong_with_the_reference_problems(name, seed):
         assert [each.name for each in found] in ([], ["rounding floor"][: p.condition > 1e4])
 
 
+@pytest.mark.parametrize("name", [n for n in PROBLEMS if n != "equilibrium"])
+def test_the_reference_problems_in_float32(name):
+    """At solutions rounded to float32 the residual is rounding, and the distance that of their condition."""
+    p = problem_at(name, dtype=torch.float32)
+    for form in forms(p):
+        given = {"params": p.params, "hparams": p.hparams, form: getattr(p, form)}
+        found = findings(p.outer_loss, symmetric=p.symmetric, batch_dims=p.batch_dims, **given)
+        assert [each.name for each in found] == ["singular"] * (p.condition > 1e4) + ["rounding floor"]
+        assert 1e-8 < found[-1].numbers["distance"] < 10 * p.condition * torch.finfo(torch.float32).eps
+
+
 # --- the system -------------------------------------------------------------------------------------------------------
 
 

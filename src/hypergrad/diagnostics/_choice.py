@@ -55,8 +55,8 @@ def solver_choice(s: Structure, accuracy: float = 1e-6) -> tuple[SolverChoice, .
         >>> found = hg.diagnostics.operator_structure(
         ...     hg.operators.matrix(torch.diag(torch.tensor([1.0, 4.0])), symmetric=True), torch.zeros(2)
         ... )
-        >>> [(c.solver, c.steps) for c in solver_choice(found, 1e-3)][:2]
-        [('CG', 2), ('MINRES', 2)]
+        >>> next(c.steps for c in solver_choice(found, 1e-3) if c.solver == "CG")
+        7
     """
     if not 0 < accuracy < 1:
         raise ValueError(f"accuracy must lie between 0 and 1, got {accuracy!r}")

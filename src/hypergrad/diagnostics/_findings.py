@@ -13,9 +13,9 @@ from torch import Tensor
 from .. import _autodiff
 from .._autodiff import Linearisation, as_scalar
 from .._vector import Vector, flatten
-from ..implicit import InnerProblem, Variables
+from ..implicit import InnerProblem, Problem, Variables
 from ._modules import active_dropout, random_state, unchanged, visible_modules
-from ._structure import Structure, structure
+from ._structure import Structure, structure_of
 
 REPEATABLE = 1e3  # eps: two evaluations that differ by more are not the same map
 ROUNDING = 10.0  # a residual below so many times what one unit in the last place of w changes is rounding
@@ -93,32 +93,38 @@ def findings(
         ['singular']
     """
     inner = InnerProblem.of(inner_loss, fp_map, residual)
-    for name, given in (("outer_loss", outer_loss), (inner.kind, inner.given)):
+    problem = Problem(outer_loss, inner, params, hparams, symmetric, positive_definite, batch_dims=batch_dims)
+    return findings_of(problem, found=found, seed=seed)
+
+
+def findings_of(problem: Problem, *, found: Structure | None = None, seed: int = 0) -> tuple[Finding, ...]:
+    """As `findings`, of a Problem; of one that is declared stochastic one draw is looked at, and that is no finding."""
+    inner, variables = problem.inner, problem.variables
+    for name, given in (("outer_loss", problem.outer_loss), (inner.kind, inner.given)):
         if not callable(given):
             raise TypeError(f"{name} must be a callable of (params, hparams), got {type(given).__name__}")
-    problem: dict[str, Any] = {inner.kind: inner.given, "symmetric": symmetric, "positive_definite": positive_definite}
-    variables = Variables(params, hparams, batch_dims)
-    with unchanged(visible_modules(outer_loss, inner.given), variables.space.devices):
-        point = Point(outer_loss, inner, variables, torch.Generator().manual_seed(seed))
-        random = _random(point, outer=False)
-        every = [*random, *_random(point, outer=True), *_ignored_params(point), *_unreached_hparams(point)]
+    with unchanged(visible_modules(problem.outer_loss, inner.given), variables.space.devices):
+        place = Place(problem, variables, torch.Generator().manual_seed(seed))
+        random = [] if problem.stochastic else _random(place, outer=False)
+        every = [*random, *_random(place, outer=True), *_ignored_params(place), *_unreached_hparams(place)]
         if found is None:
-            found = structure(params=params, hparams=hparams, batch_dims=batch_dims, seed=seed, **problem)
-        every += _system(found, inner.kind, positive_definite)
-        if not random:
-            every += [*_kink(point), *_floor(point, found)]
+            found = structure_of(problem, seed=seed)
+        every += _system(found, inner.kind, problem.positive_definite)
+        if not random and not problem.stochastic:
+            every += [*_kink(place), *_floor(place, found)]
     return tuple(every)
 
 
-class Point:
-    """The problem at (w, λ), and at other w."""
+class Place:
+    """A problem at (w, λ), and at other w."""
 
-    def __init__(self, outer_loss: Any, inner: InnerProblem, variables: Variables, generator: torch.Generator):
-        self.outer_loss, self.inner, self.variables, self.generator = outer_loss, inner, variables, generator
+    def __init__(self, problem: Problem, variables: Variables, generator: torch.Generator):
+        self.outer_loss, self.inner = problem.outer_loss, problem.inner
+        self.variables, self.generator = variables, generator
         self.here = variables.space.pack([leaf.detach() for leaf in variables.given])
         size = self.here.norm()
         self.size = torch.where(size > 0, size, 1.0)
-        self.linearisation = inner.linearise(variables)
+        self.linearisation = self.inner.linearise(variables)
 
     def at(self, w: Vector) -> Linearisation:
         """The graph of ∇₁g, Φ or F at w."""
@@ -140,20 +146,20 @@ class Point:
         return loss
 
 
-def _random(point: Point, *, outer: bool) -> list[Finding]:
-    name = "outer_loss" if outer else point.inner.kind
-    devices = point.here.space.devices
+def _random(place: Place, *, outer: bool) -> list[Finding]:
+    name = "outer_loss" if outer else place.inner.kind
+    devices = place.here.space.devices
     before = random_state(devices)
     first, second = (
-        point.outer().detach().reshape(1) if outer else point.values(point.at(point.here)).flat() for _ in range(2)
+        place.outer().detach().reshape(1) if outer else place.values(place.at(place.here)).flat() for _ in range(2)
     )
     moved = random_state(devices) != before
     size = torch.maximum(first.norm(), second.norm())
     difference = _largest(_ratio((first - second).norm(), size))
-    if not difference > REPEATABLE * point.here.space.eps:
+    if not difference > REPEATABLE * place.here.space.eps:
         return []
     numbers = {"difference": difference}
-    given = point.outer_loss if outer else point.inner.given
+    given = place.outer_loss if outer else place.inner.given
     dropping = active_dropout(visible_modules(given))
     if dropping and moved:
         text = (
@@ -167,8 +173,8 @@ def _random(point: Point, *, outer: bool) -> list[Finding]:
     return [Finding("stochastic", text, numbers)]
 
 
-def _ignored_params(point: Point) -> list[Finding]:
-    if _autodiff.depends([point.outer()], point.variables.leaves):
+def _ignored_params(place: Place) -> list[Finding]:
+    if _autodiff.depends([place.outer()], place.variables.leaves):
         return []
     text = (
         "outer_loss does not depend on params, so nothing goes through the inner problem: was it computed from other "
@@ -177,13 +183,13 @@ def _ignored_params(point: Point) -> list[Finding]:
     return [Finding("outer loss ignores params", text)]
 
 
-def _unreached_hparams(point: Point) -> list[Finding]:
-    leaves, names, _ = flatten(point.variables.hparams, "hparams")
-    outputs = [*point.linearisation.outputs, point.outer()]
+def _unreached_hparams(place: Place) -> list[Finding]:
+    leaves, names, _ = flatten(place.variables.hparams, "hparams")
+    outputs = [*place.linearisation.outputs, place.outer()]
     found = []
     for leaf, name in zip(leaves, names, strict=True):
         if leaf.requires_grad and not _autodiff.depends(outputs, [leaf]):
-            what = "∇₁ of inner_loss" if point.inner.kind == "inner_loss" else point.inner.kind
+            what = "∇₁ of inner_loss" if place.inner.kind == "inner_loss" else place.inner.kind
             text = f"{name} stands neither in {what} nor in outer_loss, so its hypergradient is zero; leave it out?"
             found.append(Finding("hyperparameter reaches nothing", text))
     return found
@@ -228,15 +234,15 @@ def _system(s: Structure, kind: str, positive_definite: bool) -> list[Finding]:
     return found
 
 
-def _kink(point: Point) -> list[Finding]:
-    eps = point.here.space.eps
-    d, u = (point.here.random(point.generator) for _ in range(2))
-    d, u = d * (point.size / d.norm()), u / u.norm()
+def _kink(place: Place) -> list[Finding]:
+    eps = place.here.space.eps
+    d, u = (place.here.random(place.generator) for _ in range(2))
+    d, u = d * (place.size / d.norm()), u / u.norm()
 
     def look(step: float) -> tuple[Vector, Vector]:
         """The value and a product at w + step · d, from a graph that is used before another evaluation."""
-        there = point.at(point.here + d * step)
-        return point.values(there), point.here.space.pack(there.vjp(u.leaves))
+        there = place.at(place.here + d * step)
+        return place.values(there), place.here.space.pack(there.vjp(u.leaves))
 
     base = look(0.0)[1].norm()
     changes, jumps = [], []
@@ -244,11 +250,11 @@ def _kink(point: Point) -> list[Finding]:
         (value, product), (other_value, other_product) = look(step), look(-step)
         size = torch.maximum(base, torch.maximum(product.norm(), other_product.norm()))
         changes.append(_ratio((product - other_product).norm(), size))
-        jumps.append(_ratio((value - other_value).norm(), size * point.size))
+        jumps.append(_ratio((value - other_value).norm(), size * place.size))
     # Of several systems the one that shows it most.
     turned = _largest(torch.where(changes[1] > 0.5 * changes[0], changes[1], 0.0))
     jumped = _largest(torch.where(jumps[1] > 0.5 * jumps[0], jumps[1] / (30 * eps**0.5), 0.0))
-    what = {"inner_loss": "∇₁ of inner_loss"}.get(point.inner.kind, point.inner.kind)
+    what = {"inner_loss": "∇₁ of inner_loss"}.get(place.inner.kind, place.inner.kind)
     remedy = "an implicit derivative there is one of several; smooth the map (softplus for relu), or move off the kink"
     if jumped > 1:
         text = f"{what} itself jumps at params (by {_largest(jumps[1]):.1e} of ‖A‖ ‖w‖ in a random direction): {remedy}"
@@ -259,17 +265,17 @@ def _kink(point: Point) -> list[Finding]:
     return []
 
 
-def _floor(point: Point, s: Structure) -> list[Finding]:
-    here = point.residual(point.here)
+def _floor(place: Place, s: Structure) -> list[Finding]:
+    here = place.residual(place.here)
     least, noise = here.norm(), here.norm() * 0
     for _ in range(3):
-        moved = point.here.space.pack([_nudged(x, point.generator) for x in point.here.leaves])
-        noise = torch.maximum(noise, (point.residual(moved) - here).norm())
+        moved = place.here.space.pack([_nudged(x, place.generator) for x in place.here.leaves])
+        noise = torch.maximum(noise, (place.residual(moved) - here).norm())
     at_floor = bool((least <= ROUNDING * noise).all())
-    away = _largest(noise / point.size) / max(s.least[1], s.tolerance) if s.norm[0] > 0 else math.inf
+    away = _largest(noise / place.size) / max(s.least[1], s.tolerance) if s.norm[0] > 0 else math.inf
     if not at_floor or not away > HARMLESS:
         return []
-    dtype = str(point.here.space.dtype).removeprefix("torch.")
+    dtype = str(place.here.space.dtype).removeprefix("torch.")
     text = (
         f"the inner residual, {_largest(least):.1e}, is rounding in {dtype}: params changed in their last digit change "
         f"it by {_largest(noise):.1e}. It cannot fall further, and params may be {away:.1e} of their norm away from "

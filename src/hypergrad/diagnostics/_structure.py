@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import operators
 from .._vector import Space, Vector
-from ..implicit import InnerProblem, Variables
+from ..implicit import InnerProblem, Problem
 from ..operators import LinearOperator
 from ._modules import unchanged, visible_modules
 from ._spectrum import arnoldi, golub_kahan, growth, unseen
@@ -155,8 +155,14 @@ def structure(
         >>> found.definiteness, [round(x, 4) for x in found.eigenvalues]
         ('indefinite', [-3.0, 1.0])
     """
-    variables = Variables(params, hparams, batch_dims)
     inner = InnerProblem.of(inner_loss, fp_map, residual)
+    problem = Problem(None, inner, params, hparams, symmetric, positive_definite, batch_dims=batch_dims)
+    return structure_of(problem, steps=steps, probes=probes, seed=seed)
+
+
+def structure_of(problem: Problem, *, steps: int = 50, probes: int = 3, seed: int = 0) -> Structure:
+    """As `structure`, of a Problem."""
+    inner, variables = problem.inner, problem.variables
     if not callable(inner.given):
         raise TypeError(f"{inner.kind} must be a callable of (params, hparams): an evaluated value has only one graph")
     with unchanged(visible_modules(inner.given), variables.space.devices):
@@ -164,14 +170,15 @@ def structure(
         # Declared as little as possible: a wrong declaration would stand in for the transposed product.
         op = operators.adjoint(
             lambda: linearisation,
-            fixed_point=inner.kind == "fp_map",
+            fixed_point=problem.fixed_point,
             symmetric=inner.kind == "inner_loss",
             positive_definite=False,
-            batch_dims=batch_dims,
+            batch_dims=problem.batch_dims,
         )
         like = variables.space.pack([leaf.detach() for leaf in variables.given])
         found = operator_structure(op, like, steps=steps, probes=probes, seed=seed)
-    return replace(found, declared_symmetric=symmetric or positive_definite or inner.kind == "inner_loss")
+    declared = problem.symmetric or problem.positive_definite or inner.kind == "inner_loss"
+    return replace(found, declared_symmetric=declared)
 
 
 def operator_structure(op: LinearOperator, like: Any, *, steps: int = 50, probes: int = 3, seed: int = 0) -> Structure:
