@@ -5,6 +5,7 @@ from ._choice import SolverChoice, solver_choice
 from ._differences import Differences, finite_differences
 from ._error import Estimate, estimate
 from ._findings import Finding, findings
+from ._plots import plot_convergence, plot_differences, plot_report, plot_spectrum
 from ._report import Report, check
 from ._structure import Structure, operator_structure, structure
 
@@ -31,4 +32,9 @@ __all__ = [
     # what is wrong
     "Finding",
     "findings",
+    # pictures
+    "plot_convergence",
+    "plot_spectrum",
+    "plot_differences",
+    "plot_report",
 ]
