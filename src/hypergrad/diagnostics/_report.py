@@ -201,7 +201,7 @@ def _problem(
     return replace(
         first,
         outer_loss=parts["outer_loss"],
-        inner=form,
+        inner=form.exact,
         params=parts["params"],
         hparams=parts["hparams"],
         symmetric=first.symmetric or symmetric or form.kind == "inner_loss",
