@@ -14,8 +14,8 @@ from ..implicit import Hypergradient, Problem
 from ..implicit._problem import InnerProblem
 from ..solvers._solver import Solver
 from ..unroll import Unrolled
-from ._bound import Constants, bound
 from ._advice import advice, contraction
+from ._bound import Constants, bound
 from ._differences import Differences, finite_differences
 from ._error import Estimate, estimate
 from ._findings import Finding, findings_of
