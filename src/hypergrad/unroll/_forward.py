@@ -26,8 +26,8 @@ NO_DERIVATIVE = (
 )
 NOT_ADJOINT = (
     "the derivative of step and its transpose disagree (⟨c, ∂Φ u⟩ = {:.6e}, ⟨∂Φᵀ c, u⟩ = {:.6e}): the backward of an "
-    "autograd.Function in step is not differentiable (does it use .data, .detach() or no_grad?), or step overflows. "
-    "Use unroll.reverse, which does not differentiate it"
+    "autograd.Function in step is not differentiable (once_differentiable, .data, .detach() or no_grad in it?), or "
+    "step overflows. Use unroll.reverse, which does not differentiate it"
 )
 
 
@@ -201,7 +201,7 @@ def forward(
     Cost: for each step its evaluation, a reverse pass with a graph, and a reverse pass through that for each tangent
         (vectorised over a chunk). Memory: three iterates a tangent, the graph of one step, and `chunk` times the
         working memory of its reverse pass. While some hyperparameters have reached nothing yet, one device
-        synchronisation a step; two in the first steps, where the derivative is compared with its transpose.
+        synchronisation a step. At t = 0, 1, 2, 4, 8, … the derivative is compared with its transpose.
     Source: Franceschi et al. 2017, section 3.2 (forward-HG) and 3.3 (real-time, RTHO); Micaelli and Storkey 2021
         (sharing over windows, FDS; they divide the result by the length of the window, here it is the gradient);
         Baydin et al. 2022 and Silver et al. 2021 (random directions, there one of them, normal).
@@ -237,7 +237,7 @@ def forward(
         for t in range(begin, begin + steps):
             leaves = [leaf(x) for x in tensors]
             outputs, rebuild = run.evaluate(leaves, rebuild, t)
-            tangents = push(tangents, leaves, outputs, check=t < 2)
+            tangents = push(tangents, leaves, outputs, check=t & (t - 1) == 0)
             tensors = [x.detach() for x in outputs]
             del leaves, outputs
         # What step gave may be a leaf of hparams, which will be updated in place.
@@ -289,15 +289,13 @@ class _Push:
             tangents = _begun(tangents, linear.pulled[len(inputs) :])
             pushed = self._columns(linear, tangents, len(inputs))
         except RuntimeError as error:
-            if any(words in str(error) for words in ("derivative for", "once_differentiable", "double backward")):
+            if any(words in str(error) for words in ("derivative for", "double backward")):
                 raise RuntimeError(NO_DERIVATIVE.format(error)) from error
             raise
         if check and len(tangents.rows):
-            first = [
-                *(z[0] for z in tangents.leaves[: len(inputs)]),
-                *(u[0] for u in tangents.directions.at(tangents.rows[:1])),
-            ]
-            _check_adjoint(self.probe, [z[0] for z in pushed], linear.pulled, first)
+            last = slice(-self.chunk, None)
+            columns = [*(z[last] for z in tangents.leaves[: len(inputs)]), *tangents.directions.at(tangents.rows[last])]
+            _check_adjoint(self.probe, [z[last] for z in pushed], linear.pulled, columns)
         return Tangents(tangents.directions, tangents.rows, pushed, tangents.reached)
 
     def _columns(self, linear: Linearisation, tangents: Tangents, inputs: int) -> list[Tensor]:
@@ -331,24 +329,25 @@ def _begun(tangents: Tangents, pulled: Sequence[Tensor | None]) -> Tangents:
 
 
 def _check_adjoint(
-    probe: Sequence[Tensor], pushed: Sequence[Tensor], pulled: Sequence[Tensor | None], column: Sequence[Tensor]
+    probe: Sequence[Tensor], pushed: Sequence[Tensor], pulled: Sequence[Tensor | None], columns: Sequence[Tensor]
 ) -> None:
-    """⟨c, ∂Φ u⟩ = ⟨∂Φᵀ c, u⟩, unless the reverse pass hides from autograd how it depends on c."""
-    sides = [
-        list(zip(probe, pushed, strict=True)),
-        [(g, u) for g, u in zip(pulled, column, strict=True) if g is not None],
-    ]
-    (left, left_scale), (right, right_scale) = (_dot(pairs) for pairs in sides)
+    """⟨c, ∂Φ u⟩ = ⟨∂Φᵀ c, u⟩ for the sum u of columns; not so where a reverse pass hides how it depends on c."""
+    left, left_scale = _dot(probe, pushed)
+    right, right_scale = _dot(pulled, columns)
     eps = max(torch.finfo(c.dtype).eps for c in probe)
     if abs(left - right) > eps**0.25 * (left_scale + right_scale):
         raise RuntimeError(NOT_ADJOINT.format(left, right))
 
 
-def _dot(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Σ xᵢyᵢ, and the size that it has with random signs."""
-    wide = [torch.promote_types(x.dtype, torch.float32) for x, _ in pairs]
-    products = [x.detach().to(dtype) * y.to(dtype) for (x, y), dtype in zip(pairs, wide, strict=True)]
-    return float(sum(p.sum().cpu() for p in products)), float(sum(p.square().sum().cpu() for p in products)) ** 0.5
+def _dot(xs: Sequence[Tensor | None], columns: Sequence[Tensor]) -> tuple[float, float]:
+    """⟨x, Σ columns⟩, and the size that it has with random signs."""
+    total = square = 0.0
+    for x, each in zip(xs, columns, strict=True):
+        if x is not None:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            product = x.detach().to(wide) * each.sum(0, dtype=wide)
+            total, square = total + float(product.sum()), square + float(product.square().sum())
+    return total, square**0.5
 
 
 def _slopes(tangents: Tangents, alpha: Sequence[Tensor]) -> Tensor:
