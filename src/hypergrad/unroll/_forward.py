@@ -161,7 +161,8 @@ def forward(
 
     Sharing: a schedule with one value for each window of steps, λ[t // length], has few hyperparameters however many
     steps there are. The tangent of a hyperparameter costs nothing before the first step that depends on it, so windows
-    one after the other cost half of what as many hyperparameters cost that act from the start.
+    one after the other have half as many tangents to push as hyperparameters that act from the start. In an update rule
+    write `PerStep(λ.repeat_interleave(length))`. What mixes the entries of λ, such as a softmax, begins all tangents.
 
     Many hyperparameters: with `directions=k`, h = Zᵀ∇₁E is estimated along k vectors u of random signs,
 
@@ -199,12 +200,13 @@ def forward(
     Warns: HypergradientWarning where a leaf of hparams is reached by nothing (a learning rate read with .item(), say),
         and where the result is not finite (steps that diverge).
     Cost: for each step its evaluation, a reverse pass with a graph, and a reverse pass through that for each tangent
-        (vectorised over a chunk). Memory: three iterates a tangent, the graph of one step, and `chunk` times the
-        working memory of its reverse pass. While some hyperparameters have reached nothing yet, one device
-        synchronisation a step. At t = 0, 1, 2, 4, 8, … the derivative is compared with its transpose.
+        (vectorised over a chunk): measured, 2.3 + 1.5k times the step alone for k tangents of an MLP's 270,000
+        weights. Memory: three iterates a tangent, the graph of one step, and `chunk` times the working memory of its
+        reverse pass. While some hyperparameters have reached nothing yet, one device synchronisation a step. At t = 0,
+        1, 2, 4, 8, … the derivative is compared with its transpose.
     Source: Franceschi et al. 2017, section 3.2 (forward-HG) and 3.3 (real-time, RTHO); Micaelli and Storkey 2021
         (sharing over windows, FDS; they divide the result by the length of the window, here it is the gradient);
-        Baydin et al. 2022 and Silver et al. 2021 (random directions, there one of them, normal).
+        Baydin et al. 2022 and Silver et al. 2022 (random directions).
 
     Example:
         w ← w / 2 + λ from 0 gives w₃ = 1.75 λ, and three steps later w₆ = 1.96875 λ.
@@ -277,9 +279,9 @@ class _Push:
             leaves=[x.new_empty(0, *x.shape) for x in self.floats],
             reached=[False] * len(hparams),
         )
-        return (
-            self(tangents, [], self.run.start, check=True) if _autodiff.depends(self.run.start, hparams) else tangents
-        )
+        if not _autodiff.depends(self.run.start, hparams):
+            return tangents
+        return self(tangents, [], self.run.start, check=True)
 
     def __call__(self, tangents: Tangents, leaves: list[Tensor], outputs: list[Tensor], check: bool) -> Tangents:
         inputs = [x for x in leaves if x.requires_grad]
