@@ -443,12 +443,13 @@ def test_narrow_dtypes(dtype):
     assert max(error) < (1e-4 if dtype is torch.float32 else 0.3)
 
 
-def test_half_precision_hides_no_hyperparameter():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_hides_no_hyperparameter(dtype):
     """Where the probe's products cancel, as in half precision they may by chance, the tangent begins all the same."""
-    start, lam = torch.ones(2, dtype=torch.bfloat16), torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)
+    start, lam = torch.ones(2, dtype=torch.bfloat16), torch.tensor(0.5, dtype=dtype, requires_grad=True)
     probe = torch.randn(2, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     column = torch.stack([probe[1], -probe[0]])
-    result = forward(lambda w, lam: w + lam * column, start, lam, lambda w, lam: w[0] * 2, 1)
+    result = forward(lambda w, lam: w + lam.bfloat16() * column, start, lam, lambda w, lam: w[0] * 2, 1)
     assert result.grads == 2 * column[0] != 0
 
 

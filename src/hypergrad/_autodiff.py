@@ -189,6 +189,7 @@ class Linearisation:
         outputs: the leaves of F, with their graph.
         params: the leaves of w in that graph.
         hparams: the leaves of λ that require grad.
+        curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
         probe: the c at which `pulled` is taken, like outputs; zeros by default.
     """
 
@@ -197,26 +198,35 @@ class Linearisation:
         outputs: Sequence[Tensor],
         params: Sequence[Tensor],
         hparams: Sequence[Tensor] = (),
+        curvature: Callable[[Sequence[Tensor], bool], list[Tensor]] | None = None,
         probe: Sequence[Tensor] | None = None,
     ):
         self.outputs = outputs
         self.params = params
         self.hparams = hparams
+        self.curvature = curvature
         self.probe = probe
         self._transposed: tuple[list[Tensor], list[Tensor | None]] | None = None
 
     def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v: one retained reverse pass."""
-        return grad(self.outputs, self.params, v, retain_graph=True)
+        return self._pull(v, batched=False)
 
     def vjp_many(self, vs: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v for a stack [m, *shape] of v: one vectorised pass, or a loop where torch has none."""
-        return many(self.vjp, lambda v: grad(self.outputs, self.params, v, retain_graph=True, batched=True), vs)
+        return many(self.vjp, lambda vs: self._pull(vs, batched=True), vs)
+
+    def _pull(self, v: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        if self.curvature is not None:
+            return self.curvature(v, batched)
+        return grad(self.outputs, self.params, v, retain_graph=True, batched=batched)
 
     def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
         """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass. Without retain_graph the last: the graph is freed on the way."""
         # Between hparams that one network computes torch would free the network's graph as well.
         retain_graph = retain_graph or not all(x.is_leaf for x in self.hparams)
+        if self.curvature is not None:
+            return self.curvature(v, False), grad(self.outputs, self.hparams, v, retain_graph=retain_graph)
         both = grad(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
         return both[: len(self.params)], both[len(self.params) :]
 
@@ -234,9 +244,11 @@ class Linearisation:
 
     def jvp_many(self, us: Sequence[Tensor]) -> list[Tensor]:
         """∂₁F u for a stack [m, *shape] of u."""
-        return many(self.jvp, lambda u: self._push(u, batched=True), us)
+        return many(self.jvp, lambda us: self._push(us, batched=True), us)
 
     def _push(self, u: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        if self.curvature is not None:
+            return self.curvature(u, batched)
         cotangents, pulled = self._transpose()
         outputs = [x.detach() if y is None else y for x, y in zip(self.params, pulled, strict=True)]
         return grad(outputs, cotangents, u, retain_graph=True, batched=batched)

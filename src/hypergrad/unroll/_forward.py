@@ -61,11 +61,11 @@ class Directions:
         parts = zip(unit.split(self.sizes, 1), self.kinds, strict=True)
         return [part.reshape(len(rows), *shape).to(device=dev, dtype=dt) for part, (shape, dt, dev) in parts]
 
-    def met(self, pulled: Sequence[Tensor | None]) -> Tensor:
+    def met(self, pulled: Sequence[Tensor | None], half: bool) -> Tensor:
         """Which columns u have ∂₂Φ u ≠ 0, by ∂₂Φᵀc for a random c: an entry is 0 where its column of ∂₂Φ is."""
         hit = []
         for g, size in zip(pulled, self.sizes, strict=True):
-            if g is None or torch.finfo(g.dtype).bits < 32:  # in half precision an entry could be 0 by chance
+            if g is None or half:  # in half precision an entry could be 0 by chance
                 hit.append(torch.full((size,), g is not None))
             else:
                 hit.append((g.detach() != 0).reshape(-1).cpu())
@@ -263,6 +263,7 @@ class _Push:
     def __init__(self, run: Run, chunk: int | None):
         self.run = run
         self.floats = [x for x in run.start if x.is_floating_point()]
+        self.half = any(torch.finfo(x.dtype).bits < 32 for x in (*self.floats, *run.differentiated))
         self.chunk = chunk or max(1, PASS // max(1, sum(x.numel() for x in self.floats)))
         # Its own generator, for the user's random numbers must be those of a plain run.
         generator = torch.Generator().manual_seed(0)
@@ -288,7 +289,7 @@ class _Push:
         outputs = [y for y in outputs if y.is_floating_point()]
         linear = Linearisation(outputs, [*inputs, *self.run.differentiated], probe=self.probe)
         try:
-            tangents = _begun(tangents, linear.pulled[len(inputs) :])
+            tangents = _begun(tangents, linear.pulled[len(inputs) :], self.half)
             pushed = self._columns(linear, tangents, len(inputs))
         except RuntimeError as error:
             if any(words in str(error) for words in ("derivative for", "double backward")):
@@ -318,11 +319,11 @@ def _signs(like: Tensor, count: int, generator: torch.Generator | None) -> Tenso
     return torch.randint(0, 2, (count, *like.shape), generator=generator).mul_(2).sub_(1).to(like)
 
 
-def _begun(tangents: Tangents, pulled: Sequence[Tensor | None]) -> Tangents:
+def _begun(tangents: Tangents, pulled: Sequence[Tensor | None], half: bool) -> Tangents:
     """With zeros for the columns that this step is the first to depend on."""
     rows, leaves = tangents.rows, tangents.leaves
     if len(rows) < tangents.directions.count:
-        fresh = tangents.directions.met(pulled).index_fill(0, rows, False).nonzero().squeeze(1)
+        fresh = tangents.directions.met(pulled, half).index_fill(0, rows, False).nonzero().squeeze(1)
         if len(fresh):
             rows = torch.cat([rows, fresh])
             leaves = [torch.cat([z, z.new_zeros(len(fresh), *z.shape[1:])]) for z in leaves]
