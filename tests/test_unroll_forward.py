@@ -679,6 +679,7 @@ def resident():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+@pytest.mark.timeout(600)
 def test_a_hundred_thousand_steps():
     """Heavy ball of DESIGN section 7 at a rate for a long way: constant memory, and the recursion in NumPy."""
     steps, a = 100_000, np.linspace(0.1, 1.0, 10)

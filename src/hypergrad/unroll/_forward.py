@@ -265,6 +265,7 @@ class _Push:
         self.floats = [x for x in run.start if x.is_floating_point()]
         self.half = any(torch.finfo(x.dtype).bits < 32 for x in (*self.floats, *run.differentiated))
         self.chunk = chunk or max(1, PASS // max(1, sum(x.numel() for x in self.floats)))
+        self.kept: tuple[Tensor, list[Tensor]] | None = None
         # Its own generator, for the user's random numbers must be those of a plain run.
         generator = torch.Generator().manual_seed(0)
         self.probe = [torch.randn(x.shape, generator=generator).to(x) for x in self.floats]
@@ -297,15 +298,23 @@ class _Push:
             raise
         if check and len(tangents.rows):
             last = slice(-self.chunk, None)
-            columns = [*(z[last] for z in tangents.leaves[: len(inputs)]), *tangents.directions.at(tangents.rows[last])]
+            columns = [*(z[last] for z in tangents.leaves[: len(inputs)]), *self._directions(tangents, last)]
             _check_adjoint(self.probe, [z[last] for z in pushed], linear.pulled, columns)
         return Tangents(tangents.directions, tangents.rows, pushed, tangents.reached)
+
+    def _directions(self, tangents: Tangents, own: slice) -> list[Tensor]:
+        """Columns of U; made once while they are the same at each step."""
+        if len(tangents.rows) > self.chunk:
+            return tangents.directions.at(tangents.rows[own])
+        if self.kept is None or self.kept[0] is not tangents.rows:
+            self.kept = tangents.rows, tangents.directions.at(tangents.rows)
+        return self.kept[1]
 
     def _columns(self, linear: Linearisation, tangents: Tangents, inputs: int) -> list[Tensor]:
         parts = []
         for begin in range(0, len(tangents.rows), self.chunk):
             own = slice(begin, begin + self.chunk)
-            columns = [*(z[own] for z in tangents.leaves[:inputs]), *tangents.directions.at(tangents.rows[own])]
+            columns = [*(z[own] for z in tangents.leaves[:inputs]), *self._directions(tangents, own)]
             if len(columns[0]) == 1:
                 parts.append([z.unsqueeze(0) for z in linear.jvp([x[0] for x in columns])])
             else:
