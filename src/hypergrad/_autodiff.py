@@ -178,6 +178,11 @@ def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
+def cast(xs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the dtypes of others."""
+    return [x.to(y.dtype) for x, y in zip(xs, like, strict=True)]
+
+
 def scaled(xs: Sequence[Tensor], a: float) -> list[Tensor]:
     return list(xs) if a == 1 else [x * a for x in xs]
 

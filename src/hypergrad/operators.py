@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _autodiff
@@ -129,7 +130,6 @@ class LinearOperator:
         new.damping = self.damping + damping
         return new
 
-
     def low(self, dtype: torch.dtype) -> LinearOperator:
         """A with products in a lower precision, on the same vectors; its products count as A's.
 
@@ -244,6 +244,17 @@ def adjoint(
 
         return apply
 
+    def in_precision(dtype: torch.dtype) -> LinearOperator:
+        assert low is not None
+        reduced = low(dtype)
+
+        def apply(v: Vector) -> Vector:
+            pulled = reduced.vjp(_autodiff.cast(v.leaves, reduced.outputs))
+            image = v.space.pack(_autodiff.cast(pulled, v.leaves))
+            return v - image if fixed_point else image
+
+        return LinearOperator(apply, symmetric=symmetric, positive_definite=positive_definite, batch_dims=batch_dims)
+
     return LinearOperator(
         product(Linearisation.vjp),
         product(Linearisation.jvp),
@@ -253,6 +264,7 @@ def adjoint(
         many=products(Linearisation.vjp_many),
         many_transpose=products(Linearisation.jvp_many),
         contraction=(lambda v: v.space.pack(linearise().vjp(v.leaves))) if fixed_point else None,
+        low=None if low is None else in_precision,
     )
 
 

@@ -18,9 +18,9 @@ class Refined(IterativeSolver):
 
         r = b − A x,      x ← x + Ã⁻¹ r,      Ã = A in `dtype`
 
-    The error falls by about ‖Ã − A‖ ‖A⁻¹‖ (or by the rtol of `solver`, if that is larger) a correction, down to the full
-    precision. Where that is above 1 it ends as STAGNATED or DIVERGED, at the best iterate. It pays where products in the
-    low precision are much faster, as bfloat16 matrix products are on recent hardware.
+    The error falls by about ‖Ã − A‖ ‖A⁻¹‖ (or by the rtol of `solver`, if that is larger) a correction, down to the
+    full precision. Where that is above 1 it ends as STAGNATED or DIVERGED, at the best iterate. It pays where products
+    in the low precision are much faster, as bfloat16 matrix products (not matrix-vector ones) are on recent hardware.
 
     Args:
         dtype: of the products. torch.bfloat16 or torch.float16: the inner problem is evaluated under torch.autocast.
