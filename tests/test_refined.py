@@ -56,7 +56,9 @@ def test_products_are_counted():
 def test_a_batch():
     system = GRID["batch spd"]
     solution = S.Refined(rtol=1e-12, solver=inner(S.CG, rtol=1e-2), **SINGLE)(system.operator(), system.rhs())
-    assert solution.ok and np.all(system.residuals(solution.value.numpy()) <= 1.01e-12 * np.linalg.norm(system.b, axis=-1))
+    assert solution.ok and np.all(
+        system.residuals(solution.value.numpy()) <= 1.01e-12 * np.linalg.norm(system.b, axis=-1)
+    )
 
 
 def test_beyond_the_low_precision_it_says_so():

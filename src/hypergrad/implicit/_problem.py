@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autodiff, operators
+from .. import _autodiff, _compiled, operators
 from .._autodiff import Linearisation, as_scalar
 from .._vector import PyTree, Space, Vector, check_distinct, flatten
 from ..operators import GaussNewton
@@ -134,8 +134,8 @@ class InnerProblem:
             raise TypeError(f"GaussNewton is an inner_loss, and was passed as {kind}")
         return InnerProblem(kind, value)
 
-    def linearise(self, variables: Variables) -> Linearisation:
-        """The graph of ∇₁g, Φ or F at params and hparams."""
+    def linearise(self, variables: Variables, backend: str | None = None) -> Linearisation:
+        """The graph of ∇₁g, Φ or F at params and hparams; with a backend of torch.compile, products are compiled."""
         with torch.enable_grad():
             if isinstance(self.given, GaussNewton):
                 given = (variables.params, variables.hparams, variables.leaves, variables.differentiated)
@@ -148,7 +148,11 @@ class InnerProblem:
                 outputs = variables.space.check(value, f"the value of {self.kind}")
                 if callable(self.given):
                     variables.check_reached(outputs, self.kind)
-        return Linearisation(outputs, variables.leaves, variables.differentiated)
+        compiled = None
+        if backend is not None:
+            params, hparams, leaves = variables.copies(None)
+            compiled = _compiled.pull(self.given, self.kind, params, hparams, leaves, backend)
+        return Linearisation(outputs, variables.leaves, variables.differentiated, compiled=compiled)
 
     def in_precision(self, dtype: torch.dtype, variables: Variables) -> Linearisation:
         """The graph of ∇₁g, Φ or F in another dtype, for products with ∂₁F: under autocast for 16 bits, else cast."""
@@ -226,6 +230,7 @@ class Problem:
         symmetric, positive_definite: of A.
         stochastic: whether the inner problem is drawn anew at every product.
         batch_dims: 1 where A is block diagonal.
+        backend: of torch.compile, where products are compiled.
         versions: torch's counters of in-place changes of params and hparams at the time.
     """
 
@@ -237,6 +242,7 @@ class Problem:
     positive_definite: bool = False
     stochastic: bool = False
     batch_dims: int = 0
+    backend: str | None = None
     versions: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
@@ -274,7 +280,7 @@ class Point:
 
     def __init__(self, problem: Problem, variables: Variables, keep_outer: bool = True):
         self.problem, self.variables = problem, variables
-        self._kept = None if problem.stochastic else problem.inner.linearise(variables)
+        self._kept = None if problem.stochastic else problem.inner.linearise(variables, problem.backend)
         self.outer, self.b, self.direct = outer_gradients(problem.outer_loss, variables, keep_outer)
         repeatable = callable(problem.inner.given) and not problem.stochastic
         self.op = operators.adjoint(
