@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor
 
 from . import _autodiff
@@ -55,4 +56,4 @@ def pull(
 
 def _kept() -> Any:
     """A compiled backward pass may reuse the memory of what was saved for it, and then runs once only: not here."""
-    return torch._functorch.config.patch(donated_buffer=False)
+    return functorch.patch(donated_buffer=False)
