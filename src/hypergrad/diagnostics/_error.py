@@ -82,9 +82,9 @@ def estimate(
     """The error of grads, as a hypergradient of the problem.
 
     The first-order correction dh (see `implicit.grad`, polish) at the given params and adjoint is a first estimate.
-    Where it exceeds a hundredth of the hypergradient it is no longer small, so w takes a Newton step, halved until ‖F‖
-    falls, v is solved for again, and the correction there is added; until one adds less than 3 % to the whole. The
-    estimate is the difference between grads and the hypergradient where that ends.
+    Where it exceeds a hundredth of the hypergradient, or δ a tenth of w, it is no longer small, so w takes a Newton
+    step, halved until ‖F‖ falls, v is solved for again, and the correction there is added; until one adds less than 3 %
+    to the whole. The estimate is the difference between grads and the hypergradient where that ends.
 
     Args:
         problem: deterministic, its losses callables.
@@ -161,7 +161,7 @@ def _settled(last: Correction, given: Vector, steps: int) -> tuple[bool, float]:
     change, size = norm(last.change), norm(last.corrected)
     if not steps:
         uncertainty = ratio(change, size)
-        return uncertainty <= LINEAR, uncertainty
+        return uncertainty <= LINEAR and bool(last.holds), uncertainty
     uncertainty = ratio(change, norm(last.corrected - given))
     return uncertainty <= SETTLED, uncertainty
 

@@ -235,14 +235,15 @@ def plot_report(
 
     Args:
         report: from `check`.
-        structure: from `structure`.
-        findings: from `findings`.
+        structure: in place of the report's own.
+        findings: beside those that the report's advice holds.
         curves: see `plot_convergence`.
         title: at the top.
 
     Returns: a matplotlib Figure of the width of A4, as high as it needs to be.
     Raises: ImportError without matplotlib.
     """
+    structure = report.structure if structure is None else structure
     panels: list[Any] = [lambda axes: _budget(axes, report)]
     if structure is not None:
         panels.append(lambda axes: _spectrum(axes, structure))

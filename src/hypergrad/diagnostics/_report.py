@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from .._solution import Status
 from .._vector import PyTree
 from ..implicit import Hypergradient, Problem
 from ..implicit._problem import InnerProblem
 from ..solvers._solver import Solver
 from ..unroll import Unrolled
+from ._advice import advice, contraction
 from ._bound import Constants, bound
 from ._differences import Differences, finite_differences
 from ._error import Estimate, estimate
-
-LOSSES = ("inner_loss", "fp_map", "residual")
+from ._findings import Finding, findings_of
+from ._structure import Structure, structure_of
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,16 @@ class Report:
         bound: guaranteed by the declared constants; None without them.
         looseness: bound / estimated error.
         differences: finite differences of the whole map; None if not asked for.
+        structure: of A; None if not asked for.
+        findings: what is recognised as wrong with the problem.
         advice: what to do, in sentences.
     """
 
     estimate: Estimate
     bound: float | None
     differences: Differences | None
+    structure: Structure | None
+    findings: tuple[Finding, ...]
     advice: tuple[str, ...]
 
     @property
@@ -52,6 +56,8 @@ class Report:
             "bound": self.bound,
             "looseness": self.looseness,
             "differences": None if self.differences is None else asdict(self.differences),
+            "structure": None if self.structure is None else self.structure.to_dict(),
+            "findings": [asdict(each) for each in self.findings],
             "advice": list(self.advice),
         }
 
@@ -59,7 +65,8 @@ class Report:
         rows = list(_rows(self))
         width = max(len(name) for name, _ in rows)
         table = [f"{name:<{width}}  {value}" for name, value in rows]
-        return "\n".join([*table, "", *(f"- {line}" for line in self.advice)])
+        system = [] if self.structure is None else ["", str(self.structure)]
+        return "\n".join([*table, *system, "", *(f"- {line}" for line in self.advice)])
 
 
 def _rows(report: Report) -> Iterator[tuple[str, str]]:
@@ -100,6 +107,8 @@ def check(
     solve: Callable[[PyTree], PyTree] | None = None,
     directions: int = 3,
     step: float | None = None,
+    structure: bool = True,
+    inner_steps: int | None = None,
 ) -> Report:
     """How wrong a hypergradient is, and why. Changes nothing of the user's.
 
@@ -118,6 +127,8 @@ def check(
         constants: Constants, declared, for the guaranteed bound. There is no bound without them.
         solve: hparams ↦ params, solving the inner problem from scratch: asks for finite differences.
         directions, step: see `finite_differences`.
+        structure: also find the structure of A, and what is wrong with the problem (`structure`, `findings`).
+        inner_steps: T, the steps that the inner solver took, for the advice.
 
     Returns:
         A Report.
@@ -125,7 +136,7 @@ def check(
     Raises:
         ValueError: params or hparams changed since, or the problem is stochastic.
         TypeError: a part of the problem is missing.
-    Cost: see `estimate`; with solve four solves for each direction.
+    Cost: see `estimate`, `structure` and `findings`; with solve four solves for each direction.
 
     Example:
         w minimises ½(w − λ)², so f(λ) = ½λ² and ∇f(λ) = λ, but w was taken 1 % off.
@@ -155,8 +166,15 @@ def check(
     differences = None
     if solve is not None:
         differences = finite_differences(problem, grads, solve, directions=directions, step=step)
+    system, wrong = None, ()
+    if structure and math.isfinite(found.error):
+        system = structure_of(problem)
+        wrong = findings_of(problem, found=system)
     before = float(result.inner_residual.square().sum().sqrt()) if known else None
-    return Report(found, guaranteed, differences, tuple(_advice(found, problem, differences, before)))
+    rate = contraction(problem, system, constants)
+    lines = advice(found, problem, differences, before, rate, inner_steps)
+    every = (*(str(each) for each in wrong), *lines)
+    return Report(found, guaranteed, differences, system, wrong, every)
 
 
 def _problem(
@@ -201,64 +219,8 @@ def _problem(
     return replace(
         first,
         outer_loss=parts["outer_loss"],
-        inner=form,
+        inner=form.exact,
         params=parts["params"],
         hparams=parts["hparams"],
         symmetric=first.symmetric or symmetric or form.kind == "inner_loss",
     )
-
-
-def _advice(e: Estimate, problem: Problem, differences: Differences | None, before: float | None) -> Iterator[str]:
-    if not math.isfinite(e.error):
-        yield "the residuals or the hypergradient hold NaN or infinity: look at the losses at this point"
-        return
-    if (
-        before is not None
-        and abs(before - e.inner_residual) > 1e-3 * max(before, e.inner_residual)
-        and _above_rounding(e)
-    ):
-        yield (
-            f"the inner residual is {e.inner_residual:.2e} now and was {before:.2e} when the hypergradient was "
-            f"computed: the inner problem is random, or its data or buffers changed"
-        )
-    if e.status is not Status.CONVERGED:
-        yield f"a linear system behind the estimate ended as {e.status.name}: {e.status.message}"
-    if not e.settled:
-        yield (
-            f"the error cannot be estimated: after {e.newton_steps} Newton steps the estimate still changes by "
-            f"{e.uncertainty:.0%}. The inner problem is far from solved, or has no solution near by: run its solver "
-            f"much longer, or use Newton's method or another solver for it"
-        )
-    elif e.relative_error <= 1e-3:
-        yield f"the hypergradient is right to about {max(e.relative_error, 1e-16):.0e}; nothing needs to be done"
-    if e.relative_error > 1e-3:
-        yield from _remedies(e, problem)
-    if differences is not None and not differences.agrees:
-        yield (
-            f"finite differences disagree by {differences.relative_error:.1e}, more than their own uncertainty "
-            f"{differences.uncertainty:.1e}"
-            + (", which the estimated error explains" if e.relative_error >= differences.relative_error / 2 else "")
-        )
-
-
-def _above_rounding(e: Estimate) -> bool:
-    return e.inner_relative_residual > 1e-10
-
-
-def _remedies(e: Estimate, problem: Problem) -> Iterator[str]:
-    if e.from_inner >= e.from_adjoint or not e.settled:
-        hint = "; at this distance first-order estimates no longer hold" if e.newton_steps else ""
-        yield (
-            f"the inner problem is not solved: params are {e.distance:.1%} of their norm away from its solution{hint}. "
-            f"Run its solver longer or use a faster one (a second-order method for a loss, Anderson or Newton for a "
-            f"map), pass refine=True with hypergradient_rtol, or polish=True, which squares the error"
-        )
-    if e.from_adjoint > 0.1 * e.from_inner:
-        yield (
-            f"the adjoint system is not solved: its relative residual is {e.adjoint_relative_residual:.1e}. Give the "
-            f"solver more steps or a smaller rtol, or a preconditioner"
-        )
-    if e.from_inner > 10 * e.from_adjoint and e.settled:
-        yield "the adjoint is solved further than the inner problem deserves: spend its steps there"
-    elif e.from_adjoint > 10 * e.from_inner:
-        yield "the inner problem is solved further than the adjoint deserves: spend its steps there"

@@ -32,7 +32,7 @@ def reach(
         correction = correct(point, solution.value, rough)
         error = correction.relative.square() if polish else correction.relative
         new = None
-        if refine and refinements < REFINEMENTS and not bool(error <= rtol):
+        if refine and refinements < REFINEMENTS and not bool((error <= rtol) & correction.holds):
             new = newton_step(point, correction.step) if refine is True else _refined(point, refine)
         if new is None:
             return point, solution, last, correction

@@ -230,6 +230,10 @@ def _check_options(
         raise TypeError(f"a stochastic {inner.kind} is drawn anew at every product, so it must be a callable")
     if stochastic and estimates:
         raise ValueError("polish and hypergradient_rtol estimate the error of one problem, not of one drawn anew")
+    if estimates and inner != inner.exact:
+        raise ValueError(
+            "polish and hypergradient_rtol need the Hessian, not GaussNewton's: pass the loss as a function"
+        )
     if refine and not (callable(inner.given) and callable(outer_loss)):
         raise TypeError(f"refine evaluates {inner.kind} and outer_loss at other params, so both must be callables")
 
