@@ -43,7 +43,7 @@ class Config(Common):
     """Of λ, of the remedy alone: beyond it a weight is as good as zero."""
     rtol: float = 1e-6
     """Relative error of the remedy's hypergradients that is aimed at."""
-    evaluations: int = 400
+    evaluations: int = 200
     """Of the remedy's outer optimiser, at most."""
     looks: int = 40
     """Outer steps of the example at which the exact values are computed too."""
@@ -148,7 +148,7 @@ def remedy(problem: Problem, lam: torch.Tensor, config: Config) -> dict[str, lis
 
     def value_and_grad(log_lam: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal start
-        at = torch.from_numpy(np.exp(log_lam))
+        at = torch.from_numpy(np.exp(log_lam).clip(config.least, config.most))
         result = exact(problem, at, start, config.rtol)
         start = result.problem.params[0]
         curves["loss"].append(result.outer_value.item())
