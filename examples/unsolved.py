@@ -214,7 +214,8 @@ def main() -> None:
     curves, lam = published(problem, config)
     w, grads = approximate(problem, lam.clone().requires_grad_(), config)
     at = {"outer_loss": problem.outer_loss, "params": [w], "hparams": [lam.clone().requires_grad_()]}
-    report = hg.diagnostics.check(grads, inner_loss=problem.inner_loss, **at)
+    gradient_step = hg.GradientDescent(problem.inner_loss, config.step_size)
+    report = hg.diagnostics.check(grads, fp_map=gradient_step, symmetric=True, inner_steps=config.inner_steps, **at)
     after = remedy(problem, lam, config)
     results = {"hparams": lam.tolist(), "curves": curves, "report": report.to_dict(), "remedy": after}
     shown = table(curves, report, after)

@@ -49,7 +49,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, texts, lists and dicts (no tensors), for a file."""
-        skipped = {"corrected", "status"}
+        skipped = {"corrected", "params", "status"}
         numbers = {f.name: getattr(self.estimate, f.name) for f in fields(self.estimate) if f.name not in skipped}
         return numbers | {
             "status": self.estimate.status.name,
@@ -166,12 +166,15 @@ def check(
     differences = None
     if solve is not None:
         differences = finite_differences(problem, grads, solve, directions=directions, step=step)
-    system, wrong = None, ()
+    system, there, wrong = None, None, ()
     if structure and math.isfinite(found.error):
         system = structure_of(problem)
         wrong = findings_of(problem, found=system)
+        moved = found.settled and found.newton_steps
+        # How fast the inner solver is on its way depends on A where the way ends.
+        there = structure_of(replace(problem, params=found.params)) if moved else system
     before = float(result.inner_residual.square().sum().sqrt()) if known else None
-    rate = contraction(problem, system, constants)
+    rate = contraction(problem, there, constants)
     lines = advice(found, problem, differences, before, rate, inner_steps)
     every = (*(str(each) for each in wrong), *lines)
     return Report(found, guaranteed, differences, system, wrong, every)
