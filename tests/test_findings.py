@@ -237,9 +237,14 @@ def test_visible_modules():
     assert set(visible_modules(functools.partial(default, net=model))) == {model, other}
     assert visible_modules(lambda w: GLOBAL(w)) == [GLOBAL] and visible_modules(torch.sin, 3) == []
     assert visible_modules({"a": [Loss(model)]}) == [model]
+    assert visible_modules([model] * 2000) == [] and visible_modules(lambda: used_by_name()) == [GLOBAL]
 
 
 GLOBAL = nn.Linear(2, 2)
+
+
+def used_by_name():
+    return GLOBAL
 
 
 def test_buffers_are_put_back():
