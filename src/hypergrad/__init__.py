@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from . import diagnostics, diff_optimizers, fixed_points, hypergradients, implicit, nn, operators, solvers, unroll
+from ._compiled import NotCompiled
 from ._solution import (
     HypergradientWarning,
     InaccurateHypergradient,
@@ -44,6 +45,7 @@ __all__ = [
     "NotFinite",
     "UnsolvedInnerProblem",
     "InaccurateHypergradient",
+    "NotCompiled",
     # how wrong a hypergradient is
     "diagnostics",
     # forward solvers of fixed points, and equilibrium layers

@@ -223,6 +223,7 @@ def _problem(
         first,
         outer_loss=parts["outer_loss"],
         inner=form.exact,
+        backend=None,
         params=parts["params"],
         hparams=parts["hparams"],
         symmetric=first.symmetric or symmetric or form.kind == "inner_loss",

@@ -30,6 +30,7 @@ from .._solution import (
     warn,
 )
 from .._vector import PyTree, check_distinct, flatten
+from ..operators import GaussNewton
 from ..solvers import CG, GMRES, LinearSolver
 from ..solvers._solver import Solver, solve
 from ._correction import Correction, correct
@@ -119,6 +120,7 @@ def grad(
     polish: bool = False,
     hypergradient_rtol: float | None = None,
     refine: Refine = False,
+    compile: bool | str = False,
 ) -> Hypergradient:
     """Hypergradient ∇f(λ) of f(λ) = E(w(λ), λ) at a solution w of the inner problem. Changes nothing of the user's.
 
@@ -153,6 +155,10 @@ def grad(
         refine: how to go on where that effect is too large: (params, hparams) ↦ better params, called up to 20 times,
             or True for Newton steps with this solver. The params of the result are `result.problem.params`; the given
             ones stay as they are. False leaves it at a warning.
+        compile: products with Aᵀ through torch.compile, with its default backend or the named one. It takes seconds to
+            build at the first call, and again for other shapes or code; where torch cannot, a warning says why and
+            products are the usual ones. It pays for small models, whose products are bound by overhead; large matrix
+            products do not become faster.
 
     Returns:
         A Hypergradient.
@@ -189,6 +195,7 @@ def grad(
     inner = InnerProblem.of(inner_loss, fp_map, residual)
     symmetric = symmetric or positive_definite or inner.kind == "inner_loss"
     _check_options(inner, outer_loss, stochastic, final_draws, polish or hypergradient_rtol is not None, refine)
+    backend = _backend(compile, inner, stochastic)
     if solver is None:
         solver = CG() if symmetric else GMRES()
     with random_state_kept_on_error(variables.given):
@@ -196,7 +203,8 @@ def grad(
             variables.detach()
         else:
             variables.keep_live()
-        problem = Problem(outer_loss, inner, params, hparams, symmetric, positive_definite, stochastic, batch_dims)
+        tags = (symmetric, positive_definite, stochastic, batch_dims, backend)
+        problem = Problem(outer_loss, inner, params, hparams, *tags)
         point = Point(problem, variables, keep_outer=polish or hypergradient_rtol is not None)
         start = None if x0 is None else variables.space.vector(x0, "x0")
         correction = None
@@ -230,12 +238,24 @@ def _check_options(
         raise TypeError(f"a stochastic {inner.kind} is drawn anew at every product, so it must be a callable")
     if stochastic and estimates:
         raise ValueError("polish and hypergradient_rtol estimate the error of one problem, not of one drawn anew")
-    if estimates and inner != inner.exact:
-        raise ValueError(
-            "polish and hypergradient_rtol need the Hessian, not GaussNewton's: pass the loss as a function"
+    if estimates and isinstance(inner.given, GaussNewton):
+        raise TypeError(
+            "polish and hypergradient_rtol need the Hessian, and GaussNewton puts another matrix in its place"
         )
     if refine and not (callable(inner.given) and callable(outer_loss)):
         raise TypeError(f"refine evaluates {inner.kind} and outer_loss at other params, so both must be callables")
+
+
+def _backend(compile: bool | str, inner: InnerProblem, stochastic: bool) -> str | None:
+    """The backend of torch.compile for products."""
+    if not compile:
+        return None
+    if not callable(inner.given) or stochastic or isinstance(inner.given, GaussNewton):
+        raise TypeError(
+            f"compile needs {inner.kind} as a callable, that is neither stochastic nor GaussNewton; evaluated losses "
+            f"may come from a compiled model instead"
+        )
+    return "inductor" if compile is True else compile
 
 
 def _result(

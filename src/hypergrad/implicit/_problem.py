@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _autodiff, operators
+from .. import _autodiff, _compiled, operators
 from .._autodiff import Linearisation, as_scalar
 from .._vector import PyTree, Space, Vector, check_distinct, flatten
+from ..operators import GaussNewton
+
+UNREACHED = "inner_loss does not depend on params; was it computed under no_grad, or from other tensors?"
 
 
 class Variables:
@@ -79,6 +82,12 @@ class Variables:
         each = iter(leaves)
         return self._hparams_tree([next(each) if leaf.requires_grad else leaf for leaf in self._outer])
 
+    def copies(self, dtype: torch.dtype | None) -> tuple[PyTree, PyTree, list[Tensor]]:
+        """params and hparams without graphs, in another dtype if given; and params' leaves, which require grad."""
+        inner = [x.detach().to(dtype or x.dtype).requires_grad_() for x in self.leaves]
+        outer = [x.detach().to(dtype or x.dtype) for x in self._outer]
+        return self._params_tree(inner), self._hparams_tree(outer), inner
+
     def outer_grads(self, grads: list[Tensor]) -> PyTree:
         """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad."""
         each = iter(grads)
@@ -120,32 +129,49 @@ class InnerProblem:
         given = {kind: value for kind, value in every.items() if value is not None}
         if len(given) != 1:
             raise TypeError(f"pass exactly one of inner_loss, fp_map and residual; got {list(given) or 'none'}")
-        return InnerProblem(*given.popitem())
+        kind, value = given.popitem()
+        if isinstance(value, GaussNewton) and kind != "inner_loss":
+            raise TypeError(f"GaussNewton is an inner_loss, and was passed as {kind}")
+        return InnerProblem(kind, value)
 
     @property
     def exact(self) -> InnerProblem:
         """The same with its Hessian, where a Gauss–Newton matrix stands in for it."""
-        given = self.given.__call__ if isinstance(self.given, operators.GaussNewton) else self.given
-        return InnerProblem(self.kind, given)
+        return InnerProblem(self.kind, self.given.__call__ if isinstance(self.given, GaussNewton) else self.given)
 
-    def linearise(self, variables: Variables) -> Linearisation:
-        """The graph of ∇₁g, Φ or F at params and hparams."""
-        message = "inner_loss does not depend on params; was it computed under no_grad, or from other tensors?"
+    def linearise(self, variables: Variables, backend: str | None = None) -> Linearisation:
+        """The graph of ∇₁g, Φ or F at params and hparams; with a backend of torch.compile, products are compiled."""
         with torch.enable_grad():
-            if isinstance(self.given, operators.GaussNewton):
-                if self.kind != "inner_loss":
-                    raise TypeError(f"GaussNewton is an inner_loss, and was passed as {self.kind}")
+            if isinstance(self.given, GaussNewton):
                 given = (variables.params, variables.hparams, variables.leaves, variables.differentiated)
-                return self.given.linearise(*given, message)
+                return self.given.linearise(*given, UNREACHED)
             value = self.given(variables.params, variables.hparams) if callable(self.given) else self.given
             if self.kind == "inner_loss":
                 loss = as_scalar(value, "inner_loss")
-                outputs = _autodiff.grad([loss], variables.leaves, create_graph=True, must_reach=message)
+                outputs = _autodiff.grad([loss], variables.leaves, create_graph=True, must_reach=UNREACHED)
             else:
                 outputs = variables.space.check(value, f"the value of {self.kind}")
                 if callable(self.given):
                     variables.check_reached(outputs, self.kind)
-        return Linearisation(outputs, variables.leaves, variables.differentiated)
+        compiled = None
+        if backend is not None:
+            params, hparams, leaves = variables.copies(None)
+            compiled = _compiled.pull(self.given, self.kind, params, hparams, leaves, backend)
+        return Linearisation(outputs, variables.leaves, variables.differentiated, compiled=compiled)
+
+    def in_precision(self, dtype: torch.dtype, variables: Variables) -> Linearisation:
+        """The graph of ∇₁g, Φ or F in another dtype, for products with ∂₁F: under autocast for 16 bits, else cast."""
+        short = torch.finfo(dtype).bits == 16
+        params, hparams, leaves = variables.copies(None if short else dtype)
+        with torch.enable_grad(), torch.autocast(variables.space.device.type, dtype, enabled=short):
+            if isinstance(self.given, GaussNewton):
+                return self.given.linearise(params, hparams, leaves, (), UNREACHED)
+            value = self.given(params, hparams)
+            if self.kind == "inner_loss":
+                outputs = _autodiff.grad([as_scalar(value, "inner_loss")], leaves, create_graph=True)
+            else:
+                outputs = _autodiff.cast(flatten(value, f"the value of {self.kind}")[0], leaves)
+        return Linearisation(outputs, leaves, ())
 
 
 def outer_gradients(
@@ -209,6 +235,7 @@ class Problem:
         symmetric, positive_definite: of A.
         stochastic: whether the inner problem is drawn anew at every product.
         batch_dims: 1 where A is block diagonal.
+        backend: of torch.compile, where products are compiled.
         versions: torch's counters of in-place changes of params and hparams at the time.
     """
 
@@ -220,6 +247,7 @@ class Problem:
     positive_definite: bool = False
     stochastic: bool = False
     batch_dims: int = 0
+    backend: str | None = None
     versions: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
@@ -257,18 +285,22 @@ class Point:
 
     def __init__(self, problem: Problem, variables: Variables, keep_outer: bool = True):
         self.problem, self.variables = problem, variables
-        self._kept = None if problem.stochastic else problem.inner.linearise(variables)
+        kept = None if problem.stochastic else problem.inner.linearise(variables, problem.backend)
+
+        def linearise() -> Linearisation:
+            return problem.inner.linearise(variables) if kept is None else kept
+
+        self.linearise = linearise  # no method: the operator would hold the point that holds it
         self.outer, self.b, self.direct = outer_gradients(problem.outer_loss, variables, keep_outer)
+        repeatable = callable(problem.inner.given) and not problem.stochastic
         self.op = operators.adjoint(
-            self.linearise,
+            linearise,
             fixed_point=problem.fixed_point,
             symmetric=problem.symmetric,
             positive_definite=problem.positive_definite,
             batch_dims=problem.batch_dims,
+            low=partial(problem.inner.in_precision, variables=variables) if repeatable else None,
         )
-
-    def linearise(self) -> Linearisation:
-        return self.problem.inner.linearise(self.variables) if self._kept is None else self._kept
 
     def last_product(self, draws: int = 1, retain_graph: bool = False) -> LastProduct:
         return LastProduct(self.linearise, self.problem.fixed_point, draws, retain_graph)
