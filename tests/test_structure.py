@@ -292,7 +292,9 @@ ABSTRACT = (hg.solvers.LinearSolver, hg.solvers.IterativeSolver)
 SOLVERS = [
     name
     for name, kind in vars(hg.solvers).items()
-    if isinstance(kind, type) and issubclass(kind, ABSTRACT) and kind not in (*ABSTRACT, hg.solvers.Auto)
+    if isinstance(kind, type)
+    and issubclass(kind, ABSTRACT)
+    and kind not in (*ABSTRACT, hg.solvers.Auto, hg.solvers.Refined)
 ]
 BOUNDED = ("CG", "MINRES", "GMRES", "NormalCG", "LSQR", "FixedPoint", "Neumann", "OneStep", "Dense")
 REAL = {
