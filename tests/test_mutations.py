@@ -1,7 +1,8 @@
 """Wrong methods on purpose: the comparison that the other tests make must refuse every one of them.
 
 A mutant stands in for the adjoint solver inside every public method (`_hypergradient.solve` is the one place that all
-of them go through), or for the product of one step in `reverse`. Each test counts the mutants that it ran and that it caught.
+of them go through), or for the product of one step in `reverse`. Each test counts the mutants that it ran and that it
+caught.
 """
 
 from dataclasses import replace

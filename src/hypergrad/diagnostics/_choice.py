@@ -66,6 +66,17 @@ def solver_choice(s: Structure, accuracy: float = 1e-6) -> tuple[SolverChoice, .
     return tuple(sorted(every, key=lambda c: (not c.valid, math.inf if c.products is None else c.products)))
 
 
+def solver_rows(s: Structure, accuracy: float = 1e-6) -> str:
+    """`solver_choice` as three lines of a table."""
+    every = solver_choice(s, accuracy)
+    rows = {
+        f"products for {accuracy:.0e}": [f"{c.solver} {c.products}" for c in every if c.products is not None],
+        "no bound": [c.solver for c in every if c.valid and c.products is None],
+        "not valid": [c.solver for c in every if not c.valid],
+    }
+    return "\n".join(f"{name:<22}{', '.join(names)}" for name, names in rows.items() if names)
+
+
 def steps_needed(rate: float, accuracy: float, factor: float = 1.0) -> int | None:
     """The least k with factor · rate^k ≤ accuracy; None where there is none."""
     if rate >= 1 or math.isnan(rate):

@@ -16,6 +16,7 @@ from ..solvers._solver import Solver
 from ..unroll import Unrolled
 from ._advice import advice, contraction
 from ._bound import Constants, bound
+from ._choice import solver_choice, solver_rows
 from ._differences import Differences, finite_differences
 from ._error import Estimate, estimate
 from ._findings import Finding, findings_of
@@ -57,6 +58,7 @@ class Report:
             "looseness": self.looseness,
             "differences": None if self.differences is None else asdict(self.differences),
             "structure": None if self.structure is None else self.structure.to_dict(),
+            "solvers": None if self.structure is None else [asdict(each) for each in solver_choice(self.structure)],
             "findings": [asdict(each) for each in self.findings],
             "advice": list(self.advice),
         }
@@ -65,7 +67,7 @@ class Report:
         rows = list(_rows(self))
         width = max(len(name) for name, _ in rows)
         table = [f"{name:<{width}}  {value}" for name, value in rows]
-        system = [] if self.structure is None else ["", str(self.structure)]
+        system = [] if self.structure is None else ["", str(self.structure), solver_rows(self.structure)]
         return "\n".join([*table, *system, "", *(f"- {line}" for line in self.advice)])
 
 
