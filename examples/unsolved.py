@@ -43,7 +43,7 @@ class Config(Common):
     """Of λ, of the remedy alone: beyond it a weight is as good as zero."""
     rtol: float = 1e-6
     """Relative error of the remedy's hypergradients that is aimed at."""
-    evaluations: int = 400
+    evaluations: int = 200
     """Of the remedy's outer optimiser, at most."""
     looks: int = 40
     """Outer steps of the example at which the exact values are computed too."""
@@ -142,18 +142,19 @@ def published(problem: Problem, config: Config) -> tuple[dict[str, list[float]],
 
 # %%
 def remedy(problem: Problem, lam: torch.Tensor, config: Config) -> dict[str, list[float]]:
-    """Validation loss, hypergradient norm and λ after each evaluation."""
-    curves: dict[str, list] = {"loss": [], "norm": [], "hparams": []}
+    """Validation loss and hypergradient norm at each evaluation; the best λ."""
+    curves: dict[str, list[float]] = {"loss": [], "norm": [], "hparams": []}
     start = torch.zeros(20, dtype=torch.float64)
 
     def value_and_grad(log_lam: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal start
-        at = torch.from_numpy(np.exp(log_lam))
+        at = torch.from_numpy(np.exp(log_lam).clip(config.least, config.most))
         result = exact(problem, at, start, config.rtol)
         start = result.problem.params[0]
         curves["loss"].append(result.outer_value.item())
         curves["norm"].append(result.grads[0].norm().item())
-        curves["hparams"].append(at.tolist())
+        if curves["loss"][-1] == min(curves["loss"]):
+            curves["hparams"] = at.tolist()
         progress.update()
         return result.outer_value.item(), (at * result.grads[0]).numpy()
 
@@ -198,12 +199,17 @@ def plot(curves: dict[str, list[float]], report: hg.diagnostics.Report, after: d
     right.plot(curves["look"], curves["exact norm"], color=true)
     right.plot([last], [e.corrected_norm], "*", ms=13, color="black", zorder=5)
     right.set(title="Norm of the hypergradient", xlabel="outer step", yscale="log")
+    left.set_yticks(ticks := [0.03, 0.05, 0.1, 0.2, 0.3, 0.5], [str(tick) for tick in ticks])
+    left.minorticks_off()
+    ends = [(left, last, curves["loss"][-1], says, "{:.4f}"), (left, last, curves["exact loss"][-1], true, "{:.4f}")]
+    ends += [(left, beyond[-1], best[-1], better, "{:.4f}"), (right, last, curves["norm"][-1], says, "{:.2f}")]
+    ends += [(right, last, curves["exact norm"][-1], true, "{:.1f}")]
+    for axes, x, y, colour, text in ends:
+        axes.annotate(text.format(y), (x, y), (9, 0), textcoords="offset points", va="center", color=colour)
     for axes in (left, right):
+        axes.set_xlim(right=1.25 * last)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#e6e6e6")
-    left.annotate(
-        f"{best[-1]:.4f}", (beyond[-1], best[-1]), (-4, 6), textcoords="offset points", ha="right", color=better
-    )
     left.legend(frameon=False)
     return figure
 
@@ -214,7 +220,8 @@ def main() -> None:
     curves, lam = published(problem, config)
     w, grads = approximate(problem, lam.clone().requires_grad_(), config)
     at = {"outer_loss": problem.outer_loss, "params": [w], "hparams": [lam.clone().requires_grad_()]}
-    report = hg.diagnostics.check(grads, inner_loss=problem.inner_loss, **at)
+    gradient_step = hg.GradientDescent(problem.inner_loss, config.step_size)
+    report = hg.diagnostics.check(grads, fp_map=gradient_step, symmetric=True, inner_steps=config.inner_steps, **at)
     after = remedy(problem, lam, config)
     results = {"hparams": lam.tolist(), "curves": curves, "report": report.to_dict(), "remedy": after}
     shown = table(curves, report, after)

@@ -210,6 +210,8 @@ def test_dropout(form):
     assert "stochastic" not in [each.name for each in found]
     model.eval()
     assert names(target, inner_loss=loss, **given) == []
+    noisy = lambda w, lam: loss(w, lam) * (1 + 0.1 * torch.rand(()))  # noqa: E731
+    assert names(target, inner_loss=noisy, **given) == ["stochastic"]
     model.train()
     model[2].p = 0.0
     assert names(target, inner_loss=loss, **given) == []
@@ -235,9 +237,14 @@ def test_visible_modules():
     assert set(visible_modules(functools.partial(default, net=model))) == {model, other}
     assert visible_modules(lambda w: GLOBAL(w)) == [GLOBAL] and visible_modules(torch.sin, 3) == []
     assert visible_modules({"a": [Loss(model)]}) == [model]
+    assert visible_modules([model] * 2000) == [] and visible_modules(lambda: used_by_name()) == [GLOBAL]
 
 
 GLOBAL = nn.Linear(2, 2)
+
+
+def used_by_name():
+    return GLOBAL
 
 
 def test_buffers_are_put_back():
@@ -291,6 +298,20 @@ def test_relu_kink_of_a_map(kink, dtype):
         lam[4] = -(m @ z)[4]
     lam.requires_grad_()
     assert names(outer, params=z, hparams=lam, fp_map=lambda z, lam: torch.relu(m @ z + lam)) == ["kink"] * kink
+
+
+def test_kink_near_by_or_weak_is_none():
+    """One some 1e-7 of ‖w‖ away, and one that turns the products by 1e-4; nor is rounding in the products."""
+    m, z = 0.5 * torch.tensor(with_singular_values(np.linspace(0.5, 1, N))), rand(N)
+    lam = rand(N, seed=3)
+    lam[4] = -(m @ z)[4] + 1e-7
+    assert names(outer, params=z, hparams=lam.requires_grad_(), fp_map=lambda z, lam: torch.relu(m @ z + lam)) == []
+    at = z - z[4]
+    for fp_map in (
+        lambda z, lam: m @ z + 1e-4 * torch.relu(z) + lam,
+        lambda z, lam: m @ z + 1e-9 * torch.tanh(z) + lam,
+    ):
+        assert names(outer, params=at, hparams=lam, fp_map=fp_map) == []
 
 
 def test_l1_penalty():

@@ -10,7 +10,7 @@ import torch
 import hypergrad as hg
 from helpers import dense_system, nothing_changed, problem_at
 from hypergrad.diagnostics import operator_structure, solver_choice, structure
-from hypergrad.diagnostics._choice import rate_of, steps_needed
+from hypergrad.diagnostics._choice import rate_of, solver_rows, steps_needed
 from hypergrad.diagnostics._spectrum import unseen
 from hypergrad.operators import LinearOperator, function, matrix
 from problems import PROBLEMS
@@ -288,7 +288,14 @@ def test_bad_input():
 
 # --- which solvers, and how many steps --------------------------------------------------------------------------------
 
-SOLVERS = hg.solvers.__all__[: hg.solvers.__all__.index("LinearSolver")]
+ABSTRACT = (hg.solvers.LinearSolver, hg.solvers.IterativeSolver)
+SOLVERS = [
+    name
+    for name, kind in vars(hg.solvers).items()
+    if isinstance(kind, type)
+    and issubclass(kind, ABSTRACT)
+    and kind not in (*ABSTRACT, hg.solvers.Auto, hg.solvers.Refined)
+]
 BOUNDED = ("CG", "MINRES", "GMRES", "NormalCG", "LSQR", "FixedPoint", "Neumann", "OneStep", "Dense")
 REAL = {
     "spd 10": GRID["spd 10"],
@@ -309,6 +316,15 @@ REAL = {
 
 def test_every_solver_has_a_line():
     assert sorted(c.solver for c in solver_choice(of(np.eye(3)))) == sorted(SOLVERS)
+
+
+def test_table():
+    text = solver_rows(of(with_spectrum(np.r_[-1.0, np.linspace(0.1, 1, 19)]), symmetric=True))
+    assert (
+        "products for 1e-06    GMRES 20, Dense 20, MINRES 146, " in text
+        and "no bound              BiCGStab, Optimizer" in text
+    )
+    assert "not valid             CG, FixedPoint, Neumann, OneStep, Nystrom" in text
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -31,6 +31,8 @@ class SolverChoice:
 def solver_choice(s: Structure, accuracy: float = 1e-6) -> tuple[SolverChoice, ...]:
     """For each solver of hg.solvers whether it is valid on this system, and the steps for a relative accuracy.
 
+    Auto and Refined are left out: they run others.
+
         CG               2 ((√κ − 1)/(√κ + 1))^k     of the error in the norm of A
         MINRES           2 ((√κ − 1)/(√κ + 1))^k     of the residual, A definite;  2 ((κ − 1)/(κ + 1))^⌊k/2⌋ indefinite
         NormalCG, LSQR   2 ((κ − 1)/(κ + 1))^k       of the residual
@@ -62,6 +64,17 @@ def solver_choice(s: Structure, accuracy: float = 1e-6) -> tuple[SolverChoice, .
         raise ValueError(f"accuracy must lie between 0 and 1, got {accuracy!r}")
     every = [make(s, accuracy) for make in _RULES]
     return tuple(sorted(every, key=lambda c: (not c.valid, math.inf if c.products is None else c.products)))
+
+
+def solver_rows(s: Structure, accuracy: float = 1e-6) -> str:
+    """`solver_choice` as three lines of a table."""
+    every = solver_choice(s, accuracy)
+    rows = {
+        f"products for {accuracy:.0e}": [f"{c.solver} {c.products}" for c in every if c.products is not None],
+        "no bound": [c.solver for c in every if c.valid and c.products is None],
+        "not valid": [c.solver for c in every if not c.valid],
+    }
+    return "\n".join(f"{name:<22}{', '.join(names)}" for name, names in rows.items() if names)
 
 
 def steps_needed(rate: float, accuracy: float, factor: float = 1.0) -> int | None:

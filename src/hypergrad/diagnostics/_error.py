@@ -42,6 +42,7 @@ class Estimate:
         corrected_value: E − vᵀF at the last Newton step: f(λ) to second order or better.
         corrected_norm: norm of the corrected hypergradient.
         corrected: the corrected hypergradient, in hparams' structure.
+        params: the estimate of w*: w after the Newton steps, and one more.
         products: with A and Aᵀ, beside the two reverse passes of each correction.
     """
 
@@ -65,6 +66,7 @@ class Estimate:
     corrected_value: float
     corrected_norm: float
     corrected: PyTree
+    params: PyTree
     products: int
 
 
@@ -141,6 +143,7 @@ def estimate(
         corrected_value=float(last.value),
         corrected_norm=size,
         corrected=point.variables.outer_grads(last.corrected.leaves),
+        params=moved.tree,
         products=sum(op.products for op in ops),
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 DEPTH = 4  # of containers, partials and closures inside each other
+LONG = 1000  # a container of more than so many is data
 
 
 def visible_modules(*callables: Any) -> list[nn.Module]:
@@ -38,10 +39,10 @@ def _parts(each: Any, depth: int) -> Iterable[Any]:
         return [each.__self__, each.__func__]
     if isinstance(each, types.FunctionType):
         return _of_function(each)
-    if isinstance(each, dict):
-        return list(each.values())
-    if isinstance(each, (list, tuple)):
-        return list(each)
+    if isinstance(each, (dict, list, tuple)):
+        return list(each.values() if isinstance(each, dict) else each) if len(each) <= LONG else []
+    if isinstance(each, torch.Tensor):
+        return []
     if callable(each) or depth:
         attributes = getattr(each, "__dict__", None)
         return list(attributes.values()) if isinstance(attributes, dict) and not isinstance(each, type) else []

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ._differences import Differences
-from ._findings import Finding
 from ._report import Report
 from ._structure import Structure
 
@@ -222,28 +221,21 @@ def _budget(axes: Axes, report: Report) -> None:
 
 
 def plot_report(
-    report: Report,
-    *,
-    structure: Structure | None = None,
-    findings: Sequence[Finding] = (),
-    curves: Mapping[str, Any] | None = None,
-    title: str = "Hypergradient report",
+    report: Report, *, curves: Mapping[str, Any] | None = None, title: str = "Hypergradient report"
 ) -> Figure:
-    """One page: the table, where the error comes from, spectrum, differences, convergence, findings and advice.
+    """One page: the table, where the error comes from, spectrum, differences, convergence, and the advice.
 
-    Panels for which nothing is given are left out.
+    Panels for which the report has nothing are left out.
 
     Args:
         report: from `check`.
-        structure: in place of the report's own.
-        findings: beside those that the report's advice holds.
         curves: see `plot_convergence`.
         title: at the top.
 
     Returns: a matplotlib Figure of the width of A4, as high as it needs to be.
     Raises: ImportError without matplotlib.
     """
-    structure = report.structure if structure is None else structure
+    structure = report.structure
     panels: list[Any] = [lambda axes: _budget(axes, report)]
     if structure is not None:
         panels.append(lambda axes: _spectrum(axes, structure))
@@ -252,7 +244,8 @@ def plot_report(
         panels.append(lambda axes: _differences(axes, shown))
     if curves:
         panels.append(lambda axes: _convergence(axes, curves, None, "step"))
-    table, words = _page_texts(report, structure, findings)
+    table = str(report).removesuffix("\n".join(f"- {line}" for line in report.advice)).rstrip()
+    words = "\n".join(textwrap.fill(f"• {line}", 128, subsequent_indent="   ") for line in report.advice)
     rows = math.ceil(len(panels) / 2)
     heights = [0.5 + LINE * (table.count("\n") + 1), 2.9 * rows, 0.2 + LINE * (words.count("\n") + 1)]
     figure = _figure((WIDTH, sum(heights)))
@@ -266,13 +259,3 @@ def plot_report(
         draw(middle.add_subplot(grid[i // 2, :] if alone else grid[i // 2, i % 2]))
     bottom.text(0.02, 1 - 0.05 / heights[2], words, **TEXT)
     return figure
-
-
-def _page_texts(report: Report, structure: Structure | None, findings: Sequence[Finding]) -> tuple[str, str]:
-    """What stands above the panels, and below."""
-    table = str(report).split("\n\n")[0]
-    if structure is not None:
-        table += f"\n\n{structure}"
-    paragraphs = [f"{each.name}: {each.message}" for each in findings]
-    paragraphs += list(report.advice)
-    return table, "\n".join(textwrap.fill(f"• {each}", 128, subsequent_indent="   ") for each in paragraphs)

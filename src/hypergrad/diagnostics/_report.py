@@ -16,6 +16,7 @@ from ..solvers._solver import Solver
 from ..unroll import Unrolled
 from ._advice import advice, contraction
 from ._bound import Constants, bound
+from ._choice import solver_choice, solver_rows
 from ._differences import Differences, finite_differences
 from ._error import Estimate, estimate
 from ._findings import Finding, findings_of
@@ -49,7 +50,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, texts, lists and dicts (no tensors), for a file."""
-        skipped = {"corrected", "status"}
+        skipped = {"corrected", "params", "status"}
         numbers = {f.name: getattr(self.estimate, f.name) for f in fields(self.estimate) if f.name not in skipped}
         return numbers | {
             "status": self.estimate.status.name,
@@ -57,6 +58,7 @@ class Report:
             "looseness": self.looseness,
             "differences": None if self.differences is None else asdict(self.differences),
             "structure": None if self.structure is None else self.structure.to_dict(),
+            "solvers": None if self.structure is None else [asdict(each) for each in solver_choice(self.structure)],
             "findings": [asdict(each) for each in self.findings],
             "advice": list(self.advice),
         }
@@ -65,7 +67,7 @@ class Report:
         rows = list(_rows(self))
         width = max(len(name) for name, _ in rows)
         table = [f"{name:<{width}}  {value}" for name, value in rows]
-        system = [] if self.structure is None else ["", str(self.structure)]
+        system = [] if self.structure is None else ["", str(self.structure), solver_rows(self.structure)]
         return "\n".join([*table, *system, "", *(f"- {line}" for line in self.advice)])
 
 
@@ -166,12 +168,15 @@ def check(
     differences = None
     if solve is not None:
         differences = finite_differences(problem, grads, solve, directions=directions, step=step)
-    system, wrong = None, ()
+    system, there, wrong = None, None, ()
     if structure and math.isfinite(found.error):
         system = structure_of(problem)
         wrong = findings_of(problem, found=system)
+        moved = found.settled and found.newton_steps
+        # How fast the inner solver is on its way depends on A where the way ends.
+        there = structure_of(replace(problem, params=found.params)) if moved else system
     before = float(result.inner_residual.square().sum().sqrt()) if known else None
-    rate = contraction(problem, system, constants)
+    rate = contraction(problem, there, constants)
     lines = advice(found, problem, differences, before, rate, inner_steps)
     every = (*(str(each) for each in wrong), *lines)
     return Report(found, guaranteed, differences, system, wrong, every)
