@@ -5,8 +5,9 @@ f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T�
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Any
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from .._vector import PyTree
 from ..implicit import random_state_kept_on_error
-from ._steps import Run, State, same, set_random_state
+from ._memory import Allocated, Put, kept
+from ._steps import Run, State, batch_at, random_state, same, set_random_state
+
+OuterLoss = Callable[[PyTree, PyTree], Tensor]
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 NO_REPLAY = (
@@ -54,6 +58,7 @@ def reverse(
     steps: int,
     *,
     memory: str | int = "sqrt",
+    offload: str | os.PathLike[str] | None = None,
     truncate: int | None = None,
     batches: Sequence[Any] | Callable[[int], Any] | None = None,
     with_time: bool = False,
@@ -112,50 +117,84 @@ def reverse(
         >>> result.grads, result.start_grads
         (tensor(1.7500), tensor(0.1250))
     """
-    kept = steps if truncate is None else min(truncate, steps)
-    if steps < 0 or kept < 0:
+    length = steps if truncate is None else min(truncate, steps)
+    if steps < 0 or length < 0:
         raise ValueError(f"steps and truncate must be ≥ 0, got {steps} and {truncate}")
     storage = _storage(memory)
-    run = Run(step, start, hparams, _batches(batches, steps), with_time or batches is not None, allow_detached)
-    with random_state_kept_on_error([*run.start, *run.outer]), torch.enable_grad():
-        first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, steps - kept)
-        origin = steps - kept
-        bounds, checkpoints, known = _plan(storage, run, first, origin, kept)
-        stack, later = [(0, first)], None
-        alpha, grads = [], []
-        # Revolve: the last block that is not done is reached from the last checkpoint, leaving others on the way.
-        for end in range(len(bounds) - 1, 0, -1):
-            here, state = stack[-1]
-            while end - here > 1:
-                free = checkpoints - len(stack)
-                ahead = here + (_split(end - here, free + 1) if free else end - here - 1)
-                state = run.advance(state, origin + bounds[here], origin + bounds[ahead], known)
-                here = ahead
-                if free:
-                    stack.append((here, state))
-            if stack[-1][0] == here:
-                stack.pop()
-            leaves, outputs, rebuild = run.record(state, origin + bounds[end - 1], origin + bounds[end])
-            if later is None:
-                alpha, grads = run.close([x.detach() for x in outputs], rebuild, outer_loss)
-            elif not all(same(x, y) for x, y in zip(outputs, later.tensors, strict=True)):
-                raise RuntimeError(NO_REPLAY.format(origin + bounds[end - 1], origin + bounds[end] - 1))
-            later, known = state, {}
-            alpha, grads = run.pull(leaves, outputs, alpha, grads)
-            del leaves, outputs
-        if later is None:  # no step is differentiated
-            alpha, grads = run.close(first.tensors, first.rebuild, outer_loss)
+    if storage == "graph" and offload is not None:
+        raise ValueError('memory="graph" keeps no iterates that could be offloaded')
+    run = Run(step, start, hparams, batch_at(batches, steps), with_time or batches is not None, allow_detached)
+    with (
+        random_state_kept_on_error([*run.start, *run.outer]),
+        kept(offload, run.start) as put,
+        torch.enable_grad(),
+    ):
+        alpha, grads = _pull_back(run, steps - length, steps, storage, put, offload is not None, outer_loss)
         set_random_state(run.random_after)
-        start_grads = run.start_gradients(alpha) if kept == steps else None
+        start_grads = run.start_gradients(alpha) if length == steps else None
         if start_grads is not None:
             grads = run.through_start(start_grads, grads)
         return Unrolled(
-            grads=run.hypergradient(grads, complain=kept == steps),
+            grads=run.hypergradient(grads, complain=length == steps),
             start_grads=None if start_grads is None else run.rebuild(start_grads),
             params=run.params,
             outer_value=run.outer_value,
             evaluations=run.evaluations,
         )
+
+
+def _pull_back(
+    run: Run,
+    begin: int,
+    end: int,
+    storage: str | int | float,
+    put: Put,
+    away: bool,
+    outer_loss: OuterLoss,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """α at w_begin and ∇, through steps begin … end − 1."""
+    first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, begin)
+    bounds, checkpoints = _plan(storage, run, first, begin, end, away, outer_loss)
+    if begin == end:
+        return run.close(first.tensors, first.rebuild, outer_loss)
+    states = _backwards(run, put(first), bounds, checkpoints, put)
+    del first
+    later, alpha, grads = None, [], []
+    for begin, end, state in states:
+        graph = run.record(state, begin, end)
+        if later is None:
+            alpha, grads = run.close([x.detach() for x in graph.outputs], graph.rebuild, outer_loss)
+        elif not all(map(same, graph.outputs, later.tensors)):
+            raise RuntimeError(NO_REPLAY.format(begin, end - 1))
+        later = state
+        alpha, grads = run.pull(graph, alpha, grads)
+        del graph, state
+    return alpha, grads
+
+
+def _backwards(
+    run: Run, first: Callable[[], State], bounds: list[int], checkpoints: int, put: Put
+) -> Iterator[tuple[int, int, State]]:
+    """The blocks of steps, the last first, each with the state that it begins at.
+
+    Revolve: a block is reached from the last checkpoint before it, leaving others on the way.
+    """
+    stack = [(0, first)]
+    for end in range(len(bounds) - 1, 0, -1):
+        here, fetch = stack[-1]
+        state = fetch()
+        while end - here > 1:
+            free = checkpoints - len(stack)
+            ahead = here + (_split(end - here, free + 1) if free else end - here - 1)
+            state = run.advance(state, bounds[here], bounds[ahead])
+            here = ahead
+            if free:
+                stack.append((here, put(state)))
+        if stack[-1][0] == here:
+            stack.pop()
+        del fetch
+        yield bounds[end - 1], bounds[end], state
+        del state
 
 
 def _storage(memory: str | int) -> str | int | float:
@@ -173,19 +212,6 @@ def _storage(memory: str | int) -> str | int | float:
     return float(number[1]) * UNITS[number[2]]
 
 
-def _batches(batches: Any, steps: int) -> Callable[[int], Any] | None:
-    if batches is None or callable(batches):
-        return batches
-    if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
-        raise TypeError(
-            f"batches must be a sequence or a function of t, for a batch is drawn again at a replay; got "
-            f"{type(batches).__name__}: pass list(...)"
-        )
-    if len(batches) < steps:
-        raise ValueError(f"{steps} steps need as many batches, got {len(batches)}; batches may be a function of t")
-    return batches.__getitem__
-
-
 def _split(length: int, checkpoints: int) -> int:
     """How far to advance to the next checkpoint: Griewank and Walther 2000, with β(c, r) = C(c + r, c)."""
     r = 1
@@ -194,46 +220,78 @@ def _split(length: int, checkpoints: int) -> int:
     return min(comb(checkpoints + r - 1, r - 1), length - comb(checkpoints + r - 2, r - 1))
 
 
-def _blocks(steps: int, available: float, iterate: int, graph: int) -> list[int] | None:
+def _blocks(begin: int, end: int, available: float, iterate: int, graph: int) -> list[int] | None:
     """Boundaries of blocks: while i iterates are kept, the graph of as many steps as fit beside them. None if too few.
 
     available = n · iterate + graph gives n blocks at most.
     """
-    bounds = [0]
-    while bounds[-1] < steps:
+    bounds = [begin]
+    while bounds[-1] < end:
         length = int((available - len(bounds) * iterate) // graph)
         if length < 1:
             return None
-        bounds.append(min(bounds[-1] + length, steps))
+        bounds.append(min(bounds[-1] + length, end))
     return bounds
 
 
 def _plan(
-    storage: str | int | float, run: Run, first: State, origin: int, steps: int
-) -> tuple[list[int], int, dict[int, State]]:
-    """Boundaries of the blocks of steps, the number of checkpoints, and the states that are known already."""
-    single = list(range(steps + 1))
-    if storage == "graph" or steps < 2:
-        return sorted({0, steps}), 1, {}
+    storage: str | int | float, run: Run, first: State, begin: int, end: int, away: bool, outer_loss: OuterLoss
+) -> tuple[list[int], int]:
+    """Boundaries of the blocks of steps, and the number of checkpoints."""
+    single = list(range(begin, end + 1))
+    if storage == "graph" or end - begin < 2:
+        return sorted({begin, end}), 1
     if storage == "iterates":
-        return single, steps, {}
+        return single, end - begin
     if isinstance(storage, int):
-        return single, storage, {}
-    known, graph = run.measure(first, origin)
-    iterate = max(sum(x.nbytes for x in first.tensors), 1)
-    if storage == "sqrt":
-        count, total = 1, 1
-        while total < steps:
-            total += 1 + count * iterate // graph
-            count += 1
-        bounds = _blocks(steps, count * iterate + graph, iterate, graph)
-        assert bounds is not None
-        return bounds, len(bounds) - 1, known
-    assert isinstance(storage, float)
-    available = storage - graph - 6 * iterate - 2 * sum(x.nbytes for x in run.differentiated)
-    checkpoints = int((available - graph) // iterate)
-    if checkpoints < 1:
-        least = storage - available + graph + iterate
-        raise ValueError(f"a budget of {storage:.0f} bytes is too small: one step needs about {least:.0f}")
-    bounds = _blocks(steps, available, iterate, graph)
-    return (single, checkpoints, known) if bounds is None else (bounds, len(bounds) - 1, known)
+        return single, storage
+    if isinstance(storage, float):
+        return _within(storage, run, first, begin, end, away, outer_loss)
+    iterate, graph, _ = run.measure(first, begin)
+    n, total = 1, 1
+    while total < end - begin:
+        total += 1 + n * iterate // graph
+        n += 1
+    bounds = _blocks(begin, end, n * iterate + graph, iterate, graph)
+    assert bounds is not None
+    return bounds, len(bounds) - 1
+
+
+def _within(
+    budget: float, run: Run, first: State, begin: int, end: int, away: bool, outer_loss: OuterLoss
+) -> tuple[list[int], int]:
+    """The plan that fits into a budget of bytes."""
+    iterate, graph, working, measured = _working_memory(run, first, begin, outer_loss)
+    least = max(working + graph + iterate, measured)
+    if budget < least:
+        raise ValueError(f"a budget of {budget:.0f} bytes is too small: one step needs about {least:.0f}")
+    available = budget - working
+    bounds = _blocks(begin, end, available, 0 if away else iterate, graph)
+    if bounds is None:
+        return list(range(begin, end + 1)), int((available - graph) // iterate)
+    return bounds, len(bounds) - 1
+
+
+def _working_memory(run: Run, first: State, begin: int, outer_loss: OuterLoss) -> tuple[int, int, int, int]:
+    """Bytes of an iterate, of a step's graph, of all that is needed beside these, and of this measurement."""
+
+    def pulled() -> None:
+        alpha = [torch.zeros_like(y) for y in both.outputs if y.is_floating_point()]
+        run.pull(both, alpha, [torch.zeros_like(x) for x in run.differentiated], retain=True)
+
+    with Allocated() as allocated:
+        iterate, graph, both = run.measure(first, begin)
+        random = random_state(run.devices)
+        after, most = allocated.now, allocated.peak
+        final = [y.detach() for y in both.outputs]
+        backward = allocated.taken(pulled)
+        outer = allocated.taken(lambda: run.close(final, both.rebuild, outer_loss))
+        set_random_state(random)
+    state, outer_grads, drawn = (
+        sum(x.nbytes for x in xs) for xs in (first.tensors, run.differentiated, random.values())
+    )
+    # Beside the checkpoints: the state that a block must end in, its outputs, α, w_T and an iterate on its way; ∇; and
+    # the random state where it is kept by run and by those who put it back.
+    held = 5 * state + outer_grads + 5 * drawn
+    working = held + max(most - after, backward, outer)
+    return iterate, graph, working, max(most, after + max(backward, outer)) + state + outer_grads + 5 * drawn
