@@ -6,10 +6,8 @@ f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T�
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import Any
 
 import torch
@@ -17,12 +15,10 @@ from torch import Tensor
 
 from .._vector import PyTree
 from ..implicit import random_state_kept_on_error
-from ._memory import Allocated, Put, kept
-from ._steps import Run, State, batch_at, random_state, same, set_random_state
+from ._memory import Put, kept
+from ._schedule import Plan, parse, schedule, split
+from ._steps import Run, State, batch_at, same, set_random_state
 
-OuterLoss = Callable[[PyTree, PyTree], Tensor]
-
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 NO_REPLAY = (
     "steps {} to {} gave other numbers when they were evaluated again. torch's random numbers are replayed; what else "
     "changes (Python's or NumPy's random, an iterator or counter outside, buffers of a module, kernels that are not "
@@ -81,16 +77,21 @@ def reverse(
         steps: T.
         memory: what is kept for the reverse pass, I being the bytes of an iterate, G those of the graph of a step:
             "graph", all graphs: T evaluations, T G;
-            "iterates", all iterates: 2T − 1 evaluations, T I + G;
+            "iterates", all iterates: 2T − 1 evaluations (w_T is known from the first pass), T I + G;
             "sqrt", n iterates and the graph of one block of steps, the longer the fewer iterates are left: less than
             2T evaluations, n I + G with n ≈ √(2TG/I);
             an integer c, so many checkpoints, the start included (revolve): T + rT − C(c+r, r−1) evaluations, with
             r the smallest for which C(c+r, c) ≥ T, and no schedule with c iterates needs fewer; c I + G;
             a budget such as "64MiB": the graph if it fits, else blocks as in "sqrt", else checkpoints.
+            That is T, less than 2T, less than 2T, and with c checkpoints up to r + 1 times T evaluations.
+        offload: where iterates are kept: None, where they are; "cpu", on the CPU while steps run elsewhere, in pinned
+            memory beside CUDA; a folder as pathlib.Path, in files of a new folder in it, removed in the end and on an
+            error. A budget counts none of them then. Graphs and the working memory stay.
         truncate: k, differentiate the last k steps only, the iterate before them taken as constant.
         batches: batch t for step t, by index or by call; drawn again at a replay.
         with_time: pass t to step.
-        allow_detached: take tensors in step's result that have no graph for constants.
+        allow_detached: take tensors in step's result that have no graph for constants, and say nothing where a tensor
+            of params reaches nothing.
 
     Returns:
         An Unrolled.
@@ -99,13 +100,18 @@ def reverse(
         TypeError, ValueError: something is not of the form above, nothing reaches hparams, or a budget is too small;
             also where step's result has no graph, or was computed from the live start instead of its argument.
         RuntimeError: step changed its arguments in place, or did not replay.
+        OSError: a folder for offload cannot be written, or its disk is full.
 
     Warns: HypergradientWarning where a leaf of hparams is reached by nothing (a learning rate read with .item(), say),
-        and where the result is not finite (steps that diverge).
-    Cost: the evaluations above and T reverse passes. Beside what memory says, a few iterates, twice hparams, and the
-        working memory of one step's reverse pass; a budget sets 6 I + G aside for these, an estimate. I and G are
-        measured at the first two steps; where all is one block, these are evaluated again. One device synchronisation
-        a replayed block. Buffers that a module writes in step are written once more at each replay.
+        where at the second step a tensor of params reaches nothing (a momentum detached between steps), and where the
+        result is not finite (steps that diverge).
+    Cost: the evaluations above and T reverse passes. Beside what memory says, five iterates, hparams, and the working
+        memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget measure I, G
+        at the first two steps, which are not evaluated again for that; a budget measures the working memory there as
+        well, by the tensors that operations return (not what a kernel takes inside), for one reverse pass through two
+        steps and one call of outer_loss more. Steps that need more later on can exceed it. One device synchronisation a
+        replayed block. Offloading writes an iterate once and reads it once for each time that it is gone on from.
+        Buffers that a module writes in step are written once more at each replay.
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
         over blocks of steps whose graph is kept at once.
 
@@ -120,7 +126,7 @@ def reverse(
     length = steps if truncate is None else min(truncate, steps)
     if steps < 0 or length < 0:
         raise ValueError(f"steps and truncate must be ≥ 0, got {steps} and {truncate}")
-    storage = _storage(memory)
+    storage = parse(memory)
     if storage == "graph" and offload is not None:
         raise ValueError('memory="graph" keeps no iterates that could be offloaded')
     run = Run(step, start, hparams, batch_at(batches, steps), with_time or batches is not None, allow_detached)
@@ -129,7 +135,14 @@ def reverse(
         kept(offload, run.start) as put,
         torch.enable_grad(),
     ):
-        alpha, grads = _pull_back(run, steps - length, steps, storage, put, offload is not None, outer_loss)
+        begin = steps - length
+        first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, begin)
+        plan = schedule(storage, run, first, begin, steps, away=offload is not None, outer_loss=outer_loss)
+        fetch = put(first)
+        del first
+        alpha, grads = _pull_back(run, _backwards(run, fetch, plan, put), outer_loss)
+        if not length:
+            alpha, grads = run.close(fetch().tensors, fetch().rebuild, outer_loss)
         set_random_state(run.random_after)
         start_grads = run.start_gradients(alpha) if length == steps else None
         if start_grads is not None:
@@ -144,23 +157,11 @@ def reverse(
 
 
 def _pull_back(
-    run: Run,
-    begin: int,
-    end: int,
-    storage: str | int | float,
-    put: Put,
-    away: bool,
-    outer_loss: OuterLoss,
+    run: Run, blocks: Iterator[tuple[int, int, State]], outer_loss: Callable[[PyTree, PyTree], Tensor]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """α at w_begin and ∇, through steps begin … end − 1."""
-    first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, begin)
-    bounds, checkpoints = _plan(storage, run, first, begin, end, away, outer_loss)
-    if begin == end:
-        return run.close(first.tensors, first.rebuild, outer_loss)
-    states = _backwards(run, put(first), bounds, checkpoints, put)
-    del first
+    """α where the last of these blocks begins, and ∇ through all of them."""
     later, alpha, grads = None, [], []
-    for begin, end, state in states:
+    for begin, end, state in blocks:
         graph = run.record(state, begin, end)
         if later is None:
             alpha, grads = run.close([x.detach() for x in graph.outputs], graph.rebuild, outer_loss)
@@ -172,20 +173,19 @@ def _pull_back(
     return alpha, grads
 
 
-def _backwards(
-    run: Run, first: Callable[[], State], bounds: list[int], checkpoints: int, put: Put
-) -> Iterator[tuple[int, int, State]]:
+def _backwards(run: Run, first: Callable[[], State], plan: Plan, put: Put) -> Iterator[tuple[int, int, State]]:
     """The blocks of steps, the last first, each with the state that it begins at.
 
     Revolve: a block is reached from the last checkpoint before it, leaving others on the way.
     """
+    bounds, checkpoints = plan
     stack = [(0, first)]
     for end in range(len(bounds) - 1, 0, -1):
         here, fetch = stack[-1]
         state = fetch()
         while end - here > 1:
             free = checkpoints - len(stack)
-            ahead = here + (_split(end - here, free + 1) if free else end - here - 1)
+            ahead = here + (split(end - here, free + 1) if free else end - here - 1)
             state = run.advance(state, bounds[here], bounds[ahead])
             here = ahead
             if free:
@@ -195,103 +195,3 @@ def _backwards(
         del fetch
         yield bounds[end - 1], bounds[end], state
         del state
-
-
-def _storage(memory: str | int) -> str | int | float:
-    """A name, a number of checkpoints (int), or of bytes (float)."""
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 1:
-        return memory
-    if memory in ("graph", "iterates", "sqrt"):
-        return memory
-    number = re.fullmatch(r"([\d.]+) ?([KMG]i?B|B)", memory) if isinstance(memory, str) else None
-    if number is None:
-        raise ValueError(
-            f'memory must be "graph", "iterates", "sqrt", a number of checkpoints ≥ 1, or bytes like "64MiB", '
-            f"got {memory!r}"
-        )
-    return float(number[1]) * UNITS[number[2]]
-
-
-def _split(length: int, checkpoints: int) -> int:
-    """How far to advance to the next checkpoint: Griewank and Walther 2000, with β(c, r) = C(c + r, c)."""
-    r = 1
-    while comb(checkpoints + r, r) < length:
-        r += 1
-    return min(comb(checkpoints + r - 1, r - 1), length - comb(checkpoints + r - 2, r - 1))
-
-
-def _blocks(begin: int, end: int, available: float, iterate: int, graph: int) -> list[int] | None:
-    """Boundaries of blocks: while i iterates are kept, the graph of as many steps as fit beside them. None if too few.
-
-    available = n · iterate + graph gives n blocks at most.
-    """
-    bounds = [begin]
-    while bounds[-1] < end:
-        length = int((available - len(bounds) * iterate) // graph)
-        if length < 1:
-            return None
-        bounds.append(min(bounds[-1] + length, end))
-    return bounds
-
-
-def _plan(
-    storage: str | int | float, run: Run, first: State, begin: int, end: int, away: bool, outer_loss: OuterLoss
-) -> tuple[list[int], int]:
-    """Boundaries of the blocks of steps, and the number of checkpoints."""
-    single = list(range(begin, end + 1))
-    if storage == "graph" or end - begin < 2:
-        return sorted({begin, end}), 1
-    if storage == "iterates":
-        return single, end - begin
-    if isinstance(storage, int):
-        return single, storage
-    if isinstance(storage, float):
-        return _within(storage, run, first, begin, end, away, outer_loss)
-    iterate, graph, _ = run.measure(first, begin)
-    n, total = 1, 1
-    while total < end - begin:
-        total += 1 + n * iterate // graph
-        n += 1
-    bounds = _blocks(begin, end, n * iterate + graph, iterate, graph)
-    assert bounds is not None
-    return bounds, len(bounds) - 1
-
-
-def _within(
-    budget: float, run: Run, first: State, begin: int, end: int, away: bool, outer_loss: OuterLoss
-) -> tuple[list[int], int]:
-    """The plan that fits into a budget of bytes."""
-    iterate, graph, working, measured = _working_memory(run, first, begin, outer_loss)
-    least = max(working + graph + iterate, measured)
-    if budget < least:
-        raise ValueError(f"a budget of {budget:.0f} bytes is too small: one step needs about {least:.0f}")
-    available = budget - working
-    bounds = _blocks(begin, end, available, 0 if away else iterate, graph)
-    if bounds is None:
-        return list(range(begin, end + 1)), int((available - graph) // iterate)
-    return bounds, len(bounds) - 1
-
-
-def _working_memory(run: Run, first: State, begin: int, outer_loss: OuterLoss) -> tuple[int, int, int, int]:
-    """Bytes of an iterate, of a step's graph, of all that is needed beside these, and of this measurement."""
-
-    def pulled() -> None:
-        alpha = [torch.zeros_like(y) for y in both.outputs if y.is_floating_point()]
-        run.pull(both, alpha, [torch.zeros_like(x) for x in run.differentiated], retain=True)
-
-    with Allocated() as allocated:
-        iterate, graph, both = run.measure(first, begin)
-        random = random_state(run.devices)
-        after, most = allocated.now, allocated.peak
-        final = [y.detach() for y in both.outputs]
-        backward = allocated.taken(pulled)
-        outer = allocated.taken(lambda: run.close(final, both.rebuild, outer_loss))
-        set_random_state(random)
-    state, outer_grads, drawn = (
-        sum(x.nbytes for x in xs) for xs in (first.tensors, run.differentiated, random.values())
-    )
-    # Beside the checkpoints: the state that a block must end in, its outputs, α, w_T and an iterate on its way; ∇; and
-    # the random state where it is kept by run and by those who put it back.
-    held = 5 * state + outer_grads + 5 * drawn
-    working = held + max(most - after, backward, outer)
-    return iterate, graph, working, max(most, after + max(backward, outer)) + state + outer_grads + 5 * drawn

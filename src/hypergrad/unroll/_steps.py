@@ -140,9 +140,22 @@ class Run:
         outputs, new_rebuild = split(value)
         if self.evaluations == 1:
             self.check_reached(tensors, outputs)
+        elif self.evaluations == 2 and not self.allow_detached:
+            self.warn_if_cut(tensors, outputs)
         if list(map(KIND, outputs)) != self.kinds or not all(map(LIVE, outputs)):
             self.check_outputs(outputs)
         return outputs, new_rebuild
+
+    def warn_if_cut(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
+        """Warn where a part of the state that step was given reaches nothing; not at step 0, often a case apart."""
+        lost = _autodiff.unreached(outputs, tensors)
+        if lost:
+            parts = ", ".join(f"tensor {i} {describe(*KIND(tensors[i]))}" for i in lost)
+            warn(
+                f"nothing in step's result depends on {parts} of the params that it was called with, so no gradient "
+                f"passes there: was it detached (a momentum, say), or read as a number? If it is meant so, pass "
+                f"allow_detached=True"
+            )
 
     def check_outputs(self, outputs: list[Tensor]) -> None:
         """Raise where step's result is not like the start, or has no graph."""
