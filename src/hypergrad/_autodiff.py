@@ -132,9 +132,9 @@ def depends(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
 
 
 def unreached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
-    """The places of inputs that require grad and stand in the graph of no output. Walks the graph."""
+    """The places of inputs that require grad and that no output depends on. Walks the graph between them."""
     places = {_edge(x): i for i, x in enumerate(inputs) if x.requires_grad}
-    for edge in _behind([_edge(y) for y in outputs if y.requires_grad], set()):
+    for edge in _behind([_edge(y) for y in outputs if y.requires_grad], {node for node, _ in places}):
         places.pop(edge, None)
         if not places:
             break
