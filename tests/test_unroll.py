@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import hypergrad as hg
+from benchmarks.measure import peak_memory
 from hypergrad.diff_optimizers import PerStep
 from hypergrad.unroll import reverse
 
@@ -192,19 +193,6 @@ def test_gradcheck(memory):
         assert abs((f(lam, start + e)[0] - f(lam, start - e)[0]) / (2 * h) - start_grads[i]) < 1e-8
 
 
-def peak(call):
-    """Bytes that torch's allocator gave out during the call and had not got back, at most."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    live = most = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    assert events
-    return most
-
-
 def peak_of(memory, steps=60, size=120):
     x = torch.randn(20, size, **DOUBLE)
     lam = torch.tensor(0.1, **DOUBLE, requires_grad=True)
@@ -214,7 +202,7 @@ def peak_of(memory, steps=60, size=120):
         return w - lam * torch.autograd.grad(loss, w, create_graph=True)[0]
 
     start = torch.randn(size, size, **DOUBLE)
-    return peak(lambda: reverse(descend, start, lam, lambda w, lam: w.square().sum(), steps, memory=memory))
+    return peak_memory(lambda: reverse(descend, start, lam, lambda w, lam: w.square().sum(), steps, memory=memory))
 
 
 def test_budget_is_respected():

@@ -48,14 +48,17 @@ def kept(offload: str | os.PathLike[str] | None, tensors: Sequence[Tensor]) -> I
 
 def on_cpu(state: State) -> Callable[[], State]:
     """Tensors of other devices go to the CPU; from CUDA to pinned memory, in the order of its stream."""
-    away = [_on_cpu(x) for x in state.tensors]
+    away, devices = [_on_cpu(x) for x in state.tensors], [x.device for x in state.tensors]
+    versions, light = state.versions, replace(state, tensors=[])
 
     def fetch() -> State:
-        back = [y if x == y.device else y.to(x, non_blocking=y.is_pinned()) for x, y in zip(devices, away, strict=True)]
-        moved = zip(back, away, state_versions, strict=True)
-        return replace(light, tensors=back, versions=[v if y is x else x._version for x, y, v in moved])
+        back = [
+            y if y.device == device else y.to(device, non_blocking=y.is_pinned())
+            for y, device in zip(away, devices, strict=True)
+        ]
+        kept = [v if x is y else x._version for x, y, v in zip(back, away, versions, strict=True)]
+        return replace(light, tensors=back, versions=kept)
 
-    devices, state_versions, light = [x.device for x in state.tensors], state.versions, replace(state, tensors=[])
     return fetch
 
 
