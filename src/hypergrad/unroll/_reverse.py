@@ -16,7 +16,7 @@ from torch import Tensor
 from .._vector import PyTree
 from ..implicit import random_state_kept_on_error
 from ._memory import Put, kept
-from ._schedule import Plan, parse, schedule, split
+from ._schedule import Plan, parse, schedule, stride
 from ._steps import Run, State, batch_at, same, set_random_state
 
 NO_REPLAY = (
@@ -185,7 +185,7 @@ def _backwards(run: Run, first: Callable[[], State], plan: Plan, put: Put) -> It
         state = fetch()
         while end - here > 1:
             free = checkpoints - len(stack)
-            ahead = here + (split(end - here, free + 1) if free else end - here - 1)
+            ahead = here + (stride(end - here, free + 1) if free else end - here - 1)
             state = run.advance(state, bounds[here], bounds[ahead])
             here = ahead
             if free:

@@ -39,7 +39,7 @@ def parse(memory: str | int) -> str | int | float:
     return float(number[1]) * UNITS[number[2]]
 
 
-def split(length: int, checkpoints: int) -> int:
+def stride(length: int, checkpoints: int) -> int:
     """How far to advance to the next checkpoint: Griewank and Walther 2000, with β(c, r) = C(c + r, c)."""
     r = 1
     while comb(checkpoints + r, r) < length:

@@ -286,7 +286,11 @@ class Run:
                 f"as a number (.item(), float(), .data)?"
             )
         warn_if_not_finite(g for g in grads if g is not None)
-        each = iter(grads)
+        return self.in_hparams(grads)
+
+    def in_hparams(self, values: Sequence[Tensor | None]) -> PyTree:
+        """A value for each leaf of hparams that requires grad, in the structure of hparams; zeros for the others."""
+        each = iter(values)
         full = [next(each) if x.requires_grad else None for x in self.outer]
         zipped = zip(full, self.outer, strict=True)
         return self.hparams_tree([torch.zeros_like(x) if g is None else g.clone() for g, x in zipped])
