@@ -188,6 +188,16 @@ def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
+def gradient(loss: Callable[[Any, Any], Tensor], params: Any, hparams: Any) -> Any:
+    """∇₁ of a loss in params' structure, in a form that torch.compile can trace."""
+    return torch.func.grad(loss)(params, hparams)
+
+
+def cast(xs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the dtypes of others."""
+    return [x.to(y.dtype) for x, y in zip(xs, like, strict=True)]
+
+
 def scaled(xs: Sequence[Tensor], a: float) -> list[Tensor]:
     return list(xs) if a == 1 else [x * a for x in xs]
 
@@ -201,6 +211,7 @@ class Linearisation:
         hparams: the leaves of λ that require grad.
         curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
         probe: the c at which `pulled` is taken, like outputs; zeros by default.
+        compiled: v ↦ ∂₁Fᵀv by other means.
     """
 
     def __init__(
@@ -210,12 +221,14 @@ class Linearisation:
         hparams: Sequence[Tensor] = (),
         curvature: Callable[[Sequence[Tensor], bool], list[Tensor]] | None = None,
         probe: Sequence[Tensor] | None = None,
+        compiled: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
     ):
         self.outputs = outputs
         self.params = params
         self.hparams = hparams
         self.curvature = curvature
         self.probe = probe
+        self.compiled = compiled
         self._transposed: tuple[list[Tensor], list[Tensor | None]] | None = None
 
     def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
@@ -229,6 +242,8 @@ class Linearisation:
     def _pull(self, v: Sequence[Tensor], batched: bool) -> list[Tensor]:
         if self.curvature is not None:
             return self.curvature(v, batched)
+        if self.compiled is not None and not batched:
+            return self.compiled(v)
         return grad(self.outputs, self.params, v, retain_graph=True, batched=batched)
 
     def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
