@@ -403,16 +403,21 @@ def test_measuring_changes_no_random_number():
     assert all(torch.equal(a[i], values[0][i]) for a in values for i in (0, 1))
 
 
-def test_graph_of_the_measured_steps_is_let_go(monkeypatch):
-    """It lives no longer than until the plan is made, where the plan is more than one block."""
+def test_what_was_evaluated_ahead_is_let_go(monkeypatch):
+    """The measured steps' graph where the plan is more than one block, their states once they are passed."""
     seen = []
-    advance = _steps.Run.advance
+    advance, pull = _steps.Run.advance, _steps.Run.pull
 
-    def watched(self, *args):
+    def advanced(self, *args):
         result = advance(self, *args)
         seen.append(self._recorded)
         return result
 
-    monkeypatch.setattr(_steps.Run, "advance", watched)
+    def pulled(self, *args):
+        seen.extend([self._recorded, *self._known])
+        return pull(self, *args)
+
+    monkeypatch.setattr(_steps.Run, "advance", advanced)
+    monkeypatch.setattr(_steps.Run, "pull", pulled)
     assert counts(200, 2000, "sqrt")[-1] == 1
     assert len(seen) > 3 and all(x is None for x in seen)
