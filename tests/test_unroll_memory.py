@@ -338,7 +338,18 @@ def rows(inner=40, outer=40):
     return descend, torch.randn(20, 3, **DOUBLE), lam, lambda w, lam: torch.tanh(held_out @ w).exp().mean(), {}
 
 
+def noisy():
+    """An iterate of 24 bytes; the random state that is kept beside each has 5,056."""
+    lam = torch.tensor(0.1, **DOUBLE, requires_grad=True)
+
+    def jump(w, lam):
+        return w - lam * torch.sin(w) + 0.1 * torch.randn(3, **DOUBLE)
+
+    return jump, torch.randn(3, **DOUBLE), lam, lambda w, lam: w.sum(), {}
+
+
 BUDGETED = {
+    "noise": noisy,
     "batches": network,
     "Adam": lambda: network(hg.diff_optimizers.Adam(lr=lambda h: h[0].exp())),
     "dropout": lambda: network(drop=0.3),
