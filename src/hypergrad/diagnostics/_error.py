@@ -99,27 +99,17 @@ def estimate(
     """
     point = Point(problem, problem.variables)
     solver = default_solver(point) if solver is None else solver
-    space, ops = point.variables.space, [point.op]
+    space = point.variables.space
     given = point.variables.differentiated_of(grads, "the hypergradient")
     w = space.pack([x.detach() for x in point.variables.given])
     v = _adjoint(point, solver, None) if adjoint is None else space.vector(adjoint, "the adjoint")
 
     residual, b, outer_value = norm(point.residual), norm(point.b), float(point.outer.detach())
     stretch = norm(point.op.T(w))
-    first = last = correct(point, v, solver)
+    first = correct(point, v, solver)
     from_adjoint = _adjoint_part(point, first.adjoint_residual, solver)
-    steps, moved, status = 0, w + first.step, first.status
-    settled, uncertainty = _settled(last, given, steps)
-    while not settled and steps < newton_steps:
-        new = newton_step(point, last.step)
-        if new is None:
-            break
-        point, steps = new, steps + 1
-        ops.append(point.op)
-        last = correct(point, _adjoint(point, solver, v + last.adjoint_step), solver)
-        moved = space.pack([x.detach() for x in point.variables.given]) + last.step
-        status = max(status, last.status, key=lambda s: s.value)
-        settled, uncertainty = _settled(last, given, steps)
+    end = _followed(point, first, given, solver, newton_steps)
+    last, moved = end.last, end.moved
 
     r_v, error, size = norm(first.adjoint_residual), norm(last.corrected - given), norm(last.corrected)
     return Estimate(
@@ -135,17 +125,47 @@ def estimate(
         relative_error=ratio(error, size),
         from_inner=norm(first.change - from_adjoint),
         from_adjoint=norm(from_adjoint),
-        uncertainty=uncertainty,
-        settled=settled,
-        newton_steps=steps,
-        status=status,
+        uncertainty=end.uncertainty,
+        settled=end.settled,
+        newton_steps=end.steps,
+        status=end.status,
         outer_value=outer_value,
         corrected_value=float(last.value),
         corrected_norm=size,
         corrected=point.variables.outer_grads(last.corrected.leaves),
         params=moved.tree,
-        products=sum(op.products for op in ops),
+        products=end.products,
     )
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where Newton's method ended: its last correction, the estimate of w*, and how far to trust it."""
+
+    last: Correction
+    moved: Vector
+    steps: int
+    settled: bool
+    uncertainty: float
+    status: Status
+    products: int
+
+
+def _followed(point: Point, last: Correction, given: Vector, solver: Solver, newton_steps: int) -> _End:
+    """Newton steps from a point and its correction until one changes the estimate no more."""
+    ops, steps, status = [point.op], 0, last.status
+    settled, uncertainty = _settled(last, given, steps)
+    while not settled and steps < newton_steps:
+        new = newton_step(point, last.step)
+        if new is None:
+            break
+        point, steps = new, steps + 1
+        ops.append(point.op)
+        last = correct(point, _adjoint(point, solver, last.adjoint + last.adjoint_step), solver)
+        status = max(status, last.status, key=lambda s: s.value)
+        settled, uncertainty = _settled(last, given, steps)
+    moved = point.b.space.pack([x.detach() for x in point.variables.given]) + last.step
+    return _End(last, moved, steps, settled, uncertainty, status, sum(op.products for op in ops))
 
 
 def _adjoint(point: Point, solver: Solver, start: Vector | None) -> Vector:

@@ -36,6 +36,7 @@ class Correction:
         change: dh.
         value: L = E − vᵀF, second-order accurate as f(λ).
         adjoint_residual: r_v = ∇₁E − Aᵀv.
+        adjoint: v.
         step: δ.
         adjoint_step: dv.
         distance: ‖δ‖ / ‖w + δ‖.
@@ -46,6 +47,7 @@ class Correction:
     change: Vector
     value: Tensor
     adjoint_residual: Vector
+    adjoint: Vector
     step: Vector
     adjoint_step: Vector
     distance: Tensor
@@ -104,7 +106,7 @@ def correct(point: Point, v: Vector, solver: Solver) -> Correction:
     value = point.outer.detach() - v.dot(point.residual).sum()
     there = space.pack(_detached(variables.given)) + delta.value
     distance = (delta.value.norm().square().sum() / there.norm().square().sum()).sqrt().nan_to_num(0.0)
-    return Correction(h, change, value, r_v, delta.value, dv.value, distance, (delta, dv))
+    return Correction(h, change, value, r_v, v, delta.value, dv.value, distance, (delta, dv))
 
 
 def _detached(tensors: list[Tensor]) -> list[Tensor]:
