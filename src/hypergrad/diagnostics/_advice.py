@@ -108,7 +108,7 @@ def _pace(error: float, rate: Rate | None, inner_steps: int | None) -> str:
 def _balance(e: Estimate, ahead: str, behind: str, rate: Rate | None) -> str:
     text = f"the {ahead} is solved further than the {behind} deserves, so spend its steps there"
     share = min(e.from_inner, e.from_adjoint) / max(e.from_inner, e.from_adjoint)
-    if rate is None or not 0 < rate[0] < 1 or share < 1e-12:
+    if rate is None or behind != "inner problem" or not 0 < rate[0] < 1 or share < 1e-12:
         return text
     steps = math.ceil(math.log(share) / math.log(rate[0]))
     return f"{text} (at a contraction factor of {rate[0]:.6g} a step, {steps} of them make up for it)"

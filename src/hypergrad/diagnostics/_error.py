@@ -13,8 +13,9 @@ from ..solvers import GMRES, MINRES, Dense
 from ..solvers._solver import Solver, solve
 
 DENSE = 200  # unknowns of a system up to which it is solved by factors
-LINEAR = 0.01  # estimated relative error up to which the first-order estimate is taken as it is
-SETTLED = 0.03  # what the last Newton step may change of the estimate
+LINEAR = 0.003  # estimated relative error up to which the first-order estimate is taken as it is
+SETTLED = 0.01  # what the last Newton step may change of the estimate, and of the corrected hypergradient
+NEGLIGIBLE = 1e-3  # what it may change of the estimate in any case
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ def estimate(
     """The error of grads, as a hypergradient of the problem.
 
     The first-order correction dh (see `implicit.grad`, polish) at the given params and adjoint is a first estimate.
-    Where it exceeds a hundredth of the hypergradient, or δ a tenth of w, it is no longer small, so w takes a Newton
-    step, halved until ‖F‖ falls, v is solved for again, and the correction there is added; until one adds less than 3 %
-    to the whole. The estimate is the difference between grads and the hypergradient where that ends.
+    Where it exceeds 0.3 % of the hypergradient, or δ a tenth of w, it is no longer small, so w takes a Newton step,
+    halved until ‖F‖ falls, v is solved for again, and the correction there is added; until one adds less than 1 % to
+    the whole, and to the hypergradient. The estimate is the difference between grads and the hypergradient where that
+    ends.
 
     Args:
         problem: deterministic, its losses callables.
@@ -185,8 +187,9 @@ def _settled(last: Correction, given: Vector, steps: int) -> tuple[bool, float]:
     if not steps:
         uncertainty = ratio(change, size)
         return uncertainty <= LINEAR and bool(last.holds), uncertainty
+    # The corrected hypergradient is to be right too, where it is much smaller than the error: but it may be zero.
     uncertainty = ratio(change, norm(last.corrected - given))
-    return uncertainty <= SETTLED, uncertainty
+    return uncertainty <= SETTLED and (change <= SETTLED * size or uncertainty <= NEGLIGIBLE), uncertainty
 
 
 def norm(x: Vector) -> float:
