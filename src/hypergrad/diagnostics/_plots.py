@@ -161,7 +161,7 @@ def _eigenvalues_in_the_plane(axes: Axes, s: Structure) -> None:
     axes.set_aspect("equal")
     axes.set_xlabel("real part")
     axes.set_ylabel("imaginary part")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def plot_differences(differences: Differences) -> Figure:
