@@ -1,8 +1,8 @@
 """What the checks that are always on cost in implicit.grad: `python -m benchmarks.checks [row ...]`.
 
-The share of CPU time, of one thread, that a call spends in them: taking the inner residual, estimating the distance from
-the solution, looking for NaN, and keeping a record of the problem. The solver does K steps of CG. Shares are medians over
-calls; a ratio of whole calls with and without the checks drowns in the noise of the clock.
+The share of CPU time, of one thread, that a call spends in them: taking the inner residual, estimating the distance
+from the solution, looking for NaN, and keeping a record of the problem. The solver does K steps of CG. Shares are
+medians over calls; a ratio of whole calls with and without the checks drowns in the noise of the clock.
 """
 
 from __future__ import annotations

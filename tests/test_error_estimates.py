@@ -437,7 +437,7 @@ def test_finite_differences_know_their_own_error(step):
     exact = hypergradient(p, "inner_loss", QUIET)
     found = hg.diagnostics.finite_differences(exact.problem, exact.grads, newton_fit(p), step=step, directions=4)
     for derivative, own, given in zip(found.derivatives, found.errors, found.given, strict=True):
-        assert abs(derivative - given) <= 1.5 * own
+        assert abs(derivative - given) <= (0.2 if step == 0.3 else 1.5) * own
 
 
 def test_finite_differences_refuse_nonsense():
@@ -452,13 +452,30 @@ def test_finite_differences_refuse_nonsense():
 
 
 @pytest.mark.parametrize("goal", [1e-2, 1e-4, 1e-6])
-@pytest.mark.parametrize("name", ["logistic", "quadratic-1e3"])
+@pytest.mark.parametrize("name", ["logistic", "quadratic-1e3", "quadratic-1e5"])
 def test_the_adjoint_is_solved_as_far_as_the_hypergradient_needs(name, goal):
     p = plain(name)
-    result = hypergradient(p, "inner_loss", S.CG(max_steps=500), hypergradient_rtol=goal)
+    result = hypergradient(p, "inner_loss", S.CG(max_steps=2000), hypergradient_rtol=goal)
     assert error(result.grads, p) <= goal
     assert float(result.relative_error) <= goal
     assert goal < 1e-3 or float(result.solution.relative_residual) > 1e-2 * goal
+
+
+def test_a_residual_that_is_small_is_not_enough_for_a_goal():
+    """A = diag(1, 1e-2, 1e-4): most of ∇f is in the component that shows least in the residual."""
+    a = torch.tensor([1.0, 1e-2, 1e-4], dtype=torch.float64)
+    b = torch.tensor([1.0, 3e-3, 3e-4], dtype=torch.float64)
+    lam = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    linear = lambda w, lam: w[0] + lam * (w[1] + w[2])  # noqa: E731
+    result = hg.implicit.grad(
+        lambda w, lam: b @ w,
+        inner_loss=lambda w, lam: 0.5 * (a * w) @ w - linear(w, lam),
+        params=torch.tensor([1.0, 70.0, 7000.0], dtype=torch.float64),
+        hparams=lam,
+        solver=S.CG(),
+        hypergradient_rtol=1e-2,
+    )
+    assert abs(float(result.grads) - 3.3) < 0.033
 
 
 def gradient_steps(p: Problem, count: int):
