@@ -240,9 +240,10 @@ def test_check_of_hypertorchs_lists(dtype):
         assert 0.9 < e.error / (error(grads, p) * truth) < 1.1
 
 
-def test_check_of_an_unrolled_result():
+@pytest.mark.parametrize("unroll", [hg.unroll.reverse, hg.unroll.forward])
+def test_check_of_an_unrolled_result(unroll):
     p = plain("logistic")
-    result = hg.unroll.reverse(p.fp_map, torch.zeros_like(p.params), p.hparams, p.outer_loss, steps=30)
+    result = unroll(p.fp_map, torch.zeros_like(p.params), p.hparams, p.outer_loss, steps=30)
     e = check(result, fp_map=p.fp_map, outer_loss=p.outer_loss, hparams=p.hparams).estimate
     assert 0.9 < e.error / (error(result.grads, p) * np.linalg.norm(p.grads[0])) < 1.1
     assert abs(e.corrected_value - p.value) < 0.05 * abs(float(result.outer_value) - p.value)

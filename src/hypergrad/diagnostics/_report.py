@@ -13,7 +13,7 @@ from .._vector import PyTree
 from ..implicit import Hypergradient, Problem
 from ..implicit._problem import InnerProblem
 from ..solvers._solver import Solver
-from ..unroll import Unrolled
+from ..unroll import Unrolled, UnrolledForward
 from ._advice import advice, contraction
 from ._bound import Constants, bound
 from ._choice import solver_choice, solver_rows
@@ -21,6 +21,8 @@ from ._differences import Differences, finite_differences
 from ._error import Estimate, estimate
 from ._findings import Finding, findings_of
 from ._structure import Structure, structure_of
+
+UNROLLED = (Unrolled, UnrolledForward)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def check(
-    result: Hypergradient | Unrolled | PyTree,
+    result: Hypergradient | Unrolled | UnrolledForward | PyTree,
     *,
     outer_loss: Callable[[PyTree, PyTree], Tensor] | None = None,
     inner_loss: Callable[[PyTree, PyTree], Tensor] | None = None,
@@ -116,11 +118,12 @@ def check(
 
     A result of `implicit.grad` knows its problem, as long as the losses were functions and neither params nor hparams
     changed since (check before the optimizer's step). What it does not know is passed as keywords, which replace what
-    it knows. Other results come with all of outer_loss, hparams, params (an `Unrolled` has its own) and one form of the
-    inner problem; whatever they are, their error is that against the exact hypergradient at the inner solution.
+    it knows. Other results come with all of outer_loss, hparams, params (a result of `unroll` has its own) and one form
+    of the inner problem; whatever they are, their error is that against the exact hypergradient at the inner solution.
 
     Args:
-        result: a Hypergradient, an Unrolled, or the gradients themselves in hparams' structure (HyperTorch's lists).
+        result: a Hypergradient, a result of `unroll`, or the gradients themselves in hparams' structure (HyperTorch's
+            lists).
         outer_loss, inner_loss, fp_map, residual, params, hparams, symmetric: as in `implicit.grad`; functions.
         adjoint: v of a result that does not hold it; solved for if None.
         solver: of the linear systems behind the estimate (default: Dense up to 200 unknowns, else MINRES where A is
@@ -157,7 +160,7 @@ def check(
     given = {"inner_loss": inner_loss, "fp_map": fp_map, "residual": residual}
     problem = _problem(result, outer_loss, given, params, hparams, symmetric)
     known = isinstance(result, Hypergradient)
-    grads = result.grads if isinstance(result, (Hypergradient, Unrolled)) else result
+    grads = result.grads if isinstance(result, (Hypergradient, *UNROLLED)) else result
     if adjoint is None and known:
         adjoint = result.adjoint
     found = estimate(problem, grads, adjoint, solver, newton_steps)
@@ -187,7 +190,7 @@ def _problem(
 ) -> Problem:
     """The problem that the result knows, with what was passed anew in its places."""
     known = result.problem if isinstance(result, Hypergradient) else None
-    if params is None and isinstance(result, Unrolled):
+    if params is None and isinstance(result, UNROLLED):
         params = result.params
     if known is not None:
         changed = [name for name, new in (("params", params), ("hparams", hparams)) if new is None]
