@@ -161,7 +161,7 @@ def _eigenvalues_in_the_plane(axes: Axes, s: Structure) -> None:
     axes.set_aspect("equal")
     axes.set_xlabel("real part")
     axes.set_ylabel("imaginary part")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def plot_differences(differences: Differences) -> Figure:
@@ -212,6 +212,7 @@ def _budget(axes: Axes, report: Report) -> None:
         at = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
         axes.annotate(f"{true:.2g}", (max(size, floor), i), **at)
     axes.set_xscale("log")
+    axes.locator_params(axis="x", numticks=4)
     axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
     axes.set_ylim(-0.6, len(bars) - 0.4)
     axes.set_xlim(floor / 3, 300 * max([*sizes, floor]))
