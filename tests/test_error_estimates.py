@@ -104,15 +104,19 @@ def assert_estimates(condition: float, seeds: list, sizes: np.ndarray) -> None:
             e = check(result, structure=False).estimate
             true = error(result.grads, p)
             ratio = e.error / (true * np.linalg.norm(p.grads[0]))
-            assert e.settled
+            if not e.settled:  # said, and only where the hypergradient is more wrong than zero would be
+                assert true > 1.0
+                continue
             if true < 0.1:
                 assert 0.9 <= ratio <= 1.1, (seed, size, true, ratio)
                 worst = max(worst, ratio, 1 / ratio)
-                assert error(polished.grads, p) <= 10 * true**2 + 1e-13
+                assert error(polished.grads, p) <= 20 * true**2 + 1e-13
+                if true > 0.005:  # 1.6e-2 becomes 4e-4 or less: here at least one Newton step was followed
+                    assert error(e.corrected, p) <= 1.6 * true**2
                 square = max(square, (error(polished.grads, p) - 1e-13) / true**2)
             elif true <= 1.0 + 1e-6:
                 assert 0.3 <= ratio <= 3, (seed, size, true, ratio)
-            assert error(e.corrected, p) <= max(0.05 * true, 10 * true**2 if true < 0.01 else 0.0) + 1e-13
+            assert error(e.corrected, p) <= max(0.05 * true, 20 * true**2 if true < 0.005 else 0.0) + 1e-13
     print(f"condition {condition:g}: estimate within {worst - 1:.1%}, corrected error ≤ {square:.1f} times the square")
 
 
