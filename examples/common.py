@@ -1,4 +1,4 @@
-"""What all examples share: typed options, the configuration printed and saved, results beside it."""
+"""What all examples share: typed options, the configuration printed and saved, results beside it; peak memory."""
 
 import json
 import platform
@@ -14,6 +14,10 @@ from typing import Any, TypeVar
 import torch
 import tyro
 from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdRef
 
 C = TypeVar("C", bound="Base")
 
@@ -108,6 +112,27 @@ def processor() -> str:
     lines = listing.read_text().splitlines() if listing.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor()
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes that the tensors made within hold at most at one time, as .peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for given, tree in ((True, (args, kwargs)), (False, result)):
+            for storage in [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]:
+                if WeakIdRef(storage) not in self.sizes:
+                    size = self.sizes[WeakIdRef(storage, self._freed)] = 0 if given else storage.nbytes()
+                    self.now += size
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, storage: WeakIdRef) -> None:
+        self.now -= self.sizes.pop(storage)
 
 
 def _name(kind: type[Base]) -> str:

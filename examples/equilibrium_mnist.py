@@ -13,20 +13,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 import hypergrad as hg
 
-from .common import Common, parse, save
+from .common import Common, PeakMemory, parse, save
 from .datasets import images
 
 
@@ -155,21 +151,6 @@ def reference(model: Model, x: Tensor, y: Tensor) -> Tensor:
     exact.load_state_dict(model.state_dict())
     cross_entropy(exact(x.double()), y).backward()
     return hypergradient(exact)
-
-
-class PeakMemory(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes, self.peak = WeakIdKeyDictionary(), 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for given, tree in ((True, (args, kwargs)), (False, result)):
-            for storage in [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]:
-                if storage not in self.sizes:
-                    self.sizes[storage] = 0 if given else storage.nbytes()
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return result
 
 
 @torch.no_grad()

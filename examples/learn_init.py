@@ -107,8 +107,8 @@ def spread(theta: Params, tasks: int) -> Params:
 
 # %% [markdown]
 # ## The meta-gradients
-# `hg.unroll.reverse` follows the steps back to θ, whatever they are. FOMAML is its answer where the inner gradient has no
-# graph.
+# `hg.unroll.reverse` follows the steps back to θ, whatever they are. FOMAML is its answer where the inner gradient has
+# no graph.
 
 
 # %%
@@ -242,7 +242,7 @@ def table(results: dict[str, dict], config: Config) -> str:
 
 def plot(results: dict[str, dict], starts: dict[str, Params], config: Config) -> Figure:
     figure = Figure(figsize=(13, 8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
+    top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
     shots, generator = int(list(results)[-1]), Generator().manual_seed(config.seed + 2)
     task = sinusoids(1, generator)
     task = (torch.full_like(task[0], 3.5), task[1])

@@ -140,3 +140,13 @@ def test_save(monkeypatch, tmp_path, capsys):
     assert text.startswith("# Title\n\n| a |\n|---|\n| 1 |\n") and f"![Title]({__name__}.png)" in text
     assert report["command"] in text and "secret" not in text + json.dumps(report)
     assert "| 1 |" in capsys.readouterr().out
+
+
+def test_peak_memory():
+    given = torch.zeros(1000)
+    with common.PeakMemory() as memory:
+        for _ in range(3):
+            made = given + 1
+            made.add_(1)[:10].exp_()
+            given.mul_(2)
+    assert memory.peak in (4000, 8000)  # the old sum may still be there when the new one is made
