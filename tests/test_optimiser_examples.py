@@ -77,6 +77,7 @@ def test_reptile_is_the_mean_way_of_the_tasks():
             torch.testing.assert_close(result[name][seed], expected.detach(), rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_learn_init(tmp_path):
     results = run_fast("learn_init", "--seed", "2", output=tmp_path / "made")
     assert list(results) == ["10"] and list(results["10"]) == list(learn_init.METHODS)
@@ -154,6 +155,7 @@ def test_every_row_comes_once_an_epoch():
     assert not torch.equal(run.rows[:8], run.rows[8:])
 
 
+@pytest.mark.slow
 def test_learn_schedule(tmp_path):
     results = run_fast("learn_schedule", "--seed", "2", output=tmp_path / "made")
     assert list(results) == ["constant", "cosine", "learned"]
