@@ -319,8 +319,11 @@ def plot(results: dict[str, dict[str, Any]], config: Config) -> Figure:
         times = torch.linspace(0, config.steps, len(result["curve"]))
         (line,) = curves.plot(times[1:], result["curve"][1:], **style)
         if key == "learned":
-            outer.plot(result["loss"], c=line.get_color(), label="learned")
-            norm.semilogy(result["norm"], c=line.get_color())
+            losses, turns = torch.tensor(result["loss"]), min(config.runs, config.outer_steps)
+            means = losses.unfold(0, turns, 1).mean(1)
+            outer.plot(losses, ".", c=line.get_color(), alpha=0.4, label="learned: one run")
+            outer.plot(range(turns - 1, len(losses)), means, c=line.get_color(), lw=2, label="learned: mean of runs")
+            norm.semilogy(result["norm"], ".", c=line.get_color())
         else:
             reached = mean(s["validation"] for s in result["tuning runs"])
             outer.axhline(reached, c=line.get_color(), ls="--", label=f"best {key} of the grid")
