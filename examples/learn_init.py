@@ -236,7 +236,10 @@ def table(results: dict[str, dict], config: Config) -> str:
             lines.append(f"| {shots} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + (
         f"\n\nMean squared error on {config.test_tasks} test tasks after so many gradient steps of size "
-        f"{config.inner_lr} from the learned start, ± 95 % over tasks, a mean over {config.seeds} seeds."
+        f"{config.inner_lr} from the learned start, ± 95 % over tasks, a mean over {config.seeds} seeds of "
+        f"{config.iterations} meta-steps. Elsewhere: Finn et al. took 70,000 meta-steps, and in their figure 3 too the "
+        f"first step gains most, and more steps than it was trained for gain still; the README of "
+        f"github.com/63days/Meta-SGD gives .67 for MAML with 10 points after one step."
     )
 
 
