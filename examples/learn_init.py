@@ -270,7 +270,7 @@ def plot(results: dict[str, dict], starts: dict[str, Params], config: Config) ->
         title = f"Fitted to {shots} points: mean over {config.test_tasks} tasks, 95 %"
         axes.set(title=title, xlabel="gradient steps", ylabel="mean squared error")
         axes.grid(alpha=0.3, which="both")
-    panels[-1].legend(fontsize="small")
+    panels[0].legend(fontsize="small", loc="lower left")
     return figure
 
 

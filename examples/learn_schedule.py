@@ -47,7 +47,7 @@ class Config(Common):
     """Of the constant that learning starts from: one that is slow enough for the hypergradient to be small."""
     momentum: float = 0.9
     """Likewise."""
-    outer_steps: int = 60
+    outer_steps: int = 40
     """Of Adam."""
     outer_lr: float = 0.15
     """Of Adam at first; it falls linearly."""
