@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from math import inf, isfinite, pi
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -303,7 +303,9 @@ def table(results: dict[str, dict[str, Any]], config: Config) -> str:
         f"{config.test_runs} new ones: other starts, other batches. Learned less cosine, run by run: "
         f"{mean(gains):+.4f} ± {stdev(gains):.4f} of the test loss on new runs. A hypergradient through {config.steps} "
         f"steps took {mean(learned['evaluations']):.0f} evaluations of a step, and {learned['peak']:.1f} MiB at most "
-        f"where {config.memory} were allowed."
+        f"where {config.memory} were allowed. Its norm was {learned['norm'][0]:.1e} at first and "
+        f"{median(learned['norm'][config.outer_steps // 2 :]):.1e} in the median of the second half of the outer steps: "
+        f"where it has grown much, steps have become too long for it, and it points where these runs' noise does."
     )
 
 
