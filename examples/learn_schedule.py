@@ -304,8 +304,8 @@ def table(results: dict[str, dict[str, Any]], config: Config) -> str:
         f"{mean(gains):+.4f} ± {stdev(gains):.4f} of the test loss on new runs. A hypergradient through {config.steps} "
         f"steps took {mean(learned['evaluations']):.0f} evaluations of a step, and {learned['peak']:.1f} MiB at most "
         f"where {config.memory} were allowed. Its norm was {learned['norm'][0]:.1e} at first and "
-        f"{median(learned['norm'][config.outer_steps // 2 :]):.1e} in the median of the second half of outer steps: where "
-        f"it has grown much, steps have become too long for it, and it points where these runs' noise does."
+        f"{median(learned['norm'][config.outer_steps // 2 :]):.1e} in the median of the second half of outer steps: "
+        f"where it has grown much, steps have become too long for it, and it points where these runs' noise does."
     )
 
 
