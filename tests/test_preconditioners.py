@@ -327,3 +327,15 @@ def test_auto_materialises_no_sharded_tensor():
     op = hg.operators.function(lambda v: 2 * v, symmetric=True)
     solution = S.Auto(rtol=1e-9)(op, torch.tensor(side(6)).as_subclass(Sharded))
     assert solution.method == "CG: declared symmetric" and solution.ok
+
+
+def test_auto_starts_anew_where_the_iterates_of_cg_are_lost():
+    """A positive definite A with a large skew part, declared symmetric: CG's residual grows a thousandfold."""
+    a = np.eye(N) + 5 * (SHIFT - SHIFT.T)
+    solution = auto(a, True)
+    assert solution.method == "GMRES: CG ended with NOT_SYMMETRIC" and solution.ok
+    op, b = (hg.operators.matrix(torch.tensor(a), symmetric=True), torch.tensor(side(N)))
+    lost = S.CG(rtol=1e-9, on_failure="ignore")(op, b)
+    assert lost.status is Status.NOT_SYMMETRIC and lost.relative_residual > 1e3
+    assert solution.steps - lost.steps == S.GMRES(rtol=1e-9)(op, b).steps
+    np.testing.assert_allclose(solution.value.numpy(), np.linalg.solve(a, side(N)), rtol=1e-6, atol=1e-8)

@@ -46,7 +46,7 @@ class Auto(IterativeSolver):
         method, why = self._first(system)
         outcome = method._iterate(system)
         while system.goal is not None and outcome.code is not None:
-            again = (outcome.code > 0) & (outcome.trace[-1] > system.stop)
+            again = (outcome.code > 0) & ~(outcome.trace[-1] <= system.stop)  # NaN too: of an iteration, perhaps
             worst = Status(int(torch.where(again, outcome.code, 0).max()))
             following = self._after(method, worst, system)
             if following is None:
