@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import hypergrad as hg
 
+from . import peers
 from .problems import Problem
 
 Tensors = list[Tensor]
@@ -26,28 +27,53 @@ Tensors = list[Tensor]
 class Method:
     """One column.
 
-    `floor` names the method it is compared with, `target` is the ratio to that which it should not exceed, `peer` names
-    a method that it should not be slower than, `truth` is the estimate that it must agree with (None: it gives none).
-    `passes` is the number of reverse passes of K steps, and `evaluations` that of the inner loss or map. `needs` says
-    for which problems it is: "any", "loss" (the inner problem is a loss, its system symmetric) or "map".
+    `library` is whose it is ("floor" for a floor). `floor` names the method it is compared with, `target` is the ratio
+    to that which it should not exceed, `truth` is the estimate that it must agree with (None: it gives none).
+    `passes` is the number of reverse passes of K steps, and `evaluations` that of the inner loss or map (None: another
+    library's business). `needs` says for which problems it is: "any", "loss" (the inner problem is a loss, its system
+    symmetric) or "map". `memory` is the peak in bytes, where torch does not allocate it.
     """
 
     name: str
     run: Callable[[Problem], Sequence[Tensor]]
-    passes: Callable[[int], int]
+    passes: Callable[[int], int] | None
     floor: str | None = None
     truth: str | None = None
     target: float | None = None
-    peer: str | None = None
     evaluations: Callable[[int], int] = lambda steps: 1
     needs: str = "any"
+    library: str = "hypergrad"
+    memory: Callable[[Problem], int] | None = None
+
+    @property
+    def peer(self) -> bool:
+        return self.library not in ("floor", "hypergrad")
+
+    @property
+    def in_torch(self) -> bool:
+        return self.library != "JAXopt"
+
+    @property
+    def torch_peer(self) -> bool:
+        return self.peer and self.in_torch
+
+    @property
+    def counted(self) -> bool:
+        """Whether its reverse passes are seen: not where they are made inside a backward pass, or elsewhere."""
+        return self.library not in ("TorchOpt", "torchdeq", "JAXopt")
+
+    @property
+    def work(self) -> tuple[str | None, bool]:
+        """What methods have in common that are compared with each other: the estimate, and whether it iterates first."""
+        return self.truth, self.floor == ITERATED_FLOOR
 
     def fits(self, problem: Problem) -> bool:
         return self.needs in ("any", "map" if problem.step_size is None else "loss")
 
     def passes_on(self, problem: Problem) -> int:
-        """`passes`, in which each evaluation of a map counts as one: it is, where the map is a gradient step."""
+        """`passes` (given), in which each evaluation of a map counts as one: it is, where the map is a gradient step."""
         free = problem.step_size is None and self.needs == "any"
+        assert self.passes is not None
         return self.passes(problem.steps) - free * self.evaluations(problem.steps)
 
 
@@ -190,7 +216,7 @@ class HyperTorch:
             total.append(sum(parts[1:], parts[0]) if parts else torch.zeros_like(h))
         return total
 
-    def solve(self, product: Callable[[Tensors], Tensors], b: Tensors) -> Tensors:
+    def solve(self, product: Callable[[Tensors], Tensors], b: Tensors, tol: float = TOL) -> Tensors:
         """Conjugate gradients on lists of tensors; reads ‖r‖ at every step and ends with the iterate before."""
         x = [torch.zeros_like(each) for each in b]
         r, p = [each.clone() for each in b], [each.clone() for each in b]
@@ -202,15 +228,17 @@ class HyperTorch:
             x_new = [xi + alpha * pi for xi, pi in zip(x, p, strict=True)]
             r = [ri - alpha * ai for ri, ai in zip(r, ap, strict=True)]
             r_all = joined(r)
-            if float(r_all.norm()) < TOL:
+            if float(r_all.norm()) < tol:
                 break
             beta = (r_all * r_all).sum() / rr
             p = [ri + beta * pi for ri, pi in zip(r, p, strict=True)]
             x = x_new
         return x
 
-    def cg(self) -> Tensors:
-        return self.finish(self.solve(self.residual, self.b))
+    def cg(self, rtol: float | None = None) -> Tensors:
+        """rtol: the tolerance, which is absolute there, over ‖b‖."""
+        tol = TOL if rtol is None else rtol * float(joined(self.b).norm())
+        return self.finish(self.solve(self.residual, self.b, tol))
 
     def normal_cg(self) -> Tensors:
         b = [x - y for x, y in zip(self.b, self.push(self.b), strict=True)]
@@ -234,43 +262,44 @@ def joined(tensors: Tensors) -> Tensor:
 FLOOR, MAP_FLOOR, ITERATED_FLOOR = "floor", "floor (map)", "K steps, floor (map)"
 
 METHODS = [
-    Method(FLOOR, lambda p: floor(p, fixed_point=False), lambda k: k + 3, needs="loss"),
+    Method(FLOOR, lambda p: floor(p, fixed_point=False), lambda k: k + 3, needs="loss", library="floor"),
     Method(
         f"{FLOOR}, last for hparams",
         lambda p: floor(p, fixed_point=False, with_params=False),
         lambda k: k + 3,
         FLOOR,
         needs="loss",
+        library="floor",
     ),
     Method("hg.implicit.grad, CG", implicit_cg, lambda k: k + 3, FLOOR, "cg", 1.05, needs="loss"),
-    Method(MAP_FLOOR, lambda p: floor(p, fixed_point=True), lambda k: k + 3),
+    Method(MAP_FLOOR, lambda p: floor(p, fixed_point=True), lambda k: k + 3, library="floor"),
     Method(
         f"{MAP_FLOOR}, last for hparams",
         lambda p: floor(p, fixed_point=True, with_params=False),
         lambda k: k + 3,
         MAP_FLOOR,
+        library="floor",
     ),
-    Method("hg.CG", library(hg.CG), lambda k: k + 3, MAP_FLOOR, "cg", 1.05, "HyperTorch CG", needs="loss"),
-    Method("HyperTorch CG", lambda p: HyperTorch(p).cg(), lambda k: k + 3, MAP_FLOOR, "cg", needs="loss"),
+    Method("hg.CG", library(hg.CG), lambda k: k + 3, MAP_FLOOR, "cg", 1.05, needs="loss"),
     Method(
-        "hg.fixed_point",
-        library(hg.fixed_point),
-        lambda k: k + 2,
+        "HyperTorch CG",
+        lambda p: HyperTorch(p).cg(),
+        lambda k: k + 3,
+        MAP_FLOOR,
+        "cg",
+        needs="loss",
+        library="HyperTorch",
+    ),
+    Method("hg.fixed_point", library(hg.fixed_point), lambda k: k + 2, MAP_FLOOR, "fixed_point", 1.05),
+    Method(
+        "HyperTorch fixed_point",
+        lambda p: HyperTorch(p).fixed_point(),
+        lambda k: k + 3,
         MAP_FLOOR,
         "fixed_point",
-        1.05,
-        "HyperTorch fixed_point",
+        library="HyperTorch",
     ),
-    Method("HyperTorch fixed_point", lambda p: HyperTorch(p).fixed_point(), lambda k: k + 3, MAP_FLOOR, "fixed_point"),
-    Method(
-        "hg.CG_normaleq",
-        library(hg.CG_normaleq),
-        lambda k: 2 * k + 4,
-        MAP_FLOOR,
-        "normal_cg",
-        2.3,
-        "HyperTorch CG_normaleq",
-    ),
+    Method("hg.CG_normaleq", library(hg.CG_normaleq), lambda k: 2 * k + 4, MAP_FLOOR, "normal_cg", 2.3),
     Method(
         "HyperTorch CG_normaleq",
         lambda p: HyperTorch(p).normal_cg(),
@@ -278,6 +307,7 @@ METHODS = [
         MAP_FLOOR,
         "normal_cg",
         evaluations=lambda k: 2 * k + 3,
+        library="HyperTorch",
     ),
     Method(
         ITERATED_FLOOR,
@@ -285,6 +315,7 @@ METHODS = [
         lambda k: k + 2,
         evaluations=lambda k: k + 1,
         needs="map",
+        library="floor",
     ),
     Method(
         "hg.nn.Equilibrium, inject",
@@ -297,3 +328,38 @@ METHODS = [
         needs="map",
     ),
 ]
+if peers.installed("torchopt"):
+    METHODS += [
+        Method("TorchOpt CG", peers.torchopt_cg, None, FLOOR, "cg", needs="loss", library="TorchOpt"),
+        Method("TorchOpt ns", peers.torchopt_neumann, None, FLOOR, "fixed_point", needs="loss", library="TorchOpt"),
+    ]
+if peers.installed("betty"):
+    METHODS += [
+        Method("Betty CG", peers.betty_cg, None, FLOOR, "cg", needs="loss", library="Betty"),
+        Method("Betty Neumann", peers.betty_neumann, None, FLOOR, "fixed_point", needs="loss", library="Betty"),
+    ]
+if peers.installed("torchdeq"):
+    METHODS.append(
+        Method(
+            "torchdeq, inject",
+            peers.torchdeq_layer,
+            None,
+            ITERATED_FLOOR,
+            "fixed_point",
+            needs="map",
+            library="torchdeq",
+        )
+    )
+if peers.installed("jax", "jaxopt"):
+    METHODS.append(
+        Method(
+            "JAXopt CG, jit",
+            peers.jaxopt_cg,
+            None,
+            FLOOR,
+            "cg",
+            needs="loss",
+            library="JAXopt",
+            memory=peers.jaxopt_memory,
+        )
+    )
