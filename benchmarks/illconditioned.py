@@ -222,7 +222,15 @@ def row(name: str, step_size: float, **options: Any) -> Problem:
 
 def sequence(name: str, steps: int = OUTER_STEPS) -> Iterator[Step]:
     """Outer steps by Adam on the exact hypergradient: the same λ_t for every method."""
-    source = SOURCES[name]()
+    return outer_steps(name, SOURCES[name](), steps)
+
+
+def quick_sequence() -> Iterator[Step]:
+    """A small relation of the sequences, for counts."""
+    return outer_steps("quick", weak_logistic(100, 30), 6)
+
+
+def outer_steps(name: str, source: Any, steps: int) -> Iterator[Step]:
     h, w, m, v = source.start, None, 0.0, 0.0
     template = None
     for t in range(1, steps + 1):

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -32,11 +33,17 @@ def installed(*names: str) -> bool:
     return all(find_spec(name) is not None for name in names)
 
 
-def torchopt_root(problem: Problem, solve: Callable[..., Any]) -> Tensors:
+def load(name: str) -> Any:
+    """A library that may not be there, and of which nothing is known to the type checker."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import torchopt
+        return import_module(name)
 
+
+def torchopt_root(problem: Problem, solve: Callable[..., Any]) -> Tensors:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has moved functorch
+        torchopt = load("torchopt")
         optimality = torch.func.grad(lambda w, h: problem.inner_loss(w, h))
         known = torchopt.diff.implicit.custom_root(optimality, argnums=1, solve=solve)(lambda w, h: w)
         solution = known(tuple(w.detach() for w in problem.params), tuple(problem.hparams))
@@ -45,16 +52,14 @@ def torchopt_root(problem: Problem, solve: Callable[..., Any]) -> Tensors:
 
 
 def torchopt_cg(problem: Problem, rtol: float = 0.0, max_steps: int | None = None) -> Tensors:
-    import torchopt
-
+    torchopt = load("torchopt")
     steps = problem.steps if max_steps is None else max_steps
     return torchopt_root(problem, torchopt.linear_solve.solve_cg(maxiter=steps, rtol=rtol, atol=0.0))
 
 
 def torchopt_passes(problem: Problem, rtol: float, max_steps: int) -> int:
     """Products, and the three passes around them."""
-    import torchopt
-
+    torchopt = load("torchopt")
     counts: Counter[str] = Counter()
     solve = torchopt.linear_solve.solve_cg(maxiter=max_steps, rtol=rtol, atol=0.0)
     torchopt_root(problem, lambda matvec, b: solve(counting(matvec, counts, "products"), b))
@@ -63,8 +68,7 @@ def torchopt_passes(problem: Problem, rtol: float, max_steps: int) -> int:
 
 def torchopt_neumann(problem: Problem) -> Tensors:
     """K terms of the series, of which the first costs no product."""
-    import torchopt
-
+    torchopt = load("torchopt")
     solve = torchopt.linear_solve.solve_inv(ns=True, maxiter=problem.steps - 1, alpha=problem.step_size)
     return torchopt_root(problem, solve)
 
@@ -89,14 +93,13 @@ class Level:
 
 
 def betty(problem: Problem, name: str, **config: Any) -> Tensors:
-    from betty.hypergradient import jvp_fn_mapping
-
+    function = load("betty.hypergradient").jvp_fn_mapping[name]
     params = [w.detach().requires_grad_() for w in problem.params]
     lower = Level(params, lambda: problem.inner_loss(params, problem.hparams), **config)
     upper = Level(problem.hparams, None)
     loss = problem.outer_loss(params, problem.hparams)
     grads = torch.autograd.grad(loss, [*params, *problem.hparams], allow_unused=True)
-    cross = jvp_fn_mapping[name](grads[: len(params)], lower, upper)
+    cross = function(grads[: len(params)], lower, upper)
     direct = grads[len(params) :]
     return [c if d is None else c + d for c, d in zip(cross, direct, strict=True)]
 
@@ -113,20 +116,17 @@ def betty_neumann(problem: Problem) -> Tensors:
 
 def torchdeq_layer(problem: Problem) -> Tensors:
     """xB + c evaluated once, K steps of the map, K terms of the adjoint; tolerances that are never reached."""
-    from torchdeq import get_deq
-
     a, b, c, *_ = problem.hparams
     u = problem.data["x"] @ b + c
     steps = problem.steps
-    deq = get_deq(f_max_iter=steps, b_max_iter=steps, f_tol=0.0, b_tol=0.0, ift=True)
+    deq = load("torchdeq").get_deq(f_max_iter=steps, b_max_iter=steps, f_tol=0.0, b_tol=0.0, ift=True)
     z = deq(lambda z: torch.tanh(z @ a + u), problem.params[0])[0][-1]
     return list(torch.autograd.grad(problem.outer_loss([z], problem.hparams), problem.hparams))
 
 
 def _jax_losses(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The inner and the outer loss of a row in jax.numpy: lists of arrays and a dict in, as in torch."""
-    import jax
-    import jax.numpy as jnp
+    jax, jnp = load("jax"), load("jax.numpy")
 
     def log_loss(z: Any, y: Any) -> Any:
         return jnp.mean(jax.nn.softplus(z) - y * z)
@@ -177,10 +177,7 @@ class Jax:
     last: tuple[Any, Jax] | None = None  # data of the row and what was made of it
 
     def __init__(self, problem: Problem):
-        import jax
-        from jaxopt.implicit_diff import root_vjp
-        from jaxopt.linear_solve import solve_cg
-
+        jax, implicit_diff, linear_solve = load("jax"), load("jaxopt.implicit_diff"), load("jaxopt.linear_solve")
         jax.config.update("jax_enable_x64", True)
         inner, outer = _jax_losses(problem)
         self.data = {k: jax.tree.map(_to_jax, _entries(v, problem, k)) for k, v in problem.data.items()}
@@ -196,11 +193,11 @@ class Jax:
                         jax.debug.callback(counted, v[0].sum())
                     return matvec(v)
 
-                return solve_cg(product, b, maxiter=steps, tol=tol)
+                return linear_solve.solve_cg(product, b, maxiter=steps, tol=tol)
 
             b, direct = jax.grad(outer, (0, 1))(params, hparams, data)
             gradient = jax.grad(inner)
-            (cross,) = root_vjp(lambda w, h: gradient(w, h, data), params, (hparams,), b, solve=solve)
+            (cross,) = implicit_diff.root_vjp(lambda w, h: gradient(w, h, data), params, (hparams,), b, solve=solve)
             return [c + d for c, d in zip(cross, direct, strict=True)]
 
         self.jit = jax.jit(hypergradient, static_argnames="count")
@@ -216,16 +213,12 @@ class Jax:
         return params, hparams, self.data, steps, tol
 
     def __call__(self, problem: Problem, steps: int, tol: float, count: bool = False) -> Tensors:
-        import jax
-
-        grads = jax.block_until_ready(self.jit(*self.arguments(problem, steps, tol), count=count))
+        grads = load("jax").block_until_ready(self.jit(*self.arguments(problem, steps, tol), count=count))
         return [torch.from_dlpack(g) for g in grads]
 
 
 def _to_jax(tensor: Tensor) -> Any:
-    import jax.numpy as jnp
-
-    return jnp.from_dlpack(tensor.detach())
+    return load("jax.numpy").from_dlpack(tensor.detach())
 
 
 def _entries(value: Any, problem: Problem, key: str) -> Any:
