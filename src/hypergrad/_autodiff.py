@@ -189,26 +189,41 @@ class Linearisation:
         outputs: the leaves of F, with their graph.
         params: the leaves of w in that graph.
         hparams: the leaves of λ that require grad.
+        curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor], hparams: Sequence[Tensor]):
+    def __init__(
+        self,
+        outputs: Sequence[Tensor],
+        params: Sequence[Tensor],
+        hparams: Sequence[Tensor],
+        curvature: Callable[[Sequence[Tensor], bool], list[Tensor]] | None = None,
+    ):
         self.outputs = outputs
         self.params = params
         self.hparams = hparams
+        self.curvature = curvature
         self._transposed: tuple[list[Tensor], list[Tensor]] | None = None
 
     def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v: one retained reverse pass."""
-        return grad(self.outputs, self.params, v, retain_graph=True)
+        return self._pull(v, batched=False)
 
     def vjp_many(self, vs: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v for a stack [m, *shape] of v: one vectorised pass, or a loop where torch has none."""
-        return many(self.vjp, lambda v: grad(self.outputs, self.params, v, retain_graph=True, batched=True), vs)
+        return many(self.vjp, lambda vs: self._pull(vs, batched=True), vs)
+
+    def _pull(self, v: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        if self.curvature is not None:
+            return self.curvature(v, batched)
+        return grad(self.outputs, self.params, v, retain_graph=True, batched=batched)
 
     def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
         """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass. Without retain_graph the last: the graph is freed on the way."""
         # Between hparams that one network computes torch would free the network's graph as well.
         retain_graph = retain_graph or not all(x.is_leaf for x in self.hparams)
+        if self.curvature is not None:
+            return self.curvature(v, False), grad(self.outputs, self.hparams, v, retain_graph=retain_graph)
         both = grad(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
         return both[: len(self.params)], both[len(self.params) :]
 
@@ -217,11 +232,15 @@ class Linearisation:
 
         The graph of the vjp is built at the first call, from the retained graph; F is not evaluated again.
         """
+        if self.curvature is not None:
+            return self.curvature(u, False)
         cotangents, pulled = self._transpose()
         return grad(pulled, cotangents, u, retain_graph=True)
 
     def jvp_many(self, us: Sequence[Tensor]) -> list[Tensor]:
         """∂₁F u for a stack [m, *shape] of u."""
+        if self.curvature is not None:
+            return self.vjp_many(us)
         cotangents, pulled = self._transpose()
         return many(self.jvp, lambda u: grad(pulled, cotangents, u, retain_graph=True, batched=True), us)
 

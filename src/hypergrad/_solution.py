@@ -122,6 +122,7 @@ class Solution:
         rhs_norm: ‖b‖₂, likewise.
         trace: the method's own residual norm before each step and after the last: [steps + 1], or [steps + 1, B]; NaN
             where it did not take it. Of fixed_points without trace=True: that of the worst system, [steps + 1].
+        method: the solver's name; of solvers.Auto the method that gave the value, and why it was taken.
     """
 
     value: Any
@@ -130,6 +131,7 @@ class Solution:
     residual_norm: Tensor
     rhs_norm: Tensor
     trace: Tensor
+    method: str = ""
 
     @cached_property
     def statuses(self) -> list[Status]:

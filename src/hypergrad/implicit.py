@@ -312,11 +312,16 @@ class InnerProblem:
 
     def linearise(self, variables: Variables) -> Linearisation:
         """The graph of ∇₁g, Φ or F at params and hparams."""
+        message = "inner_loss does not depend on params; was it computed under no_grad, or from other tensors?"
         with torch.enable_grad():
+            if isinstance(self.given, operators.GaussNewton):
+                if self.kind != "inner_loss":
+                    raise TypeError(f"GaussNewton is an inner_loss, and was passed as {self.kind}")
+                given = (variables.params, variables.hparams, variables.leaves, variables.differentiated)
+                return self.given.linearise(*given, message)
             value = self.given(variables.params, variables.hparams) if callable(self.given) else self.given
             if self.kind == "inner_loss":
                 loss = as_scalar(value, "inner_loss")
-                message = "inner_loss does not depend on params; was it computed under no_grad, or from other tensors?"
                 outputs = _autodiff.grad([loss], variables.leaves, create_graph=True, must_reach=message)
             else:
                 outputs = variables.space.check(value, f"the value of {self.kind}")
