@@ -30,7 +30,7 @@ from .report import BLUE, GREY, RED, Section, bars
 
 TARGETS = (1e-3, 1e-6)
 PROBE = 5  # outer steps on which a setting is sought before it is tried on all
-ROUNDS = 3
+ROUNDS = 2
 MOST = 5000  # steps of a method with a tolerance
 
 Run = Callable[[Problem], Sequence[Tensor]]
@@ -85,8 +85,9 @@ def minres(setting: float) -> hg.solvers.MINRES:
     return hg.solvers.MINRES(rtol=setting, max_steps=MOST, on_failure="ignore")
 
 
-def nystrom(rank: int, damping: float) -> Callable[[float], hg.solvers.CG]:
-    return partial(cg, preconditioner=hg.solvers.Nystrom(rank=rank, damping=damping))
+def reused(setting: float, recipe: Any) -> hg.solvers.CG:
+    """CG with a preconditioner that is kept from one outer step to the next while that pays."""
+    return cg(setting, preconditioner=hg.solvers.Reused(recipe))
 
 
 def hypertorch_cg(setting: float) -> Run:
@@ -105,7 +106,12 @@ COLUMNS = [
     Column("hg CG, cold", "hypergrad", ours(cg, warm=False)),
     Column("hg CG", "hypergrad", ours(cg)),
     Column("hg MINRES", "hypergrad", ours(minres)),
-    Column("hg CG, Nystrom(60) every step", "hypergrad", ours(nystrom(60, 1e-5))),
+    Column("hg CG, Diagonal reused", "hypergrad", ours(partial(reused, recipe=hg.solvers.Diagonal()))),
+    Column(
+        "hg CG, Nystrom(100) reused",
+        "hypergrad",
+        ours(partial(reused, recipe=hg.solvers.Nystrom(rank=100, damping=1e-5))),
+    ),
     Column("hg Dense", "hypergrad", ours(lambda _: hg.solvers.Dense(on_failure="ignore")), (0.0,)),
     Column("HyperTorch CG", "HyperTorch", hypertorch_cg),
 ]
@@ -142,14 +148,14 @@ class Result:
     outer_steps: int
     setting: float | None  # None: no setting reaches the target
     error: float  # the largest of all outer steps; with no setting, the least that was seen
-    passes: int | None = None
+    passes: int
     cpu: Spread | None = None
     wall: Spread | None = None
     peer: str | None = None
     peer_cpu: Spread | None = None
 
 
-def worst(run: Run, steps: Sequence[Step], limit: float = np.inf) -> float:
+def worst(run: Run, steps: Sequence[Step], limit: float) -> float:
     """The largest relative error; stops where it passes the limit."""
     largest = 0.0
     for step in steps:
@@ -161,8 +167,8 @@ def worst(run: Run, steps: Sequence[Step], limit: float = np.inf) -> float:
     return largest
 
 
-def search(column: Column, steps: Sequence[Step], target: float) -> tuple[float | None, float]:
-    """The loosest setting that is right on all steps, and its error."""
+def search(column: Column, steps: Sequence[Step], target: float) -> tuple[float | None, float, int]:
+    """The loosest setting that is right on all steps, its error, and its reverse passes (k at once count as k)."""
     low, high, best = 0, len(column.settings) - 1, np.inf
     while low < high:
         middle = (low + high) // 2
@@ -170,22 +176,13 @@ def search(column: Column, steps: Sequence[Step], target: float) -> tuple[float 
         best = min(best, error)
         low, high = (low, middle) if error <= target else (middle + 1, high)
     for setting in column.settings[low:]:
-        error = worst(column.start(setting), steps, target)
+        with counted() as counts:
+            error = worst(column.start(setting), steps, target)
         best = min(best, error)
         if error <= target:
-            return setting, error
-    return None, best
-
-
-def count(column: Column, setting: float, steps: Sequence[Step]) -> int:
-    """Reverse passes of all outer steps, the solver's products and what is around them; k at once count as k."""
-    if column.passes:
-        return sum(column.passes(step.problem, setting) for step in steps)
-    run = column.start(setting)
-    with counted() as counts:
-        for step in steps:
-            run(step.problem)
-    return counts["passes"]
+            count = column.passes
+            return setting, error, sum(count(s.problem, setting) for s in steps) if count else counts["passes"]
+    return None, best, 0
 
 
 def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None) -> tuple[list[Result], list[dict]]:
@@ -206,12 +203,10 @@ def measure_row(row: str, columns: Sequence[Column], steps: Sequence[Step], roun
     by_name = {column.name: column for column in columns}
     pairs = [(column, target) for column in columns for target in TARGETS]
     for column, target in tqdm(pairs, desc=f"{row}: settings", leave=False):
-        setting, error = search(column, steps, target)
-        result = Result(row, column.name, column.library, target, len(steps), setting, error)
+        setting, error, passes = search(column, steps, target)
         if setting is not None:
             calls[column.name, target] = partial(run_all, column, setting, steps)
-            result = replace(result, passes=count(column, setting, steps))
-        found.append(result)
+        found.append(Result(row, column.name, column.library, target, len(steps), setting, error, passes))
     with tqdm(total=len(calls) * rounds, desc=f"{row}: clock", leave=False) as bar:
         times = interleaved(calls, rounds, step=bar.update, warm_up=0)
 
@@ -249,7 +244,7 @@ def table(results: list[Result]) -> str:
             continue
         against = r.peer_cpu and f"{r.peer_cpu.middle:.2f} [{r.peer_cpu.low:.2f}, {r.peer_cpu.high:.2f}]"
         lines.append(
-            f"  {r.method:30}{r.target:8.0e}{r.passes:9}{(r.passes or 0) / r.outer_steps:8.1f}{r.cpu.middle:9.3f}  "
+            f"  {r.method:30}{r.target:8.0e}{r.passes:9}{r.passes / r.outer_steps:8.1f}{r.cpu.middle:9.3f}  "
             f"{against or '':26}{r.setting:9.1e}{r.error:9.0e}"
         )
     best = dict.fromkeys((r.row, r.target, r.peer) for r in results if r.peer)
@@ -281,7 +276,7 @@ def draw_row(axis: Any, cells: list[Result]) -> None:
             continue
         colour = BLUE if r.library == "hypergrad" else GREY
         axis.barh(place, r.cpu.middle, 0.38, color=colour, alpha=1.0 if tight else 0.5)
-        label = f" {r.target:.0e}: {r.cpu.middle:.2f} s, {(r.passes or 0) / r.outer_steps:.0f} passes a step"
+        label = f" {r.target:.0e}: {r.cpu.middle:.2f} s, {r.passes / r.outer_steps:.0f} passes a step"
         axis.text(r.cpu.middle, place, label, va="center", fontsize=7)
     rivals = [r.cpu.middle for r in cells if r.cpu and r.library not in ("hypergrad", "JAXopt")]
     goals = [
