@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all lint examples bench bench-quick docs check format clean
+.PHONY: help demo test test-slow test-all lint examples bench bench-peers bench-quick docs check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +33,12 @@ lint: $(VENV)/.dev ## formatting, ruff's rules, types
 examples: $(VENV)/.demo ## the examples, reduced
 	$(BIN)/python examples/tune_digits.py --fast
 
-bench: $(VENV)/.dev ## the benchmarks
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/.dev ## the benchmarks, about 20 minutes of one core: tables, JSON, pictures in docs/results
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH)
+
+bench-peers: $(VENV)/.peers ## the benchmarks with the other libraries installed, in the same environment
+	-$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps betty-ml
+	$(MAKE) bench
 
 bench-quick: $(VENV)/.dev
 	$(BIN)/python -m benchmarks --quick
@@ -52,8 +56,8 @@ clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp for each extra of pyproject.toml: demo, examples, dev, docs.
-$(VENV)/.demo $(VENV)/.examples $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+# One stamp for each extra of pyproject.toml: demo, examples, dev, docs, peers.
+$(VENV)/.demo $(VENV)/.examples $(VENV)/.dev $(VENV)/.docs $(VENV)/.peers: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing hypergrad[$*] into $(VENV) (the first time takes a minute or two)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@

@@ -1,7 +1,7 @@
 """Time to a relative error of the hypergradient, over 50 outer steps on ill-conditioned problems.
 
-Every method sees the same λ_t and exact inner solutions. For each the loosest setting is sought (a tolerance, or a number
-of steps where it has none) with which each of the 50 hypergradients is right to the target; then the 50 are timed.
+Every method sees the same λ_t and exact inner solutions. For each the loosest setting is sought (a tolerance, or a
+number of steps where it has none) with which each of the 50 hypergradients is right to the target; then they are timed.
 
 To add a method: a function that takes the setting and gives a function of the outer step's problem, which may keep
 what it likes between the steps, and a line in `COLUMNS`.
@@ -232,7 +232,8 @@ def run_all(column: Column, setting: float, steps: Sequence[Step]) -> None:
 
 def table(results: list[Result]) -> str:
     lines = [
-        f"{'':32}{'target':>8}{'passes':>9}{'a step':>8}{'CPU s':>9}  {'× best PyTorch peer':26}{'setting':>9}{'error':>9}"
+        f"{'':32}{'target':>8}{'passes':>9}{'a step':>8}{'CPU s':>9}  {'× best PyTorch peer':26}"
+        f"{'setting':>9}{'error':>9}"
     ]
     row = None
     for r in results:
@@ -279,9 +280,7 @@ def draw_row(axis: Any, cells: list[Result]) -> None:
         label = f" {r.target:.0e}: {r.cpu.middle:.2f} s, {r.passes / r.outer_steps:.0f} passes a step"
         axis.text(r.cpu.middle, place, label, va="center", fontsize=7)
     rivals = [r.cpu.middle for r in cells if r.cpu and r.library not in ("hypergrad", "JAXopt")]
-    goals = [
-        r.cpu.middle / 2 for r in cells if r.cpu and r.target == min(TARGETS) and r.cpu.middle in rivals
-    ]
+    goals = [r.cpu.middle / 2 for r in cells if r.cpu and r.target == min(TARGETS) and r.cpu.middle in rivals]
     if goals:
         axis.axvline(min(goals), color=RED, linewidth=1.5)
     axis.set(xscale="log", xlim=(shortest / 1.8, 12 * longest), yticks=range(len(names)), title=cells[0].row)

@@ -16,7 +16,6 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 import torch
-import torch.nn.functional as F
 from scipy.special import expit
 from torch import Tensor
 
@@ -53,10 +52,11 @@ class Sparse:
 
     def __init__(self, matrix: Any, transposed: Sparse | None = None):
         self.scipy = scipy.sparse.csr_array(matrix)
-        index = (torch.from_numpy(each.astype("int32")) for each in (self.scipy.indptr, self.scipy.indices))
+        ends, columns = (torch.from_numpy(x.astype("int32")) for x in (self.scipy.indptr, self.scipy.indices))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            self.csr = torch.sparse_csr_tensor(*index, torch.from_numpy(self.scipy.data), self.scipy.shape)
+            values, shape = torch.from_numpy(self.scipy.data), self.scipy.shape
+            self.csr = torch.sparse_csr_tensor(ends, columns, values, shape, check_invariants=True)
         self.T = Sparse(self.scipy.T, self) if transposed is None else transposed
 
     def __matmul__(self, w: Tensor) -> Tensor:
@@ -129,9 +129,7 @@ class Logistic:
     def data(self) -> dict[str, Any]:
         matrices = {"x": self.x, "xv": self.xv}
         kind = Sparse if self.sparse else torch.from_numpy
-        return {k: kind(m) for k, m in matrices.items()} | {
-            k: torch.from_numpy(getattr(self, k)) for k in ("y", "yv")
-        }
+        return {k: kind(m) for k, m in matrices.items()} | {k: torch.from_numpy(getattr(self, k)) for k in ("y", "yv")}
 
     def inverse(self, w: Array, h: Array, b: Array) -> Array:
         s = expit(self.x @ w)
@@ -238,9 +236,7 @@ def outer_steps(name: str, source: Any, steps: int) -> Iterator[Step]:
         g = source.hypergradient(h, w)
         if template is None:
             template = problem_at(name, source, h, w, step_size=1.0)
-        yield Step(
-            replace(template, params=[torch.from_numpy(w)], hparams=[torch.from_numpy(h).requires_grad_()]), g
-        )
+        yield Step(replace(template, params=[torch.from_numpy(w)], hparams=[torch.from_numpy(h).requires_grad_()]), g)
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         h = h - source.rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-12)
 

@@ -64,14 +64,14 @@ class Method:
 
     @property
     def work(self) -> tuple[str | None, bool]:
-        """What methods have in common that are compared with each other: the estimate, and whether it iterates first."""
+        """What compared methods have in common: the estimate, and whether the map is iterated first."""
         return self.truth, self.floor == ITERATED_FLOOR
 
     def fits(self, problem: Problem) -> bool:
         return self.needs in ("any", "map" if problem.step_size is None else "loss")
 
     def passes_on(self, problem: Problem) -> int:
-        """`passes` (given), in which each evaluation of a map counts as one: it is, where the map is a gradient step."""
+        """`passes`, in which each evaluation of a map counts as one: it is, where the map is a gradient step."""
         free = problem.step_size is None and self.needs == "any"
         assert self.passes is not None
         return self.passes(problem.steps) - free * self.evaluations(problem.steps)

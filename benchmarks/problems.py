@@ -309,9 +309,7 @@ def rows() -> dict[str, Callable[[], Problem]]:
     from . import illconditioned
 
     return {
-        "mlp": lambda: biased_mlp("mlp", 2000, (784, 256, 256, 10), rho=0.2, step_size=1.5, rounds=7).to(
-            torch.float32
-        ),
+        "mlp": lambda: biased_mlp("mlp", 2000, (784, 256, 256, 10), rho=0.2, step_size=1.5, rounds=7).to(torch.float32),
         "logistic": lambda: logistic("logistic", 10_000, 1000, -4.0, 7.0, 0.0, rounds=20).to(torch.float32),
         "equilibrium": lambda: equilibrium("equilibrium", 5000, 784, 200, 10, 0.95, rounds=8).to(torch.float32),
         "quadratic": lambda: illconditioned.row("quadratic", step_size=1.0, rounds=20, calls=3),

@@ -54,8 +54,8 @@ def curve(
 ) -> Result:
     """Fit log value against log size by least squares."""
     fitted = {n: v for n, v in values.items() if n >= start and v > 0}
-    logs = np.log([list(fitted), list(fitted.values())])
-    exponent = float(np.polyfit(*logs, 1)[0]) if len(fitted) > 1 else float("nan")
+    logs = [np.log(list(each)) for each in (fitted.keys(), fitted.values())]
+    exponent = float(np.polyfit(logs[0], logs[1], 1)[0]) if len(fitted) > 1 else float("nan")
     return Result(row, method, unit, list(values), list(values.values()), max(start, min(values)), exponent, expected)
 
 

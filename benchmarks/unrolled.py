@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def decayed_outer(params: Sequence[Tensor], hparams: Sequence[Tensor], data: dic
 def mlp(rows: int = 2000, widths: Sequence[int] = (784, 256, 256, 10), size: int = 100, **options: Any) -> Descent:
     draw = np.random.RandomState(0)
     params = []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in pairwise(widths):
         params += [draw.randn(fan_out, fan_in) / np.sqrt(fan_in), np.zeros(fan_out)]
     x = draw.randn(2 * rows, widths[0])
     y = (x @ draw.randn(widths[0], widths[-1])).argmax(1)
