@@ -312,8 +312,8 @@ def rows() -> dict[str, Callable[[], Problem]]:
         "mlp": lambda: biased_mlp("mlp", 2000, (784, 256, 256, 10), rho=0.2, step_size=1.5, rounds=7).to(torch.float32),
         "logistic": lambda: logistic("logistic", 10_000, 1000, -4.0, 7.0, 0.0, rounds=20).to(torch.float32),
         "equilibrium": lambda: equilibrium("equilibrium", 5000, 784, 200, 10, 0.95, rounds=8).to(torch.float32),
-        "quadratic": lambda: illconditioned.row("quadratic", step_size=1.0, rounds=20, calls=3),
-        "sparse text": lambda: illconditioned.row("sparse text", step_size=10.0, rounds=20, calls=3),
+        "quadratic": lambda: illconditioned.row("quadratic", step_size=1.0, rounds=20, calls=3, small=True),
+        "sparse text": lambda: illconditioned.row("sparse text", step_size=10.0, rounds=20, small=True),
         "tiny": lambda: logistic("tiny", 100, 20, -6.0, 30.0, -1.0, rounds=30, calls=5, small=True).to(torch.float32),
     }
 

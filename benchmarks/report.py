@@ -141,7 +141,7 @@ def ratio_axis(
             axis.plot([target, target], [place - 0.45, place + 0.45], color=RED, linewidth=2)
     highest = max((r.high for r in ratios if r is not None), default=1.0)
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set(xscale="log", xlim=(0.4, max(8.0, 2 * highest)), yticks=range(len(names)))
+    axis.set(xscale="log", xlim=(0.25, max(8.0, 2 * highest)), yticks=range(len(names)))
     ticks = [t for t in (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256) if t < max(8.0, 2 * highest)]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
     axis.set_xticks([], minor=True)
