@@ -252,7 +252,8 @@ def table(results: list[Result]) -> str:
     lines.append("Best PyTorch peer: " + "; ".join(f"{peer} ({row}, {target:.0e})" for row, target, peer in best))
     lines.append(
         "passes: reverse passes in all (the solver's products and three more a step). error: the largest of all outer "
-        "steps.\nsetting: the loosest tolerance (or number of steps) that does it. Warm-started, unless said cold."
+        "steps. setting:\nthe loosest tolerance (or number of steps) that does it; HyperTorch's, absolute there, over ‖b‖. "
+        "hg starts at the last\nadjoint, unless said cold; the others from zero, for they do not give theirs."
     )
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -332,6 +333,7 @@ if peers.installed("torchopt"):
     METHODS += [
         Method("TorchOpt CG", peers.torchopt_cg, None, FLOOR, "cg", needs="loss", library="TorchOpt"),
         Method("TorchOpt ns", peers.torchopt_neumann, None, FLOOR, "fixed_point", needs="loss", library="TorchOpt"),
+        Method("TorchOpt normal CG", peers.torchopt_normal_cg, None, MAP_FLOOR, "normal_cg", library="TorchOpt"),
     ]
 if peers.installed("betty"):
     METHODS += [
@@ -339,27 +341,14 @@ if peers.installed("betty"):
         Method("Betty Neumann", peers.betty_neumann, None, FLOOR, "fixed_point", needs="loss", library="Betty"),
     ]
 if peers.installed("torchdeq"):
+    torchdeq = peers.torchdeq_layer
     METHODS.append(
-        Method(
-            "torchdeq, inject",
-            peers.torchdeq_layer,
-            None,
-            ITERATED_FLOOR,
-            "fixed_point",
-            needs="map",
-            library="torchdeq",
-        )
+        Method("torchdeq, inject", torchdeq, None, ITERATED_FLOOR, "fixed_point", needs="map", library="torchdeq")
     )
 if peers.installed("jax", "jaxopt"):
-    METHODS.append(
-        Method(
-            "JAXopt CG, jit",
-            peers.jaxopt_cg,
-            None,
-            FLOOR,
-            "cg",
-            needs="loss",
-            library="JAXopt",
-            memory=peers.jaxopt_memory,
-        )
-    )
+    jitted = Method("JAXopt CG, jit", peers.jaxopt_cg, None, FLOOR, "cg", needs="loss", library="JAXopt")
+    default = Method("JAXopt normal CG, jit", peers.jaxopt_normal_cg, None, MAP_FLOOR, "normal_cg", library="JAXopt")
+    METHODS += [
+        replace(jitted, memory=peers.jaxopt_memory),
+        replace(default, memory=partial(peers.jaxopt_memory, normal=True)),
+    ]

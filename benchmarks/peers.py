@@ -15,7 +15,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,12 @@ def torchopt_root(problem: Problem, solve: Callable[..., Any]) -> Tensors:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has moved functorch
         torchopt = load("torchopt")
-        optimality = torch.func.grad(lambda w, h: problem.inner_loss(w, h))
+
+        def optimality(w: Tensors, h: Tensors) -> tuple[Tensor, ...]:
+            if problem.step_size is None:
+                return tuple(y - x for x, y in zip(w, problem.fp_map(w, h), strict=True))
+            return torch.func.grad(lambda w: problem.inner_loss(w, h))(w)
+
         known = torchopt.diff.implicit.custom_root(optimality, argnums=1, solve=solve)(lambda w, h: w)
         solution = known(tuple(w.detach() for w in problem.params), tuple(problem.hparams))
         loss = problem.outer_loss(solution, problem.hparams)
@@ -55,6 +60,11 @@ def torchopt_cg(problem: Problem, rtol: float = 0.0, max_steps: int | None = Non
     torchopt = load("torchopt")
     steps = problem.steps if max_steps is None else max_steps
     return torchopt_root(problem, torchopt.linear_solve.solve_cg(maxiter=steps, rtol=rtol, atol=0.0))
+
+
+def torchopt_normal_cg(problem: Problem) -> Tensors:
+    solve = load("torchopt").linear_solve.solve_normal_cg(maxiter=problem.steps, rtol=0.0, atol=0.0)
+    return torchopt_root(problem, solve)
 
 
 def torchopt_passes(problem: Problem, rtol: float, max_steps: int) -> int:
@@ -125,7 +135,7 @@ def torchdeq_layer(problem: Problem) -> Tensors:
 
 
 def _jax_losses(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The inner and the outer loss of a row in jax.numpy: lists of arrays and a dict in, as in torch."""
+    """The inner loss (or map) and the outer loss of a row in jax.numpy: lists of arrays and a dict in, as in torch."""
     jax, jnp = load("jax"), load("jax.numpy")
 
     def log_loss(z: Any, y: Any) -> Any:
@@ -168,15 +178,22 @@ def _jax_losses(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any
             lambda w, h, d: 0.5 * w[0] @ (d["a"] @ w[0]) - w[0] @ (d["b"] @ h[0] + d["c"]),
             lambda w, h, d: 0.5 * jnp.sum((w[0] - d["t"]) ** 2) + 0.05 * jnp.sum(h[0] ** 2),
         ),
+        problems.tanh_map: (
+            lambda w, h, d: [jnp.tanh(w[0] @ h[0] + d["x"] @ h[1] + h[2])],
+            lambda w, h, d: cross_entropy(w[0] @ h[3] + h[4], d["y"]),
+        ),
     }[inner]
 
 
 class Jax:
-    """A row in JAX: its data moved once, its hypergradient compiled once for any tolerance and number of steps."""
+    """A row in JAX: its data moved once, its hypergradient compiled once for any tolerance and number of steps.
 
-    last: tuple[Any, Jax] | None = None  # data of the row and what was made of it
+    normal: by conjugate gradients on the normal equations, JAXopt's default.
+    """
 
-    def __init__(self, problem: Problem):
+    made: ClassVar[dict[bool, tuple[Any, Jax]]] = {}  # data of the last row, and what was made of it
+
+    def __init__(self, problem: Problem, normal: bool):
         jax, implicit_diff, linear_solve = load("jax"), load("jaxopt.implicit_diff"), load("jaxopt.linear_solve")
         jax.config.update("jax_enable_x64", True)
         inner, outer = _jax_losses(problem)
@@ -193,20 +210,26 @@ class Jax:
                         jax.debug.callback(counted, v[0].sum())
                     return matvec(v)
 
-                return linear_solve.solve_cg(product, b, maxiter=steps, tol=tol)
+                method = linear_solve.solve_normal_cg if normal else linear_solve.solve_cg
+                return method(product, b, maxiter=steps, tol=tol)
 
             b, direct = jax.grad(outer, (0, 1))(params, hparams, data)
-            gradient = jax.grad(inner)
-            (cross,) = implicit_diff.root_vjp(lambda w, h: gradient(w, h, data), params, (hparams,), b, solve=solve)
+
+            def optimality(w: Any, h: Any) -> Any:
+                if problem.step_size is None:
+                    return [y - x for x, y in zip(w, inner(w, h, data), strict=True)]
+                return jax.grad(inner)(w, h, data)
+
+            (cross,) = implicit_diff.root_vjp(optimality, params, (hparams,), b, solve=solve)
             return [c + d for c, d in zip(cross, direct, strict=True)]
 
         self.jit = jax.jit(hypergradient, static_argnames="count")
 
     @classmethod
-    def of(cls, problem: Problem) -> Jax:
-        if cls.last is None or cls.last[0] is not problem.data:
-            cls.last = (problem.data, Jax(problem))
-        return cls.last[1]
+    def of(cls, problem: Problem, normal: bool = False) -> Jax:
+        if normal not in cls.made or cls.made[normal][0] is not problem.data:
+            cls.made[normal] = (problem.data, Jax(problem, normal))
+        return cls.made[normal][1]
 
     def arguments(self, problem: Problem, steps: int, tol: float) -> tuple[Any, ...]:
         params, hparams = ([_to_jax(t) for t in tensors] for tensors in (problem.params, problem.hparams))
@@ -232,8 +255,12 @@ def jaxopt_cg(problem: Problem, tol: float = 0.0, max_steps: int | None = None) 
     return Jax.of(problem)(problem, problem.steps if max_steps is None else max_steps, tol)
 
 
-def jaxopt_memory(problem: Problem) -> int:
+def jaxopt_normal_cg(problem: Problem) -> Tensors:
+    return Jax.of(problem, normal=True)(problem, problem.steps, 0.0)
+
+
+def jaxopt_memory(problem: Problem, normal: bool = False) -> int:
     """Bytes that the compiled program wants for its work and its result."""
-    row = Jax.of(problem)
+    row = Jax.of(problem, normal)
     analysis = row.jit.lower(*row.arguments(problem, problem.steps, 0.0), count=False).compile().memory_analysis()
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
