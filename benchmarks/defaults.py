@@ -14,6 +14,7 @@ from hypergrad._solution import OnFailure
 
 from . import problems
 from .measure import Spread, interleaved, ratios
+from .methods import hypergradient
 from .problems import Problem
 from .report import BLUE, RED, Section, bars
 
@@ -32,16 +33,8 @@ class Result:
 
 
 def call(problem: Problem, on_failure: OnFailure) -> None:
-    loss = problem.step_size is not None
-    kind = hg.solvers.CG if loss else hg.solvers.GMRES
-    hg.implicit.grad(
-        problem.outer_loss,
-        inner_loss=problem.inner_loss if loss else None,
-        fp_map=None if loss else problem.fp_map,
-        params=problem.params,
-        hparams=problem.hparams,
-        solver=kind(max_steps=problem.steps, on_failure=on_failure),
-    )
+    kind = hg.solvers.CG if problem.step_size is not None else hg.solvers.GMRES
+    hypergradient(problem, kind(max_steps=problem.steps, on_failure=on_failure))
 
 
 def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None) -> tuple[list[Result], list[dict]]:

@@ -180,7 +180,7 @@ def weak_logistic(rows: int = 600, size: int = 200, scales: float = -1.5, decay:
     return Logistic(x, y, rows, np.full(size, decay))
 
 
-def sparse_text(rows: int = 2000, words: int = 3000, decay: float = -9.0) -> Logistic:
+def sparse_text(rows: int = 1500, words: int = 2000, decay: float = -9.0) -> Logistic:
     """Documents over a vocabulary with frequencies as in Zipf's law, term frequencies with unit rows, two topics."""
     draw = np.random.RandomState(0)
     frequency = 1 / np.arange(1, words + 1)
@@ -242,7 +242,7 @@ def outer_steps(name: str, source: Any, steps: int) -> Iterator[Step]:
 
 
 SOURCES: dict[str, Callable[[], Any]] = {
-    "quadratic": lambda: Quadratic(200, 1e5),
+    "quadratic": lambda: Quadratic(150, 1e5),
     "logistic, weak": weak_logistic,
     "sparse text": sparse_text,
 }

@@ -129,15 +129,22 @@ def graph_and_product(problem: Problem, fixed_point: bool) -> Tensors:
     return list(torch.autograd.grad(outputs, params, problem.params))
 
 
-def implicit(problem: Problem, solver: hg.solvers.LinearSolver) -> Tensors:
-    result = hg.implicit.grad(
+def hypergradient(problem: Problem, solver: hg.solvers.LinearSolver, x0: Tensors | None = None) -> hg.Hypergradient:
+    """hg.implicit.grad of the inner loss, or of the map."""
+    loss = problem.step_size is not None
+    return hg.implicit.grad(
         problem.outer_loss,
-        inner_loss=problem.inner_loss,
+        inner_loss=problem.inner_loss if loss else None,
+        fp_map=None if loss else problem.fp_map,
         params=problem.params,
         hparams=problem.hparams,
         solver=solver,
+        x0=x0,
     )
-    return result.grads
+
+
+def implicit(problem: Problem, solver: hg.solvers.LinearSolver) -> Tensors:
+    return hypergradient(problem, solver).grads
 
 
 def implicit_cg(problem: Problem) -> Tensors:
