@@ -257,7 +257,8 @@ def table(results: list[Result]) -> str:
 def draw(results: list[Result], path: Path) -> None:
     """Seconds of all outer steps: a bar a method and target; red: half of the best PyTorch peer's to 1e-6."""
     rows = list(dict.fromkeys(r.row for r in results))
-    with bars(path, rows, "Time to a relative hypergradient error, over all outer steps") as axes:
+    title = "Time of 50 outer steps to a relative hypergradient error of 1e-3 (light) and 1e-6 (dark)"
+    with bars(path, rows, title, height=4.4) as axes:
         for axis, row in zip(axes, rows, strict=True):
             draw_row(axis, [r for r in results if r.row == row])
 
@@ -274,12 +275,12 @@ def draw_row(axis: Any, cells: list[Result]) -> None:
             continue
         colour = BLUE if r.library == "hypergrad" else GREY
         axis.barh(place, r.cpu.middle, 0.38, color=colour, alpha=1.0 if tight else 0.5)
-        label = f" {r.target:.0e}: {r.cpu.middle:.2f} s, {r.passes / r.outer_steps:.0f} passes a step"
+        label = f" {r.cpu.middle:.2f} s, {r.passes / r.outer_steps:.0f} passes a step"
         axis.text(r.cpu.middle, place, label, va="center", fontsize=7)
     rivals = [r.cpu.middle for r in cells if r.cpu and r.library not in ("hypergrad", "JAXopt")]
     goals = [r.cpu.middle / 2 for r in cells if r.cpu and r.target == min(TARGETS) and r.cpu.middle in rivals]
     if goals:
-        axis.axvline(min(goals), color=RED, linewidth=1.5)
+        axis.axvline(min(goals), color=RED, linewidth=1.5, zorder=0)
     axis.set(xscale="log", xlim=(shortest / 1.8, 12 * longest), yticks=range(len(names)), title=cells[0].row)
     axis.set_yticklabels(names, fontsize=8)
     axis.set_xlabel("CPU seconds (red: half of the best PyTorch peer's to 1e-6)", fontsize=8)
