@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _autodiff
@@ -37,6 +38,7 @@ class LinearOperator:
         many: A applied to a Basis at once, if that is cheaper than one product after another.
         many_transpose: likewise for Aᵀ.
         contraction: v ↦ v − A v, if that is cheaper than A v (for A = I − Jᵀ it is Jᵀv).
+        low: dtype ↦ the operator with products in that dtype, on the same vectors.
 
     Attributes:
         declared: (product, tensors) where the operator says which tensors it depends on, else None.
@@ -55,6 +57,7 @@ class LinearOperator:
         many: Callable[[Basis], Basis] | None = None,
         many_transpose: Callable[[Basis], Basis] | None = None,
         contraction: Product | None = None,
+        low: Callable[[torch.dtype], LinearOperator] | None = None,
     ):
         self.symmetric = symmetric or positive_definite
         self.positive_definite = positive_definite
@@ -64,6 +67,7 @@ class LinearOperator:
         self._matvec, self._many, self._contraction = matvec, many, contraction
         self._transpose, self._many_transpose = (matvec, many) if self.symmetric else (transpose, many_transpose)
         self._counter = Counter()
+        self._low = low
 
     @property
     def products(self) -> int:
@@ -126,6 +130,20 @@ class LinearOperator:
         new.damping = self.damping + damping
         return new
 
+    def low(self, dtype: torch.dtype) -> LinearOperator:
+        """A with products in a lower precision, on the same vectors; its products count as A's.
+
+        Raises: TypeError where no such form is known.
+        """
+        if self._low is None:
+            raise TypeError(
+                f"this operator has no form in {dtype}: that of a matrix has, and that of an inner problem which is "
+                f"given as a callable and is not stochastic"
+            )
+        new = self._low(dtype)
+        new._counter = self._counter
+        return new.damped(self.damping)
+
 
 def function(
     matvec: Callable[..., PyTree],
@@ -175,7 +193,7 @@ def matrix(a: Tensor, *, symmetric: bool = False, positive_definite: bool = Fals
     """
     if a.ndim not in (2, 3) or a.shape[-1] != a.shape[-2]:
         raise ValueError(f"matrix must be [n, n] or [B, n, n], got shape {tuple(a.shape)}")
-    return function(
+    op = function(
         lambda v, a: (a @ v.unsqueeze(-1)).squeeze(-1),
         lambda v, a: (a.mT @ v.unsqueeze(-1)).squeeze(-1),
         tensors=(a,),
@@ -183,6 +201,17 @@ def matrix(a: Tensor, *, symmetric: bool = False, positive_definite: bool = Fals
         positive_definite=positive_definite,
         batch_dims=a.ndim - 2,
     )
+
+    def low(dtype: torch.dtype) -> LinearOperator:
+        small = a.to(dtype)
+        return function(
+            lambda v: (small @ v.to(dtype).unsqueeze(-1)).squeeze(-1).to(v.dtype),
+            symmetric=symmetric,
+            batch_dims=a.ndim - 2,
+        )
+
+    op._low = low
+    return op
 
 
 def adjoint(
@@ -192,11 +221,13 @@ def adjoint(
     symmetric: bool,
     positive_definite: bool,
     batch_dims: int,
+    low: Callable[[torch.dtype], Linearisation] | None = None,
 ) -> LinearOperator:
     """Aᵀ of a residual F (A = ∂₁F), or of a fixed point map Φ (A = I − ∂₁Φ), by automatic differentiation.
 
     Args:
         linearise: gives the Linearisation that a product uses: always the same one, or a new draw for each product.
+        low: gives that of the same inner problem in another dtype.
     """
 
     def product(pull: Callable[[Linearisation, Any], list[Tensor]]) -> Product:
@@ -213,6 +244,17 @@ def adjoint(
 
         return apply
 
+    def in_precision(dtype: torch.dtype) -> LinearOperator:
+        assert low is not None
+        reduced = low(dtype)
+
+        def apply(v: Vector) -> Vector:
+            pulled = reduced.vjp(_autodiff.cast(v.leaves, reduced.outputs))
+            image = v.space.pack(_autodiff.cast(pulled, v.leaves))
+            return v - image if fixed_point else image
+
+        return LinearOperator(apply, symmetric=symmetric, positive_definite=positive_definite, batch_dims=batch_dims)
+
     return LinearOperator(
         product(Linearisation.vjp),
         product(Linearisation.jvp),
@@ -222,6 +264,7 @@ def adjoint(
         many=products(Linearisation.vjp_many),
         many_transpose=products(Linearisation.jvp_many),
         contraction=(lambda v: v.space.pack(linearise().vjp(v.leaves))) if fixed_point else None,
+        low=None if low is None else in_precision,
     )
 
 
