@@ -9,7 +9,9 @@ what it likes between the steps, and a line in `COLUMNS`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +48,7 @@ class Column:
     library: str
     start: Callable[[float], Run]
     settings: tuple[float, ...] = TOLERANCES
-    passes: Callable[[Problem, float], int] | None = None  # where torch does not see them
+    passes: Callable[[Sequence[Step], float], int] | None = None  # where they are made unseen
     largest: int | None = None  # parameters up to which it makes sense
 
     @property
@@ -54,7 +56,7 @@ class Column:
         return self.library not in ("hypergrad", "JAXopt")
 
 
-def ours(solver: Callable[[float], Any], warm: bool = True) -> Callable[[float], Run]:
+def ours(solver: Callable[[float], Any], warm: bool = True, compile: bool = False) -> Callable[[float], Run]:
     """hg.implicit.grad with a solver made from the tolerance; warm: each adjoint starts at the one before."""
 
     def start(setting: float) -> Run:
@@ -62,7 +64,7 @@ def ours(solver: Callable[[float], Any], warm: bool = True) -> Callable[[float],
 
         def run(problem: Problem) -> list[Tensor]:
             nonlocal adjoint
-            result = hypergradient(problem, configured, adjoint if warm else None)
+            result = hypergradient(problem, configured, adjoint if warm else None, compile)
             adjoint = result.adjoint
             return result.grads
 
@@ -88,17 +90,19 @@ def hypertorch_cg(setting: float) -> Run:
     return lambda problem: HyperTorch(replace(problem, steps=MOST)).cg(rtol=setting)
 
 
-def jaxopt_passes(problem: Problem, setting: float) -> int:
-    """Products, and the three passes around them."""
-    row = peers.Jax.of(problem)
-    row.products = 0
-    row(problem, MOST, setting, count=True)
-    return row.products + 3
+def passes_of(start: Callable[[float], Run], steps: Sequence[Step], setting: float) -> int:
+    """Reverse passes of a run that is seen; k at once count as k."""
+    run = start(setting)
+    with counted() as counts:
+        for step in steps:
+            run(step.problem)
+    return counts["passes"]
 
 
 COLUMNS = [
     Column("hg CG, cold", "hypergrad", ours(cg, warm=False)),
     Column("hg CG", "hypergrad", ours(cg)),
+    Column("hg CG, compiled", "hypergrad", ours(cg, compile=True), passes=partial(passes_of, ours(cg))),
     Column("hg MINRES", "hypergrad", ours(minres)),
     Column("hg CG, Diagonal reused", "hypergrad", ours(partial(reused, recipe=hg.solvers.Diagonal()))),
     Column(
@@ -115,7 +119,7 @@ if peers.installed("torchopt"):
             "TorchOpt CG",
             "TorchOpt",
             lambda s: partial(peers.torchopt_cg, rtol=s, max_steps=MOST),
-            passes=lambda problem, s: peers.torchopt_passes(problem, s, MOST),
+            passes=lambda steps, s: sum(peers.torchopt_passes(step.problem, s, MOST) for step in steps),
         )
     )
 if peers.installed("betty"):
@@ -126,7 +130,7 @@ if peers.installed("jax", "jaxopt"):
             "JAXopt CG, jit",
             "JAXopt",
             lambda s: partial(peers.jaxopt_cg, tol=s, max_steps=MOST),
-            passes=jaxopt_passes,
+            passes=lambda steps, s: sum(peers.jaxopt_passes(step.problem, s, MOST) for step in steps),
         )
     )
 
@@ -143,6 +147,7 @@ class Result:
     setting: float | None  # None: no setting reaches the target
     error: float  # the largest of all outer steps; with no setting, the least that was seen
     passes: int
+    failure: str | None = None
     cpu: Spread | None = None
     wall: Spread | None = None
     peer: str | None = None
@@ -170,12 +175,11 @@ def search(column: Column, steps: Sequence[Step], target: float) -> tuple[float 
         best = min(best, error)
         low, high = (low, middle) if error <= target else (middle + 1, high)
     for setting in column.settings[low:]:
-        with counted() as counts:
+        with nullcontext(Counter()) if column.passes else counted() as counts:
             error = worst(column.start(setting), steps, target)
         best = min(best, error)
         if error <= target:
-            count = column.passes
-            return setting, error, sum(count(s.problem, setting) for s in steps) if count else counts["passes"]
+            return setting, error, column.passes(steps, setting) if column.passes else counts["passes"]
     return None, best, 0
 
 
@@ -199,7 +203,11 @@ def measure_row(row: str, columns: Sequence[Column], steps: Sequence[Step], roun
     columns = [c for c in columns if c.largest is None or size <= c.largest]
     pairs = [(column, target) for column in columns for target in TARGETS]
     for column, target in tqdm(pairs, desc=f"{row}: settings", leave=False):
-        setting, error, passes = search(column, steps, target)
+        try:
+            setting, error, passes = search(column, steps, target)
+        except hg.NotCompiled as reason:
+            found.append(Result(row, column.name, column.library, target, len(steps), None, np.nan, 0, str(reason)))
+            continue
         if setting is not None:
             calls[column.name, target] = partial(run_all, column, setting, steps)
         found.append(Result(row, column.name, column.library, target, len(steps), setting, error, passes))
@@ -236,6 +244,9 @@ def table(results: list[Result]) -> str:
         if r.row != row:
             row = r.row
             lines.append(f"{row}, {r.outer_steps} outer steps")
+        if r.failure:
+            lines.append(f"  {r.method:30}{r.target:8.0e}   {r.failure[:100]}")
+            continue
         if r.cpu is None:
             lines.append(f"  {r.method:30}{r.target:8.0e}   not reached: its best error is {r.error:.1e}, no time")
             continue
@@ -245,7 +256,8 @@ def table(results: list[Result]) -> str:
             f"{against or '':26}{r.setting:9.1e}{r.error:9.0e}"
         )
     best = dict.fromkeys((r.row, r.target, r.peer) for r in results if r.peer)
-    lines.append("Best PyTorch peer: " + "; ".join(f"{peer} ({row}, {target:.0e})" for row, target, peer in best))
+    if best:
+        lines.append("Best PyTorch peer: " + "; ".join(f"{peer} ({row}, {target:.0e})" for row, target, peer in best))
     lines.append(
         "passes: reverse passes in all (the solver's products and three more a step). error: the largest of all outer "
         "steps.\nsetting: the loosest tolerance (or number of steps) that does it; HyperTorch's, absolute there, over "
@@ -271,7 +283,8 @@ def draw_row(axis: Any, cells: list[Result]) -> None:
         tight = r.target == min(TARGETS)
         place = names.index(r.method) + (0.2 if tight else -0.2)
         if r.cpu is None:
-            axis.text(shortest / 1.8, place, " wrong: no time", va="center", fontsize=7, color=RED)
+            why = " not compiled" if r.failure else " wrong: no time"
+            axis.text(shortest / 1.8, place, why, va="center", fontsize=7, color=RED)
             continue
         colour = BLUE if r.library == "hypergrad" else GREY
         axis.barh(place, r.cpu.middle, 0.38, color=colour, alpha=1.0 if tight else 0.5)

@@ -80,9 +80,9 @@ def check(problem: Problem, method: Method) -> Result:
     """Whether the answer is right, and what it takes."""
     begin = time.perf_counter()
     try:
-        counted, grads = counts.count(problem, method.run) if method.in_torch else (Counter(), method.run(problem))
+        counted, grads = counts.count(problem, method.run) if method.passes else (Counter(), method.run(problem))
     except Exception as error:
-        if not method.peer:
+        if not (method.peer or method.compiled):
             raise
         failure = f"{type(error).__name__}: {' '.join(str(error).split())[:90]}"
         return Result(problem.name, method.name, method.library, False, None, None, None, None, failure=failure)
@@ -94,10 +94,12 @@ def check(problem: Problem, method: Method) -> Result:
     result = Result(
         problem.name, method.name, method.library, correct, error, distance, counted["passes"], counted["reads"]
     )
-    if not method.counted:  # its passes are made where they are not seen
+    if not method.passes:
         result = replace(result, passes=None, reads=None)
+    if method.compiled:
+        result = replace(result, first=first)
     if method.memory:
-        return replace(result, peak=method.memory(problem), first=first)
+        return replace(result, peak=method.memory(problem))
     peak = peak_memory(lambda: method.run(problem))
     fixed_point = FLOOR not in (method.name, method.floor)
     vectors = None if problem.small else counts.beside(problem, peak, fixed_point)

@@ -9,7 +9,9 @@ residual norm at each step, and a product with the Jacobian that evaluates the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,9 +32,9 @@ class Method:
 
     `library` is whose it is ("floor" for a floor). `floor` names the method it is compared with, `target` is the ratio
     to that which it should not exceed, `truth` is the estimate that it must agree with (None: it gives none).
-    `passes` is the number of reverse passes of K steps, and `evaluations` that of the inner loss or map (None: another
-    library's business). `needs` says for which problems it is: "any", "loss" (the inner problem is a loss, its system
-    symmetric) or "map". `memory` is the peak in bytes, where torch does not allocate it.
+    `passes` is the number of reverse passes of K steps (None: they are made unseen), and `evaluations` that of the
+    inner loss or map. `needs` says for which problems it is: "any", "loss" (the inner problem is a loss, its system
+    symmetric) or "map". `compiled`: its first call builds it. `memory`: the peak in bytes, where torch does not know.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Method:
     evaluations: Callable[[int], int] = lambda steps: 1
     needs: str = "any"
     library: str = "hypergrad"
+    compiled: bool = False
     memory: Callable[[Problem], int] | None = None
 
     @property
@@ -51,17 +54,8 @@ class Method:
         return self.library not in ("floor", "hypergrad")
 
     @property
-    def in_torch(self) -> bool:
-        return self.library != "JAXopt"
-
-    @property
     def torch_peer(self) -> bool:
-        return self.peer and self.in_torch
-
-    @property
-    def counted(self) -> bool:
-        """Whether its reverse passes are seen: not where they are made inside a backward pass, or elsewhere."""
-        return self.library not in ("TorchOpt", "torchdeq", "JAXopt")
+        return self.peer and self.library != "JAXopt"
 
     @property
     def work(self) -> tuple[str | None, bool]:
@@ -129,18 +123,29 @@ def graph_and_product(problem: Problem, fixed_point: bool) -> Tensors:
     return list(torch.autograd.grad(outputs, params, problem.params))
 
 
-def hypergradient(problem: Problem, solver: hg.solvers.LinearSolver, x0: Tensors | None = None) -> hg.Hypergradient:
-    """hg.implicit.grad of the inner loss, or of the map."""
+@contextmanager
+def must_compile() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hg.NotCompiled)
+        yield
+
+
+def hypergradient(
+    problem: Problem, solver: hg.solvers.LinearSolver, x0: Tensors | None = None, compile: bool = False
+) -> hg.Hypergradient:
+    """hg.implicit.grad of the inner loss, or of the map; an error where it was to be compiled and is not."""
     loss = problem.step_size is not None
-    return hg.implicit.grad(
-        problem.outer_loss,
-        inner_loss=problem.inner_loss if loss else None,
-        fp_map=None if loss else problem.fp_map,
-        params=problem.params,
-        hparams=problem.hparams,
-        solver=solver,
-        x0=x0,
-    )
+    with must_compile() if compile else nullcontext():
+        return hg.implicit.grad(
+            problem.outer_loss,
+            inner_loss=problem.inner_loss if loss else None,
+            fp_map=None if loss else problem.fp_map,
+            params=problem.params,
+            hparams=problem.hparams,
+            solver=solver,
+            x0=x0,
+            compile=compile,
+        )
 
 
 def implicit(problem: Problem, solver: hg.solvers.LinearSolver) -> Tensors:
@@ -149,6 +154,10 @@ def implicit(problem: Problem, solver: hg.solvers.LinearSolver) -> Tensors:
 
 def implicit_cg(problem: Problem) -> Tensors:
     return implicit(problem, hg.solvers.CG(max_steps=problem.steps))
+
+
+def compiled_cg(problem: Problem) -> Tensors:
+    return hypergradient(problem, hg.solvers.CG(max_steps=problem.steps), compile=True).grads
 
 
 def library(method: Callable[..., Tensors]) -> Callable[[Problem], Tensors]:
@@ -280,6 +289,7 @@ METHODS = [
         library="floor",
     ),
     Method("hg.implicit.grad, CG", implicit_cg, lambda k: k + 3, FLOOR, "cg", 1.05, needs="loss"),
+    Method("hg.implicit.grad, CG, compiled", compiled_cg, None, FLOOR, "cg", needs="loss", compiled=True),
     Method(MAP_FLOOR, lambda p: floor(p, fixed_point=True), lambda k: k + 3, library="floor"),
     Method(
         f"{MAP_FLOOR}, last for hparams",
@@ -345,7 +355,9 @@ if peers.installed("torchopt"):
 if peers.installed("betty"):
     METHODS += [
         Method("Betty CG", peers.betty_cg, None, FLOOR, "cg", needs="loss", library="Betty"),
-        Method("Betty Neumann", peers.betty_neumann, None, FLOOR, "fixed_point", needs="loss", library="Betty"),
+        Method(
+            "Betty Neumann", peers.betty_neumann, lambda k: k + 2, FLOOR, "fixed_point", needs="loss", library="Betty"
+        ),
     ]
 if peers.installed("torchdeq"):
     torchdeq = peers.torchdeq_layer
@@ -356,6 +368,6 @@ if peers.installed("jax", "jaxopt"):
     jitted = Method("JAXopt CG, jit", peers.jaxopt_cg, None, FLOOR, "cg", needs="loss", library="JAXopt")
     default = Method("JAXopt normal CG, jit", peers.jaxopt_normal_cg, None, MAP_FLOOR, "normal_cg", library="JAXopt")
     METHODS += [
-        replace(jitted, memory=peers.jaxopt_memory),
-        replace(default, memory=partial(peers.jaxopt_memory, normal=True)),
+        replace(jitted, compiled=True, memory=peers.jaxopt_memory),
+        replace(default, compiled=True, memory=partial(peers.jaxopt_memory, normal=True)),
     ]

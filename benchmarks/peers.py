@@ -255,6 +255,14 @@ def jaxopt_cg(problem: Problem, tol: float = 0.0, max_steps: int | None = None) 
     return Jax.of(problem)(problem, problem.steps if max_steps is None else max_steps, tol)
 
 
+def jaxopt_passes(problem: Problem, tol: float, max_steps: int) -> int:
+    """Products, and the three passes around them."""
+    row = Jax.of(problem)
+    row.products = 0
+    row(problem, max_steps, tol, count=True)
+    return row.products + 3
+
+
 def jaxopt_normal_cg(problem: Problem) -> Tensors:
     return Jax.of(problem, normal=True)(problem, problem.steps, 0.0)
 

@@ -134,7 +134,11 @@ def test_sparse_product() -> None:
 def fake(errors: dict[float, float]) -> accuracy.Column:
     """A method whose relative error is known for each setting."""
     return accuracy.Column(
-        "fake", "fake", lambda s: lambda p: [p.data["truth"] * (1 + errors[s])], tuple(errors), lambda p, s: 7
+        "fake",
+        "fake",
+        lambda s: lambda p: [p.data["truth"] * (1 + errors[s])],
+        tuple(errors),
+        lambda steps, s: 7 * len(steps),
     )
 
 
