@@ -2,7 +2,8 @@
 
 TorchOpt: `diff.implicit.custom_root` around a solver that returns the known solution. torchdeq: `get_deq` with
 implicit differentiation. Betty: its hypergradient functions, on a stand-in for its two problems, without its engine.
-JAXopt: `implicit_diff.root_vjp`, the whole hypergradient under `jax.jit`, data as arguments.
+JAXopt: `implicit_diff.root_vjp`, the whole hypergradient under `jax.jit`, data as arguments. Through the steps:
+TorchOpt's `MetaSGD` and higher's `innerloop_ctx`, on a module that owns the params.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import illconditioned, problems
 from .measure import counting
 from .problems import Problem
+
+if TYPE_CHECKING:
+    from .unrolled import Descent
 
 Tensors = list[Tensor]
 # One thread for XLA too; read when it is loaded.
@@ -132,6 +136,46 @@ def torchdeq_layer(problem: Problem) -> Tensors:
     deq = load("torchdeq").get_deq(f_max_iter=steps, b_max_iter=steps, f_tol=0.0, b_tol=0.0, ift=True)
     z = deq(lambda z: torch.tanh(z @ a + u), problem.params[0])[0][-1]
     return list(torch.autograd.grad(problem.outer_loss([z], problem.hparams), problem.hparams))
+
+
+class InnerLoss(nn.Module):
+    """The inner loss as a module that owns the params, for libraries that want one."""
+
+    def __init__(self, descent: Descent):
+        super().__init__()
+        self.descent, self.count = descent, len(descent.start)
+        for i, w in enumerate(descent.start):
+            self.register_parameter(f"w{i}", nn.Parameter(w.clone()))
+
+    def owned(self) -> Tensors:
+        return [getattr(self, f"w{i}") for i in range(self.count)]
+
+    def forward(self, t: int | None) -> Tensor:
+        """The inner loss of batch t, or the outer loss."""
+        if t is None:
+            return self.descent.outer_loss(self.owned(), self.descent.hparams)
+        return self.descent.inner(self.owned(), self.descent.hparams, self.descent.batch(t))
+
+
+def torchopt_unrolled(descent: Descent, steps: int) -> Tensors:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = InnerLoss(descent)
+        optimizer = load("torchopt").MetaSGD(module, lr=descent.lr)
+        for t in range(steps):
+            optimizer.step(module(t))
+        return list(torch.autograd.grad(module(None), descent.hparams))
+
+
+def higher_unrolled(descent: Descent, steps: int) -> Tensors:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = InnerLoss(descent)
+        optimizer = torch.optim.SGD(module.parameters(), lr=descent.lr)
+        with load("higher").innerloop_ctx(module, optimizer, copy_initial_weights=False) as (functional, step):
+            for t in range(steps):
+                step.step(functional(t))
+            return list(torch.autograd.grad(functional(None), descent.hparams))
 
 
 def _jax_losses(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any]]:

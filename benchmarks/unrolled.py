@@ -6,7 +6,6 @@ time and 1.6 times that of the plain graph. The clock runs over fewer steps than
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, vjp
 from tqdm import tqdm
 
 import hypergrad as hg
 
+from . import peers
 from .measure import Spread, counting, interleaved, peak_memory, ratios
 from .methods import Tensors
-from .peers import installed, load
 from .problems import flat, logistic_inner, logistic_outer, perceptron
 from .report import BLUE, GREY, MIB, RED, Section, bars, cell
 
@@ -184,46 +183,6 @@ def library(storage: Callable[[Descent], Any]) -> Callable[[Descent, int], Tenso
     return run
 
 
-class InnerLoss(nn.Module):
-    """The inner loss as a module that owns the params, for libraries that want one."""
-
-    def __init__(self, descent: Descent):
-        super().__init__()
-        self.descent, self.count = descent, len(descent.start)
-        for i, w in enumerate(descent.start):
-            self.register_parameter(f"w{i}", nn.Parameter(w.clone()))
-
-    def owned(self) -> Tensors:
-        return [getattr(self, f"w{i}") for i in range(self.count)]
-
-    def forward(self, t: int | None) -> Tensor:
-        """The inner loss of batch t, or the outer loss."""
-        if t is None:
-            return self.descent.outer_loss(self.owned(), self.descent.hparams)
-        return self.descent.inner(self.owned(), self.descent.hparams, self.descent.batch(t))
-
-
-def torchopt(descent: Descent, steps: int) -> Tensors:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = InnerLoss(descent)
-        optimizer = load("torchopt").MetaSGD(module, lr=descent.lr)
-        for t in range(steps):
-            optimizer.step(module(t))
-        return list(torch.autograd.grad(module(None), descent.hparams))
-
-
-def higher(descent: Descent, steps: int) -> Tensors:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = InnerLoss(descent)
-        optimizer = torch.optim.SGD(module.parameters(), lr=descent.lr)
-        with load("higher").innerloop_ctx(module, optimizer, copy_initial_weights=False) as (functional, step):
-            for t in range(steps):
-                step.step(functional(t))
-            return list(torch.autograd.grad(functional(None), descent.hparams))
-
-
 @dataclass(frozen=True)
 class Column:
     """One way to store the steps.
@@ -261,10 +220,10 @@ COLUMNS = [
     Column("hg memory=checkpoints", library(lambda d: d.checkpoints), "hypergrad", revolve),
     Column("hg memory=budget", library(lambda d: d.budget), "hypergrad", lambda t, c: 2 * t),
 ]
-if installed("torchopt"):
-    COLUMNS.append(Column("TorchOpt MetaSGD", torchopt, "TorchOpt", linear=True))
-if installed("higher"):
-    COLUMNS.append(Column("higher", higher, "higher", linear=True))
+if peers.installed("torchopt"):
+    COLUMNS.append(Column("TorchOpt MetaSGD", peers.torchopt_unrolled, "TorchOpt", linear=True))
+if peers.installed("higher"):
+    COLUMNS.append(Column("higher", peers.higher_unrolled, "higher", linear=True))
 
 
 @dataclass(frozen=True)
@@ -372,26 +331,32 @@ def table(results: list[Result]) -> str:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Memory against time, each over HyperTorch's; the box is where "sqrt" has to be."""
+    """Memory and time of each method, a pair of panels a row; red: the limits of memory="sqrt"."""
     rows = list(dict.fromkeys(r.row for r in results))
-    with bars(path, rows, "Through the steps of gradient descent: memory against time", height=4.6) as axes:
-        for axis, row in zip(axes, rows, strict=True):
-            cells = [r for r in results if r.row == row and r.hypertorch_cpu and r.memory]
-            for r in cells:
-                assert r.hypertorch_cpu and r.memory
-                x, y = r.hypertorch_cpu.middle, r.memory
-                axis.plot(x, y, "o", color=BLUE if r.library == "hypergrad" else GREY, markersize=8)
-                name = f"{r.method.removeprefix('hg ')} ({cell(r.peak, '.1f', MIB)} MiB)"
-                axis.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8)
-                if r.memory_limit:
-                    axis.axhspan(0, r.memory_limit, xmax=1, color=RED, alpha=0.08)
-                    axis.axhline(r.memory_limit, color=RED, linewidth=1)
-                    axis.axvline(1.1, color=RED, linewidth=1)
-            axis.set(yscale="log", title=f"{row}, T = {cells[0].steps}" if cells else row)
-            axis.set(xlabel="CPU time over HyperTorch's", ylabel="peak memory over HyperTorch's")
-            left, right = axis.get_xlim()
-            axis.set_xlim(left - 0.1, right + 0.6)
-            axis.spines[["top", "right"]].set_visible(False)
+    with bars(path, [*rows, *rows], "Through the steps of gradient descent (red: limits of sqrt)") as axes:
+        for row, memory, clock in zip(rows, axes[::2], axes[1::2], strict=True):
+            cells = [r for r in results if r.row == row and r.cpu]
+            steps, limited = cells[0].steps, [r for r in cells if r.memory_limit]
+            draw_bars(memory, cells, {r.method: (r.peak or 0.0) * MIB for r in cells}, "MiB")
+            draw_bars(clock, cells, {r.method: r.cpu.middle for r in cells if r.cpu}, "s")
+            for r in limited:
+                base = next((c for c in cells if c.method == HYPERTORCH), None)
+                if base and base.peak and base.cpu and r.memory_limit and r.time_limits:
+                    memory.axvline(base.peak * MIB * r.memory_limit, color=RED, zorder=0)
+                    clock.axvline(base.cpu.middle * r.time_limits[0], color=RED, zorder=0)
+            memory.set(xscale="log", title=f"{row}: peak memory of {steps} steps", xlabel="MiB")
+            clock.set(title=f"{row}: time of {cells[0].timed} steps", xlabel="CPU seconds")
+
+
+def draw_bars(axis: Any, cells: Sequence[Result], values: dict[str, float], unit: str) -> None:
+    for place, r in enumerate(cells):
+        value = values[r.method]
+        axis.barh(place, value, color=BLUE if r.library == "hypergrad" else GREY)
+        axis.text(value, place, f" {value:.3g} {unit}", va="center", fontsize=8)
+    axis.set_yticks(range(len(cells)), [r.method for r in cells], fontsize=8)
+    axis.margins(x=0.2)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 SECTION = Section("Through the steps", lambda: ROWS, measure, table, draw)
