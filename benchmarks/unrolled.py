@@ -118,7 +118,7 @@ ROWS: dict[str, Callable[[], Descent]] = {
 
 QUICK: dict[str, Callable[[], Descent]] = {
     "mlp": lambda: mlp(200, (20, 16, 5), 50, steps=40, timed=20, checkpoints=3, budget="240KiB", memory_limit=1.0),
-    "logistic": lambda: logistic(100, 30, steps=40, timed=20, checkpoints=3, budget="40KiB", memory_limit=1.0),
+    "logistic": lambda: logistic(100, 30, steps=40, timed=20, checkpoints=3, budget="80KiB", memory_limit=1.0),
 }
 
 
