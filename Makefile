@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all lint examples bench bench-quick docs check format clean
+.PHONY: help demo test test-slow test-all lint examples notebook bench bench-quick docs check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lint: $(VENV)/.dev ## formatting, ruff's rules, types
 
 examples: $(VENV)/.demo ## the examples, reduced
 	$(BIN)/python examples/tune_digits.py --fast
+
+notebook: $(VENV)/.examples ## the notebook of examples/logistic_regression.py, anew from the script
+	$(BIN)/jupytext --update --to ipynb examples/logistic_regression.py
 
 bench: $(VENV)/.dev ## the benchmarks
 	$(BIN)/python -m benchmarks
