@@ -99,6 +99,9 @@ ROWS = {
         low_rank(10), lambda k, n: 10, lambda s: [s.n <= 10 and d for d in s.definite], "symmetric", (0.01, 0.3)
     ),
     "Nystrom(40)": Row(low_rank(40), lambda k, n: n, definite(1e3), "symmetric", (0.01, 0.3)),
+    "Auto": Row(partial(S.Auto, dense=1), lambda k, n: k, either(conditioned(1e3), contracts(1))),
+    "Auto, symmetric": Row(partial(S.Auto, dense=1), lambda k, n: k, symmetric(1e6), tag="symmetric"),
+    "Auto, dense": Row(S.Auto, lambda k, n: k, conditioned(1e6)),
     "Optimizer": Row(S.Optimizer, lambda k, n: k, contracts(1, 40), limit=40),
 }
 KRYLOV = ("CG", "MINRES", "GMRES(5)", "GMRES(60)", "BiCGStab", "LSQR", "NormalCG")

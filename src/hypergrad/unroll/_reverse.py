@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._vector import PyTree
 from ..implicit import random_state_kept_on_error
-from ._steps import Run, State, same, set_random_state
+from ._steps import Run, State, batch_at, same, set_random_state
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 NO_REPLAY = (
@@ -116,7 +116,7 @@ def reverse(
     if steps < 0 or kept < 0:
         raise ValueError(f"steps and truncate must be ≥ 0, got {steps} and {truncate}")
     storage = _storage(memory)
-    run = Run(step, start, hparams, _batches(batches, steps), with_time or batches is not None, allow_detached)
+    run = Run(step, start, hparams, batch_at(batches, steps), with_time or batches is not None, allow_detached)
     with random_state_kept_on_error([*run.start, *run.outer]), torch.enable_grad():
         first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, steps - kept)
         origin = steps - kept
@@ -171,19 +171,6 @@ def _storage(memory: str | int) -> str | int | float:
             f"got {memory!r}"
         )
     return float(number[1]) * UNITS[number[2]]
-
-
-def _batches(batches: Any, steps: int) -> Callable[[int], Any] | None:
-    if batches is None or callable(batches):
-        return batches
-    if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
-        raise TypeError(
-            f"batches must be a sequence or a function of t, for a batch is drawn again at a replay; got "
-            f"{type(batches).__name__}: pass list(...)"
-        )
-    if len(batches) < steps:
-        raise ValueError(f"{steps} steps need as many batches, got {len(batches)}; batches may be a function of t")
-    return batches.__getitem__
 
 
 def _split(length: int, checkpoints: int) -> int:

@@ -43,6 +43,20 @@ def same(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x, y) or bool(((x == y) | ((x != x) & (y != y))).all())
 
 
+def batch_at(batches: Any, steps: int) -> Callable[[int], Any] | None:
+    """Batches, given by index or by call, as a function of t."""
+    if batches is None or callable(batches):
+        return batches
+    if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
+        raise TypeError(
+            f"batches must be a sequence or a function of t (in reverse mode a batch is drawn again at a replay), got "
+            f"{type(batches).__name__}: pass list(...), or in forward mode lambda t: next(iterator)"
+        )
+    if len(batches) < steps:
+        raise ValueError(f"{steps} steps need as many batches, got {len(batches)}; batches may be a function of t")
+    return batches.__getitem__
+
+
 @dataclass(frozen=True)
 class State:
     """An iterate, with all that the steps from here on depend on."""
@@ -93,7 +107,7 @@ class Run:
         if [x._version for x in state.tensors] != state.versions:
             raise RuntimeError(IN_PLACE)
         set_random_state(state.random)
-        return [_leaf(x) for x in state.tensors]
+        return [leaf(x) for x in state.tensors]
 
     def evaluate(self, tensors: list[Tensor], rebuild: Rebuild, t: int) -> tuple[list[Tensor], Rebuild]:
         """Φ_t, checked: tensors like the start, with a graph, and nothing changed in place."""
@@ -146,7 +160,7 @@ class Run:
             return state
         tensors, rebuild = self.restore(state), state.rebuild
         for t in range(begin, end):
-            outputs, rebuild = self.evaluate([_leaf(x) for x in tensors], rebuild, t)
+            outputs, rebuild = self.evaluate([leaf(x) for x in tensors], rebuild, t)
             tensors = [x.detach() for x in outputs]
             del outputs
         return self.keep(tensors, rebuild)
@@ -156,7 +170,7 @@ class Run:
         leaves, rebuild = self.restore(state), state.rebuild
         outputs = leaves
         for t in range(begin, end):
-            inputs = [x if x.requires_grad else _leaf(x) for x in outputs]
+            inputs = [x if x.requires_grad else leaf(x) for x in outputs]
             outputs, rebuild = self.evaluate(inputs, rebuild, t)
         return leaves, outputs, rebuild
 
@@ -166,7 +180,7 @@ class Run:
         one = self.keep([x.detach() for x in middle], rebuild)
         seen: set[Any] = set()
         before = _autodiff.saved(middle, seen)
-        inputs = [x if x.requires_grad else _leaf(x) for x in middle]
+        inputs = [x if x.requires_grad else leaf(x) for x in middle]
         outputs, rebuild = self.evaluate(inputs, rebuild, begin + 1)
         nodes = len(seen)
         sizes = _autodiff.saved(outputs, seen)
@@ -179,7 +193,7 @@ class Run:
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """∇₁E and ∇₂E at the final iterate; keeps E, and the random state that the user goes on with."""
         self.params = rebuild(final)
-        leaves = [_leaf(x) for x in final]
+        leaves = [leaf(x) for x in final]
         loss = as_scalar(outer_loss(rebuild(leaves), self.hparams), "outer_loss")
         self.outer_value = loss.detach().clone()
         inputs = [x for x in leaves if x.requires_grad]
@@ -195,7 +209,7 @@ class Run:
         inputs = [x for x in leaves if x.requires_grad]
         both = self._vjp([y for y in outputs if y.is_floating_point()], inputs, alpha)
         alpha = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, both, strict=False)]
-        return alpha, _add(grads, both[len(inputs) :])
+        return alpha, add(grads, both[len(inputs) :])
 
     def _vjp(self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor | None]:
         # Between hparams that one network computes torch would free the network's graph as well.
@@ -211,7 +225,7 @@ class Run:
         if not _autodiff.depends(self.start, self.differentiated):
             return grads
         more = _autodiff.grad_or_none(self.start, self.differentiated, start_grads, retain_graph=True)
-        return _add(grads, more)
+        return add(grads, more)
 
     def hypergradient(self, grads: list[Tensor | None], complain: bool) -> PyTree:
         """∇ in the structure of hparams, in memory of its own; unreached leaves are zero, and said so."""
@@ -228,15 +242,19 @@ class Run:
                 f"as a number (.item(), float(), .data)?"
             )
         warn_if_not_finite(g for g in grads if g is not None)
-        each = iter(grads)
+        return self.in_hparams(grads)
+
+    def in_hparams(self, values: Sequence[Tensor | None]) -> PyTree:
+        """A value for each leaf of hparams that requires grad, in the structure of hparams; zeros for the others."""
+        each = iter(values)
         full = [next(each) if x.requires_grad else None for x in self.outer]
         zipped = zip(full, self.outer, strict=True)
         return self.hparams_tree([torch.zeros_like(x) if g is None else g.clone() for g, x in zipped])
 
 
-def _leaf(x: Tensor) -> Tensor:
+def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_() if x.is_floating_point() else x
 
 
-def _add(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> list[Tensor | None]:
+def add(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [y if x is None else x if y is None else x + y for x, y in zip(xs, ys, strict=True)]
