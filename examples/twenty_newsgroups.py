@@ -108,7 +108,9 @@ class SparseProduct(torch.autograd.Function):
 def compressed_rows(x: Any) -> Tensor:
     x = scipy.sparse.csr_matrix(x)
     parts = (torch.from_numpy(part) for part in (x.indptr, x.indices, x.data))
-    return torch.sparse_csr_tensor(*parts, size=x.shape, check_invariants=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(*parts, size=x.shape, check_invariants=True)
 
 
 class Rows:
