@@ -234,7 +234,8 @@ def draw(data: Split, results: dict[str, dict[str, Any]], weights: dict[str, tup
     part = "50%" if "50%" in weights else next(iter(weights))
     lam, labels, wrong = weights[part]
     figure = Figure(figsize=(13, 6.5), layout="constrained")
-    curves, pictures = figure.subfigures(1, 2, width_ratios=(1, 1.6))
+    panels: Any = figure.subfigures(1, 2, width_ratios=(1, 1.6))
+    curves, pictures = panels
     top, bottom = curves.subplots(2, 1)
     for name, row in results.items():
         top.plot(range(1, len(row["F1, steps"]) + 1), row["F1, steps"], label=f"{name} wrong")

@@ -57,7 +57,7 @@ class Config(Common):
     """Of the data; HyperTorch's is 1."""
 
 
-FAST = {"outer_steps": 10, "most_terms": 20}
+FAST = {"outer_steps": 5, "most_terms": 20}
 
 # %% [markdown]
 # ## The problem

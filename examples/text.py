@@ -5,7 +5,7 @@ import inspect
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -18,12 +18,12 @@ Labelled = tuple[list[str], list[str]]  # documents and the names of their class
 
 
 class Text(NamedTuple):
-    """Word counts in rows of length 1 [n, d], labels [n], of the training and of the test documents."""
+    """Word counts, sparse, in rows of length 1 [n, d], labels [n], of the training and of the test documents."""
 
     name: str
-    x: scipy.sparse.csr_matrix
+    x: Any
     y: np.ndarray
-    xt: scipy.sparse.csr_matrix
+    xt: Any
     yt: np.ndarray
     words: np.ndarray
 
@@ -35,16 +35,16 @@ def text(path: Path | None = None, download: bool = False) -> Text:
     if download:
         return vectorise("20 newsgroups, text alone", *(fetch(part) for part in ("train", "test")))
     documents, labels = docstrings()
-    parts = train_test_split(documents, labels, test_size=0.3, stratify=labels, random_state=0)
+    parts: Any = train_test_split(documents, labels, test_size=0.3, stratify=labels, random_state=0)
     return vectorise("docstrings", (parts[0], parts[2]), (parts[1], parts[3]))
 
 
 def vectorise(name: str, train: Labelled, test: Labelled) -> Text:
     """As scikit-learn's fetch_20newsgroups_vectorized: counts of the words of the training documents."""
     vectorizer, classes = CountVectorizer(), sorted(set(train[1]))
-    x, xt = vectorizer.fit_transform(train[0]), vectorizer.transform(test[0])
+    counts: list[Any] = [vectorizer.fit_transform(train[0]), vectorizer.transform(test[0])]
     y, yt = (np.array([classes.index(label) for label in labels]) for labels in (train[1], test[1]))
-    x, xt = (scipy.sparse.csr_matrix(normalize(counts.astype(np.float32))) for counts in (x, xt))
+    x, xt = (scipy.sparse.csr_matrix(normalize(each.astype(np.float32))) for each in counts)
     return Text(name, x, y, xt, yt, vectorizer.get_feature_names_out())
 
 
@@ -78,7 +78,7 @@ def open_text(path: Path, name: str) -> str:
 
 def fetch(part: str) -> Labelled:
     """By scikit-learn, over the network; without headers, footers and quotes, as in HyperTorch's experiment."""
-    bunch = fetch_20newsgroups(subset=part, remove=("headers", "footers", "quotes"))
+    bunch: Any = fetch_20newsgroups(subset=part, remove=("headers", "footers", "quotes"))
     return list(bunch.data), [bunch.target_names[label] for label in bunch.target]
 
 
