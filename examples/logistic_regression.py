@@ -37,7 +37,7 @@ from examples.common import Common, parse, save
 
 @dataclass
 class Config(Common):
-    outer_steps: int = 1000
+    outer_steps: int = 300
     """Updates of λ."""
     inner_steps: int = 100
     """T, gradient steps from zero."""

@@ -48,7 +48,7 @@ class Config(Common):
     """Let scikit-learn fetch the original, 14 MB."""
     outer_steps: int = 500
     """HyperTorch's outer steps, with CG."""
-    other_steps: int = 50
+    other_steps: int = 30
     """Those with `reverse` and `fixed_point`, which go the same way."""
     inner_steps: int = 10
     """T, heavy-ball steps before each of them."""
@@ -60,7 +60,7 @@ class Config(Common):
     """Of heavy ball."""
     outer_lr: float = 100.0
     """Of SGD on λ."""
-    adam_steps: int = 80
+    adam_steps: int = 70
     """Outer steps of the methods with Adam."""
     adam_lr: float = 0.1
     """Of Adam on λ."""
@@ -70,7 +70,7 @@ class Config(Common):
     """The most Newton steps before an outer step."""
     rtol: float = 0.05
     """Of the preconditioned adjoint system."""
-    strengths: tuple[float, ...] = (1.0, 10.0, 100.0, 300.0, 1000.0)
+    strengths: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0, 1000.0)
     """C of scikit-learn's logistic regression, of which the validation half chooses."""
 
 
@@ -320,6 +320,7 @@ def compare(problem: Problem) -> dict[str, dict[str, Any]]:
     past: dict[str, dict[str, Any]] = {
         name: {"warned": 0, "seconds": [], "validation": [], "test": [], "products": [], "lam": []} for name in running
     }
+    next(hypertorch(problem, "CG"))  # what torch loads for its first derivatives counts for none of them
     for turn in tqdm(range(rounds), desc="rounds"):
         for name, (steps, run) in running.items():
             mine = past[name]
@@ -443,7 +444,7 @@ def draw(results: dict[str, Any]) -> Figure:
         accuracy.axhline(row["test"][1], c="k", ls=style, label=row["method"])
     loss.axhline(results["curves"]["CG"]["validation"][-1][0], c="grey", lw=0.8)
     loss.set(title="Validation loss (grey: CG's last)", xlabel="CPU s", ylabel="cross-entropy (nats)")
-    top = max(score[1] for mine in results["curves"].values() for score in mine["test"])
+    top = max(row["test"][1] for row in results["rows"])
     accuracy.set(
         title="Test, trained on half the documents", xlabel="CPU s", ylabel="accuracy", ylim=(top - 0.15, top + 0.02)
     )
