@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 import hypergrad as hg
-from examples.common import Common, parse, save
+from examples.common import Common, parse, rounded, save
 from examples.datasets import Images, images, is_npm_digits, npm_digits
 
 
@@ -263,7 +263,7 @@ def main(config: Config) -> None:
     data = split(config)
     results, weights = compare(data, config)
     title = f"Hyper-cleaning: wrong labels of {data.name}"
-    save(config, title, table(data, results), draw(data, results, weights), results)
+    save(config, title, table(data, results), draw(data, results, weights), rounded(results))
 
 
 # %%

@@ -32,7 +32,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 import hypergrad as hg
-from examples.common import Common, parse, save
+from examples.common import Common, parse, rounded, save
 
 
 @dataclass
@@ -229,6 +229,8 @@ def outer_loop(problem: Problem, choice: str, compared: list[str], progress: tqd
             lam.data.clamp_(min=config.least)
         progress.update()
     past["lam"] = lam.tolist()
+    for kind, summary in (("warnings", lambda many: sum(map(bool, many))), ("seconds", np.median)):
+        past[kind] = {name: float(summary(many)) for name, many in past[kind].items()}
     return past
 
 
@@ -257,6 +259,9 @@ def optimum(problem: Problem) -> dict[str, Any]:
 
 
 # %%
+TITLE = "HyperTorch's logistic regression, exactly"
+
+
 def run(config: Config) -> dict[str, Any]:
     problem = Problem(config)
     start = torch.ones(problem.features, dtype=torch.float64)
@@ -285,8 +290,8 @@ def table(config: Config, results: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, past in results["runs"].items():
         errors = [f"{published['error'][name][step]:.1e}" for step in steps]
-        warned = f"{sum(map(bool, published['warnings'][name]))} of {config.outer_steps + 1}"
-        milliseconds = f"{1000 * np.median(published['seconds'][name]):.1f}"
+        warned = f"{published['warnings'][name]:.0f} of {config.outer_steps + 1}"
+        milliseconds = f"{1000 * published['seconds'][name]:.1f}"
         end = [f"{past['reported'][-1]:.4f}", f"{past['exact'][-1]:.4f}", f"{past['norm'][-1]:.2g}"]
         lines.append("| " + " | ".join([f"`{name}`", *errors, warned, milliseconds, *end]) + " |")
     best = f"{results['optimum']['exact']:.4f}"
@@ -299,8 +304,22 @@ def table(config: Config, results: dict[str, Any]) -> str:
 Errors (relative, against the exact hypergradient), steps at which hypergrad warned, and CPU time of a hypergradient
 (median) on the published path, that of `reverse`, whose reported validation loss is {losses}.
 The last three columns are of the end of each method's own path: what the run reports, E(w_T); what its λ is worth, with
-the inner problem solved; and the norm of the exact hypergradient there."""
+the inner problem solved; and the norm of the exact hypergradient there.{lost(config, published)}"""
     )
+
+
+def lost(config: Config, published: dict[str, Any]) -> str:
+    """From where on no method is within a tenth of the exact hypergradient, and which of them say so."""
+    least = np.min(list(published["error"].values()), axis=0)
+    near = int(np.max(np.flatnonzero(least <= 0.1), initial=-1))
+    if near == config.outer_steps:
+        return ""
+    said = ", ".join(f"`{name}`" for name, count in published["warnings"].items() if count)
+    return f"""
+
+From outer step {near + 1} on no method is within 10 % of the exact hypergradient: {config.inner_steps} gradient steps
+are far from the inner solution. Of this warned: {said or "none"}. K = {config.terms} terms of the other implicit methods
+do not reach far enough to see how ill-conditioned the inner problem has become, and `reverse` knows of no solution."""
 
 
 def draw(results: dict[str, Any]) -> Figure:
@@ -321,7 +340,8 @@ def draw(results: dict[str, Any]) -> Figure:
     shown = {"reported": "reported, E(w_T)", "exact": "f(λ), inner problem solved"}
     for (key, label), other in zip(shown.items(), ("test", "test, solved"), strict=True):
         losses.loglog(range(1, len(published[key]) + 1), published[key], label=label)
-        test.loglog(range(1, len(published[other]) + 1), published[other], label=label.replace("E(w_T)", "at w_T"))
+        label = label.replace("reported, E(w_T)", "at w_T").replace("f(λ)", "at w*(λ)")
+        test.loglog(range(1, len(published[other]) + 1), published[other], label=label)
     for axes, value, title in ((losses, best["exact"], "Validation"), (test, best["test"], "Test")):
         axes.axhline(value, c="k", ls="--", label=f"best λ: {value:.4f}")
         axes.set(title=f"{title} loss on the published path", xlabel="outer step + 1", ylabel="log-loss (nats)")
@@ -336,7 +356,7 @@ def draw(results: dict[str, Any]) -> Figure:
 
 def main(config: Config) -> None:
     results = run(config)
-    save(config, "HyperTorch's logistic regression, exactly", table(config, results), draw(results), results)
+    save(config, TITLE, table(config, results), draw(results), rounded(results))
 
 
 # %%

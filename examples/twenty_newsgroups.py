@@ -36,7 +36,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import hypergrad as hg
-from examples.common import Common, parse, save
+from examples.common import Common, parse, rounded, save
 from examples.text import Text, text
 
 
@@ -462,14 +462,10 @@ def main(config: Config) -> None:
     past = compare(problem)
     rows = summarise(problem, past) + scikit_learn(problem)
     words = extremes(problem, past[OURS]["lam"][-1])
-    curves = {
-        name: {"seconds": [round(s, 3) for s in mine["seconds"]]}
-        | {part: [[round(value, 5) for value in score] for score in mine[part]] for part in ("validation", "test")}
-        for name, mine in past.items()
-    }
+    curves = {name: {kind: mine[kind] for kind in ("seconds", "validation", "test")} for name, mine in past.items()}
     results = {"rows": rows, "curves": curves, "products": past[OURS]["products"], "words": words}
     title = f"One strength a word: {problem.data.name}"
-    save(config, title, table(problem, results), draw(results), results)
+    save(config, title, table(problem, results), draw(results), rounded(results))
 
 
 # %%
