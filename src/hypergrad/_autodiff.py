@@ -131,6 +131,16 @@ def depends(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     return any(edge in sought for edge in _behind([_edge(y) for y in outputs if y.requires_grad], set()))
 
 
+def unreached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
+    """The places of inputs that require grad and that no output depends on. Walks the graph between them."""
+    places = {_edge(x): i for i, x in enumerate(inputs) if x.requires_grad}
+    for edge in _behind([_edge(y) for y in outputs if y.requires_grad], {node for node, _ in places}):
+        places.pop(edge, None)
+        if not places:
+            break
+    return list(places.values())
+
+
 def computed_from(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The first (i, j) where tensor i was computed from tensor j, or None. Walks the graph."""
     places = {_edge(x): i for i, x in enumerate(tensors) if x.requires_grad}
