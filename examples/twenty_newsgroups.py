@@ -320,7 +320,9 @@ def compare(problem: Problem) -> dict[str, dict[str, Any]]:
     past: dict[str, dict[str, Any]] = {
         name: {"warned": 0, "seconds": [], "validation": [], "test": [], "products": [], "lam": []} for name in running
     }
-    next(hypertorch(problem, "CG"))  # what torch loads for its first derivatives counts for none of them
+    with warnings.catch_warnings():  # what torch loads for its first derivatives counts for none of them
+        warnings.simplefilter("ignore", hg.HypergradientWarning)
+        next(hypertorch(problem, "CG"))
     for turn in tqdm(range(rounds), desc="rounds"):
         for name, (steps, run) in running.items():
             mine = past[name]
