@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One process a core with one thread each: the problems are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
 # Files of examples/ that read options; the others are shared by them.
-EXAMPLES := $(basename $(notdir $(shell grep -l "= parse.Config" examples/*.py)))
+EXAMPLES := $(basename $(notdir $(shell grep -l "parse.Config" examples/*.py)))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
