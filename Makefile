@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 # One process a core with one thread each: the problems are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
 # Files of examples/ that read options; the others are shared by them.
-EXAMPLES := $(basename $(notdir $(shell grep -l "= parse.Config" examples/*.py)))
+EXAMPLES := $(basename $(notdir $(shell grep -l "parse.Config" examples/*.py)))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all lint examples bench bench-peers bench-quick docs check format clean
+.PHONY: help demo test test-slow test-all lint examples notebook bench bench-peers bench-quick docs check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ lint: $(VENV)/.dev ## formatting, ruff's rules, types
 
 examples: $(VENV)/.examples ## the examples, reduced, into results/fast
 	for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --fast --output results/fast || exit 1; done
+
+notebook: $(VENV)/.examples ## the notebook of examples/logistic_regression.py, anew from the script
+	$(BIN)/jupytext --update --to ipynb examples/logistic_regression.py
 
 bench: $(VENV)/.dev ## the benchmarks, about 20 minutes of one core: tables, JSON, pictures in docs/results
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH)
