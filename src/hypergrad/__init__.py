@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import diff_optimizers, fixed_points, hypergradients, implicit, nn, operators, solvers, unroll
+from . import diff_optimizers, fixed_points, hypergradients, implicit, meta, nn, operators, solvers, unroll
 from ._solution import HypergradientWarning, Solution, SolverError, Status
 from ._vector import Vector
 from .diff_optimizers import (
@@ -34,6 +34,8 @@ __all__ = [
     # forward solvers of fixed points, and equilibrium layers
     "fixed_points",
     "nn",
+    # meta-learning over a batch of tasks
+    "meta",
     # HyperTorch's functional interface
     "hypergradients",
     "reverse_unroll",

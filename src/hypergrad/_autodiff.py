@@ -247,6 +247,17 @@ def many(
         return [torch.stack(parts) for parts in zip(*columns, strict=True)]
 
 
+def each(
+    function: Callable[..., list[Tensor]], lists: Sequence[Sequence[Tensor]], mapped: Sequence[bool]
+) -> list[Tensor]:
+    """function(*lists) for each entry of the first axis of the lists that are mapped, all at once: results stacked.
+
+    Random numbers are drawn for each entry by itself.
+    """
+    in_dims = tuple(0 if own else None for own in mapped)
+    return torch.func.vmap(function, in_dims=in_dims, randomness="different")(*map(list, lists))
+
+
 def as_scalar(loss: Any, name: str) -> Tensor:
     """The loss, or an error that says what came instead of a real scalar tensor."""
     if not isinstance(loss, Tensor):
