@@ -365,7 +365,7 @@ def test_plan():
     assert "fit into" in p.grad("implicit", memory=2 * need).plan.reason
     assert p.grad("implicit", memory=1).plan.chunk == 1
     assert p.grad("implicit", memory="0.5MiB").plan.chunk == min(int(2**19 // need), COUNT)
-    assert p.grad("implicit", chunk=3).plan == meta.Plan(3, None, "given")
+    assert p.grad("implicit", chunk=3).plan == meta.Plan(3, 3, None, "given")
     big = lambda w, h, task: (w * task).sin().sum()  # noqa: E731
     plan = meta.grad(
         big, big, torch.ones(2**17, requires_grad=True), torch.ones(3, 2**17), method=meta.FirstOrder(), steps=1
@@ -375,6 +375,18 @@ def test_plan():
         big, big, torch.ones(2**19, requires_grad=True), torch.ones(3, 2**19), method=meta.FirstOrder(), steps=1
     ).plan
     assert plan.chunk == 1 and "loop" in plan.reason
+
+
+def test_a_big_outer_loss_is_looped_over_within_the_chunk():
+    p = Problem()
+    x, y = p.tasks["query"]
+    tasks = p.tasks | {"query": (x.repeat(1, 4000, 1), y.repeat(1, 4000, 1))}
+    for name in METHODS:
+        result = p.grad(name, tasks=tasks)
+        assert (result.plan.chunk, result.plan.outer_chunk) == (COUNT, 1)
+        assert relative(flat(result.grads), flat(p.grad(name).grads)) < 1e-10
+    rows = p.grad("implicit", tasks=tasks, reduction="none").grads
+    assert relative(flat(rows), flat(p.grad("implicit", reduction="none").grads)) < 1e-10
 
 
 def test_float32():
@@ -411,7 +423,11 @@ def test_float32():
         ({"memory": "1 parsec"}, ValueError, "1 parsec"),
         ({"on_failure": "shrug"}, ValueError, "shrug"),
         ({"tasks": {}}, ValueError, "tasks holds no tensor"),
-        ({"tasks": (torch.zeros(2, 1), torch.zeros(3, 1))}, ValueError, r"tensor 0 has shape \(2, 1\), tensor 1 .*3, 1"),
+        (
+            {"tasks": (torch.zeros(2, 1), torch.zeros(3, 1))},
+            ValueError,
+            r"tensor 0 has shape \(2, 1\), tensor 1 .*3, 1",
+        ),
         ({"tasks": torch.zeros(0, 3)}, ValueError, "no task"),
         ({"hparams": torch.zeros(3)}, ValueError, "none of hparams requires grad"),
         ({"inner_loss": lambda w, h, t: w * t}, ValueError, "inner_loss of one task must give a scalar"),
@@ -426,9 +442,7 @@ def test_bad_input(options, error, message):
     given = {"inner_loss": loss, "outer_loss": loss, "hparams": h, "tasks": torch.ones(2, 3)}
     given |= {"method": meta.FirstOrder(), "steps": 2} | options
     with nothing_changed(h), pytest.raises(error, match=message):
-        meta.grad(
-            given.pop("inner_loss"), given.pop("outer_loss"), given.pop("hparams"), given.pop("tasks"), **given
-        )
+        meta.grad(given.pop("inner_loss"), given.pop("outer_loss"), given.pop("hparams"), given.pop("tasks"), **given)
 
 
 def test_more_bad_input():

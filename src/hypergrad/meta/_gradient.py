@@ -152,7 +152,7 @@ def grad(
         plan = make_plan(problem, given, hparams, chunk, memory, method._graphs(steps), each_alone)
         total = _Total(given.count, reduction, hparams)
         for index in chunks(plan, range(given.count)):
-            for some, part in _parts(method, problem, given, hparams, index, reduction == "none", total):
+            for some, part in _parts(method, problem, given, hparams, index, total, plan.outer_chunk == 1):
                 total.add(some, part)
         result = total.result(plan, outer_loss is not None)
         _report_failed(result.failed, given.count, on_failure)
@@ -254,7 +254,7 @@ def each(
     """
     given = Tasks(tasks)
     problem = Problem(lambda *_: torch.empty(()), None, None, SGD(lr=0.1), 0, False)
-    pieces, leaves = [], split(params)[0]
+    pieces, (leaves, whole) = [], split(params)
     for i, x in enumerate(leaves):
         if not x.ndim or x.shape[0] != given.count:
             raise ValueError(
@@ -269,7 +269,7 @@ def each(
 
     with torch.no_grad():
         for index in chunks(plan, range(given.count)):
-            own = optree.tree_map(lambda x: x[index[0] : index[-1] + 1], params)
+            own = whole([x[index[0] : index[-1] + 1] for x in leaves])
             pieces.append(Chunk(problem, given, index).map(flat, (own, hparams), (True, False)))
     return found["rebuild"]([torch.cat(parts) for parts in zip(*pieces, strict=True)])
 
@@ -300,19 +300,19 @@ def _parts(
     tasks: Tasks,
     hparams: PyTree,
     index: Sequence[int],
-    separate: bool,
     total: _Total,
+    loop: bool,
 ) -> Iterator[tuple[Sequence[int], Part]]:
     """The parts of the meta-gradient that are finite: of a chunk as a whole, or of those of its tasks that are."""
-    rows = separate and len(index) > 1
-    chunk = Chunk(problem, tasks, index, rows)
+    rows = total.reduction == "none" and len(index) > 1
+    chunk = Chunk(problem, tasks, index, rows, loop)
     try:
         part = method._take(chunk, _own_copies(hparams, len(index)) if rows else hparams)
     except Diverged as found:
         good = [i for i, good in zip(index, found.good.tolist(), strict=True) if good]
         total.fail([i for i in index if i not in good], index, found.params, found.values)
         if good:
-            yield from _parts(method, problem, tasks, hparams, good, separate, total)
+            yield from _parts(method, problem, tasks, hparams, good, total, loop)
         return
     if finite(optree.tree_leaves(part.grads)):
         yield index, part
@@ -320,7 +320,7 @@ def _parts(
         total.fail(index, index, part.params, part.values)
     else:
         for i in index:
-            yield from _parts(method, problem, tasks, hparams, [i], separate, total)
+            yield from _parts(method, problem, tasks, hparams, [i], total, loop)
 
 
 def _own_copies(hparams: PyTree, count: int) -> PyTree:

@@ -29,11 +29,13 @@ class Plan:
 
     Attributes:
         chunk: tasks at once; 1 is a loop over tasks.
+        outer_chunk: tasks at once in the outer loss: chunk, or 1 where its graph is big (many query images).
         task_bytes: estimated memory of one task; None where `chunk` was given.
         reason: in words.
     """
 
     chunk: int
+    outer_chunk: int
     task_bytes: int | None
     reason: str
 
@@ -84,17 +86,20 @@ class Diverged(Exception):
 
 
 class Chunk:
-    """Some tasks at once. With `rows` each has its own copy of hparams, whose leaves are then [B, ...]."""
+    """Some tasks at once; in the outer loss one by one where `loop` says so.
 
-    def __init__(self, problem: Problem, tasks: Tasks, index: Sequence[int], rows: bool = False):
-        self.problem, self.index, self.rows = problem, list(index), rows
+    With `rows` each task has its own copy of hparams, whose leaves are then [B, ...].
+    """
+
+    def __init__(self, problem: Problem, tasks: Tasks, index: Sequence[int], rows: bool = False, loop: bool = False):
+        self.problem, self.index, self.rows, self.loop = problem, list(index), rows, loop
         self.tensors, self.rebuild = tasks.take(index), tasks.rebuild
         self.params: PyTree = None
         self.values = torch.empty(0)
 
     def inner(self, params: PyTree, hparams: PyTree) -> Tensor:
         """Σᵢ g(wᵢ, λ, taskᵢ): its Hessian is block diagonal."""
-        return self._losses(self.problem.inner_loss, "inner_loss", params, hparams).sum()
+        return self._losses(self.problem.inner_loss, "inner_loss", params, hparams, False).sum()
 
     def outer(self, params: PyTree, hparams: PyTree) -> Tensor:
         """Σᵢ E(wᵢ, λ, taskᵢ). Keeps params and each value. Raises Diverged where one is not finite."""
@@ -102,7 +107,7 @@ class Chunk:
         if self.problem.outer_loss is None:
             losses = flatten(params, "params")[0][0].new_zeros(len(self.index))
         else:
-            losses = self._losses(self.problem.outer_loss, "outer_loss", params, hparams)
+            losses = self._losses(self.problem.outer_loss, "outer_loss", params, hparams, self.loop)
         self.values = losses.detach()
         good = finite_tasks([self.values, *(x.detach() for x in flatten(params, "params")[0])])
         if not bool(good.all()):
@@ -130,7 +135,9 @@ class Chunk:
                 )
         return found["rebuild"](leaves)
 
-    def map(self, function: Callable[..., list[Tensor]], trees: Sequence[PyTree], mapped: Sequence[bool]) -> Any:
+    def map(
+        self, function: Callable[..., list[Tensor]], trees: Sequence[PyTree], mapped: Sequence[bool], loop: bool = False
+    ) -> list[Tensor]:
         """function(*trees, task) of each task, stacked; trees that are mapped have a leading axis of tasks."""
         parts = [split(tree) for tree in trees]
         lists = [*(tensors for tensors, _ in parts), self.tensors]
@@ -142,12 +149,15 @@ class Chunk:
 
         if self.problem.batched:
             return one(*lists)
-        if len(self.index) == 1:
-            single = [[x[0] for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True)]
-            return [x.unsqueeze(0) for x in one(*single)]
+        if loop or len(self.index) == 1:
+            places = range(len(self.index))
+            results = [
+                one(*([x[i] for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True))) for i in places
+            ]
+            return [torch.stack(parts) for parts in zip(*results, strict=True)]
         return _autodiff.each(one, lists, mapped)
 
-    def _losses(self, loss: Callable[..., Tensor], name: str, params: PyTree, hparams: PyTree) -> Tensor:
+    def _losses(self, loss: Callable[..., Tensor], name: str, params: PyTree, hparams: PyTree, loop: bool) -> Tensor:
         batched, count = self.problem.batched, len(self.index)
 
         def value(params: PyTree, hparams: PyTree, tasks: PyTree) -> list[Tensor]:
@@ -161,7 +171,7 @@ class Chunk:
                 raise ValueError(f"with batched=True {name} gives one number a task, of shape ({count},); got {got}")
             return [result]
 
-        return self.map(value, (params, hparams), (True, self.rows))[0]
+        return self.map(value, (params, hparams), (True, self.rows), loop)[0]
 
     def adapt(self, hparams: PyTree, start: PyTree) -> PyTree:
         """w_T of each task: T steps of the rule, without a graph."""
@@ -192,7 +202,7 @@ def chunks(plan: Plan, index: Sequence[int]) -> Iterator[Sequence[int]]:
 def make_plan(
     problem: Problem, tasks: Tasks, hparams: PyTree, chunk: int | None, memory: str | int, graphs: float, alone: bool
 ) -> Plan:
-    """The number of tasks side by side: as given, or by the size of one task's graph, on a CPU, and the budget."""
+    """The number of tasks side by side: as given, or by the size of one task's graphs, on a CPU, and the budget."""
     if chunk is not None:
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk must be a number of tasks ≥ 1, or None to let it be chosen; got {chunk!r}")
@@ -201,23 +211,35 @@ def make_plan(
                 'reduction="none" with batched=True or a rule that reads hparams takes one task at a time: chunk must '
                 f"be None or 1, got {chunk}"
             )
-        return Plan(min(chunk, tasks.count), None, "given")
+        chunk = min(chunk, tasks.count)
+        return Plan(chunk, chunk, None, "given")
     budget = in_bytes(memory)
     if alone:
-        return Plan(1, None, 'one by one: reduction="none" with batched=True or a rule that reads hparams')
+        return Plan(1, 1, None, 'one by one: reduction="none" with batched=True or a rule that reads hparams')
+    inner, outer, params = _measure(problem, tasks, hparams)
+    need = max(int(graphs * inner + 3 * outer + 12 * sum(x.nbytes for x in params)), 1)
+    big = SMALL_TASK if params[0].device.type == "cpu" and not problem.batched else float("inf")
+    if inner > big:
+        return Plan(1, 1, need, f"a loop: one task keeps {inner / 2**20:.1f} MiB, so arithmetic is what takes the time")
+    fit = min(max(budget // need, 1), tasks.count)
+    why = "all at once" if fit == tasks.count else f"as many as fit into {budget / 2**20:.0f} MiB"
+    return Plan(fit, 1 if outer > big else fit, need, f"{why}: about {need / 2**20:.2f} MiB a task")
+
+
+def _measure(problem: Problem, tasks: Tasks, hparams: PyTree) -> tuple[int, int, list[Tensor]]:
+    """Bytes that the graphs of one task's inner and outer loss keep, at the start, and its params."""
     one = Chunk(problem, tasks, [0])
     leaves, _, rebuild = flatten(hparams, "hparams")
     with torch.enable_grad():
-        detached = rebuild([x.detach() for x in leaves])
-        begin, _, rebuild = flatten(one.start(detached), "start")
+        hparams = rebuild([x.detach() for x in leaves])
+        begin, _, rebuild = flatten(one.start(hparams), "start")
         params = [x.detach().requires_grad_() for x in begin]
-        size = sum(_autodiff.saved([one.inner(rebuild(params), detached)], set()).values())
-    need = max(int(graphs * size + 12 * sum(x.nbytes for x in params)), 1)
-    if params[0].device.type == "cpu" and size > SMALL_TASK and not problem.batched:
-        return Plan(1, need, f"a loop: one task keeps {size / 2**20:.1f} MiB, so arithmetic is what takes the time")
-    fit = min(max(budget // need, 1), tasks.count)
-    why = "all at once" if fit == tasks.count else f"as many as fit into {budget / 2**20:.0f} MiB"
-    return Plan(fit, need, f"{why}: about {need / 2**20:.2f} MiB a task")
+        sizes = [
+            sum(_autodiff.saved([one._losses(loss, name, rebuild(params), hparams, False)], set()).values())
+            for loss, name in ((problem.inner_loss, "inner_loss"), (problem.outer_loss, "outer_loss"))
+            if loss is not None
+        ]
+    return sizes[0], sizes[1] if len(sizes) > 1 else 0, params
 
 
 def in_bytes(memory: str | int) -> int:
