@@ -366,13 +366,18 @@ def test_plan():
     assert p.grad("implicit", memory=1).plan.chunk == 1
     assert p.grad("implicit", memory="0.5MiB").plan.chunk == min(int(2**19 // need), COUNT)
     assert p.grad("implicit", chunk=3).plan == meta.Plan(3, 3, None, "given")
+    other = {
+        key: torch.cat([x, torch.zeros(5000, *x.shape[1:])]) for key, x in {"support": p.tasks["support"][0]}.items()
+    }
+    views = p.tasks | {"support": (other["support"][:COUNT], p.tasks["support"][1])}
+    assert p.grad("implicit", tasks=views).plan.task_bytes == need  # not the memory that the tasks are views of
     big = lambda w, h, task: (w * task).sin().sum()  # noqa: E731
     plan = meta.grad(
         big, big, torch.ones(2**17, requires_grad=True), torch.ones(3, 2**17), method=meta.FirstOrder(), steps=1
     ).plan
     assert plan.chunk == 3
     plan = meta.grad(
-        big, big, torch.ones(2**19, requires_grad=True), torch.ones(3, 2**19), method=meta.FirstOrder(), steps=1
+        big, big, torch.ones(2**20, requires_grad=True), torch.ones(3, 2**20), method=meta.FirstOrder(), steps=1
     ).plan
     assert plan.chunk == 1 and "loop" in plan.reason
 
@@ -380,7 +385,7 @@ def test_plan():
 def test_a_big_outer_loss_is_looped_over_within_the_chunk():
     p = Problem()
     x, y = p.tasks["query"]
-    tasks = p.tasks | {"query": (x.repeat(1, 4000, 1), y.repeat(1, 4000, 1))}
+    tasks = p.tasks | {"query": (x.repeat(1, 15000, 1), y.repeat(1, 15000, 1))}
     for name in METHODS:
         result = p.grad(name, tasks=tasks)
         assert (result.plan.chunk, result.plan.outer_chunk) == (COUNT, 1)

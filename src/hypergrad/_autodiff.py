@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -254,8 +255,15 @@ def each(
 
     Random numbers are drawn for each entry by itself.
     """
-    in_dims = tuple(0 if own else None for own in mapped)
-    return torch.func.vmap(function, in_dims=in_dims, randomness="different")(*map(list, lists))
+
+    # vmap's own handling of containers takes as long as a small loss: it gets flat arguments, and only those it maps.
+    def on_flat(*flat: Tensor) -> tuple[Tensor, ...]:
+        own = iter(flat)
+        pairs = zip(lists, mapped, strict=True)
+        return tuple(function(*(list(itertools.islice(own, len(xs))) if m else list(xs) for xs, m in pairs)))
+
+    flat = [x for xs, m in zip(lists, mapped, strict=True) if m for x in xs]
+    return list(torch.func.vmap(on_flat, randomness="different")(*flat))
 
 
 def as_scalar(loss: Any, name: str) -> Tensor:

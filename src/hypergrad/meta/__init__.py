@@ -7,8 +7,8 @@ the same call.
 """
 
 from ._gradient import Adaptation, MetaGradient, TaskError, adapt, backward, each, grad
-from ._methods import FirstOrder, Implicit, Method, Reptile, Unrolled, biased
-from ._tasks import Plan
+from ._methods import FirstOrder, Implicit, Method, Reptile, Unrolled
+from ._tasks import Plan, biased
 
 __all__ = [
     # the meta-gradient

@@ -275,9 +275,15 @@ def each(
 
 
 def _problem(
-    inner_loss: Any, outer_loss: Any, start: Any, rule: Rule | None, steps: int, batched: bool, on_failure: str
+    inner_loss: Callable[..., Tensor],
+    outer_loss: Callable[..., Tensor] | None,
+    start: Callable[..., PyTree] | None,
+    rule: Rule | None,
+    steps: int,
+    batched: bool,
+    on_failure: str,
 ) -> Problem:
-    if not callable(inner_loss) or not (outer_loss is None or callable(outer_loss)):
+    if not (callable(inner_loss) and (outer_loss is None or callable(outer_loss))):
         raise TypeError("inner_loss and outer_loss must be functions of (params, hparams, task)")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps must be an integer ≥ 0, got {steps!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, ClassVar
@@ -172,33 +171,6 @@ class Reptile(Method):
 
     def _graphs(self, steps: int) -> float:
         return 3
-
-
-def biased(
-    loss: Callable[..., Tensor], strength: float | Tensor, centre: Callable[[PyTree], PyTree] | None = None
-) -> Callable[..., Tensor]:
-    """The inner loss of one task, ℓ(w, λ, task) + ½ρ ‖w − λ‖²: biased regularisation.
-
-    Args:
-        loss: ℓ(params, hparams, task), scalar.
-        strength: ρ > 0, a number or a 0-d tensor.
-        centre: the part of hparams that params are drawn to, of params' structure; default: hparams itself.
-
-    Returns: g(params, hparams, task).
-    Source: Rajeswaran et al. 2019, equation 3.
-
-    Example:
-        >>> g = biased(lambda w, lam, task: 0.0 * w.sum(), strength=2.0)
-        >>> g(torch.ones(3), torch.zeros(3), None)
-        tensor(3.)
-    """
-
-    def inner_loss(params: PyTree, hparams: PyTree, task: PyTree) -> Tensor:
-        middle = hparams if centre is None else centre(hparams)
-        away = difference(flatten(params, "params")[0], flatten(middle, "hparams")[0])
-        return loss(params, hparams, task) + 0.5 * strength * sum(d.square().sum() for d in away)
-
-    return inner_loss
 
 
 def detached(tree: PyTree) -> PyTree:

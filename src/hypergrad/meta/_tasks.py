@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _autodiff
 from .._autodiff import as_scalar
-from .._vector import PyTree, describe, flatten, split
+from .._vector import PyTree, describe, difference, flatten, split
 from ..diff_optimizers import Rule
 from ..unroll._reverse import UNITS
 
@@ -38,6 +38,40 @@ class Plan:
     outer_chunk: int
     task_bytes: int | None
     reason: str
+
+
+@dataclass(frozen=True)
+class biased:
+    """The inner loss of one task, ℓ(w, λ, task) + ½ρ ‖w − λ‖²: biased regularisation.
+
+    Args:
+        loss: ℓ(params, hparams, task), scalar.
+        strength: ρ > 0, a number or a 0-d tensor.
+        centre: the part of hparams that params are drawn to, of params' structure; default: hparams itself.
+
+    Returns: g(params, hparams, task).
+    Cost: beside ℓ, one pass over params for all tasks together.
+    Source: Rajeswaran et al. 2019, equation 3.
+
+    Example:
+        >>> g = biased(lambda w, lam, task: 0.0 * w.sum(), strength=2.0)
+        >>> g(torch.ones(3), torch.zeros(3), None)
+        tensor(3.)
+    """
+
+    loss: Callable[[PyTree, PyTree, PyTree], Tensor]
+    strength: float | Tensor
+    centre: Callable[[PyTree], PyTree] | None = None
+
+    def __call__(self, params: PyTree, hparams: PyTree, task: PyTree) -> Tensor:
+        return self.loss(params, hparams, task) + self._penalty(params, hparams, 0)
+
+    def _penalty(self, params: PyTree, hparams: PyTree, batch_dims: int) -> Tensor:
+        """½ρ ‖w − λ‖² of each task: 0-d, or [B]."""
+        middle = hparams if self.centre is None else self.centre(hparams)
+        away = difference(flatten(params, "params")[0], flatten(middle, "hparams")[0])
+        flat = torch.cat([d.reshape(*d.shape[:batch_dims], -1) for d in away], -1)
+        return 0.5 * self.strength * torch.linalg.vecdot(flat, flat)
 
 
 @dataclass(frozen=True)
@@ -159,6 +193,8 @@ class Chunk:
 
     def _losses(self, loss: Callable[..., Tensor], name: str, params: PyTree, hparams: PyTree, loop: bool) -> Tensor:
         batched, count = self.problem.batched, len(self.index)
+        if isinstance(loss, biased) and not batched and not self.rows:  # all tasks' penalties in one pass
+            return self._losses(loss.loss, name, params, hparams, loop) + loss._penalty(params, hparams, 1)
 
         def value(params: PyTree, hparams: PyTree, tasks: PyTree) -> list[Tensor]:
             result = loss(params, hparams, tasks)
@@ -190,7 +226,7 @@ class Chunk:
 def finite_tasks(tensors: Sequence[Tensor]) -> Tensor:
     """Which rows are finite in all tensors, [B]: by their sums, and entry by entry only where a sum is not."""
     rows = [x.reshape(len(x), -1) for x in tensors]
-    good = torch.isfinite(sum(x.sum(1) for x in rows))
+    good = torch.isfinite(torch.stack([x.sum(1) for x in rows]).sum(0))
     return good if bool(good.all()) else torch.stack([torch.isfinite(x).all(1) for x in rows]).all(0)
 
 
@@ -234,12 +270,17 @@ def _measure(problem: Problem, tasks: Tasks, hparams: PyTree) -> tuple[int, int,
         hparams = rebuild([x.detach() for x in leaves])
         begin, _, rebuild = flatten(one.start(hparams), "start")
         params = [x.detach().requires_grad_() for x in begin]
-        sizes = [
-            sum(_autodiff.saved([one._losses(loss, name, rebuild(params), hparams, False)], set()).values())
-            for loss, name in ((problem.inner_loss, "inner_loss"), (problem.outer_loss, "outer_loss"))
-            if loss is not None
-        ]
-    return sizes[0], sizes[1] if len(sizes) > 1 else 0, params
+        sizes = []
+        for loss, name in ((problem.inner_loss, "inner_loss"), (problem.outer_loss, "outer_loss")):
+            kept = (
+                {}
+                if loss is None
+                else _autodiff.saved([one._losses(loss, name, rebuild(params), hparams, False)], set())
+            )
+            for x in (*one.tensors, *params, *leaves):  # there anyway, and tasks are views of one tensor
+                kept.pop(x.untyped_storage().data_ptr(), None)
+            sizes.append(sum(kept.values()))
+    return sizes[0], sizes[1], params
 
 
 def in_bytes(memory: str | int) -> int:
