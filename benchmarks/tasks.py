@@ -176,7 +176,7 @@ def perceptron() -> nn.Module:
 def convolutions(filters: int, blocks: int = 4) -> nn.Module:
     layers: list[nn.Module] = []
     for i in range(blocks):
-        layers += [nn.Conv2d(filters if i else 1, filters, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
+        layers += [nn.Conv2d(filters if i else 1, filters, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         layers += [nn.BatchNorm2d(filters, track_running_stats=False)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters, 5))
 

@@ -119,8 +119,8 @@ def resolved(config: Config) -> Config:
 # %% [markdown]
 # ## The network and the data
 #
-# Each block pools before its ReLU: the same function as after it, on a quarter of the numbers. BatchNorm uses the
-# statistics of the batch that it sees, also in the test (as in the papers: the "transductive" setting).
+# BatchNorm uses the statistics of the batch that it sees, also in the test (as in the papers: the "transductive"
+# setting). The head starts at zero.
 
 
 # %%
@@ -130,7 +130,7 @@ def network(channels: int, size: int, filters: int, classes: int) -> nn.Module:
         convolution = nn.Conv2d(filters if i else channels, filters, 3, padding=1)
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out")
         nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-        blocks += [convolution, nn.MaxPool2d(2), nn.ReLU(), nn.BatchNorm2d(filters, track_running_stats=False)]
+        blocks += [convolution, nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(filters, track_running_stats=False)]
         size //= 2
     head = nn.Linear(filters * size * size, classes)
     nn.init.zeros_(head.weight)

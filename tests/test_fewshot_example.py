@@ -135,11 +135,6 @@ def test_nearest_neighbour():
     assert fewshot.nearest_neighbour(tasks).tolist() == [0.75]
 
 
-def test_pooling_first_is_the_same_function():
-    x = torch.randn(4, 3, 8, 8)
-    assert torch.equal(torch.relu(torch.max_pool2d(x, 2)), torch.max_pool2d(torch.relu(x), 2))
-
-
 def run(name, config, folder, stop=None):
     """A run of one method; killed (by an exception) after so many meta-steps."""
     learner = imaml.Learner(name, fewshot.digits(), config, 0)
