@@ -75,6 +75,8 @@ class Config(Common):
     """Of the inner loop."""
     cg_steps: int = 5
     """K of iMAML's adjoint systems."""
+    damping: float = 0.0
+    """Added to the diagonal of iMAML's adjoint systems, whose Hessians need not be positive definite."""
     reptile_shots: int = 5
     """Images of each class that Reptile, which uses no query set, trains on."""
     meta_batch: int = 16
@@ -173,7 +175,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.outer_lr)
         self.rule = hg.diff_optimizers.SGD(lr=config.lr, momentum=config.momentum)
         # A few steps of CG, and of the inner loop, are what the papers take; how far they go is reported.
-        solver = hg.solvers.CG(max_steps=config.cg_steps, on_failure="ignore")
+        solver = hg.solvers.CG(max_steps=config.cg_steps, damping=config.damping, on_failure="ignore")
         self.method = {
             "iMAML": hg.meta.Implicit(solver=solver),
             "MAML": hg.meta.Unrolled(),

@@ -57,7 +57,7 @@ def test_omniglot(zipped, tmp_path):
     assert data.train.names == ["A/character01", "A/character02", "A/character03"]  # B is in the test
     assert data.test.names == ["B/character01", "B/character02", "C/character01"]
     assert data.train.x.shape == (3, 4, 1, 28, 28) and data.train.x.dtype == torch.float32
-    assert 0 <= float(data.train.x.min()) and float(data.train.x.max()) <= 1
+    assert float(data.train.x.min()) >= 0 and float(data.train.x.max()) <= 1
     columns = data.train.x.sum((1, 2, 3)).argmax(-1)
     assert columns.tolist() == sorted(columns.tolist()) and len(set(columns.tolist())) == 3  # ink is 1, paper 0
 

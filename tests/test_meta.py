@@ -462,6 +462,13 @@ def test_more_bad_input():
     with pytest.raises(ValueError, match="leading axis of 1 tasks, got a tensor of shape"):
         own = lambda w, h, t: (w * t).sum(-1)  # noqa: E731
         meta.grad(own, own, h, tasks, method=meta.FirstOrder(), steps=1, batched=True, start=lambda h, t: h)
+    with pytest.raises(ValueError, match=r"implicit gradient, which would be zero: .*biased"):
+        square = lambda w, h, t: ((w - t) ** 2).sum()  # noqa: E731
+        meta.grad(square, square, h, tasks, method=meta.Implicit(), steps=1)
+    with pytest.raises(ValueError, match="first-order gradient would be zero"):
+        meta.grad(loss, loss, h, tasks, method=meta.FirstOrder(), steps=1, start=lambda h, t: torch.zeros(3))
+    with pytest.raises(ValueError, match="neither step nor outer_loss depends on hparams"):
+        meta.grad(loss, loss, h, tasks, method=meta.Unrolled(), steps=1, start=lambda h, t: torch.zeros(3))
     assert meta.grad(loss, None, h, tasks, method=meta.Reptile(), steps=1).outer_values is None
 
 

@@ -6,8 +6,9 @@ Losses are those of one task; implicit (iMAML), unrolled (MAML) and first-order 
 the same call.
 """
 
-from ._gradient import Adaptation, MetaGradient, TaskError, adapt, backward, each, grad
+from ._gradient import adapt, backward, each, grad
 from ._methods import FirstOrder, Implicit, Method, Reptile, Unrolled
+from ._result import Adaptation, MetaGradient, TaskError
 from ._tasks import Plan, biased
 
 __all__ = [

@@ -3,76 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-from .._solution import OnFailure, Status, finite, warn
+from .._solution import OnFailure, finite
 from .._vector import PyTree, flatten, split
 from ..diff_optimizers import SGD, GroupLasso, Rule
-from ..implicit import UNSOLVED, Hypergradient, accumulate, check_hparams, random_state_kept_on_error
+from ..implicit import accumulate, check_hparams, random_state_kept_on_error
 from ._methods import Implicit, Method, Part
-from ._tasks import Chunk, Diverged, Plan, Problem, Tasks, chunks, finite_tasks, make_plan
-
-Reduction = Literal["mean", "sum", "none"]
-
-
-class TaskError(ValueError):
-    """Tasks that failed, under on_failure="raise", or all of them. `failed` holds their indices."""
-
-    def __init__(self, message: str, failed: list[int]):
-        super().__init__(message)
-        self.failed = failed
-
-
-@dataclass(frozen=True)
-class MetaGradient:
-    """A meta-gradient and how good it is, task by task.
-
-    Attributes:
-        grads: ∇f(λ), in the structure of hparams; with reduction="none" each leaf has a leading axis of tasks, and rows
-            of failed tasks are zero.
-        params: w_T of each task, a leading axis of tasks on every leaf; as they ended where a task diverged.
-        outer_values: E(w_T, λ) of each task, [B]; None without an outer loss.
-        statuses: how each task ended: NON_FINITE where it was left out, else that of its adjoint system (`Implicit`),
-            or CONVERGED.
-        adjoint_residual: ‖∇₁E − A v‖ / ‖∇₁E‖ of each task, [B], NaN where it was left out; None but for `Implicit`.
-        inner_residual: ‖∇₁g‖ at w_T, likewise.
-        inner_distance: estimate of the relative distance of w_T from the inner solution, likewise.
-        plan: how many tasks went side by side, and why.
-    """
-
-    grads: PyTree
-    params: PyTree
-    outer_values: Tensor | None
-    statuses: list[Status]
-    adjoint_residual: Tensor | None
-    inner_residual: Tensor | None
-    inner_distance: Tensor | None
-    plan: Plan
-
-    @property
-    def failed(self) -> list[int]:
-        """The tasks that were left out."""
-        return [i for i, status in enumerate(self.statuses) if status is Status.NON_FINITE]
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """What `adapt` gives.
-
-    Attributes:
-        params: w_T of each task, a leading axis of tasks on every leaf.
-        failed: tasks whose params are not finite.
-        plan: how many tasks went side by side, and why.
-    """
-
-    params: PyTree
-    failed: list[int]
-    plan: Plan
+from ._result import Adaptation, MetaGradient, Reduction, Total, joined, report_failed, report_unsolved
+from ._tasks import Chunk, Diverged, Problem, Tasks, chunks, finite_tasks, make_plan
 
 
 def grad(
@@ -149,15 +92,15 @@ def grad(
     each_alone = reduction == "none" and (batched or problem.rule._calls())
     given = Tasks(tasks)
     with random_state_kept_on_error(outer):
-        plan = make_plan(problem, given, hparams, chunk, memory, method._graphs(steps), each_alone)
-        total = _Total(given.count, reduction, hparams)
+        plan = make_plan(problem, given, hparams, chunk, memory, method._need(steps), each_alone)
+        total = Total(given.count, reduction, hparams)
         for index in chunks(plan, range(given.count)):
             for some, part in _parts(method, problem, given, hparams, index, total, plan.outer_chunk == 1):
                 total.add(some, part)
         result = total.result(plan, outer_loss is not None)
-        _report_failed(result.failed, given.count, on_failure)
+        report_failed(result.failed, given.count, on_failure)
         if isinstance(method, Implicit):
-            _report_unsolved(result, method._on_failure)
+            report_unsolved(result, method._on_failure)
     return result
 
 
@@ -220,7 +163,7 @@ def adapt(
     problem = _problem(inner_loss, None, start, rule, steps, batched, on_failure)
     given = Tasks(tasks)
     with random_state_kept_on_error(outer):
-        plan = make_plan(problem, given, hparams, chunk, memory, 3, False)
+        plan = make_plan(problem, given, hparams, chunk, memory, (2, 8), False)
         pieces, failed = [], []
         for index in chunks(plan, range(given.count)):
             one = Chunk(problem, given, index)
@@ -228,8 +171,8 @@ def adapt(
             good = finite_tasks(flatten(params, "params")[0]).tolist()
             failed += [i for i, well in zip(index, good, strict=True) if not well]
             pieces.append((index, params))
-        _report_failed(failed, given.count, on_failure, "they hold NaN or infinity")
-    return Adaptation(_joined(pieces, given.count), failed, plan)
+        report_failed(failed, given.count, on_failure, "they hold NaN or infinity")
+    return Adaptation(joined(pieces, given.count), failed, plan)
 
 
 def each(
@@ -260,7 +203,7 @@ def each(
             raise ValueError(
                 f"params must have a leading axis of {given.count} tasks: tensor {i} has shape {tuple(x.shape)}"
             )
-    plan = make_plan(problem, given, hparams, chunk or given.count, 1, 0, False)
+    plan = make_plan(problem, given, hparams, chunk or given.count, 1, (0, 0), False)
     found: dict[str, Any] = {}
 
     def flat(*trees: PyTree) -> list[Tensor]:
@@ -306,7 +249,7 @@ def _parts(
     tasks: Tasks,
     hparams: PyTree,
     index: Sequence[int],
-    total: _Total,
+    total: Total,
     loop: bool,
 ) -> Iterator[tuple[Sequence[int], Part]]:
     """The parts of the meta-gradient that are finite: of a chunk as a whole, or of those of its tasks that are."""
@@ -332,130 +275,3 @@ def _parts(
 def _own_copies(hparams: PyTree, count: int) -> PyTree:
     leaves, _, rebuild = flatten(hparams, "hparams")
     return rebuild([x.detach().expand(count, *x.shape).clone().requires_grad_(x.requires_grad) for x in leaves])
-
-
-@dataclass
-class _Total:
-    """What was found so far, task by task."""
-
-    count: int
-    reduction: Reduction
-    hparams: PyTree
-    failed: list[int] = field(default_factory=list)
-    pieces: list[tuple[Sequence[int], PyTree]] = field(default_factory=list)
-    values: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
-    quality: list[tuple[Sequence[int], Hypergradient]] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-
-    def fail(self, failed: Sequence[int], index: Sequence[int], params: PyTree, values: Tensor) -> None:
-        self.failed += failed
-        places = [index.index(i) for i in failed]
-        leaves, _, rebuild = flatten(params, "params")
-        self.pieces.append((failed, rebuild([x.detach()[places] for x in leaves])))
-        self.values.append((failed, values[places]))
-
-    def add(self, index: Sequence[int], part: Part) -> None:
-        self.pieces.append((index, part.params))
-        self.values.append((index, part.values))
-        if part.hypergradient is not None:
-            self.quality.append((index, part.hypergradient))
-        new = optree.tree_leaves(part.grads)
-        if self.reduction == "none":
-            leaves = flatten(self.hparams, "hparams")[0]
-            self.grads = self.grads or [x.new_zeros(self.count, *x.shape) for x in leaves]
-            for total, x in zip(self.grads, new, strict=True):
-                total[list(index)] = x.reshape(len(index), *total.shape[1:])
-        else:
-            self.grads = [a + b for a, b in zip(self.grads, new, strict=True)] if self.grads else new
-
-    def result(self, plan: Plan, has_outer: bool) -> MetaGradient:
-        left = self.count - len(self.failed)
-        if not left:
-            raise TaskError(
-                f"all {self.count} tasks diverged: their params, losses or gradients hold NaN or infinity, so there is "
-                f"no meta-gradient. Use a smaller lr, fewer steps, or look at the losses and data",
-                sorted(self.failed),
-            )
-        grads = [g / left for g in self.grads] if self.reduction == "mean" else self.grads
-        codes = torch.zeros(self.count, dtype=torch.long)
-        codes[self.failed] = Status.NON_FINITE.value
-        for index, each in self.quality:
-            codes[list(index)] = each.solution.code.cpu()
-
-        def collect(read: Callable[[Hypergradient], Tensor]) -> Tensor | None:
-            if not self.quality:
-                return None
-            parts = [(index, read(each)) for index, each in self.quality]
-            return _joined(parts, self.count, torch.nan)
-
-        return MetaGradient(
-            grads=flatten(self.hparams, "hparams")[2](grads),
-            params=_joined(self.pieces, self.count),
-            outer_values=_joined(self.values, self.count) if has_outer else None,
-            statuses=[Status(code) for code in codes.tolist()],
-            adjoint_residual=collect(lambda h: h.solution.relative_residual),
-            inner_residual=collect(lambda h: h.inner_residual),
-            inner_distance=collect(lambda h: h.inner_distance),
-            plan=plan,
-        )
-
-
-def _joined(pieces: list[tuple[Sequence[int], PyTree]], count: int, missing: float = 0.0) -> PyTree:
-    """Trees of some tasks each as one of all tasks, in their order."""
-    first = pieces[0][1]
-    if len(pieces) == 1 and len(pieces[0][0]) == count:
-        return first
-    leaves, rebuild = split(first)
-    whole = [x.new_full((count, *x.shape[1:]), missing) for x in leaves]
-    for index, tree in pieces:
-        for target, x in zip(whole, split(tree)[0], strict=True):
-            target[list(index)] = x
-    return rebuild(whole)
-
-
-def _named(tasks: Sequence[int], count: int) -> str:
-    shown = ", ".join(map(str, sorted(tasks)[:10])) + (", …" if len(tasks) > 10 else "")
-    return f"{len(tasks)} of {count} tasks ({shown})"
-
-
-def _report_failed(
-    failed: list[int],
-    count: int,
-    on_failure: OnFailure,
-    fate: str = "they are left out of the meta-gradient",
-) -> None:
-    if not failed or on_failure == "ignore":
-        return
-    text = (
-        f"{_named(failed, count)} diverged: params, losses or gradients hold NaN or infinity, and {fate}. "
-        f"Use a smaller lr, fewer steps, or look at the losses and data of these tasks"
-    )
-    if on_failure == "raise":
-        raise TaskError(text, sorted(failed))
-    warn(text)
-
-
-def _report_unsolved(result: MetaGradient, on_failure: OnFailure) -> None:
-    if on_failure == "ignore":
-        return
-    count = len(result.statuses)
-    bad = [i for i, s in enumerate(result.statuses) if s not in (Status.CONVERGED, Status.NON_FINITE)]
-    if bad:
-        assert result.adjoint_residual is not None
-        worst = max(bad, key=lambda i: result.statuses[i].value)
-        text = (
-            f"the adjoint systems of {_named(bad, count)} are not solved; task {worst}, at a relative residual of "
-            f"{float(result.adjoint_residual[worst]):.2e}: {result.statuses[worst].name}: "
-            f"{result.statuses[worst].message}"
-        )
-        if on_failure == "raise":
-            raise TaskError(text, bad)
-        warn(text)
-    assert result.inner_distance is not None
-    far = (result.inner_distance > UNSOLVED).nonzero().flatten().tolist()
-    if far:
-        warn(
-            f"the inner problems of {_named(far, count)} are not solved: params are an estimated "
-            f"{float(result.inner_distance.nan_to_num().max()):.1%} (of their norm) or more away from the solution, so "
-            f"the implicit gradient means little there. Take more steps, regularise more, or use Unrolled()"
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, ClassVar
@@ -39,8 +40,8 @@ class Method(ABC):
     def _take(self, chunk: Chunk, hparams: PyTree) -> Part: ...
 
     @abstractmethod
-    def _graphs(self, steps: int) -> float:
-        """Memory at once, in graphs of one task's inner loss: measured, see tests/test_meta.py."""
+    def _need(self, steps: int) -> tuple[float, float]:
+        """Memory of one task, in graphs of its inner loss and in vectors of its params: at least what was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +65,30 @@ class Implicit(Method):
             start = chunk.start(hparams)
         # What went wrong is reported once, under the numbers that tasks have for the user.
         solver = replace(self._solver, on_failure="ignore") if isinstance(self._solver, LinearSolver) else self._solver
+        outer, reached = differentiated(flatten(hparams, "hparams")[0]), []
+
+        def noting(loss: Callable[[PyTree, PyTree], Tensor]) -> Callable[[PyTree, PyTree], Tensor]:
+            def evaluate(params: PyTree, hparams: PyTree) -> Tensor:
+                value = loss(params, hparams)
+                reached.append(bool(reached and reached[-1]) or _autodiff.depends([value], outer))
+                return value
+
+            return evaluate
+
         result = implicit.grad(
-            chunk.outer,
-            inner_loss=chunk.inner,
+            noting(chunk.outer),
+            inner_loss=noting(chunk.inner),
             params=chunk.adapt(hparams, start),
             hparams=hparams,
             solver=solver,
             batch_dims=1,
         )
+        if not any(reached):
+            raise ValueError(
+                "neither inner_loss nor outer_loss depends on hparams, and the start and the steps drop out of an "
+                "implicit gradient, which would be zero: let hparams enter the inner loss (hg.meta.biased), or use "
+                "Unrolled() or FirstOrder()"
+            )
         lost = result.solution.code == Status.NON_FINITE.value
         if bool(lost.any()):  # CG rests at 0 there, which is no adjoint
             raise Diverged(~lost, chunk.params, chunk.values)
@@ -85,8 +102,8 @@ class Implicit(Method):
     def _on_failure(self) -> OnFailure:
         return self._solver.on_failure if isinstance(self._solver, LinearSolver) else "warn"
 
-    def _graphs(self, steps: int) -> float:
-        return 6
+    def _need(self, steps: int) -> tuple[float, float]:
+        return 4, 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +135,13 @@ class Unrolled(Method):
             )
         return Part(result.grads, detached(chunk.params), chunk.values)
 
-    def _graphs(self, steps: int) -> float:
-        at_once = {"graph": steps, "sqrt": 1 + sqrt(2 * steps)}.get(str(self.memory), 1)
-        return 4 + 4 * at_once
+    def _need(self, steps: int) -> tuple[float, float]:
+        if self.memory == "graph":
+            return 3 + 2 * steps, 12 + 2 * steps
+        iterates = {"iterates": steps, "sqrt": 2 * sqrt(steps)}.get(str(self.memory))
+        if iterates is None:
+            iterates = self.memory if isinstance(self.memory, int) else 0
+        return 5 + sqrt(steps) * (self.memory == "sqrt"), 14 + iterates
 
 
 @dataclass(frozen=True)
@@ -137,6 +158,10 @@ class FirstOrder(Method):
         leaves = [x.requires_grad_() for x in leaves]
         outer, _, _ = flatten(hparams, "hparams")
         loss = chunk.outer(rebuild(leaves), hparams)
+        if not _autodiff.depends([loss, *flatten(start, "start")[0]], differentiated(outer)):
+            raise ValueError(
+                "neither start nor outer_loss depends on hparams, so the first-order gradient would be zero"
+            )
         kept = not all(x.is_leaf for x in outer)
         both = _autodiff.grad([loss], [*leaves, *differentiated(outer)], retain_graph=kept)
         through = pull(start, outer, both[: len(leaves)])
@@ -144,8 +169,8 @@ class FirstOrder(Method):
             in_place_of(hparams, _autodiff.add(both[len(leaves) :], through)), detached(chunk.params), chunk.values
         )
 
-    def _graphs(self, steps: int) -> float:
-        return 3
+    def _need(self, steps: int) -> tuple[float, float]:
+        return 2, 8
 
 
 @dataclass(frozen=True)
@@ -169,8 +194,8 @@ class Reptile(Method):
         grads = pull(start, flatten(hparams, "hparams")[0], away, message)
         return Part(in_place_of(hparams, grads), params, chunk.values)
 
-    def _graphs(self, steps: int) -> float:
-        return 3
+    def _need(self, steps: int) -> tuple[float, float]:
+        return 2, 8
 
 
 def detached(tree: PyTree) -> PyTree:

@@ -30,7 +30,7 @@ class Plan:
     Attributes:
         chunk: tasks at once; 1 is a loop over tasks.
         outer_chunk: tasks at once in the outer loss: chunk, or 1 where its graph is big (many query images).
-        task_bytes: estimated memory of one task; None where `chunk` was given.
+        task_bytes: estimated memory of one task; None where nothing had to be estimated.
         reason: in words.
     """
 
@@ -183,12 +183,16 @@ class Chunk:
 
         if self.problem.batched:
             return one(*lists)
-        if loop or len(self.index) == 1:
-            places = range(len(self.index))
+        if len(self.index) == 1:  # squeezed, for the derivative of x[0] would be a new tensor of zeros, and a copy
+            single = [[x.squeeze(0) for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True)]
+            return [x.unsqueeze(0) for x in one(*single)]
+        if loop:
+            parts = [[x.unbind() for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True)]
             results = [
-                one(*([x[i] for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True))) for i in places
+                one(*([x[i] for x in xs] if own else xs for xs, own in zip(parts, mapped, strict=True)))
+                for i in range(len(self.index))
             ]
-            return [torch.stack(parts) for parts in zip(*results, strict=True)]
+            return [torch.stack(stacked) for stacked in zip(*results, strict=True)]
         return _autodiff.each(one, lists, mapped)
 
     def _losses(self, loss: Callable[..., Tensor], name: str, params: PyTree, hparams: PyTree, loop: bool) -> Tensor:
@@ -236,9 +240,18 @@ def chunks(plan: Plan, index: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def make_plan(
-    problem: Problem, tasks: Tasks, hparams: PyTree, chunk: int | None, memory: str | int, graphs: float, alone: bool
+    problem: Problem,
+    tasks: Tasks,
+    hparams: PyTree,
+    chunk: int | None,
+    memory: str | int,
+    need: tuple[float, float],
+    alone: bool,
 ) -> Plan:
-    """The number of tasks side by side: as given, or by the size of one task's graphs, on a CPU, and the budget."""
+    """The number of tasks side by side: as given, or by the size of one task's graphs, on a CPU, and the budget.
+
+    need: memory of one task, in graphs of its inner loss and in vectors of its params.
+    """
     if chunk is not None:
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk must be a number of tasks ≥ 1, or None to let it be chosen; got {chunk!r}")
@@ -252,35 +265,33 @@ def make_plan(
     budget = in_bytes(memory)
     if alone:
         return Plan(1, 1, None, 'one by one: reduction="none" with batched=True or a rule that reads hparams')
-    inner, outer, params = _measure(problem, tasks, hparams)
-    need = max(int(graphs * inner + 3 * outer + 12 * sum(x.nbytes for x in params)), 1)
-    big = SMALL_TASK if params[0].device.type == "cpu" and not problem.batched else float("inf")
-    if inner > big:
-        return Plan(1, 1, need, f"a loop: one task keeps {inner / 2**20:.1f} MiB, so arithmetic is what takes the time")
-    fit = min(max(budget // need, 1), tasks.count)
-    why = "all at once" if fit == tasks.count else f"as many as fit into {budget / 2**20:.0f} MiB"
-    return Plan(fit, 1 if outer > big else fit, need, f"{why}: about {need / 2**20:.2f} MiB a task")
-
-
-def _measure(problem: Problem, tasks: Tasks, hparams: PyTree) -> tuple[int, int, list[Tensor]]:
-    """Bytes that the graphs of one task's inner and outer loss keep, at the start, and its params."""
     one = Chunk(problem, tasks, [0])
     leaves, _, rebuild = flatten(hparams, "hparams")
     with torch.enable_grad():
         hparams = rebuild([x.detach() for x in leaves])
         begin, _, rebuild = flatten(one.start(hparams), "start")
         params = [x.detach().requires_grad_() for x in begin]
-        sizes = []
-        for loss, name in ((problem.inner_loss, "inner_loss"), (problem.outer_loss, "outer_loss")):
-            kept = (
-                {}
-                if loss is None
-                else _autodiff.saved([one._losses(loss, name, rebuild(params), hparams, False)], set())
-            )
-            for x in (*one.tensors, *params, *leaves):  # there anyway, and tasks are views of one tensor
-                kept.pop(x.untyped_storage().data_ptr(), None)
-            sizes.append(sum(kept.values()))
-    return sizes[0], sizes[1], params
+        known = [*one.tensors, *params, *leaves]
+        inner = _kept(one._losses(problem.inner_loss, "inner_loss", rebuild(params), hparams, False), known)
+        big = SMALL_TASK if params[0].device.type == "cpu" and not problem.batched else float("inf")
+        if inner > big:
+            kept = f"one task keeps {inner / 2**20:.1f} MiB, so arithmetic is what takes the time"
+            return Plan(1, 1, None, f"a loop: {kept}")
+        outer = 0
+        if problem.outer_loss is not None:
+            outer = _kept(one._losses(problem.outer_loss, "outer_loss", rebuild(params), hparams, False), known)
+    size = max(int(need[0] * inner + 3 * outer + need[1] * sum(x.nbytes for x in params)), 1)
+    fit = min(max(budget // size, 1), tasks.count)
+    why = "all at once" if fit == tasks.count else f"as many as fit into {budget / 2**20:.0f} MiB"
+    return Plan(fit, 1 if outer > big else fit, size, f"{why}: about {size / 2**20:.2f} MiB a task")
+
+
+def _kept(loss: Tensor, known: list[Tensor]) -> int:
+    """Bytes that the graph of a loss keeps, beside tensors that are there anyway (tasks are views of one tensor)."""
+    sizes = _autodiff.saved([loss], set())
+    for x in known:
+        sizes.pop(x.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
 def in_bytes(memory: str | int) -> int:
