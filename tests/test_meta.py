@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import hypergrad as hg
+from benchmarks.measure import peak_memory
 from helpers import nothing_changed, relative, untouched
 from hypergrad import meta
 
@@ -380,6 +381,28 @@ def test_plan():
         big, big, torch.ones(2**20, requires_grad=True), torch.ones(3, 2**20), method=meta.FirstOrder(), steps=1
     ).plan
     assert plan.chunk == 1 and "loop" in plan.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["implicit", "graph", "iterates", "sqrt", 2, "first-order", "reptile"])
+def test_the_budget_is_kept(memory):
+    """The most that torch's allocator holds at once, beside what was there, for nets whose graph or params dominate."""
+    method = METHODS.get(memory) or meta.Unrolled(memory=memory)
+    if memory == "implicit":
+        method = meta.Implicit(solver=hg.solvers.CG(max_steps=4, on_failure="ignore"))
+    for hidden, samples in ((16, 200), (100, 2)):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Linear(20, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1)
+        )
+        model, h = hg.nn.functional(net), dict(net.named_parameters())
+        loss = lambda w, h, t, f=model: (f(w, t[0]) - t[1]).square().mean()  # noqa: E731
+        options = {"method": method, "steps": 8, "memory": 2**23}
+        given = (meta.biased(loss, 1.0), loss, h, (torch.randn(24, samples, 20), torch.randn(24, samples, 1)))
+        chosen = meta.grad(*given, **options).plan.chunk
+        back = 24 * sum(x.nbytes for x in h.values())  # params of all tasks are given back, whatever the chunk
+        assert 1 < chosen <= 24
+        assert peak_memory(lambda given=given, options=options: meta.grad(*given, **options)) - back <= 2**23
 
 
 def test_a_big_outer_loss_is_looped_over_within_the_chunk():

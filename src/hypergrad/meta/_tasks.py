@@ -187,7 +187,7 @@ class Chunk:
             single = [[x.squeeze(0) for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True)]
             return [x.unsqueeze(0) for x in one(*single)]
         if loop:
-            parts = [[x.unbind() for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True)]
+            parts: list[Any] = [[x.unbind() for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True)]
             results = [
                 one(*([x[i] for x in xs] if own else xs for xs, own in zip(parts, mapped, strict=True)))
                 for i in range(len(self.index))
