@@ -674,12 +674,14 @@ def failing():
     expansive = -0.5 * torch.eye(6, dtype=torch.float64)
     symmetric = {"symmetric": True}
     status = hg.Status
+    # Rounding decides whether pᵀAp = 0 is met as a number ≤ 0; both messages say that the system may be singular.
+    flat = (status.STAGNATED, status.NOT_POSITIVE_DEFINITE)
     return {
         "indefinite-CG": (indefinite, "inner_loss", S.CG(), {}, status.NOT_POSITIVE_DEFINITE, "MINRES"),
         "indefinite-default": (indefinite, "inner_loss", None, {}, status.NOT_POSITIVE_DEFINITE, "no strict minimum"),
         "asymmetric-CG": (rotation, "residual", S.CG(max_steps=4), symmetric, status.NOT_SYMMETRIC, "GMRES"),
         "asymmetric-MINRES": (rotation, "residual", S.MINRES(max_steps=4), symmetric, status.NOT_SYMMETRIC, "GMRES"),
-        "singular-CG": (singular, "inner_loss", S.CG(), {}, status.STAGNATED, "singular"),
+        "singular-CG": (singular, "inner_loss", S.CG(), {}, flat, "singular"),
         "singular-MINRES": (singular, "inner_loss", S.MINRES(), {}, status.STAGNATED, "singular"),
         "singular-LSQR": (singular, "residual", S.LSQR(), {}, status.STAGNATED, "singular"),
         "singular-NormalCG": (singular, "residual", S.NormalCG(), {}, status.STAGNATED, "singular"),
@@ -710,9 +712,11 @@ def test_systems_that_a_solver_cannot_solve(row):
     """Warned of with the status and what to try; as an error under on_failure="raise"; never silent by default."""
     a, form, solver, options, status, words = failing()[row]
     case = quadratic(a)
-    match = f"the adjoint system of the hypergradient: {status.name}.*{words}"
+    statuses = status if isinstance(status, tuple) else (status,)
+    ends = "|".join(each.name for each in statuses)
+    match = f"the adjoint system of the hypergradient: ({ends}) .*{words}"
     result = status_of(case, form, solver, match, **options)
-    assert result.solution.status is status and not result.solution.ok
+    assert result.solution.status in statuses and not result.solution.ok
     silent = {"max_steps": None} | vars(solver or S.CG()) | {"on_failure": "ignore"}
     kind = type(solver or S.CG())
     names = set(kind.__dataclass_fields__)

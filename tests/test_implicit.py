@@ -640,7 +640,7 @@ def test_warm_start_from_the_adjoint_before(name, form):
     warm = hypergradient(p, form, solver, x0=cold.adjoint)
     assert int(torch.as_tensor(warm.solution.steps).max()) == 0
     assert torch.equal(flat(warm.adjoint), flat(cold.adjoint))
-    near = optree.tree_map(lambda v: v * (1 + 1e-6), cold.adjoint)
+    near = optree.tree_map(lambda v: v * (1 + 1e-8), cold.adjoint)
     solver = S.CG(max_steps=5000, rtol=1e-9) if p.symmetric else solver
     nearer = hypergradient(p, form, solver, x0=near)
     colder = hypergradient(p, form, solver)

@@ -99,6 +99,9 @@ ROWS = {
         low_rank(10), lambda k, n: 10, lambda s: [s.n <= 10 and d for d in s.definite], "symmetric", (0.01, 0.3)
     ),
     "Nystrom(40)": Row(low_rank(40), lambda k, n: n, definite(1e3), "symmetric", (0.01, 0.3)),
+    "Auto": Row(partial(S.Auto, dense=1), lambda k, n: k, either(conditioned(1e3), contracts(1))),
+    "Auto, symmetric": Row(partial(S.Auto, dense=1), lambda k, n: k, symmetric(1e6), tag="symmetric"),
+    "Auto, dense": Row(S.Auto, lambda k, n: k, conditioned(1e6)),
     "Optimizer": Row(S.Optimizer, lambda k, n: k, contracts(1, 40), limit=40),
 }
 KRYLOV = ("CG", "MINRES", "GMRES(5)", "GMRES(60)", "BiCGStab", "LSQR", "NormalCG")
@@ -780,7 +783,7 @@ def test_float32_reaches_what_the_condition_number_allows(row, system):
     damped = given.damped(ROWS[row].dampings[0])
     op, b = given.operator(ROWS[row].tag, torch.float32), given.rhs(torch.float32)
     solvable = [s and c <= 1e3 for s, c in zip(ROWS[row].solves(damped), damped.condition, strict=True)]
-    for rtol in (1e-4, 1e-10):
+    for rtol in (5e-2, 1e-4, 1e-10):
         solution = ROWS[row].solver(max_steps=400, rtol=rtol, on_failure="ignore")(op, b)
         assert solution.value.dtype == solution.residual_norm.dtype == torch.float32
         x = solution.value.numpy().astype(np.float64).reshape(damped.sides.shape)
@@ -790,9 +793,10 @@ def test_float32_reaches_what_the_condition_number_allows(row, system):
             if status is Status.CONVERGED:
                 assert residual <= goal + limit[i]
             if solvable[i]:
-                assert status is Status.CONVERGED or rtol < 1e-6
                 # What rounding leaves of b outside Nystrom's basis is divided by its damping.
                 loss = damped.norm[i] / ROWS[row].dampings[0] if "Nystrom" in row else 1
+                reachable = rtol > 1e-6 and (loss == 1 or goal >= limit[i] * loss)
+                assert status is Status.CONVERGED or not reachable
                 assert residual <= goal + limit[i] * loss
                 error = norm(x[i] - damped.solutions[i]) / norm(damped.solutions[i])
                 assert error <= damped.condition[i] * (rtol + 4 * damped.n * eps * loss)

@@ -1,20 +1,23 @@
 """Reverse mode through an inner optimiser: every storage against the plain unrolled graph, closed forms and minima."""
 
 import gc
+import itertools
 import random
 import weakref
-from functools import cache
+from functools import cache, partial
 from math import comb
 
+import numpy
 import pytest
 import torch
 
 import hypergrad as hg
+from benchmarks.measure import peak_memory
 from hypergrad.diff_optimizers import PerStep
 from hypergrad.unroll import reverse
 
 DOUBLE = {"dtype": torch.float64}
-STORAGES = ["graph", "iterates", "sqrt", 1, 2, 3, 5, 100, "40 KiB", "10MB"]
+STORAGES = ["graph", "iterates", "sqrt", 1, 2, 3, 5, 100, "52 KiB", "10MB"]
 T = 23
 
 
@@ -190,19 +193,6 @@ def test_gradcheck(memory):
         assert abs((f(lam, start + e)[0] - f(lam, start - e)[0]) / (2 * h) - start_grads[i]) < 1e-8
 
 
-def peak(call):
-    """Bytes that torch's allocator gave out during the call and had not got back, at most."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    live = most = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    assert events
-    return most
-
-
 def peak_of(memory, steps=60, size=120):
     x = torch.randn(20, size, **DOUBLE)
     lam = torch.tensor(0.1, **DOUBLE, requires_grad=True)
@@ -212,7 +202,7 @@ def peak_of(memory, steps=60, size=120):
         return w - lam * torch.autograd.grad(loss, w, create_graph=True)[0]
 
     start = torch.randn(size, size, **DOUBLE)
-    return peak(lambda: reverse(descend, start, lam, lambda w, lam: w.square().sum(), steps, memory=memory))
+    return peak_memory(lambda: reverse(descend, start, lam, lambda w, lam: w.square().sum(), steps, memory=memory))
 
 
 def test_budget_is_respected():
@@ -271,6 +261,33 @@ def python_random(w, h):
     return w * h["a"] * random.random()
 
 
+def numpy_random(w, h):
+    return w * h["a"] * numpy.random.rand()
+
+
+def iterator_outside(w, h):
+    return w * h["a"] + next(COUNTER) / 100
+
+
+class Drifting(torch.nn.Module):
+    """A buffer that each call changes and uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.ones(3, **DOUBLE))
+
+    def forward(self, w):
+        self.seen += 0.1
+        return w / self.seen
+
+
+COUNTER, MODULE = itertools.count(), Drifting()
+
+
+def buffers(w, h):
+    return MODULE(w) * h["a"]
+
+
 def wrong_shape(w, h):
     return (w * h["a"])[:2]
 
@@ -285,13 +302,21 @@ BAD = {
 }
 
 
+UNREPLAYED = {
+    "NumPy": (numpy_random, RuntimeError, "other numbers"),
+    "iterator": (iterator_outside, RuntimeError, "other numbers"),
+    "buffers": (buffers, RuntimeError, "other numbers"),
+}
+
+
 @pytest.mark.parametrize(
     ("name", "memory"),  # in 1 MB the whole graph fits, and nothing is replayed
-    [(name, m) for name in BAD for m in ("iterates", "sqrt", 2, "1MB") if (name, m) != ("random", "1MB")],
+    [(name, m) for name in BAD for m in ("iterates", "sqrt", 2, "1MB") if (name, m) != ("random", "1MB")]
+    + [(name, m) for name in UNREPLAYED for m in ("iterates", "sqrt", 2)],
 )
 def test_bad_steps_are_found(name, memory):
     """Each is explained, and neither the start, nor .grad, nor the random state is changed."""
-    bad, kind, words = BAD[name]
+    bad, kind, words = (BAD | UNREPLAYED)[name]
     start, hparams = simple()
     noisy = lambda w, h: bad(w + 0 * torch.randn(3, **DOUBLE) if name == "random" else w, h)  # noqa: E731
     state = torch.get_rng_state()
@@ -299,6 +324,65 @@ def test_bad_steps_are_found(name, memory):
         reverse(noisy, start, hparams, total, 50, memory=memory)
     assert torch.equal(start, torch.ones(3, **DOUBLE)) and hparams["a"].grad is None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("memory", ["iterates", "sqrt", 2])
+def test_batches_that_are_not_drawn_again_are_found(memory):
+    """An iterator behind a function gives other batches at a replay; the same batches as a list are fine."""
+    start, hparams = simple()
+    draws = [torch.randn(3, **DOUBLE) for _ in range(60)]
+    stream = iter(draws)
+    step = lambda w, h, t, x: torch.sin(w) * h["a"] + x  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"other numbers .* an iterator"):
+        reverse(step, start, hparams, total, 30, memory=memory, batches=lambda t: next(stream))
+    listed = reverse(step, start, hparams, total, 30, memory=memory, batches=draws)
+    stream = iter(draws)
+    graph = reverse(step, start, hparams, total, 30, memory="graph", batches=lambda t: next(stream))
+    torch.testing.assert_close(listed.grads["a"], graph.grads["a"], rtol=1e-13, atol=0.0)
+
+
+@pytest.mark.parametrize("memory", STORAGES)
+def test_a_state_that_is_cut_between_steps_is_told(memory):
+    """A momentum that is detached before it is used: a warning that says which tensor; none where leave is given."""
+    start, hparams = simple()
+    pair = (start, torch.zeros(3, **DOUBLE))
+
+    def cut(state, h):
+        w, m = state
+        m = h["a"] * m.detach() + torch.sin(w)
+        return w - 0.1 * m, m
+
+    run = partial(reverse, cut, pair, hparams, lambda s, h: s[0].sum(), 8, memory=memory)
+    with pytest.warns(hg.HypergradientWarning, match=r"depends on tensor 1 .*was it detached"):
+        run()
+    run(allow_detached=True)
+    assert run(allow_detached=True).grads["a"].isfinite()
+
+
+def test_a_first_step_of_its_own_is_no_cut():
+    """A momentum that begins at the second step; and a part of the state that every step uses."""
+    start, hparams = simple()
+
+    def begins(state, h, t):
+        m = torch.sin(state[0]) + (h["a"] * state[1] if t else 0)
+        return state[0] - 0.1 * m, m
+
+    pair = (start, torch.zeros(3, **DOUBLE))
+    result = reverse(begins, pair, hparams, lambda s, h: s[0].sum(), 8, memory=2, with_time=True)
+    assert result.grads["a"] != 0
+
+
+@pytest.mark.parametrize("memory", ["iterates", "sqrt", 2, "10MB"])
+def test_hparams_changed_in_place_are_found(memory):
+    start, hparams = simple()
+
+    def writes(w, h):
+        with torch.no_grad():
+            h["a"].mul_(0.9)
+        return w * h["a"]
+
+    with pytest.raises(RuntimeError, match="in place"):
+        reverse(writes, start, hparams, total, 9, memory=memory)
 
 
 def test_overwritten_buffer_is_found():

@@ -1,6 +1,7 @@
 """Update rules against torch.optim, finite differences, closed forms and independent oracles."""
 
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 from functools import partial
 
 import pytest
@@ -27,21 +28,34 @@ OPTIONS = [
     ("SGD", {"lr": 0.01}),
     ("SGD", {"lr": 0.01, "momentum": 0.8, "dampening": 0.3, **PLAIN}),
     ("SGD", {"lr": 0.01, "momentum": 0.8, "nesterov": True}),
+    ("SGD", {"lr": 0.001, "maximize": True, **PLAIN}),
     ("Adam", {"lr": 0.03}),
     ("Adam", {"lr": 0.03, "amsgrad": True, "betas": (0.7, 0.8), **PLAIN}),
     ("AdamW", {"lr": 0.03}),
     ("AdamW", {"lr": 0.03, "amsgrad": True, **PLAIN}),
+    ("Adam", {"lr": 0.03, "eps": 0.01, "maximize": True, "decoupled_weight_decay": True, **PLAIN}),
     ("RMSprop", {"lr": 0.01}),
     ("RMSprop", {"lr": 0.003, "centered": True, "momentum": 0.7, "alpha": 0.9, **PLAIN}),
+    ("RMSprop", {"lr": 0.003, "eps": 0.01, "maximize": True}),
     ("Adagrad", {"lr": 0.05, "lr_decay": 0.1, "initial_accumulator_value": 0.2, **PLAIN}),
+    ("Adagrad", {"lr": 0.05, "eps": 0.01, "maximize": True}),
     ("Adadelta", {"lr": 1.0, **PLAIN}),
+    ("Adadelta", {"lr": 0.3, "rho": 0.8, "eps": 0.01, "maximize": True}),
     ("Adamax", {"lr": 0.03, **PLAIN}),
+    ("Adamax", {"lr": 0.03, "betas": (0.7, 0.8), "eps": 0.01, "maximize": True}),
     ("NAdam", {"lr": 0.02, **PLAIN}),
     ("NAdam", {"lr": 0.02, "decoupled_weight_decay": True, **PLAIN}),
+    ("NAdam", {"lr": 0.02, "betas": (0.7, 0.8), "eps": 0.01, "momentum_decay": 0.1, "maximize": True}),
     ("RAdam", {"lr": 0.02, **PLAIN}),
+    ("RAdam", {"lr": 0.02, "eps": 0.01, "maximize": True}),
     ("RAdam", {"lr": 0.02, "decoupled_weight_decay": True, "betas": (0.8, 0.9), **PLAIN}),
 ]
 IDS = [f"{name}-{'-'.join(options)}" for name, options in OPTIONS]
+# All others walk torch's path bit for bit.
+TO_1E_12 = {
+    "NAdam": "torch reads the product of momenta as a number; here it is a tensor, for it has the graph of beta_1",
+    "RAdam": "torch takes one of two branches; here both are computed and one chosen, for a derivative in beta_2",
+}
 
 
 def parabola():
@@ -83,7 +97,7 @@ def advance_torch(optimizer, params, loss, steps, sign=1):
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=IDS)
 def test_trajectories_are_torch_optims(name, options, problem):
-    """50 steps. Not bit for bit: torch has fused multiplications, lerp, and powers in Python, in another order."""
+    """50 steps, bit for bit but for the two above."""
     start, loss = PROBLEMS[problem]()
     theirs = [w.clone().requires_grad_() for w in start]
     optimizer = getattr(torch.optim, name)(theirs, **options)
@@ -93,6 +107,7 @@ def test_trajectories_are_torch_optims(name, options, problem):
         advance_torch(optimizer, theirs, loss, 10)
         ours, state = advance(rule, ours, state, loss, 10)
         assert distance(ours, theirs) < 1e-12
+        assert name in TO_1E_12 or all(map(torch.equal, ours, theirs))
     assert distance(ours, start) > 1e-3
 
 
@@ -102,7 +117,7 @@ def test_from_torch_mid_training(name, options):
     start, loss = mlp()
     theirs = [w.clone().requires_grad_() for w in start]
     groups = [{"params": theirs[:2]}, {"params": theirs[2:], "lr": options["lr"] / 2}]
-    optimizer = getattr(torch.optim, name)(groups, **options, maximize=True)
+    optimizer = getattr(torch.optim, name)(groups, **{**options, "maximize": True})
     advance_torch(optimizer, theirs, loss, 12, -1)
     rule, params, state = D.from_torch(optimizer)
     advance_torch(optimizer, theirs, loss, 10, -1)
@@ -123,6 +138,27 @@ def test_from_torch_at_the_start_with_a_tensor_lr_and_uneven_steps():
     uneven.step()
     with pytest.raises(ValueError, match=r"different numbers of steps: \[0, 1\]"):
         D.from_torch(uneven)
+
+
+def test_every_option_is_compared_with_torch():
+    """Each field of each rule that torch.optim has, in a row that changes it."""
+    for kind in {type(getattr(D, name)()) for name, _ in OPTIONS}:
+        given = {key for name, options in OPTIONS if isinstance(getattr(D, name)(), kind) for key in options}
+        assert {field.name for field in fields(kind)} <= given, kind
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=IDS)
+def test_a_hyperparameter_as_a_tensor_walks_the_same_path(name, options):
+    """To rounding: then the formula itself is computed, for torch's fused operations want numbers."""
+    start, loss = mlp()
+    tensors = {key: x if isinstance(x, (bool, tuple)) or x == 0 else torch.tensor(x) for key, x in options.items()}
+    if "betas" in options:
+        tensors["betas"] = tuple(map(torch.tensor, options["betas"]))
+    paths = []
+    for given in (options, tensors):
+        rule = getattr(D, name)(**given)
+        paths.append(advance(rule, start, rule.init(start), loss, 20)[0])
+    assert distance(*paths) < 1e-12
 
 
 RULES = {
@@ -146,8 +182,39 @@ RULES = {
     "Simplex": (lambda lr, a: D.ProximalGradient(lr=lr, prox=D.Simplex(radius=a)), {"lr": 0.3, "a": 1.2}),
     "Box": (lambda lr, a, b: D.ProximalGradient(lr=lr, prox=D.Box(lower=a, upper=b)), {"lr": 0.3, "a": -0.4, "b": 0.5}),
     "MirrorDescent": (D.MirrorDescent, {"lr": 0.3}),
+    "Rectified": (partial(D.RAdam, decoupled_weight_decay=True), {"lr": 0.3, "eps": 0.01, "weight_decay": 0.1}),
+    "Accumulator": (D.Adagrad, {"lr": 0.3, "initial_accumulator_value": 0.7}),
+    "Up": (partial(D.SGD, maximize=True), {"lr": 0.3}),
 }
 BETAS = ("Adam", "AdamW", "AMSGrad", "Adamax", "NAdam", "RAdam")
+
+
+def build(make, keys, values, betas):
+    return make(**dict(zip(keys, values, strict=True)), **({"betas": tuple(betas)} if betas else {}))
+
+
+def learned(config):
+    """(class, field) of every hyperparameter that is a tensor with a graph, and of every option that is chosen."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, D._rule.Configuration):
+            yield from learned(value)
+        elif value is True or all(isinstance(x, torch.Tensor) for x in (value if field.name == "betas" else [value])):
+            yield type(config), field.name
+
+
+def test_every_hyperparameter_and_option_is_in_gradcheck():
+    kinds = [D._rule.Rule, D._rule.Configuration]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    wanted = {(kind, field.name) for kind in kinds for field in fields(kind) if not inspect.isabstract(kind)}
+    wanted -= {(kind, name) for kind in kinds for name in ("maximize", "prox", "dim") if kind is not D.SGD}
+    covered = set()
+    for name, (make, numbers) in RULES.items():
+        values = [torch.tensor(x, requires_grad=True) for x in numbers.values()]
+        betas = [torch.tensor(x, requires_grad=True) for x in (0.6, 0.9)] if name in BETAS else []
+        covered |= set(learned(build(make, numbers, values, betas)))
+    assert wanted <= covered, wanted - covered
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -157,17 +224,19 @@ def test_gradcheck_in_params_state_grads_and_each_hyperparameter(name):
     keys = list(numbers)
     betas = [0.6, 0.9] if name in BETAS else []
     hypers = [torch.tensor(x, requires_grad=True) for x in [*numbers.values(), *betas]]
-    build = make(**numbers, **({"betas": tuple(betas)} if betas else {}))
+    plain = build(make, keys, numbers.values(), betas)
     w, g = (torch.rand(3, requires_grad=True) + 0.1 for _ in range(2))
-    slots = [k for k in build.init(w) if k != "step"]
-    s = [(torch.rand_like(build.init(w)[k]) * 0.5 + 0.1) for k in slots]
+    slots = [k for k in plain.init(w) if k != "step"]
+    s = [(torch.rand_like(plain.init(w)[k]) * 0.5 + 0.1) for k in slots]
     s = [x + (k == "square_avg") for x, k in zip(s, slots, strict=True)]  # v > a², away from the root's kink
     inputs = [x.detach().requires_grad_() for x in (w, g, *s)]
 
     def run(w, g, *rest):
         s, h = rest[: len(slots)], rest[len(slots) :]
-        rule = make(**dict(zip(keys, h, strict=False)), **({"betas": tuple(h[len(keys) :])} if betas else {}))
+        rule = build(make, keys, h[: len(keys)], h[len(keys) :])
         state = {"step": torch.tensor(12.0), **dict(zip(slots, s, strict=True))}
+        if name == "Accumulator":
+            state = {key: x + rule.init(w)[key] for key, x in state.items()}
         w, state = rule.update(w, state, g)
         w, state = rule.update(w, state, g * w)
         return w, *(state[k] for k in slots)

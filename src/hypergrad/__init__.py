@@ -2,8 +2,18 @@
 
 from importlib.metadata import version
 
-from . import diff_optimizers, fixed_points, hypergradients, implicit, meta, nn, operators, solvers, unroll
-from ._solution import HypergradientWarning, Solution, SolverError, Status
+from . import diagnostics, diff_optimizers, fixed_points, hypergradients, implicit, meta, nn, operators, solvers, unroll
+from ._compiled import NotCompiled
+from ._solution import (
+    HypergradientWarning,
+    InaccurateHypergradient,
+    NotConverged,
+    NotFinite,
+    Solution,
+    SolverError,
+    Status,
+    UnsolvedInnerProblem,
+)
 from ._vector import Vector
 from .diff_optimizers import (
     DifferentiableOptimizer,
@@ -31,6 +41,13 @@ __all__ = [
     "Status",
     "SolverError",
     "HypergradientWarning",
+    "NotConverged",
+    "NotFinite",
+    "UnsolvedInnerProblem",
+    "InaccurateHypergradient",
+    "NotCompiled",
+    # how wrong a hypergradient is
+    "diagnostics",
     # forward solvers of fixed points, and equilibrium layers
     "fixed_points",
     "nn",

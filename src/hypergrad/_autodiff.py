@@ -132,6 +132,16 @@ def depends(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     return any(edge in sought for edge in _behind([_edge(y) for y in outputs if y.requires_grad], set()))
 
 
+def unreached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
+    """The places of inputs that require grad and that no output depends on. Walks the graph between them."""
+    places = {_edge(x): i for i, x in enumerate(inputs) if x.requires_grad}
+    for edge in _behind([_edge(y) for y in outputs if y.requires_grad], {node for node, _ in places}):
+        places.pop(edge, None)
+        if not places:
+            break
+    return list(places.values())
+
+
 def computed_from(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The first (i, j) where tensor i was computed from tensor j, or None. Walks the graph."""
     places = {_edge(x): i for i, x in enumerate(tensors) if x.requires_grad}
@@ -179,6 +189,16 @@ def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
+def gradient(loss: Callable[[Any, Any], Tensor], params: Any, hparams: Any) -> Any:
+    """∇₁ of a loss in params' structure, in a form that torch.compile can trace."""
+    return torch.func.grad(loss)(params, hparams)
+
+
+def cast(xs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the dtypes of others."""
+    return [x.to(y.dtype) for x, y in zip(xs, like, strict=True)]
+
+
 def scaled(xs: Sequence[Tensor], a: float) -> list[Tensor]:
     return list(xs) if a == 1 else [x * a for x in xs]
 
@@ -190,47 +210,81 @@ class Linearisation:
         outputs: the leaves of F, with their graph.
         params: the leaves of w in that graph.
         hparams: the leaves of λ that require grad.
+        curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
+        probe: the c at which `pulled` is taken, like outputs; zeros by default.
+        compiled: v ↦ ∂₁Fᵀv by other means.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor], hparams: Sequence[Tensor]):
+    def __init__(
+        self,
+        outputs: Sequence[Tensor],
+        params: Sequence[Tensor],
+        hparams: Sequence[Tensor] = (),
+        curvature: Callable[[Sequence[Tensor], bool], list[Tensor]] | None = None,
+        probe: Sequence[Tensor] | None = None,
+        compiled: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
+    ):
         self.outputs = outputs
         self.params = params
         self.hparams = hparams
-        self._transposed: tuple[list[Tensor], list[Tensor]] | None = None
+        self.curvature = curvature
+        self.probe = probe
+        self.compiled = compiled
+        self._transposed: tuple[list[Tensor], list[Tensor | None]] | None = None
 
     def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v: one retained reverse pass."""
-        return grad(self.outputs, self.params, v, retain_graph=True)
+        return self._pull(v, batched=False)
 
     def vjp_many(self, vs: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v for a stack [m, *shape] of v: one vectorised pass, or a loop where torch has none."""
-        return many(self.vjp, lambda v: grad(self.outputs, self.params, v, retain_graph=True, batched=True), vs)
+        return many(self.vjp, lambda vs: self._pull(vs, batched=True), vs)
+
+    def _pull(self, v: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        if self.curvature is not None:
+            return self.curvature(v, batched)
+        if self.compiled is not None and not batched:
+            return self.compiled(v)
+        return grad(self.outputs, self.params, v, retain_graph=True, batched=batched)
 
     def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
         """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass. Without retain_graph the last: the graph is freed on the way."""
         # Between hparams that one network computes torch would free the network's graph as well.
         retain_graph = retain_graph or not all(x.is_leaf for x in self.hparams)
+        if self.curvature is not None:
+            return self.curvature(v, False), grad(self.outputs, self.hparams, v, retain_graph=retain_graph)
         both = grad(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
         return both[: len(self.params)], both[len(self.params) :]
+
+    @property
+    def pulled(self) -> list[Tensor | None]:
+        """∂₁Fᵀ c, as a function of c; None where nothing depends on the leaf."""
+        return self._transpose()[1]
 
     def jvp(self, u: Sequence[Tensor]) -> list[Tensor]:
         """∂₁F u: the vjp is linear in its cotangent, so its derivative with respect to the cotangent is ∂₁F.
 
         The graph of the vjp is built at the first call, from the retained graph; F is not evaluated again.
         """
-        cotangents, pulled = self._transpose()
-        return grad(pulled, cotangents, u, retain_graph=True)
+        return self._push(u, batched=False)
 
     def jvp_many(self, us: Sequence[Tensor]) -> list[Tensor]:
         """∂₁F u for a stack [m, *shape] of u."""
-        cotangents, pulled = self._transpose()
-        return many(self.jvp, lambda u: grad(pulled, cotangents, u, retain_graph=True, batched=True), us)
+        return many(self.jvp, lambda us: self._push(us, batched=True), us)
 
-    def _transpose(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _push(self, u: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        if self.curvature is not None:
+            return self.curvature(u, batched)
+        cotangents, pulled = self._transpose()
+        outputs = [x.detach() if y is None else y for x, y in zip(self.params, pulled, strict=True)]
+        return grad(outputs, cotangents, u, retain_graph=True, batched=batched)
+
+    def _transpose(self) -> tuple[list[Tensor], list[Tensor | None]]:
         if self._transposed is None:
+            at = [torch.zeros_like(y) for y in self.outputs] if self.probe is None else self.probe
             with torch.enable_grad():
-                cotangents = [torch.zeros_like(y, requires_grad=True) for y in self.outputs]
-                pulled = grad(self.outputs, self.params, cotangents, create_graph=True)
+                cotangents = [c.detach().requires_grad_() for c in at]
+                pulled = grad_or_none(self.outputs, self.params, cotangents, create_graph=True)
             self._transposed = cotangents, pulled
         return self._transposed
 

@@ -69,7 +69,27 @@ class Status(enum.Enum):
 
 
 class HypergradientWarning(UserWarning):
-    """A result that the library knows, or has reason to believe, is not what was asked for."""
+    """A result that the library knows, or has reason to believe, is not what was asked for.
+
+    Its subclasses say of which kind, for `warnings.filterwarnings`. Python's default filter shows each kind once for
+    each line of your code that leads to it, whatever the numbers in it; the filters "always" and "error" take each.
+    """
+
+
+class NotConverged(HypergradientWarning):
+    """A linear system or a fixed point was not solved to its tolerance."""
+
+
+class NotFinite(HypergradientWarning):
+    """A hypergradient holds NaN or infinity."""
+
+
+class UnsolvedInnerProblem(HypergradientWarning):
+    """params are so far from the inner solution that the hypergradient means little."""
+
+
+class InaccurateHypergradient(HypergradientWarning):
+    """A hypergradient that misses the accuracy asked for (hypergradient_rtol)."""
 
 
 class SolverError(ValueError):
@@ -80,13 +100,28 @@ class SolverError(ValueError):
         self.solution = solution
 
 
-def warn(text: str) -> None:
-    """A HypergradientWarning at the line of the caller's own code that led here, through torch's backward pass too."""
+_shown: set[tuple[type[Warning], str, int]] = set()
+
+
+def warn(text: str, kind: type[HypergradientWarning] = HypergradientWarning) -> None:
+    """A warning at the line of the caller's own code that led here, through torch's backward pass too."""
     level, frame = 1, sys._getframe()
     inside = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         level, frame = level + 1, frame.f_back
-    warnings.warn(text, HypergradientWarning, stacklevel=level)
+    place = (kind, frame.f_code.co_filename, frame.f_lineno)
+    if place in _shown and not _wants_each(text, kind):
+        return
+    _shown.add(place)
+    warnings.warn(text, kind, stacklevel=level)
+
+
+def _wants_each(text: str, kind: type[Warning]) -> bool:
+    """Whether the filters in force ask for more than the first of a kind (python's own count tells numbers apart)."""
+    for action, message, category, _, _ in warnings.filters:
+        if issubclass(kind, category) and (message is None or message.match(text)):
+            return action in ("always", "all", "error")
+    return False
 
 
 NOT_FINITE = (
@@ -105,7 +140,7 @@ def finite(tensors: Iterable[Tensor]) -> bool:
 
 def warn_if_not_finite(grads: Iterable[Tensor]) -> None:
     if not finite(grads):
-        warn(NOT_FINITE)
+        warn(NOT_FINITE, NotFinite)
 
 
 @dataclass(frozen=True)
@@ -122,6 +157,7 @@ class Solution:
         rhs_norm: ‖b‖₂, likewise.
         trace: the method's own residual norm before each step and after the last: [steps + 1], or [steps + 1, B]; NaN
             where it did not take it. Of fixed_points without trace=True: that of the worst system, [steps + 1].
+        method: the solver's name; of solvers.Auto the method that gave the value, and why it was taken.
     """
 
     value: Any
@@ -130,6 +166,7 @@ class Solution:
     residual_norm: Tensor
     rhs_norm: Tensor
     trace: Tensor
+    method: str = ""
 
     @cached_property
     def statuses(self) -> list[Status]:
@@ -178,4 +215,4 @@ class Solution:
         text = f"{what}: {self.message}"
         if on_failure == "raise":
             raise SolverError(text, self)
-        warn(text)
+        warn(text, NotConverged)

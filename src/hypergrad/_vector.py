@@ -46,9 +46,13 @@ def flatten(tree: PyTree, name: str) -> tuple[list[Tensor], list[str], Callable[
 
 def split(tree: PyTree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], PyTree]]:
     """The tensors of any dtype in a tree, and a function that puts others in their places; the rest stays as it is."""
+    if isinstance(tree, Tensor):  # this and the next case: quick, for unrolling does it at every step
+        return [tree], _alone
     if isinstance(tree, Iterator):
         tree = list(tree)
     leaves, spec = optree.tree_flatten(tree)
+    if all(isinstance(leaf, Tensor) for leaf in leaves):
+        return leaves, spec.unflatten
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in places]
     for i in places:  # the function must not keep their memory, nor their graph
@@ -61,6 +65,11 @@ def split(tree: PyTree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], PyTr
         return optree.tree_unflatten(spec, new)
 
     return tensors, rebuild
+
+
+def _alone(tensors: Iterable[Tensor]) -> Tensor:
+    (tensor,) = tensors
+    return tensor
 
 
 def matching(tree: PyTree, like: Sequence[Tensor], name: str) -> list[Tensor]:

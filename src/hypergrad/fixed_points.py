@@ -135,7 +135,7 @@ class FixedPointSolver(ABC):
         code = torch.where(grown & (unsolved | fixed), Status.DIVERGED.value, code)
         finite = torch.isfinite(norm) & (torch.isfinite(last) | ~unsolved)
         code = torch.where(finite, code, Status.NON_FINITE.value)
-        return Solution(w.tree, code, steps, norm, size, torch.stack(trace))
+        return Solution(w.tree, code, steps, norm, size, torch.stack(trace), type(self).__name__)
 
     def _traced(self, norm: Tensor) -> Tensor:
         return norm.amax() if norm.ndim and not self.trace else norm

@@ -1,17 +1,20 @@
 """Linear operators: a product, the transposed product, and what is known of them.
 
-Public: LinearOperator, matrix, function. Solvers see operators and vectors, never a loss or a model.
+Public: LinearOperator, matrix, function, GaussNewton. Solvers see operators and vectors, never a loss or a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ._autodiff import Linearisation
-from ._vector import Basis, PyTree, Space, Vector
+from . import _autodiff
+from ._autodiff import Linearisation, as_scalar
+from ._vector import Basis, PyTree, Space, Vector, flatten
 
 Product = Callable[[Vector], Vector]
 
@@ -35,6 +38,7 @@ class LinearOperator:
         many: A applied to a Basis at once, if that is cheaper than one product after another.
         many_transpose: likewise for Aᵀ.
         contraction: v ↦ v − A v, if that is cheaper than A v (for A = I − Jᵀ it is Jᵀv).
+        low: dtype ↦ the operator with products in that dtype, on the same vectors.
 
     Attributes:
         declared: (product, tensors) where the operator says which tensors it depends on, else None.
@@ -53,6 +57,7 @@ class LinearOperator:
         many: Callable[[Basis], Basis] | None = None,
         many_transpose: Callable[[Basis], Basis] | None = None,
         contraction: Product | None = None,
+        low: Callable[[torch.dtype], LinearOperator] | None = None,
     ):
         self.symmetric = symmetric or positive_definite
         self.positive_definite = positive_definite
@@ -62,6 +67,7 @@ class LinearOperator:
         self._matvec, self._many, self._contraction = matvec, many, contraction
         self._transpose, self._many_transpose = (matvec, many) if self.symmetric else (transpose, many_transpose)
         self._counter = Counter()
+        self._low = low
 
     @property
     def products(self) -> int:
@@ -124,6 +130,20 @@ class LinearOperator:
         new.damping = self.damping + damping
         return new
 
+    def low(self, dtype: torch.dtype) -> LinearOperator:
+        """A with products in a lower precision, on the same vectors; its products count as A's.
+
+        Raises: TypeError where no such form is known.
+        """
+        if self._low is None:
+            raise TypeError(
+                f"this operator has no form in {dtype}: that of a matrix has, and that of an inner problem which is "
+                f"given as a callable and is not stochastic"
+            )
+        new = self._low(dtype)
+        new._counter = self._counter
+        return new.damped(self.damping)
+
 
 def function(
     matvec: Callable[..., PyTree],
@@ -173,7 +193,7 @@ def matrix(a: Tensor, *, symmetric: bool = False, positive_definite: bool = Fals
     """
     if a.ndim not in (2, 3) or a.shape[-1] != a.shape[-2]:
         raise ValueError(f"matrix must be [n, n] or [B, n, n], got shape {tuple(a.shape)}")
-    return function(
+    op = function(
         lambda v, a: (a @ v.unsqueeze(-1)).squeeze(-1),
         lambda v, a: (a.mT @ v.unsqueeze(-1)).squeeze(-1),
         tensors=(a,),
@@ -181,6 +201,17 @@ def matrix(a: Tensor, *, symmetric: bool = False, positive_definite: bool = Fals
         positive_definite=positive_definite,
         batch_dims=a.ndim - 2,
     )
+
+    def low(dtype: torch.dtype) -> LinearOperator:
+        small = a.to(dtype)
+        return function(
+            lambda v: (small @ v.to(dtype).unsqueeze(-1)).squeeze(-1).to(v.dtype),
+            symmetric=symmetric,
+            batch_dims=a.ndim - 2,
+        )
+
+    op._low = low
+    return op
 
 
 def adjoint(
@@ -190,11 +221,13 @@ def adjoint(
     symmetric: bool,
     positive_definite: bool,
     batch_dims: int,
+    low: Callable[[torch.dtype], Linearisation] | None = None,
 ) -> LinearOperator:
     """Aᵀ of a residual F (A = ∂₁F), or of a fixed point map Φ (A = I − ∂₁Φ), by automatic differentiation.
 
     Args:
         linearise: gives the Linearisation that a product uses: always the same one, or a new draw for each product.
+        low: gives that of the same inner problem in another dtype.
     """
 
     def product(pull: Callable[[Linearisation, Any], list[Tensor]]) -> Product:
@@ -211,6 +244,17 @@ def adjoint(
 
         return apply
 
+    def in_precision(dtype: torch.dtype) -> LinearOperator:
+        assert low is not None
+        reduced = low(dtype)
+
+        def apply(v: Vector) -> Vector:
+            pulled = reduced.vjp(_autodiff.cast(v.leaves, reduced.outputs))
+            image = v.space.pack(_autodiff.cast(pulled, v.leaves))
+            return v - image if fixed_point else image
+
+        return LinearOperator(apply, symmetric=symmetric, positive_definite=positive_definite, batch_dims=batch_dims)
+
     return LinearOperator(
         product(Linearisation.vjp),
         product(Linearisation.jvp),
@@ -220,4 +264,70 @@ def adjoint(
         many=products(Linearisation.vjp_many),
         many_transpose=products(Linearisation.jvp_many),
         contraction=(lambda v: v.space.pack(linearise().vjp(v.leaves))) if fixed_point else None,
+        low=None if low is None else in_precision,
     )
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """An inner loss g = loss ∘ model + penalty whose Hessian is replaced by its Gauss–Newton matrix.
+
+        g(w, λ) = ℓ(m(w, λ), λ) + p(w, λ),      A = JᵀHJ + ∇²₁₁p,   J = ∂₁m,  H = ∇²ℓ
+
+    Pass it as inner_loss to `implicit.grad`. With a convex ℓ and p, A is positive semi-definite wherever w is, so CG
+    applies where the Hessian is indefinite (a network in mid-training). It is the Hessian where the model is linear in
+    w, or ∇ℓ = 0, and an approximation elsewhere; ∇₁g and ∂₂∇₁g are exact. The residual of the adjoint system is that
+    of A, and does not tell how far A is from the Hessian.
+
+    Args:
+        model: m(params, hparams) ↦ outputs, a tensor or a pytree.
+        loss: ℓ(outputs, hparams) ↦ scalar.
+        penalty: p(params, hparams) ↦ scalar.
+
+    Cost: a product takes one pass through the graph of J, one through that of Jᵀ, one through ∇ℓ, and one through ∇p.
+    Source: Schraudolph 2002; Martens 2010, section 4.2.
+
+    Example:
+        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 3.0])
+        >>> g = GaussNewton(
+        ...     lambda w, lam: x @ w, lambda z, lam: ((z - y) ** 2).sum() / 2, lambda w, lam: lam * w @ w / 2
+        ... )
+        >>> lam = torch.tensor(1.0, requires_grad=True)
+        >>> w = torch.tensor([7.0 / 6])
+        >>> hg.implicit.grad(lambda w, lam: w.sum(), inner_loss=g, params=w, hparams=lam).grads
+        tensor(-0.1944)
+    """
+
+    model: Callable[[Any, Any], PyTree]
+    loss: Callable[[PyTree, Any], Tensor]
+    penalty: Callable[[Any, Any], Tensor] | None = None
+
+    def __call__(self, params: PyTree, hparams: PyTree) -> Tensor:
+        """g(w, λ)."""
+        fit = self.loss(self.model(params, hparams), hparams)
+        return fit if self.penalty is None else fit + self.penalty(params, hparams)
+
+    def linearise(
+        self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor], message: str
+    ) -> Linearisation:
+        """∇₁g with its graph and products with A in ∇²₁₁g's place, from one evaluation of the model."""
+        z = self.model(params, hparams)
+        outputs, _, rebuild = flatten(z, "the output of GaussNewton's model")
+        points = [y.detach().requires_grad_() for y in outputs]
+        fit = as_scalar(self.loss(rebuild(points), hparams), "GaussNewton's loss")
+        slopes = _autodiff.grad([fit], points, create_graph=True)
+        j, h, bent = Linearisation(outputs, leaves, ()), Linearisation(slopes, points, ()), None
+        total = as_scalar(self.loss(z, hparams), "GaussNewton's loss")
+        if self.penalty is not None:
+            penalty = as_scalar(self.penalty(params, hparams), "GaussNewton's penalty")
+            bent = Linearisation(_autodiff.grad([penalty], leaves, create_graph=True), leaves, ())
+            total = total + penalty
+
+        def product(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
+            fit = j.vjp_many(h.vjp_many(j.jvp_many(v))) if batched else j.vjp(h.vjp(j.jvp(v)))
+            if bent is None:
+                return fit
+            return _autodiff.add(fit, bent.vjp_many(v) if batched else bent.vjp(v))
+
+        gradient = _autodiff.grad([total], leaves, create_graph=True, must_reach=message)
+        return Linearisation(gradient, leaves, differentiated, product)

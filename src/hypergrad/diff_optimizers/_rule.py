@@ -91,6 +91,11 @@ class Here:
         self.step, self.hparams, self.called = step, hparams, called
         # Powers such as β₂ᵗ in float64, as torch.optim has them, whatever the counter's dtype.
         self.t = (step if step.device.type == "mps" else step.to(torch.float64)) + 1
+        self.number = _number(step)
+
+    def power(self, beta: Value) -> Value:
+        """βᵗ: of a number a number, as torch.optim has it, where the counter can be read at no cost."""
+        return beta**self.t if self.number is None or isinstance(beta, Tensor) else beta**self.number
 
     def __call__(self, config: Any, name: str) -> Any:
         value = getattr(config, name)
@@ -225,7 +230,7 @@ class Rule(ABC):
                 though hparams require grad, or hparams are passed but nothing is callable.
 
         Warns: HypergradientWarning where params and grads carry a graph and the state's buffers were detached.
-        Cost: elementwise; no reading from the device.
+        Cost: elementwise; nothing is read from an accelerator but the counter for a PerStep, if it is there.
         """
         leaves, _, unflatten = flatten(params, "params")
         slots = self._slots()
@@ -314,6 +319,14 @@ def _looks_detached(
         return False
     live = any(w.grad_fn is not None for w in params) and any(g.requires_grad for g in grads)
     return live and any(g.grad_fn is not None for g in grads) and _counted(step) > 0
+
+
+def _number(step: Tensor) -> int | None:
+    """t where reading it waits for nothing: on the CPU, outside vmap."""
+    try:
+        return int(step.detach()) + 1 if step.device.type == "cpu" else None
+    except RuntimeError:
+        return None
 
 
 def _counted(step: Tensor) -> int:

@@ -34,9 +34,33 @@ def number_root(x: Value) -> Value:
     return x.sqrt() if isinstance(x, Tensor) else x**0.5
 
 
+# The four below are torch.optim's add_, addcmul_, addcdiv_ and lerp_, which round once where the formula in their
+# docstring rounds twice; a is a number there. A tensor a, which may have a graph, is put into the formula.
+
+
+def plus(x: Tensor, a: Value, y: Tensor) -> Tensor:
+    """x + a y"""
+    return x + a * y if isinstance(a, Tensor) else x.add(y, alpha=a)
+
+
+def plus_product(x: Tensor, a: Value, y: Tensor, z: Tensor) -> Tensor:
+    """x + a y z"""
+    return x + a * y * z if isinstance(a, Tensor) else x.addcmul(y, z, value=a)
+
+
+def plus_ratio(x: Tensor, a: Value, y: Tensor, z: Tensor) -> Tensor:
+    """x + a y/z"""
+    return x + a * (y / z) if isinstance(a, Tensor) else x.addcdiv(y, z, value=a)
+
+
+def between(x: Tensor, y: Tensor, a: Value) -> Tensor:
+    """x + a (y − x)"""
+    return x + a * (y - x) if isinstance(a, Tensor) or x.dtype != y.dtype else x.lerp(y, a)
+
+
 def decayed(rule: Any, w: Tensor, g: Tensor, here: Here) -> Tensor:
     """g + λw"""
-    return g if is_zero(rule.weight_decay) else g + here(rule, "weight_decay") * w
+    return g if is_zero(rule.weight_decay) else plus(g, here(rule, "weight_decay"), w)
 
 
 def decoupled(rule: Any, w: Tensor, g: Tensor, here: Here) -> tuple[Tensor, Tensor]:
@@ -90,10 +114,11 @@ class SGD(Rule):
     def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
         g = decayed(self, w, g, here)
         if not s:
-            return w - here(self, "lr") * g, {}
-        mu, later = here(self, "momentum"), (here.t > 1).to(here.t.dtype)
-        b = mu * s["momentum_buffer"] + (1 - here(self, "dampening") * later) * g
-        return w - here(self, "lr") * (g + mu * b if self.nesterov else b), {"momentum_buffer": b}
+            return plus(w, -here(self, "lr"), g), {}
+        mu = here(self, "momentum")
+        later = (here.t > 1).to(here.t.dtype) if here.number is None else here.number > 1
+        b = plus(mu * s["momentum_buffer"], 1 - here(self, "dampening") * later, g)
+        return plus(w, -here(self, "lr"), plus(g, mu, b) if self.nesterov else b), {"momentum_buffer": b}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +184,14 @@ class Adam(Rule):
 
     def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
         w, g = decoupled(self, w, g, here)
-        (b1, b2), t = here(self, "betas"), here.t
-        m = s["exp_avg"] + (1 - b1) * (g - s["exp_avg"])
-        v = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
+        b1, b2 = here(self, "betas")
+        m = between(s["exp_avg"], g, 1 - b1)
+        v = plus_product(b2 * s["exp_avg_sq"], 1 - b2, g, g)
         new = {"exp_avg": m, "exp_avg_sq": v}
         if self.amsgrad:
             v = new["max_exp_avg_sq"] = torch.maximum(s["max_exp_avg_sq"], v)
-        scale = root(v) / (1 - b2**t).sqrt() + here(self, "eps")
-        return w - here(self, "lr") / (1 - b1**t) * (m / scale), new
+        scale = root(v) / number_root(1 - here.power(b2)) + here(self, "eps")
+        return plus_ratio(w, -(here(self, "lr") / (1 - here.power(b1))), m, scale), new
 
 
 def AdamW(
@@ -234,15 +259,16 @@ class RMSprop(Rule):
 
     def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
         g, alpha, lr = decayed(self, w, g, here), here(self, "alpha"), here(self, "lr")
-        v = alpha * s["square_avg"] + (1 - alpha) * g * g
+        v = plus_product(alpha * s["square_avg"], 1 - alpha, g, g)
         new, spread = {"square_avg": v}, v
         if self.centered:
-            a = new["grad_avg"] = s["grad_avg"] + (1 - alpha) * (g - s["grad_avg"])
-            spread = v - a * a
-        ratio = g / (root(spread) + here(self, "eps"))
-        if "momentum_buffer" in s:
-            ratio = new["momentum_buffer"] = here(self, "momentum") * s["momentum_buffer"] + ratio
-        return w - lr * ratio, new
+            a = new["grad_avg"] = between(s["grad_avg"], g, 1 - alpha)
+            spread = plus_product(v, -1, a, a)
+        scale = root(spread) + here(self, "eps")
+        if "momentum_buffer" not in s:
+            return plus_ratio(w, -lr, g, scale), new
+        b = new["momentum_buffer"] = plus_ratio(here(self, "momentum") * s["momentum_buffer"], 1, g, scale)
+        return plus(w, -lr, b), new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,9 +296,9 @@ class Adagrad(Rule):
 
     def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
         g = decayed(self, w, g, here)
-        v = s["sum"] + g * g
-        lr = here(self, "lr") / (1 + (here.t - 1) * here(self, "lr_decay"))
-        return w - lr * (g / (root(v) + here(self, "eps"))), {"sum": v}
+        v = plus_product(s["sum"], 1, g, g)
+        lr = here(self, "lr") / (1 + ((here.number or here.t) - 1) * here(self, "lr_decay"))
+        return plus_ratio(w, -lr, g, root(v) + here(self, "eps")), {"sum": v}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,10 +326,10 @@ class Adadelta(Rule):
 
     def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
         g, rho, eps = decayed(self, w, g, here), here(self, "rho"), here(self, "eps")
-        v = rho * s["square_avg"] + (1 - rho) * g * g
+        v = plus_product(rho * s["square_avg"], 1 - rho, g, g)
         d = (s["acc_delta"] + eps).sqrt() / (v + eps).sqrt() * g
-        u = rho * s["acc_delta"] + (1 - rho) * d * d
-        return w - here(self, "lr") * d, {"square_avg": v, "acc_delta": u}
+        u = plus_product(rho * s["acc_delta"], 1 - rho, d, d)
+        return plus(w, -here(self, "lr"), d), {"square_avg": v, "acc_delta": u}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,9 +355,9 @@ class Adamax(Rule):
 
     def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
         g, (b1, b2) = decayed(self, w, g, here), here(self, "betas")
-        m = s["exp_avg"] + (1 - b1) * (g - s["exp_avg"])
+        m = between(s["exp_avg"], g, 1 - b1)
         u = torch.maximum(b2 * s["exp_inf"], g.abs() + here(self, "eps"))
-        return w - here(self, "lr") / (1 - b1**here.t) * (m / u), {"exp_avg": m, "exp_inf": u}
+        return plus_ratio(w, -(here(self, "lr") / (1 - here.power(b1))), m, u), {"exp_avg": m, "exp_inf": u}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,13 +394,15 @@ class NAdam(Rule):
 
     def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
         w, g = decoupled(self, w, g, here)
-        (b1, b2), t, psi, lr = here(self, "betas"), here.t, here(self, "momentum_decay"), here(self, "lr")
+        (b1, b2), psi, lr = here(self, "betas"), here(self, "momentum_decay"), here(self, "lr")
+        t = here.number or here.t
         mu, ahead = (b1 * (1 - 0.5 * 0.96 ** (n * psi)) for n in (t, t + 1))
         product = s["mu_product"] * mu
-        m = s["exp_avg"] + (1 - b1) * (g - s["exp_avg"])
-        v = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
-        scale = root(v / (1 - b2**t)) + here(self, "eps")
-        new = w - lr * (1 - mu) / (1 - product) * (g / scale) - lr * ahead / (1 - product * ahead) * (m / scale)
+        m = between(s["exp_avg"], g, 1 - b1)
+        v = plus_product(b2 * s["exp_avg_sq"], 1 - b2, g, g)
+        scale = root(v / (1 - here.power(b2))) + here(self, "eps")
+        new = plus_ratio(w, 1, -lr * (1 - mu) / (1 - product) * g, scale)
+        new = plus_ratio(new, 1, -lr * ahead / (1 - product * ahead) * m, scale)
         return new, {"exp_avg": m, "exp_avg_sq": v, "mu_product": product}
 
 
@@ -407,8 +435,8 @@ class RAdam(Rule):
     def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
         w, g = decoupled(self, w, g, here)
         (b1, b2), t = here(self, "betas"), here.t
-        m = s["exp_avg"] + (1 - b1) * (g - s["exp_avg"])
-        v = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
+        m = between(s["exp_avg"], g, 1 - b1)
+        v = plus_product(b2 * s["exp_avg_sq"], 1 - b2, g, g)
         limit = 2 / (1 - b2) - 1
         rho = limit - 2 * t * b2**t / (1 - b2**t)
         rectify = rho > 5

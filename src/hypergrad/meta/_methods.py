@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, implicit, unroll
-from .._solution import NOT_FINITE, HypergradientWarning, OnFailure, Status
+from .._solution import NotFinite, OnFailure, Status
 from .._vector import PyTree, difference, flatten
-from ..solvers import LinearSolver
+from ..solvers import CG, LinearSolver
 from ..solvers._solver import Solver
 from ._tasks import Chunk, Diverged
 
@@ -96,7 +95,7 @@ class Implicit(Method):
 
     @property
     def _solver(self) -> Solver:
-        return implicit.CG() if self.solver is None else self.solver
+        return CG() if self.solver is None else self.solver
 
     @property
     def _on_failure(self) -> OnFailure:
@@ -124,7 +123,7 @@ class Unrolled(Method):
         start, rule = chunk.start(hparams), chunk.problem.rule
         with warnings.catch_warnings():
             # Said once for all tasks, under the numbers that they have for the user.
-            warnings.filterwarnings("ignore", re.escape(NOT_FINITE), HypergradientWarning)
+            warnings.simplefilter("ignore", NotFinite)
             result = unroll.reverse(
                 rule.on(chunk.inner),
                 (start, rule.init(start)),

@@ -10,9 +10,10 @@ import optree
 import torch
 from torch import Tensor
 
-from .._solution import OnFailure, Status, warn
+from .._solution import NotConverged, NotFinite, OnFailure, Status, UnsolvedInnerProblem, warn
 from .._vector import PyTree, flatten, split
-from ..implicit import UNSOLVED, Hypergradient
+from ..implicit import Hypergradient
+from ..implicit._hypergradient import UNSOLVED
 from ._methods import Part
 from ._tasks import Plan
 
@@ -172,7 +173,7 @@ def report_failed(
     )
     if on_failure == "raise":
         raise TaskError(text, sorted(failed))
-    warn(text)
+    warn(text, NotFinite)
 
 
 def report_unsolved(result: MetaGradient, on_failure: OnFailure) -> None:
@@ -190,12 +191,13 @@ def report_unsolved(result: MetaGradient, on_failure: OnFailure) -> None:
         )
         if on_failure == "raise":
             raise TaskError(text, bad)
-        warn(text)
+        warn(text, NotConverged)
     assert result.inner_distance is not None
     far = (result.inner_distance > UNSOLVED).nonzero().flatten().tolist()
     if far:
         warn(
             f"the inner problems of {named(far, count)} are not solved: params are an estimated "
             f"{float(result.inner_distance.nan_to_num().max()):.1%} (of their norm) or more away from the solution, so "
-            f"the implicit gradient means little there. Take more steps, regularise more, or use Unrolled()"
+            f"the implicit gradient means little there. Take more steps, regularise more, or use Unrolled()",
+            UnsolvedInnerProblem,
         )

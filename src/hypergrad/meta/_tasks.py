@@ -13,7 +13,7 @@ from .. import _autodiff
 from .._autodiff import as_scalar
 from .._vector import PyTree, describe, difference, flatten, split
 from ..diff_optimizers import Rule
-from ..unroll._reverse import UNITS
+from ..unroll._schedule import parse
 
 # Bytes that the graph of one task's loss may keep for tasks to go side by side on a CPU. Measured, one thread, 16
 # tasks, time of the loop over that of vmap: MLP 40-40 (10 KiB) 5.8, MLP 100-100 (56 KiB) 2.9, MLP 400-400 (946 KiB)
@@ -281,7 +281,7 @@ def make_plan(
         if problem.outer_loss is not None:
             outer = _kept(one._losses(problem.outer_loss, "outer_loss", rebuild(params), hparams, False), known)
     size = max(int(need[0] * inner + 3 * outer + need[1] * sum(x.nbytes for x in params)), 1)
-    fit = min(max(budget // size, 1), tasks.count)
+    fit = int(min(max(budget // size, 1), tasks.count))
     why = "all at once" if fit == tasks.count else f"as many as fit into {budget / 2**20:.0f} MiB"
     return Plan(fit, 1 if outer > big else fit, size, f"{why}: about {size / 2**20:.2f} MiB a task")
 
@@ -294,12 +294,8 @@ def _kept(loss: Tensor, known: list[Tensor]) -> int:
     return sum(sizes.values())
 
 
-def in_bytes(memory: str | int) -> int:
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
-        return memory
-    for unit in sorted(UNITS, key=len, reverse=True):
-        if isinstance(memory, str) and memory.endswith(unit):
-            number = memory.removesuffix(unit).strip()
-            if number.replace(".", "", 1).isdigit() and float(number) > 0:
-                return int(float(number) * UNITS[unit])
-    raise ValueError(f'memory must be a number of bytes > 0, or like "1GiB", got {memory!r}')
+def in_bytes(memory: str | int) -> float:
+    budget = float(memory) if type(memory) is int and memory > 0 else parse(memory) if isinstance(memory, str) else None
+    if not isinstance(budget, float) or budget <= 0:
+        raise ValueError(f'memory must be a number of bytes > 0, or like "1GiB", got {memory!r}')
+    return budget

@@ -1,14 +1,19 @@
 """Linear solvers: frozen configuration, called as solver(op, b, x0=None) → Solution."""
 
 from .._solution import HypergradientWarning, Solution, SolverError, Status
+from ._auto import Auto
 from ._direct import Dense
 from ._krylov import CG, GMRES, LSQR, MINRES, BiCGStab, NormalCG
 from ._lowrank import Nystrom
+from ._preconditioners import Diagonal, Reused
+from ._refined import Refined
 from ._solver import IterativeSolver, LinearSolver
 from ._stationary import FixedPoint, Neumann, OneStep
 from ._stochastic import Optimizer
 
 __all__ = [
+    # the choice made by what is known of the system
+    "Auto",
     # Krylov, symmetric
     "CG",
     "MINRES",
@@ -24,6 +29,11 @@ __all__ = [
     # direct and low rank
     "Dense",
     "Nystrom",
+    # preconditioners (so is Nystrom)
+    "Diagonal",
+    "Reused",
+    # products in low precision
+    "Refined",
     # first order, stochastic
     "Optimizer",
     # their forms and answers

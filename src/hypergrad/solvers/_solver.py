@@ -79,6 +79,7 @@ class Outcome:
     trace: Tensor  # ‖r‖ by the recursion before each step and, where known, after the last: [steps (+ 1)(, B)]
     steps: int
     code: Tensor | None = None  # Status values of what went wrong on the way
+    method: str = ""  # where a solver chose one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,10 +209,9 @@ def solve(
             system.x0 = x / scale
             system.max_steps -= outcome.steps
             rest = replace(system, stop=torch.where(again, system.stop, torch.inf))
-            outcome = _continued(outcome, solver._iterate(rest), again)
-        return Solution(
-            x, code, _steps(outcome, system), residual * scale, system.rhs_norm * scale, outcome.trace * scale
-        )
+            outcome = continued(outcome, solver._iterate(rest), again)
+        norms = (residual * scale, system.rhs_norm * scale, outcome.trace * scale)
+        return Solution(x, code, _steps(outcome, system), *norms, outcome.method or type(solver).__name__)
 
 
 def _damped(image: Vector, x: Vector, damping: float) -> Vector:
@@ -255,10 +255,12 @@ def _judge(outcome: Outcome, residual: Tensor, system: System) -> Tensor:
     return torch.where(finite, code, Status.NON_FINITE.value)
 
 
-def _continued(first: Outcome, second: Outcome, again: Tensor) -> Outcome:
+def continued(first: Outcome, second: Outcome, again: Tensor) -> Outcome:
+    """One outcome of two that followed each other: the second worked on the systems in `again` alone."""
     code = second.code if second.code is not None else torch.zeros_like(again, dtype=torch.long)
     code = torch.where(again, code, 0 if first.code is None else first.code)
-    return Outcome(second.x, torch.cat([first.trace, second.trace[1:]]), first.steps + second.steps, code)
+    trace = torch.cat([first.trace, second.trace[1:]])
+    return Outcome(second.x, trace, first.steps + second.steps, code, second.method)
 
 
 def _steps(outcome: Outcome, system: System) -> int | Tensor:
@@ -283,4 +285,4 @@ def _run_function(
     code = torch.where(torch.isfinite(residual), code, Status.NON_FINITE.value)
     steps = result.steps if isinstance(result, Solution) else op.products - before
     trace = result.trace if isinstance(result, Solution) else torch.stack([residual])
-    return Solution(x, code, steps, residual, b.norm(), trace)
+    return Solution(x, code, steps, residual, b.norm(), trace, getattr(function, "__name__", type(function).__name__))

@@ -5,10 +5,9 @@ f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T�
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from .._vector import PyTree
 from ..implicit import random_state_kept_on_error
-from ._steps import Run, State, same, set_random_state
+from ._memory import Put, kept
+from ._schedule import Plan, parse, schedule, stride
+from ._steps import Run, State, batch_at, same, set_random_state
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 NO_REPLAY = (
     "steps {} to {} gave other numbers when they were evaluated again. torch's random numbers are replayed; what else "
     "changes (Python's or NumPy's random, an iterator or counter outside, buffers of a module, kernels that are not "
@@ -54,6 +54,7 @@ def reverse(
     steps: int,
     *,
     memory: str | int = "sqrt",
+    offload: str | os.PathLike[str] | None = None,
     truncate: int | None = None,
     batches: Sequence[Any] | Callable[[int], Any] | None = None,
     with_time: bool = False,
@@ -76,16 +77,21 @@ def reverse(
         steps: T.
         memory: what is kept for the reverse pass, I being the bytes of an iterate, G those of the graph of a step:
             "graph", all graphs: T evaluations, T G;
-            "iterates", all iterates: 2T − 1 evaluations, T I + G;
+            "iterates", all iterates: 2T − 1 evaluations (w_T is known from the first pass), T I + G;
             "sqrt", n iterates and the graph of one block of steps, the longer the fewer iterates are left: less than
             2T evaluations, n I + G with n ≈ √(2TG/I);
             an integer c, so many checkpoints, the start included (revolve): T + rT − C(c+r, r−1) evaluations, with
             r the smallest for which C(c+r, c) ≥ T, and no schedule with c iterates needs fewer; c I + G;
             a budget such as "64MiB": the graph if it fits, else blocks as in "sqrt", else checkpoints.
+            That is T, less than 2T, less than 2T, and with c checkpoints up to r + 1 times T evaluations.
+        offload: where iterates are kept: None, where they are; "cpu", on the CPU while steps run elsewhere, in pinned
+            memory beside CUDA; a folder as pathlib.Path, in files of a new folder in it, removed in the end and on an
+            error. A budget counts none of them then. Graphs and the working memory stay.
         truncate: k, differentiate the last k steps only, the iterate before them taken as constant.
         batches: batch t for step t, by index or by call; drawn again at a replay.
         with_time: pass t to step.
-        allow_detached: take tensors in step's result that have no graph for constants.
+        allow_detached: take tensors in step's result that have no graph for constants, and say nothing where a tensor
+            of params reaches nothing.
 
     Returns:
         An Unrolled.
@@ -94,13 +100,18 @@ def reverse(
         TypeError, ValueError: something is not of the form above, nothing reaches hparams, or a budget is too small;
             also where step's result has no graph, or was computed from the live start instead of its argument.
         RuntimeError: step changed its arguments in place, or did not replay.
+        OSError: a folder for offload cannot be written, or its disk is full.
 
     Warns: HypergradientWarning where a leaf of hparams is reached by nothing (a learning rate read with .item(), say),
-        and where the result is not finite (steps that diverge).
-    Cost: the evaluations above and T reverse passes. Beside what memory says, a few iterates, twice hparams, and the
-        working memory of one step's reverse pass; a budget sets 6 I + G aside for these, an estimate. I and G are
-        measured at the first two steps; where all is one block, these are evaluated again. One device synchronisation
-        a replayed block. Buffers that a module writes in step are written once more at each replay.
+        where at the second step a tensor of params reaches nothing (a momentum detached between steps), and where the
+        result is not finite (steps that diverge).
+    Cost: the evaluations above and T reverse passes. Beside what memory says, five iterates, hparams, and the working
+        memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget measure I, G
+        at the first two steps, which are not evaluated again for that; a budget measures the working memory there as
+        well, by the tensors that operations return (not what a kernel takes inside), for one reverse pass through two
+        steps and one call of outer_loss more. Steps that need more later on can exceed it. One device synchronisation a
+        replayed block. Offloading writes an iterate once and reads it once for each time that it is gone on from.
+        Buffers that a module writes in step are written once more at each replay.
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
         over blocks of steps whose graph is kept at once.
 
@@ -112,45 +123,32 @@ def reverse(
         >>> result.grads, result.start_grads
         (tensor(1.7500), tensor(0.1250))
     """
-    kept = steps if truncate is None else min(truncate, steps)
-    if steps < 0 or kept < 0:
+    length = steps if truncate is None else min(truncate, steps)
+    if steps < 0 or length < 0:
         raise ValueError(f"steps and truncate must be ≥ 0, got {steps} and {truncate}")
-    storage = _storage(memory)
-    run = Run(step, start, hparams, _batches(batches, steps), with_time or batches is not None, allow_detached)
-    with random_state_kept_on_error([*run.start, *run.outer]), torch.enable_grad():
-        first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, steps - kept)
-        origin = steps - kept
-        bounds, checkpoints, known = _plan(storage, run, first, origin, kept)
-        stack, later = [(0, first)], None
-        alpha, grads = [], []
-        # Revolve: the last block that is not done is reached from the last checkpoint, leaving others on the way.
-        for end in range(len(bounds) - 1, 0, -1):
-            here, state = stack[-1]
-            while end - here > 1:
-                free = checkpoints - len(stack)
-                ahead = here + (_split(end - here, free + 1) if free else end - here - 1)
-                state = run.advance(state, origin + bounds[here], origin + bounds[ahead], known)
-                here = ahead
-                if free:
-                    stack.append((here, state))
-            if stack[-1][0] == here:
-                stack.pop()
-            leaves, outputs, rebuild = run.record(state, origin + bounds[end - 1], origin + bounds[end])
-            if later is None:
-                alpha, grads = run.close([x.detach() for x in outputs], rebuild, outer_loss)
-            elif not all(same(x, y) for x, y in zip(outputs, later.tensors, strict=True)):
-                raise RuntimeError(NO_REPLAY.format(origin + bounds[end - 1], origin + bounds[end] - 1))
-            later, known = state, {}
-            alpha, grads = run.pull(leaves, outputs, alpha, grads)
-            del leaves, outputs
-        if later is None:  # no step is differentiated
-            alpha, grads = run.close(first.tensors, first.rebuild, outer_loss)
+    storage = parse(memory)
+    if storage == "graph" and offload is not None:
+        raise ValueError('memory="graph" keeps no iterates that could be offloaded')
+    run = Run(step, start, hparams, batch_at(batches, steps), with_time or batches is not None, allow_detached)
+    with (
+        random_state_kept_on_error([*run.start, *run.outer]),
+        kept(offload, run.start) as put,
+        torch.enable_grad(),
+    ):
+        begin = steps - length
+        first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, begin)
+        plan = schedule(storage, run, first, begin, steps, away=offload is not None, outer_loss=outer_loss)
+        fetch = put(first)
+        del first
+        alpha, grads = _pull_back(run, _backwards(run, fetch, plan, put), outer_loss)
+        if not length:
+            alpha, grads = run.close(fetch().tensors, fetch().rebuild, outer_loss)
         set_random_state(run.random_after)
-        start_grads = run.start_gradients(alpha) if kept == steps else None
+        start_grads = run.start_gradients(alpha) if length == steps else None
         if start_grads is not None:
             grads = run.through_start(start_grads, grads)
         return Unrolled(
-            grads=run.hypergradient(grads, complain=kept == steps),
+            grads=run.hypergradient(grads, complain=length == steps),
             start_grads=None if start_grads is None else run.rebuild(start_grads),
             params=run.params,
             outer_value=run.outer_value,
@@ -158,82 +156,42 @@ def reverse(
         )
 
 
-def _storage(memory: str | int) -> str | int | float:
-    """A name, a number of checkpoints (int), or of bytes (float)."""
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 1:
-        return memory
-    if memory in ("graph", "iterates", "sqrt"):
-        return memory
-    number = re.fullmatch(r"([\d.]+) ?([KMG]i?B|B)", memory) if isinstance(memory, str) else None
-    if number is None:
-        raise ValueError(
-            f'memory must be "graph", "iterates", "sqrt", a number of checkpoints ≥ 1, or bytes like "64MiB", '
-            f"got {memory!r}"
-        )
-    return float(number[1]) * UNITS[number[2]]
+def _pull_back(
+    run: Run, blocks: Iterator[tuple[int, int, State]], outer_loss: Callable[[PyTree, PyTree], Tensor]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """α where the last of these blocks begins, and ∇ through all of them."""
+    later, alpha, grads = None, [], []
+    for begin, end, state in blocks:
+        graph = run.record(state, begin, end)
+        if later is None:
+            alpha, grads = run.close([x.detach() for x in graph.outputs], graph.rebuild, outer_loss)
+        elif not all(map(same, graph.outputs, later.tensors)):
+            raise RuntimeError(NO_REPLAY.format(begin, end - 1))
+        later = state
+        alpha, grads = run.pull(graph, alpha, grads)
+        del graph, state
+    return alpha, grads
 
 
-def _batches(batches: Any, steps: int) -> Callable[[int], Any] | None:
-    if batches is None or callable(batches):
-        return batches
-    if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
-        raise TypeError(
-            f"batches must be a sequence or a function of t, for a batch is drawn again at a replay; got "
-            f"{type(batches).__name__}: pass list(...)"
-        )
-    if len(batches) < steps:
-        raise ValueError(f"{steps} steps need as many batches, got {len(batches)}; batches may be a function of t")
-    return batches.__getitem__
+def _backwards(run: Run, first: Callable[[], State], plan: Plan, put: Put) -> Iterator[tuple[int, int, State]]:
+    """The blocks of steps, the last first, each with the state that it begins at.
 
-
-def _split(length: int, checkpoints: int) -> int:
-    """How far to advance to the next checkpoint: Griewank and Walther 2000, with β(c, r) = C(c + r, c)."""
-    r = 1
-    while comb(checkpoints + r, r) < length:
-        r += 1
-    return min(comb(checkpoints + r - 1, r - 1), length - comb(checkpoints + r - 2, r - 1))
-
-
-def _blocks(steps: int, available: float, iterate: int, graph: int) -> list[int] | None:
-    """Boundaries of blocks: while i iterates are kept, the graph of as many steps as fit beside them. None if too few.
-
-    available = n · iterate + graph gives n blocks at most.
+    Revolve: a block is reached from the last checkpoint before it, leaving others on the way.
     """
-    bounds = [0]
-    while bounds[-1] < steps:
-        length = int((available - len(bounds) * iterate) // graph)
-        if length < 1:
-            return None
-        bounds.append(min(bounds[-1] + length, steps))
-    return bounds
-
-
-def _plan(
-    storage: str | int | float, run: Run, first: State, origin: int, steps: int
-) -> tuple[list[int], int, dict[int, State]]:
-    """Boundaries of the blocks of steps, the number of checkpoints, and the states that are known already."""
-    single = list(range(steps + 1))
-    if storage == "graph" or steps < 2:
-        return sorted({0, steps}), 1, {}
-    if storage == "iterates":
-        return single, steps, {}
-    if isinstance(storage, int):
-        return single, storage, {}
-    known, graph = run.measure(first, origin)
-    iterate = max(sum(x.nbytes for x in first.tensors), 1)
-    if storage == "sqrt":
-        count, total = 1, 1
-        while total < steps:
-            total += 1 + count * iterate // graph
-            count += 1
-        bounds = _blocks(steps, count * iterate + graph, iterate, graph)
-        assert bounds is not None
-        return bounds, len(bounds) - 1, known
-    assert isinstance(storage, float)
-    available = storage - graph - 6 * iterate - 2 * sum(x.nbytes for x in run.differentiated)
-    checkpoints = int((available - graph) // iterate)
-    if checkpoints < 1:
-        least = storage - available + graph + iterate
-        raise ValueError(f"a budget of {storage:.0f} bytes is too small: one step needs about {least:.0f}")
-    bounds = _blocks(steps, available, iterate, graph)
-    return (single, checkpoints, known) if bounds is None else (bounds, len(bounds) - 1, known)
+    bounds, checkpoints = plan
+    stack = [(0, first)]
+    for end in range(len(bounds) - 1, 0, -1):
+        here, fetch = stack[-1]
+        state = fetch()
+        while end - here > 1:
+            free = checkpoints - len(stack)
+            ahead = here + (stride(end - here, free + 1) if free else end - here - 1)
+            state = run.advance(state, bounds[here], bounds[ahead])
+            here = ahead
+            if free:
+                stack.append((here, put(state)))
+        if stack[-1][0] == here:
+            stack.pop()
+        del fetch
+        yield bounds[end - 1], bounds[end], state
+        del state

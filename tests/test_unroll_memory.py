@@ -1,0 +1,434 @@
+"""Where iterates are kept, how few evaluations there are, and that a budget of bytes holds, by the allocator's peak."""
+
+import heapq
+import re
+import resource
+from math import comb
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, dropout
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import hypergrad as hg
+from benchmarks.measure import peak_memory
+from hypergrad.unroll import _steps, reverse
+from hypergrad.unroll._memory import Allocated
+from test_unroll import T, contraction, outer, setting, step
+
+DOUBLE = {"dtype": torch.float64}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# --- offload ----------------------------------------------------------------------------------------------------------
+
+
+def assert_same(result, expected):
+    """Bit for bit."""
+    for name in ("grads", "start_grads", "params", "outer_value"):
+        pairs = zip(tree_leaves(getattr(result, name)), tree_leaves(getattr(expected, name)), strict=True)
+        assert all(a is b if a is None else torch.equal(a, b) for a, b in pairs)
+    assert result.evaluations == expected.evaluations
+
+
+@pytest.mark.parametrize("memory", ["iterates", "sqrt", 1, 3])
+@pytest.mark.parametrize("truncate", [None, 0, 7])
+def test_files_give_the_same_numbers_and_are_removed(memory, truncate, tmp_path):
+    """With momentum, noise, dropout, batches and an integer in the state; no more files than checkpoints."""
+    start, hparams, batches = setting()
+    options = {"memory": memory, "truncate": truncate}
+    torch.manual_seed(1)
+    expected = reverse(step, start, hparams, outer, T, batches=batches, **options)
+    drawn, most = torch.rand(3), []
+
+    def batch(t):
+        most.append(len(list(tmp_path.rglob("*.pt"))))
+        return batches[t]
+
+    torch.manual_seed(1)
+    result = reverse(step, start, hparams, outer, T, batches=batch, offload=tmp_path, **options)
+    assert torch.equal(torch.rand(3), drawn)
+    assert_same(result, expected)
+    length = T if truncate is None else truncate
+    if length:
+        assert max(most) > 0
+        assert max(most) <= {"iterates": length, "sqrt": length}.get(memory, memory) + 1  # w₀ stays to the end
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_take_the_memory_of_iterates():
+    """T iterates in memory, against a few."""
+
+    def most(tmp_path):
+        lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.randn(10_000, **DOUBLE)
+        call = lambda: reverse(contraction, start, lam, lambda w, lam: w.sum(), 60, memory="iterates", offload=tmp_path)  # noqa: E731
+        return peak_memory(call) / start.nbytes
+
+    assert most(None) > 60
+    assert most(Path("/tmp")) < 12
+
+
+def test_a_budget_counts_no_iterates_that_are_elsewhere(tmp_path):
+    """100 steps in a budget of a few iterates: in blocks, hence less than two evaluations a step."""
+    lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.randn(10_000, **DOUBLE)
+
+    def call(offload):
+        return reverse(contraction, start, lam, lambda w, lam: w.sum(), 100, memory="1.5MB", offload=offload)
+
+    result = []
+    assert peak_memory(lambda: result.append(call(tmp_path))) <= 1.5e6
+    assert result[0].evaluations < 200 < call(None).evaluations
+    torch.testing.assert_close(result[0].grads, call(None).grads, rtol=1e-13, atol=0.0)
+
+
+def test_files_are_removed_on_errors(tmp_path):
+    lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.randn(5, **DOUBLE)
+
+    def breaks(w, lam, t):
+        assert t < 9 or list(tmp_path.rglob("*.pt"))
+        return w * lam if t < 12 else 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        reverse(breaks, start, lam, lambda w, lam: w.sum(), 20, memory="iterates", offload=tmp_path, with_time=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk(tmp_path):
+    """Files may grow to 4 kB here; an iterate has 80."""
+    lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.randn(10_000, **DOUBLE)
+    state, limits = torch.get_rng_state(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not write an iterate of 80000 bytes .* is the disk full"):
+            reverse(contraction, start, lam, lambda w, lam: w.sum(), 20, memory=3, offload=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir()) and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("offload", "memory", "kind", "words"),
+    [
+        ("gpu", "sqrt", ValueError, "got 'gpu'"),
+        (True, "sqrt", ValueError, "got True"),
+        ("cpu", "sqrt", ValueError, "on the CPU already"),
+        (Path("/no/such/folder"), "sqrt", OSError, "cannot write in the folder '/no/such/folder'"),
+        (Path(__file__), "sqrt", OSError, "cannot write in the folder"),
+        (Path("/tmp"), "graph", ValueError, "no iterates that could be offloaded"),
+    ],
+)
+def test_bad_offload(offload, memory, kind, words):
+    lam = torch.tensor(0.9, **DOUBLE, requires_grad=True)
+    with pytest.raises(kind, match=words):
+        reverse(
+            lambda w, lam: 1 / 0,
+            torch.ones(3, **DOUBLE),
+            lam,
+            lambda w, lam: w.sum(),
+            20,
+            memory=memory,
+            offload=offload,
+        )
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on another device, "meta", and computes on the CPU."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            dtype=inner.dtype,
+            device="meta",
+            requires_grad=inner.requires_grad,
+        )
+
+    def __init__(self, inner):
+        self.inner = inner.detach()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        device = kwargs.get("device")
+        if device is not None:
+            kwargs["device"] = "cpu"
+        plain = lambda x: x.inner if isinstance(x, Elsewhere) else x  # noqa: E731
+        if func is torch.ops.aten.copy_.default and not isinstance(args[0], Elsewhere):
+            return args[0].copy_(args[1].inner)
+        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        if device is not None and device.type == "cpu":
+            return result
+        return tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) else x, result)
+
+
+class Moves(TorchDispatchMode):
+    """Brings plain tensors to that device, and counts the ways."""
+
+    away = back = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not types and func is torch.ops.aten._to_copy.default and kwargs["device"].type == "meta":
+            self.back += 1
+            return Elsewhere(args[0].clone())
+        self.away += func is torch.ops.aten.copy_.default and isinstance(args[1], Elsewhere)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("memory", ["iterates", "sqrt", 3])
+def test_iterates_of_another_device_wait_on_the_cpu(memory):
+    """Each leaves the device once and comes back once for each time that it is gone on from."""
+    x = torch.randn(6, 4, **DOUBLE)
+    start, lam = torch.randn(4, **DOUBLE), torch.tensor(0.1, **DOUBLE)
+
+    def run(move, offload):
+        rows, away = move(x), move(lam).requires_grad_()
+
+        def descend(state, lam):
+            w, n = state
+            loss = torch.tanh(rows @ w).square().sum()
+            return w - lam * torch.autograd.grad(loss, w, create_graph=True)[0], n + 1
+
+        w = (move(start), torch.tensor(0))
+        return reverse(descend, w, away, lambda s, lam: (s[0] ** 3).sum(), 12, memory=memory, offload=offload)
+
+    here = run(lambda x: x.clone(), None)
+    with Moves() as moves:
+        there = run(lambda x: Elsewhere(x.clone()), "cpu")
+    assert isinstance(there.grads, Elsewhere) and torch.equal(there.grads.inner, here.grads)
+    assert torch.equal(there.start_grads[0].inner, here.start_grads[0])
+    assert there.evaluations == here.evaluations and int(there.params[1]) == 12
+    assert moves.back >= moves.away > 1
+
+
+# --- evaluations ------------------------------------------------------------------------------------------------------
+
+
+def cheapest(steps, checkpoints):
+    """Evaluations of the best schedule, by Dijkstra's search over everything that could be done.
+
+    A state: the checkpoints that are kept (w₀ among them), where the working iterate stands, and the steps that are not
+    reversed yet. One evaluation moves the working iterate on, or reverses the last step from the iterate before it.
+    """
+    queue, done = [(0, frozenset([0]), 0, steps)], set()
+    while queue:
+        cost, kept, here, left = heapq.heappop(queue)
+        if left == 0:
+            return cost
+        if (kept, here, left) in done:
+            continue
+        done.add((kept, here, left))
+        if here == left - 1:
+            heapq.heappush(queue, (cost + 1, kept, -1, left - 1))
+        elif here >= 0:
+            heapq.heappush(queue, (cost + 1, kept, here + 1, left))
+        for place in kept:
+            heapq.heappush(queue, (cost, kept, place, left))
+            heapq.heappush(queue, (cost, kept - {place}, here, left))
+        if here >= 0 and len(kept) < checkpoints:
+            heapq.heappush(queue, (cost, kept | {here}, here, left))
+    raise AssertionError
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2, 3])
+def test_no_schedule_needs_fewer_evaluations(checkpoints):
+    """The search knows neither the formula nor the order of the binomial schedule."""
+    lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.tensor(1.0, **DOUBLE)
+    for steps in range(1, 13 - checkpoints):
+        result = reverse(contraction, start, lam, lambda w, lam: w, steps, memory=checkpoints)
+        r = next(r for r in range(steps) if comb(checkpoints + r, r) >= steps)
+        assert result.evaluations == cheapest(steps, checkpoints)
+        assert result.evaluations <= (r + 1) * steps
+
+
+def counts(steps, size, memory):
+    """How often each step was evaluated."""
+    seen = dict.fromkeys(range(steps), 0)
+
+    def counted(w, lam, t):
+        seen[t] += 1
+        return torch.sin(w) * lam
+
+    lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.ones(size, **DOUBLE)
+    result = reverse(counted, start, lam, lambda w, lam: w.sum(), steps, memory=memory, with_time=True)
+    assert result.evaluations == sum(seen.values())
+    return list(seen.values())
+
+
+@pytest.mark.parametrize("memory", ["graph", "sqrt", "100MB"])
+def test_one_block_is_evaluated_once(memory):
+    """Where the graph of all steps is kept at once, the two measured steps are not evaluated again."""
+
+    def wide(w, lam):  # an iterate as large as the graphs of all steps
+        calls.append(0)
+        return torch.cat([w[:1].clone() * lam, w[1:].detach()])
+
+    for steps in (1, 2, 3, 6):
+        if memory != "sqrt":
+            assert counts(steps, 5, memory) == [1] * steps
+        calls = []
+        lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.ones(20_000, **DOUBLE)
+        result = reverse(wide, start, lam, lambda w, lam: w[0], steps, memory=memory)
+        assert len(calls) == steps and abs(float(result.grads) - steps * 0.9 ** (steps - 1)) < 1e-12
+
+
+def test_the_last_iterate_is_known():
+    """All but the last block are evaluated twice, the last once."""
+    assert counts(30, 5, "iterates") == [2] * 29 + [1]
+    assert set(counts(200, 2000, "sqrt")[:-20]) == {2} and counts(200, 2000, "sqrt")[-1] == 1
+    assert counts(200, 2000, 200) == [2] * 199 + [1]
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def network(rule=None, drop=0.0):
+    """A network on batches, by a rule whose state is carried, its first layer's decay a hyperparameter each."""
+    x, y = torch.randn(12, 20, 30, **DOUBLE), torch.randint(5, (12, 20))
+    w = [torch.randn(30, 40, **DOUBLE) / 6, torch.zeros(40, **DOUBLE), torch.randn(40, 5, **DOUBLE) / 6]
+    rule = rule or hg.diff_optimizers.SGD(lr=lambda h: h[0].exp())
+    hparams = [
+        torch.tensor(-2.0, **DOUBLE, requires_grad=True),
+        torch.full((30, 40), -5.0, **DOUBLE, requires_grad=True),
+    ]
+
+    def loss(w, h, t, batch):
+        hidden = dropout(torch.tanh(batch[0] @ w[0] + w[1]), drop)
+        return cross_entropy(hidden @ w[2], batch[1]) + (h[1].exp() * w[0] ** 2).sum()
+
+    validation = lambda s, h: cross_entropy(torch.tanh(x[0] @ s[0][0] + s[0][1]) @ s[0][2], y[0])  # noqa: E731
+    return rule.on(loss), (w, rule.init(w)), hparams, validation, {"batches": lambda t: (x[t], y[t])}
+
+
+def wasteful():
+    """A step with a temporary of 16 MB that its graph does not keep, on an iterate of 160 bytes."""
+    x = torch.randn(20, **DOUBLE)
+
+    def shrink(w, lam):
+        return w - lam * torch.tanh(torch.outer(w.repeat(100), x.repeat(50)).sum() * 1e-4 + w)
+
+    return (
+        shrink,
+        torch.randn(20, **DOUBLE),
+        torch.tensor(0.1, **DOUBLE, requires_grad=True),
+        lambda w, lam: w.sum(),
+        {},
+    )
+
+
+def rows(inner=40, outer=40):
+    """Reverse passes over many rows: temporaries of the derivatives, and a large outer loss."""
+    x, lam = torch.randn(inner, 20, **DOUBLE), torch.tensor(0.01, **DOUBLE, requires_grad=True)
+    held_out = torch.randn(outer, 20, **DOUBLE)
+
+    def descend(w, lam):
+        loss = torch.tanh(x @ w).square().sum(1).exp().mean()
+        return w - lam * torch.autograd.grad(loss, w, create_graph=True)[0]
+
+    return descend, torch.randn(20, 3, **DOUBLE), lam, lambda w, lam: torch.tanh(held_out @ w).exp().mean(), {}
+
+
+def noisy():
+    """An iterate of 24 bytes; the random state that is kept beside each has 5,056."""
+    lam = torch.tensor(0.1, **DOUBLE, requires_grad=True)
+
+    def jump(w, lam):
+        return w - lam * torch.sin(w) + 0.1 * torch.randn(3, **DOUBLE)
+
+    return jump, torch.randn(3, **DOUBLE), lam, lambda w, lam: w.sum(), {}
+
+
+BUDGETED = {
+    "noise": noisy,
+    "batches": network,
+    "Adam": lambda: network(hg.diff_optimizers.Adam(lr=lambda h: h[0].exp())),
+    "dropout": lambda: network(drop=0.3),
+    "large temporary": wasteful,
+    "many rows": lambda: rows(inner=4000),
+    "large outer loss": lambda: rows(outer=5000),
+}
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_a_budget_holds(name):
+    """From the least that is accepted to where the graph fits: the measured peak is below, the numbers are the same."""
+    step, start, hparams, outer_loss, options = BUDGETED[name]()
+
+    def run(memory):
+        torch.manual_seed(2)
+        return reverse(step, start, hparams, outer_loss, 12, memory=memory, **options)
+
+    with pytest.raises(ValueError, match=r"a budget of 1 bytes is too small") as error:
+        run("1 B")
+    least = int(re.search(r"about (\d+)", str(error.value))[1])
+    expected = run("graph")
+    evaluations = []
+    for factor in (1, 1.3, 3):
+        results = []
+        budget = int(least * factor)
+        assert peak_memory(lambda budget=budget, results=results: results.append(run(f"{budget} B"))) <= budget
+        evaluations.append(results[0].evaluations)
+        for a, b in zip(*map(tree_leaves, (results[0].grads, expected.grads)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-16)
+    assert evaluations == sorted(evaluations, reverse=True) and evaluations[0] > 12
+    assert least <= 2 * peak_memory(lambda: run(1))  # and it is not refused where there is room
+
+
+def test_allocated_is_the_allocators_peak():
+    """The mode against the profiler, over a reverse pass with views, in-place operations and temporaries."""
+    w = torch.randn(300, 200, **DOUBLE, requires_grad=True)
+
+    def call():
+        x = (w * 2).t()[:50].add_(1)
+        loss = torch.tanh(x @ w).square().sum() + x.exp().mean()
+        torch.autograd.grad(loss, w, create_graph=True)[0].square().sum().backward(inputs=[w])
+        w.grad = None
+
+    with Allocated() as allocated:
+        taken = allocated.taken(call)
+        assert allocated.now == 0
+    assert abs(taken / peak_memory(call) - 1) < 0.02
+
+
+# --- what is done ahead -----------------------------------------------------------------------------------------------
+
+
+def test_measuring_changes_no_random_number():
+    """A budget measures with one call of outer_loss and a reverse pass more; what is drawn after is as without."""
+    start, hparams, batches = setting()
+    values = []
+    for memory in ("graph", "10MB", "52 KiB"):
+        torch.manual_seed(3)
+        result = reverse(step, start, hparams, outer, T, memory=memory, batches=batches)
+        values.append((result.outer_value, torch.rand(2)))
+    assert all(torch.equal(a[i], values[0][i]) for a in values for i in (0, 1))
+
+
+def test_what_was_evaluated_ahead_is_let_go(monkeypatch):
+    """The measured steps' graph where the plan is more than one block, their states once they are passed."""
+    seen = []
+    advance, pull = _steps.Run.advance, _steps.Run.pull
+
+    def advanced(self, *args):
+        result = advance(self, *args)
+        seen.append(self._recorded)
+        return result
+
+    def pulled(self, *args):
+        seen.extend([self._recorded, *self._known])
+        return pull(self, *args)
+
+    monkeypatch.setattr(_steps.Run, "advance", advanced)
+    monkeypatch.setattr(_steps.Run, "pull", pulled)
+    assert counts(200, 2000, "sqrt")[-1] == 1
+    assert len(seen) > 3 and all(x is None for x in seen)
