@@ -19,7 +19,7 @@ from tqdm import tqdm
 from examples import fewshot, imaml
 
 ROOT = Path(__file__).parents[1]
-SMALL = imaml.Config(**imaml.FAST | {"iterations": 6, "save_every": 2, "curve_every": 3, "test_tasks": 6, "steps": 2})
+SMALL = imaml.Config(**imaml.FAST | {"iterations": 4, "save_every": 2, "curve_every": 3, "test_tasks": 4, "steps": 2})
 SMALL = imaml.resolved(replace(SMALL, filters=3, queries=3, curve_tasks=2))
 
 
@@ -151,11 +151,11 @@ def run(name, config, folder, stop=None):
         return imaml.train(learner, folder, progress)
 
 
-@pytest.mark.parametrize("name", ["iMAML", "Reptile", "fine-tuning"])
+@pytest.mark.parametrize("name", ["iMAML", "fine-tuning"])
 def test_a_run_that_was_killed_goes_on_to_the_same_numbers(name, tmp_path):
     whole = run(name, SMALL, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(name, SMALL, tmp_path / "cut", stop=5)
+        run(name, SMALL, tmp_path / "cut", stop=3)
     resumed = run(name, SMALL, tmp_path / "cut")
     for key in ("iteration", "curve", "test"):
         assert resumed[key] == whole[key]

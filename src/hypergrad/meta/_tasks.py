@@ -70,8 +70,8 @@ class biased:
         """½ρ ‖w − λ‖² of each task: 0-d, or [B]."""
         middle = hparams if self.centre is None else self.centre(hparams)
         away = difference(flatten(params, "params")[0], flatten(middle, "hparams")[0])
-        flat = torch.cat([d.reshape(*d.shape[:batch_dims], -1) for d in away], -1)
-        return 0.5 * self.strength * torch.linalg.vecdot(flat, flat)
+        flat = [d.reshape(*d.shape[:batch_dims], -1) for d in away]
+        return 0.5 * self.strength * sum(torch.linalg.vecdot(d, d) for d in flat)
 
 
 @dataclass(frozen=True)
