@@ -9,6 +9,12 @@
 # That is iMAML (Rajeswaran et al. 2019), and HyperTorch's experiment: 4 convolutions of 64 filters, ρ = 2, 16 steps of
 # 0.1, 5 steps of conjugate gradients, Adam outside. MAML differentiates the steps instead, FOMAML and Reptile neither.
 # `--data` names the folder of Omniglot or mini-ImageNet; without it the tasks are scikit-learn's digits.
+#
+# Implicit gradients want an inner problem that is solved. Under BatchNorm on five images the curvature of its Hessian
+# reaches 100 at the start, in a narrow net: steps of 0.1 (stable up to a curvature of 20) jump about, the Hessian
+# there has negative eigenvalues, CG's answer is off by more than its right hand side, and iMAML learns far worse than
+# FOMAML. Steps of 0.01 with momentum 0.9, and some damping of the adjoint systems, cure it; the table says how well
+# both problems were solved.
 
 # %%
 import csv
@@ -344,6 +350,16 @@ def table(runs: dict[str, list[dict[str, Any]]], baseline: list[float]) -> str:
         cost = mean(state["seconds"] / state["iteration"] for state in states)
         lines.append(f"| {name} | {mean(every):.1%} ± {width:.1%} | {each} | {cost:.3f} |")
     lines.append(f"| nearest neighbour, pixels | {mean(baseline):.1%} ± {interval(baseline):.1%} | | |")
+    last = [state["curve"][-1] for state in runs.get("iMAML", [])]
+    if last:
+        residual, distance = (mean(point[key] for point in last) for key in ("adjoint residual", "inner distance"))
+        lines += [
+            "",
+            f"iMAML's last meta-step: residual of the adjoint systems {residual:.1e}, estimated distance of the",
+        ]
+        lines[-1] += (
+            f" adapted parameters from the inner solution {distance:.1%} (medians over tasks, mean over seeds)."
+        )
     return "\n".join(lines)
 
 

@@ -71,7 +71,7 @@ class biased:
         middle = hparams if self.centre is None else self.centre(hparams)
         away = difference(flatten(params, "params")[0], flatten(middle, "hparams")[0])
         flat = [d.reshape(*d.shape[:batch_dims], -1) for d in away]
-        return 0.5 * self.strength * sum(torch.linalg.vecdot(d, d) for d in flat)
+        return 0.5 * self.strength * torch.stack([torch.linalg.vecdot(d, d) for d in flat]).sum(0)
 
 
 @dataclass(frozen=True)
