@@ -300,17 +300,19 @@ def train(learner: Learner, folder: Path, progress: tqdm) -> dict[str, Any]:
     return state
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on from."""
+def identity(learner: Learner) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on from: the options that this method reads."""
+    own = {"iMAML": ("regularisation", "cg_steps", "damping"), "Reptile": ("reptile_shots",)}
     other = {"output", "threads", "methods", "seeds", "seed", "save_every", "device"}
-    return {key: str(value) for key, value in asdict(config).items() if key not in other}
+    other |= {key for name, keys in own.items() if name != learner.name for key in keys}
+    return {key: str(value) for key, value in asdict(learner.config).items() if key not in other}
 
 
 def keep(path: Path, learner: Learner, state: dict[str, Any]) -> None:
     """Write a checkpoint whole: a kill leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = state | {"params": learner.net.state_dict(), "optimizer": learner.optimizer.state_dict()}
-    torch.save(whole | {"config": identity(learner.config)}, path.with_suffix(".new"))
+    torch.save(whole | {"config": identity(learner)}, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
 
@@ -319,8 +321,8 @@ def restored(path: Path, learner: Learner) -> dict[str, Any]:
     if not path.is_file():
         return new
     state = torch.load(path, weights_only=True, map_location=learner.config.device)
-    if state["config"] != identity(learner.config):
-        old, own = state["config"], identity(learner.config)
+    if state["config"] != identity(learner):
+        old, own = state["config"], identity(learner)
         odd = ", ".join(f"{key} {old.get(key)} → {own.get(key)}" for key in own if old.get(key) != own[key])
         raise SystemExit(
             f"{path} is of a run with another configuration ({odd}): remove {path.parent}, or take another --output"
