@@ -5,17 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One process a core with one thread each: the problems are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
+# Files of examples/ that read options; the others are shared by them.
+EXAMPLES := $(basename $(notdir $(shell grep -l "parse.Config" examples/*.py)))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all lint examples bench bench-quick docs check format clean
+.PHONY: help demo test test-slow test-all lint examples notebook bench bench-quick docs check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## tune 640 hyperparameters on the digits data, in under a minute
-	$(BIN)/python examples/tune_digits.py
+	$(BIN)/python -m examples.tune_digits
 
 test: $(VENV)/.dev ## the fast tests, with the doctests
 	$(PYTEST) -m "not slow"
@@ -30,8 +32,11 @@ lint: $(VENV)/.dev ## formatting, ruff's rules, types
 	$(BIN)/ruff check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-examples: $(VENV)/.demo ## the examples, reduced
-	$(BIN)/python examples/tune_digits.py --fast
+examples: $(VENV)/.examples ## the examples, reduced, into results/fast
+	for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --fast --output results/fast || exit 1; done
+
+notebook: $(VENV)/.examples ## the notebook of examples/logistic_regression.py, anew from the script
+	$(BIN)/jupytext --update --to ipynb examples/logistic_regression.py
 
 bench: $(VENV)/.dev ## the benchmarks
 	$(BIN)/python -m benchmarks

@@ -1,4 +1,4 @@
-"""What all examples share: typed options, the configuration printed and saved, results beside it."""
+"""What all examples share: typed options, the configuration printed and saved, results beside it; peak memory."""
 
 import json
 import platform
@@ -14,16 +14,18 @@ from typing import Any, TypeVar
 import torch
 import tyro
 from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdRef
 
-C = TypeVar("C", bound="Common")
+C = TypeVar("C", bound="Base")
 
 
 @dataclass
-class Common:
+class Base:
     """Options that every example has; its own Config adds more."""
 
-    data: Path | None = None
-    """Folder of the data set; without it, data that scikit-learn ships."""
     output: Path = Path("results")
     """Folder of the results."""
     seed: int = 0
@@ -32,6 +34,14 @@ class Common:
     """Of torch."""
     fast: bool = False
     """Reduced sizes, to see that it runs."""
+
+
+@dataclass
+class Common(Base):
+    """Those of the examples that can read a data set of yours."""
+
+    data: Path | None = None
+    """Folder of the data set; without it, data that scikit-learn ships."""
 
 
 def parse(kind: type[C], description: str, fast: Mapping[str, Any]) -> C:
@@ -47,7 +57,7 @@ def parse(kind: type[C], description: str, fast: Mapping[str, Any]) -> C:
     return config
 
 
-def record(config: Common) -> dict[str, Any]:
+def record(config: Base) -> dict[str, Any]:
     """What is saved beside results: how they were made."""
     packages = {name: version(name) for name in ("torch", "torch-hypergrad", "numpy")}
     return {
@@ -59,7 +69,7 @@ def record(config: Common) -> dict[str, Any]:
     }
 
 
-def save(config: Common, title: str, table: str, figure: Figure, results: Any) -> None:
+def save(config: Base, title: str, table: str, figure: Figure, results: Any) -> None:
     """Write <name>.json (results and how they were made), .png and .md (table, picture, how); print the table."""
     name = _name(type(config))
     config.output.mkdir(parents=True, exist_ok=True)
@@ -69,16 +79,17 @@ def save(config: Common, title: str, table: str, figure: Figure, results: Any) -
     how = f"`{made['command']}`, {made['date']}, {made['machine']}"
     text = f"# {title}\n\n{table}\n\n![{title}]({name}.png)\n\n{how}\n\n```json\n{json.dumps(made)}\n```\n"
     (config.output / f"{name}.md").write_text(text, encoding="utf-8")
-    print(f"\n{table}")
+    print(f"\n{table}\n\nwritten: {', '.join(str(config.output / f'{name}.{end}') for end in ('md', 'json', 'png'))}")
 
 
-def command(config: Common) -> str:
+def command(config: Base) -> str:
     """The command line that gives this configuration; folders by their names alone."""
     words = ["python", "-m", f"examples.{_name(type(config))}"]
     default = type(config)()
     for field in fields(config):
         value = getattr(config, field.name)
-        if value == getattr(default, field.name) or field.name == "output":
+        # --fast has other defaults, so all is said with it.
+        if field.name == "output" or (value == getattr(default, field.name) and (value is None or not config.fast)):
             continue
         option = field.name.replace("_", "-")
         if isinstance(value, bool):
@@ -96,6 +107,15 @@ def plain(value: Any) -> Any:
     return [plain(each) for each in value] if isinstance(value, (tuple, list)) else value
 
 
+def rounded(value: Any) -> Any:
+    """Results with six digits a number, for a file that people may look at."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def processor() -> str:
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
@@ -103,7 +123,28 @@ def processor() -> str:
     return models[0] if models else platform.processor()
 
 
-def _name(kind: type[Common]) -> str:
+class PeakMemory(TorchDispatchMode):
+    """Bytes that the tensors made within hold at most at one time, as .peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for given, tree in ((True, (args, kwargs)), (False, result)):
+            for storage in [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]:
+                if WeakIdRef(storage) not in self.sizes:
+                    size = self.sizes[WeakIdRef(storage, self._freed)] = 0 if given else storage.nbytes()
+                    self.now += size
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, storage: WeakIdRef) -> None:
+        self.now -= self.sizes.pop(storage)
+
+
+def _name(kind: type[Base]) -> str:
     """The example's module, also where it runs as __main__."""
     spec = getattr(sys.modules[kind.__module__], "__spec__", None)
     return (spec.name if spec else kind.__module__).rsplit(".", 1)[-1]

@@ -10,18 +10,13 @@
 # networks"). Beside it: a graph convolutional network of two layers (Kipf and Welling 2017), which hears two steps far.
 
 # %%
-import argparse
 import copy
-import json
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import mean, stdev
 
 import torch
-from datasets import Graph, graph
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -29,20 +24,33 @@ from tqdm import tqdm
 
 import hypergrad as hg
 
+from .common import Common, parse, save
+from .datasets import Graph, graph
+
 
 @dataclass
-class Config:
-    data: str = "digits"
+class Config(Common):
     seeds: int = 5
-    seed: int = 0  # the first of them
+    """How many, from --seed on."""
     epochs: int = 200
+    """Steps of Adam, each on the whole graph."""
     lr: float = 0.01
+    """Of Adam."""
     weight_decay: float = 5e-4
+    """Of Adam."""
     dropout: float = 0.5
+    """Probability, of features and of states."""
     gcn_hidden: int = 16
+    """Features in the middle of the two-layer network."""
     states: int = 32
+    """Features of a node at the equilibrium."""
     radius: float = 0.9
-    rtol: float = 1e-4  # of the equilibrium and of the adjoint system
+    """Of the ball that W is projected on, ‖W‖₂."""
+    rtol: float = 1e-4
+    """Of the equilibrium and of the adjoint system."""
+
+
+FAST = {"seeds": 2, "epochs": 10}
 
 
 def normalised_adjacency(edges: Tensor, count: int) -> Tensor:
@@ -165,7 +173,7 @@ def table(history: dict[str, dict[str, list]]) -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path, history: dict[str, dict[str, list]]) -> None:
+def plot(history: dict[str, dict[str, list]]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     for i, (name, past) in enumerate(history.items()):
@@ -178,33 +186,14 @@ def plot(path: Path, history: dict[str, dict[str, list]]) -> None:
     left.legend(loc="lower right")
     right.set(title="Test: each seed, and the mean", xlim=(-0.5, len(history) - 0.5), ylabel="accuracy")
     right.set_xticks(range(len(history)), list(history))
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an equilibrium graph network and a two-layer GCN.")
-    parser.add_argument("--data", type=Path, help="folder of ind.cora.* (default: a graph of scikit-learn's digits)")
-    parser.add_argument("--fast", action="store_true", help="2 seeds, 10 epochs")
-    parser.add_argument("--seed", type=int, default=0, help="the first of 5 seeds (default: 0)")
-    parser.add_argument("--steps", type=int, help="epochs (default: 200)")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the results (default: results)")
-    args = parser.parse_args()
-
-    sizes = {"seeds": 2, "epochs": 10} if args.fast else {}
-    if args.steps:
-        sizes["epochs"] = args.steps
-    config = Config(data="cora" if args.data else "digits", seed=args.seed, **sizes)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "hypergrad": hg.__version__}
-    report = {"config": asdict(config), "versions": versions, "threads": torch.get_num_threads()}
-    print(json.dumps(report, indent=2))
-
-    history = compare(graph(args.data), config)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "equilibrium_graph.json").write_text(json.dumps(report | {"history": history}, indent=2))
-    plot(args.output / "equilibrium_graph.png", history)
-    text = f"# Equilibrium graph network and GCN on {config.data}\n\n{table(history)}\n\n![](equilibrium_graph.png)\n\n"
-    (args.output / "equilibrium_graph.md").write_text(f"{text}```json\n{json.dumps(report)}\n```\n")
-    print(table(history))
+    config = parse(Config, "Train an equilibrium graph network and a two-layer GCN.", FAST)
+    data = graph(config.data)
+    history = compare(data, config)
+    save(config, f"Equilibrium graph network and GCN on {data.name}", table(history), plot(history), history)
 
 
 if __name__ == "__main__":

@@ -9,43 +9,46 @@
 # train on, 5,000 to validate, the whole training set in each of the steps of SGD (learning rate 0.5, momentum 0.9).
 
 # %%
-import argparse
-import json
-import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
-from datasets import images
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 import hypergrad as hg
 
+from .common import Common, PeakMemory, parse, save
+from .datasets import images
+
 
 @dataclass
-class Config:
-    data: str = "digits"
-    images: int = 5000  # to train on, and as many to validate
+class Config(Common):
+    images: int = 800
+    """To train on, and as many to validate; the full run has HyperTorch's 5,000."""
     states: int = 200
-    iterations: int = 20  # T of the state and K of the adjoint system, in HyperTorch's three methods
-    rtol: float = 1e-6  # of the state and of the adjoint system, in hg.nn.Equilibrium
+    """Numbers in the hidden state of an image."""
+    iterations: int = 20
+    """T of the state and K of the adjoint system, in HyperTorch's three methods."""
+    rtol: float = 1e-6
+    """Of the state and of the adjoint system, in hg.nn.Equilibrium."""
     radius: float = 0.99
+    """Of the ball that A is projected on, ‖A‖₂."""
     lr: float = 0.5
+    """Of SGD."""
     momentum: float = 0.9
+    """Of SGD."""
     steps: int = 60
-    seed: int = 0
-    measurements: int = 5  # of the error along the way
+    """Outer steps."""
+    measurements: int = 5
+    """Of the error along the way."""
 
+
+FAST = {"images": 200, "states": 30, "steps": 6, "measurements": 2}
 
 # %% [markdown]
 # ## The model
@@ -150,21 +153,6 @@ def reference(model: Model, x: Tensor, y: Tensor) -> Tensor:
     return hypergradient(exact)
 
 
-class PeakMemory(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes, self.peak = WeakIdKeyDictionary(), 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for given, tree in ((True, (args, kwargs)), (False, result)):
-            for storage in [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]:
-                if storage not in self.sizes:
-                    self.sizes[storage] = 0 if given else storage.nbytes()
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return result
-
-
 @torch.no_grad()
 def evaluate(model: Model, name: str, x: Tensor, y: Tensor, iterations: int) -> tuple[float, float]:
     """Loss and accuracy at the state that the method itself uses."""
@@ -179,9 +167,9 @@ def evaluate(model: Model, name: str, x: Tensor, y: Tensor, iterations: int) -> 
 
 
 # %%
-def train(config: Config, data: Path | None) -> dict[str, dict[str, list[float]]]:
+def train(config: Config) -> dict[str, dict[str, list[float]]]:
     torch.manual_seed(config.seed)
-    pixels, labels = images(data)[1:]
+    pixels, labels = images(config.data)[1:]
     order = torch.randperm(len(labels))[: 2 * config.images]
     pixels = pixels[order] - pixels[order[: config.images]].mean(0)  # this learning rate needs centred pixels
     (x, x_val), (y, y_val) = pixels.tensor_split(2), labels[order].tensor_split(2)
@@ -233,7 +221,7 @@ def table(history: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path, history: dict[str, dict[str, list[float]]]) -> None:
+def plot(history: dict[str, dict[str, list[float]]]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, past), marker in zip(history.items(), "osv*", strict=True):
@@ -243,35 +231,13 @@ def plot(path: Path, history: dict[str, dict[str, list[float]]]) -> None:
     left.set(title="Validation accuracy", xlabel="CPU seconds of training", ylabel="accuracy")
     right.set(title="Relative error of the hypergradient", xlabel="outer step", ylabel="‖∇ − reference‖ / ‖reference‖")
     left.legend()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an equilibrium model by four kinds of hypergradients.")
-    parser.add_argument("--data", type=Path, help="folder of MNIST or Fashion-MNIST (default: scikit-learn's digits)")
-    parser.add_argument("--fast", action="store_true", help="200 images, 30 states, 6 steps")
-    parser.add_argument("--seed", type=int, default=0, help="of split and initial weights (default: 0)")
-    parser.add_argument("--steps", type=int, help="outer steps (default: 60)")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the results (default: results)")
-    args = parser.parse_args()
-
-    sizes = {"images": 5000 if args.data else 800}
-    if args.fast:
-        sizes = {"images": 200, "states": 30, "steps": 6, "measurements": 2}
-    if args.steps:
-        sizes["steps"] = args.steps
-    config = Config(data=args.data.name if args.data else "digits", seed=args.seed, **sizes)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "hypergrad": hg.__version__}
-    report = {"config": asdict(config), "versions": versions, "threads": torch.get_num_threads()}
-    print(json.dumps(report, indent=2))
-
-    history = train(config, args.data)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "equilibrium_mnist.json").write_text(json.dumps(report | {"history": history}, indent=2))
-    plot(args.output / "equilibrium_mnist.png", history)
-    text = f"# Equilibrium model, four hypergradients\n\n{table(history)}\n\n![](equilibrium_mnist.png)\n\n"
-    (args.output / "equilibrium_mnist.md").write_text(f"{text}```json\n{json.dumps(report)}\n```\n")
-    print(table(history))
+    config = parse(Config, "Train an equilibrium model by four kinds of hypergradients.", FAST)
+    history = train(config)
+    save(config, "Equilibrium model, four hypergradients", table(history), plot(history), history)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import counts, measure, problems
+from benchmarks import checks, counts, measure, problems
 from benchmarks.methods import METHODS, Method
 from benchmarks.problems import Problem
 
@@ -99,3 +99,11 @@ def test_interleaved_times() -> None:
     assert [len(each.cpu) for each in times.values()] == [3, 3]
     assert len(times["a"].wall) == 3
     assert measure.Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == measure.Spread(2.0, 3.0, 4.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", checks.ROWS)
+def test_default_checks_cost_at_most_two_per_cent(name: str) -> None:
+    found = checks.share(problems.rows()[name](), calls=7)
+    print(f"{name}: {found.middle:.2%}")
+    assert 0 < found.middle <= 0.02

@@ -101,18 +101,22 @@ def assert_estimates(condition: float, seeds: list, sizes: np.ndarray) -> None:
             q = away_from(p, float(size), seed)
             result = hypergradient(q, "inner_loss", QUIET)
             polished = hypergradient(q, "inner_loss", QUIET, polish=True)
-            e = check(result).estimate
+            e = check(result, structure=False).estimate
             true = error(result.grads, p)
             ratio = e.error / (true * np.linalg.norm(p.grads[0]))
-            assert e.settled
+            if not e.settled:  # said, and only where the hypergradient is more wrong than zero would be
+                assert true > 1.0
+                continue
             if true < 0.1:
                 assert 0.9 <= ratio <= 1.1, (seed, size, true, ratio)
                 worst = max(worst, ratio, 1 / ratio)
-                assert error(polished.grads, p) <= 10 * true**2 + 1e-13
+                assert error(polished.grads, p) <= 20 * true**2 + 1e-13
+                if true > 0.005:  # 1.6e-2 becomes 4e-4 or less: here at least one Newton step was followed
+                    assert error(e.corrected, p) <= 1.6 * true**2
                 square = max(square, (error(polished.grads, p) - 1e-13) / true**2)
             elif true <= 1.0 + 1e-6:
                 assert 0.3 <= ratio <= 3, (seed, size, true, ratio)
-            assert error(e.corrected, p) <= 0.05 * true + 1e-13
+            assert error(e.corrected, p) <= max(0.05 * true, 20 * true**2 if true < 0.005 else 0.0) + 1e-13
     print(f"condition {condition:g}: estimate within {worst - 1:.1%}, corrected error ≤ {square:.1f} times the square")
 
 
@@ -240,9 +244,10 @@ def test_check_of_hypertorchs_lists(dtype):
         assert 0.9 < e.error / (error(grads, p) * truth) < 1.1
 
 
-def test_check_of_an_unrolled_result():
+@pytest.mark.parametrize("unroll", [hg.unroll.reverse, hg.unroll.forward])
+def test_check_of_an_unrolled_result(unroll):
     p = plain("logistic")
-    result = hg.unroll.reverse(p.fp_map, torch.zeros_like(p.params), p.hparams, p.outer_loss, steps=30)
+    result = unroll(p.fp_map, torch.zeros_like(p.params), p.hparams, p.outer_loss, steps=30)
     e = check(result, fp_map=p.fp_map, outer_loss=p.outer_loss, hparams=p.hparams).estimate
     assert 0.9 < e.error / (error(result.grads, p) * np.linalg.norm(p.grads[0])) < 1.1
     assert abs(e.corrected_value - p.value) < 0.05 * abs(float(result.outer_value) - p.value)
@@ -324,12 +329,77 @@ def test_the_report_is_a_table_that_ends_in_advice_and_a_dict_of_numbers():
     lines = str(report).splitlines()
     assert lines[0].startswith("inner residual") and lines[-1].startswith("- ")
     assert any("the inner problem is not solved" in line for line in report.advice)
-    assert any("the adjoint is solved further" in line for line in report.advice)
+    assert any(
+        "spend its steps there" in line and "the adjoint system is solved further" in line for line in report.advice
+    )
+    assert "condition number" in str(report) and report.structure.definiteness == "positive definite"
     numbers = json.loads(json.dumps(report.to_dict()))
     assert numbers["relative_error"] == report.estimate.relative_error and numbers["bound"] is None
     rough = check(hypergradient(plain("logistic"), "inner_loss", S.CG(max_steps=2)))
     assert any("the adjoint system is not solved" in line for line in rough.advice)
     assert any("the inner problem is solved further" in line for line in rough.advice)
+
+
+@pytest.mark.parametrize("form", ["fp_map", "inner_loss"])
+def test_the_advice_tells_the_pace_of_the_inner_solver(form):
+    """8 gradient steps of the size that fp_map takes, which is the best: what is left falls by q a step."""
+    p, w = plain("logistic"), torch.zeros(30, dtype=torch.float64)
+    for _ in range(8):
+        w = p.fp_map(w, p.hparams).detach()
+    result = hypergradient(replace(p, params=w), form, QUIET)
+    report = check(result, inner_steps=8)
+    text = next(line for line in report.advice if "the inner problem is not solved" in line)
+    q = float(text.split(" is ")[2].split(",")[0])
+    assert abs(q - p.contraction) < 0.03  # that is at the solution
+    assert f"8 steps reduce the error by {1 - q**8:.2g}" in text
+    more = int(text.split("about ")[1].split(" more")[0])
+    for _ in range(more):
+        w = p.fp_map(w, p.hparams).detach()
+    assert error(hypergradient(replace(p, params=w), form, QUIET).grads, p) < 2e-3
+
+
+def test_findings_come_first_in_the_advice():
+    p = plain("logistic")
+    h = p.hparams.detach().clone().requires_grad_()
+    extra = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    result = hg.implicit.grad(
+        lambda w, h: p.outer_loss(w, h[0]),
+        inner_loss=lambda w, h: p.inner_loss(w, h[0]),
+        params=p.params,
+        hparams=[h, extra],
+        solver=QUIET,
+    )
+    report = check(result)
+    assert [each.name for each in report.findings] == ["hyperparameter reaches nothing"]
+    assert report.advice[0].startswith("hyperparameter reaches nothing")
+    json.dumps(report.to_dict())
+
+
+def test_gauss_newton_is_judged_by_the_hessian():
+    """A model that is not linear: the hypergradient of the Gauss–Newton matrix is off, and the report says how far."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 3, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
+    g = hg.operators.GaussNewton(
+        lambda w, lam: torch.tanh(x @ w), lambda z, lam: (z - y).square().mean(), lambda w, lam: lam * w @ w
+    )
+    lam = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    w = torch.ones(3, dtype=torch.float64)
+    options = {"params": w, "hparams": lam, "solver": QUIET}
+    start = hg.implicit.grad(
+        lambda w, lam: w.square().sum(),
+        inner_loss=lambda w, h: g(w, h),
+        hypergradient_rtol=1e-10,
+        refine=True,
+        **options,
+    )
+    options["params"] = start.problem.params
+    rough = hg.implicit.grad(lambda w, lam: w.square().sum(), inner_loss=g, **options)
+    e = check(rough).estimate
+    true = float((rough.grads - start.grads).abs())
+    assert true > 1e-3 * float(start.grads.abs()) and 0.95 < e.error / true < 1.05
+    assert e.from_adjoint > 100 * e.from_inner
+    with pytest.raises(TypeError, match="GaussNewton"):
+        hg.implicit.grad(lambda w, lam: w.square().sum(), inner_loss=g, polish=True, **options)
 
 
 def test_an_estimate_that_cannot_be_had_says_so():
@@ -372,7 +442,7 @@ def test_finite_differences_know_their_own_error(step):
     exact = hypergradient(p, "inner_loss", QUIET)
     found = hg.diagnostics.finite_differences(exact.problem, exact.grads, newton_fit(p), step=step, directions=4)
     for derivative, own, given in zip(found.derivatives, found.errors, found.given, strict=True):
-        assert abs(derivative - given) <= 1.5 * own
+        assert abs(derivative - given) <= (0.2 if step == 0.3 else 1.5) * own
 
 
 def test_finite_differences_refuse_nonsense():
@@ -387,13 +457,30 @@ def test_finite_differences_refuse_nonsense():
 
 
 @pytest.mark.parametrize("goal", [1e-2, 1e-4, 1e-6])
-@pytest.mark.parametrize("name", ["logistic", "quadratic-1e3"])
+@pytest.mark.parametrize("name", ["logistic", "quadratic-1e3", "quadratic-1e5"])
 def test_the_adjoint_is_solved_as_far_as_the_hypergradient_needs(name, goal):
     p = plain(name)
-    result = hypergradient(p, "inner_loss", S.CG(max_steps=500), hypergradient_rtol=goal)
+    result = hypergradient(p, "inner_loss", S.CG(max_steps=2000), hypergradient_rtol=goal)
     assert error(result.grads, p) <= goal
     assert float(result.relative_error) <= goal
     assert goal < 1e-3 or float(result.solution.relative_residual) > 1e-2 * goal
+
+
+def test_a_residual_that_is_small_is_not_enough_for_a_goal():
+    """A = diag(1, 1e-2, 1e-4): most of ∇f is in the component that shows least in the residual."""
+    a = torch.tensor([1.0, 1e-2, 1e-4], dtype=torch.float64)
+    b = torch.tensor([1.0, 3e-3, 3e-4], dtype=torch.float64)
+    lam = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    linear = lambda w, lam: w[0] + lam * (w[1] + w[2])  # noqa: E731
+    result = hg.implicit.grad(
+        lambda w, lam: b @ w,
+        inner_loss=lambda w, lam: 0.5 * (a * w) @ w - linear(w, lam),
+        params=torch.tensor([1.0, 70.0, 7000.0], dtype=torch.float64),
+        hparams=lam,
+        solver=S.CG(),
+        hypergradient_rtol=1e-2,
+    )
+    assert abs(float(result.grads) - 3.3) < 0.033
 
 
 def gradient_steps(p: Problem, count: int):

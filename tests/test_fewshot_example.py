@@ -165,6 +165,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_fast_as_a_user_runs_it(tmp_path):
     """Killed by the system at its first checkpoint, and started again; beside a run that was left alone."""
     command = [sys.executable, "-X", "utf8", "-m", "examples.imaml", "--fast", "--seed", "2", "--output"]
@@ -180,7 +181,7 @@ def test_fast_as_a_user_runs_it(tmp_path):
     process.wait()
     for folder in ("cut", "whole"):
         done = subprocess.run(
-            [*command, str(tmp_path / folder)], capture_output=True, encoding="utf-8", timeout=100, **options
+            [*command, str(tmp_path / folder)], capture_output=True, encoding="utf-8", timeout=200, **options
         )
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr and "100%" in done.stderr

@@ -1,7 +1,8 @@
 """Wrong methods on purpose: the comparison that the other tests make must refuse every one of them.
 
-A mutant stands in for the adjoint solver inside every public method (`implicit.solve` is the one place that all of them
-go through), or for the product of one step in `reverse`. Each test counts the mutants that it ran and that it caught.
+A mutant stands in for the adjoint solver inside every public method (`_hypergradient.solve` is the one place that all
+of them go through), or for the product of one step in `reverse`. Each test counts the mutants that it ran and that it
+caught.
 """
 
 from dataclasses import replace
@@ -13,8 +14,9 @@ import torch
 
 import hypergrad as hg
 from helpers import EXACT, S, as_lists, assert_agrees, dense_system, hypergradient, problem_at
-from hypergrad import implicit
+from hypergrad import _autodiff
 from hypergrad._autodiff import Linearisation
+from hypergrad.implicit import _hypergradient
 from hypergrad.solvers._direct import materialise
 from hypergrad.solvers._solver import solve
 from problems import PROBLEMS
@@ -105,7 +107,7 @@ def replaced(monkeypatch, mutant) -> None:
     def wrong_solve(solver, op, b, x0, last_product=None):
         return solve(lambda op, b, x0: mutant(op, b), op, b, x0, last_product)
 
-    monkeypatch.setattr(implicit, "solve", wrong_solve)
+    monkeypatch.setattr(_hypergradient, "solve", wrong_solve)
 
 
 # The unbatched cell is one system of 1280; its batched twin has the same blocks.
@@ -280,18 +282,18 @@ def test_wrong_assembly_of_the_result(monkeypatch, capsys):
     Not at κ = 1e5: there ∇₂E is 1e-11 of ∇f, and every assembly of it is right to 1e-10.
     """
     fates = {}
-    original = hg.implicit._autodiff.add
+    original = _autodiff.add
     for name in ("quadratic-10", "quadratic-1e3"):
         p = problem_at(name, 1)
         for form in forms(p):
             for mutant, change in LAST.items():
                 with monkeypatch.context() as patch:
                     patch.setattr(
-                        hg.implicit._autodiff,
+                        _autodiff,
                         "add",
                         lambda xs, ys, f=change: [f(None, x, y) for x, y in zip(xs, ys, strict=True)],
                     )
                     grads = hypergradient(p, form, S.Dense()).grads
                 fates[f"{name} × {form} × {mutant}"] = caught(lambda p=p, grads=grads: assert_agrees(p, grads))
-    assert hg.implicit._autodiff.add is original
+    assert _autodiff.add is original
     report(capsys, "assembly", fates)

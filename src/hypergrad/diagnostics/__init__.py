@@ -1,9 +1,13 @@
-"""How wrong a hypergradient is: an estimate, a bound, finite differences, and what to do about it."""
+"""How wrong a hypergradient is, and why: an estimate, a bound, finite differences, what its problem is like."""
 
 from ._bound import Constants, Truncation, bound, truncation
+from ._choice import SolverChoice, solver_choice
 from ._differences import Differences, finite_differences
 from ._error import Estimate, estimate
+from ._findings import Finding, findings
+from ._plots import plot_convergence, plot_differences, plot_report, plot_spectrum
 from ._report import Report, check
+from ._structure import Structure, operator_structure, structure
 
 __all__ = [
     "check",
@@ -19,4 +23,18 @@ __all__ = [
     # the error, by finite differences
     "Differences",
     "finite_differences",
+    # the linear system, and what solves it
+    "Structure",
+    "structure",
+    "operator_structure",
+    "SolverChoice",
+    "solver_choice",
+    # what is wrong
+    "Finding",
+    "findings",
+    # pictures
+    "plot_convergence",
+    "plot_spectrum",
+    "plot_differences",
+    "plot_report",
 ]

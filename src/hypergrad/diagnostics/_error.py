@@ -13,8 +13,9 @@ from ..solvers import GMRES, MINRES, Dense
 from ..solvers._solver import Solver, solve
 
 DENSE = 200  # unknowns of a system up to which it is solved by factors
-LINEAR = 0.01  # estimated relative error up to which the first-order estimate is taken as it is
-SETTLED = 0.03  # what the last Newton step may change of the estimate
+LINEAR = 0.003  # estimated relative error up to which the first-order estimate is taken as it is
+SETTLED = 0.01  # what the last Newton step may change of the estimate, and of the corrected hypergradient
+NEGLIGIBLE = 1e-3  # what it may change of the estimate in any case
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Estimate:
         corrected_value: E − vᵀF at the last Newton step: f(λ) to second order or better.
         corrected_norm: norm of the corrected hypergradient.
         corrected: the corrected hypergradient, in hparams' structure.
+        params: the estimate of w*: w after the Newton steps, and one more.
         products: with A and Aᵀ, beside the two reverse passes of each correction.
     """
 
@@ -65,6 +67,7 @@ class Estimate:
     corrected_value: float
     corrected_norm: float
     corrected: PyTree
+    params: PyTree
     products: int
 
 
@@ -82,9 +85,10 @@ def estimate(
     """The error of grads, as a hypergradient of the problem.
 
     The first-order correction dh (see `implicit.grad`, polish) at the given params and adjoint is a first estimate.
-    Where it exceeds a hundredth of the hypergradient it is no longer small, so w takes a Newton step, halved until ‖F‖
-    falls, v is solved for again, and the correction there is added; until one adds less than 3 % to the whole. The
-    estimate is the difference between grads and the hypergradient where that ends.
+    Where it exceeds 0.3 % of the hypergradient, or δ a tenth of w, it is no longer small, so w takes a Newton step,
+    halved until ‖F‖ falls, v is solved for again, and the correction there is added; until one adds less than 1 % to
+    the whole, and to the hypergradient. The estimate is the difference between grads and the hypergradient where that
+    ends.
 
     Args:
         problem: deterministic, its losses callables.
@@ -97,27 +101,17 @@ def estimate(
     """
     point = Point(problem, problem.variables)
     solver = default_solver(point) if solver is None else solver
-    space, ops = point.variables.space, [point.op]
+    space = point.variables.space
     given = point.variables.differentiated_of(grads, "the hypergradient")
     w = space.pack([x.detach() for x in point.variables.given])
     v = _adjoint(point, solver, None) if adjoint is None else space.vector(adjoint, "the adjoint")
 
     residual, b, outer_value = norm(point.residual), norm(point.b), float(point.outer.detach())
     stretch = norm(point.op.T(w))
-    first = last = correct(point, v, solver)
+    first = correct(point, v, solver)
     from_adjoint = _adjoint_part(point, first.adjoint_residual, solver)
-    steps, moved, status = 0, w + first.step, first.status
-    settled, uncertainty = _settled(last, given, steps)
-    while not settled and steps < newton_steps:
-        new = newton_step(point, last.step)
-        if new is None:
-            break
-        point, steps = new, steps + 1
-        ops.append(point.op)
-        last = correct(point, _adjoint(point, solver, v + last.adjoint_step), solver)
-        moved = space.pack([x.detach() for x in point.variables.given]) + last.step
-        status = max(status, last.status, key=lambda s: s.value)
-        settled, uncertainty = _settled(last, given, steps)
+    end = _followed(point, first, given, solver, newton_steps)
+    last, moved = end.last, end.moved
 
     r_v, error, size = norm(first.adjoint_residual), norm(last.corrected - given), norm(last.corrected)
     return Estimate(
@@ -133,16 +127,47 @@ def estimate(
         relative_error=ratio(error, size),
         from_inner=norm(first.change - from_adjoint),
         from_adjoint=norm(from_adjoint),
-        uncertainty=uncertainty,
-        settled=settled,
-        newton_steps=steps,
-        status=status,
+        uncertainty=end.uncertainty,
+        settled=end.settled,
+        newton_steps=end.steps,
+        status=end.status,
         outer_value=outer_value,
         corrected_value=float(last.value),
         corrected_norm=size,
         corrected=point.variables.outer_grads(last.corrected.leaves),
-        products=sum(op.products for op in ops),
+        params=moved.tree,
+        products=end.products,
     )
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where Newton's method ended: its last correction, the estimate of w*, and how far to trust it."""
+
+    last: Correction
+    moved: Vector
+    steps: int
+    settled: bool
+    uncertainty: float
+    status: Status
+    products: int
+
+
+def _followed(point: Point, last: Correction, given: Vector, solver: Solver, newton_steps: int) -> _End:
+    """Newton steps from a point and its correction until one changes the estimate no more."""
+    ops, steps, status = [point.op], 0, last.status
+    settled, uncertainty = _settled(last, given, steps)
+    while not settled and steps < newton_steps:
+        new = newton_step(point, last.step)
+        if new is None:
+            break
+        point, steps = new, steps + 1
+        ops.append(point.op)
+        last = correct(point, _adjoint(point, solver, last.adjoint + last.adjoint_step), solver)
+        status = max(status, last.status, key=lambda s: s.value)
+        settled, uncertainty = _settled(last, given, steps)
+    moved = point.b.space.pack([x.detach() for x in point.variables.given]) + last.step
+    return _End(last, moved, steps, settled, uncertainty, status, sum(op.products for op in ops))
 
 
 def _adjoint(point: Point, solver: Solver, start: Vector | None) -> Vector:
@@ -161,9 +186,10 @@ def _settled(last: Correction, given: Vector, steps: int) -> tuple[bool, float]:
     change, size = norm(last.change), norm(last.corrected)
     if not steps:
         uncertainty = ratio(change, size)
-        return uncertainty <= LINEAR, uncertainty
+        return uncertainty <= LINEAR and bool(last.holds), uncertainty
+    # The corrected hypergradient is to be right too, where it is much smaller than the error: but it may be zero.
     uncertainty = ratio(change, norm(last.corrected - given))
-    return uncertainty <= SETTLED, uncertainty
+    return uncertainty <= SETTLED and (change <= SETTLED * size or uncertainty <= NEGLIGIBLE), uncertainty
 
 
 def norm(x: Vector) -> float:

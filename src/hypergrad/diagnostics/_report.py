@@ -9,17 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from .._solution import Status
 from .._vector import PyTree
 from ..implicit import Hypergradient, Problem
 from ..implicit._problem import InnerProblem
 from ..solvers._solver import Solver
-from ..unroll import Unrolled
+from ..unroll import Unrolled, UnrolledForward
+from ._advice import advice, contraction
 from ._bound import Constants, bound
+from ._choice import solver_choice, solver_rows
 from ._differences import Differences, finite_differences
 from ._error import Estimate, estimate
+from ._findings import Finding, findings_of
+from ._structure import Structure, structure_of
 
-LOSSES = ("inner_loss", "fp_map", "residual")
+UNROLLED = (Unrolled, UnrolledForward)
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,16 @@ class Report:
         bound: guaranteed by the declared constants; None without them.
         looseness: bound / estimated error.
         differences: finite differences of the whole map; None if not asked for.
+        structure: of A; None if not asked for.
+        findings: what is recognised as wrong with the problem.
         advice: what to do, in sentences.
     """
 
     estimate: Estimate
     bound: float | None
     differences: Differences | None
+    structure: Structure | None
+    findings: tuple[Finding, ...]
     advice: tuple[str, ...]
 
     @property
@@ -45,13 +52,16 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, texts, lists and dicts (no tensors), for a file."""
-        skipped = {"corrected", "status"}
+        skipped = {"corrected", "params", "status"}
         numbers = {f.name: getattr(self.estimate, f.name) for f in fields(self.estimate) if f.name not in skipped}
         return numbers | {
             "status": self.estimate.status.name,
             "bound": self.bound,
             "looseness": self.looseness,
             "differences": None if self.differences is None else asdict(self.differences),
+            "structure": None if self.structure is None else self.structure.to_dict(),
+            "solvers": None if self.structure is None else [asdict(each) for each in solver_choice(self.structure)],
+            "findings": [asdict(each) for each in self.findings],
             "advice": list(self.advice),
         }
 
@@ -59,7 +69,8 @@ class Report:
         rows = list(_rows(self))
         width = max(len(name) for name, _ in rows)
         table = [f"{name:<{width}}  {value}" for name, value in rows]
-        return "\n".join([*table, "", *(f"- {line}" for line in self.advice)])
+        system = [] if self.structure is None else ["", str(self.structure), solver_rows(self.structure)]
+        return "\n".join([*table, *system, "", *(f"- {line}" for line in self.advice)])
 
 
 def _rows(report: Report) -> Iterator[tuple[str, str]]:
@@ -84,7 +95,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def check(
-    result: Hypergradient | Unrolled | PyTree,
+    result: Hypergradient | Unrolled | UnrolledForward | PyTree,
     *,
     outer_loss: Callable[[PyTree, PyTree], Tensor] | None = None,
     inner_loss: Callable[[PyTree, PyTree], Tensor] | None = None,
@@ -100,16 +111,19 @@ def check(
     solve: Callable[[PyTree], PyTree] | None = None,
     directions: int = 3,
     step: float | None = None,
+    structure: bool = True,
+    inner_steps: int | None = None,
 ) -> Report:
     """How wrong a hypergradient is, and why. Changes nothing of the user's.
 
     A result of `implicit.grad` knows its problem, as long as the losses were functions and neither params nor hparams
     changed since (check before the optimizer's step). What it does not know is passed as keywords, which replace what
-    it knows. Other results come with all of outer_loss, hparams, params (an `Unrolled` has its own) and one form of the
-    inner problem; whatever they are, their error is that against the exact hypergradient at the inner solution.
+    it knows. Other results come with all of outer_loss, hparams, params (a result of `unroll` has its own) and one form
+    of the inner problem; whatever they are, their error is that against the exact hypergradient at the inner solution.
 
     Args:
-        result: a Hypergradient, an Unrolled, or the gradients themselves in hparams' structure (HyperTorch's lists).
+        result: a Hypergradient, a result of `unroll`, or the gradients themselves in hparams' structure (HyperTorch's
+            lists).
         outer_loss, inner_loss, fp_map, residual, params, hparams, symmetric: as in `implicit.grad`; functions.
         adjoint: v of a result that does not hold it; solved for if None.
         solver: of the linear systems behind the estimate (default: Dense up to 200 unknowns, else MINRES where A is
@@ -118,6 +132,8 @@ def check(
         constants: Constants, declared, for the guaranteed bound. There is no bound without them.
         solve: hparams ↦ params, solving the inner problem from scratch: asks for finite differences.
         directions, step: see `finite_differences`.
+        structure: also find the structure of A, and what is wrong with the problem (`structure`, `findings`).
+        inner_steps: T, the steps that the inner solver took, for the advice.
 
     Returns:
         A Report.
@@ -125,7 +141,7 @@ def check(
     Raises:
         ValueError: params or hparams changed since, or the problem is stochastic.
         TypeError: a part of the problem is missing.
-    Cost: see `estimate`; with solve four solves for each direction.
+    Cost: see `estimate`, `structure` and `findings`; with solve four solves for each direction.
 
     Example:
         w minimises ½(w − λ)², so f(λ) = ½λ² and ∇f(λ) = λ, but w was taken 1 % off.
@@ -144,7 +160,7 @@ def check(
     given = {"inner_loss": inner_loss, "fp_map": fp_map, "residual": residual}
     problem = _problem(result, outer_loss, given, params, hparams, symmetric)
     known = isinstance(result, Hypergradient)
-    grads = result.grads if isinstance(result, (Hypergradient, Unrolled)) else result
+    grads = result.grads if isinstance(result, (Hypergradient, *UNROLLED)) else result
     if adjoint is None and known:
         adjoint = result.adjoint
     found = estimate(problem, grads, adjoint, solver, newton_steps)
@@ -155,8 +171,18 @@ def check(
     differences = None
     if solve is not None:
         differences = finite_differences(problem, grads, solve, directions=directions, step=step)
+    system, there, wrong = None, None, ()
+    if structure and math.isfinite(found.error):
+        system = structure_of(problem)
+        wrong = findings_of(problem, found=system)
+        moved = found.settled and found.newton_steps
+        # How fast the inner solver is on its way depends on A where the way ends.
+        there = structure_of(replace(problem, params=found.params)) if moved else system
     before = float(result.inner_residual.square().sum().sqrt()) if known else None
-    return Report(found, guaranteed, differences, tuple(_advice(found, problem, differences, before)))
+    rate = contraction(problem, there, constants)
+    lines = advice(found, problem, differences, before, rate, inner_steps)
+    every = (*(str(each) for each in wrong), *lines)
+    return Report(found, guaranteed, differences, system, wrong, every)
 
 
 def _problem(
@@ -164,7 +190,7 @@ def _problem(
 ) -> Problem:
     """The problem that the result knows, with what was passed anew in its places."""
     known = result.problem if isinstance(result, Hypergradient) else None
-    if params is None and isinstance(result, Unrolled):
+    if params is None and isinstance(result, UNROLLED):
         params = result.params
     if known is not None:
         changed = [name for name, new in (("params", params), ("hparams", hparams)) if new is None]
@@ -201,64 +227,9 @@ def _problem(
     return replace(
         first,
         outer_loss=parts["outer_loss"],
-        inner=form,
+        inner=form.exact,
+        backend=None,
         params=parts["params"],
         hparams=parts["hparams"],
         symmetric=first.symmetric or symmetric or form.kind == "inner_loss",
     )
-
-
-def _advice(e: Estimate, problem: Problem, differences: Differences | None, before: float | None) -> Iterator[str]:
-    if not math.isfinite(e.error):
-        yield "the residuals or the hypergradient hold NaN or infinity: look at the losses at this point"
-        return
-    if (
-        before is not None
-        and abs(before - e.inner_residual) > 1e-3 * max(before, e.inner_residual)
-        and _above_rounding(e)
-    ):
-        yield (
-            f"the inner residual is {e.inner_residual:.2e} now and was {before:.2e} when the hypergradient was "
-            f"computed: the inner problem is random, or its data or buffers changed"
-        )
-    if e.status is not Status.CONVERGED:
-        yield f"a linear system behind the estimate ended as {e.status.name}: {e.status.message}"
-    if not e.settled:
-        yield (
-            f"the error cannot be estimated: after {e.newton_steps} Newton steps the estimate still changes by "
-            f"{e.uncertainty:.0%}. The inner problem is far from solved, or has no solution near by: run its solver "
-            f"much longer, or use Newton's method or another solver for it"
-        )
-    elif e.relative_error <= 1e-3:
-        yield f"the hypergradient is right to about {max(e.relative_error, 1e-16):.0e}; nothing needs to be done"
-    if e.relative_error > 1e-3:
-        yield from _remedies(e, problem)
-    if differences is not None and not differences.agrees:
-        yield (
-            f"finite differences disagree by {differences.relative_error:.1e}, more than their own uncertainty "
-            f"{differences.uncertainty:.1e}"
-            + (", which the estimated error explains" if e.relative_error >= differences.relative_error / 2 else "")
-        )
-
-
-def _above_rounding(e: Estimate) -> bool:
-    return e.inner_relative_residual > 1e-10
-
-
-def _remedies(e: Estimate, problem: Problem) -> Iterator[str]:
-    if e.from_inner >= e.from_adjoint or not e.settled:
-        hint = "; at this distance first-order estimates no longer hold" if e.newton_steps else ""
-        yield (
-            f"the inner problem is not solved: params are {e.distance:.1%} of their norm away from its solution{hint}. "
-            f"Run its solver longer or use a faster one (a second-order method for a loss, Anderson or Newton for a "
-            f"map), pass refine=True with hypergradient_rtol, or polish=True, which squares the error"
-        )
-    if e.from_adjoint > 0.1 * e.from_inner:
-        yield (
-            f"the adjoint system is not solved: its relative residual is {e.adjoint_relative_residual:.1e}. Give the "
-            f"solver more steps or a smaller rtol, or a preconditioner"
-        )
-    if e.from_inner > 10 * e.from_adjoint and e.settled:
-        yield "the adjoint is solved further than the inner problem deserves: spend its steps there"
-    elif e.from_adjoint > 10 * e.from_inner:
-        yield "the inner problem is solved further than the adjoint deserves: spend its steps there"

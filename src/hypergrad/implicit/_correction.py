@@ -24,6 +24,8 @@ from ..solvers import LinearSolver
 from ..solvers._solver import Solver, solve
 from ._problem import Point
 
+NEAR = 0.1  # relative distance from the inner solution up to which a first-order estimate is believed
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -34,8 +36,10 @@ class Correction:
         change: dh.
         value: L = E − vᵀF, second-order accurate as f(λ).
         adjoint_residual: r_v = ∇₁E − Aᵀv.
+        adjoint: v.
         step: δ.
         adjoint_step: dv.
+        distance: ‖δ‖ / ‖w + δ‖.
         solutions: how the systems for δ and dv were solved.
     """
 
@@ -43,8 +47,10 @@ class Correction:
     change: Vector
     value: Tensor
     adjoint_residual: Vector
+    adjoint: Vector
     step: Vector
     adjoint_step: Vector
+    distance: Tensor
     solutions: tuple[Solution, Solution]
 
     @property
@@ -56,6 +62,11 @@ class Correction:
         """‖dh‖ / ‖h + dh‖, and 0 where both are 0."""
         size = self.change.norm()
         return torch.where(size == 0, 0.0, size / self.corrected.norm())
+
+    @property
+    def holds(self) -> Tensor:
+        """Whether w is near enough for first order to mean something: at a critical point of f, say, dh is 0 anyway."""
+        return self.distance <= NEAR
 
     @property
     def status(self) -> Status:
@@ -93,7 +104,9 @@ def correct(point: Point, v: Vector, solver: Solver) -> Correction:
     dv = _solve(solver, point.op, r_v + space.pack(along[:n]), last)
     change = outer.pack(_autodiff.add(along[n:], last.cross))
     value = point.outer.detach() - v.dot(point.residual).sum()
-    return Correction(h, change, value, r_v, delta.value, dv.value, (delta, dv))
+    there = space.pack(_detached(variables.given)) + delta.value
+    distance = (delta.value.norm().square().sum() / there.norm().square().sum()).sqrt().nan_to_num(0.0)
+    return Correction(h, change, value, r_v, v, delta.value, dv.value, distance, (delta, dv))
 
 
 def _detached(tensors: list[Tensor]) -> list[Tensor]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeAlias
 
+import torch
+
 from .. import _autodiff
 from .._solution import Solution
 from .._vector import PyTree, Vector
@@ -32,7 +34,7 @@ def reach(
         correction = correct(point, solution.value, rough)
         error = correction.relative.square() if polish else correction.relative
         new = None
-        if refine and refinements < REFINEMENTS and not bool(error <= rtol):
+        if refine and refinements < REFINEMENTS and not bool((error <= rtol) & correction.holds):
             new = newton_step(point, correction.step) if refine is True else _refined(point, refine)
         if new is None:
             return point, solution, last, correction
@@ -46,7 +48,8 @@ def adjoint_to(rtol: float, point: Point, solver: Solver, start: Vector | None) 
         last = point.last_product(retain_graph=True)
         solution = solve(at_tolerance(solver, tolerance), point.op, point.b.copy(), start, last)
         h = outer.pack(_autodiff.add(point.direct, last.cross))
-        settled = before is not None and bool((h - before).norm() <= rtol * h.norm())
+        went = bool(torch.as_tensor(solution.steps).max() > 0)  # a stage without a step shows nothing
+        settled = went and before is not None and bool((h - before).norm() <= rtol * h.norm())
         if settled or not solution.ok or tolerance <= 10 * point.b.space.eps:
             return solution, last
         before, start, tolerance = h, solution.value, max(tolerance / 10, 10 * point.b.space.eps)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optree
@@ -64,7 +64,7 @@ class Hypergradient:
     inner_residual: Tensor
     inner_distance: Tensor
     outer_value: Tensor
-    problem: Problem
+    problem: Problem = field(repr=False)
     relative_error: Tensor | None = None
 
     def check_finite(self, on_failure: OnFailure = "warn") -> None:
@@ -97,7 +97,7 @@ class Hypergradient:
             warn(
                 f"the inner problem is not solved: its residual is {float(self.inner_residual.max()):.2e}, and params "
                 f"are {away} the solution, so the hypergradient means little. Run the inner solver "
-                f"longer, or differentiate its steps instead (reverse)",
+                f"longer, or differentiate its steps instead (reverse); hg.diagnostics.check estimates the error",
                 UnsolvedInnerProblem,
             )
 

@@ -134,6 +134,11 @@ class InnerProblem:
             raise TypeError(f"GaussNewton is an inner_loss, and was passed as {kind}")
         return InnerProblem(kind, value)
 
+    @property
+    def exact(self) -> InnerProblem:
+        """The same with its Hessian, where a Gauss–Newton matrix stands in for it."""
+        return InnerProblem(self.kind, self.given.__call__ if isinstance(self.given, GaussNewton) else self.given)
+
     def linearise(self, variables: Variables, backend: str | None = None) -> Linearisation:
         """The graph of ∇₁g, Φ or F at params and hparams; with a backend of torch.compile, products are compiled."""
         with torch.enable_grad():
@@ -280,20 +285,22 @@ class Point:
 
     def __init__(self, problem: Problem, variables: Variables, keep_outer: bool = True):
         self.problem, self.variables = problem, variables
-        self._kept = None if problem.stochastic else problem.inner.linearise(variables, problem.backend)
+        kept = None if problem.stochastic else problem.inner.linearise(variables, problem.backend)
+
+        def linearise() -> Linearisation:
+            return problem.inner.linearise(variables) if kept is None else kept
+
+        self.linearise = linearise  # no method: the operator would hold the point that holds it
         self.outer, self.b, self.direct = outer_gradients(problem.outer_loss, variables, keep_outer)
         repeatable = callable(problem.inner.given) and not problem.stochastic
         self.op = operators.adjoint(
-            self.linearise,
+            linearise,
             fixed_point=problem.fixed_point,
             symmetric=problem.symmetric,
             positive_definite=problem.positive_definite,
             batch_dims=problem.batch_dims,
             low=partial(problem.inner.in_precision, variables=variables) if repeatable else None,
         )
-
-    def linearise(self) -> Linearisation:
-        return self.problem.inner.linearise(self.variables) if self._kept is None else self._kept
 
     def last_product(self, draws: int = 1, retain_graph: bool = False) -> LastProduct:
         return LastProduct(self.linearise, self.problem.fixed_point, draws, retain_graph)

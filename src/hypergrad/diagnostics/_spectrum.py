@@ -1,0 +1,126 @@
+"""Krylov processes whose small matrices show what an operator is like: Arnoldi for eigenvalues, Golub–Kahan for
+singular values. Both go on with a new random vector where the Krylov space is exhausted, so that n steps see all of A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._vector import Basis, Vector
+from ..operators import LinearOperator
+
+Product = Callable[[Vector], Vector]
+
+FAILURE = 1e-6  # the probability, over the random start, with which an upper bound may fail
+
+
+def arnoldi(product: Product, like: Vector, steps: int, generator: torch.Generator) -> Tensor:
+    """H [m + 1, m] (or [B, m + 1, m]) of A V_m = V_{m+1} H for m = steps ≤ n; the last row is 0 for m = n.
+
+    Gram–Schmidt twice, against all vectors.
+
+    Cost: m products; m + 1 vectors.
+    """
+    basis = Basis(like, steps + 1)
+    first = like.random(generator)
+    basis[0] = first / first.norm()
+    h = like.space.scalar(0.0)[..., None, None].repeat(*[1] * like.space.batch_dims, steps + 1, steps)
+    for j in range(steps):
+        w, h[..., : j + 1, j], norm = orthogonalised(product(basis[j]), basis, j + 1)
+        h[..., j + 1, j] = norm if j + 1 < like.space.length else 0.0
+        if j + 1 < like.space.length:
+            basis[j + 1] = next_vector(w, norm, basis, j + 1, generator)
+    return h
+
+
+def golub_kahan(op: LinearOperator, like: Vector, steps: int, generator: torch.Generator, contract: bool) -> Tensor:
+    """R [m, m] (or [B, m, m]) of A V_m = U_m R, V_m a basis of the Krylov space of AᵀA. contract: I − A in A's place.
+
+    The singular values of R lie between the least and the largest of A.
+
+    Cost: 2m − 1 products, m of them with A; 2m vectors.
+    """
+    forward, backward = (op.contract, op.T.contract) if contract else (op, op.T)
+    left, right = Basis(like, steps), Basis(like, steps)
+    first = like.random(generator)
+    right[0] = first / first.norm()
+    r = like.space.scalar(0.0)[..., None, None].repeat(*[1] * like.space.batch_dims, steps, steps)
+    for j in range(steps):
+        u = forward(right[j])
+        if j:
+            u, r[..., :j, j], norm = orthogonalised(u, left, j)
+        else:
+            norm = u.norm()
+        r[..., j, j] = norm
+        left[j] = next_vector(u, norm, left, j, generator)
+        if j + 1 < steps:
+            v, _, norm = orthogonalised(backward(left[j]), right, j + 1)
+            right[j + 1] = next_vector(v, norm, right, j + 1, generator)
+    return r
+
+
+def growth(product: Product, like: Vector, steps: int, generator: torch.Generator) -> Tensor:
+    """(‖Jᵏx‖ / ‖J^{k/2}x‖)^{2/k} for a random x: how fast powers of J grow, which tends to its spectral radius.
+
+    A complex pair makes ‖Jᵏx‖ swing; half of the steps average over that.
+
+    Cost: k products.
+    """
+    x = like.random(generator)
+    x = x / x.norm()
+    log, half = like.space.scalar(0.0), steps // 2
+    for k in range(steps):
+        x = product(x)
+        norm = x.norm()
+        x = x / torch.where(norm == 0, 1.0, norm)
+        if k >= half:
+            log = log + norm.log()
+    return (log / (steps - half)).exp()
+
+
+def orthogonalised(w: Vector, basis: Basis, count: int) -> tuple[Vector, Tensor, Tensor]:
+    """w without its components along the first vectors of the basis; these components; the norm of what is left.
+
+    A rest that is rounding has norm 0.
+    """
+    size, components = w.norm(), torch.zeros(())
+    for again in (False, True):
+        part = basis.coefficients(w, count)
+        w = w - basis.combine(part)
+        components = components + part if again else part
+    norm = w.norm()
+    return w, components, torch.where(norm <= 100 * w.space.eps * size, 0.0, norm)
+
+
+def next_vector(w: Vector, norm: Tensor, basis: Basis, count: int, generator: torch.Generator) -> Vector:
+    """w / ‖w‖, or a random unit vector orthogonal to the basis where nothing is left of w."""
+    spent = norm == 0
+    if not bool(spent.any()):
+        return w / norm
+    other = w.random(generator)
+    if count:
+        for _ in range(3):
+            other = other - basis.combine(basis.coefficients(other, count))
+            other = other / other.norm()
+    else:
+        other = other / other.norm()
+    return other.where(spent, w / torch.where(spent, 1.0, norm))
+
+
+def unseen(n: int, steps: int) -> float:
+    """ε such that the largest eigenvalue λ of a symmetric positive semi-definite matrix is at most θ / (1 − ε).
+
+    θ is the largest Ritz value after so many steps from a random start; the statement fails with probability FAILURE.
+    No less than 0, which all n steps reach; 1 where the steps say nothing.
+
+        P(λ − θ > ελ) ≤ 1.648 √n exp(−√ε (2m − 1))
+
+    Source: Kuczyński and Woźniakowski 1992, Theorem 4.2.
+    """
+    if steps >= n:
+        return 0.0
+    return min(1.0, (math.log(1.648 * math.sqrt(n) / FAILURE) / (2 * steps - 1)) ** 2)

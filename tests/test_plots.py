@@ -1,0 +1,135 @@
+"""The pictures show the numbers that they are given."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+
+from hypergrad.diagnostics import (
+    Differences,
+    check,
+    operator_structure,
+    plot_convergence,
+    plot_differences,
+    plot_report,
+    plot_spectrum,
+)
+from problems import problem
+from systems import GRID
+
+
+def lines(axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in axes.lines}
+
+
+def rendered(figure) -> str:
+    """All text of a figure, after it was drawn once."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    FigureCanvasAgg(figure).draw()
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def test_convergence():
+    curves = {"a": [1.0, 0.1, 0.0, 1e-3], "b": ([0, 10, 20], torch.tensor([2.0, 1.0, torch.nan])),
+              "c": torch.tensor([[1.0, 2.0], [0.5, 0.1]])}  # fmt: skip
+    figure = plot_convergence(curves, tolerance=1e-2, xlabel="outer step")
+    (axes,) = figure.axes
+    shown = lines(axes)
+    np.testing.assert_allclose(shown["a"], ([0, 1, 3], [1, 0.1, 1e-3]))
+    np.testing.assert_allclose(shown["b"], ([0, 10], [2, 1]))
+    np.testing.assert_allclose(shown["c"], ([0, 1], [2, 0.5]))
+    assert axes.get_yscale() == "log" and "tolerance 1e-02" in shown and "outer step" in rendered(figure)
+    with pytest.raises(ValueError, match="no curve"):
+        plot_convergence({})
+    with pytest.raises(ValueError, match="b: 3 steps, but 2 values"):
+        plot_convergence({"b": ([1, 2, 3], [1.0, 2.0])})
+
+
+@pytest.mark.parametrize(
+    "name", ["spd 1e3", "symmetric indefinite", "singular symmetric consistent", "negative definite", "zero"]
+)
+@pytest.mark.parametrize("steps", [6, 50])
+def test_real_spectrum(name, steps):
+    s = GRID[name]
+    found = operator_structure(s.operator(), s.rhs(), steps=steps)
+    figure = plot_spectrum(found)
+    (axes,) = figure.axes
+    drawn = np.sort(np.concatenate([np.array(c.lines[0].get_ydata(), float) for c in axes.containers]))
+    np.testing.assert_allclose(drawn, found.eigenvalues)
+    signs = np.sign(np.where(np.abs(found.eigenvalues) <= found.tolerance, 0, found.eigenvalues))
+    text = rendered(figure)
+    for sign, label in ((1, "positive"), (0, "zero to rounding"), (-1, "negative")):
+        assert (f"{label}: {(signs == sign).sum()}" in text) == bool((signs == sign).any())
+    assert ("all 20 eigenvalues" in text) == (steps == 50) and "condition number" in text
+
+
+@pytest.mark.parametrize("name", ["contraction .8", "triangular, far from normal", "cyclic shift"])
+def test_complex_spectrum(name):
+    s = GRID[name]
+    found = operator_structure(s.operator(), s.rhs(), steps=20)
+    figure = plot_spectrum(found)
+    shown, text = lines(figure.axes[0]), rendered(figure)
+    (values,) = [np.array(xy) for label, xy in shown.items() if label.startswith("_")]
+    np.testing.assert_allclose(values[0] + 1j * values[1], 1 - np.array(found.eigenvalues))
+    radius = np.hypot(*shown[f"ρ = {found.radius:.4g}"])
+    np.testing.assert_allclose(radius, found.radius)
+    assert "unit circle" in text and "I − A" in text
+
+
+def test_differences():
+    d = Differences((1.0, -2.0), (0.1, 0.2), (1.1, -2.1), 1e-3)
+    figure = plot_differences(d)
+    (container,) = figure.axes[0].containers
+    np.testing.assert_allclose(container.lines[0].get_xydata(), [[1, 1.1], [-2, -2.1]])
+    assert f"{d.relative_error:.1e}" in rendered(figure)
+
+
+def away(scale: float):
+    p = problem("ridge")
+    w = p.params + scale * torch.ones_like(p.params)
+    given = {"outer_loss": p.outer_loss, "inner_loss": p.inner_loss, "params": w, "hparams": p.hparams}
+    return given
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_report(whole):
+    given = away(0.1) | ({"outer_loss": lambda w, lam: lam.sum()} if whole else {})
+
+    def solve(hparams):
+        return problem("ridge", hparams=hparams).params
+
+    report = check(torch.ones(10).double(), **given, solve=solve if whole else None, structure=whole)
+    figure = plot_report(report, title="Ridge", curves={"inner": [1.0, 0.1]} if whole else None)
+    text = rendered(figure)
+    assert len(figure.axes) == (4 if whole else 1) and "Ridge" in text
+    flat = " ".join(text.split())
+    assert all(" ".join(line.removeprefix("- ").split()) in flat for line in str(report).splitlines())
+    assert "\n- " not in text
+    assert (
+        ("outer loss ignores params" in flat) == ("condition number" in flat) == ("finite difference" in flat) == whole
+    )
+    norms = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
+    e = report.estimate
+    expected = [e.from_adjoint, e.from_inner, e.error, e.hypergradient_norm, e.corrected_norm]
+    np.testing.assert_allclose(
+        [x for x, y in zip(norms, expected, strict=True) if y > 1e-13], [y for y in expected if y > 1e-13]
+    )
+
+
+def test_pyplot_is_left_alone():
+    before = "matplotlib.pyplot" in sys.modules
+    figure = plot_convergence({"a": [1.0, 0.5]})
+    assert ("matplotlib.pyplot" in sys.modules) == before
+    assert to_rgb(figure.get_facecolor()) == (1, 1, 1)
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = operator_structure(GRID["spd 10"].operator(), GRID["spd 10"].rhs())
+    for draw in (lambda: plot_convergence({"a": [1.0]}), lambda: plot_spectrum(found)):
+        with pytest.raises(ImportError, match=r"torch-hypergrad\[plots\]"):
+            draw()

@@ -1,0 +1,383 @@
+"""The structure of a linear system against dense eigen- and singular value decompositions in NumPy."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import hypergrad as hg
+from helpers import dense_system, nothing_changed, problem_at
+from hypergrad.diagnostics import operator_structure, solver_choice, structure
+from hypergrad.diagnostics._choice import rate_of, solver_rows, steps_needed
+from hypergrad.diagnostics._spectrum import unseen
+from hypergrad.operators import LinearOperator, function, matrix
+from problems import PROBLEMS
+from systems import EPS, GRID, System, orthogonal, with_singular_values, with_spectrum
+from test_oracles import forms
+
+SINGLE = [name for name, s in GRID.items() if s.a.ndim == 2 and np.isfinite(s.a).all() and s.b.ndim]
+BATCHED = [name for name, s in GRID.items() if s.a.ndim == 3 and np.isfinite(s.a).all()]
+
+
+def of(a: np.ndarray, steps: int = 50, seed: int = 0, **tags: bool):
+    """The structure of a matrix."""
+    return operator_structure(
+        matrix(torch.tensor(a), **tags), torch.zeros(a.shape[-1]).double(), steps=steps, seed=seed
+    )
+
+
+def jordan(n: int, eigenvalue: float, off: float) -> np.ndarray:
+    return eigenvalue * np.eye(n) + off * np.eye(n, k=1)
+
+
+def rotations(radius: float, n: int, seed: int = 0) -> np.ndarray:
+    """A normal matrix with complex eigenvalues, the largest pair of modulus `radius`."""
+    blocks, rng = np.zeros((n, n)), np.random.default_rng(seed)
+    for i in range(0, n, 2):
+        r, angle = radius * (1 - i / n), rng.uniform(0.3, 2.8)
+        blocks[i : i + 2, i : i + 2] = r * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    q = orthogonal(rng, n)
+    return q @ blocks @ q.T
+
+
+def within(value: float, ends: tuple[float, float], slack: float) -> bool:
+    return ends[0] - slack <= value <= ends[1] + slack
+
+
+def check_against_dense(found, a: np.ndarray) -> None:
+    """Every range holds the number that it is named after, and whole spaces give the numbers themselves."""
+    n, j = len(a), np.eye(len(a)) - a
+    sigma, q = np.linalg.svd(a, compute_uv=False), np.linalg.norm(j, 2)
+    slack = 100 * n * EPS * max(sigma[0], 1.0)
+    symmetric = np.allclose(a, a.T, rtol=0, atol=1e-10 * sigma[0])
+    assert found.n == n and found.symmetric == symmetric and found.exact == (found.steps == n)
+    assert within(sigma[0], found.norm, slack) and within(sigma[-1], found.least, slack)
+    assert within(q, found.contraction, slack)
+    negligible = int((sigma <= 10 * math.sqrt(n) * EPS * sigma[0]).sum())
+    assert found.negligible == negligible if found.exact else found.negligible <= negligible
+    if negligible == 0:
+        assert found.condition <= sigma[0] / sigma[-1] * (1 + 1e-9) + slack / sigma[-1]
+    if symmetric:
+        values = np.linalg.eigvalsh(a)
+        assert within(values[0], found.lowest, slack) and within(values[-1], found.highest, slack)
+        assert within(np.abs(1 - values).max(), found.radius_range, slack)
+        for theta, error in zip(found.eigenvalues, found.eigenvalue_errors, strict=True):
+            assert np.abs(values - theta).min() <= error + slack
+    else:
+        assert found.lowest is None and found.highest is None and found.definiteness == "none"
+    if found.exact:
+        for ends in (found.norm, found.least, found.contraction):
+            assert ends[1] - ends[0] <= slack
+        assert found.condition == math.inf if negligible else found.condition >= 0.999 * sigma[0] / sigma[-1]
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_whole_space(name):
+    s = GRID[name]
+    found = operator_structure(s.operator(), s.rhs(), steps=100)
+    check_against_dense(found, s.a)
+    kinds = {
+        (True, False): "positive",
+        (False, True): "negative",
+        (True, True): "indefinite",
+        (False, False): "positive",
+    }
+    if s.symmetric[0]:
+        values, zero = np.linalg.eigvalsh(s.a), 10 * math.sqrt(s.n) * EPS * s.norm[0]
+        signs = bool((values > zero).any()), bool((values < -zero).any())
+        assert found.definiteness.startswith(kinds[signs]) and found.definiteness_proven
+        assert found.definiteness.endswith("semidefinite") == (not all(signs) and bool((abs(values) <= zero).any()))
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("name", SINGLE)
+def test_few_steps(name, steps):
+    s = GRID[name]
+    check_against_dense(operator_structure(s.operator(), s.rhs(), steps=steps), s.a)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ranges_of_large_matrices(seed):
+    """Forty steps in 150 dimensions: finite ranges, none of which misses, over spectra of several forms."""
+    rng, n = np.random.default_rng(seed), 150
+    spectra = [rng.uniform(0.1, 1, n), rng.uniform(-1, 1, n), np.logspace(-4, 0, n), rng.standard_normal(n) ** 3]
+    for values in spectra:
+        a = with_spectrum(values, seed)
+        found = of(a, 40, seed, symmetric=True)
+        check_against_dense(found, a)
+        assert math.isfinite(found.lowest[0]) and found.lowest[1] - found.lowest[0] < 0.12 * found.norm[0]
+        tilted = a + rng.standard_normal((n, n)) / n
+        check_against_dense(of(tilted, 40, seed), tilted)
+
+
+def test_random_start_bound():
+    assert unseen(50, 50) == 0 and unseen(10_000, 3) == 1
+    expected = (math.log(1.648 * 100 / 1e-6) / 119) ** 2
+    assert unseen(10_000, 60) == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_is_proven():
+    """With enough steps a definite matrix is known to be; an indefinite one by two Ritz values; with few steps not."""
+    a = with_spectrum(np.linspace(0.2, 1, 200))
+    assert of(a, 60).definiteness_proven and of(a, 60).definiteness == "positive definite"
+    assert not of(a, 5).definiteness_proven
+    assert of(-a, 60).definiteness == "negative definite" and of(-a, 60).definiteness_proven
+    one = with_spectrum(np.r_[-0.5, np.linspace(0.2, 1, 199)])
+    assert of(one, 30).definiteness == "indefinite" and of(one, 30).definiteness_proven
+    assert "as far as seen" in str(of(a, 5)) and "as far as seen" not in str(of(a, 60))
+
+
+def test_multiplicity_of_zero():
+    """Once the Krylov space is spent a new random vector goes on: null spaces of any size are counted."""
+    a = with_spectrum(np.r_[np.zeros(30), np.repeat([1.0, 2.0], 35)])
+    assert of(a, 100).negligible == 30 and of(a, 20).negligible >= 3
+    b = with_singular_values(np.r_[np.zeros(12), np.linspace(1, 2, 28)])
+    assert of(b, 40).negligible == 12
+    assert of(np.zeros((7, 7)), 4).negligible == 4
+
+
+@pytest.mark.parametrize("n", [3, 6])
+def test_contracting_in_the_long_run_alone(n):
+    """ρ(J) = 1/2 < 1 < ‖J‖: a Jordan block."""
+    j = jordan(n, 0.5, 3.0)
+    found = of(np.eye(n) - j)
+    assert found.radius_range[0] <= 0.5 <= found.radius_range[1]
+    assert found.radius == pytest.approx(0.5, abs=0.05) and (n > 3 or found.radius_range[1] < 1)
+    assert found.contraction[0] == pytest.approx(np.linalg.norm(j, 2), rel=1e-12) and found.contraction[0] > 1
+    choice = {c.solver: c for c in solver_choice(found)}["FixedPoint"]
+    assert choice.valid and "ρ(J)" in choice.why and "‖J‖" in choice.why
+
+
+def test_nilpotent_of_large_norm():
+    """Rounding gives this J eigenvalues near .5 where all are 0; that is not claimed to be so."""
+    j = 3.0 * np.triu(np.ones((20, 20)), 1)
+    found = of(np.eye(20) + j)
+    assert found.radius_range[0] == 0.0
+    few = of(np.eye(60) - np.kron(np.eye(3), j), 40)
+    assert few.radius_range[0] == 0.0
+
+
+@pytest.mark.parametrize("radius", [0.6, 0.97, 1.2])
+@pytest.mark.parametrize("steps", [40, 60])
+def test_complex_pairs(radius, steps):
+    found = of(np.eye(60) - rotations(radius, 60), steps)
+    assert found.radius == pytest.approx(radius, rel=1e-9 if steps == 60 else 1e-3)
+    assert within(radius, found.radius_range, 1e-12) and found.radius_range[0] > 0.95 * radius
+    assert any(abs(z.imag) > 0.1 for z in found.eigenvalues)
+    assert {c.solver: c.valid for c in solver_choice(found)}["FixedPoint"] == (radius < 1)
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_batched(name):
+    """The worst system, from scalars of its own, whatever stands beside it."""
+    s = GRID[name]
+    found = operator_structure(s.operator(), s.rhs(), steps=100)
+    a = s.matrices[found.system]
+    if all(s.symmetric):
+        check_against_dense(found, a)
+    else:
+        assert found.norm[0] == pytest.approx(np.linalg.norm(a, 2), rel=1e-10)
+        assert found.least[1] == pytest.approx(np.linalg.norm(a, -2), rel=1e-6, abs=1e-13)
+    assert found.system == (np.argmin(s.regular) if not all(s.regular) else np.argmax(s.condition))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "equilibrium")) for n in PROBLEMS])
+def test_problems(name):
+    p = problem_at(name)
+    for form in forms(p):
+        options = {"symmetric": p.symmetric, "batch_dims": p.batch_dims, form: getattr(p, form)}
+        with nothing_changed(p.params, p.hparams):
+            found = structure(params=p.params, hparams=p.hparams, steps=60, **options)
+        a = dense_system(name, form)[0].T
+        assert found.symmetric == p.symmetric == found.declared_symmetric
+        if p.batch_dims:
+            assert found.condition == pytest.approx(p.condition, rel=1e-8) and found.n == 20
+            continue
+        scale = found.norm[0]
+        assert found.condition <= p.condition * (1 + 1e-6)
+        if found.exact:
+            assert found.condition == pytest.approx(np.linalg.cond(a), rel=1e-8)
+            if form == "fp_map":
+                assert found.contraction[0] == pytest.approx(p.contraction, rel=1e-8)
+        assert within(np.linalg.norm(a, 2), found.norm, 1e-9 * scale)
+
+
+def test_wrongly_declared_symmetric():
+    """Found, and for a problem nothing else is spoiled by it; a declared operator has no transposed product to ask."""
+    p = problem_at("contraction-.9")
+    plain = structure(params=p.params, hparams=p.hparams, fp_map=p.fp_map)
+    found = structure(params=p.params, hparams=p.hparams, fp_map=p.fp_map, symmetric=True)
+    assert found.declared_symmetric and not found.symmetric and found.asymmetry > 1e-3
+    assert found.contraction == plain.contraction and "though declared" in str(found)
+    a = with_singular_values(np.linspace(1, 2, 20))
+    wrong = of(a, symmetric=True)
+    assert not wrong.symmetric
+    check_against_dense(wrong, a)
+    check_against_dense(of(a, 8, symmetric=True), a)
+
+
+def test_without_a_transposed_product():
+    a = torch.tensor(GRID["contraction .8"].a)
+    for steps in (6, 20):
+        found = operator_structure(
+            LinearOperator(lambda v: v.space.vector(a @ v.tree, "Av")), torch.zeros(20).double(), steps=steps
+        )
+        check_against_dense(found, a.numpy())
+        assert math.isinf(found.norm[1]) == (steps == 6)
+
+
+def test_trees_and_cost():
+    """The same numbers of a tree of tensors; products as documented; a seed of its own decides."""
+    a = with_singular_values(np.linspace(1, 2, 12))
+
+    def as_tree(m):
+        return lambda v: (lambda flat: {"x": flat[:4].reshape(2, 2), "y": flat[4:]})(
+            torch.tensor(m) @ torch.cat([v["x"].reshape(-1), v["y"]])
+        )
+
+    op, like = function(as_tree(a), as_tree(a.T)), {"x": torch.zeros(2, 2).double(), "y": torch.zeros(8).double()}
+    state = torch.get_rng_state()
+    found = operator_structure(op, like, probes=2)
+    assert torch.equal(state, torch.get_rng_state())
+    check_against_dense(found, a)
+    assert found.products == op.products == 2 * 2 + 12 + 2 * (2 * 12 - 1) + 50
+    again = operator_structure(op, like, probes=2)
+    assert again == found and operator_structure(op, like, probes=2, seed=1) != found
+    sym = matrix(torch.tensor(a + a.T), symmetric=True)
+    assert operator_structure(sym, torch.zeros(12).double(), steps=5).products == 2 * 3 + 5
+
+
+def test_float32():
+    a = with_spectrum(np.logspace(-3, 0, 30))
+    found = operator_structure(matrix(torch.tensor(a).float()), torch.zeros(30))
+    assert found.symmetric and found.definiteness == "positive definite" and found.negligible == 0
+    assert found.condition == pytest.approx(1000, rel=1e-3)
+    singular = with_spectrum(np.r_[0.0, np.logspace(-3, 0, 29)])
+    found = operator_structure(matrix(torch.tensor(singular).float()), torch.zeros(30))
+    assert found.negligible == 1 and found.definiteness == "positive semidefinite"
+
+
+@pytest.mark.parametrize("name", ["spd 1e3", "nonsymmetric 1e3", "singular consistent", "zero"])
+def test_to_dict_and_print(name):
+    s = GRID[name]
+    found = operator_structure(s.operator(), s.rhs(), steps=10)
+    numbers = json.loads(json.dumps(found.to_dict()))
+    assert numbers["n"] == 20 and numbers["steps"] == 10 and len(numbers["eigenvalues"]) == 10
+    assert numbers["definiteness"] == found.definiteness and numbers["exact"] is False
+    assert "condition number" in str(found) and "nan" not in str(found)
+
+
+def test_bad_input():
+    op = matrix(torch.eye(3))
+    for options in ({"steps": 0}, {"steps": 2.5}, {"probes": 0}):
+        with pytest.raises(ValueError, match="must be an integer ≥ 1"):
+            operator_structure(op, torch.zeros(3), **options)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        operator_structure(matrix(torch.full((3, 3), torch.nan)), torch.zeros(3))
+    w, lam = torch.ones(3), torch.ones(3, requires_grad=True)
+    with pytest.raises(TypeError, match="inner_loss must be a callable"):
+        structure(params=w.requires_grad_(), hparams=lam, inner_loss=(w * lam).sum())
+    with pytest.raises(TypeError, match="exactly one of"):
+        structure(params=w, hparams=lam)
+    for accuracy in (0.0, 1.0, 2.0):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            solver_choice(operator_structure(op, torch.zeros(3)), accuracy)
+
+
+# --- which solvers, and how many steps --------------------------------------------------------------------------------
+
+ABSTRACT = (hg.solvers.LinearSolver, hg.solvers.IterativeSolver)
+SOLVERS = [
+    name
+    for name, kind in vars(hg.solvers).items()
+    if isinstance(kind, type)
+    and issubclass(kind, ABSTRACT)
+    and kind not in (*ABSTRACT, hg.solvers.Auto, hg.solvers.Refined)
+]
+BOUNDED = ("CG", "MINRES", "GMRES", "NormalCG", "LSQR", "FixedPoint", "Neumann", "OneStep", "Dense")
+REAL = {
+    "spd 10": GRID["spd 10"],
+    "spd 100": System("spd 100", with_spectrum(np.logspace(-2, 0, 20), 1), GRID["spd 10"].b),
+    "poisson": GRID["poisson 1d"],
+    "indefinite": GRID["symmetric indefinite"],
+    "contraction": GRID["contraction .8"],
+    "nonsymmetric": System("nonsymmetric", with_singular_values(np.logspace(-2, 0, 20), 2), GRID["spd 10"].b),
+    "identity": GRID["identity"],
+    "large": System("large", with_spectrum(np.linspace(0.05, 1, 200)), np.random.default_rng(0).standard_normal(200)),
+    "large indefinite": System(
+        "large indefinite",
+        with_spectrum(np.r_[np.linspace(-1, -0.1, 100), np.linspace(0.1, 1, 100)]),
+        np.random.default_rng(0).standard_normal(200),
+    ),
+}
+
+
+def test_every_solver_has_a_line():
+    assert sorted(c.solver for c in solver_choice(of(np.eye(3)))) == sorted(SOLVERS)
+
+
+def test_table():
+    text = solver_rows(of(with_spectrum(np.r_[-1.0, np.linspace(0.1, 1, 19)]), symmetric=True))
+    assert (
+        "products for 1e-06    GMRES 20, Dense 20, MINRES 146, " in text
+        and "no bound              BiCGStab, Optimizer" in text
+    )
+    assert "not valid             CG, FixedPoint, Neumann, OneStep, Nystrom" in text
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_steps_suffice(name):
+    """Each bounded solver reaches the accuracy in the steps that its bound names, in the norm that it is for."""
+    s, accuracy = REAL[name], 1e-5
+    found = operator_structure(s.operator(), s.rhs(), steps=200)
+    x, size = s.solutions[0], np.linalg.norm(s.b)
+    for c in solver_choice(found, accuracy):
+        if not c.valid or c.steps is None:
+            continue
+        assert c.solver in BOUNDED
+        options = {"GMRES": {"restart": 200}, "Neumann": {"step_size": step_size(c.why)}}.get(c.solver, {})
+        if c.solver not in ("OneStep", "Dense"):
+            options |= {"max_steps": c.steps}
+        op = s.operator()
+        got = getattr(hg.solvers, c.solver)(on_failure="ignore", **options)(op, s.rhs())
+        error = got.value.numpy() - x
+        if c.solver in ("MINRES", "GMRES", "NormalCG", "LSQR", "Dense"):
+            reached = np.linalg.norm(s.a @ error) / size
+        elif c.solver == "CG":
+            reached = math.sqrt(error @ s.a @ error / (x @ s.a @ x))
+        else:
+            reached = np.linalg.norm(error) / np.linalg.norm(x)
+        assert reached <= accuracy * (1 + 1e-6), (c, reached)
+        assert op.products - 1 <= c.products + 1  # one is for the true residual
+
+
+def step_size(why: str) -> float:
+    return float(why.split("step_size = ")[1].split()[0].rstrip(":")) if "step_size" in why else 1.0
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_what_is_not_valid_fails(name):
+    s = REAL[name]
+    found = operator_structure(s.operator(), s.rhs(), steps=200)
+    valid = {c.solver: c.valid for c in solver_choice(found, 1e-5)}
+    assert valid["CG"] == s.definite[0] and valid["MINRES"] == s.symmetric[0] and valid["GMRES"] and valid["NormalCG"]
+    rho = np.abs(np.linalg.eigvals(np.eye(s.n) - s.a)).max()
+    assert valid["FixedPoint"] == (rho < 1)
+    for solver in ("CG", "FixedPoint"):
+        if not valid[solver] and (solver != "CG" or s.symmetric[0]):
+            assert not getattr(hg.solvers, solver)(rtol=1e-5, on_failure="ignore")(s.operator(), s.rhs()).ok
+
+
+def test_singular_systems():
+    s = GRID["singular symmetric consistent"]
+    valid = {c.solver: c for c in solver_choice(operator_structure(s.operator(), s.rhs()))}
+    assert not valid["CG"].valid and valid["MINRES"].valid and valid["MINRES"].steps is None
+    assert "least-squares" in valid["MINRES"].why and not valid["BiCGStab"].valid
+
+
+def test_formulas():
+    assert steps_needed(0.5, 0.25) == 2 and steps_needed(0.5, 0.25, 2.0) == 3 and steps_needed(0.0, 0.1) == 1
+    assert steps_needed(1.0, 0.1) is None and steps_needed(math.inf, 0.1) is None
+    assert rate_of(3.0) == 0.5 and rate_of(math.inf) == 1.0
