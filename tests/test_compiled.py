@@ -120,3 +120,22 @@ def test_what_compile_is_not_for_is_refused():
 def test_the_default_backend(name, form):
     p = problem_at(name)
     assert_agrees(p, hypergradient(p, form, S.GMRES(rtol=1e-13, restart=60, on_failure="ignore"), compile=True).grads)
+
+
+def test_a_loss_of_one_entry_is_compiled_too():
+    loss, w, lam = problem(0)
+    options = {"params": w, "hparams": lam, "solver": S.Dense(on_failure="ignore")}
+    grads = [
+        hg.implicit.grad(
+            lambda w, lam: (w**3).sum(), inner_loss=lambda w, lam: loss(w, lam)[None], compile=c, **options
+        )
+        for c in (EAGER, False)
+    ]
+    torch.testing.assert_close(grads[0].grads, grads[1].grads, rtol=1e-10, atol=1e-12)
+
+
+def test_compile_takes_a_bool_or_a_name():
+    loss, w, lam = problem(0)
+    for bad in (1, None, lambda graph, inputs: graph):
+        with pytest.raises(TypeError, match="compile must be True, False or the name of a backend, got"):
+            hg.implicit.grad(lambda w, lam: w.sum(), inner_loss=loss, params=w, hparams=lam, compile=bad)

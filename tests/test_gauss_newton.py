@@ -127,3 +127,52 @@ def test_bad_input(inner, kind, error, words):
     lam = LAM.clone().requires_grad_()
     with pytest.raises(error, match=words):
         hg.implicit.grad(lambda w, lam: w["a"].sum(), params=PARAMS, hparams=lam, **{kind: inner})
+
+
+def test_parts_that_are_no_functions_are_named():
+    for parts, name in (
+        ((X, cross_entropy), "model"),
+        ((linear, 1.0), "loss"),
+        ((linear, cross_entropy, X), "penalty"),
+    ):
+        with pytest.raises(TypeError, match=f"GaussNewton: {name} must be a function, got (Tensor|float)"):
+            hg.operators.GaussNewton(*parts)
+
+
+def test_a_differentiable_minimiser_has_the_hessian():
+    """argmin would use the Hessian of g, and not say so."""
+    g = hg.operators.GaussNewton(network, cross_entropy, penalty)
+    with pytest.raises(TypeError, match=r"GaussNewton is for implicit\.grad"):
+        hg.implicit.argmin(g, PARAMS, LAM)
+    with pytest.raises(TypeError, match=r"GaussNewton is for implicit\.grad"):
+        hg.implicit.solver(argmin=g)(lambda lam: PARAMS)(LAM)
+
+
+def test_params_of_any_form():
+    """0-d, transposed, of two dtypes, an output that is a parameter, one that is constant; the models are linear."""
+    x = data(4, 5, 3)
+    cases = {
+        "0-d": (data(5, 1)[0], lambda w, lam: w * x),
+        "transposed": (data(5, 4, 3).T, lambda w, lam: x @ w),
+        "two dtypes": ([data(5, 3), data(6, 2).float()], lambda w, lam: (x @ w[0], 2 * w[1])),
+        "identity": (data(5, 3), lambda w, lam: w),
+        "constant": ([data(5, 3)], lambda w, lam: {"a": w[0], "b": x}),
+    }
+
+    def power(tree, k):
+        return sum((y.double() ** k).sum() for y in torch.utils._pytree.tree_leaves(tree))
+
+    def loss(z, lam):
+        return lam * power(z, 4)
+
+    def ridge(w, lam):
+        return lam.exp() * power(w, 2)
+
+    for w, model in cases.values():
+        plain = lambda w, lam, model=model: loss(model(w, lam), lam) + ridge(w, lam)  # noqa: E731
+        grads = []
+        for inner in (hg.operators.GaussNewton(model, loss, ridge), plain):
+            lam = torch.tensor(0.3, **DOUBLE, requires_grad=True)
+            options = {"params": w, "hparams": lam, "solver": S.Dense(on_failure="ignore")}
+            grads.append(hg.implicit.grad(lambda w, lam: power(w, 3), inner_loss=inner, **options).grads)
+        torch.testing.assert_close(*grads, rtol=1e-10, atol=0)

@@ -212,3 +212,130 @@ def test_every_solution_names_its_method():
         return b
 
     assert hg.solvers._solver.solve(mine, op, hg._vector.Space(b, "b").vector(b, "b"), None).method == "mine"
+
+
+HARD = with_spectrum(logspace(1e8, 60), 1)  # at 1e-9 rounding makes a solve go on from its true residual, twice
+
+
+def test_a_solve_that_goes_on_keeps_its_preconditioner():
+    class Counted:
+        built = 0
+
+        def preconditioner(self, op, like):
+            self.built += 1
+            return S.Nystrom(rank=20, damping=1e-8).preconditioner(op, like)
+
+    def products(**options) -> int:
+        op = hg.operators.matrix(torch.tensor(HARD), symmetric=True)
+        solution = S.CG(rtol=1e-11, max_steps=2000, on_failure="ignore", **options)(op, torch.tensor(side(60)))
+        return op.products - int(solution.steps)
+
+    recipe = Counted()
+    # One product for the residual, and two for each time that it went on: it did.
+    again = products(preconditioner=recipe) - 20
+    assert again in (3, 5) and recipe.built == 1
+    reused = S.Reused(S.Nystrom(rank=20, damping=1e-8))
+    assert [products(preconditioner=reused) for _ in range(3)] == [20 + again, again, again]
+    assert reused.builds == 1 and len(reused.steps) == 3
+
+
+def test_reused_learns_nothing_from_solves_without_a_step():
+    pre = S.Reused(S.Nystrom(rank=40, damping=1e-4))
+    op, b = hg.operators.matrix(torch.tensor(DECAY), symmetric=True), torch.tensor(side(N))
+    solver = S.CG(rtol=1e-8, preconditioner=pre)
+    first = solver(op, b)
+    for _ in range(10):
+        assert solver(op, b).steps == first.steps
+        assert solver(op, 0 * b).steps == 0
+        assert solver(op, b, first.value).steps <= 1
+    assert pre.builds == 1 and pre.steps.count(0) >= 10
+
+
+def test_reused_after_an_error():
+    """A recipe that fails changes nothing; a product that fails leaves no count of a solve that was none."""
+
+    class Failing:
+        fails = True
+
+        def preconditioner(self, op, like):
+            if self.fails:
+                raise KeyError("mine")
+            return lambda r: r * 1.0
+
+    recipe, fails = Failing(), True
+    pre = S.Reused(recipe)
+    solver = S.CG(rtol=1e-8, preconditioner=pre)
+
+    def product(v):
+        if fails:
+            raise ZeroDivisionError
+        return 2 * v
+
+    op, b = hg.operators.function(product, symmetric=True), torch.ones(3)
+    with pytest.raises(KeyError, match="mine"):
+        solver(op, b)
+    assert (pre.builds, pre.steps) == (0, [])
+    recipe.fails = False
+    with pytest.raises(ZeroDivisionError):
+        solver(op, b, b)
+    assert (pre.builds, pre.steps) == (1, [])
+    fails = False
+    assert solver(op, b).ok and (pre.builds, pre.steps) == (1, [1])
+
+
+def test_bad_preconditioners_are_named():
+    op, b = hg.operators.matrix(torch.eye(3), symmetric=True), torch.ones(3)
+    for make in (S.CG, S.MINRES):
+        for bad, said in ((5, "got 5"), ("jacobi", "got 'jacobi'"), (S.Nystrom, "got <class"), (b, r"got tensor\(")):
+            with pytest.raises(TypeError, match=f"preconditioner must be a LinearOperator.*{said}"):
+                make(preconditioner=bad)(op, b)
+        with pytest.raises(ValueError, match="Reused needs a solver with a tolerance"):
+            make(max_steps=3, preconditioner=S.Reused(S.Nystrom()))(op, b)
+    for bad in (None, 5, S.Nystrom, lambda r: r):
+        with pytest.raises(TypeError, match=r"Reused needs a recipe .*, got "):
+            S.Reused(bad)
+    for seed in ("a", 1.5):
+        with pytest.raises(ValueError, match=f"seed must be an integer, got {seed!r}"):
+            S.Diagonal(seed=seed)
+
+
+def test_auto_keeps_what_solves_the_system():
+    """Dense by LU, where the symmetry that was declared is not there; CG, where a small asymmetry did no harm."""
+    n = 90
+    op = hg.operators.matrix(torch.tensor(np.roll(np.eye(n), 1, axis=0)), positive_definite=True)
+    solution = S.Auto(rtol=1e-9)(op, torch.tensor(side(n)))
+    assert solution.method == "Dense: 90 unknowns, at most 100" and solution.status is Status.CONVERGED
+    np.testing.assert_allclose(solution.value.numpy(), np.roll(side(n), -1), rtol=0, atol=1e-14)
+    skew = 1e-5 * np.random.RandomState(0).randn(N, N)
+    a = with_spectrum(logspace(10, N), 1) + skew
+    op = hg.operators.matrix(torch.tensor(a), symmetric=True)
+    solution = S.Auto(rtol=1e-3)(op, torch.tensor(side(N)))
+    assert solution.method == "CG: declared symmetric" and solution.ok
+    with pytest.warns(hg.HypergradientWarning, match="NOT_SYMMETRIC"):  # CG saw it
+        S.CG(max_steps=5)(op, torch.tensor(side(N)))
+    both = np.stack([a, with_spectrum(np.append(-np.ones(3), logspace(10, N - 3)), 1)])
+    op, b = hg.operators.matrix(torch.tensor(both), symmetric=True), np.stack([side(N)] * 2)
+    together = S.Auto(rtol=1e-3)(op, torch.tensor(b))
+    assert together.ok and together.method == "MINRES: CG ended with NOT_POSITIVE_DEFINITE"
+    torch.testing.assert_close(together.value[0], solution.value, rtol=1e-12, atol=0)
+
+
+def test_auto_materialises_no_sharded_tensor():
+    class Sharded(torch.Tensor):
+        """Stands for one: a vector of such tensors has no flat form."""
+
+    op = hg.operators.function(lambda v: 2 * v, symmetric=True)
+    solution = S.Auto(rtol=1e-9)(op, torch.tensor(side(6)).as_subclass(Sharded))
+    assert solution.method == "CG: declared symmetric" and solution.ok
+
+
+def test_auto_starts_anew_where_the_iterates_of_cg_are_lost():
+    """A positive definite A with a large skew part, declared symmetric: CG's residual grows a thousandfold."""
+    a = np.eye(N) + 5 * (SHIFT - SHIFT.T)
+    solution = auto(a, True)
+    assert solution.method == "GMRES: CG ended with NOT_SYMMETRIC" and solution.ok
+    op, b = (hg.operators.matrix(torch.tensor(a), symmetric=True), torch.tensor(side(N)))
+    lost = S.CG(rtol=1e-9, on_failure="ignore")(op, b)
+    assert lost.status is Status.NOT_SYMMETRIC and lost.relative_residual > 1e3
+    assert solution.steps - lost.steps == S.GMRES(rtol=1e-9)(op, b).steps
+    np.testing.assert_allclose(solution.value.numpy(), np.linalg.solve(a, side(N)), rtol=1e-6, atol=1e-8)

@@ -9,6 +9,7 @@ from helpers import assert_agrees, problem_at
 from hypergrad import solvers as S
 from hypergrad.solvers import Status
 from systems import GRID, logspace, norm, side, with_singular_values, with_spectrum
+from test_solvers import Reads
 
 N = 60
 SINGLE = {"dtype": torch.float32}
@@ -142,3 +143,87 @@ def test_the_default_serves_a_reference_problem():
         p.outer_loss, params=p.params, hparams=p.hparams, inner_loss=p.inner_loss, solver=S.Refined(rtol=1e-12)
     )
     assert_agrees(p, result.grads)  # autocast leaves float64 alone: exact in one correction or a few
+
+
+def test_without_options_it_goes_to_the_tolerance_that_all_solvers_have():
+    a = with_spectrum(logspace(100, N), 1)
+    op, b = hg.operators.matrix(torch.tensor(a), symmetric=True), torch.tensor(side(N))
+    solution = S.Refined(**SINGLE)(op, b)
+    assert solution.ok and 1e-12 < float(solution.relative_residual) <= 1e-6 and solution.steps < 8
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("steps", [8, 9, 10, 20])
+def test_fixed_corrections_that_meet_rounding_are_no_failure(steps, start):
+    a = with_spectrum(logspace(100, N), 1)
+    op, b = hg.operators.matrix(torch.tensor(a), symmetric=True), torch.tensor(side(N))
+    x0 = torch.tensor(np.linalg.solve(a, side(N))) if start else None
+    solution = S.Refined(max_steps=steps, on_failure="raise", **SINGLE)(op, b, x0)
+    assert solution.steps == steps and len(solution.trace) == steps + 1 and float(solution.relative_residual) < 1e-14
+
+
+def test_fixed_corrections_that_gain_nothing_are_one():
+    a = with_spectrum(logspace(1e5, N), 1)
+    op = hg.operators.matrix(torch.tensor(a), symmetric=True)
+    with pytest.warns(hg.HypergradientWarning, match="Refined: (STAGNATED|DIVERGED) after 5"):
+        S.Refined(max_steps=5, solver=inner(S.CG))(op, torch.tensor(side(N)))
+
+
+GENERAL = np.eye(N) + 0.5 * with_singular_values(np.ones(N), 2)
+
+
+@pytest.mark.parametrize("solver", [S.GMRES, S.LSQR, S.NormalCG])
+def test_the_transpose_in_low_precision(solver):
+    op, b = hg.operators.matrix(torch.tensor(GENERAL)), torch.tensor(side(N))
+    refined = S.Refined(rtol=1e-12, solver=inner(solver), **SINGLE)
+    for each, a in (
+        (op, GENERAL),
+        (op.T, GENERAL.T),
+        (op.T.T, GENERAL),
+        (op.damped(0.3).T, GENERAL.T + 0.3 * np.eye(N)),
+    ):
+        solution = refined(each, b)
+        assert solution.ok and solution.steps < 8
+        np.testing.assert_allclose(solution.value, np.linalg.solve(a, side(N)), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["fp_map", "residual"])
+@pytest.mark.parametrize("solver", [S.GMRES, S.LSQR])
+def test_polish_needs_the_transpose_of_an_inner_problem(solver, form):
+    """The first-order correction has a system with A beside that with Aᵀ."""
+    m = torch.tensor(0.5 * with_singular_values(np.ones(N), 2))
+    lam, off = torch.tensor(side(N, 1), requires_grad=True), torch.tensor(side(N, 2))
+    step = lambda w, lam: m.to(w) @ torch.tanh(w) + lam  # noqa: E731
+    w = torch.zeros(N, dtype=torch.float64)
+    for _ in range(100):
+        w = step(w, lam.detach())
+    given = {"fp_map": step} if form == "fp_map" else {"residual": lambda w, lam: w - step(w, lam)}
+
+    def polished(solver):
+        options = {"params": w + 1e-3 * off, "hparams": lam, "solver": solver, "polish": True}
+        return hg.implicit.grad(lambda w, lam: (w**3).sum(), **given, **options)
+
+    low, full = polished(S.Refined(rtol=1e-12, solver=inner(solver), **SINGLE)), polished(S.GMRES(rtol=1e-12))
+    torch.testing.assert_close(low.grads, full.grads, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(low.relative_error, full.relative_error, rtol=1e-6, atol=0)
+
+
+def test_bad_options_are_named():
+    for dtype in ("bfloat16", torch.int32, torch.complex64, None):
+        with pytest.raises(TypeError, match=f"dtype must be one of torch.bfloat16, .*, got {dtype!r}"):
+            S.Refined(dtype=dtype)
+    for solver in (None, S.CG, lambda op, b, x0: b):
+        with pytest.raises(TypeError, match=r"solver must be a linear solver from hg\.solvers, got"):
+            S.Refined(solver=solver)
+
+
+def test_reads_from_the_device(monkeypatch):
+    """None with fixed steps; with a tolerance a look after each correction, which costs more than the look."""
+    monkeypatch.setattr("hypergrad.solvers._solver.FREE_TO_READ", ())
+    for name in ("spd 10", "batch spd", "NaN in A"):
+        op, b = GRID[name].operator(), GRID[name].rhs()
+        with Reads() as counted:
+            S.Refined(max_steps=3, solver=S.CG(max_steps=4), on_failure="ignore", **SINGLE)(op, b)
+        assert counted.count == 0
+    op, b = GRID["spd 10"].operator(), GRID["spd 10"].rhs()
+    assert S.Refined(rtol=1e-12, **SINGLE)(op, b).steps % 5  # no multiple of five

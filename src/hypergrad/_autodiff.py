@@ -191,7 +191,7 @@ def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
 
 def gradient(loss: Callable[[Any, Any], Tensor], params: Any, hparams: Any) -> Any:
     """∇₁ of a loss in params' structure, in a form that torch.compile can trace."""
-    return torch.func.grad(loss)(params, hparams)
+    return torch.func.grad(lambda w: loss(w, hparams).reshape(()))(params)
 
 
 def cast(xs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:

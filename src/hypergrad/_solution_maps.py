@@ -16,7 +16,7 @@ from torch import Tensor
 from ._autodiff import as_scalar
 from ._implicit_function import Info, Leaves, LinearSolve, Problem, Root, WarmStart
 from ._vector import PyTree, flatten, matching, split
-from .operators import LinearOperator
+from .operators import GaussNewton, LinearOperator
 from .solvers import CG, GMRES, Neumann
 from .solvers._solver import Solver
 
@@ -89,6 +89,9 @@ def _fixed_point(user: Callable[..., Any], rebuild: Any, arguments: Any) -> Call
 
 
 def _argmin(user: Callable[..., Any], rebuild: Any, arguments: Any) -> Callable[[Leaves, Leaves], Leaves]:
+    if isinstance(user, GaussNewton):
+        raise TypeError("GaussNewton is for implicit.grad; a minimiser as a differentiable value has its Hessian")
+
     def gradient(w: Leaves, h: Leaves) -> Leaves:
         return torch.func.grad(lambda w: as_scalar(user(rebuild(w), *arguments(h)), "inner_loss").reshape(()))(w)
 

@@ -38,7 +38,7 @@ class LinearOperator:
         many: A applied to a Basis at once, if that is cheaper than one product after another.
         many_transpose: likewise for Aᵀ.
         contraction: v ↦ v − A v, if that is cheaper than A v (for A = I − Jᵀ it is Jᵀv).
-        low: dtype ↦ the operator with products in that dtype, on the same vectors.
+        low: dtype ↦ the operator with products in that dtype, on the same vectors, and its transpose.
 
     Attributes:
         declared: (product, tensors) where the operator says which tensors it depends on, else None.
@@ -120,7 +120,9 @@ class LinearOperator:
             return self
         if self._transpose is None:
             raise TypeError("this operator has no transposed product: pass transpose=, or use a solver that needs none")
-        return self._derived(self._transpose, self._many_transpose, self._matvec, self._many)
+        new, low = self._derived(self._transpose, self._many_transpose, self._matvec, self._many), self._low
+        new._low = None if low is None else lambda dtype: low(dtype).T
+        return new
 
     def damped(self, damping: float) -> LinearOperator:
         """A + damping · I, counted together with A."""
@@ -206,6 +208,7 @@ def matrix(a: Tensor, *, symmetric: bool = False, positive_definite: bool = Fals
         small = a.to(dtype)
         return function(
             lambda v: (small @ v.to(dtype).unsqueeze(-1)).squeeze(-1).to(v.dtype),
+            lambda v: (small.mT @ v.to(dtype).unsqueeze(-1)).squeeze(-1).to(v.dtype),
             symmetric=symmetric,
             batch_dims=a.ndim - 2,
         )
@@ -248,12 +251,16 @@ def adjoint(
         assert low is not None
         reduced = low(dtype)
 
-        def apply(v: Vector) -> Vector:
-            pulled = reduced.vjp(_autodiff.cast(v.leaves, reduced.outputs))
-            image = v.space.pack(_autodiff.cast(pulled, v.leaves))
-            return v - image if fixed_point else image
+        def cast(pull: Callable[[Sequence[Tensor]], list[Tensor]]) -> Product:
+            def apply(v: Vector) -> Vector:
+                pulled = pull(_autodiff.cast(v.leaves, reduced.outputs))
+                image = v.space.pack(_autodiff.cast(pulled, v.leaves))
+                return v - image if fixed_point else image
 
-        return LinearOperator(apply, symmetric=symmetric, positive_definite=positive_definite, batch_dims=batch_dims)
+            return apply
+
+        tags: Any = {"symmetric": symmetric, "positive_definite": positive_definite, "batch_dims": batch_dims}
+        return LinearOperator(cast(reduced.vjp), cast(reduced.jvp), **tags)
 
     return LinearOperator(
         product(Linearisation.vjp),
@@ -284,6 +291,7 @@ class GaussNewton:
         loss: ℓ(outputs, hparams) ↦ scalar.
         penalty: p(params, hparams) ↦ scalar.
 
+    Raises: TypeError for a model, a loss or a penalty that is no function.
     Cost: a product takes one pass through the graph of J, one through that of Jᵀ, one through ∇ℓ, and one through ∇p.
     Source: Schraudolph 2002; Martens 2010, section 4.2.
 
@@ -301,6 +309,12 @@ class GaussNewton:
     model: Callable[[Any, Any], PyTree]
     loss: Callable[[PyTree, Any], Tensor]
     penalty: Callable[[Any, Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "loss", "penalty"):
+            part = getattr(self, name)
+            if not callable(part) and not (name == "penalty" and part is None):
+                raise TypeError(f"GaussNewton: {name} must be a function, got {type(part).__name__}")
 
     def __call__(self, params: PyTree, hparams: PyTree) -> Tensor:
         """g(w, λ)."""

@@ -248,6 +248,8 @@ def _check_options(
 
 def _backend(compile: bool | str, inner: InnerProblem, stochastic: bool) -> str | None:
     """The backend of torch.compile for products."""
+    if not isinstance(compile, (bool, str)):
+        raise TypeError(f"compile must be True, False or the name of a backend, got {compile!r}")
     if not compile:
         return None
     if not callable(inner.given) or stochastic or isinstance(inner.given, GaussNewton):

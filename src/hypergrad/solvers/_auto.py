@@ -46,14 +46,14 @@ class Auto(IterativeSolver):
         method, why = self._first(system)
         outcome = method._iterate(system)
         while system.goal is not None and outcome.code is not None:
-            worst = Status(int(torch.as_tensor(outcome.code).max()))
+            again = (outcome.code > 0) & ~(outcome.trace[-1] <= system.stop)  # NaN too: of an iteration, perhaps
+            worst = Status(int(torch.where(again, outcome.code, 0).max()))
             following = self._after(method, worst, system)
             if following is None:
                 break
-            again = outcome.code > 0
             # Iterates of CG on an A that is not symmetric are no start for anything.
             start = system.b.zeros() if system.x0 is None else system.x0
-            start = start.where(outcome.code == Status.NOT_SYMMETRIC.value, outcome.x)
+            start = start.where(again & (outcome.code == Status.NOT_SYMMETRIC.value), outcome.x)
             rest = replace(system, x0=start, stop=torch.where(again, system.stop, torch.inf))
             why, method = f"{type(method).__name__} ended with {worst.name}", following
             outcome = continued(outcome, method._iterate(rest), again)
@@ -62,14 +62,14 @@ class Auto(IterativeSolver):
 
     def _first(self, system: System) -> tuple[LinearSolver, str]:
         n = system.b.space.length
-        if system.goal is not None and n <= self.dense:
+        if system.goal is not None and n <= self.dense and all(system.b.space.plain):
             return Dense(), f"{n} unknowns, at most {self.dense}"
         if system.op.symmetric:
             return CG(), "declared symmetric"
         return GMRES(restart=self.restart), "not declared symmetric"
 
     def _after(self, method: LinearSolver, worst: Status, system: System) -> LinearSolver | None:
-        if worst is Status.NOT_SYMMETRIC:
+        if worst is Status.NOT_SYMMETRIC and not isinstance(method, Dense):
             return GMRES(restart=self.restart)
         if isinstance(method, CG) and worst is Status.NOT_POSITIVE_DEFINITE:
             return MINRES()

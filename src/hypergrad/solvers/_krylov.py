@@ -15,6 +15,7 @@ from torch import Tensor
 from .._solution import Status
 from .._vector import Basis, Vector
 from ..operators import LinearOperator, function
+from ._preconditioners import Reused, is_recipe
 from ._solver import IterativeSolver, Outcome, System, ratio
 
 
@@ -44,8 +45,20 @@ def build_preconditioner(preconditioner: Any, system: System) -> Callable[[Vecto
     """r ↦ M⁻¹ r from what the user gave: None, an operator, a function of pytrees, or a recipe such as Nystrom."""
     if preconditioner is None or isinstance(preconditioner, LinearOperator):
         return preconditioner
-    if hasattr(preconditioner, "preconditioner"):
-        return preconditioner.preconditioner(system.op, system.b)
+    if isinstance(preconditioner, Reused) and system.goal is None:
+        raise ValueError(
+            "Reused needs a solver with a tolerance (rtol or atol): a fixed number of steps does not show that the "
+            "preconditioner has aged"
+        )
+    if is_recipe(preconditioner):
+        if system.precondition is None:
+            system.precondition = preconditioner.preconditioner(system.op, system.b)
+        return system.precondition
+    if not callable(preconditioner) or isinstance(preconditioner, type):
+        raise TypeError(
+            f"preconditioner must be a LinearOperator, a function r ↦ M⁻¹r of pytrees, or a recipe such as "
+            f"Nystrom(...), got {preconditioner!r}"
+        )
     return function(preconditioner)
 
 

@@ -15,6 +15,11 @@ from ._solver import require_symmetric
 Precondition = Callable[[Vector], Vector]
 
 
+def is_recipe(thing: Any) -> bool:
+    """Whether it builds a preconditioner from an operator; a class in the place of its object does not."""
+    return hasattr(thing, "preconditioner") and not isinstance(thing, type)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Diagonal:
     """M = diag(A), estimated with random signs: for systems whose unknowns have different scales.
@@ -44,6 +49,8 @@ class Diagonal:
     def __post_init__(self) -> None:
         if not isinstance(self.probes, int) or self.probes < 2:
             raise ValueError(f"Diagonal: probes must be an integer ≥ 2, got {self.probes!r}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"Diagonal: seed must be an integer, got {self.seed!r}")
 
     def preconditioner(self, op: LinearOperator, like: Vector) -> Precondition:
         """r ↦ M⁻¹r for this operator; m products now, none later."""
@@ -75,9 +82,10 @@ class Reused:
 
     Attributes:
         builds: how often it was built.
-        steps: those of each solve since, the one at hand last.
+        steps: those of each solve since, the one at hand last. Solves without a step do not count for the choice.
 
-    The solver needs a tolerance: with a fixed number of steps nothing shows that the preconditioner has aged.
+    Raises: TypeError for a recipe of another form. At a solve ValueError where the solver has no tolerance: with a
+        fixed number of steps nothing shows that the preconditioner has aged.
     """
 
     recipe: Any
@@ -86,21 +94,31 @@ class Reused:
     _precondition: Precondition | None = field(default=None, init=False, repr=False)
     _cost: int = field(default=0, init=False, repr=False)
     _kind: Any = field(default=None, init=False, repr=False)
+    _applied: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not is_recipe(self.recipe):
+            raise TypeError(f"Reused needs a recipe such as Nystrom(...) or Diagonal(...), got {self.recipe!r}")
 
     def preconditioner(self, op: LinearOperator, like: Vector) -> Precondition:
         """r ↦ M⁻¹r, built for this operator or for one before."""
         space = like.space
         kind = (space.shapes, space.dtypes, space.devices, space.batch_dims)
-        lost = sum(self.steps) - len(self.steps) * min(self.steps, default=0)
-        if self._precondition is None or kind != self._kind or lost >= self._cost:
+        steps = [s for s in self.steps if s]  # a start that was good enough says nothing
+        lost = sum(steps) - len(steps) * min(steps, default=0)
+        if self._precondition is None or kind != self._kind or lost >= max(self._cost, 1):
             before = op.products
             self._precondition = self.recipe.preconditioner(op, like)
             self._cost, self._kind, self.steps = op.products - before, kind, []
             self.builds += 1
-        self.steps.append(-1)  # the first call is before the first step
+        self._applied = False
         return self._counted
 
     def _counted(self, r: Vector) -> Vector:
         assert self._precondition is not None
-        self.steps[-1] += 1
+        if self._applied:
+            self.steps[-1] += 1
+        else:  # before the first step
+            self.steps.append(0)
+            self._applied = True
         return self._precondition(r)

@@ -36,6 +36,7 @@ class System:
     check_every: int
     rhs_norm: Tensor  # ‖b‖ in scaled units
     scale: Tensor  # power of two that one scaled unit is worth in the user's units, 0-d or [B]
+    precondition: Callable[[Vector], Vector] | None = None  # built from op once, however often the system is taken up
 
     def start(self) -> tuple[Vector, Vector]:
         """x and r = b − A x in memory of their own; no product where there is no x0."""
@@ -194,7 +195,8 @@ def solve(
         for refinements_left in (2, 1, 0):
             x = outcome.x.scale_(scale)
             image = op(x) if last_product is None else _damped(last_product(x), x, solver.damping)
-            last = last_product is not None or system.goal is None or not refinements_left
+            left = system.max_steps - outcome.steps
+            last = last_product is not None or system.goal is None or not refinements_left or left <= 0
             residual = (b if last else b.copy()).add_(image, 1 / scale, -1.0).norm()
             if len(outcome.trace) == outcome.steps:
                 outcome.trace = torch.cat([outcome.trace, residual.unsqueeze(0)])
@@ -207,8 +209,7 @@ def solve(
             if not bool(again.any()):
                 break
             system.x0 = x / scale
-            system.max_steps -= outcome.steps
-            rest = replace(system, stop=torch.where(again, system.stop, torch.inf))
+            rest = replace(system, max_steps=left, stop=torch.where(again, system.stop, torch.inf))
             outcome = continued(outcome, solver._iterate(rest), again)
         norms = (residual * scale, system.rhs_norm * scale, outcome.trace * scale)
         return Solution(x, code, _steps(outcome, system), *norms, outcome.method or type(solver).__name__)
@@ -259,7 +260,8 @@ def continued(first: Outcome, second: Outcome, again: Tensor) -> Outcome:
     """One outcome of two that followed each other: the second worked on the systems in `again` alone."""
     code = second.code if second.code is not None else torch.zeros_like(again, dtype=torch.long)
     code = torch.where(again, code, 0 if first.code is None else first.code)
-    trace = torch.cat([first.trace, second.trace[1:]])
+    # Those at rest keep the norm that they were put to rest with: taken anew it may stand above the limit by rounding.
+    trace = torch.cat([first.trace, torch.where(again, second.trace[1:], first.trace[-1])])
     return Outcome(second.x, trace, first.steps + second.steps, code, second.method)
 
 
