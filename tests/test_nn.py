@@ -499,7 +499,9 @@ def live_bytes() -> int:
     storages = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
         for x in gc.get_objects()
-        if type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided
+        if type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
         # what torch itself may still hold of a transform that has ended
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
     }
