@@ -517,7 +517,7 @@ def test_a_goal_that_is_missed_is_said():
         result = hypergradient(q, "inner_loss", S.CG(), hypergradient_rtol=1e-4)
     true = error(result.grads, q)
     assert 0.7 < float(result.relative_error) / true < 1.4
-    with pytest.warns(hg.InaccurateHypergradient, match="refine= got no nearer .*polish=True"):
+    with pytest.warns(hg.InaccurateHypergradient, match=r"refine= got no nearer .*polish=True"):
         hypergradient(q, "inner_loss", S.CG(), hypergradient_rtol=1e-4, refine=lambda w, h: w)
     with pytest.warns(hg.InaccurateHypergradient, match="or solve the inner problem further$"):
         hypergradient(q, "inner_loss", S.CG(), hypergradient_rtol=1e-6, polish=True)
@@ -677,7 +677,7 @@ def test_bad_options_of_check():
     ):
         with pytest.raises(error_type, match=match):
             check(result, structure=False, **options)
-    with pytest.raises(TypeError, match="one of inner_loss, fp_map and residual.*functional_call"):
+    with pytest.raises(TypeError, match=r"one of inner_loss, fp_map and residual.*functional_call"):
         check([result.grads], outer_loss=p.outer_loss)
 
 
@@ -699,3 +699,16 @@ def test_a_change_that_torch_does_not_count_is_said():
     )
     w.data.mul_(1.1)
     assert any("when the hypergradient was computed" in line and ".data" in line for line in check(result).advice)
+
+
+def test_the_advice_where_the_true_hypergradient_is_zero():
+    w, lam = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    rough = hg.implicit.grad(
+        lambda w, lam: w**2 / 2,
+        inner_loss=lambda w, lam: (w - lam) ** 2 / 2,
+        params=w,
+        hparams=lam,
+        solver=S.CG(on_failure="ignore"),
+    )
+    advice = " ".join(check(rough).advice)
+    assert "an error of 1 where the true hypergradient is 0" in advice and "inf" not in advice

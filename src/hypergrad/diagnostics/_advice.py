@@ -45,12 +45,13 @@ def advice(
     if before is not None and _differs(e, before):
         yield (
             f"the inner residual is {e.inner_residual:.2e} now and was {before:.2e} when the hypergradient was "
-            f"computed: the inner problem is random, or its data or buffers changed, or params or hparams did (by .data)"
+            f"computed: the inner problem is random, or its data or buffers changed, or params or hparams "
+            f"did (by .data)"
         )
     if e.status is not Status.CONVERGED:
         yield (
-            f"a linear system behind the estimate ended as {e.status.name}: {e.status.message}. Until then the estimate "
-            f"may be off; what solves these systems is check's solver="
+            f"a linear system behind the estimate ended as {e.status.name}: {e.status.message}. Until then the "
+            f"estimate may be off; what solves these systems is check's solver="
         )
     if not e.settled:
         yield (
@@ -87,7 +88,7 @@ def _remedies(e: Estimate, rate: Rate | None, inner_steps: int | None) -> Iterat
             f"the inner problem is not solved: {_pace(e.relative_error, rate, inner_steps)}params are "
             f"{e.distance:.1%} of their norm away from its solution. Run its solver longer, or use a faster one (a "
             f"second-order method for a loss, Anderson or Newton for a map), or refine=True with hypergradient_rtol, "
-            f"or polish=True, which squares the error; or expect an error of {e.relative_error:.1%}"
+            f"or polish=True, which squares the error; or expect an error of {_size(e)}"
         )
     if e.from_adjoint > 0.1 * e.from_inner:
         yield (
@@ -111,6 +112,11 @@ def _pace(error: float, rate: Rate | None, inner_steps: int | None) -> str:
     more = steps_needed(q, GOOD, max(error, GOOD)) if math.isfinite(error) else None
     enough = "" if more is None else f", about {more} more would bring that of the hypergradient to {GOOD:.1%}"
     return f"{whose} is {q:.6g}{taken}{enough}; "
+
+
+def _size(e: Estimate) -> str:
+    finite = math.isfinite(e.relative_error)
+    return f"{e.relative_error:.1%}" if finite else f"{e.error:.2g} where the true hypergradient is 0"
 
 
 def _reduction(left: float) -> str:

@@ -203,8 +203,8 @@ def _system(s: Structure, kind: str, positive_definite: bool) -> list[Finding]:
         remedy = "leave the declaration out and use GMRES, BiCGStab, NormalCG or LSQR"
         if kind == "inner_loss":
             remedy = (
-                "the Hessian of a loss is, so either the systems of batch_dims=1 are not independent, or a derivative in "
-                "the loss is wrong (a custom backward)"
+                "the Hessian of a loss is, so either the systems of batch_dims=1 are not independent, or a derivative "
+                "in the loss is wrong (a custom backward)"
             )
         text = f"A was declared symmetric and is not: |xᵀAy − yᵀAx| is {s.asymmetry:.1e} of its size{where}; {remedy}"
         found.append(Finding("not symmetric", text, {"asymmetry": s.asymmetry}))
