@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 # One process a core with one thread each: the problems are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
 # Files of examples/ that read options; the others are shared by them.
-EXAMPLES := $(basename $(notdir $(shell grep -l "= parse.Config" examples/*.py)))
+EXAMPLES := $(basename $(notdir $(shell grep -l "parse.Config" examples/*.py)))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all lint examples bench bench-quick docs check format clean
+.PHONY: help demo test test-slow test-all lint examples notebook bench bench-peers bench-quick docs check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,8 +35,15 @@ lint: $(VENV)/.dev ## formatting, ruff's rules, types
 examples: $(VENV)/.examples ## the examples, reduced, into results/fast
 	for name in $(EXAMPLES); do $(BIN)/python -m examples.$$name --fast --output results/fast || exit 1; done
 
-bench: $(VENV)/.dev ## the benchmarks
-	$(BIN)/python -m benchmarks
+notebook: $(VENV)/.examples ## the notebook of examples/logistic_regression.py, anew from the script
+	$(BIN)/jupytext --update --to ipynb examples/logistic_regression.py
+
+bench: $(VENV)/.dev ## the benchmarks, about 20 minutes of one core: tables, JSON, pictures in docs/results
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH)
+
+bench-peers: $(VENV)/.peers ## the benchmarks with the other libraries installed, in the same environment
+	-$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps betty-ml
+	$(MAKE) bench
 
 bench-quick: $(VENV)/.dev
 	$(BIN)/python -m benchmarks --quick
@@ -54,8 +61,8 @@ clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp for each extra of pyproject.toml: demo, examples, dev, docs.
-$(VENV)/.demo $(VENV)/.examples $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+# One stamp for each extra of pyproject.toml: demo, examples, dev, docs, peers.
+$(VENV)/.demo $(VENV)/.examples $(VENV)/.dev $(VENV)/.docs $(VENV)/.peers: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing hypergrad[$*] into $(VENV) (the first time takes a minute or two)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@

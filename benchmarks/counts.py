@@ -8,12 +8,17 @@ from dataclasses import replace
 from typing import TypeVar
 from unittest.mock import patch
 
+import torch
+from torch import Tensor
+
 import hypergrad as hg
 
-from . import problems
+from . import accuracy, illconditioned, problems, unrolled
+from .illconditioned import Step
 from .measure import counted, counting, peak_memory
 from .methods import METHODS, Method, graph_and_product, implicit, layer
 from .problems import Problem
+from .unrolled import Descent
 
 Answer = TypeVar("Answer")
 
@@ -71,15 +76,16 @@ def check_solver(problem: Problem, name: str) -> Counter[str]:
     return counts
 
 
-def vectors(problem: Problem, call: Callable[[Problem], object], fixed_point: bool) -> float:
-    """Peak memory of a call beyond that of the graph and one product, in vectors of params' size."""
-    beside = peak_memory(lambda: call(problem)) - peak_memory(lambda: graph_and_product(problem, fixed_point))
-    return beside / sum(w.numel() * w.element_size() for w in problem.params)
+def beside(problem: Problem, peak: int, fixed_point: bool) -> float:
+    """What a call's peak memory holds beyond the graph and one product, in vectors of params' size."""
+    least = peak_memory(lambda: graph_and_product(problem, fixed_point))
+    return (peak - least) / sum(w.numel() * w.element_size() for w in problem.params)
 
 
 def check_memory(problem: Problem) -> float:
     """Vectors that CG holds beside the graph."""
-    held = vectors(problem, lambda p: implicit(p, SOLVERS["CG"][0](p.steps)), fixed_point=False)
+    peak = peak_memory(lambda: implicit(problem, SOLVERS["CG"][0](problem.steps)))
+    held = beside(problem, peak, fixed_point=False)
     expect(f"{problem.name}, CG: vectors beside the graph", held, VECTORS + SCALARS, at_most=True)
     return held
 
@@ -90,18 +96,51 @@ def check_forward_memory(problem: Problem) -> None:
     expect(f"{problem.name}: peak bytes after 60 steps, over those after 3", many / few, 1.05, at_most=True)
 
 
+def check_unrolled(descent: Descent, column: unrolled.Column, exact: Tensor) -> int:
+    """Evaluations of the step, and the answer in float64, of one way to store the steps."""
+    assert column.evaluations
+    result = unrolled.check(descent, column, exact)
+    most = column.evaluations(descent.timed, descent.checkpoints)
+    expect(f"{descent.name}, {column.name}: evaluations", result.evaluations, most, at_most=True)
+    expect(f"{descent.name}, {column.name}: error", result.error, 1e-10, at_most=True)
+    return result.evaluations
+
+
+def check_sequence(steps: list[Step]) -> tuple[int, int, int]:
+    """Reverse passes to 1e-3 over some outer steps: HyperTorch's, from zero, and warm-started. Each needs fewer."""
+    columns = {column.name: column for column in accuracy.COLUMNS}
+    found = []
+    for name in ("HyperTorch CG", "hg CG, cold", "hg CG"):
+        setting, _, passes = accuracy.search(columns[name], steps, 1e-3)
+        assert setting is not None, f"{steps[0].problem.name}, {name}: 1e-3 is not reached"
+        found.append(passes)
+    theirs, cold, warm = found
+    expect(f"{steps[0].problem.name}: reverse passes from zero, over HyperTorch's", cold / theirs, 1.0, at_most=True)
+    expect(f"{steps[0].problem.name}: reverse passes warm-started, over cold", warm / cold, 0.95, at_most=True)
+    return theirs, cold, warm
+
+
 def run() -> None:
     """Check everything and print the counts. Raises AssertionError for a count that is off."""
     for build in problems.quick_rows().values():
         problem = build()
         print(f"{problem.name}: {problem.size} parameters, K = {problem.steps}")
         for method in METHODS:
-            if method.fits(problem):
+            if method.fits(problem) and method.passes:
                 show(method.name, check_method(problem, method))
         if problem.step_size is not None:
             print("  implicit.grad in fixed-step mode")
             for name in SOLVERS:
                 show(f"  {name}", check_solver(problem, name))
+    for build in unrolled.QUICK.values():
+        descent = build().to(torch.float64)
+        exact = unrolled.truth(descent)
+        print(f"{descent.name}: {descent.timed} steps")
+        for column in unrolled.COLUMNS:
+            if column.evaluations:
+                print(f"  {column.name:32}{check_unrolled(descent, column, exact):4} evaluations of a step")
+    theirs, cold, warm = check_sequence(list(illconditioned.quick_sequence()))
+    print(f"reverse passes to 1e-3 over 6 outer steps: HyperTorch {theirs}, cold {cold}, warm-started {warm}")
     check_forward_memory(problems.equilibrium("equilibrium", 200, 20, 30, 3, 0.9))
     print(f"CG holds {check_memory(problems.wide()):.2f} vectors beside the graph and one product")
 

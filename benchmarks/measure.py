@@ -11,8 +11,10 @@ from statistics import median, quantiles
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch._C import _autograd
+from torch._C._profiler import RecordScope
+from torch.autograd.profiler import profile
 from torch.overrides import TorchFunctionMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Call = Callable[[], Any]
@@ -44,16 +46,17 @@ class Spread:
 
 
 def interleaved(
-    calls: dict[Name, Call], rounds: int, repeat: int = 1, step: Callable[[], object] = int
+    calls: dict[Name, Call], rounds: int, repeat: int = 1, step: Callable[[], object] = int, warm_up: int = 1
 ) -> dict[Name, Times]:
-    """Time each call once a round, in an order that turns round by round; the first round is for warming up.
+    """Time each call once a round, in an order that turns round by round.
 
     repeat: calls in one sample, for those that are too short for the clock.
     step: called after each sample, for a progress bar.
+    warm_up: rounds before those that count.
     """
     names = list(calls)
     times = {name: Times([], []) for name in names}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + warm_up):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             call = calls[name]
@@ -61,7 +64,7 @@ def interleaved(
             for _ in range(repeat):
                 call()
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            if turn:
+            if turn >= warm_up:
                 times[name].cpu.append(cpu / repeat)
                 times[name].wall.append(wall / repeat)
             step()
@@ -76,12 +79,21 @@ def ratios(times: Times, base: Times) -> tuple[Spread, Spread]:
 
 
 def peak_memory(call: Call) -> int:
-    """The most bytes that the call held at once beyond what was there before, by torch's CPU allocator."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    """The most bytes that the call held at once beyond what was there before, by torch's CPU allocator.
+
+    Only the allocator's events are recorded, not torch's operations, of which a thousand steps make gigabytes.
+    """
+    record = profile(profile_memory=True)
+    config: Any = record.config()
+    enable: Any = _autograd._enable_profiler  # its third argument is missing in torch's own stubs
+    _autograd._prepare_profiler(config, record.kineto_activities)
+    enable(config, record.kineto_activities, {RecordScope.USER_SCOPE})
+    try:
         call()
+    finally:
+        found: Any = _autograd._disable_profiler()
     held = peak = 0
-    assert record.profiler is not None and record.profiler.kineto_results is not None
-    events: list[Any] = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events: list[Any] = [e for e in found.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
@@ -99,7 +111,8 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.autograd.grad:
-            self.counts["passes"] += 1
+            many = (kwargs or {}).get("is_grads_batched", False)
+            self.counts["passes"] += (kwargs or {})["grad_outputs"][0].shape[0] if many else 1
         # tolist of a 0-d tensor is item(), which the dispatcher reports
         if func in self.READS and args[0].ndim:
             self.counts["reads"] += 1
@@ -121,7 +134,10 @@ class _Scalars(TorchDispatchMode):
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Counts calls of torch.autograd.grad ("passes") and reads of numbers from the device ("reads") in the block."""
+    """Counts calls of torch.autograd.grad ("passes") and reads of numbers from the device ("reads") in the block.
+
+    A call for k cotangents at once counts as k passes.
+    """
     counts: Counter[str] = Counter(passes=0, reads=0)
     with _Calls(counts), _Scalars(counts):
         yield counts

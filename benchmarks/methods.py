@@ -9,14 +9,18 @@ residual norm at each step, and a product with the Jacobian that evaluates the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import hypergrad as hg
 
+from . import peers
 from .problems import Problem
 
 Tensors = list[Tensor]
@@ -26,21 +30,37 @@ Tensors = list[Tensor]
 class Method:
     """One column.
 
-    `floor` names the method it is compared with, `target` is the ratio to that which it should not exceed, `peer` names
-    a method that it should not be slower than, `truth` is the estimate that it must agree with (None: it gives none).
-    `passes` is the number of reverse passes of K steps, and `evaluations` that of the inner loss or map. `needs` says
-    for which problems it is: "any", "loss" (the inner problem is a loss, its system symmetric) or "map".
+    `library` is whose it is ("floor" for a floor). `floor` names the method it is compared with, `target` is the ratio
+    to that which it should not exceed, `truth` is the estimate that it must agree with (None: it gives none).
+    `passes` is the number of reverse passes of K steps (None: they are made unseen), and `evaluations` that of the
+    inner loss or map. `needs` says for which problems it is: "any", "loss" (the inner problem is a loss, its system
+    symmetric) or "map". `compiled`: its first call builds it. `memory`: the peak in bytes, where torch does not know.
     """
 
     name: str
     run: Callable[[Problem], Sequence[Tensor]]
-    passes: Callable[[int], int]
+    passes: Callable[[int], int] | None
     floor: str | None = None
     truth: str | None = None
     target: float | None = None
-    peer: str | None = None
     evaluations: Callable[[int], int] = lambda steps: 1
     needs: str = "any"
+    library: str = "hypergrad"
+    compiled: bool = False
+    memory: Callable[[Problem], int] | None = None
+
+    @property
+    def peer(self) -> bool:
+        return self.library not in ("floor", "hypergrad")
+
+    @property
+    def torch_peer(self) -> bool:
+        return self.peer and self.library != "JAXopt"
+
+    @property
+    def work(self) -> tuple[str | None, bool]:
+        """What compared methods have in common: the estimate, and whether the map is iterated first."""
+        return self.truth, self.floor == ITERATED_FLOOR
 
     def fits(self, problem: Problem) -> bool:
         return self.needs in ("any", "map" if problem.step_size is None else "loss")
@@ -48,6 +68,7 @@ class Method:
     def passes_on(self, problem: Problem) -> int:
         """`passes`, in which each evaluation of a map counts as one: it is, where the map is a gradient step."""
         free = problem.step_size is None and self.needs == "any"
+        assert self.passes is not None
         return self.passes(problem.steps) - free * self.evaluations(problem.steps)
 
 
@@ -102,19 +123,41 @@ def graph_and_product(problem: Problem, fixed_point: bool) -> Tensors:
     return list(torch.autograd.grad(outputs, params, problem.params))
 
 
+@contextmanager
+def must_compile() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hg.NotCompiled)
+        yield
+
+
+def hypergradient(
+    problem: Problem, solver: hg.solvers.LinearSolver, x0: Tensors | None = None, compile: bool = False
+) -> hg.Hypergradient:
+    """hg.implicit.grad of the inner loss, or of the map; an error where it was to be compiled and is not."""
+    loss = problem.step_size is not None
+    with must_compile() if compile else nullcontext():
+        return hg.implicit.grad(
+            problem.outer_loss,
+            inner_loss=problem.inner_loss if loss else None,
+            fp_map=None if loss else problem.fp_map,
+            params=problem.params,
+            hparams=problem.hparams,
+            solver=solver,
+            x0=x0,
+            compile=compile,
+        )
+
+
 def implicit(problem: Problem, solver: hg.solvers.LinearSolver) -> Tensors:
-    result = hg.implicit.grad(
-        problem.outer_loss,
-        inner_loss=problem.inner_loss,
-        params=problem.params,
-        hparams=problem.hparams,
-        solver=solver,
-    )
-    return result.grads
+    return hypergradient(problem, solver).grads
 
 
 def implicit_cg(problem: Problem) -> Tensors:
     return implicit(problem, hg.solvers.CG(max_steps=problem.steps))
+
+
+def compiled_cg(problem: Problem) -> Tensors:
+    return hypergradient(problem, hg.solvers.CG(max_steps=problem.steps), compile=True).grads
 
 
 def library(method: Callable[..., Tensors]) -> Callable[[Problem], Tensors]:
@@ -190,7 +233,7 @@ class HyperTorch:
             total.append(sum(parts[1:], parts[0]) if parts else torch.zeros_like(h))
         return total
 
-    def solve(self, product: Callable[[Tensors], Tensors], b: Tensors) -> Tensors:
+    def solve(self, product: Callable[[Tensors], Tensors], b: Tensors, tol: float = TOL) -> Tensors:
         """Conjugate gradients on lists of tensors; reads ‖r‖ at every step and ends with the iterate before."""
         x = [torch.zeros_like(each) for each in b]
         r, p = [each.clone() for each in b], [each.clone() for each in b]
@@ -202,15 +245,17 @@ class HyperTorch:
             x_new = [xi + alpha * pi for xi, pi in zip(x, p, strict=True)]
             r = [ri - alpha * ai for ri, ai in zip(r, ap, strict=True)]
             r_all = joined(r)
-            if float(r_all.norm()) < TOL:
+            if float(r_all.norm()) < tol:
                 break
             beta = (r_all * r_all).sum() / rr
             p = [ri + beta * pi for ri, pi in zip(r, p, strict=True)]
             x = x_new
         return x
 
-    def cg(self) -> Tensors:
-        return self.finish(self.solve(self.residual, self.b))
+    def cg(self, rtol: float | None = None) -> Tensors:
+        """rtol: the tolerance, which is absolute there, over ‖b‖."""
+        tol = TOL if rtol is None else rtol * float(joined(self.b).norm())
+        return self.finish(self.solve(self.residual, self.b, tol))
 
     def normal_cg(self) -> Tensors:
         b = [x - y for x, y in zip(self.b, self.push(self.b), strict=True)]
@@ -234,43 +279,45 @@ def joined(tensors: Tensors) -> Tensor:
 FLOOR, MAP_FLOOR, ITERATED_FLOOR = "floor", "floor (map)", "K steps, floor (map)"
 
 METHODS = [
-    Method(FLOOR, lambda p: floor(p, fixed_point=False), lambda k: k + 3, needs="loss"),
+    Method(FLOOR, lambda p: floor(p, fixed_point=False), lambda k: k + 3, needs="loss", library="floor"),
     Method(
         f"{FLOOR}, last for hparams",
         lambda p: floor(p, fixed_point=False, with_params=False),
         lambda k: k + 3,
         FLOOR,
         needs="loss",
+        library="floor",
     ),
     Method("hg.implicit.grad, CG", implicit_cg, lambda k: k + 3, FLOOR, "cg", 1.05, needs="loss"),
-    Method(MAP_FLOOR, lambda p: floor(p, fixed_point=True), lambda k: k + 3),
+    Method("hg.implicit.grad, CG, compiled", compiled_cg, None, FLOOR, "cg", needs="loss", compiled=True),
+    Method(MAP_FLOOR, lambda p: floor(p, fixed_point=True), lambda k: k + 3, library="floor"),
     Method(
         f"{MAP_FLOOR}, last for hparams",
         lambda p: floor(p, fixed_point=True, with_params=False),
         lambda k: k + 3,
         MAP_FLOOR,
+        library="floor",
     ),
-    Method("hg.CG", library(hg.CG), lambda k: k + 3, MAP_FLOOR, "cg", 1.05, "HyperTorch CG", needs="loss"),
-    Method("HyperTorch CG", lambda p: HyperTorch(p).cg(), lambda k: k + 3, MAP_FLOOR, "cg", needs="loss"),
+    Method("hg.CG", library(hg.CG), lambda k: k + 3, MAP_FLOOR, "cg", 1.05, needs="loss"),
     Method(
-        "hg.fixed_point",
-        library(hg.fixed_point),
-        lambda k: k + 2,
+        "HyperTorch CG",
+        lambda p: HyperTorch(p).cg(),
+        lambda k: k + 3,
+        MAP_FLOOR,
+        "cg",
+        needs="loss",
+        library="HyperTorch",
+    ),
+    Method("hg.fixed_point", library(hg.fixed_point), lambda k: k + 2, MAP_FLOOR, "fixed_point", 1.05),
+    Method(
+        "HyperTorch fixed_point",
+        lambda p: HyperTorch(p).fixed_point(),
+        lambda k: k + 3,
         MAP_FLOOR,
         "fixed_point",
-        1.05,
-        "HyperTorch fixed_point",
+        library="HyperTorch",
     ),
-    Method("HyperTorch fixed_point", lambda p: HyperTorch(p).fixed_point(), lambda k: k + 3, MAP_FLOOR, "fixed_point"),
-    Method(
-        "hg.CG_normaleq",
-        library(hg.CG_normaleq),
-        lambda k: 2 * k + 4,
-        MAP_FLOOR,
-        "normal_cg",
-        2.3,
-        "HyperTorch CG_normaleq",
-    ),
+    Method("hg.CG_normaleq", library(hg.CG_normaleq), lambda k: 2 * k + 4, MAP_FLOOR, "normal_cg", 2.3),
     Method(
         "HyperTorch CG_normaleq",
         lambda p: HyperTorch(p).normal_cg(),
@@ -278,6 +325,7 @@ METHODS = [
         MAP_FLOOR,
         "normal_cg",
         evaluations=lambda k: 2 * k + 3,
+        library="HyperTorch",
     ),
     Method(
         ITERATED_FLOOR,
@@ -285,6 +333,7 @@ METHODS = [
         lambda k: k + 2,
         evaluations=lambda k: k + 1,
         needs="map",
+        library="floor",
     ),
     Method(
         "hg.nn.Equilibrium, inject",
@@ -297,3 +346,28 @@ METHODS = [
         needs="map",
     ),
 ]
+if peers.installed("torchopt"):
+    METHODS += [
+        Method("TorchOpt CG", peers.torchopt_cg, None, FLOOR, "cg", needs="loss", library="TorchOpt"),
+        Method("TorchOpt ns", peers.torchopt_neumann, None, FLOOR, "fixed_point", needs="loss", library="TorchOpt"),
+        Method("TorchOpt normal CG", peers.torchopt_normal_cg, None, MAP_FLOOR, "normal_cg", library="TorchOpt"),
+    ]
+if peers.installed("betty"):
+    METHODS += [
+        Method("Betty CG", peers.betty_cg, None, FLOOR, "cg", needs="loss", library="Betty"),
+        Method(
+            "Betty Neumann", peers.betty_neumann, lambda k: k + 2, FLOOR, "fixed_point", needs="loss", library="Betty"
+        ),
+    ]
+if peers.installed("torchdeq"):
+    torchdeq = peers.torchdeq_layer
+    METHODS.append(
+        Method("torchdeq, inject", torchdeq, None, ITERATED_FLOOR, "fixed_point", needs="map", library="torchdeq")
+    )
+if peers.installed("jax", "jaxopt"):
+    jitted = Method("JAXopt CG, jit", peers.jaxopt_cg, None, FLOOR, "cg", needs="loss", library="JAXopt")
+    default = Method("JAXopt normal CG, jit", peers.jaxopt_normal_cg, None, MAP_FLOOR, "normal_cg", library="JAXopt")
+    METHODS += [
+        replace(jitted, compiled=True, memory=peers.jaxopt_memory),
+        replace(default, compiled=True, memory=partial(peers.jaxopt_memory, normal=True)),
+    ]

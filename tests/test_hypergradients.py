@@ -745,3 +745,19 @@ def test_solvers_are_what_stands_behind_the_names():
             symmetric=method == "CG",
         )
         assert all(torch.equal(a, b) for a, b in zip(grads, result.grads, strict=True))
+
+
+@pytest.mark.parametrize("method", [hg.fixed_point, hg.neumann, hg.CG, hg.CG_normaleq])
+def test_few_steps_on_an_ill_conditioned_problem_see_that_it_is_not_solved(method):
+    """HyperTorch's example with λ near 0: 100 gradient steps, K = 10. v is short there, but its progress is slow."""
+    p = as_lists(problem_at("hypertorch"))
+    hparams = [torch.full_like(h, 1e-3, requires_grad=True) for h in p.hparams]
+
+    def after(steps: int) -> list[torch.Tensor]:
+        w = [torch.zeros_like(x) for x in p.params]
+        for _ in range(steps):
+            w = [x.detach() for x in p.fp_map([x.requires_grad_() for x in w], hparams)]
+        return w
+
+    with pytest.warns(hg.UnsolvedInnerProblem, match="the inner problem is not solved"):
+        method(after(100), hparams, 10, p.fp_map, p.outer_loss, set_grad=False)

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import diagnostics, diff_optimizers, fixed_points, hypergradients, implicit, nn, operators, solvers, unroll
+from . import diagnostics, diff_optimizers, fixed_points, hypergradients, implicit, meta, nn, operators, solvers, unroll
 from ._compiled import NotCompiled
 from ._solution import (
     HypergradientWarning,
@@ -51,6 +51,8 @@ __all__ = [
     # forward solvers of fixed points, and equilibrium layers
     "fixed_points",
     "nn",
+    # meta-learning over a batch of tasks
+    "meta",
     # HyperTorch's functional interface
     "hypergradients",
     "reverse_unroll",

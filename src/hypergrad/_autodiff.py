@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -312,6 +313,24 @@ def many(
     except RuntimeError:
         columns = [one([stack[j] for stack in stacks]) for j in range(len(stacks[0]))]
         return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+
+def each(
+    function: Callable[..., list[Tensor]], lists: Sequence[Sequence[Tensor]], mapped: Sequence[bool]
+) -> list[Tensor]:
+    """function(*lists) for each entry of the first axis of the lists that are mapped, all at once: results stacked.
+
+    Random numbers are drawn for each entry by itself.
+    """
+
+    # vmap's own handling of containers takes as long as a small loss: it gets flat arguments, and only those it maps.
+    def on_flat(*flat: Tensor) -> tuple[Tensor, ...]:
+        own = iter(flat)
+        pairs = zip(lists, mapped, strict=True)
+        return tuple(function(*(list(itertools.islice(own, len(xs))) if m else list(xs) for xs, m in pairs)))
+
+    flat = [x for xs, m in zip(lists, mapped, strict=True) if m for x in xs]
+    return list(torch.func.vmap(on_flat, randomness="different")(*flat))
 
 
 def as_scalar(loss: Any, name: str) -> Tensor:

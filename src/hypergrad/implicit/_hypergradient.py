@@ -93,7 +93,7 @@ class Hypergradient:
 
     def warn_if_unsolved(self) -> None:
         """UnsolvedInnerProblem where params are too far from the inner solution for the result to mean much."""
-        worst = float(self.inner_distance.max())
+        worst = float((self.inner_distance * _unfinished(self.solution)).max())
         if worst > UNSOLVED:
             away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
             warn(
@@ -318,6 +318,18 @@ def backward(
 def accumulate(hparams: PyTree, grads: PyTree) -> None:
     """Add grads to .grad of hparams' leaves, or of what these were computed from, as backward() does."""
     _autodiff.backward(flatten(hparams, "hparams")[0], flatten(grads, "grads")[0])
+
+
+def _unfinished(solution: Solution) -> Tensor:
+    """‖A⁻¹b‖ / ‖v‖ where a solve stopped early, by going on at its own rate: 1 + ρ / (1 − ρ) · ‖r‖ / ‖v‖.
+
+    Few steps on an ill-conditioned system leave a short v, which says nothing of ‖A⁻¹‖; their slow progress does.
+    """
+    rate = solution.growth_rate
+    rest = rate / (1 - rate) * solution.residual_norm / solution.value.norm()
+    # A rate that rounding does not tell from 1 (or that of no step at all) says nothing.
+    told = (rate < 1 - 100 * solution.value.space.eps) & torch.isfinite(rest)
+    return 1 + torch.where(told, rest, 0.0)
 
 
 def _distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:

@@ -1,0 +1,308 @@
+"""Time to a relative error of the hypergradient, over 50 outer steps on ill-conditioned problems.
+
+Every method sees the same λ_t and exact inner solutions. For each the loosest setting is sought (a tolerance, or a
+number of steps where it has none) with which each of the 50 hypergradients is right to the target; then they are timed.
+
+To add a method: a function that takes the setting and gives a function of the outer step's problem, which may keep
+what it likes between the steps, and a line in `COLUMNS`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+import hypergrad as hg
+
+from . import illconditioned, peers
+from .illconditioned import Step
+from .measure import Spread, counted, interleaved, ratios
+from .methods import HyperTorch, hypergradient
+from .problems import Problem
+from .report import BLUE, GREY, RED, Section, bars
+
+TARGETS = (1e-3, 1e-6)
+PROBE = 4  # outer steps on which a setting is sought before it is tried on all
+ROUNDS = 2
+MOST = 5000  # steps of a method with a tolerance
+
+Run = Callable[[Problem], Sequence[Tensor]]
+TOLERANCES = tuple(10 ** (-k / 4) for k in range(0, 53))
+STEPS = tuple(sorted({round(4 * 1.12**k) for k in range(60)}))
+
+
+@dataclass(frozen=True)
+class Column:
+    """A method: `start(setting)` is a run over the outer steps, `settings` go from the loosest to the tightest."""
+
+    name: str
+    library: str
+    start: Callable[[float], Run]
+    settings: tuple[float, ...] = TOLERANCES
+    passes: Callable[[Sequence[Step], float], int] | None = None  # where they are made unseen
+    largest: int | None = None  # parameters up to which it makes sense
+
+    @property
+    def torch_peer(self) -> bool:
+        return self.library not in ("hypergrad", "JAXopt")
+
+
+def ours(solver: Callable[[float], Any], warm: bool = True, compile: bool = False) -> Callable[[float], Run]:
+    """hg.implicit.grad with a solver made from the tolerance; warm: each adjoint starts at the one before."""
+
+    def start(setting: float) -> Run:
+        adjoint, configured = None, solver(setting)
+
+        def run(problem: Problem) -> list[Tensor]:
+            nonlocal adjoint
+            result = hypergradient(problem, configured, adjoint if warm else None, compile)
+            adjoint = result.adjoint
+            return result.grads
+
+        return run
+
+    return start
+
+
+def cg(setting: float, **options: Any) -> hg.solvers.CG:
+    return hg.solvers.CG(rtol=setting, max_steps=MOST, on_failure="ignore", **options)
+
+
+def minres(setting: float) -> hg.solvers.MINRES:
+    return hg.solvers.MINRES(rtol=setting, max_steps=MOST, on_failure="ignore")
+
+
+def reused(setting: float, recipe: Any) -> hg.solvers.CG:
+    """CG with a preconditioner that is kept from one outer step to the next while that pays."""
+    return cg(setting, preconditioner=hg.solvers.Reused(recipe))
+
+
+def hypertorch_cg(setting: float) -> Run:
+    return lambda problem: HyperTorch(replace(problem, steps=MOST)).cg(rtol=setting)
+
+
+def passes_of(start: Callable[[float], Run], steps: Sequence[Step], setting: float) -> int:
+    """Reverse passes of a run that is seen; k at once count as k."""
+    run = start(setting)
+    with counted() as counts:
+        for step in steps:
+            run(step.problem)
+    return counts["passes"]
+
+
+COLUMNS = [
+    Column("hg CG, cold", "hypergrad", ours(cg, warm=False)),
+    Column("hg CG", "hypergrad", ours(cg)),
+    Column("hg CG, compiled", "hypergrad", ours(cg, compile=True), passes=partial(passes_of, ours(cg))),
+    Column("hg MINRES", "hypergrad", ours(minres)),
+    Column("hg CG, Diagonal reused", "hypergrad", ours(partial(reused, recipe=hg.solvers.Diagonal()))),
+    Column(
+        "hg CG, Nystrom(80) reused",
+        "hypergrad",
+        ours(partial(reused, recipe=hg.solvers.Nystrom(rank=80, damping=1e-5))),
+    ),
+    Column("hg Dense", "hypergrad", ours(lambda _: hg.solvers.Dense(on_failure="ignore")), (0.0,), largest=500),
+    Column("HyperTorch CG", "HyperTorch", hypertorch_cg),
+]
+if peers.installed("torchopt"):
+    COLUMNS.append(
+        Column(
+            "TorchOpt CG",
+            "TorchOpt",
+            lambda s: partial(peers.torchopt_cg, rtol=s, max_steps=MOST),
+            passes=lambda steps, s: sum(peers.torchopt_passes(step.problem, s, MOST) for step in steps),
+        )
+    )
+if peers.installed("betty"):
+    COLUMNS.append(Column("Betty CG", "Betty", lambda k: partial(peers.betty_cg, max_steps=int(k)), STEPS))
+if peers.installed("jax", "jaxopt"):
+    COLUMNS.append(
+        Column(
+            "JAXopt CG, jit",
+            "JAXopt",
+            lambda s: partial(peers.jaxopt_cg, tol=s, max_steps=MOST),
+            passes=lambda steps, s: sum(peers.jaxopt_passes(step.problem, s, MOST) for step in steps),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method at one target on one row. Seconds and passes are those of all outer steps."""
+
+    row: str
+    method: str
+    library: str
+    target: float
+    outer_steps: int
+    setting: float | None  # None: no setting reaches the target
+    error: float  # the largest of all outer steps; with no setting, the least that was seen
+    passes: int
+    failure: str | None = None
+    cpu: Spread | None = None
+    wall: Spread | None = None
+    peer: str | None = None
+    peer_cpu: Spread | None = None
+
+
+def worst(run: Run, steps: Sequence[Step], limit: float) -> float:
+    """The largest relative error; stops where it passes the limit."""
+    largest = 0.0
+    for step in steps:
+        (found,) = run(step.problem)
+        error = np.linalg.norm(found.numpy() - step.truth) / np.linalg.norm(step.truth)
+        largest = max(largest, float(error) if np.isfinite(error) else np.inf)
+        if largest > limit:
+            break
+    return largest
+
+
+def search(column: Column, steps: Sequence[Step], target: float) -> tuple[float | None, float, int]:
+    """The loosest setting that is right on all steps, its error, and its reverse passes (k at once count as k)."""
+    low, high, best = 0, len(column.settings) - 1, np.inf
+    while low < high:
+        middle = (low + high) // 2
+        error = worst(column.start(column.settings[middle]), steps[:PROBE], target)
+        best = min(best, error)
+        low, high = (low, middle) if error <= target else (middle + 1, high)
+    for setting in column.settings[low:]:
+        with nullcontext(Counter()) if column.passes else counted() as counts:
+            error = worst(column.start(setting), steps, target)
+        best = min(best, error)
+        if error <= target:
+            return setting, error, column.passes(steps, setting) if column.passes else counts["passes"]
+    return None, best, 0
+
+
+def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None) -> tuple[list[Result], list[dict]]:
+    results, settings = [], []
+    columns = [c for c in COLUMNS if not words or any(word in c.name for word in words)]
+    for row in tqdm(rows, desc="rows"):
+        steps = list(illconditioned.sequence(row))
+        results += measure_row(row, columns, steps, rounds or ROUNDS)
+        settings.append(
+            {"row": row, "parameters": steps[0].problem.size, "hyperparameters": len(steps[0].truth)}
+            | {"outer_steps": len(steps), "rounds": rounds or ROUNDS, "dtype": "torch.float64", "threads": 1}
+        )
+    return results, settings
+
+
+def measure_row(row: str, columns: Sequence[Column], steps: Sequence[Step], rounds: int) -> list[Result]:
+    found, calls = [], {}
+    by_name = {column.name: column for column in columns}
+    size = steps[0].problem.size
+    columns = [c for c in columns if c.largest is None or size <= c.largest]
+    pairs = [(column, target) for column in columns for target in TARGETS]
+    for column, target in tqdm(pairs, desc=f"{row}: settings", leave=False):
+        try:
+            setting, error, passes = search(column, steps, target)
+        except hg.NotCompiled as reason:
+            found.append(Result(row, column.name, column.library, target, len(steps), None, np.nan, 0, str(reason)))
+            continue
+        if setting is not None:
+            calls[column.name, target] = partial(run_all, column, setting, steps)
+        found.append(Result(row, column.name, column.library, target, len(steps), setting, error, passes))
+    with tqdm(total=len(calls) * rounds, desc=f"{row}: clock", leave=False) as bar:
+        times = interleaved(calls, rounds, step=bar.update, warm_up=0)
+
+    def timed(result: Result) -> Result:
+        own = times.get((result.method, result.target))
+        if own is None:
+            return result
+        result = replace(result, cpu=Spread.of(own.cpu), wall=Spread.of(own.wall))
+        rivals = [key for key in times if key[1] == result.target and by_name[key[0]].torch_peer]
+        if result.library != "hypergrad" or not rivals:
+            return result
+        best = min(rivals, key=lambda key: Spread.of(times[key].cpu).middle)
+        return replace(result, peer=best[0], peer_cpu=ratios(own, times[best])[0])
+
+    return [timed(result) for result in found]
+
+
+def run_all(column: Column, setting: float, steps: Sequence[Step]) -> None:
+    run = column.start(setting)
+    for step in steps:
+        run(step.problem)
+
+
+def table(results: list[Result]) -> str:
+    lines = [
+        f"{'':32}{'target':>8}{'passes':>9}{'a step':>8}{'CPU s':>9}  {'× best PyTorch peer':26}"
+        f"{'setting':>9}{'error':>9}"
+    ]
+    row = None
+    for r in results:
+        if r.row != row:
+            row = r.row
+            lines.append(f"{row}, {r.outer_steps} outer steps")
+        if r.failure:
+            lines.append(f"  {r.method:30}{r.target:8.0e}   {r.failure[:100]}")
+            continue
+        if r.cpu is None:
+            lines.append(f"  {r.method:30}{r.target:8.0e}   not reached: its best error is {r.error:.1e}, no time")
+            continue
+        against = r.peer_cpu and f"{r.peer_cpu.middle:.2f} [{r.peer_cpu.low:.2f}, {r.peer_cpu.high:.2f}]"
+        lines.append(
+            f"  {r.method:30}{r.target:8.0e}{r.passes:9}{r.passes / r.outer_steps:8.1f}{r.cpu.middle:9.3f}  "
+            f"{against or '':26}{r.setting:9.1e}{r.error:9.0e}"
+        )
+    best = dict.fromkeys((r.row, r.target, r.peer) for r in results if r.peer)
+    if best:
+        lines.append("Best PyTorch peer: " + "; ".join(f"{peer} ({row}, {target:.0e})" for row, target, peer in best))
+    lines.append(
+        "passes: reverse passes in all (the solver's products and three more a step). error: the largest of all outer "
+        "steps.\nsetting: the loosest tolerance (or number of steps) that does it; HyperTorch's, absolute there, over "
+        "‖b‖.\nhg starts at the last adjoint, unless said cold; the others from zero, for they do not give theirs."
+    )
+    return "\n".join(lines)
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Seconds of all outer steps: a bar a method and target; red: half of the best PyTorch peer's to 1e-6."""
+    rows = list(dict.fromkeys(r.row for r in results))
+    title = "Time of 50 outer steps to a relative hypergradient error of 1e-3 (light) and 1e-6 (dark)"
+    with bars(path, rows, title, height=4.4) as axes:
+        for axis, row in zip(axes, rows, strict=True):
+            draw_row(axis, [r for r in results if r.row == row])
+
+
+def draw_row(axis: Any, cells: list[Result]) -> None:
+    names = list(dict.fromkeys(r.method for r in cells))
+    longest = max((r.cpu.high for r in cells if r.cpu), default=1.0)
+    shortest = min((r.cpu.low for r in cells if r.cpu), default=0.1)
+    for r in cells:
+        tight = r.target == min(TARGETS)
+        place = names.index(r.method) + (0.2 if tight else -0.2)
+        if r.cpu is None:
+            why = " not compiled" if r.failure else " wrong: no time"
+            axis.text(shortest / 1.8, place, why, va="center", fontsize=7, color=RED)
+            continue
+        colour = BLUE if r.library == "hypergrad" else GREY
+        axis.barh(place, r.cpu.middle, 0.38, color=colour, alpha=1.0 if tight else 0.5)
+        label = f" {r.cpu.middle:.2f} s, {r.passes / r.outer_steps:.0f} passes a step"
+        axis.text(r.cpu.middle, place, label, va="center", fontsize=7)
+    rivals = [r.cpu.middle for r in cells if r.cpu and r.library not in ("hypergrad", "JAXopt")]
+    goals = [r.cpu.middle / 2 for r in cells if r.cpu and r.target == min(TARGETS) and r.cpu.middle in rivals]
+    if goals:
+        axis.axvline(min(goals), color=RED, linewidth=1.5, zorder=0)
+    axis.set(xscale="log", xlim=(shortest / 1.8, 12 * longest), yticks=range(len(names)), title=cells[0].row)
+    axis.set_yticklabels(names, fontsize=8)
+    axis.set_xlabel("CPU seconds (red: half of the best PyTorch peer's to 1e-6)", fontsize=8)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def rows() -> list[str]:
+    return list(illconditioned.SOURCES)
+
+
+SECTION = Section("Time to an accuracy", rows, measure, table, draw)

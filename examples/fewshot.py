@@ -1,0 +1,187 @@
+"""Few-shot classification tasks: readers of Omniglot and mini-ImageNet that you have on disk, and a stand-in."""
+
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+OMNIGLOT = (
+    "{folder} holds no {name} (a folder, or {name}.zip): get images_background.zip and images_evaluation.zip, or the "
+    "small sets, from https://github.com/brendenlake/omniglot (python/); without --data the digits that scikit-learn "
+    "ships are used."
+)
+MINI_IMAGENET = (
+    "{folder} holds no folders train/ and test/ with one folder of images a class: mini-ImageNet is cut from ImageNet "
+    "(https://image-net.org, which asks you to register) by the lists of "
+    "https://github.com/twitter-research/meta-learning-lstm; without --data the digits that scikit-learn ships are "
+    "used."
+)
+
+
+class Classes(NamedTuple):
+    """Images of one size in [0, 1], the same number of each class: [classes, images, channels, height, width]."""
+
+    names: list[str]
+    x: Tensor
+
+
+class FewShot(NamedTuple):
+    """Classes to learn from and classes to be tested on, which have none in common."""
+
+    name: str
+    train: Classes
+    test: Classes
+
+
+class Tasks(NamedTuple):
+    """Tasks side by side: images [tasks, images, channels, height, width] and labels [tasks, images]."""
+
+    support: tuple[Tensor, Tensor]
+    query: tuple[Tensor, Tensor]
+
+
+def sample(classes: Classes, count: int, ways: int, shots: int, queries: int, seed: int) -> Tasks:
+    """Random tasks: `ways` classes each, of every class `shots` images to learn from and `queries` others."""
+    random = torch.Generator().manual_seed(seed)
+    total, images = classes.x.shape[:2]
+    if ways > total or shots + queries > images:
+        raise ValueError(
+            f"{ways} ways of {shots} + {queries} images were asked for; there are {total} classes of {images} images"
+        )
+    which = torch.stack([torch.randperm(total, generator=random)[:ways] for _ in range(count)])
+    order = torch.rand(count, ways, images, generator=random).argsort(-1)
+    labels = torch.arange(ways).unsqueeze(1).expand(count, ways, images)
+
+    def part(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        x = classes.x[which.unsqueeze(-1), order[..., begin:end]].flatten(1, 2)
+        return x, labels[..., begin:end].flatten(1)
+
+    return Tasks(part(0, shots), part(shots, shots + queries))
+
+
+def with_rotations(classes: Classes) -> Classes:
+    """Each class four times, as it is and turned by 90, 180 and 270 degrees: a turned character is another one."""
+    names = [name + turn for turn in ("", " 90°", " 180°", " 270°") for name in classes.names]
+    return Classes(names, torch.cat([classes.x.rot90(turns, (-2, -1)) for turns in range(4)]))
+
+
+def digits() -> FewShot:
+    """scikit-learn's digits, 8×8, in four rotations: those of 0 to 5 to learn from, of 6 to 9 for the test."""
+    x, y = load_digits(return_X_y=True)
+    images = [torch.tensor(x[y == digit][:170] / 16, dtype=torch.float32).reshape(170, 1, 8, 8) for digit in range(10)]
+    all_ = Classes([str(digit) for digit in range(10)], torch.stack(images))
+    first, last = (Classes(all_.names[part], all_.x[part]) for part in (slice(6), slice(6, 10)))
+    return FewShot("digits", with_rotations(first), with_rotations(last))
+
+
+def omniglot(
+    folder: Path,
+    train: tuple[str, ...] = ("images_background",),
+    test: tuple[str, ...] = ("images_evaluation",),
+    characters: int = 0,
+    size: int = 28,
+    rotations: bool = True,
+    seed: int = 0,
+) -> FewShot:
+    """Omniglot from its own folders set/alphabet/character/*.png, or the zips of them.
+
+    Args:
+        train, test: sets (images_background) or alphabets of them (Korean). An alphabet of the test is left out of
+            the training sets.
+        characters: instead, the split of Vinyals et al. 2016 and most papers: all characters of train and test
+            together, shuffled by seed, so many of them (1,200) to learn from and the others for the test.
+        size: height and width that images are reduced to.
+        rotations: turned characters as further classes to learn from.
+    """
+    drawings: dict[str, list[Tensor]] = {}
+    wanted = [_omniglot_files(folder, name) for name in (*train, *test)]
+    own = [{_character(path) for path, _ in files} for files in wanted]
+    for path, data in {path: data for files in wanted for path, data in files}.items():
+        ink = Image.open(io.BytesIO(data)).convert("L").resize((size, size), Image.Resampling.LANCZOS)
+        drawings.setdefault(_character(path), []).append(1 - torch.tensor(np.array(ink), dtype=torch.float32) / 255)
+    names = sorted(drawings)
+    tested = set().union(*own[len(train) :])
+    learned = [name for name in names if name not in {t for t in tested} and not _alphabet(name) & _alphabets(tested)]
+    if characters:
+        shuffled = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
+        learned, tested = shuffled[:characters], set(shuffled[characters:])
+    first, last = (_classes(drawings, part) for part in (learned, sorted(tested)))
+    return FewShot("omniglot", with_rotations(first) if rotations else first, last)
+
+
+def _character(path: str) -> str:
+    return "/".join(path.split("/")[-3:-1])
+
+
+def _alphabet(character: str) -> set[str]:
+    return {character.split("/")[0]}
+
+
+def _alphabets(characters: set[str]) -> set[str]:
+    return {name.split("/")[0] for name in characters}
+
+
+def _classes(drawings: dict[str, list[Tensor]], names: list[str]) -> Classes:
+    count = min((len(drawings[name]) for name in names), default=0)
+    if not count:
+        raise ValueError("no character is left to learn from, or for the test: see train, test and characters")
+    return Classes(names, torch.stack([torch.stack(drawings[name][:count]) for name in names]).unsqueeze(2))
+
+
+def _omniglot_files(folder: Path, name: str) -> list[tuple[str, bytes]]:
+    """(set/alphabet/character/file, contents) of a set, or of an alphabet of any set, in order of their paths."""
+    found = [pair for source in _sources(folder) for pair in _pngs(source) if name in pair[0].split("/")[:2]]
+    if not found:
+        raise SystemExit(OMNIGLOT.format(folder=folder, name=name))
+    return sorted(found)
+
+
+def _sources(folder: Path) -> list[Path]:
+    """Unpacked sets, and the zips of those that are not."""
+    folders = sorted(path for path in folder.glob("images_*") if path.is_dir())
+    zips = sorted(path for path in folder.glob("*images_*.zip"))
+    return [*folders, *(path for path in zips if not any(path.stem.endswith(each.name) for each in folders))]
+
+
+def _pngs(source: Path) -> Iterator[tuple[str, bytes]]:
+    if source.is_dir():
+        for path in source.glob("*/*/*.png"):
+            yield path.relative_to(source.parent).as_posix(), path.read_bytes()
+        return
+    with zipfile.ZipFile(source) as archive:
+        for name in archive.namelist():
+            if name.endswith(".png") and name.count("/") == 3:
+                yield name, archive.read(name)
+
+
+def mini_imagenet(folder: Path, size: int = 84) -> FewShot:
+    """mini-ImageNet from folders train/class/*.jpg and test/class/*.jpg (any image format), in colour."""
+    if not (folder / "train").is_dir() or not (folder / "test").is_dir():
+        raise SystemExit(MINI_IMAGENET.format(folder=folder))
+    return FewShot("mini-imagenet", *(_image_folder(folder / part, size) for part in ("train", "test")))
+
+
+def _image_folder(folder: Path, size: int) -> Classes:
+    classes: dict[str, list[Tensor]] = {}
+    for path in sorted(path for path in folder.glob("*/*") if path.is_file()):
+        image = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        x = torch.tensor(np.array(image), dtype=torch.float32).movedim(-1, 0) / 255
+        classes.setdefault(path.parent.name, []).append(x)
+    if not classes:
+        raise SystemExit(MINI_IMAGENET.format(folder=folder.parent))
+    count = min(map(len, classes.values()))
+    return Classes(list(classes), torch.stack([torch.stack(images[:count]) for images in classes.values()]))
+
+
+def nearest_neighbour(tasks: Tasks) -> Tensor:
+    """Accuracy of each task, when a query has the label of the nearest support image, by its pixels."""
+    (x, y), (q, labels) = tasks
+    nearest = torch.cdist(q.flatten(2), x.flatten(2)).argmin(-1)
+    return (y.gather(1, nearest) == labels).float().mean(1)

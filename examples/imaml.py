@@ -1,0 +1,438 @@
+# %% [markdown]
+# # Few-shot classification: implicit MAML beside MAML, FOMAML, Reptile and fine-tuning
+#
+# A task is a few images of a few characters that were never seen. Its parameters w start from the meta-parameters λ and
+# stay near them while they fit the support set; λ is trained so that they then classify the query set well:
+#
+#     wᵢ(λ) = argmin_w  cross-entropy(w, supportᵢ) + ½ρ ‖w − λ‖²,      min_λ  Σᵢ cross-entropy(wᵢ(λ), queryᵢ)
+#
+# That is iMAML (Rajeswaran et al. 2019), and HyperTorch's experiment: 4 convolutions of 64 filters, ρ = 2, 16 steps of
+# 0.1, 5 steps of conjugate gradients, Adam outside. MAML differentiates the steps instead, FOMAML and Reptile neither.
+# `--data` names the folder of Omniglot or mini-ImageNet; without it the tasks are scikit-learn's digits.
+#
+# Implicit gradients want an inner problem that is solved. Under BatchNorm on five images the curvature of its Hessian
+# reaches 100 at the start, in a narrow net: steps of 0.1 (stable up to a curvature of 20) jump about, the Hessian
+# there has negative eigenvalues, CG's answer is off by more than its right hand side, and iMAML learns far worse than
+# FOMAML. Steps of 0.01 with momentum 0.9, and some damping of the adjoint systems, cure it; the table says how well
+# both problems were solved.
+
+# %%
+import csv
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from math import log2, prod
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import hypergrad as hg
+from examples import fewshot
+from examples.common import Common, parse, save
+from examples.fewshot import Classes, FewShot, Tasks, nearest_neighbour, sample
+
+Name = Literal["iMAML", "MAML", "FOMAML", "Reptile", "fine-tuning"]
+Params = dict[str, Tensor]
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "omniglot": {"filters": 64, "regularisation": 2.0, "steps": 16},
+    "omniglot, 20 ways": {"filters": 64, "regularisation": 2.0, "steps": 25},
+    "mini-imagenet": {"filters": 32, "regularisation": 0.5, "steps": 10},
+}
+
+
+@dataclass
+class Config(Common):
+    dataset: Literal["omniglot", "mini-imagenet"] = "omniglot"
+    """What --data holds."""
+    train: tuple[str, ...] = ("images_background",)
+    """Omniglot's sets or alphabets to learn from."""
+    test: tuple[str, ...] = ("images_evaluation",)
+    """Sets or alphabets for the test; an alphabet of these is left out of the training sets."""
+    characters: int = 0
+    """Instead, the split of most papers: so many (1200) of all characters, at random, to learn from."""
+    methods: tuple[Name, ...] = ("iMAML", "MAML", "FOMAML", "Reptile", "fine-tuning")
+    """In the order of the table."""
+    seeds: int = 3
+    """Runs of each method, from `seed` on."""
+    ways: int = 5
+    """Classes of a task."""
+    shots: int = 1
+    """Images of each class to learn from."""
+    queries: int = 15
+    """Others of each class, to classify."""
+    filters: int | None = None
+    """Of each convolution; by default as published: 64, mini-ImageNet 32."""
+    regularisation: float | None = None
+    """ρ of iMAML; by default as published: 2, mini-ImageNet 0.5."""
+    steps: int | None = None
+    """T of the inner loop; by default as published: 16, 20 ways 25, mini-ImageNet 10."""
+    lr: float = 0.1
+    """Of the inner loop."""
+    momentum: float = 0.0
+    """Of the inner loop."""
+    cg_steps: int = 5
+    """K of iMAML's adjoint systems."""
+    damping: float = 0.0
+    """Added to the diagonal of iMAML's adjoint systems, whose Hessians need not be positive definite."""
+    reptile_shots: int = 5
+    """Images of each class that Reptile, which uses no query set, trains on."""
+    meta_batch: int = 16
+    """Tasks of a meta-step."""
+    iterations: int = 2000
+    """Meta-steps."""
+    outer_lr: float = 1e-3
+    """Of Adam."""
+    test_tasks: int = 600
+    """The same for all methods and seeds."""
+    curve_tasks: int = 100
+    """Tasks of a point of the curve."""
+    curve_every: int = 100
+    """Meta-steps between two of them."""
+    save_every: int = 50
+    """Meta-steps between checkpoints; a run that was killed goes on from the last."""
+    device: str = "cpu"
+    """Of everything."""
+
+
+FAST = {
+    "filters": 8,
+    "seeds": 1,
+    "meta_batch": 4,
+    "iterations": 20,
+    "curve_every": 10,
+    "curve_tasks": 10,
+    "save_every": 10,
+    "test_tasks": 40,
+    "steps": 5,
+    "queries": 5,
+}
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with the published values where none was given."""
+    many = ", 20 ways" if config.dataset == "omniglot" and config.ways >= 20 else ""
+    published = PUBLISHED[config.dataset + many]
+    return replace(config, **{key: value for key, value in published.items() if getattr(config, key) is None})
+
+
+# %% [markdown]
+# ## The network and the data
+#
+# BatchNorm uses the statistics of the batch that it sees, also in the test (as in the papers: the "transductive"
+# setting). The head starts at zero.
+
+
+# %%
+def network(channels: int, size: int, filters: int, classes: int) -> nn.Module:
+    blocks: list[nn.Module] = []
+    for i in range(min(4, int(log2(size)))):
+        convolution = nn.Conv2d(filters if i else channels, filters, 3, padding=1)
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out")
+        nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+        blocks += [convolution, nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(filters, track_running_stats=False)]
+        size //= 2
+    head = nn.Linear(filters * size * size, classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(*blocks, nn.Flatten(), head)
+
+
+def load(config: Config) -> FewShot:
+    if config.data is None:
+        return fewshot.digits()
+    if config.dataset == "mini-imagenet":
+        return fewshot.mini_imagenet(config.data)
+    return fewshot.omniglot(config.data, config.train, config.test, config.characters)
+
+
+def draw(classes: Classes, count: int, config: Config, seed: int, shots: int | None = None, queries: int = -1) -> Tasks:
+    shots, queries = shots or config.shots, config.queries if queries < 0 else queries
+    tasks = sample(classes, count, config.ways, shots, queries, seed)
+    return Tasks(*((x.to(config.device), y.to(config.device)) for x, y in tasks))
+
+
+# %% [markdown]
+# ## The methods
+#
+# All solve the tasks of a meta-batch together, and differ in one argument. Fine-tuning learns features by classifying
+# all training classes, and adapts them, under a new head, to a task of the test.
+
+
+# %%
+class Learner:
+    """λ, its optimiser, and how both make a meta-step: what a checkpoint holds."""
+
+    def __init__(self, name: Name, data: FewShot, config: Config, seed: int):
+        torch.manual_seed(seed)
+        channels, size = data.train.x.shape[2:4]
+        self.name, self.data, self.config, self.seed = name, data, config, seed
+        classes = len(data.train.names) if name == "fine-tuning" else config.ways
+        self.net = network(channels, size, config.filters or 0, classes).to(config.device)
+        self.model = hg.nn.functional(self.net)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.outer_lr)
+        self.rule = hg.diff_optimizers.SGD(lr=config.lr, momentum=config.momentum)
+        # A few steps of CG, and of the inner loop, are what the papers take; how far they go is reported.
+        solver = hg.solvers.CG(max_steps=config.cg_steps, damping=config.damping, on_failure="ignore")
+        self.method = {
+            "iMAML": hg.meta.Implicit(solver=solver),
+            "MAML": hg.meta.Unrolled(),
+            "FOMAML": hg.meta.FirstOrder(),
+            "Reptile": hg.meta.Reptile(),
+        }.get(name)
+        strength = config.regularisation or 0.0
+        self.inner_loss = hg.meta.biased(self.fit, strength) if name == "iMAML" else self.fit
+
+    def fit(self, params: Params, hparams: Params, task: Tasks) -> Tensor:
+        x, y = task.support
+        return cross_entropy(self.model(params, x), y)
+
+    def query_loss(self, params: Params, hparams: Params, task: Tasks) -> Tensor:
+        x, y = task.query
+        return cross_entropy(self.model(params, x), y)
+
+    def correct(self, params: Params, hparams: Params, task: Tasks) -> Tensor:
+        x, y = task.query
+        return (self.model(params, x).argmax(-1) == y).float().mean()
+
+    def step(self, iteration: int) -> dict[str, float]:
+        """One meta-step on tasks (or, for fine-tuning, images) that the seed and the iteration say."""
+        seed = 1_000_003 * (self.seed + 1) + iteration
+        self.optimizer.zero_grad()
+        if self.method is None:
+            return self.step_of_classification(seed)
+        config, reptile = self.config, self.name == "Reptile"
+        shots, queries = (config.reptile_shots, 0) if reptile else (config.shots, config.queries)
+        tasks = draw(self.data.train, config.meta_batch, config, seed, shots, queries)
+        result = hg.meta.backward(
+            self.inner_loss,
+            None if reptile else self.query_loss,
+            dict(self.net.named_parameters()),
+            tasks,
+            method=self.method,
+            steps=config.steps or 0,
+            rule=self.rule,
+        )
+        self.optimizer.step()
+        measured = {} if result.outer_values is None else {"loss": float(result.outer_values.mean())}
+        if result.adjoint_residual is not None and result.inner_distance is not None:
+            measured["adjoint residual"] = float(result.adjoint_residual.median())
+            measured["inner distance"] = float(result.inner_distance.median())
+        return measured
+
+    def step_of_classification(self, seed: int) -> dict[str, float]:
+        x = self.data.train.x
+        random = torch.Generator().manual_seed(seed)
+        count = self.config.meta_batch * self.config.ways * (self.config.shots + self.config.queries)
+        rows, columns = (torch.randint(n, (count,), generator=random) for n in x.shape[:2])
+        loss = cross_entropy(self.net(x[rows, columns].to(self.config.device)), rows.to(self.config.device))
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": float(loss.detach())}
+
+    def start(self) -> Params:
+        """λ for tasks of `ways` classes; for fine-tuning the features under a new head."""
+        params = {name: p.detach() for name, p in self.net.named_parameters()}
+        if self.name != "fine-tuning":
+            return params
+        heads = list(params)[-2:]
+        return params | {name: torch.zeros_like(params[name][: self.config.ways]) for name in heads}
+
+    def test(self, count: int, classes: Classes, seed: int) -> Tensor:
+        """Accuracy on the query set of each of so many tasks, after the inner loop on its support set."""
+        parts = []
+        for begin in range(0, count, 100):
+            tasks = draw(classes, min(100, count - begin), self.config, seed + begin)
+            hparams = self.start()
+            steps = self.config.steps or 0
+            adapted = hg.meta.adapt(self.inner_loss, hparams, tasks, steps=steps, rule=self.rule)
+            chunk = 1 if self.config.device == "cpu" else None  # many images a task: see hg.meta.Plan
+            parts.append(hg.meta.each(self.correct, adapted.params, hparams, tasks, chunk=chunk))
+        return torch.cat(parts).cpu()
+
+
+# %% [markdown]
+# ## Training, with checkpoints
+#
+# Tasks are drawn by the number of the meta-step, so a run that was killed and goes on from its checkpoint gives the
+# numbers of one that was not.
+
+# %%
+TEST_SEED = 10**9
+
+
+def train(learner: Learner, folder: Path, progress: tqdm) -> dict[str, Any]:
+    """Train to the end, from the checkpoint if there is one, and test: accuracies, curve and what was measured."""
+    config = learner.config
+    path = folder / "checkpoints" / f"{learner.name}-{learner.seed}.pt"
+    state = restored(path, learner)
+    board = SummaryWriter(str(folder / "tensorboard" / path.stem), purge_step=state["iteration"])
+    progress.update(state["iteration"])
+    for iteration in range(state["iteration"], config.iterations):
+        begin = time.process_time()
+        measured = learner.step(iteration)
+        state["seconds"] += time.process_time() - begin
+        state["iteration"] = done = iteration + 1
+        for key, value in measured.items():
+            board.add_scalar(key, value, done)
+        progress.set_postfix_str(
+            f"{learner.name} {learner.seed}" + "".join(f", {k} {v:.2g}" for k, v in measured.items())
+        )
+        if done % config.curve_every == 0 or done == config.iterations:
+            accuracy = float(learner.test(config.curve_tasks, learner.data.test, TEST_SEED // 2).mean())
+            board.add_scalar("test accuracy", accuracy, done)
+            state["curve"].append({"step": done, "accuracy": accuracy, **measured})
+        if done % config.save_every == 0 or done == config.iterations:
+            keep(path, learner, state)
+        progress.update(1)
+    if state["test"] is None:
+        state["test"] = learner.test(config.test_tasks, learner.data.test, TEST_SEED).tolist()
+        keep(path, learner, state)
+    board.close()
+    return state
+
+
+def identity(learner: Learner) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on from: the options that this method reads."""
+    own = {"iMAML": ("regularisation", "cg_steps", "damping"), "Reptile": ("reptile_shots",)}
+    other = {"output", "threads", "methods", "seeds", "seed", "save_every", "device"}
+    other |= {key for name, keys in own.items() if name != learner.name for key in keys}
+    return {key: str(value) for key, value in asdict(learner.config).items() if key not in other}
+
+
+def keep(path: Path, learner: Learner, state: dict[str, Any]) -> None:
+    """Write a checkpoint whole: a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = state | {"params": learner.net.state_dict(), "optimizer": learner.optimizer.state_dict()}
+    torch.save(whole | {"config": identity(learner)}, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def restored(path: Path, learner: Learner) -> dict[str, Any]:
+    new: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "curve": [], "test": None}
+    if not path.is_file():
+        return new
+    state = torch.load(path, weights_only=True, map_location=learner.config.device)
+    if state["config"] != identity(learner):
+        old, own = state["config"], identity(learner)
+        odd = ", ".join(f"{key} {old.get(key)} → {own.get(key)}" for key in own if old.get(key) != own[key])
+        raise SystemExit(
+            f"{path} is of a run with another configuration ({odd}): remove {path.parent}, or take another --output"
+        )
+    learner.net.load_state_dict(state["params"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    return {key: state[key] for key in new}
+
+
+# %% [markdown]
+# ## Results
+
+
+# %%
+def interval(values: list[float]) -> float:
+    """Half the 95 % confidence interval of the mean of independent tasks."""
+    return 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def table(runs: dict[str, list[dict[str, Any]]], baseline: list[float]) -> str:
+    lines = ["| method | test accuracy | of each seed | CPU s per meta-step |", "|---|---|---|---|"]
+    for name, states in runs.items():
+        means = [mean(state["test"]) for state in states]
+        every = [value for state in states for value in state["test"]]
+        width = interval([mean(values) for values in zip(*(state["test"] for state in states), strict=True)])
+        each = ", ".join(f"{value:.1%}" for value in means)
+        cost = mean(state["seconds"] / state["iteration"] for state in states)
+        lines.append(f"| {name} | {mean(every):.1%} ± {width:.1%} | {each} | {cost:.3f} |")
+    lines.append(f"| nearest neighbour, pixels | {mean(baseline):.1%} ± {interval(baseline):.1%} | | |")
+    last = [state["curve"][-1] for state in runs.get("iMAML", [])]
+    if last:
+        residual, distance = (mean(point[key] for point in last) for key in ("adjoint residual", "inner distance"))
+        lines += [
+            "",
+            f"iMAML's last meta-step: residual of the adjoint systems {residual:.1e}, estimated distance of the",
+        ]
+        lines[-1] += (
+            f" adapted parameters from the inner solution {distance:.1%} (medians over tasks, mean over seeds)."
+        )
+    return "\n".join(lines)
+
+
+def plot(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: FewShot, config: Config) -> Figure:
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 1.5, 1.2))
+    tasks = draw(data.test, 1, config, TEST_SEED)
+    shown = [*tasks.support[0][0], *(tasks.query[0][0][i * config.queries + j] for j in range(3) for i in range(5))]
+    columns = min(config.ways, 5)
+    rows = [shown[:columns], *(shown[config.ways * config.shots :][i * 5 :][:columns] for i in range(3))]
+    picture = torch.cat(
+        [torch.cat([nn.functional.pad(1 - x.cpu(), (1, 1, 1, 1)) for x in row], -1) for row in rows], -2
+    )
+    left.imshow(picture.movedim(0, -1).clip(0, 1), cmap="gray", interpolation="nearest")
+    left.axhline(picture.shape[1] / 4 - 0.5, c="C3", lw=2)
+    left.set(title=f"A task: learn from the top row,\nclassify the others ({data.name})", xticks=[], yticks=[])
+    for i, (name, states) in enumerate(runs.items()):
+        steps = [point["step"] for point in states[0]["curve"]]
+        curves = torch.tensor([[point["accuracy"] for point in state["curve"]] for state in states])
+        middle.plot(steps, curves.mean(0), c=f"C{i}", label=name)
+        if len(states) > 1:
+            middle.fill_between(steps, curves.amin(0), curves.amax(0), color=f"C{i}", alpha=0.15, lw=0)
+        means = [mean(state["test"]) for state in states]
+        right.bar(i, mean(means), color=f"C{i}", alpha=0.5, width=0.7)
+        right.plot([i] * len(means), means, "o", c=f"C{i}", ms=4)
+        right.annotate(f"{mean(means):.1%}", (i, max(means)), (0, 5), textcoords="offset points", ha="center")
+    for axes in (middle, right):
+        axes.axhline(mean(baseline), c="gray", ls="--", lw=1, label="nearest neighbour, pixels")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    kind = f"{config.ways}-way {config.shots}-shot"
+    middle.set(title=f"Test accuracy, {kind}: mean and range of seeds", xlabel="meta-step")
+    middle.legend(loc="lower right", fontsize=8)
+    right.set(title=f"After training, {config.test_tasks} tasks: mean and seeds", xlim=(-0.6, len(runs) - 0.4))
+    right.set_xticks(range(len(runs)), list(runs), rotation=20)
+    right.set_ylim(0, 1.05)
+    return figure
+
+
+def write_csv(path: Path, runs: dict[str, list[dict[str, Any]]], first: int) -> None:
+    with path.open("w", newline="") as file:
+        keys = ["method", "seed", "step", "accuracy", "loss", "adjoint residual", "inner distance"]
+        writer = csv.DictWriter(file, keys)
+        writer.writeheader()
+        for name, states in runs.items():
+            for seed, state in enumerate(states, first):
+                writer.writerows({"method": name, "seed": seed, **point} for point in state["curve"])
+
+
+def summary(state: dict[str, Any]) -> dict[str, Any]:
+    """A run without the accuracy of every task."""
+    test = state["test"]
+    return {"accuracy": mean(test), "interval": interval(test)} | {k: v for k, v in state.items() if k != "test"}
+
+
+def main(build: Callable[..., Learner] = Learner) -> None:
+    config = resolved(parse(Config, __doc__ or "Few-shot classification by meta-learning.", FAST))
+    data = load(config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    baseline = nearest_neighbour(draw(data.test, config.test_tasks, config, TEST_SEED)).tolist()
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
+    with tqdm(total=prod((len(config.methods), config.seeds, config.iterations)), desc="meta-steps") as progress:
+        for seed in range(config.seed, config.seed + config.seeds):
+            for name in config.methods:
+                runs[name].append(train(build(name, data, config, seed), config.output, progress))
+    write_csv(config.output / "imaml.csv", runs, config.seed)
+    results = {name: [summary(state) for state in states] for name, states in runs.items()}
+    results["nearest neighbour, pixels"] = [{"accuracy": mean(baseline), "interval": interval(baseline)}]
+    title = f"Few-shot learning on {data.name}: {config.ways}-way {config.shots}-shot"
+    save(config, title, table(runs, baseline), plot(runs, baseline, data, config), results)
+
+
+if __name__ == "__main__":
+    main()
