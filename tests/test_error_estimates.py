@@ -284,8 +284,8 @@ def test_evaluated_losses_are_asked_for_again():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({}, "needs outer_loss, inner problem, params, hparams .the result does not know it"),
-        ({"outer_loss": 1.0}, "needs inner problem"),
+        ({}, "needs outer_loss, inner_loss .or fp_map, or residual., params, hparams .the result does not know it"),
+        ({"outer_loss": 1.0}, "needs inner_loss .or fp_map, or residual., params, hparams"),
         ({"inner_loss": 1, "fp_map": 2}, "exactly one"),
     ],
 )
@@ -677,7 +677,7 @@ def test_bad_options_of_check():
     ):
         with pytest.raises(error_type, match=match):
             check(result, structure=False, **options)
-    with pytest.raises(TypeError, match=r"one of inner_loss, fp_map and residual.*functional_call"):
+    with pytest.raises(TypeError, match=r"inner_loss \(or fp_map, or residual\).*functional_call"):
         check([result.grads], outer_loss=p.outer_loss)
 
 

@@ -86,7 +86,7 @@ def _remedies(e: Estimate, rate: Rate | None, inner_steps: int | None) -> Iterat
     if e.from_inner >= e.from_adjoint or not e.settled:
         yield (
             f"the inner problem is not solved: {_pace(e.relative_error, rate, inner_steps)}params are "
-            f"{e.distance:.1%} of their norm away from its solution. Run its solver longer, or use a faster one (a "
+            f"{_away(e)} its solution. Run its solver longer, or use a faster one (a "
             f"second-order method for a loss, Anderson or Newton for a map), or refine=True with hypergradient_rtol, "
             f"or polish=True, which squares the error; or expect an error of {_size(e)}"
         )
@@ -112,6 +112,10 @@ def _pace(error: float, rate: Rate | None, inner_steps: int | None) -> str:
     more = steps_needed(q, GOOD, max(error, GOOD)) if math.isfinite(error) else None
     enough = "" if more is None else f", about {more} more would bring that of the hypergradient to {GOOD:.1%}"
     return f"{whose} is {q:.6g}{taken}{enough}; "
+
+
+def _away(e: Estimate) -> str:
+    return f"{e.distance:.1%} of their norm away from" if math.isfinite(e.distance) else "not 0, which seems to be"
 
 
 def _size(e: Estimate) -> str:

@@ -211,7 +211,7 @@ def _problem(
     if any(value is not None for value in inner.values()):
         form = InnerProblem.of(**inner)
     else:
-        form = InnerProblem("one of inner_loss, fp_map and residual", None) if known is None else known.inner
+        form = InnerProblem("inner_loss (or fp_map, or residual)", None) if known is None else known.inner
     parts = {
         "outer_loss": outer_loss or (known and known.outer_loss),
         form.kind: form.given,
