@@ -284,8 +284,8 @@ def test_evaluated_losses_are_asked_for_again():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({}, "needs outer_loss, inner problem, params, hparams .the result does not know it"),
-        ({"outer_loss": 1.0}, "needs inner problem"),
+        ({}, "needs outer_loss, inner_loss .or fp_map, or residual., params, hparams .the result does not know it"),
+        ({"outer_loss": 1.0}, "needs inner_loss .or fp_map, or residual., params, hparams"),
         ({"inner_loss": 1, "fp_map": 2}, "exactly one"),
     ],
 )
@@ -351,7 +351,7 @@ def test_the_advice_tells_the_pace_of_the_inner_solver(form):
     text = next(line for line in report.advice if "the inner problem is not solved" in line)
     q = float(text.split(" is ")[2].split(",")[0])
     assert abs(q - p.contraction) < 0.03  # that is at the solution
-    assert f"8 steps reduce the error by {1 - q**8:.2g}" in text
+    assert f"8 steps reduce the error by {100 * (1 - q**8):.2g}%" in text
     more = int(text.split("about ")[1].split(" more")[0])
     for _ in range(more):
         w = p.fp_map(w, p.hparams).detach()
@@ -517,6 +517,10 @@ def test_a_goal_that_is_missed_is_said():
         result = hypergradient(q, "inner_loss", S.CG(), hypergradient_rtol=1e-4)
     true = error(result.grads, q)
     assert 0.7 < float(result.relative_error) / true < 1.4
+    with pytest.warns(hg.InaccurateHypergradient, match=r"refine= got no nearer .*polish=True"):
+        hypergradient(q, "inner_loss", S.CG(), hypergradient_rtol=1e-4, refine=lambda w, h: w)
+    with pytest.warns(hg.InaccurateHypergradient, match="or solve the inner problem further$"):
+        hypergradient(q, "inner_loss", S.CG(), hypergradient_rtol=1e-6, polish=True)
     with pytest.raises(hg.SolverError, match="instead of"):
         hypergradient(q, "inner_loss", S.CG(on_failure="raise"), hypergradient_rtol=1e-4)
     hypergradient(q, "inner_loss", S.CG(on_failure="ignore"), hypergradient_rtol=1e-4)
@@ -530,9 +534,13 @@ def test_polish_reaches_a_goal_that_the_inner_problem_does_not():
 
 def test_bad_goals():
     p = plain("logistic")
-    for goal in (0.0, 1.0, -1, math.nan):
+    for goal in (0.0, 1.0, -1, math.nan, "1e-3"):
         with pytest.raises(ValueError, match="between 0 and 1"):
             hypergradient(p, "inner_loss", S.CG(), hypergradient_rtol=goal)
+    with pytest.raises(ValueError, match="pass hypergradient_rtol as well"):
+        hypergradient(p, "inner_loss", S.CG(), refine=True)
+    with pytest.raises(TypeError, match="refine must be True, False or a function"):
+        hypergradient(p, "inner_loss", S.CG(), hypergradient_rtol=0.1, refine=3)
     for solver in (S.OneStep(), lambda op, b, x0=None: b):
         with pytest.raises(TypeError, match="iterates to one"):
             hypergradient(p, "inner_loss", solver, hypergradient_rtol=0.1)
@@ -654,3 +662,53 @@ def test_the_record_keeps_no_graph_and_no_copy():
     assert result.problem.hparams.grad_fn is None
     same = hypergradient(p, "inner_loss", QUIET).problem
     assert same.hparams is p.hparams and same.params is p.params
+
+
+def test_bad_options_of_check():
+    p = plain("ridge")
+    result = hypergradient(p, "inner_loss", QUIET)
+    for error_type, match, options in (
+        (ValueError, "newton_steps must be a whole number ≥ 0, got -1", {"newton_steps": -1}),
+        (ValueError, "inner_steps must be a whole number ≥ 0, got 2.5", {"inner_steps": 2.5}),
+        (TypeError, "solver must be a function, got 'CG'", {"solver": "CG"}),
+        (TypeError, "solve must be a function, got 3", {"solve": 3}),
+        (TypeError, "constants must be a hg.diagnostics.Constants, got 3", {"constants": 3}),
+        (ValueError, "the value of solve must be like params", {"solve": lambda h: p.params[:2]}),
+    ):
+        with pytest.raises(error_type, match=match):
+            check(result, structure=False, **options)
+    with pytest.raises(TypeError, match=r"inner_loss \(or fp_map, or residual\).*functional_call"):
+        check([result.grads], outer_loss=p.outer_loss)
+
+
+def test_a_solve_that_ignores_its_argument_is_said():
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    lam = w.clone().requires_grad_()
+    result = hg.implicit.grad(
+        lambda w, lam: w.square().sum(), inner_loss=lambda w, lam: (w - lam).square().sum(), params=w, hparams=lam
+    )
+    assert any("does not depend on hparams" in line for line in check(result, solve=lambda h: w).advice)
+    assert not any("finite differences" in line for line in check(result, solve=lambda h: h).advice)
+
+
+def test_a_change_that_torch_does_not_count_is_said():
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    lam = w.detach().clone().requires_grad_()
+    result = hg.implicit.grad(
+        lambda w, lam: w.square().sum(), inner_loss=lambda w, lam: (w - lam).square().sum(), params=w, hparams=lam
+    )
+    w.data.mul_(1.1)
+    assert any("when the hypergradient was computed" in line and ".data" in line for line in check(result).advice)
+
+
+def test_the_advice_where_the_true_hypergradient_is_zero():
+    w, lam = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    rough = hg.implicit.grad(
+        lambda w, lam: w**2 / 2,
+        inner_loss=lambda w, lam: (w - lam) ** 2 / 2,
+        params=w,
+        hparams=lam,
+        solver=S.CG(on_failure="ignore"),
+    )
+    advice = " ".join(check(rough).advice)
+    assert "an error of 1 where the true hypergradient is 0" in advice and "inf" not in advice

@@ -82,6 +82,19 @@ def test_not_symmetric():
     assert names(outer, positive_definite=True, **linear_map(j)) == ["not symmetric"]
 
 
+def test_systems_that_are_not_independent():
+    """Nothing but batch_dims=1 is declared, so that is what the message names."""
+    coupled = findings(
+        lambda w, h: (w**2).sum(),
+        inner_loss=lambda w, h: (w.sum(0) ** 2).sum() / 2 + (w**2).sum() / 2 - (w * h).sum(),
+        params=torch.randn(3, 4, dtype=torch.float64),
+        hparams=torch.randn(3, 4, dtype=torch.float64, requires_grad=True),
+        batch_dims=1,
+    )
+    message = next(each.message for each in coupled if each.name == "not symmetric")
+    assert "batch_dims=1 are not independent" in message and "leave the declaration out" not in message
+
+
 def test_indefinite():
     (found,) = findings(outer, **quadratic(with_spectrum(np.r_[-0.3, -0.1, np.linspace(0.1, 1, N - 2)])))
     assert found.name == "indefinite" and found.numbers["negative"] == 2

@@ -503,3 +503,36 @@ def test_update_rules_learn_a_schedule_in_every_mode(name):
         result = reverse(step, start, hparams, outer, 30, memory=memory)
         for got, wanted in zip(result.grads.values(), expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("memory", ["graph", "iterates", "sqrt", 2])
+def test_an_inner_gradient_without_a_graph_is_said(memory):
+    """λ is reached all the same, so nothing but this tells that the number is a first-order one."""
+    start, hparams = simple()
+
+    def descend(w, h, second=False):
+        return w - h["a"] * torch.autograd.grad((w**4).sum() / 4, w, create_graph=second)[0]
+
+    run = partial(reverse, start=start, hparams=hparams, outer_loss=total, steps=5, memory=memory)
+    with pytest.warns(hg.HypergradientWarning, match="second derivatives are lost.*create_graph=True.*allow_detached"):
+        first = run(descend).grads["a"]
+    assert torch.equal(run(descend, allow_detached=True).grads["a"], first)
+    assert (run(partial(descend, second=True)).grads["a"] - first).abs() > 0.01 * first.abs()
+    rule = hg.diff_optimizers.SGD(lr=lambda h: h["a"])
+    step = rule.on(lambda w, h: (w**4).sum() / 4, create_graph=False)
+    chosen = run(step, start=(start, rule.init(start)), outer_loss=lambda s, h: total(s[0], h))
+    assert torch.equal(chosen.grads["a"], first)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 2.5}, {"steps": -1}, {"steps": True}, {"truncate": 1.5}, {"truncate": -1}])
+def test_numbers_of_steps_are_whole(wrong):
+    start, hparams = simple()
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a whole number ≥ 0"):
+        reverse(lambda w, h: w * h["a"], start, hparams, total, **{"steps": 3, **wrong})
+
+
+def test_a_rule_without_its_state():
+    start, hparams = simple()
+    step = hg.diff_optimizers.SGD(lr=0.1).on(lambda w, h: h["a"] * (w**2).sum())
+    with pytest.raises(TypeError, match=r"SGD takes \(params, init\(params\)\)"):
+        reverse(step, start, hparams, total, 3)

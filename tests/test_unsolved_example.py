@@ -52,7 +52,7 @@ def test_report_of_the_published_run():
     assert report.estimate.corrected_norm == pytest.approx(true.grad_norm, rel=0.1)
     q = 1 - 0.1 * np.linalg.eigvalsh(true.matrix)[0]
     (line,) = [line for line in report.advice if "the inner problem is not solved" in line]
-    assert f"contraction factor is {q:.5g}"[:-1] in line and "100 steps reduce the error by 0.0026" in line
+    assert f"contraction factor is {q:.5g}"[:-1] in line and "100 steps reduce the error by 0.26%" in line
     steps = int(re.search(r"about (\d+) more", line)[1])
     assert steps == pytest.approx(np.log(1e-3) / np.log(q), rel=0.03)
     assert "0.9935" in str(report)  # ρ where the example stands

@@ -292,6 +292,11 @@ def test_check_names_the_leaf(tree, message):
         ([draw(2), 3.0], TypeError, r"b\[1\] must be a floating point tensor, got float"),
         ({"n": torch.arange(3)}, TypeError, r"b\['n'\] must be a floating point tensor, got one of dtype torch.int64"),
         ([torch.ones(2, dtype=torch.complex64)], TypeError, r"b\[0\] must be .*complex64"),
+        (
+            list(torch.nn.Linear(2, 2).named_parameters()),
+            TypeError,
+            r"b\[0\]\[0\] must be a floating point tensor, got str; give named_parameters\(\) as a dict",
+        ),
         (torch.nn.Linear(2, 2), TypeError, r"b must be a floating point tensor, got Linear; pass its parameters\(\)"),
         ([], ValueError, "b holds no tensor"),
         ({"a": []}, ValueError, "b holds no tensor"),

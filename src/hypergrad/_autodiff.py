@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,6 +91,18 @@ def grad_or_none(
             raise
         raise better from error
     return [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
+
+
+@contextmanager
+def gradients_taken(inputs: Iterable[Tensor]) -> Iterator[list[bool]]:
+    """For each gradient with respect to one of the inputs that is taken meanwhile, whether it has a graph."""
+    taken: list[bool] = []
+    hooks = [x.register_hook(lambda _: taken.append(torch.is_grad_enabled())) for x in inputs if x.requires_grad]
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def saved(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:

@@ -36,6 +36,8 @@ def flatten(tree: PyTree, name: str) -> tuple[list[Tensor], list[str], Callable[
     for leaf, path in zip(leaves, names, strict=True):
         if not isinstance(leaf, Tensor):
             hint = "; pass its parameters()" if isinstance(leaf, torch.nn.Module) else ""
+            if isinstance(leaf, str):
+                hint = "; give named_parameters() as a dict"
             raise TypeError(f"{path} must be a floating point tensor, got {type(leaf).__name__}{hint}")
         if not leaf.is_floating_point():
             raise TypeError(f"{path} must be a floating point tensor, got one of dtype {leaf.dtype}")

@@ -45,10 +45,14 @@ def advice(
     if before is not None and _differs(e, before):
         yield (
             f"the inner residual is {e.inner_residual:.2e} now and was {before:.2e} when the hypergradient was "
-            f"computed: the inner problem is random, or its data or buffers changed"
+            f"computed: the inner problem is random, or its data or buffers changed, or params or hparams "
+            f"did (by .data)"
         )
     if e.status is not Status.CONVERGED:
-        yield f"a linear system behind the estimate ended as {e.status.name}: {e.status.message}"
+        yield (
+            f"a linear system behind the estimate ended as {e.status.name}: {e.status.message}. Until then the "
+            f"estimate may be off; what solves these systems is check's solver="
+        )
     if not e.settled:
         yield (
             f"the error cannot be estimated: after {e.newton_steps} Newton steps the estimate still changes by "
@@ -59,7 +63,12 @@ def advice(
         yield f"the hypergradient is right to about {max(e.relative_error, 1e-16):.0e}; nothing needs to be done"
     else:
         yield from _remedies(e, rate, inner_steps)
-    if differences is not None and not differences.agrees:
+    if differences is not None and differences.flat:
+        yield (
+            "finite differences are all zero: solve gives an outer value that does not depend on hparams. Does it use "
+            "its argument?"
+        )
+    elif differences is not None and not differences.agrees:
         explained = e.relative_error >= differences.relative_error / 2
         yield (
             f"finite differences disagree by {differences.relative_error:.1e}, more than their own uncertainty "
@@ -77,9 +86,9 @@ def _remedies(e: Estimate, rate: Rate | None, inner_steps: int | None) -> Iterat
     if e.from_inner >= e.from_adjoint or not e.settled:
         yield (
             f"the inner problem is not solved: {_pace(e.relative_error, rate, inner_steps)}params are "
-            f"{e.distance:.1%} of their norm away from its solution. Run its solver longer, or use a faster one (a "
+            f"{_away(e)} its solution. Run its solver longer, or use a faster one (a "
             f"second-order method for a loss, Anderson or Newton for a map), or refine=True with hypergradient_rtol, "
-            f"or polish=True, which squares the error; or expect an error of {e.relative_error:.1%}"
+            f"or polish=True, which squares the error; or expect an error of {_size(e)}"
         )
     if e.from_adjoint > 0.1 * e.from_inner:
         yield (
@@ -99,10 +108,24 @@ def _pace(error: float, rate: Rate | None, inner_steps: int | None) -> str:
     q, whose = rate
     if q >= 1:
         return f"{whose} is {q:.6g}, no less than 1, so its steps need not converge; "
-    taken = "" if inner_steps is None else f", {inner_steps} steps reduce the error by {1 - q**inner_steps:.2g}"
+    taken = "" if inner_steps is None else f", {inner_steps} steps reduce the error {_reduction(q**inner_steps)}"
     more = steps_needed(q, GOOD, max(error, GOOD)) if math.isfinite(error) else None
-    enough = "" if more is None else f", about {more} more would bring the hypergradient to {GOOD:g}"
+    enough = "" if more is None else f", about {more} more would bring that of the hypergradient to {GOOD:.1%}"
     return f"{whose} is {q:.6g}{taken}{enough}; "
+
+
+def _away(e: Estimate) -> str:
+    return f"{e.distance:.1%} of their norm away from" if math.isfinite(e.distance) else "not 0, which seems to be"
+
+
+def _size(e: Estimate) -> str:
+    finite = math.isfinite(e.relative_error)
+    return f"{e.relative_error:.1%}" if finite else f"{e.error:.2g} where the true hypergradient is 0"
+
+
+def _reduction(left: float) -> str:
+    """What is left of an error, in words that say something near 0 and near 1."""
+    return f"by {100 * (1 - left):.2g}%" if left > 0.01 else f"to {left:.1e} of itself"
 
 
 def _balance(e: Estimate, ahead: str, behind: str, rate: Rate | None) -> str:

@@ -41,6 +41,11 @@ class Differences:
         return ratio(math.hypot(*self.errors), math.hypot(*self.derivatives))
 
     @property
+    def flat(self) -> bool:
+        """Whether all derivatives are 0, beside a hypergradient that is not."""
+        return not any(self.derivatives) and any(self.given)
+
+    @property
     def agrees(self) -> bool:
         """Whether the difference is no larger than the differences' own error."""
         return self.relative_error <= self.uncertainty
@@ -83,7 +88,7 @@ def finite_differences(
 
     def value(hparams: Vector) -> float:
         tree = variables.hparams_with(hparams.copy().leaves)
-        params = solve(tree)
+        params = variables.space.vector(solve(tree), "the value of solve").tree
         with torch.no_grad():
             return float(problem.outer_loss(params, tree))
 

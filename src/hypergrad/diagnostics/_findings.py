@@ -200,10 +200,13 @@ def _system(s: Structure, kind: str, positive_definite: bool) -> list[Finding]:
     found = []
     where = "" if s.system is None else f" (system {s.system})"
     if s.declared_symmetric and not s.symmetric:
-        text = (
-            f"A was declared symmetric and is not: |xᵀAy − yᵀAx| is {s.asymmetry:.1e} of its size{where}; leave the "
-            f"declaration out and use GMRES, BiCGStab, NormalCG or LSQR"
-        )
+        remedy = "leave the declaration out and use GMRES, BiCGStab, NormalCG or LSQR"
+        if kind == "inner_loss":
+            remedy = (
+                "the Hessian of a loss is, so either the systems of batch_dims=1 are not independent, or a derivative "
+                "in the loss is wrong (a custom backward)"
+            )
+        text = f"A was declared symmetric and is not: |xᵀAy − yᵀAx| is {s.asymmetry:.1e} of its size{where}; {remedy}"
         found.append(Finding("not symmetric", text, {"asymmetry": s.asymmetry}))
     if s.symmetric and (kind == "inner_loss" or positive_definite):
         low, high = float(s.eigenvalues[0].real), float(s.eigenvalues[-1].real)

@@ -14,6 +14,7 @@ from ..implicit import Hypergradient, Problem
 from ..implicit._problem import InnerProblem
 from ..solvers._solver import Solver
 from ..unroll import Unrolled, UnrolledForward
+from ..unroll._steps import check_whole
 from ._advice import advice, contraction
 from ._bound import Constants, bound
 from ._choice import solver_choice, solver_rows
@@ -157,6 +158,12 @@ def check(
         >>> round(report.estimate.relative_error, 6), report.estimate.corrected
         (0.01, tensor(3.))
     """
+    check_whole(newton_steps=(newton_steps, 0), inner_steps=(inner_steps, 0))
+    for name, value in (("solver", solver), ("solve", solve)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be a function, got {value!r}")
+    if constants is not None and not isinstance(constants, Constants):
+        raise TypeError(f"constants must be a hg.diagnostics.Constants, got {constants!r}")
     given = {"inner_loss": inner_loss, "fp_map": fp_map, "residual": residual}
     problem = _problem(result, outer_loss, given, params, hparams, symmetric)
     known = isinstance(result, Hypergradient)
@@ -204,7 +211,7 @@ def _problem(
     if any(value is not None for value in inner.values()):
         form = InnerProblem.of(**inner)
     else:
-        form = InnerProblem("inner problem", None) if known is None else known.inner
+        form = InnerProblem("inner_loss (or fp_map, or residual)", None) if known is None else known.inner
     parts = {
         "outer_loss": outer_loss or (known and known.outer_loss),
         form.kind: form.given,
@@ -214,7 +221,10 @@ def _problem(
     missing = [name for name, value in parts.items() if value is None]
     if missing:
         why = "it was given evaluated, and its graph is gone" if known is not None else "the result does not know it"
-        raise TypeError(f"check needs {', '.join(missing)} ({why}): pass it as a keyword, losses and maps as functions")
+        raise TypeError(
+            f"check needs {', '.join(missing)} ({why}): pass it as a keyword, losses and maps as functions of (params, "
+            f"hparams), which for a live module go through torch.func.functional_call"
+        )
     for name in ("outer_loss", form.kind):
         if not callable(parts[name]):
             raise TypeError(f"{name} must be a function of (params, hparams), got {type(parts[name]).__name__}")

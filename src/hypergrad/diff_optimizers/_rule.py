@@ -266,7 +266,8 @@ class Rule(ABC):
 
         Args:
             inner_loss: g(params, hparams, ...), scalar.
-            create_graph: whether to differentiate through the gradient as well.
+            create_graph: whether to differentiate through the gradient as well. False gives first-order
+                hypergradients (FOMAML).
 
         Returns: step((params, state), hparams, ...) ↦ (params, state).
 
@@ -280,14 +281,17 @@ class Rule(ABC):
         """
 
         def step(carry: tuple[PyTree, State], hparams: PyTree = None, *rest: Any) -> tuple[PyTree, State]:
+            if not isinstance(carry, (tuple, list)) or len(carry) != 2:
+                raise TypeError(f"a step of {type(self).__name__} takes (params, init(params)), got {carry!r}")
             params, state = carry
             leaves, _, unflatten = flatten(params, "params")
             with torch.enable_grad():
                 needing = [w if w.requires_grad else w.detach().requires_grad_() for w in leaves]
                 params = unflatten(needing)
-                loss = as_scalar(inner_loss(params, hparams, *rest), "the inner loss")
+                at = needing if create_graph else [w.detach().requires_grad_() for w in needing]
+                loss = as_scalar(inner_loss(unflatten(at), hparams, *rest), "the inner loss")
                 message = "the inner loss does not depend on params; was it computed under no_grad?"
-                grads = _autodiff.grad([loss], needing, create_graph=create_graph, must_reach=message)
+                grads = _autodiff.grad([loss], at, create_graph=create_graph, must_reach=message)
                 return self.update(params, state, unflatten(grads), hparams if self._calls() else None)
 
         return step

@@ -25,7 +25,7 @@ def reach(
     rtol: float, point: Point, solver: Solver, start: Vector | None, polish: bool, refine: Refine
 ) -> tuple[Point, Solution, LastProduct, Correction]:
     """The adjoint, and params refined, until the estimated relative error of the hypergradient is at most rtol."""
-    if not 0 < rtol < 1:
+    if not isinstance(rtol, (int, float)) or not 0 < rtol < 1:
         raise ValueError(f"hypergradient_rtol must be between 0 and 1, got {rtol!r}")
     rough = at_tolerance(solver, min(ROUGH, rtol) if polish else ROUGH)
     refinements = 0

@@ -75,15 +75,17 @@ class Hypergradient:
             raise SolverError(NOT_FINITE, self.solution)
         warn(NOT_FINITE, NotFinite)
 
-    def check_accurate(self, rtol: float, on_failure: OnFailure = "warn") -> None:
+    def check_accurate(self, rtol: float, on_failure: OnFailure, polished: bool, refined: bool) -> None:
         """Warn of, or raise for, a hypergradient whose estimated error is above the goal."""
         error = math.inf if self.relative_error is None else float(self.relative_error)
         if error <= rtol:
             return
+        left = ["refine= got no nearer in up to 20 calls, so give it more to do" if refined else "pass refine="]
+        left += ["solve the inner problem further", *([] if polished else ["add polish=True"])]
         text = (
             f"the hypergradient has an estimated relative error of {error:.1e} instead of {rtol:.1e}: the inner "
             f"problem is not solved well enough (residual {float(self.inner_residual.max()):.1e}), or the linear "
-            f"systems are not; pass refine=, solve the inner problem further, or add polish=True"
+            f"systems are not; {', '.join(left[:-1])}, or {left[-1]}"
         )
         if on_failure == "raise":
             raise SolverError(text, self.solution)
@@ -194,7 +196,7 @@ def grad(
     check_distinct(variables.given, variables.names)
     inner = InnerProblem.of(inner_loss, fp_map, residual)
     symmetric = symmetric or positive_definite or inner.kind == "inner_loss"
-    _check_options(inner, outer_loss, stochastic, final_draws, polish or hypergradient_rtol is not None, refine)
+    _check_options(inner, outer_loss, stochastic, final_draws, polish, hypergradient_rtol, refine)
     backend = _backend(compile, inner, stochastic)
     if solver is None:
         solver = CG() if symmetric else GMRES()
@@ -223,15 +225,22 @@ def grad(
         if on_failure != "ignore":
             result.check_finite(on_failure)
             if hypergradient_rtol is not None:
-                result.check_accurate(hypergradient_rtol, on_failure)
+                result.check_accurate(hypergradient_rtol, on_failure, polish, bool(refine))
             elif not stochastic:  # one draw's residual does not say whether the mean is solved
                 result.warn_if_unsolved()
     return result
 
 
 def _check_options(
-    inner: InnerProblem, outer_loss: Any, stochastic: bool, final_draws: int, estimates: bool, refine: Refine
+    inner: InnerProblem,
+    outer_loss: Any,
+    stochastic: bool,
+    final_draws: int,
+    polish: bool,
+    goal: float | None,
+    refine: Refine,
 ) -> None:
+    estimates = polish or goal is not None
     if final_draws < 1 or (final_draws > 1 and not stochastic):
         raise ValueError(f"final_draws must be 1, or more with stochastic=True; got {final_draws}")
     if stochastic and not callable(inner.given):
@@ -242,6 +251,10 @@ def _check_options(
         raise TypeError(
             "polish and hypergradient_rtol need the Hessian, and GaussNewton puts another matrix in its place"
         )
+    if not (isinstance(refine, bool) or callable(refine)):
+        raise TypeError(f"refine must be True, False or a function of (params, hparams), got {refine!r}")
+    if refine and goal is None:
+        raise ValueError("refine goes on until a goal is reached: pass hypergradient_rtol as well")
     if refine and not (callable(inner.given) and callable(outer_loss)):
         raise TypeError(f"refine evaluates {inner.kind} and outer_loss at other params, so both must be callables")
 

@@ -16,7 +16,9 @@ from .._autodiff import Linearisation, as_scalar
 from .._vector import PyTree, Space, Vector, check_distinct, flatten
 from ..operators import GaussNewton
 
-UNREACHED = "inner_loss does not depend on params; was it computed under no_grad, or from other tensors?"
+UNREACHED = (
+    "inner_loss does not depend on params; was it computed under no_grad, or from other tensors (a live model's)?"
+)
 
 
 class Variables:

@@ -17,7 +17,7 @@ from .._vector import PyTree
 from ..implicit import random_state_kept_on_error
 from ._memory import Put, kept
 from ._schedule import Plan, parse, schedule, stride
-from ._steps import Run, State, batch_at, same, set_random_state
+from ._steps import Run, State, batch_at, check_whole, same, set_random_state
 
 NO_REPLAY = (
     "steps {} to {} gave other numbers when they were evaluated again. torch's random numbers are replayed; what else "
@@ -65,7 +65,7 @@ def reverse(
     Iterates between which nothing is kept are evaluated again from the last one that is (a checkpoint). torch's random
     numbers, on the CPU and on the CUDA devices in use, are replayed bit for bit (dropout, noise), and that each
     replay ends where the first run did is checked. Afterwards the random state is as after one run of the steps and
-    outer_loss. In the inner gradient write create_graph=True: without it second derivatives are lost.
+    outer_loss. In the inner gradient write create_graph=True: without it second derivatives are lost, with a warning.
 
     Args:
         step: Φ(params, hparams), of params' structure; called with gradients enabled, must change nothing in place.
@@ -91,7 +91,7 @@ def reverse(
         batches: batch t for step t, by index or by call; drawn again at a replay.
         with_time: pass t to step.
         allow_detached: take tensors in step's result that have no graph for constants, and say nothing where a tensor
-            of params reaches nothing.
+            of params reaches nothing or the inner gradient has no graph.
 
     Returns:
         An Unrolled.
@@ -103,8 +103,8 @@ def reverse(
         OSError: a folder for offload cannot be written, or its disk is full.
 
     Warns: HypergradientWarning where a leaf of hparams is reached by nothing (a learning rate read with .item(), say),
-        where at the second step a tensor of params reaches nothing (a momentum detached between steps), and where the
-        result is not finite (steps that diverge).
+        where at the second step a tensor of params reaches nothing (a momentum detached between steps), where the
+        first step takes a gradient without a graph, and where the result is not finite (steps that diverge).
     Cost: the evaluations above and T reverse passes. Beside what memory says, five iterates, hparams, and the working
         memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget measure I, G
         at the first two steps, which are not evaluated again for that; a budget measures the working memory there as
@@ -123,9 +123,8 @@ def reverse(
         >>> result.grads, result.start_grads
         (tensor(1.7500), tensor(0.1250))
     """
+    check_whole(steps=(steps, 0), truncate=(truncate, 0))
     length = steps if truncate is None else min(truncate, steps)
-    if steps < 0 or length < 0:
-        raise ValueError(f"steps and truncate must be ≥ 0, got {steps} and {truncate}")
     storage = parse(memory)
     if storage == "graph" and offload is not None:
         raise ValueError('memory="graph" keeps no iterates that could be offloaded')

@@ -25,6 +25,11 @@ IN_PLACE = (
     "write w = w - lr * g, not w -= lr * g or w.sub_(lr * g), and build a new container"
 )
 
+NO_SECOND = (
+    "step takes a gradient with respect to its params that has no graph, so the second derivatives are lost: write "
+    "create_graph=True there. If a first-order hypergradient is meant, pass allow_detached=True"
+)
+
 
 def random_state(devices: Sequence[torch.device]) -> dict[torch.device, Tensor]:
     states = {torch.device("cpu"): torch.get_rng_state()}
@@ -42,6 +47,13 @@ def set_random_state(states: dict[torch.device, Tensor]) -> None:
 def same(x: Tensor, y: Tensor) -> bool:
     """Equal bit for bit, NaN included."""
     return torch.equal(x, y) or bool(((x == y) | ((x != x) & (y != y))).all())
+
+
+def check_whole(**numbers: tuple[Any, int]) -> None:
+    """ValueError for a number, if given, that is not whole or below its least value."""
+    for name, (value, least) in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
 
 
 def batch_at(batches: Any, steps: int) -> Callable[[int], Any] | None:
@@ -129,14 +141,18 @@ class Run:
         guarded = [*tensors, *self.outer]
         versions = list(map(VERSION, guarded))
         self.evaluations += 1
+        watched = tensors if self.evaluations == 1 and not self.allow_detached else []
         try:
-            value = self.step(rebuild(tensors), self.hparams, *time, *batch)
+            with _autodiff.gradients_taken(watched) as with_graph:
+                value = self.step(rebuild(tensors), self.hparams, *time, *batch)
         except RuntimeError as error:
             if "in-place operation" in str(error) or "inplace operation" in str(error):
                 raise RuntimeError(IN_PLACE) from error
             raise
         if list(map(VERSION, guarded)) != versions:
             raise RuntimeError(IN_PLACE)
+        if not all(with_graph):
+            warn(NO_SECOND)
         outputs, new_rebuild = split(value)
         if self.evaluations == 1:
             self.check_reached(tensors, outputs)
