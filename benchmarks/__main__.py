@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 import hypergrad as hg
 
-from . import accuracy, checks, counts, equal, report, scaling, unrolled
+from . import accuracy, checks, counts, equal, report, scaling, tasks, unrolled
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SECTIONS = {
     "equal": equal.SECTION,
     "accuracy": accuracy.SECTION,
     "unrolled": unrolled.SECTION,
+    "tasks": tasks.SECTION,
     "checks": checks.SECTION,
     "scaling": scaling.SECTION,
 }

@@ -6,10 +6,9 @@ products on the map w − ∇g (or, for MAML, one reverse pass through the steps
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import hypergrad as hg
 from .measure import Spread, interleaved, peak_memory, ratios
 from .methods import HyperTorch
 from .problems import Problem
+from .report import BLUE, RED, Section, bars
 
 LR = 0.01
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # K steps of CG enlarge what rounding does
@@ -257,39 +257,47 @@ def measure(setting: Setting, method: str, count: int, rounds: int | None = None
     )
 
 
-def rows(settings: Sequence[Setting] = SETTINGS, rounds: int | None = None) -> list[Row]:
+def measure_all(
+    names: Sequence[str], words: Sequence[str] | None, rounds: int | None, settings: Sequence[Setting] = SETTINGS
+) -> tuple[list[Row], list[dict]]:
     """Every setting with every method and number of tasks: answers checked, then timed in turns."""
-    every = [(setting, method, count) for setting in settings for method in METHODS for count in setting.counts]
-    return [measure(*each, rounds) for each in tqdm(every, desc="tasks")]
+    chosen = [setting for setting in settings if setting.name in names]
+    methods = [method for method in METHODS if words is None or any(word in method for word in words)]
+    every = [(setting, method, count) for setting in chosen for method in methods for count in setting.counts]
+    results = [measure(*each, rounds) for each in tqdm(every, desc="tasks", leave=False)]
+    keys = ("name", "steps", "products", "counts", "target")
+    return results, [{key: getattr(s, key) for key in keys} | {"rounds": rounds or s.rounds} for s in chosen]
 
 
 def table(results: Sequence[Row]) -> str:
     lines = [
-        "| setting | method | tasks | loop / hg.meta, CPU | quartiles | target | ms | peak MiB (loop) | side by side "
-        "| error, float64 | float32 (loop) |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"{'':24}{'method':12}{'tasks':>6}  {'loop / hg.meta, CPU':22}{'target':>7}{'ms':>9}{'peak MiB':>10}{'loop':>8}"
+        f"{'at once':>9}{'error, float64':>16}{'float32':>9}{'loop':>9}"
     ]
     for r in results:
+        quartiles = f"{r.ratio.middle:.2f} [{r.ratio.low:.2f}, {r.ratio.high:.2f}]"
         lines.append(
-            f"| {r.setting} | {r.method} | {r.tasks} | {r.ratio.middle:.2f} | {r.ratio.low:.2f}, {r.ratio.high:.2f} "
-            f"| {r.target:.0f} | {r.milliseconds:.1f} | {r.peak_mib:.1f} ({r.loop_peak_mib:.1f}) | {r.chunk} "
-            f"| {r.error64:.1e} | {r.error32:.1e} ({r.loop_error32:.1e}) |"
+            f"{r.setting:24}{r.method:12}{r.tasks:6}  {quartiles:22}{r.target:7.0f}{r.milliseconds:9.1f}"
+            f"{r.peak_mib:10.1f}{r.loop_peak_mib:8.1f}{r.chunk:9}{r.error64:16.1e}{r.error32:9.1e}{r.loop_error32:9.1e}"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small settings, one round")
-    parser.add_argument("--rounds", type=int, help="rounds of the clock (default: each setting's own)")
-    parser.add_argument("--only", help="settings whose name holds this")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    settings = [s for s in (QUICK if options.quick else SETTINGS) if not options.only or options.only in s.name]
-    results = rows(settings, options.rounds)
-    print(json.dumps([asdict(r) for r in results], indent=1) if options.json else table(results))
+def draw(results: Sequence[Row], path: Path) -> None:
+    """A bar a cell: how many times faster than the loop; a tick where the target is."""
+    with bars(path, [None], "Meta-gradients: CPU time of a loop over tasks, over that of hg.meta", 9, 4.5) as (axis,):
+        for place, r in enumerate(results):
+            low, middle, high = r.ratio.low, r.ratio.middle, r.ratio.high
+            axis.barh(place, middle, color=BLUE, xerr=[[middle - low], [high - middle]], ecolor="0.3")
+            axis.text(high, place, f"  {middle:.2f}", va="center", fontsize=8)
+            axis.plot([r.target] * 2, [place - 0.45, place + 0.45], color=RED, linewidth=2)
+        axis.axvline(1, color="black", linewidth=0.8)
+        labels = [f"{r.setting}, {r.method}, {r.tasks} tasks" for r in results]
+        axis.set_yticks(range(len(results)), labels, fontsize=8)
+        axis.set(xlabel="times faster (median, quartiles; red: target)")
+        axis.margins(x=0.1)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
 
 
-if __name__ == "__main__":
-    main()
+SECTION = Section("Batched tasks", lambda: [s.name for s in SETTINGS], measure_all, table, draw)

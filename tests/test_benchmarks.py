@@ -25,6 +25,7 @@ from benchmarks import (
     problems,
     report,
     scaling,
+    tasks,
     unrolled,
 )
 from benchmarks.methods import METHODS, Method
@@ -234,3 +235,15 @@ def test_default_checks_cost_at_most_two_per_cent(name: str) -> None:
     found = checks.share(problems.rows()[name](), calls=7)
     print(f"{name}: {found.middle:.2%}")
     assert 0 < found.middle <= 0.02
+
+
+def test_batched_tasks(tmp_path):
+    """Reduced settings: hg.meta agrees with the loop (else `measure` raises), and all that the section writes."""
+    names = [setting.name for setting in tasks.QUICK]
+    results, settings = tasks.measure_all(names, None, 1, tasks.QUICK)
+    assert len(results) == 2 * len(names) == 2 * len(settings)
+    assert max(r.error64 for r in results) < 1e-10
+    text = tasks.table(results)
+    assert all(name in text for name in names) and len(text.splitlines()) == 1 + len(results)
+    tasks.draw(results, tmp_path / "tasks.png")
+    assert (tmp_path / "tasks.png").read_bytes()[:4] == b"\x89PNG"
