@@ -321,9 +321,8 @@ def lost(config: Config, published: dict[str, Any]) -> str:
     return f"""
 
 From outer step {near + 1} on no method is within 10 % of the exact hypergradient: {config.inner_steps} gradient steps
-are far from the inner solution. Of this warned: {said or "none"}. K = {config.terms} terms of the other implicit
-methods do not reach far enough to see how ill-conditioned the inner problem has become, and `reverse` knows of no
-solution."""
+are far from the inner solution. Of this warned: {said or "none"}. `reverse_unroll` and `reverse` differentiate the steps
+that were made, and know of no solution."""
 
 
 def draw(results: dict[str, Any]) -> Figure:
