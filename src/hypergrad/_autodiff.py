@@ -75,11 +75,14 @@ def grad_or_none(
     kept = [i for i, y in enumerate(outputs) if y.requires_grad]
     if not kept or not inputs:
         return [None] * len(inputs)
+    if len(kept) < len(outputs):
+        outputs = [outputs[i] for i in kept]
+        cotangents = None if cotangents is None else [cotangents[i] for i in kept]
     try:
         grads = torch.autograd.grad(
-            [outputs[i] for i in kept],
+            outputs,
             inputs,
-            None if cotangents is None else [cotangents[i] for i in kept],
+            cotangents,
             retain_graph=retain_graph or create_graph,
             create_graph=create_graph,
             allow_unused=True,

@@ -127,6 +127,8 @@ class Space:
         self.sizes = [[lengths[i] for i in group] for group in self.groups]
         self.length = sum(lengths)
         self.plain = [is_plain(leaves[group[0]]) for group in self.groups]
+        # One leaf that is its own chunk: most of what a small step costs is going from one to the other.
+        self.single = self.plain == [True] and self.rows == [True]
         # Scalars of a uniform space multiply its chunks as they are.
         self.uniform = all(self.plain) and {*self.dtypes} == {self.dtype} and {*self.devices} == {self.device}
         self.tiny = torch.finfo(self.dtype).tiny
@@ -161,6 +163,8 @@ class Space:
 
     def pack(self, leaves: Sequence[Tensor]) -> Vector:
         """The vector of these leaves, which must have this space's shapes (unchecked). May share their memory."""
+        if self.single:
+            return Vector(self, [leaves[0]])
         chunks = []
         for group, plain in zip(self.groups, self.plain, strict=True):
             if plain:
@@ -251,6 +255,8 @@ class Vector:
 
     def _views(self) -> list[Tensor]:
         space = self.space
+        if space.single:
+            return self.chunks
         leaves: list[Any] = [None] * len(space.shapes)
         for chunk, group, sizes, plain in zip(self.chunks, space.groups, space.sizes, space.plain, strict=True):
             parts = (chunk,) if len(group) == 1 else chunk.split(sizes, -1)
@@ -339,6 +345,9 @@ class Vector:
 
     def add_(self, other: Vector, a: Scalar = 1.0, sign: float = 1.0) -> Vector:
         """self ← self + sign · a · other, one pass over memory."""
+        if self.space.single and not isinstance(a, Tensor) and abs(a) <= self.space.largest:
+            self.chunks[0].add_(other.chunks[0], alpha=sign * a)
+            return self
         for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
             if isinstance(factor, Tensor):
                 chunk.addcmul_(new, factor, value=sign)
