@@ -113,7 +113,7 @@ def logistic(rows: int = 2000, size: int = 1000, **options: Any) -> Descent:
 
 ROWS: dict[str, Callable[[], Descent]] = {
     "mlp": lambda: mlp(steps=1000, timed=100, checkpoints=30, budget="64MiB", memory_limit=1 / 10),
-    "logistic": lambda: logistic(steps=1000, timed=200, checkpoints=30, budget="1MiB", memory_limit=1 / 4),
+    "logistic": lambda: logistic(steps=1000, timed=1000, checkpoints=30, budget="1MiB", memory_limit=1 / 4),
 }
 
 QUICK: dict[str, Callable[[], Descent]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +20,7 @@ from ..implicit import check_hparams
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
 
 VERSION, KIND, LIVE = attrgetter("_version"), attrgetter("shape", "dtype", "device"), attrgetter("requires_grad")
+NOTHING = nullcontext(())
 NODE = 512  # bytes of one node of a graph, beside the tensors it keeps
 IN_PLACE = (
     "step changed its params (or hparams) in place, and with them the iterates that the reverse pass starts from: "
@@ -141,9 +143,9 @@ class Run:
         guarded = [*tensors, *self.outer]
         versions = list(map(VERSION, guarded))
         self.evaluations += 1
-        watched = tensors if self.evaluations == 1 and not self.allow_detached else []
+        watched = self.evaluations == 1 and not self.allow_detached
         try:
-            with _autodiff.gradients_taken(watched) as with_graph:
+            with _autodiff.gradients_taken(tensors) if watched else NOTHING as with_graph:
                 value = self.step(rebuild(tensors), self.hparams, *time, *batch)
         except RuntimeError as error:
             if "in-place operation" in str(error) or "inplace operation" in str(error):
