@@ -322,11 +322,13 @@ def accumulate(hparams: PyTree, grads: PyTree) -> None:
     _autodiff.backward(flatten(hparams, "hparams")[0], flatten(grads, "grads")[0])
 
 
-def _unfinished(solution: Solution) -> Tensor:
+def _unfinished(solution: Solution) -> float | Tensor:
     """‖A⁻¹b‖ / ‖v‖ where a solve stopped early, by going on at its own rate: 1 + ρ / (1 − ρ) · ‖r‖ / ‖v‖.
 
     Few steps on an ill-conditioned system leave a short v, which says nothing of ‖A⁻¹‖; their slow progress does.
     """
+    if bool((solution.residual_norm <= 0.01 * solution.rhs_norm).all()):
+        return 1.0  # what is left would make v about a hundredth longer
     rate = solution.growth_rate
     rest = rate / (1 - rate) * solution.residual_norm / solution.value.norm()
     # A rate that rounding does not tell from 1 (or that of no step at all) says nothing.
