@@ -13,7 +13,9 @@ from .. import _autodiff
 from .._autodiff import as_scalar
 from .._vector import PyTree, describe, difference, flatten, split
 from ..diff_optimizers import Rule
+from ..diff_optimizers._rule import State
 from ..unroll._schedule import parse
+from ._spelling import Spelled
 
 # Bytes that the graph of one task's loss may keep for tasks to go side by side on a CPU. Measured, one thread, 16
 # tasks, time of the loop over that of vmap: MLP 40-40 (10 KiB) 5.8, MLP 100-100 (56 KiB) 2.9, MLP 400-400 (946 KiB)
@@ -68,10 +70,16 @@ class biased:
 
     def _penalty(self, params: PyTree, hparams: PyTree, batch_dims: int) -> Tensor:
         """½ρ ‖w − λ‖² of each task: 0-d, or [B]."""
-        middle = hparams if self.centre is None else self.centre(hparams)
-        away = difference(flatten(params, "params")[0], flatten(middle, "hparams")[0])
-        flat = [d.reshape(*d.shape[:batch_dims], -1) for d in away]
+        flat = [d.reshape(*d.shape[:batch_dims], -1) for d in self._away(params, hparams)]
         return 0.5 * self.strength * torch.stack([torch.linalg.vecdot(d, d) for d in flat]).sum(0)
+
+    def _pulled(self, grads: list[Tensor], params: PyTree, hparams: PyTree) -> list[Tensor]:
+        """∇₁ℓ + ρ (w − λ)"""
+        return _autodiff.plus(grads, self.strength, self._away(params, hparams))
+
+    def _away(self, params: PyTree, hparams: PyTree) -> tuple[Tensor, ...]:
+        middle = hparams if self.centre is None else self.centre(hparams)
+        return difference(split(params)[0], split(middle)[0])
 
 
 @dataclass(frozen=True)
@@ -131,9 +139,34 @@ class Chunk:
         self.params: PyTree = None
         self.values = torch.empty(0)
 
-    def inner(self, params: PyTree, hparams: PyTree) -> Tensor:
-        """Σᵢ g(wᵢ, λ, taskᵢ): its Hessian is block diagonal."""
-        return self._losses(self.problem.inner_loss, "inner_loss", params, hparams, False).sum()
+    def slope(self, params: PyTree, hparams: PyTree, create_graph: bool = True) -> PyTree:
+        """∇₁g of each task, the gradient of Σᵢ g(wᵢ, λ, taskᵢ), whose Hessian is block diagonal; in params' structure.
+
+        Params require grad. Biased regularisation enters by its derivative ρ (w − λ), which takes a fraction of the
+        nodes that autograd makes of its value.
+        """
+        leaves, rebuild = split(params)
+        loss, regularisations = self.problem.inner_loss, []
+        while isinstance(loss, biased) and not self.rows:
+            regularisations.append(loss)
+            loss = loss.loss
+        value = self._losses(loss, "inner_loss", params, hparams, False).sum()
+        message = None if regularisations else "inner_loss does not depend on params; was it computed under no_grad?"
+        grads = _autodiff.grad([value], leaves, create_graph=create_graph, must_reach=message)
+        with torch.set_grad_enabled(create_graph):
+            for each in regularisations:
+                grads = each._pulled(grads, params, hparams)
+        return rebuild(grads)
+
+    def step(self, carry: tuple[PyTree, State], hparams: PyTree, create_graph: bool = True) -> tuple[PyTree, State]:
+        """A step of the rule: `rule.on(Σᵢ g)`, with `slope` for the gradient."""
+        (params, state), rule = carry, self.problem.rule
+        leaves, rebuild = split(params)
+        with torch.enable_grad():
+            at = rebuild([w if create_graph and w.requires_grad else w.detach().requires_grad_() for w in leaves])
+            grads = self.slope(at, hparams, create_graph)
+        with torch.set_grad_enabled(create_graph):
+            return rule.update(at if create_graph else params, state, grads, hparams if rule._calls() else None)
 
     def outer(self, params: PyTree, hparams: PyTree) -> Tensor:
         """Σᵢ E(wᵢ, λ, taskᵢ). Keeps params and each value. Raises Diverged where one is not finite."""
@@ -178,8 +211,12 @@ class Chunk:
         rebuilds = [*(rebuild for _, rebuild in parts), self.rebuild]
         mapped = [*mapped, True]
 
+        spelled = Spelled(1 if loop or self.problem.batched else len(self.index))
+
         def one(*lists: list[Tensor]) -> list[Tensor]:
-            return function(*(rebuild(tensors) for rebuild, tensors in zip(rebuilds, lists, strict=True)))
+            trees = [rebuild(tensors) for rebuild, tensors in zip(rebuilds, lists, strict=True)]
+            with spelled:
+                return function(*trees)
 
         if self.problem.batched:
             return one(*lists)
@@ -197,7 +234,7 @@ class Chunk:
 
     def _losses(self, loss: Callable[..., Tensor], name: str, params: PyTree, hparams: PyTree, loop: bool) -> Tensor:
         batched, count = self.problem.batched, len(self.index)
-        if isinstance(loss, biased) and not batched and not self.rows:  # all tasks' penalties in one pass
+        if isinstance(loss, biased) and not self.rows:  # all tasks' penalties in one pass
             return self._losses(loss.loss, name, params, hparams, loop) + loss._penalty(params, hparams, 1)
 
         def value(params: PyTree, hparams: PyTree, tasks: PyTree) -> list[Tensor]:
@@ -219,12 +256,10 @@ class Chunk:
         hparams = rebuild([x.detach() for x in leaves])
         leaves, _, rebuild = flatten(start, "start")
         params = rebuild([x.detach() for x in leaves])
-        state = self.problem.rule.init(params)
-        step = self.problem.rule.on(self.inner, create_graph=False)
+        carry = params, self.problem.rule.init(params)
         for _ in range(self.problem.steps):
-            tensors, rebuild = split(step((params, state), hparams))
-            params, state = rebuild([x.detach() for x in tensors])
-        return params
+            carry = self.step(carry, hparams, create_graph=False)
+        return carry[0]
 
 
 def finite_tasks(tensors: Sequence[Tensor]) -> Tensor:
