@@ -150,9 +150,10 @@ class Chunk:
         while isinstance(loss, biased) and not self.rows:
             regularisations.append(loss)
             loss = loss.loss
-        value = self._losses(loss, "inner_loss", params, hparams, False).sum()
+        losses = self._losses(loss, "inner_loss", params, hparams, False)
         message = None if regularisations else "inner_loss does not depend on params; was it computed under no_grad?"
-        grads = _autodiff.grad([value], leaves, create_graph=create_graph, must_reach=message)
+        ones = [torch.ones_like(losses)]
+        grads = _autodiff.grad([losses], leaves, ones, create_graph=create_graph, must_reach=message)
         with torch.set_grad_enabled(create_graph):
             for each in regularisations:
                 grads = each._pulled(grads, params, hparams)
@@ -211,12 +212,8 @@ class Chunk:
         rebuilds = [*(rebuild for _, rebuild in parts), self.rebuild]
         mapped = [*mapped, True]
 
-        spelled = Spelled(1 if loop or self.problem.batched else len(self.index))
-
         def one(*lists: list[Tensor]) -> list[Tensor]:
-            trees = [rebuild(tensors) for rebuild, tensors in zip(rebuilds, lists, strict=True)]
-            with spelled:
-                return function(*trees)
+            return function(*(rebuild(tensors) for rebuild, tensors in zip(rebuilds, lists, strict=True)))
 
         if self.problem.batched:
             return one(*lists)
@@ -237,10 +234,14 @@ class Chunk:
         if isinstance(loss, biased) and not self.rows:  # all tasks' penalties in one pass
             return self._losses(loss.loss, name, params, hparams, loop) + loss._penalty(params, hparams, 1)
 
+        spelled = Spelled(1 if loop or batched else count)
+
         def value(params: PyTree, hparams: PyTree, tasks: PyTree) -> list[Tensor]:
-            result = loss(params, hparams, tasks)
+            with spelled:
+                result = loss(params, hparams, tasks)
             if not batched:
-                return [as_scalar(result, f"{name} of one task").reshape(())]
+                result = as_scalar(result, f"{name} of one task")
+                return [result.reshape(()) if result.ndim else result]
             if not isinstance(result, Tensor) or result.shape != (count,):
                 got = type(result).__name__
                 if isinstance(result, Tensor):
