@@ -237,6 +237,14 @@ def test_default_checks_cost_at_most_two_per_cent(name: str) -> None:
     assert 0 < found.middle <= 0.02
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "limit"), checks.ARITHMETIC.items())
+def test_vector_arithmetic_costs_little_beside_the_products(name: str, limit: float) -> None:
+    found = checks.arithmetic(checks.row(name), calls=3)
+    print(f"{name}: {found.middle:.2%}")
+    assert 0 < found.middle <= limit
+
+
 def test_batched_tasks(tmp_path):
     """Reduced settings: hg.meta agrees with the loop (else `measure` raises), and all that the section writes."""
     names = [setting.name for setting in tasks.QUICK]
