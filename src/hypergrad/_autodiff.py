@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -371,24 +370,18 @@ def many(
         return [torch.stack(parts) for parts in zip(*columns, strict=True)]
 
 
-def each(
-    function: Callable[..., list[Tensor]], lists: Sequence[Sequence[Tensor]], mapped: Sequence[bool]
-) -> list[Tensor]:
-    """function(*lists) for each entry of the first axis of the lists that are mapped, all at once: results stacked.
+def each(function: Callable[[Sequence[Tensor]], list[Tensor]], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """function(tensors) for each entry of their first axis, all at once: results stacked.
 
     Random numbers are drawn for each entry by itself.
     """
 
-    # vmap's own handling of containers takes as long as a small loss: it gets flat arguments, and only those it maps,
-    # and gives one result as it is.
-    def on_flat(*flat: Tensor) -> Tensor | tuple[Tensor, ...]:
-        own = iter(flat)
-        pairs = zip(lists, mapped, strict=True)
-        results = function(*(list(itertools.islice(own, len(xs))) if m else list(xs) for xs, m in pairs))
+    # vmap's own handling of containers takes as long as a small loss: it gets flat arguments, and one result as it is.
+    def on_flat(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        results = function(tensors)
         return results[0] if len(results) == 1 else tuple(results)
 
-    flat = [x for xs, m in zip(lists, mapped, strict=True) if m for x in xs]
-    results = torch.func.vmap(on_flat, randomness="different")(*flat)
+    results = torch.func.vmap(on_flat, randomness="different")(*tensors)
     return [results] if isinstance(results, Tensor) else list(results)
 
 

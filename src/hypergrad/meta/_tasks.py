@@ -135,7 +135,7 @@ class Chunk:
 
     def __init__(self, problem: Problem, tasks: Tasks, index: Sequence[int], rows: bool = False, loop: bool = False):
         self.problem, self.index, self.rows, self.loop = problem, list(index), rows, loop
-        self.tensors, self.rebuild = tasks.take(index), tasks.rebuild
+        self.tree = tasks.rebuild(tasks.take(index))
         self.params: PyTree = None
         self.values = torch.empty(0)
 
@@ -150,7 +150,7 @@ class Chunk:
         while isinstance(loss, biased) and not self.rows:
             regularisations.append(loss)
             loss = loss.loss
-        losses = self._losses(loss, "inner_loss", params, hparams, False)
+        losses = self.losses(loss, "inner_loss", params, hparams)
         message = None if regularisations else "inner_loss does not depend on params; was it computed under no_grad?"
         ones = [torch.ones_like(losses)]
         grads = _autodiff.grad([losses], leaves, ones, create_graph=create_graph, must_reach=message)
@@ -175,7 +175,7 @@ class Chunk:
         if self.problem.outer_loss is None:
             losses = flatten(params, "params")[0][0].new_zeros(len(self.index))
         else:
-            losses = self._losses(self.problem.outer_loss, "outer_loss", params, hparams, self.loop)
+            losses = self.losses(self.problem.outer_loss, "outer_loss", params, hparams, self.loop)
         self.values = losses.detach()
         good = finite_tasks([self.values, *(x.detach() for x in flatten(params, "params")[0])])
         if not bool(good.all()):
@@ -207,33 +207,29 @@ class Chunk:
         self, function: Callable[..., list[Tensor]], trees: Sequence[PyTree], mapped: Sequence[bool], loop: bool = False
     ) -> list[Tensor]:
         """function(*trees, task) of each task, stacked; trees that are mapped have a leading axis of tasks."""
-        parts = [split(tree) for tree in trees]
-        lists = [*(tensors for tensors, _ in parts), self.tensors]
-        rebuilds = [*(rebuild for _, rebuild in parts), self.rebuild]
-        mapped = [*mapped, True]
-
-        def one(*lists: list[Tensor]) -> list[Tensor]:
-            return function(*(rebuild(tensors) for rebuild, tensors in zip(rebuilds, lists, strict=True)))
-
         if self.problem.batched:
-            return one(*lists)
-        if len(self.index) == 1:  # squeezed, for the derivative of x[0] would be a new tensor of zeros, and a copy
-            single = [[x.squeeze(0) for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True)]
-            return [x.unsqueeze(0) for x in one(*single)]
-        if loop:
-            parts: list[Any] = [[x.unbind() for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True)]
-            results = [
-                one(*([x[i] for x in xs] if own else xs for xs, own in zip(parts, mapped, strict=True)))
-                for i in range(len(self.index))
-            ]
-            return [torch.stack(stacked) for stacked in zip(*results, strict=True)]
-        return _autodiff.each(one, lists, mapped)
+            return function(*trees, self.tree)
+        own = [tree if each else None for tree, each in zip(trees, mapped, strict=True)]
+        tensors, rebuild = split([*own, self.tree])
 
-    def _losses(self, loss: Callable[..., Tensor], name: str, params: PyTree, hparams: PyTree, loop: bool) -> Tensor:
+        def one(tensors: Sequence[Tensor]) -> list[Tensor]:
+            *own, task = rebuild(tensors)
+            return function(*(x if each else tree for x, tree, each in zip(own, trees, mapped, strict=True)), task)
+
+        if len(self.index) == 1:  # squeezed, for the derivative of x[0] would be a new tensor of zeros, and a copy
+            return [x.unsqueeze(0) for x in one([x.squeeze(0) for x in tensors])]
+        if loop:
+            results = [one(each) for each in zip(*(x.unbind() for x in tensors), strict=True)]
+            return [torch.stack(stacked) for stacked in zip(*results, strict=True)]
+        return _autodiff.each(one, tensors)
+
+    def losses(
+        self, loss: Callable[..., Tensor], name: str, params: PyTree, hparams: PyTree, loop: bool = False
+    ) -> Tensor:
+        """A loss of each task, [B]."""
         batched, count = self.problem.batched, len(self.index)
         if isinstance(loss, biased) and not self.rows:  # all tasks' penalties in one pass
-            return self._losses(loss.loss, name, params, hparams, loop) + loss._penalty(params, hparams, 1)
-
+            return self.losses(loss.loss, name, params, hparams, loop) + loss._penalty(params, hparams, 1)
         spelled = Spelled(1 if loop or batched else count)
 
         def value(params: PyTree, hparams: PyTree, tasks: PyTree) -> list[Tensor]:
@@ -307,15 +303,15 @@ def make_plan(
         hparams = rebuild([x.detach() for x in leaves])
         begin, _, rebuild = flatten(one.start(hparams), "start")
         params = [x.detach().requires_grad_() for x in begin]
-        known = [*one.tensors, *params, *leaves]
-        inner = _kept(one._losses(problem.inner_loss, "inner_loss", rebuild(params), hparams, False), known)
+        known = [*tasks.tensors, *params, *leaves]
+        inner = _kept(one.losses(problem.inner_loss, "inner_loss", rebuild(params), hparams), known)
         big = SMALL_TASK if params[0].device.type == "cpu" and not problem.batched else float("inf")
         if inner > big:
             kept = f"one task keeps {inner / 2**20:.1f} MiB, so arithmetic is what takes the time"
             return Plan(1, 1, None, f"a loop: {kept}")
         outer = 0
         if problem.outer_loss is not None:
-            outer = _kept(one._losses(problem.outer_loss, "outer_loss", rebuild(params), hparams, False), known)
+            outer = _kept(one.losses(problem.outer_loss, "outer_loss", rebuild(params), hparams), known)
     size = max(int(need[0] * inner + 3 * outer + need[1] * sum(x.nbytes for x in params)), 1)
     fit = int(min(max(budget // size, 1), tasks.count))
     why = "all at once" if fit == tasks.count else f"as many as fit into {budget / 2**20:.0f} MiB"
