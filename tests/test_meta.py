@@ -218,6 +218,19 @@ def test_biased_regularisation_by_its_derivative_is_that_of_its_value(name, chun
         assert relative(flat(task_of(rows, i)), truth[i]) < 1e-10
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", ["implicit", "unrolled"])
+def test_biased_regularisation_around_a_function_of_hparams(name, reduction):
+    p = Problem()
+    fit = lambda w, h, task: p.fit(w, h, task["support"])  # noqa: E731
+    known = meta.biased(fit, p.rho, centre=lambda h: {key: x + 0.1 * h["0.bias"].sum() for key, x in h.items()})
+    p.inner = known
+    result = p.grad(name, reduction=reduction)
+    p.inner = lambda w, h, task: known(w, h, task)
+    truth = p.grad(name, reduction=reduction)
+    assert relative(flat(result.grads), flat(truth.grads)) < 1e-10
+
+
 @pytest.mark.parametrize("name", ["implicit", "unrolled"])
 def test_biased_regularisation_of_an_own_batched_loss(name):
     """The penalty of a task is that of its own params, also where all tasks' losses come at once."""
@@ -229,8 +242,8 @@ def test_biased_regularisation_of_an_own_batched_loss(name):
         return ((task[0] @ w.unsqueeze(-1)).squeeze(-1) - task[1]).square().mean(-1) / 2
 
     options = {"method": METHODS[name], "steps": 6, "rule": RULE}
-    inner = meta.biased(loss, 1.5)
-    own, each = (meta.grad(inner, loss, lam, (x, y), batched=batched, **options) for batched in (True, False))
+    inner, outer = meta.biased(loss, 1.5), meta.biased(loss, 0.7)
+    own, each = (meta.grad(inner, outer, lam, (x, y), batched=batched, **options) for batched in (True, False))
     assert own.plan.chunk == each.plan.chunk == 4
     assert relative(own.params, each.params) < 1e-12
     assert relative(own.grads, each.grads) < 1e-10
