@@ -381,7 +381,7 @@ def each(function: Callable[[Sequence[Tensor]], list[Tensor]], tensors: Sequence
         results = function(tensors)
         return results[0] if len(results) == 1 else tuple(results)
 
-    results = torch.func.vmap(on_flat, randomness="different")(*tensors)
+    results = torch.func.vmap(on_flat, in_dims=(0,) * len(tensors), randomness="different")(*tensors)
     return [results] if isinstance(results, Tensor) else list(results)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,16 +71,15 @@ class biased:
 
     def _penalty(self, params: PyTree, hparams: PyTree, batch_dims: int) -> Tensor:
         """½ρ ‖w − λ‖² of each task: 0-d, or [B]."""
-        flat = [d.reshape(*d.shape[:batch_dims], -1) for d in self._away(params, hparams)]
+        flat = [d.reshape(*d.shape[:batch_dims], -1) for d in self._away(split(params)[0], hparams)]
         return 0.5 * self.strength * torch.stack([torch.linalg.vecdot(d, d) for d in flat]).sum(0)
 
-    def _pulled(self, grads: list[Tensor], params: PyTree, hparams: PyTree) -> list[Tensor]:
+    def _pulled(self, grads: list[Tensor], leaves: list[Tensor], hparams: PyTree) -> list[Tensor]:
         """∇₁ℓ + ρ (w − λ)"""
-        return _autodiff.plus(grads, self.strength, self._away(params, hparams))
+        return _autodiff.plus(grads, self.strength, self._away(leaves, hparams))
 
-    def _away(self, params: PyTree, hparams: PyTree) -> tuple[Tensor, ...]:
-        middle = hparams if self.centre is None else self.centre(hparams)
-        return difference(split(params)[0], split(middle)[0])
+    def _away(self, leaves: list[Tensor], hparams: PyTree) -> tuple[Tensor, ...]:
+        return difference(leaves, split(hparams if self.centre is None else self.centre(hparams))[0])
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,20 @@ class Problem:
     rule: Rule
     steps: int
     batched: bool
+
+    @cached_property
+    def inner(self) -> tuple[Callable[..., Tensor], list[biased]]:
+        """The inner loss without its regularisations, and these."""
+        loss, regularisations = self.inner_loss, []
+        while isinstance(loss, biased):
+            regularisations.append(loss)
+            loss = loss.loss
+        return loss, regularisations
+
+    @cached_property
+    def rule_calls(self) -> bool:
+        """Whether a hyperparameter of the rule is a callable of hparams."""
+        return self.rule._calls()
 
 
 class Tasks:
@@ -139,35 +153,38 @@ class Chunk:
         self.params: PyTree = None
         self.values = torch.empty(0)
 
-    def slope(self, params: PyTree, hparams: PyTree, create_graph: bool = True) -> PyTree:
-        """∇₁g of each task, the gradient of Σᵢ g(wᵢ, λ, taskᵢ), whose Hessian is block diagonal; in params' structure.
-
-        Params require grad. Biased regularisation enters by its derivative ρ (w − λ), which takes a fraction of the
-        nodes that autograd makes of its value.
-        """
+    def slope(self, params: PyTree, hparams: PyTree) -> PyTree:
+        """∇₁g of each task: the gradient of Σᵢ g(wᵢ, λ, taskᵢ), whose Hessian is block diagonal."""
         leaves, rebuild = split(params)
-        loss, regularisations = self.problem.inner_loss, []
-        while isinstance(loss, biased) and not self.rows:
-            regularisations.append(loss)
-            loss = loss.loss
+        return rebuild(self._slopes(leaves, rebuild(leaves), hparams, create_graph=True))
+
+    def step(self, carry: tuple[PyTree, State], hparams: PyTree, create_graph: bool = True) -> tuple[PyTree, State]:
+        """A step of the rule on Σᵢ g."""
+        params, state = carry
+        leaves, rebuild = split(params)
+        with torch.enable_grad():
+            leaves = [w if create_graph and w.requires_grad else w.detach().requires_grad_() for w in leaves]
+            at = rebuild(leaves)
+            grads = rebuild(self._slopes(leaves, at, hparams, create_graph))
+        called = hparams if self.problem.rule_calls else None
+        with torch.set_grad_enabled(create_graph):
+            return self.problem.rule.update(at if create_graph else params, state, grads, called)
+
+    def _slopes(self, leaves: list[Tensor], params: PyTree, hparams: PyTree, create_graph: bool) -> list[Tensor]:
+        """∇₁g with respect to the leaves of params, which require grad.
+
+        Biased regularisation enters by its derivative ρ (w − λ), which takes a fraction of the nodes that autograd
+        makes of its value.
+        """
+        loss, regularisations = (self.problem.inner_loss, []) if self.rows else self.problem.inner
         losses = self.losses(loss, "inner_loss", params, hparams)
         message = None if regularisations else "inner_loss does not depend on params; was it computed under no_grad?"
         ones = [torch.ones_like(losses)]
         grads = _autodiff.grad([losses], leaves, ones, create_graph=create_graph, must_reach=message)
         with torch.set_grad_enabled(create_graph):
             for each in regularisations:
-                grads = each._pulled(grads, params, hparams)
-        return rebuild(grads)
-
-    def step(self, carry: tuple[PyTree, State], hparams: PyTree, create_graph: bool = True) -> tuple[PyTree, State]:
-        """A step of the rule: `rule.on(Σᵢ g)`, with `slope` for the gradient."""
-        (params, state), rule = carry, self.problem.rule
-        leaves, rebuild = split(params)
-        with torch.enable_grad():
-            at = rebuild([w if create_graph and w.requires_grad else w.detach().requires_grad_() for w in leaves])
-            grads = self.slope(at, hparams, create_graph)
-        with torch.set_grad_enabled(create_graph):
-            return rule.update(at if create_graph else params, state, grads, hparams if rule._calls() else None)
+                grads = each._pulled(grads, leaves, hparams)
+        return grads
 
     def outer(self, params: PyTree, hparams: PyTree) -> Tensor:
         """Σᵢ E(wᵢ, λ, taskᵢ). Keeps params and each value. Raises Diverged where one is not finite."""
@@ -304,7 +321,7 @@ def make_plan(
         begin, _, rebuild = flatten(one.start(hparams), "start")
         params = [x.detach().requires_grad_() for x in begin]
         known = [*tasks.tensors, *params, *leaves]
-        inner = _kept(one.losses(problem.inner_loss, "inner_loss", rebuild(params), hparams), known)
+        inner = _kept(one.losses(problem.inner[0], "inner_loss", rebuild(params), hparams), known)
         big = SMALL_TASK if params[0].device.type == "cpu" and not problem.batched else float("inf")
         if inner > big:
             kept = f"one task keeps {inner / 2**20:.1f} MiB, so arithmetic is what takes the time"
