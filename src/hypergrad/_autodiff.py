@@ -211,13 +211,6 @@ def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
-def plus(xs: Sequence[Tensor], a: float | Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
-    """x + a y of each pair."""
-    if isinstance(a, Tensor):
-        return [x + a * y for x, y in zip(xs, ys, strict=True)]
-    return [x.add(y, alpha=a) for x, y in zip(xs, ys, strict=True)]
-
-
 def gradient(loss: Callable[[Any, Any], Tensor], params: Any, hparams: Any) -> Any:
     """∇₁ of a loss in params' structure, in a form that torch.compile can trace."""
     return torch.func.grad(lambda w: loss(w, hparams).reshape(()))(params)

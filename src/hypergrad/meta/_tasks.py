@@ -15,6 +15,7 @@ from .._autodiff import as_scalar
 from .._vector import PyTree, describe, difference, flatten, split
 from ..diff_optimizers import Rule
 from ..diff_optimizers._rule import State
+from ..diff_optimizers._rules import plus
 from ..unroll._schedule import parse
 from ._spelling import Spelled
 
@@ -76,7 +77,7 @@ class biased:
 
     def _pulled(self, grads: list[Tensor], leaves: list[Tensor], hparams: PyTree) -> list[Tensor]:
         """∇₁ℓ + ρ (w − λ)"""
-        return _autodiff.plus(grads, self.strength, self._away(leaves, hparams))
+        return [plus(g, self.strength, d) for g, d in zip(grads, self._away(leaves, hparams), strict=True)]
 
     def _away(self, leaves: list[Tensor], hparams: PyTree) -> tuple[Tensor, ...]:
         return difference(leaves, split(hparams if self.centre is None else self.centre(hparams))[0])
