@@ -146,9 +146,12 @@ def resolved(config: Config) -> Config:
         )
     if config.reptile_batch < 1:
         raise SystemExit(f"--reptile-batch {config.reptile_batch}: an inner step needs at least one image")
+    return replace(config, **{key: value for key, value in published(config).items() if getattr(config, key) is None})
+
+
+def published(config: Config) -> dict[str, Any]:
     many = ", 20 ways" if config.dataset == "omniglot" and config.ways >= 20 else ""
-    published = PUBLISHED[config.dataset + many]
-    return replace(config, **{key: value for key, value in published.items() if getattr(config, key) is None})
+    return PUBLISHED[config.dataset + many]
 
 
 # %% [markdown]
@@ -417,33 +420,33 @@ def table(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: Fe
         lines.append(f"| {name} | {mean(every):.1%} ± {width:.1%} | {each} |{last} {cost:.3f} |")
     pixels = f"{mean(baseline):.1%} ± {interval(baseline):.1%}"
     lines.append(f"| nearest neighbour, pixels | {pixels} | |{' |' if extra else ''} |")
-    return "\n".join([*lines, "", *remarks(runs, data, config)])
+    return "\n\n".join(["\n".join(lines), *remarks(runs, data, config)])
 
 
 def remarks(runs: dict[str, list[dict[str, Any]]], data: FewShot, config: Config) -> list[str]:
-    """What is to be known beside the table, from the data, the configuration and what was measured."""
-    choose = f"; the curve is of {kinds(data.validation)}, held out to choose settings by" if data.validation else ""
-    lines = [f"Learned from {kinds(data.train)}; tested on {kinds(data.test)}, {config.test_tasks} tasks{choose}."]
-    many = ", 20 ways" if config.dataset == "omniglot" and config.ways >= 20 else ""
-    published = PUBLISHED[config.dataset + many]
-    lines[0] += (
-        f" Sizes: {config.filters} filters, {config.meta_batch} tasks a meta-step, {config.iterations:,} meta-steps, "
-        f"T = {config.steps}, ρ = {config.regularisation:g}; in the papers {published['filters']} filters, tens of "
-        f"thousands of meta-steps, T = {published['steps']}, ρ = {published['regularisation']:g}."
+    """Paragraphs of what is to be known beside the table: the classes, the sizes, what was measured."""
+    classes = f"Learned from {kinds(data.train)}; tested on {kinds(data.test)}, {config.test_tasks} tasks"
+    if data.validation:
+        classes += f"; the curve is of {kinds(data.validation)}, held out to choose settings by"
+    paper = published(config)
+    sizes = (
+        f"{config.filters} filters, {config.meta_batch} tasks a meta-step, {config.iterations:,} meta-steps, "
+        f"T = {config.steps}, ρ = {config.regularisation:g}; in the papers {paper['filters']} filters, tens of "
+        f"thousands of meta-steps, T = {paper['steps']}, ρ = {paper['regularisation']:g}"
     )
     if "MAML" in runs:
-        lines[0] += f" MAML's inner loop: T = {config.maml_steps}, steps of {config.maml_lr:g} without momentum."
+        sizes += f". MAML's inner loop: T = {config.maml_steps}, steps of {config.maml_lr:g} without momentum"
     shares = {name: mean(state["clipped"] / state["iteration"] for state in states) for name, states in runs.items()}
-    clipped = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share)
-    lines += ["", f"Meta-gradients longer than {config.clip:g}, and so clipped: {clipped or 'none'}."]
+    clipped = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share) or "none"
+    measured = f"Meta-gradients longer than {config.clip:g}, and so clipped: {clipped}."
     last = [state["curve"][-1] for state in runs.get("iMAML", [])]
     if last:
         residual, distance = (mean(point[key] for point in last) for key in ("adjoint residual", "inner distance"))
-        lines[-1] += (
+        measured += (
             f" iMAML's last meta-step: residual of the adjoint systems {residual:.1e}, estimated distance of the "
             f"adapted parameters from the inner solution {distance:.1%} (medians over tasks, mean over seeds)."
         )
-    return [*lines, "", config.remark] if config.remark else lines
+    return [f"{classes}. Sizes: {sizes}.", measured, *([config.remark] if config.remark else [])]
 
 
 def kinds(classes: Classes) -> str:

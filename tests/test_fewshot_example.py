@@ -254,6 +254,25 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(name, tmp_path):
         run(name, replace(SMALL, lr=0.2), tmp_path / "cut")
 
 
+def test_the_page_says_what_was_learned_from_and_chosen_by():
+    point = {"accuracy": 0.6, "adjoint residual": 1e-3, "inner distance": 0.01}
+    state = {"test": [0.5, 0.7], "curve": [point], "seconds": 2.0, "iteration": 4, "clipped": 1}
+    parts = [fewshot.Classes(names, torch.empty(0)) for names in (["A/c1", "A/c1 90°"], ["C/c1"], ["B/c1"])]
+    text = imaml.table(
+        {"iMAML": [state]}, [0.4, 0.2], fewshot.FewShot("omniglot", *parts), replace(SMALL, remark="So.")
+    )
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert (
+        {row.count("|") for row in rows} == {6}
+        and rows[2].startswith("| iMAML | 60.0% ± ")
+        and "| 60.0% | 0.5" in rows[2]
+    )
+    assert "2 classes (A); tested on 1 classes (C), 4 tasks; the curve is of 1 classes (B), held out to choose" in text
+    assert "clipped: iMAML 25.0%." in text and text.endswith("\n\nSo.")
+    plain = imaml.table({"iMAML": [state]}, [0.4, 0.2], fewshot.FewShot("digits", *parts[:2]), SMALL)
+    assert "validation" not in plain and "held out" not in plain and plain.splitlines()[0].count("|") == 5
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_fast_as_a_user_runs_it(tmp_path):
