@@ -64,7 +64,7 @@ class Config(Common):
     test: tuple[str, ...] = ("images_evaluation",)
     """Sets or alphabets for the test; an alphabet of these is left out of the training sets."""
     validation: tuple[str, ...] = ()
-    """Alphabets of Omniglot to choose settings by, left out likewise: the curve is of them, not of the test."""
+    """Alphabets of Omniglot, left out likewise, for the curve: to choose settings by, and when the test is taken."""
     characters: int = 0
     """Instead, the split of most papers: so many (1200) of all characters, at random, to learn from."""
     methods: tuple[Name, ...] = ("iMAML", "MAML", "FOMAML", "Reptile", "fine-tuning")
@@ -326,7 +326,10 @@ def of_curve(data: FewShot) -> str:
 
 
 def train(learner: Learner, folder: Path, progress: tqdm) -> dict[str, Any]:
-    """Train to the end, from the checkpoint if there is one, and test: accuracies, curve and what was measured."""
+    """Train to the end, from the checkpoint if there is one, and test: accuracies, curve and what was measured.
+
+    The test is of the last λ or, with classes to choose by, of the best point of the curve.
+    """
     config = learner.config
     path = folder / "checkpoints" / f"{learner.name}-{learner.seed}.pt"
     state = restored(path, learner)
@@ -347,10 +350,15 @@ def train(learner: Learner, folder: Path, progress: tqdm) -> dict[str, Any]:
             accuracy = float(learner.test(config.curve_tasks, seen(learner.data), TEST_SEED // 2).mean())
             board.add_scalar(f"{of_curve(learner.data)} accuracy", accuracy, done)
             state["curve"].append({"step": done, "accuracy": accuracy, **measured})
+            if learner.data.validation is not None and accuracy > (state["best"] or {"accuracy": 0})["accuracy"]:
+                params = {name: x.clone() for name, x in learner.net.state_dict().items()}
+                state["best"] = {"step": done, "accuracy": accuracy, "params": params}
         if done % config.save_every == 0 or done == config.iterations:
             keep(path, learner, state)
         progress.update(1)
     if state["test"] is None:
+        if state["best"] is not None:
+            learner.net.load_state_dict(state["best"]["params"])
         state["test"] = learner.test(config.test_tasks, learner.data.test, TEST_SEED).tolist()
         keep(path, learner, state)
     board.close()
@@ -379,7 +387,7 @@ def keep(path: Path, learner: Learner, state: dict[str, Any]) -> None:
 
 
 def restored(path: Path, learner: Learner) -> dict[str, Any]:
-    new: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "clipped": 0, "curve": [], "test": None}
+    new: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "clipped": 0, "curve": [], "best": None, "test": None}
     if not path.is_file():
         return new
     state = torch.load(path, weights_only=True, map_location=learner.config.device)
@@ -405,10 +413,10 @@ def interval(values: list[float]) -> float:
 
 
 def table(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: FewShot, config: Config) -> str:
-    extra = "" if data.validation is None else " validation, last |"
+    extra = "" if data.validation is None else " validation, best | at meta-step |"
     lines = [
         f"| method | test accuracy | of each seed |{extra} CPU s per meta-step |",
-        "|---" * (4 + bool(extra)) + "|",
+        "|---" * (4 + extra.count("|")) + "|",
     ]
     for name, states in runs.items():
         means = [mean(state["test"]) for state in states]
@@ -416,10 +424,13 @@ def table(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: Fe
         width = interval([mean(values) for values in zip(*(state["test"] for state in states), strict=True)])
         each = ", ".join(f"{value:.1%}" for value in means)
         cost = mean(state["seconds"] / state["iteration"] for state in states)
-        last = f" {mean(state['curve'][-1]['accuracy'] for state in states):.1%} |" if extra else ""
-        lines.append(f"| {name} | {mean(every):.1%} ± {width:.1%} | {each} |{last} {cost:.3f} |")
+        bests = [state["best"] for state in states if state["best"]]
+        best = (
+            f" {mean(b['accuracy'] for b in bests):.1%} | {', '.join(str(b['step']) for b in bests)} |" if bests else ""
+        )
+        lines.append(f"| {name} | {mean(every):.1%} ± {width:.1%} | {each} |{best} {cost:.3f} |")
     pixels = f"{mean(baseline):.1%} ± {interval(baseline):.1%}"
-    lines.append(f"| nearest neighbour, pixels | {pixels} | |{' |' if extra else ''} |")
+    lines.append(f"| nearest neighbour, pixels | {pixels} | |{' |' * extra.count('|')} |")
     return "\n\n".join(["\n".join(lines), *remarks(runs, data, config)])
 
 
@@ -427,7 +438,7 @@ def remarks(runs: dict[str, list[dict[str, Any]]], data: FewShot, config: Config
     """Paragraphs of what is to be known beside the table: the classes, the sizes, what was measured."""
     classes = f"Learned from {kinds(data.train)}; tested on {kinds(data.test)}, {config.test_tasks} tasks"
     if data.validation:
-        classes += f"; the curve is of {kinds(data.validation)}, held out to choose settings by"
+        classes += f"; validated on {kinds(data.validation)}, which were held out, and tested where that was best"
     paper = published(config)
     sizes = (
         f"{config.filters} filters, {config.meta_batch} tasks a meta-step, {config.iterations:,} meta-steps, "
@@ -476,6 +487,8 @@ def plot(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: Few
         middle.plot(steps, curves.mean(0), c=f"C{i}", label=name)
         if len(states) > 1:
             middle.fill_between(steps, curves.amin(0), curves.amax(0), color=f"C{i}", alpha=0.15, lw=0)
+        bests = [state["best"] for state in states if state["best"]]
+        middle.plot([b["step"] for b in bests], [b["accuracy"] for b in bests], "o", c=f"C{i}", ms=4)
         means = [mean(state["test"]) for state in states]
         right.bar(i, mean(means), color=f"C{i}", alpha=0.5, width=0.7)
         right.plot([i] * len(means), means, "o", c=f"C{i}", ms=4)
@@ -505,9 +518,10 @@ def write_csv(path: Path, runs: dict[str, list[dict[str, Any]]], first: int) -> 
 
 
 def summary(state: dict[str, Any]) -> dict[str, Any]:
-    """A run without the accuracy of every task."""
-    test = state["test"]
-    return {"accuracy": mean(test), "interval": interval(test)} | {k: v for k, v in state.items() if k != "test"}
+    """A run without the accuracy of every task, and without λ."""
+    test, rest = state["test"], {key: value for key, value in state.items() if key not in ("test", "best")}
+    best = {key: state["best"][key] for key in ("step", "accuracy")} if state["best"] else None
+    return {"accuracy": mean(test), "interval": interval(test), "best": best} | rest
 
 
 def main(build: Callable[..., Learner] = Learner) -> None:

@@ -225,9 +225,9 @@ def test_reptile_draws_its_images_anew():
     torch.testing.assert_close(learner.fit_some(hparams, hparams, one), learner.fit(hparams, hparams, one))
 
 
-def run(name, config, folder, stop=None):
+def run(name, config, folder, stop=None, data=None):
     """A run of one method; killed (by an exception) after so many meta-steps."""
-    learner = imaml.Learner(name, fewshot.digits(), config, 0)
+    learner = imaml.Learner(name, data or fewshot.digits(), config, 0)
     if stop is not None:
         step = learner.step
 
@@ -256,21 +256,46 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(name, tmp_path):
 
 def test_the_page_says_what_was_learned_from_and_chosen_by():
     point = {"accuracy": 0.6, "adjoint residual": 1e-3, "inner distance": 0.01}
-    state = {"test": [0.5, 0.7], "curve": [point], "seconds": 2.0, "iteration": 4, "clipped": 1}
+    state = {"test": [0.5, 0.7], "curve": [point], "seconds": 2.0, "iteration": 4, "clipped": 1, "best": None}
     parts = [fewshot.Classes(names, torch.empty(0)) for names in (["A/c1", "A/c1 90°"], ["C/c1"], ["B/c1"])]
-    text = imaml.table(
-        {"iMAML": [state]}, [0.4, 0.2], fewshot.FewShot("omniglot", *parts), replace(SMALL, remark="So.")
-    )
+    best = {"best": {"step": 50, "accuracy": 0.65}}
+    data, config = fewshot.FewShot("omniglot", *parts), replace(SMALL, remark="So.")
+    text = imaml.table({"iMAML": [state | best, state | best]}, [0.4, 0.2], data, config)
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert (
-        {row.count("|") for row in rows} == {6}
-        and rows[2].startswith("| iMAML | 60.0% ± ")
-        and "| 60.0% | 0.5" in rows[2]
-    )
-    assert "2 classes (A); tested on 1 classes (C), 4 tasks; the curve is of 1 classes (B), held out to choose" in text
+    assert {row.count("|") for row in rows} == {7}
+    assert rows[2].startswith("| iMAML | 60.0% ± ") and rows[2].endswith("| 60.0%, 60.0% | 65.0% | 50, 50 | 0.500 |")
+    assert "2 classes (A); tested on 1 classes (C), 4 tasks; validated on 1 classes (B), which were held out" in text
     assert "clipped: iMAML 25.0%." in text and text.endswith("\n\nSo.")
     plain = imaml.table({"iMAML": [state]}, [0.4, 0.2], fewshot.FewShot("digits", *parts[:2]), SMALL)
-    assert "validation" not in plain and "held out" not in plain and plain.splitlines()[0].count("|") == 5
+    assert "valid" not in plain and "held out" not in plain and plain.splitlines()[0].count("|") == 5
+    assert imaml.summary(state | {"best": best["best"] | {"params": {}}})["best"] == best["best"]
+
+
+def test_the_test_is_of_the_best_point_of_the_validation(tmp_path, monkeypatch):
+    """Also where the run was killed after that point; and the classes of the test are not looked at before."""
+    digits = fewshot.digits()
+    data = digits._replace(validation=fewshot.Classes(digits.test.names[8:], digits.test.x[8:]))
+    config = replace(SMALL, iterations=6, curve_every=1, save_every=1)
+    seen, at, final = [], {}, []
+    accuracies = {1: 0.3, 2: 0.5, 3: 0.7, 4: 0.4, 5: 0.6, 6: 0.7}
+
+    def tested(learner, count, classes, seed):
+        seen.append(classes is data.validation)
+        state = {name: x.clone() for name, x in learner.net.state_dict().items()}
+        if classes is data.validation:
+            at[len(at) + 1] = state
+            return torch.tensor([accuracies[len(at)]])
+        final.append(state)
+        return torch.tensor([0.9])
+
+    monkeypatch.setattr(imaml.Learner, "test", tested)
+    with pytest.raises(KeyboardInterrupt):
+        run("FOMAML", config, tmp_path, stop=4, data=data)
+    state = run("FOMAML", config, tmp_path, data=data)
+    assert state["best"]["step"] == 3 and state["best"]["accuracy"] == pytest.approx(0.7)
+    assert state["test"] == pytest.approx([0.9]) and seen == [True] * 6 + [False]
+    assert all(torch.equal(x, at[3][name]) for name, x in final[0].items())
+    assert any(not torch.equal(x, at[6][name]) for name, x in final[0].items())
 
 
 @pytest.mark.slow
