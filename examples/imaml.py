@@ -500,9 +500,10 @@ def plot(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: Few
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     kind = f"{config.ways}-way {config.shots}-shot"
     curve = of_curve(data).capitalize()
-    middle.set(title=f"{curve} accuracy, {kind}: mean and range of seeds", xlabel="meta-step")
+    across = "meta-step" if data.validation is None else "meta-step (a dot: where a seed is tested)"
+    middle.set(title=f"{curve} accuracy, {kind}: mean, range of seeds", xlabel=across)
     middle.legend(loc="lower right", fontsize=8)
-    right.set(title=f"Test accuracy, {config.test_tasks} tasks: mean and seeds", xlim=(-0.6, len(runs) - 0.4))
+    right.set(title=f"Test accuracy, {config.test_tasks} tasks: mean, seeds", xlim=(-0.6, len(runs) - 0.4))
     right.set_xticks(range(len(runs)), list(runs), rotation=20)
     right.set_ylim(0, 1.05)
     return figure
