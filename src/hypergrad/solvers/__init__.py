@@ -6,6 +6,7 @@ from ._direct import Dense
 from ._krylov import CG, GMRES, LSQR, MINRES, BiCGStab, NormalCG
 from ._lowrank import Nystrom
 from ._preconditioners import Diagonal, Reused
+from ._recycled import Recycled
 from ._refined import Refined
 from ._solver import IterativeSolver, LinearSolver
 from ._stationary import FixedPoint, Neumann, OneStep
@@ -32,6 +33,8 @@ __all__ = [
     # preconditioners (so is Nystrom)
     "Diagonal",
     "Reused",
+    # a start from the last solutions
+    "Recycled",
     # products in low precision
     "Refined",
     # first order, stochastic

@@ -32,7 +32,8 @@ class Dense(LinearSolver):
     Args:
         batch_size: columns computed at once (default: as many as fit 2²⁴ numbers).
 
-    Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation. As a preconditioner likewise, once.
+    Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation.
+        As a preconditioner likewise, once.
     Raises: TypeError for sharded tensors.
     """
 
