@@ -290,7 +290,7 @@ def _result(
         adjoint=solution.value.tree,
         solution=solution,
         inner_residual=last.residual,
-        inner_distance=_distance(last.residual, solution, variables),
+        inner_distance=inner_distance(last.residual, solution, variables),
         outer_value=outer_value.detach(),
         problem=point.problem.kept(variables),
         relative_error=error,
@@ -340,7 +340,7 @@ def _unfinished(solution: Solution) -> float | Tensor:
     return 1 + torch.where(told, rest, 0.0)
 
 
-def _distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
+def inner_distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
     size = variables.space.pack([leaf.detach() for leaf in variables.given]).norm()
     distance = residual / size * (solution.value / solution.rhs_norm).norm()
     unknown = (residual == 0) | (solution.rhs_norm == 0) | ~torch.isfinite(solution.residual_norm)

@@ -90,12 +90,18 @@ class Variables:
         outer = [x.detach().to(dtype or x.dtype) for x in self._outer]
         return self._params_tree(inner), self._hparams_tree(outer), inner
 
-    def outer_grads(self, grads: list[Tensor]) -> PyTree:
-        """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad."""
-        each = iter(grads)
+    def outer_grads(self, grads: list[Tensor], count: int | None = None) -> PyTree:
+        """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad.
+
+        count: k, where they have a leading axis of k outer losses.
+        """
+        each, lead = iter(grads), () if count is None else (count,)
         return self._hparams_tree(
-            [next(each) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in self._outer]
+            [next(each) if leaf.requires_grad else leaf.new_zeros(*lead, *leaf.shape) for leaf in self._outer]
         )
+
+    def in_params_structure(self, leaves: Iterable[Tensor]) -> PyTree:
+        return self._params_tree(leaves)
 
 
 def check_hparams(leaves: list[Tensor], names: list[str]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from .._solution import HypergradientWarning, Solution, SolverError, Status
 from ._auto import Auto
+from ._block import BlockCG
 from ._direct import Dense
 from ._krylov import CG, GMRES, LSQR, MINRES, BiCGStab, NormalCG
 from ._lowrank import Nystrom
@@ -23,6 +24,8 @@ __all__ = [
     "BiCGStab",
     "LSQR",
     "NormalCG",
+    # Krylov, several right hand sides
+    "BlockCG",
     # stationary
     "FixedPoint",
     "Neumann",
