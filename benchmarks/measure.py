@@ -57,7 +57,7 @@ def interleaved(
     names = list(calls)
     times = {name: Times([], []) for name in names}
     for turn in range(rounds + warm_up):
-        shift = turn % len(names)
+        shift = turn % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
             call = calls[name]
             wall, cpu = time.perf_counter(), time.process_time()

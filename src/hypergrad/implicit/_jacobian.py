@@ -62,8 +62,8 @@ def jacobian(
         ...     params=lam.detach(),
         ...     hparams=lam,
         ... ).grads
-        tensor([[6., 0.],
-                [5., 3.]])
+        tensor([[6.0000, 0.0000],
+                [5.0000, 3.0000]])
     """
     variables = Variables(params, hparams)
     check_distinct(variables.given, variables.names)
