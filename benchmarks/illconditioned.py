@@ -49,21 +49,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, matrix: Sparse, w: Tensor) -> tuple[Tensor, int]:
-        return _Products.apply(matrix, w.movedim(in_dims[1], 1)), 1  # type: ignore[return-value]
-
-
-class _Products(torch.autograd.Function):
-    """X W for a stack of columns, in one pass over X; not differentiable."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(matrix: Sparse, w: Tensor) -> Tensor:
-        return matrix.csr @ w
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        return matrix.csr @ w.movedim(in_dims[1], 1), 1  # all columns in one pass over X
 
 
 class Sparse:

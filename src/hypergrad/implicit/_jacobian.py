@@ -13,7 +13,7 @@ from .._vector import PyTree, Space, Vector, check_distinct
 from ..solvers import GMRES, BlockCG, LinearSolver, Recycled
 from ..solvers._solver import Solver, solve, start_of
 from ._hypergradient import Hypergradient, inner_distance
-from ._problem import InnerProblem, Problem, Variables, inner_residual, random_state_kept_on_error
+from ._problem import InnerProblem, LastProduct, Problem, Variables, random_state_kept_on_error
 
 
 def jacobian(
@@ -86,21 +86,14 @@ def jacobian(
             positive_definite=positive_definite,
             batch_dims=0,
         )
-        cross: list[Tensor] = []
-
-        def last_product(v: Vector) -> Vector:
-            pulled, pushed = linearisation.vjp_both_many(v.leaves)
-            cross[:] = pushed if fixed_point else [-x for x in pushed]
-            return v - v.space.pack(pulled) if fixed_point else v.space.pack(pulled)
-
-        solution = solve(solver, op.stacked(), b, start_of(x0, b.space), last_product)
-        size = inner_residual(linearisation, variables.space, fixed_point).norm()
+        last = LastProduct(lambda: linearisation, fixed_point, stacked=True)
+        solution = solve(solver, op.stacked(), b, start_of(x0, b.space), last)
         result = Hypergradient(
-            grads=variables.outer_grads(_autodiff.add(direct, cross), len(values)),
+            grads=variables.outer_grads(_autodiff.add(direct, last.cross), len(values)),
             adjoint=solution.value.tree,
             solution=solution,
-            inner_residual=size,
-            inner_distance=inner_distance(size, solution, variables),
+            inner_residual=last.residual,
+            inner_distance=inner_distance(last.residual, solution, variables),
             outer_value=values.detach(),
             problem=Problem(outer_losses, inner, params, hparams, symmetric, positive_definite).kept(variables),
         )

@@ -214,12 +214,22 @@ def inner_residual(linearisation: Linearisation, space: Space, fixed_point: bool
 
 
 class LastProduct:
-    """The last product, with respect to params and hparams at once: v ↦ Aᵀv; keeps −∂₂Fᵀv and the norm of F."""
+    """The last product, with respect to params and hparams at once: v ↦ Aᵀv; keeps −∂₂Fᵀv and the norm of F.
+
+    stacked: v is a stack of vectors, and so are the products; the graph stays.
+    """
 
     def __init__(
-        self, linearise: Callable[[], Linearisation], fixed_point: bool, draws: int = 1, retain_graph: bool = False
+        self,
+        linearise: Callable[[], Linearisation],
+        fixed_point: bool,
+        draws: int = 1,
+        retain_graph: bool = False,
+        *,
+        stacked: bool = False,
     ):
         self.linearise, self.fixed_point, self.draws, self.retain_graph = linearise, fixed_point, draws, retain_graph
+        self.stacked = stacked
 
     def __call__(self, v: Vector) -> Vector:
         image, cross = self._draw(v)
@@ -233,8 +243,12 @@ class LastProduct:
 
     def _draw(self, v: Vector) -> tuple[Vector, list[Tensor]]:
         pack, linearisation = v.space.pack, self.linearise()
-        pulled, cross = linearisation.vjp_both(v.leaves, self.retain_graph)
-        self.residual = inner_residual(linearisation, v.space, self.fixed_point).norm()
+        if self.stacked:
+            pulled, cross = linearisation.vjp_both_many(v.leaves)
+        else:
+            pulled, cross = linearisation.vjp_both(v.leaves, self.retain_graph)
+        space = v.space.one.space if self.stacked else v.space
+        self.residual = inner_residual(linearisation, space, self.fixed_point).norm()
         return pack(pulled), cross
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._solution import Status
-from .._vector import Basis, Vector
+from .._vector import Basis, Space, Vector
 from ._krylov import event
 from ._solver import IterativeSolver, Outcome, System
 
@@ -46,18 +47,7 @@ class BlockCG(IterativeSolver):
     _needs_symmetric: ClassVar[bool] = True
 
     def _iterate(self, system: System) -> Outcome:
-        op, like, space = system.op, system.b, system.b.space
-        if op.batch_dims:
-            if op.each is None:
-                raise TypeError(
-                    "BlockCG solves for several right hand sides of one operator: pass op.stacked(), where op has no "
-                    "batch axis; independent systems have no Krylov space in common, so use CG"
-                )
-            op, like = op.each.damped(op.damping), space.one
-
-        def product(p: Tensor) -> Tensor:
-            return op.many(Basis.from_rows(like, p.mT)).matrix().mT
-
+        product, space = products(system), system.b.space
         start, r = (columns(each) for each in system.start())
         sound = torch.isfinite(r).all(0)
         q, xi = torch.linalg.qr(torch.where(sound, r, 0.0))
@@ -69,10 +59,10 @@ class BlockCG(IterativeSolver):
                 break
             w = product(p)
             g = p.mT @ w
-            skew = asymmetric(g, g, w, w, space.eps)
-            if k == 1:
-                skew = skew | asymmetric(p_old.mT @ w, p.mT @ w_old, w, w_old, space.eps)
-            code = event(code, skew & definite, Status.NOT_SYMMETRIC) if k < 2 else code
+            if k < 2:
+                skew = asymmetric(g, g, w, w, space.eps)
+                skew = skew | asymmetric(p_old.mT @ w, p.mT @ w_old, w, w_old, space.eps) if k else skew
+                code = event(code, skew & definite, Status.NOT_SYMMETRIC)
             factor, info = torch.linalg.cholesky_ex((g + g.mT) / 2)
             code = event(code, definite & (info > 0) & (norms > system.stop).any(), Status.NOT_POSITIVE_DEFINITE)
             definite = definite & (info == 0)
@@ -80,16 +70,30 @@ class BlockCG(IterativeSolver):
             x = x + p @ (alpha @ xi)
             q, zeta = torch.linalg.qr(q - w @ alpha)
             xi = zeta @ xi
-            p_old, w_old = p, w
-            p = torch.linalg.qr(q - p @ torch.where(definite, torch.cholesky_solve(w.mT @ q, factor), 0.0))[0]
+            beta = torch.where(definite, torch.cholesky_solve(w.mT @ q, factor), 0.0)
+            p_old, w_old, p = p, w, torch.linalg.qr(q - p @ beta)[0]
             norms = torch.where(sound, torch.linalg.vector_norm(xi, dim=0), torch.nan)
             trace.append(norms)
-        x = space.from_flat((start + x).mT if space.batch_dims else (start + x)[:, 0])
-        if not space.batch_dims:
-            trace, code = [norms[0] for norms in trace], code
-        elif code is not None:
-            code = code.expand(space.batch_shape)
-        return Outcome(x, torch.stack(trace), len(trace) - 1, code)
+        shape = space.batch_shape
+        code = None if code is None else code.expand(shape)
+        return Outcome(vector(start + x, space), torch.stack(trace).reshape(-1, *shape), len(trace) - 1, code)
+
+
+def products(system: System) -> Callable[[Tensor], Tensor]:
+    """P ↦ AP for any number of columns."""
+    op, like = system.op, system.b
+    if op.batch_dims:
+        if op.each is None:
+            raise TypeError(
+                "BlockCG solves for several right hand sides of one operator: pass op.stacked(), where op has no "
+                "batch axis; independent systems have no Krylov space in common, so use CG"
+            )
+        op, like = op.each.damped(op.damping), like.space.one
+    return lambda p: op.many(Basis.from_rows(like, p.mT)).matrix().mT
+
+
+def vector(x: Tensor, space: Space) -> Vector:
+    return space.from_flat(x.mT if space.batch_dims else x.squeeze(-1))
 
 
 def columns(v: Vector) -> Tensor:
