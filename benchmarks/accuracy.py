@@ -307,7 +307,7 @@ def draw(results: list[Result], path: Path) -> None:
     """Seconds of all outer steps: a bar a method and target; red: half of the best PyTorch peer's to 1e-6."""
     rows = list(dict.fromkeys(r.row for r in results))
     title = "Time of 50 outer steps to a relative hypergradient error of 1e-3 (light) and 1e-6 (dark)"
-    with bars(path, rows, title, height=4.4) as axes:
+    with bars(path, rows, title, height=5.4) as axes:
         for axis, row in zip(axes, rows, strict=True):
             draw_row(axis, [r for r in results if r.row == row])
 

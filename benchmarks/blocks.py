@@ -141,9 +141,9 @@ def draw(results: list[Result], path: Path) -> None:
                 assert r.cpu
                 axis.barh(place, r.cpu.middle, color=BLUE if r.method.startswith("hg") else GREY)
                 axis.text(r.cpu.middle, place, f" {r.cpu.middle:.3f} s, {r.passes} passes", va="center", fontsize=7)
-            axis.set(xscale="log", yticks=range(len(cells)), title=row)
+            axis.set(yticks=range(len(cells)), title=row)
             axis.set_yticklabels([r.method for r in cells], fontsize=8)
-            axis.set_xlim(right=8 * max(r.cpu.middle for r in cells if r.cpu))
+            axis.set_xlim(right=1.6 * max(r.cpu.middle for r in cells if r.cpu))
             axis.invert_yaxis()
             axis.spines[["top", "right"]].set_visible(False)
 
