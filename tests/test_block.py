@@ -315,6 +315,22 @@ def test_jacobian_takes_fewer_passes_than_gradients_one_after_the_other():
     assert int(found.solution.steps.max()) < 0.5 * min(steps)
 
 
+def exact(op, b, x0):
+    """A user's own solver."""
+    return S.Dense()(op, b).value
+
+
+@pytest.mark.parametrize("solver", [None, S.Dense(), S.MINRES(rtol=1e-12), S.Auto(rtol=1e-12), exact], ids=str)
+def test_jacobian_with_any_solver(solver):
+    inner, outer, w, lam = validation(2)
+    given = {"inner_loss": inner, "params": w, "hparams": lam}
+    found = hg.implicit.jacobian(outer, **given, solver=solver)
+    for i in range(2):
+        one = hg.implicit.grad(lambda w, lam, i=i: outer(w, lam)[i], **given, solver=S.Dense())
+        assert off(found.grads[i], one.grads) <= (1e-4 if solver is None else 1e-8)
+    assert found.solution.method.startswith("BlockCG" if solver is None else "")
+
+
 def test_jacobian_of_evaluated_losses_warm_started_and_recycled():
     inner, outer, w, lam = validation()
     live = w.clone().requires_grad_()

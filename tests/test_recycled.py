@@ -105,6 +105,19 @@ def test_no_answer_depends_on_what_is_remembered(row):
     assert bad == []
 
 
+def test_it_saves_products_where_a_is_not_symmetric():
+    base, turn = with_singular_values(logspace(10, N), 2), with_singular_values(np.ones(N), 4)
+    cold, recycled = S.GMRES(rtol=1e-8, restart=N), S.Recycled(3)
+    products = {"cold": 0, "recycled": 0}
+    for t in np.linspace(0, 0.1, 8):
+        b = torch.tensor(side(N) + t * side(N, 1))
+        for name, x0 in (("cold", None), ("recycled", recycled)):
+            op = hg.operators.matrix(torch.tensor(np.eye(N) + 0.8 * (base + t * turn)))
+            assert cold(op, b, x0).ok
+            products[name] += op.products
+    assert products["recycled"] < 0.8 * products["cold"]
+
+
 @pytest.mark.parametrize("row", ITERATIVE)
 def test_b_zero_gives_zero(row):
     given = GRID["b = 0"]
