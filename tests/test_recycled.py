@@ -1,5 +1,7 @@
 """Recycled: the start that it finds, what it costs and saves, and that no answer depends on what it remembers."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -290,6 +292,17 @@ def test_bad_input():
     op = hg.operators.function(lambda v: 2 * v, symmetric=True)
     with pytest.raises(TypeError, match="sharded tensors"):
         S.CG(rtol=1e-9)(op, torch.tensor(side(6)).as_subclass(Sharded), S.Recycled())
+
+
+def test_a_start_with_leaves_of_these_names_is_a_start():
+    class Start(NamedTuple):
+        start: torch.Tensor
+        keep: torch.Tensor
+
+    b = Start(torch.ones(2), torch.ones(3))
+    op = hg.operators.function(lambda v: Start(2 * v.start, 4 * v.keep), symmetric=True)
+    solution = S.CG(rtol=1e-6)(op, b, Start(torch.ones(2) / 2, torch.ones(3) / 4))
+    assert solution.steps == 0 and torch.equal(solution.value.keep, torch.ones(3) / 4)
 
 
 def test_auto_takes_it_on_to_the_next_method():

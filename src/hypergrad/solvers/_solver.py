@@ -174,7 +174,7 @@ def start_of(x0: Any, space: Space) -> Vector | Start | None:
 
 
 def is_start(x0: Any) -> TypeGuard[Start]:
-    return hasattr(x0, "keep") and not isinstance(x0, type)
+    return all(callable(getattr(x0, name, None)) for name in ("start", "keep")) and not isinstance(x0, type)
 
 
 def begin(x0: Vector | Start | None, op: LinearOperator, b: Vector) -> Vector | None:
