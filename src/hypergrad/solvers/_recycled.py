@@ -38,8 +38,7 @@ class Recycled:
 
     Raises: TypeError at a solve with sharded tensors, which cannot be stacked.
     Cost: m products a solve, vectorised; m vectors, two times m more meanwhile; nothing is read from the device.
-    Source: Fischer 1998, with the minimal residual of Parks et al. 2006 (GCRO-DR) in the place of the energy norm: A
-        changes, and need not be symmetric.
+    Source: Fischer 1998, Method 1, with AQ made anew for each system, for A changes (as in GCRO-DR, Parks et al. 2006).
 
     Example:
         >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, 2.0, 3.0])), symmetric=True)
