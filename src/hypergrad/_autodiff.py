@@ -305,6 +305,14 @@ class Linearisation:
         both = grad(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
         return both[: len(self.params)], both[len(self.params) :]
 
+    def vjp_both_many(self, vs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """(∂₁Fᵀ v, ∂₂Fᵀ v) for a stack [m, *shape] of v. The graph stays."""
+        inputs = [*self.params, *self.hparams] if self.curvature is None else self.hparams
+        both = stacked(self.outputs, inputs, vs)
+        if self.curvature is not None:
+            return self.curvature(vs, True), both
+        return both[: len(self.params)], both[len(self.params) :]
+
     @property
     def pulled(self) -> list[Tensor | None]:
         """∂₁Fᵀ c, as a function of c; None where nothing depends on the leaf."""
@@ -336,6 +344,15 @@ class Linearisation:
                 pulled = grad_or_none(self.outputs, self.params, cotangents, create_graph=True)
             self._transposed = cotangents, pulled
         return self._transposed
+
+
+def stacked(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """`grad` for a stack [m, *shape] of cotangents, at once where torch can. The graph stays."""
+
+    def pull(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        return grad(outputs, inputs, v, retain_graph=True, batched=batched)
+
+    return many(lambda v: pull(v, False), lambda vs: pull(vs, True), cotangents)
 
 
 def _seconds(product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> float:
