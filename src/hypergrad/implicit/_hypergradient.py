@@ -56,6 +56,8 @@ class Hypergradient:
             user's own memory, without graphs. `diagnostics.check` reads it.
         relative_error: an estimate of ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖, with hypergradient_rtol or polish, else None. With
             polish the square of that of the uncorrected one, which tells the order of magnitude only.
+        compiled: with compile, how the products were done, and why: the times that were measured, or what stood in the
+            way.
     """
 
     grads: PyTree
@@ -66,6 +68,7 @@ class Hypergradient:
     outer_value: Tensor
     problem: Problem = field(repr=False)
     relative_error: Tensor | None = None
+    compiled: str | None = None
 
     def check_finite(self, on_failure: OnFailure = "warn") -> None:
         """Warn of, or raise for, a hypergradient that is not finite though the adjoint is."""
@@ -197,7 +200,7 @@ def grad(
     inner = InnerProblem.of(inner_loss, fp_map, residual)
     symmetric = symmetric or positive_definite or inner.kind == "inner_loss"
     _check_options(inner, outer_loss, stochastic, final_draws, polish, hypergradient_rtol, refine)
-    backend = _backend(compile, inner, stochastic)
+    _check_compile(compile, inner, stochastic)
     if solver is None:
         solver = CG() if symmetric else GMRES()
     with random_state_kept_on_error(variables.given):
@@ -205,7 +208,7 @@ def grad(
             variables.detach()
         else:
             variables.keep_live()
-        tags = (symmetric, positive_definite, stochastic, batch_dims, backend)
+        tags = (symmetric, positive_definite, stochastic, batch_dims, compile)
         problem = Problem(outer_loss, inner, params, hparams, *tags)
         point = Point(problem, variables, keep_outer=polish or hypergradient_rtol is not None)
         start = None if x0 is None else variables.space.vector(x0, "x0")
@@ -259,18 +262,11 @@ def _check_options(
         raise TypeError(f"refine evaluates {inner.kind} and outer_loss at other params, so both must be callables")
 
 
-def _backend(compile: bool | str, inner: InnerProblem, stochastic: bool) -> str | None:
-    """The backend of torch.compile for products."""
+def _check_compile(compile: bool | str, inner: InnerProblem, stochastic: bool) -> None:
     if not isinstance(compile, (bool, str)):
         raise TypeError(f"compile must be True, False or the name of a backend, got {compile!r}")
-    if not compile:
-        return None
-    if not callable(inner.given) or stochastic or isinstance(inner.given, GaussNewton):
-        raise TypeError(
-            f"compile needs {inner.kind} as a callable, that is neither stochastic nor GaussNewton; evaluated losses "
-            f"may come from a compiled model instead"
-        )
-    return "inductor" if compile is True else compile
+    if compile and (stochastic or isinstance(inner.given, GaussNewton)):
+        raise TypeError(f"compile needs an {inner.kind} that is neither stochastic nor GaussNewton")
 
 
 def _result(
@@ -290,6 +286,7 @@ def _result(
         outer_value=outer_value.detach(),
         problem=point.problem.kept(variables),
         relative_error=error,
+        compiled=None if point.compiled is None else point.compiled.report,
     )
 
 

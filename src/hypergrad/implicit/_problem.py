@@ -141,8 +141,8 @@ class InnerProblem:
         """The same with its Hessian, where a Gauss–Newton matrix stands in for it."""
         return InnerProblem(self.kind, self.given.__call__ if isinstance(self.given, GaussNewton) else self.given)
 
-    def linearise(self, variables: Variables, backend: str | None = None) -> Linearisation:
-        """The graph of ∇₁g, Φ or F at params and hparams; with a backend of torch.compile, products are compiled."""
+    def linearise(self, variables: Variables, compile: bool | str = False) -> Linearisation:
+        """The graph of ∇₁g, Φ or F at params and hparams; compile: products are compiled (by the named backend)."""
         with torch.enable_grad():
             if isinstance(self.given, GaussNewton):
                 given = (variables.params, variables.hparams, variables.leaves, variables.differentiated)
@@ -156,9 +156,9 @@ class InnerProblem:
                 if callable(self.given):
                     variables.check_reached(outputs, self.kind)
         compiled = None
-        if backend is not None:
-            params, hparams, leaves = variables.copies(None)
-            compiled = _compiled.pull(self.given, self.kind, params, hparams, leaves, backend)
+        if compile:
+            backend = None if compile is True else compile
+            compiled = partial(_compiled.Product, space=variables.space, backend=backend)
         return Linearisation(outputs, variables.leaves, variables.differentiated, compiled=compiled)
 
     def in_precision(self, dtype: torch.dtype, variables: Variables) -> Linearisation:
@@ -237,7 +237,7 @@ class Problem:
         symmetric, positive_definite: of A.
         stochastic: whether the inner problem is drawn anew at every product.
         batch_dims: 1 where A is block diagonal.
-        backend: of torch.compile, where products are compiled.
+        compile: whether products are compiled, or by which backend of torch.compile.
         versions: torch's counters of in-place changes of params and hparams at the time.
     """
 
@@ -249,7 +249,7 @@ class Problem:
     positive_definite: bool = False
     stochastic: bool = False
     batch_dims: int = 0
-    backend: str | None = None
+    compile: bool | str = False
     versions: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
@@ -287,11 +287,12 @@ class Point:
 
     def __init__(self, problem: Problem, variables: Variables, keep_outer: bool = True):
         self.problem, self.variables = problem, variables
-        kept = None if problem.stochastic else problem.inner.linearise(variables, problem.backend)
+        kept = None if problem.stochastic else problem.inner.linearise(variables, problem.compile)
 
         def linearise() -> Linearisation:
             return problem.inner.linearise(variables) if kept is None else kept
 
+        self.compiled = None if kept is None else kept.compiled
         self.linearise = linearise  # no method: the operator would hold the point that holds it
         self.outer, self.b, self.direct = outer_gradients(problem.outer_loss, variables, keep_outer)
         repeatable = callable(problem.inner.given) and not problem.stochastic

@@ -1,0 +1,365 @@
+"""The linear map of a reverse pass as a short program: recorded in one product, simplified, and run for the others.
+
+A product with a retained graph calls the same operations on the same saved tensors each time, and autograd takes longer
+to find them than a small one takes to run. What does not depend on v is a constant here, computed while recording. A
+chain of elementwise operations from x to y is linear, hence y = d ∘ x: it becomes one multiplication by d, which is the
+chain's value at x = 1. The Hessian product of a logistic regression is left as Xᵀ(d ∘ Xv) + e ∘ v.
+
+Nothing of the user's code is traced or run again: the graph is that of the usual products, with its random draws.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._vector import is_plain
+
+aten = torch.ops.aten
+
+# Elementwise operations that are linear in the argument at any one of these places.
+LINEAR: dict[Any, tuple[int, ...]] = {
+    aten.mul.Tensor: (0, 1),
+    aten.mul.Scalar: (0,),
+    aten.div.Tensor: (0,),
+    aten.div.Scalar: (0,),
+    aten.neg.default: (0,),
+    aten.detach.default: (0,),
+    aten.clone.default: (0,),
+    aten.threshold_backward.default: (0,),
+    aten.sigmoid_backward.default: (0,),
+    aten.tanh_backward.default: (0,),
+    aten.gelu_backward.default: (0,),
+    aten.silu_backward.default: (0,),
+    aten.softplus_backward.default: (0,),
+    # and in all of these together: what does not depend on v must be zero there
+    aten.add.Tensor: (0, 1),
+    aten.sub.Tensor: (0, 1),
+    aten.where.self: (1, 2),
+}
+TOGETHER = (aten.add.Tensor, aten.sub.Tensor, aten.where.self)
+ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+# The same functions without the generic call of an operator, which takes as long as a small product.
+QUICK: dict[Any, Callable[..., Tensor]] = {
+    aten.mul.Tensor: torch.mul,
+    aten.add.Tensor: torch.add,
+    aten.sub.Tensor: torch.sub,
+    aten.neg.default: torch.neg,
+    aten.t.default: torch.t,
+    aten.mv.default: torch.mv,
+    aten.mm.default: torch.mm,
+    aten.bmm.default: torch.bmm,
+}
+
+# An argument: ("v", i) for value i that depends on v, ("c", j) for constant j, ("0", j) for one that is known to be
+# zero, ("[", ...) for a list of arguments, ("=", x) for x itself.
+Ref = tuple
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation whose result depends on v: the values `outs` (`many`: a list of them, or None).
+
+    alike: it is one value, and those that it is made from have its shape, dtype and device.
+    """
+
+    func: Any
+    args: tuple[Ref, ...]
+    kwargs: tuple[tuple[str, Ref], ...]
+    outs: tuple[int | None, ...]
+    many: bool
+    alike: bool
+
+    def chained(self) -> list[int]:
+        """The values that this is elementwise and linear in, if it is so in all its values; else none."""
+        found = [a[1] for a in self.args if a[0] == "v"]
+        places = LINEAR.get(self.func, ())
+        if not self.alike or not found or any(a[0] in ("v", "[") for _, a in self.kwargs):
+            return []
+        if any(a[0] == "[" or (a[0] == "v" and i not in places) for i, a in enumerate(self.args)):
+            return []
+        if self.func in TOGETHER:
+            return found if all(self.args[i][0] in ("v", "0") for i in places) else []
+        return found if len(found) == 1 else []
+
+
+class Form(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: Tensor) -> Form:
+        return Form(x.shape, x.dtype, x.device)
+
+    @property
+    def one(self) -> Tensor:
+        return torch.ones((1,) * len(self.shape), dtype=self.dtype, device=self.device)
+
+
+class _Traits(NamedTuple):
+    random: bool
+    writes: bool
+    view: bool
+    functional: Any  # the same operation without writing
+
+
+@lru_cache(maxsize=None)
+def _traits(func: Any) -> _Traits:
+    schema = func._schema
+    name, functional = schema.name.removeprefix("aten::"), None
+    if schema.is_mutable and name.endswith("_") and not name.endswith("__") and hasattr(aten, name[:-1]):
+        functional = getattr(getattr(aten, name[:-1]), func._overloadname, None)
+    view = not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
+    return _Traits(torch.Tag.nondeterministic_seeded in func.tags, schema.is_mutable, view, functional)
+
+
+class Recorder(TorchDispatchMode):
+    """Runs what is done in its block as usual, and writes down what depends on v.
+
+    Attributes:
+        steps: the operations whose results depend on v, in order.
+        constants: the tensors and numbers that they use, which do not.
+        forms: shape, dtype and device of each value; the first ones are v.
+        reason: why what was recorded is not the whole map, or None.
+    """
+
+    def __init__(self, v: Sequence[Tensor]):
+        super().__init__()
+        self.steps: list[Step] = []
+        self.constants: list[Any] = []
+        self.forms = [Form.of(x) for x in v]
+        self.reason = None if all(is_plain(x) for x in v) else "its tensors are not plain ones"
+        self._refs: dict[int, Ref] = {id(x): ("v", i) for i, x in enumerate(v)}
+        self._kept: list[Any] = list(v)  # the id of a tensor is its own as long as it lives
+        self._versions: list[tuple[Tensor, int]] = []
+        self._new: set[int] = set()  # made here, in memory of their own
+        self._viewed: set[int] = set()  # storages of which there are views
+        self._zero: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.reason is not None:
+            return func(*args, **kwargs)
+        traits = _traits(func)
+        if traits.random:
+            self.reason = f"it draws random numbers ({func})"
+        if traits.writes:
+            return self._write(func, traits.functional, args, kwargs)
+        out = func(*args, **kwargs)
+        if traits.view:
+            self._viewed.add(_storage(args[0]))
+        if self._depends(args) or self._depends(kwargs.values()):
+            self._step(func, args, kwargs, out)
+        elif isinstance(out, Tensor):
+            self._kept.append(out)
+            if func in ZEROS or (func is aten.scalar_tensor.default and args[0] == 0):
+                self._zero.add(id(out))
+        if isinstance(out, Tensor) and not traits.view:
+            self._new.add(id(out))
+        return out
+
+    def _write(self, func: Any, functional: Any, args: Any, kwargs: Any) -> Any:
+        """An operation in place, on a tensor that was made here and has no views, is written down as one that is not."""
+        target = args[0] if args else None
+        if functional is None or id(target) not in self._new or _storage(target) in self._viewed:
+            self.reason = f"it changes a tensor in place ({func})"
+            return func(*args, **kwargs)
+        if self._depends(args) or self._depends(kwargs.values()):
+            before = target if self._refs.get(id(target), ("c",))[0] == "v" else target.clone()
+            self._kept.append(before)
+            step = (self._refs_of((before, *args[1:])), self._refs_of(kwargs))
+            out = func(*args, **kwargs)
+            self._value(functional, *step, target)
+            return out
+        self._zero.discard(id(target))
+        return func(*args, **kwargs)
+
+    def _depends(self, args: Any) -> bool:
+        for a in args:
+            if isinstance(a, Tensor):
+                if self._refs.get(id(a), "c")[0] == "v":
+                    return True
+            elif isinstance(a, (list, tuple)) and self._depends(a):
+                return True
+        return False
+
+    def _step(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        self._value(func, self._refs_of(args), self._refs_of(kwargs), out)
+
+    def _value(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        many = isinstance(out, (list, tuple))
+        places: list[int | None] = []
+        for x in out if many else [out]:
+            if isinstance(x, Tensor):
+                self._refs[id(x)] = ("v", len(self.forms))
+                places.append(len(self.forms))
+                self.forms.append(Form.of(x))
+                self._kept.append(x)
+            elif x is None:
+                places.append(None)
+            else:
+                self.reason = f"it reads numbers from a tensor ({func})"
+                return
+        alike = not many and all(self.forms[a[1]] == self.forms[-1] for a in args if a[0] == "v")
+        self.steps.append(Step(func, args, kwargs, tuple(places), many, alike))
+
+    def _refs_of(self, given: Any) -> tuple:
+        if isinstance(given, dict):
+            return tuple((name, self._ref(x)) for name, x in given.items())
+        return tuple(self._ref(x) for x in given)
+
+    def _ref(self, x: Any) -> Ref:
+        if isinstance(x, Tensor):
+            if id(x) not in self._refs:
+                self._refs[id(x)] = ("0" if id(x) in self._zero else "c", len(self.constants))
+                self.constants.append(x)
+                if not x.is_inference():
+                    self._versions.append((x, x._version))
+            return self._refs[id(x)]
+        if isinstance(x, (list, tuple)):
+            return ("[", *self._refs_of(x))
+        if type(x) in (int, float):  # sizes and factors may differ from one outer step to the next
+            self.constants.append(x)
+            return ("c", len(self.constants) - 1)
+        if isinstance(x, Hashable):
+            return ("=", x)
+        self.reason = f"an operation takes a {type(x).__name__}"
+        return ("=", None)
+
+    def finish(self, results: Sequence[Tensor]) -> tuple[Ref, ...]:
+        """What the results are; forgets the values that were kept."""
+        found = self._refs_of(results)
+        if any(x._version != version for x, version in self._versions):
+            self.reason = self.reason or "it changes in place what it has used before"
+        self._kept.clear()
+        self._refs.clear()
+        return found
+
+
+def _storage(x: Any) -> int:
+    return x.untyped_storage()._cdata if isinstance(x, Tensor) and x.layout is torch.strided else id(x)
+
+
+class Program:
+    """What was recorded, as two functions: of the constants, once, and of v and what that leaves.
+
+    Attributes:
+        product: (*v, *held) ↦ the results.
+    """
+
+    def __init__(self, steps: Sequence[Step], results: Sequence[Ref], inputs: int, values: int):
+        self.roots, lengths = list(range(values)), [0] * values
+        for step in steps:
+            before = step.chained()
+            if len({self.roots[i] for i in before}) == 1:
+                out = step.outs[0]
+                self.roots[out], lengths[out] = self.roots[before[0]], 1 + max(lengths[i] for i in before)
+        # A chain of one operation stays what it is.
+        self.ends = {i for i in range(values) if lengths[i] > 1}
+        live = {r[1] for r in results if r[0] == "v"}
+        kept = []
+        for step in reversed(steps):
+            if live.isdisjoint(step.outs):
+                continue
+            kept.append(step)
+            live.update([self.roots[step.outs[0]]] if step.outs[0] in self.ends else _values(step))
+        kept.reverse()
+        self.factors = [step.outs[0] for step in kept if step.outs[0] in self.ends]
+        used = [j for step in kept if step.outs[0] not in self.ends for j in _constants(step)]
+        used += [r[1] for r in results if r[0] != "v"]
+        self.used = list(dict.fromkeys(used))
+        self.started = list(dict.fromkeys(self.roots[i] for i in self.factors))
+        self._prepare = self._chains([step for step in steps if step.chained()])
+        self.product = self._product(kept, results, inputs)
+
+    def held(self, constants: Sequence[Any], forms: Sequence[Form]) -> list[Any]:
+        """The constants of `product`: some of those recorded, then the factors of the chains."""
+        with torch.no_grad():
+            held = [c.detach() if isinstance(c, Tensor) else c for c in (constants[j] for j in self.used)]
+            if self.factors:
+                ones = [forms[i].one for i in self.started]
+                held += self._prepare(*ones, *[_narrow(constants[j]) for j in self._read])
+        return held
+
+    def _chains(self, steps: Sequence[Step]) -> Callable[..., Any]:
+        """(*ones, *constants) ↦ factors: the chains, each from 1."""
+        graph, wanted = fx.Graph(), set(self.factors)
+        needed = []
+        for step in reversed(steps):
+            if step.outs[0] in wanted and step.outs[0] not in self.started:
+                wanted.update(step.chained())
+                needed.append(step)
+        needed.reverse()
+        self._read = list(dict.fromkeys(j for step in needed for j in _constants(step)))
+        nodes: dict[Ref, Any] = {("v", i): graph.placeholder(f"one{i}") for i in self.started}
+        nodes |= {("c", j): graph.placeholder(f"c{j}") for j in self._read}
+        for step in needed:
+            nodes["v", step.outs[0]] = _call(graph, step, nodes)
+        graph.output([nodes["v", i] for i in self.factors])
+        return fx.GraphModule(torch.nn.Module(), graph).forward
+
+    def _product(self, steps: Sequence[Step], results: Sequence[Ref], inputs: int) -> fx.GraphModule:
+        graph = fx.Graph()
+        nodes: dict[Ref, Any] = {("v", i): graph.placeholder(f"v{i}") for i in range(inputs)}
+        nodes |= {("c", j): graph.placeholder(f"c{j}") for j in self.used}
+        factors = {i: graph.placeholder(f"d{i}") for i in self.factors}
+        for step in steps:
+            first = step.outs[0]
+            if first in factors:
+                nodes["v", first] = graph.call_function(torch.mul, (nodes["v", self.roots[first]], factors[first]))
+            elif step.many:
+                parts = _call(graph, step, nodes)
+                for place, i in enumerate(step.outs):
+                    if i is not None:
+                        nodes["v", i] = graph.call_function(operator.getitem, (parts, place))
+            else:
+                nodes["v", first] = _call(graph, step, nodes)
+        # A result that is a constant is the caller's to write into.
+        graph.output([nodes[r] if r[0] == "v" else graph.call_method("clone", (nodes["c", r[1]],)) for r in results])
+        graph.eliminate_dead_code()
+        return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _call(graph: fx.Graph, step: Step, nodes: dict[Ref, Any]) -> fx.Node:
+    def decode(ref: Ref) -> Any:
+        kind = ref[0]
+        if kind == "[":
+            return [decode(r) for r in ref[1:]]
+        return ref[1] if kind == "=" else nodes["v" if kind == "v" else "c", ref[1]]
+
+    kwargs = {name: decode(ref) for name, ref in step.kwargs}
+    return graph.call_function(QUICK.get(step.func, step.func), tuple(decode(ref) for ref in step.args), kwargs)
+
+
+def _flat(refs: Sequence[Ref]) -> list[Ref]:
+    return [r for ref in refs for r in (_flat(ref[1:]) if ref[0] == "[" else [ref])]
+
+
+def _of(step: Step) -> list[Ref]:
+    return _flat([*step.args, *(ref for _, ref in step.kwargs)])
+
+
+def _values(step: Step) -> list[int]:
+    return [r[1] for r in _of(step) if r[0] == "v"]
+
+
+def _constants(step: Step) -> list[int]:
+    return [r[1] for r in _of(step) if r[0] in "c0"]
+
+
+def _narrow(x: Any) -> Any:
+    """A tensor without its copies along expanded axes: it broadcasts to the same."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.detach()
+    if x.layout is not torch.strided or all(x.stride()):
+        return x
+    return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
