@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +65,7 @@ Ref = tuple
 
 @dataclass(frozen=True)
 class Step:
-    """One operation whose result depends on v: the values `outs` (`many`: a list of them, or None).
+    """One operation whose result depends on v: the values `outs` (`many`: a list of them, −1 for None).
 
     alike: it is one value, and those that it is made from have its shape, dtype and device.
     """
@@ -73,7 +73,7 @@ class Step:
     func: Any
     args: tuple[Ref, ...]
     kwargs: tuple[tuple[str, Ref], ...]
-    outs: tuple[int | None, ...]
+    outs: tuple[int, ...]
     many: bool
     alike: bool
 
@@ -111,13 +111,13 @@ class _Traits(NamedTuple):
     functional: Any  # the same operation without writing
 
 
-@lru_cache(maxsize=None)
+@cache
 def _traits(func: Any) -> _Traits:
     schema = func._schema
     name, functional = schema.name.removeprefix("aten::"), None
     if schema.is_mutable and name.endswith("_") and not name.endswith("__") and hasattr(aten, name[:-1]):
         functional = getattr(getattr(aten, name[:-1]), func._overloadname, None)
-    view = not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
+    view = name == "_unsafe_view" or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
     return _Traits(torch.Tag.nondeterministic_seeded in func.tags, schema.is_mutable, view, functional)
 
 
@@ -157,7 +157,7 @@ class Recorder(TorchDispatchMode):
         if traits.view:
             self._viewed.add(_storage(args[0]))
         if self._depends(args) or self._depends(kwargs.values()):
-            self._step(func, args, kwargs, out)
+            self._value(func, self._refs_of(args), self._named(kwargs), out)
         elif isinstance(out, Tensor):
             self._kept.append(out)
             if func in ZEROS or (func is aten.scalar_tensor.default and args[0] == 0):
@@ -167,17 +167,17 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _write(self, func: Any, functional: Any, args: Any, kwargs: Any) -> Any:
-        """An operation in place, on a tensor that was made here and has no views, is written down as one that is not."""
-        target = args[0] if args else None
+        """An operation in place, on a tensor made here that has no views, is written down as one that is not."""
+        target: Any = args[0] if args else None
         if functional is None or id(target) not in self._new or _storage(target) in self._viewed:
             self.reason = f"it changes a tensor in place ({func})"
             return func(*args, **kwargs)
         if self._depends(args) or self._depends(kwargs.values()):
             before = target if self._refs.get(id(target), ("c",))[0] == "v" else target.clone()
             self._kept.append(before)
-            step = (self._refs_of((before, *args[1:])), self._refs_of(kwargs))
+            given = self._refs_of((before, *args[1:])), self._named(kwargs)
             out = func(*args, **kwargs)
-            self._value(functional, *step, target)
+            self._value(functional, *given, target)
             return out
         self._zero.discard(id(target))
         return func(*args, **kwargs)
@@ -191,12 +191,9 @@ class Recorder(TorchDispatchMode):
                 return True
         return False
 
-    def _step(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        self._value(func, self._refs_of(args), self._refs_of(kwargs), out)
-
     def _value(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         many = isinstance(out, (list, tuple))
-        places: list[int | None] = []
+        places: list[int] = []
         for x in out if many else [out]:
             if isinstance(x, Tensor):
                 self._refs[id(x)] = ("v", len(self.forms))
@@ -204,17 +201,18 @@ class Recorder(TorchDispatchMode):
                 self.forms.append(Form.of(x))
                 self._kept.append(x)
             elif x is None:
-                places.append(None)
+                places.append(-1)
             else:
                 self.reason = f"it reads numbers from a tensor ({func})"
                 return
         alike = not many and all(self.forms[a[1]] == self.forms[-1] for a in args if a[0] == "v")
         self.steps.append(Step(func, args, kwargs, tuple(places), many, alike))
 
-    def _refs_of(self, given: Any) -> tuple:
-        if isinstance(given, dict):
-            return tuple((name, self._ref(x)) for name, x in given.items())
+    def _refs_of(self, given: Any) -> tuple[Ref, ...]:
         return tuple(self._ref(x) for x in given)
+
+    def _named(self, given: dict[str, Any]) -> tuple[tuple[str, Ref], ...]:
+        return tuple((name, self._ref(x)) for name, x in given.items())
 
     def _ref(self, x: Any) -> Ref:
         if isinstance(x, Tensor):
@@ -318,7 +316,7 @@ class Program:
             elif step.many:
                 parts = _call(graph, step, nodes)
                 for place, i in enumerate(step.outs):
-                    if i is not None:
+                    if i >= 0:
                         nodes["v", i] = graph.call_function(operator.getitem, (parts, place))
             else:
                 nodes["v", first] = _call(graph, step, nodes)
@@ -336,7 +334,8 @@ def _call(graph: fx.Graph, step: Step, nodes: dict[Ref, Any]) -> fx.Node:
         return ref[1] if kind == "=" else nodes["v" if kind == "v" else "c", ref[1]]
 
     kwargs = {name: decode(ref) for name, ref in step.kwargs}
-    return graph.call_function(QUICK.get(step.func, step.func), tuple(decode(ref) for ref in step.args), kwargs)
+    function: Any = QUICK.get(step.func, step.func)
+    return graph.call_function(function, tuple(decode(ref) for ref in step.args), kwargs)
 
 
 def _flat(refs: Sequence[Ref]) -> list[Ref]:
