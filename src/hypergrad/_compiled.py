@@ -49,7 +49,7 @@ class Product:
 
     def __init__(self, plain: Pull, space: Space, backend: str | None):
         self.plain, self.space, self.backend = plain, space, backend
-        self.report = f"{PASSES}: there were too few products to find a faster way"
+        self.report = f"{PASSES}: too few products to compile"
         # Nothing here refers to this object: a cycle would keep the graph until it is found.
         self._recorded: tuple[Recording, list[Any]] | None = None
         self._settled: Pull | None = None
@@ -81,7 +81,8 @@ class Product:
             self._recorded = recording, held
         else:
             self._settle(verdict, recording, held)
-        return results
+        # A result that is a constant of the recording stays with it: the caller may write into his.
+        return [x if ref[0] == "v" else x.clone() for x, ref in zip(results, refs, strict=True)]
 
     def _settle(self, verdict: Verdict, recording: Recording | None = None, held: Sequence[Any] = ()) -> None:
         self.forget()
