@@ -18,6 +18,7 @@ Pull = Callable[[Leaves], list[Tensor]]
 
 PASSES, RECORDED, INDUCTOR = "reverse passes", "recorded", "inductor"
 MOST = 256  # recordings that are kept
+WORTH = 5e-5  # seconds of a product under which inductor is not tried: torch.compile takes that long to call its code
 
 
 class NotCompiled(HypergradientWarning):
@@ -115,6 +116,8 @@ class Recording:
         """Which way to take, found by trying; it is kept."""
         times, failures = {}, []
         for name in [RECORDED, INDUCTOR] if product.backend is None else [product.backend]:
+            if times.get(RECORDED, WORTH) < WORTH:
+                break
             try:
                 call = self.way(name, held)
                 _check(call, v, expected, product.space)

@@ -160,10 +160,14 @@ def grad(
         refine: how to go on where that effect is too large: (params, hparams) ↦ better params, called up to 20 times,
             or True for Newton steps with this solver. The params of the result are `result.problem.params`; the given
             ones stay as they are. False leaves it at a warning.
-        compile: products with Aᵀ through torch.compile, with its default backend or the named one. It takes seconds to
-            build at the first call, and again for other shapes or code; where torch cannot, a warning says why and
-            products are the usual ones. It pays for small models, whose products are bound by overhead; large matrix
-            products do not become faster.
+        compile: products with Aᵀ in a faster way than by reverse passes. True: the first product is recorded and
+            simplified to the operations that depend on v; from the third on, products are done by these operations, by
+            inductor's code for them, or by reverse passes, whichever is the fastest. That is measured once and kept for
+            later outer steps of the same form and about the same size, whatever the closures and numbers: it takes
+            milliseconds, and seconds where inductor is tried (products over 50 µs). "recorded": those operations,
+            unmeasured; any other name: the backend of torch.compile that compiles them. A warning says why where a
+            backward pass cannot be recorded: it draws random numbers, writes through views, or leaves torch. Products
+            with many vectors at once, or with A of a system that is not symmetric, are as without it.
 
     Returns:
         A Hypergradient.
