@@ -11,6 +11,7 @@ Nothing of the user's code is traced or run again: the graph is that of the usua
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,7 +32,6 @@ LINEAR: dict[Any, tuple[int, ...]] = {
     aten.div.Tensor: (0,),
     aten.div.Scalar: (0,),
     aten.neg.default: (0,),
-    aten.detach.default: (0,),
     aten.clone.default: (0,),
     aten.threshold_backward.default: (0,),
     aten.sigmoid_backward.default: (0,),
@@ -76,6 +76,12 @@ class Step:
     outs: tuple[int, ...]
     many: bool
     alike: bool
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the value is that of the first argument: x + 0, or x without its graph."""
+        plus = self.func in (aten.add.Tensor, aten.sub.Tensor) and self.args[1][0] == "0"
+        return self.alike and self.args[0][0] == "v" and (plus or self.func is aten.detach.default)
 
     def chained(self) -> list[int]:
         """The values that this is elementwise and linear in, if it is so in all its values; else none."""
@@ -137,12 +143,12 @@ class Recorder(TorchDispatchMode):
         self.constants: list[Any] = []
         self.forms = [Form.of(x) for x in v]
         self.reason = None if all(is_plain(x) for x in v) else "its tensors are not plain ones"
-        self._refs: dict[int, Ref] = {id(x): ("v", i) for i, x in enumerate(v)}
-        self._kept: list[Any] = list(v)  # the id of a tensor is its own as long as it lives
-        self._versions: list[tuple[Tensor, int]] = []
-        self._new: set[int] = set()  # made here, in memory of their own
+        self._refs = _Notes()
+        self._new = _Notes()  # made here, in memory of their own; whether they are zero
         self._viewed: set[int] = set()  # storages of which there are views
-        self._zero: set[int] = set()
+        self._versions: list[tuple[Tensor, int]] = []
+        for i, x in enumerate(v):
+            self._refs.note(x, ("v", i))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -156,57 +162,57 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if traits.view:
             self._viewed.add(_storage(args[0]))
+        elif isinstance(out, Tensor):
+            zero = func in ZEROS or (func is aten.scalar_tensor.default and args[0] == 0)
+            self._new.note(out, zero)
+            self._viewed.discard(_storage(out))  # of one before it in the same place
         if self._depends(args) or self._depends(kwargs.values()):
             self._value(func, self._refs_of(args), self._named(kwargs), out)
-        elif isinstance(out, Tensor):
-            self._kept.append(out)
-            if func in ZEROS or (func is aten.scalar_tensor.default and args[0] == 0):
-                self._zero.add(id(out))
-        if isinstance(out, Tensor) and not traits.view:
-            self._new.add(id(out))
         return out
 
     def _write(self, func: Any, functional: Any, args: Any, kwargs: Any) -> Any:
         """An operation in place, on a tensor made here that has no views, is written down as one that is not."""
         target: Any = args[0] if args else None
-        if functional is None or id(target) not in self._new or _storage(target) in self._viewed:
+        if functional is None or self._new.get(target) is None or _storage(target) in self._viewed:
             self.reason = f"it changes a tensor in place ({func})"
             return func(*args, **kwargs)
-        if self._depends(args) or self._depends(kwargs.values()):
-            before = target if self._refs.get(id(target), ("c",))[0] == "v" else target.clone()
-            self._kept.append(before)
-            given = self._refs_of((before, *args[1:])), self._named(kwargs)
-            out = func(*args, **kwargs)
-            self._value(functional, *given, target)
-            return out
-        self._zero.discard(id(target))
-        return func(*args, **kwargs)
+        if not (self._depends(args) or self._depends(kwargs.values())):
+            self._new.note(target, False)
+            return func(*args, **kwargs)
+        before = self._ref(target if self._depends((target,)) else target.clone())
+        given = (before, *self._refs_of(args[1:])), self._named(kwargs)
+        out = func(*args, **kwargs)
+        self._value(functional, *given, target)
+        return out
 
     def _depends(self, args: Any) -> bool:
         for a in args:
             if isinstance(a, Tensor):
-                if self._refs.get(id(a), "c")[0] == "v":
+                if self._refs.get(a, "c")[0] == "v":
                     return True
             elif isinstance(a, (list, tuple)) and self._depends(a):
                 return True
         return False
 
-    def _value(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _value(self, func: Any, args: tuple[Ref, ...], kwargs: tuple[tuple[str, Ref], ...], out: Any) -> None:
         many = isinstance(out, (list, tuple))
         places: list[int] = []
         for x in out if many else [out]:
             if isinstance(x, Tensor):
-                self._refs[id(x)] = ("v", len(self.forms))
                 places.append(len(self.forms))
                 self.forms.append(Form.of(x))
-                self._kept.append(x)
+                self._refs.note(x, ("v", places[-1]))
             elif x is None:
                 places.append(-1)
             else:
                 self.reason = f"it reads numbers from a tensor ({func})"
                 return
         alike = not many and all(self.forms[a[1]] == self.forms[-1] for a in args if a[0] == "v")
-        self.steps.append(Step(func, args, kwargs, tuple(places), many, alike))
+        step = Step(func, args, kwargs, tuple(places), many, alike)
+        if step.changes_nothing and isinstance(out, Tensor):
+            self._refs.note(out, step.args[0])
+        else:
+            self.steps.append(step)
 
     def _refs_of(self, given: Any) -> tuple[Ref, ...]:
         return tuple(self._ref(x) for x in given)
@@ -216,12 +222,14 @@ class Recorder(TorchDispatchMode):
 
     def _ref(self, x: Any) -> Ref:
         if isinstance(x, Tensor):
-            if id(x) not in self._refs:
-                self._refs[id(x)] = ("0" if id(x) in self._zero else "c", len(self.constants))
+            ref = self._refs.get(x)
+            if ref is None:
+                ref = ("0" if self._new.get(x) else "c", len(self.constants))
+                self._refs.note(x, ref)
                 self.constants.append(x)
                 if not x.is_inference():
                     self._versions.append((x, x._version))
-            return self._refs[id(x)]
+            return ref
         if isinstance(x, (list, tuple)):
             return ("[", *self._refs_of(x))
         if type(x) in (int, float):  # sizes and factors may differ from one outer step to the next
@@ -233,13 +241,25 @@ class Recorder(TorchDispatchMode):
         return ("=", None)
 
     def finish(self, results: Sequence[Tensor]) -> tuple[Ref, ...]:
-        """What the results are; forgets the values that were kept."""
+        """What the results are."""
         found = self._refs_of(results)
         if any(x._version != version for x, version in self._versions):
             self.reason = self.reason or "it changes in place what it has used before"
-        self._kept.clear()
-        self._refs.clear()
         return found
+
+
+class _Notes:
+    """Something noted of each tensor, by what it is and not by its numbers; keeps no memory alive."""
+
+    def __init__(self) -> None:
+        self._notes: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+
+    def note(self, x: Tensor, what: Any) -> None:
+        self._notes[id(x)] = weakref.ref(x), what
+
+    def get(self, x: Any, default: Any = None) -> Any:
+        who, what = self._notes.get(id(x), (None, default))
+        return what if who is not None and who() is x else default
 
 
 def _storage(x: Any) -> int:
