@@ -1,6 +1,7 @@
 """compile=: products by a recording of one of them are the same products, whatever is in the user's code."""
 
 import gc
+import warnings
 import weakref
 from functools import partial
 
@@ -68,6 +69,17 @@ def convolution(w, lam):
 def embedding(w, lam):
     z = F.embedding(torch.arange(16).view(4, 4) % 7, w[0]).tanh().mean(1)
     return F.cross_entropy(z @ w[1], Y[:4]) + lam.exp() * w[0].square().sum()
+
+
+def sparse(form):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        x = form(draw(8, 6) * (draw(8, 6, seed=1) > 0))
+
+    def loss(w, lam):
+        return (x @ w[0]).sin().square().sum() + lam.exp() * w[0].square().sum()
+
+    return loss, [draw(6)]
 
 
 def module(net, x, first=lambda y: y):
@@ -138,6 +150,8 @@ def losses():
     lstm = nn.LSTM(6, 4, batch_first=True).double()
     transformer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
     return {name: network(hidden) for name, hidden in (elementwise | others).items()} | {
+        "sparse, by coordinates": sparse(torch.Tensor.to_sparse),
+        "sparse, by rows": sparse(torch.Tensor.to_sparse_csr),
         "convolution": (convolution, [0.4 * draw(3, 2, 3, 3), 0.1 * draw(3), 0.4 * draw(12, 3)]),
         "embedding": (embedding, [draw(7, 5), draw(5, 3)]),
         "lstm": module(lstm, X.view(2, 4, 6), lambda y: y[0]),
@@ -192,7 +206,7 @@ def test_a_logistic_regression_is_left_as_its_formula():
 
     program, held = recorded(loss, [w])
     names = [node.target.__name__ for node in program.product.graph.nodes if node.op == "call_function"]
-    assert sorted(names) == ["add", "mul", "mul", "mv", "mv"]
+    assert sorted(names) == ["addmv", "mul", "mul", "mv"]
     slope = torch.sigmoid(x @ w)
     for due in (slope * (1 - slope) / 30, np.exp(-1) * torch.ones(5, dtype=torch.float64)):
         assert any(c.shape in (due.shape, (1,)) and torch.allclose(c.expand_as(due), due, rtol=1e-14) for c in held)

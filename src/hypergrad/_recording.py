@@ -57,9 +57,10 @@ QUICK: dict[Any, Callable[..., Tensor]] = {
     aten.mm.default: torch.mm,
     aten.bmm.default: torch.bmm,
 }
+ADDED = (aten.mv.default, aten.mm.default)  # products to which torch adds without another pass
 
 # An argument: ("v", i) for value i that depends on v, ("c", j) for constant j, ("0", j) for one that is known to be
-# zero, ("[", ...) for a list of arguments, ("=", x) for x itself.
+# zero, ("s", j) for one that is sparse, ("[", ...) for a list of arguments, ("=", x) for x itself.
 Ref = tuple
 
 
@@ -77,11 +78,17 @@ class Step:
     many: bool
     alike: bool
 
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether the value is that of the first argument: x + 0, or x without its graph."""
+    def same(self, turned: dict[Ref, Ref]) -> Ref | None:
+        """The argument that the value is equal to: x + 0, x without its graph, the transpose of xᵀ (in `turned`)."""
+        if not self.args or self.many:
+            return None
+        first = self.args[0]
+        if self.func is aten.t.default:
+            return turned.get(first)
+        if self.func is aten.add.Tensor and first[0] == "0" and self.alike and not self.kwargs:
+            return self.args[1]
         plus = self.func in (aten.add.Tensor, aten.sub.Tensor) and self.args[1][0] == "0"
-        return self.alike and self.args[0][0] == "v" and (plus or self.func is aten.detach.default)
+        return first if self.alike and first[0] == "v" and (plus or self.func is aten.detach.default) else None
 
     def chained(self) -> list[int]:
         """The values that this is elementwise and linear in, if it is so in all its values; else none."""
@@ -147,6 +154,7 @@ class Recorder(TorchDispatchMode):
         self._new = _Notes()  # made here, in memory of their own; whether they are zero
         self._viewed: set[int] = set()  # storages of which there are views
         self._versions: list[tuple[Tensor, int]] = []
+        self._turned: dict[Ref, Ref] = {}
         for i, x in enumerate(v):
             self._refs.note(x, ("v", i))
 
@@ -166,7 +174,7 @@ class Recorder(TorchDispatchMode):
             zero = func in ZEROS or (func is aten.scalar_tensor.default and args[0] == 0)
             self._new.note(out, zero)
             self._viewed.discard(_storage(out))  # of one before it in the same place
-        if self._depends(args) or self._depends(kwargs.values()):
+        if func not in ZEROS and (self._depends(args) or self._depends(kwargs.values())):
             self._value(func, self._refs_of(args), self._named(kwargs), out)
         return out
 
@@ -209,10 +217,13 @@ class Recorder(TorchDispatchMode):
                 return
         alike = not many and all(self.forms[a[1]] == self.forms[-1] for a in args if a[0] == "v")
         step = Step(func, args, kwargs, tuple(places), many, alike)
-        if step.changes_nothing and isinstance(out, Tensor):
-            self._refs.note(out, step.args[0])
-        else:
-            self.steps.append(step)
+        same = step.same(self._turned)
+        if same is not None and isinstance(out, Tensor):
+            self._refs.note(out, same)
+            return
+        self.steps.append(step)
+        if func is aten.t.default:
+            self._turned["v", places[0]] = args[0]
 
     def _refs_of(self, given: Any) -> tuple[Ref, ...]:
         return tuple(self._ref(x) for x in given)
@@ -224,7 +235,8 @@ class Recorder(TorchDispatchMode):
         if isinstance(x, Tensor):
             ref = self._refs.get(x)
             if ref is None:
-                ref = ("0" if self._new.get(x) else "c", len(self.constants))
+                kind = "s" if x.layout is not torch.strided else "0" if self._new.get(x) else "c"
+                ref = kind, len(self.constants)
                 self._refs.note(x, ref)
                 self.constants.append(x)
                 if not x.is_inference():
@@ -329,6 +341,7 @@ class Program:
         nodes: dict[Ref, Any] = {("v", i): graph.placeholder(f"v{i}") for i in range(inputs)}
         nodes |= {("c", j): graph.placeholder(f"c{j}") for j in self.used}
         factors = {i: graph.placeholder(f"d{i}") for i in self.factors}
+        sums, products = [], set[fx.Node]()
         for step in steps:
             first = step.outs[0]
             if first in factors:
@@ -339,11 +352,27 @@ class Program:
                     if i >= 0:
                         nodes["v", i] = graph.call_function(operator.getitem, (parts, place))
             else:
-                nodes["v", first] = _call(graph, step, nodes)
+                node = nodes["v", first] = _call(graph, step, nodes)
+                if step.func is aten.add.Tensor and step.alike and not step.kwargs:
+                    sums.append(node)
+                if step.func in ADDED and all(r[0] != "s" for r in step.args):
+                    products.add(node)
         # A result that is a constant is the caller's to write into.
         graph.output([nodes[r] if r[0] == "v" else graph.call_method("clone", (nodes["c", r[1]],)) for r in results])
         graph.eliminate_dead_code()
+        for node in sums:
+            _add_into(graph, node, products)
         return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _add_into(graph: fx.Graph, total: fx.Node, products: set[fx.Node]) -> None:
+    """x + My by one operation, where My is used nowhere else."""
+    for x, product in ((total.args[0], total.args[1]), (total.args[1], total.args[0])):
+        if isinstance(product, fx.Node) and product in products and len(product.users) == 1 and x is not product:
+            function: Any = torch.addmv if product.target is torch.mv else torch.addmm
+            total.target, total.args = function, (x, *product.args)
+            graph.erase_node(product)
+            return
 
 
 def _call(graph: fx.Graph, step: Step, nodes: dict[Ref, Any]) -> fx.Node:
@@ -371,7 +400,7 @@ def _values(step: Step) -> list[int]:
 
 
 def _constants(step: Step) -> list[int]:
-    return [r[1] for r in _of(step) if r[0] in "c0"]
+    return [r[1] for r in _of(step) if r[0] in "c0s"]
 
 
 def _narrow(x: Any) -> Any:
