@@ -289,8 +289,9 @@ def test_the_fastest_way_is_taken_and_said(best, times, monkeypatch):
     usual = grads_of(given, False).grads
     for result in (first, second):
         torch.testing.assert_close(result.grads, usual, rtol=1e-10, atol=1e-12)
-    # tried, taken in the first hypergradient, and again in the second; a reverse pass is no way of the recording's
-    assert ways == [way for way in times if way != "reverse passes"] + 2 * [best] * (best != "reverse passes")
+    # tried; taken in the first hypergradient, and again in the second, with what stands in if it fails
+    taken = [] if best == "reverse passes" else [best, "recorded"]
+    assert ways == [way for way in times if way != "reverse passes"] + 2 * taken
 
 
 def noted(way, names):
@@ -393,6 +394,35 @@ def test_what_cannot_be_recorded_is_done_as_usual_and_said(function, reason):
         torch.manual_seed(0)
         torch.testing.assert_close(result.grads, grads_of((loss, draw(6, seed=1), lam), False).grads)
         assert result.compiled is not None and reason in result.compiled
+
+
+def test_a_product_that_is_not_finite_says_nothing_of_the_next_hypergradient(monkeypatch):
+    monkeypatch.setattr(_compiled, "_recordings", {})
+    loss, w, lam = problem(0)
+    reports = []
+    for factor in (float("nan"), 1.0):
+        given = (lambda w, lam, factor=factor: factor * loss(w, lam)), w, lam
+        result = grads_of(given, RECORDED, solver=S.MINRES(max_steps=4, on_failure="ignore"))
+        reports.append(result.compiled)
+    assert reports == [
+        "reverse passes: a product that is not finite tells nothing of others",
+        f"compiled by {RECORDED}",
+    ]
+
+
+def test_a_compiler_that_fails_later(monkeypatch):
+    monkeypatch.setattr(_compiled, "_recordings", {})
+    given = problem(0)
+    grads_of(given, EAGER)
+    (recording,) = _compiled._recordings.values()
+
+    def fails(*given):
+        raise RuntimeError("recompile_limit reached")
+
+    recording._compiled[EAGER] = fails
+    with pytest.warns(hg.NotCompiled, match="could not be compiled again, .* recompile_limit reached"):
+        result = grads_of(given, EAGER)
+    torch.testing.assert_close(result.grads, grads_of(given, False).grads, rtol=1e-10, atol=1e-12)
 
 
 def test_a_backend_that_is_not_there():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._recording import Program, Recorder, Ref
-from ._solution import HypergradientWarning, warn
+from ._solution import HypergradientWarning, finite, warn
 from ._vector import Space
 
 Leaves = Sequence[Tensor]
@@ -89,7 +90,8 @@ class Product:
         self.forget()
         self.report = verdict.report
         if recording is not None and verdict.way != PASSES:
-            self._settled = recording.way(verdict.way, held)
+            ways = recording.way(verdict.way, held), recording.way(RECORDED, held)
+            self._settled = ways[0] if verdict.way == RECORDED else partial(_either, *ways)
         if verdict.failed:
             warn(f"products could not be compiled: {verdict.report}", NotCompiled)
 
@@ -114,6 +116,8 @@ class Recording:
     @torch.no_grad()
     def judge(self, held: Sequence[Any], product: Product, v: Leaves, expected: Leaves) -> Verdict:
         """Which way to take, found by trying; it is kept."""
+        if not finite(expected):
+            return Verdict(PASSES, f"{PASSES}: a product that is not finite tells nothing of others")
         times, failures = {}, []
         for name in [RECORDED, INDUCTOR] if product.backend is None else [product.backend]:
             if times.get(RECORDED, WORTH) < WORTH:
@@ -138,6 +142,16 @@ class Recording:
             verdict = Verdict(best, "; ".join([report, *failures]))
         self.verdicts[_key(held, product.backend)] = verdict
         return verdict
+
+
+def _either(way: Pull, recorded: Pull, v: Leaves) -> list[Tensor]:
+    """The product in the one way; in the other where a compiler fails at sizes that it has not seen."""
+    try:
+        return way(v)
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        warn(f"products could not be compiled again, and are done by recorded operations: {text}", NotCompiled)
+        return recorded(v)
 
 
 def _failure(reason: str) -> Verdict:
