@@ -331,6 +331,13 @@ def test_a_chain_is_folded_only_where_it_is_linear():
     assert len(program.factors) == 1
 
 
+def test_a_check_of_a_compiled_hypergradient():
+    p = problem_at("ridge")
+    result = hypergradient(p, "inner_loss", S.CG(rtol=1e-13), compile=RECORDED, polish=True)
+    assert_agrees(p, result.grads)
+    assert hg.diagnostics.check(result).estimate.relative_error < 1e-8
+
+
 def test_random_draws_are_those_of_the_graph():
     """One mask for the products and the last product; and torch's random state goes on as without compile."""
     loss, w = losses()["dropout"]
