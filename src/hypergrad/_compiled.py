@@ -76,8 +76,12 @@ class Product:
         if recorder.reason is not None:
             self._settle(_failure(recorder.reason))
             return results
-        recording = _known(recorder, refs, len(v))
-        held = recording.program.held(recorder.constants, recorder.forms)
+        try:
+            recording = _known(recorder, refs, len(v))
+            held = recording.program.held(recorder.constants, recorder.forms)
+        except Exception as error:  # an operation may not take what the recording makes of it
+            self._settle(_failure(_said(error)))
+            return results
         verdict = recording.verdicts.get(_key(held, self.backend))
         if verdict is None:
             self._recorded = recording, held
@@ -127,7 +131,7 @@ class Recording:
                 _check(call, v, expected, product.space)
                 times[name] = _seconds(call, v)
             except Exception as error:  # whatever a compiler may say: there are other ways
-                failures.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                failures.append(f"{name}: {_said(error)}")
                 if name == RECORDED:
                     break
         if not times:
@@ -149,9 +153,12 @@ def _either(way: Pull, recorded: Pull, v: Leaves) -> list[Tensor]:
     try:
         return way(v)
     except Exception as error:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        warn(f"products could not be compiled again, and are done by recorded operations: {text}", NotCompiled)
+        warn(f"products could not be compiled again, and are done by recorded operations: {_said(error)}", NotCompiled)
         return recorded(v)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _failure(reason: str) -> Verdict:
