@@ -524,7 +524,8 @@ def test_compile_takes_a_bool_or_a_name():
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("name", "form"), [("logistic", "inner_loss"), ("equilibrium", "fp_map")])
-def test_the_default_backend(name, form):
+def test_the_default_backend(name, form, monkeypatch):
+    monkeypatch.setattr(_compiled, "WORTH", 0.0)
     p = problem_at(name)
     for compile in ("inductor", True):
         solver = S.GMRES(rtol=1e-13, restart=60, on_failure="ignore")
