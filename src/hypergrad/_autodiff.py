@@ -304,6 +304,14 @@ class Linearisation:
         both = grad(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
         return both[: len(self.params)], both[len(self.params) :]
 
+    def vjp_both_many(self, vs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """(∂₁Fᵀ v, ∂₂Fᵀ v) for a stack [m, *shape] of v. The graph stays."""
+        inputs = [*self.params, *self.hparams] if self.curvature is None else self.hparams
+        both = stacked(self.outputs, inputs, vs)
+        if self.curvature is not None:
+            return self.curvature(vs, True), both
+        return both[: len(self.params)], both[len(self.params) :]
+
     @property
     def pulled(self) -> list[Tensor | None]:
         """∂₁Fᵀ c, as a function of c; None where nothing depends on the leaf."""
@@ -337,7 +345,20 @@ class Linearisation:
         return self._transposed
 
 
+<<<<<<< HEAD
 def seconds_of(product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> float:
+=======
+def stacked(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """`grad` for a stack [m, *shape] of cotangents, at once where torch can. The graph stays."""
+
+    def pull(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        return grad(outputs, inputs, v, retain_graph=True, batched=batched)
+
+    return many(lambda v: pull(v, False), lambda vs: pull(vs, True), cotangents)
+
+
+def _seconds(product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> float:
+>>>>>>> main
     """Wall time of a product, the device's part included."""
     devices = {x.device for x in v if x.device.type != "cpu"}
     for device in devices:

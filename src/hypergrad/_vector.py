@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import optree
@@ -136,6 +137,15 @@ class Space:
         self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
         # What solvers aim at where the user names no tolerance: half the digits, and in half precision what is there.
         self.rtol = 1e-6 if self.eps < 1e-10 else max(1e-4, 4 * self.eps)
+
+    @cached_property
+    def one(self) -> Vector:
+        """Of a batch: zeros in the space of one system."""
+        if not all(self.plain):
+            raise TypeError("sharded tensors cannot be stacked; solve for one right hand side after the other")
+        kinds = zip(self.shapes, self.dtypes, self.devices, strict=True)
+        leaves = [torch.zeros(shape[1:], dtype=dtype, device=device) for shape, dtype, device in kinds]
+        return Space(self.unflatten(leaves), self.name).pack(leaves)
 
     def _batch_shape(self) -> torch.Size:
         if self.batch_dims < 0:

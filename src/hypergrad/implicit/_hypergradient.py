@@ -31,8 +31,8 @@ from .._solution import (
 )
 from .._vector import PyTree, check_distinct, flatten
 from ..operators import GaussNewton
-from ..solvers import CG, GMRES, LinearSolver
-from ..solvers._solver import Solver, solve
+from ..solvers import CG, GMRES, LinearSolver, Recycled
+from ..solvers._solver import Solver, begin, solve, start_of
 from ._correction import Correction, correct
 from ._goal import Refine, reach
 from ._problem import InnerProblem, LastProduct, Point, Problem, Products, Variables, random_state_kept_on_error
@@ -116,7 +116,7 @@ def grad(
     fp_map: Callable[[PyTree, PyTree], PyTree] | PyTree | None = None,
     residual: Callable[[PyTree, PyTree], PyTree] | PyTree | None = None,
     solver: Solver | None = None,
-    x0: PyTree | None = None,
+    x0: PyTree | Recycled | None = None,
     symmetric: bool = False,
     positive_definite: bool = False,
     stochastic: bool = False,
@@ -145,7 +145,8 @@ def grad(
         residual: F, of params' structure, F(w, λ) = 0: A = ∂₁F.
         solver: a linear solver from hg.solvers, or a function (op, b, x0) of Vectors. Default: CG() where the system
             is symmetric, else GMRES().
-        x0: start for v, in params' structure: the last hypergradient's `adjoint`, say.
+        x0: start for v, in params' structure: the last hypergradient's `adjoint`, say; or a `solvers.Recycled`, kept
+            from one outer step to the next.
         symmetric: A of fp_map or residual is symmetric (that of inner_loss always is).
         positive_definite: A is symmetric positive definite (lets Dense use Cholesky).
         stochastic: the inner problem is drawn anew at every product; it must be a callable.
@@ -222,10 +223,13 @@ def grad(
         tags = (symmetric, positive_definite, stochastic, batch_dims, compile, products)
         problem = Problem(outer_loss, inner, params, hparams, *tags)
         point = Point(problem, variables, keep_outer=polish or hypergradient_rtol is not None)
-        start = None if x0 is None else variables.space.vector(x0, "x0")
+        start = start_of(x0, variables.space)
         correction = None
         if hypergradient_rtol is not None:
-            point, solution, last, correction = reach(hypergradient_rtol, point, solver, start, polish, refine)
+            begun = begin(start, point.op, point.b)
+            point, solution, last, correction = reach(hypergradient_rtol, point, solver, begun, polish, refine)
+            if isinstance(start, Recycled):
+                start.keep(solution.value)
         else:
             last = point.last_product(final_draws, retain_graph=polish)
             solution = solve(solver, point.op, point.b, start, last)
@@ -306,7 +310,7 @@ def _result(
         adjoint=solution.value.tree,
         solution=solution,
         inner_residual=last.residual,
-        inner_distance=_distance(last.residual, solution, variables),
+        inner_distance=inner_distance(last.residual, solution, variables),
         outer_value=outer_value.detach(),
         problem=point.problem.kept(variables),
         relative_error=error,
@@ -357,7 +361,7 @@ def _unfinished(solution: Solution) -> float | Tensor:
     return 1 + torch.where(told, rest, 0.0)
 
 
-def _distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
+def inner_distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
     size = variables.space.pack([leaf.detach() for leaf in variables.given]).norm()
     distance = residual / size * (solution.value / solution.rhs_norm).norm()
     unknown = (residual == 0) | (solution.rhs_norm == 0) | ~torch.isfinite(solution.residual_norm)

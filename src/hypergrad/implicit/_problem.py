@@ -91,12 +91,18 @@ class Variables:
         outer = [x.detach().to(dtype or x.dtype) for x in self._outer]
         return self._params_tree(inner), self._hparams_tree(outer), inner
 
-    def outer_grads(self, grads: list[Tensor]) -> PyTree:
-        """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad."""
-        each = iter(grads)
+    def outer_grads(self, grads: list[Tensor], count: int | None = None) -> PyTree:
+        """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad.
+
+        count: k, where they have a leading axis of k outer losses.
+        """
+        each, lead = iter(grads), () if count is None else (count,)
         return self._hparams_tree(
-            [next(each) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in self._outer]
+            [next(each) if leaf.requires_grad else leaf.new_zeros(*lead, *leaf.shape) for leaf in self._outer]
         )
+
+    def in_params_structure(self, leaves: Iterable[Tensor]) -> PyTree:
+        return self._params_tree(leaves)
 
 
 def check_hparams(leaves: list[Tensor], names: list[str]) -> list[Tensor]:
@@ -208,12 +214,22 @@ def inner_residual(linearisation: Linearisation, space: Space, fixed_point: bool
 
 
 class LastProduct:
-    """The last product, with respect to params and hparams at once: v ↦ Aᵀv; keeps −∂₂Fᵀv and the norm of F."""
+    """The last product, with respect to params and hparams at once: v ↦ Aᵀv; keeps −∂₂Fᵀv and the norm of F.
+
+    stacked: v is a stack of vectors, and so are the products; the graph stays.
+    """
 
     def __init__(
-        self, linearise: Callable[[], Linearisation], fixed_point: bool, draws: int = 1, retain_graph: bool = False
+        self,
+        linearise: Callable[[], Linearisation],
+        fixed_point: bool,
+        draws: int = 1,
+        retain_graph: bool = False,
+        *,
+        stacked: bool = False,
     ):
         self.linearise, self.fixed_point, self.draws, self.retain_graph = linearise, fixed_point, draws, retain_graph
+        self.stacked = stacked
 
     def __call__(self, v: Vector) -> Vector:
         image, cross = self._draw(v)
@@ -227,8 +243,12 @@ class LastProduct:
 
     def _draw(self, v: Vector) -> tuple[Vector, list[Tensor]]:
         pack, linearisation = v.space.pack, self.linearise()
-        pulled, cross = linearisation.vjp_both(v.leaves, self.retain_graph)
-        self.residual = inner_residual(linearisation, v.space, self.fixed_point).norm()
+        if self.stacked:
+            pulled, cross = linearisation.vjp_both_many(v.leaves)
+        else:
+            pulled, cross = linearisation.vjp_both(v.leaves, self.retain_graph)
+        space = v.space.one.space if self.stacked else v.space
+        self.residual = inner_residual(linearisation, space, self.fixed_point).norm()
         return pack(pulled), cross
 
 

@@ -54,7 +54,7 @@ class Auto(IterativeSolver):
             # Iterates of CG on an A that is not symmetric are no start for anything.
             start = system.b.zeros() if system.x0 is None else system.x0
             start = start.where(again & (outcome.code == Status.NOT_SYMMETRIC.value), outcome.x)
-            rest = replace(system, x0=start, stop=torch.where(again, system.stop, torch.inf))
+            rest = replace(system, x0=start, residual=None, stop=torch.where(again, system.stop, torch.inf))
             why, method = f"{type(method).__name__} ended with {worst.name}", following
             outcome = continued(outcome, method._iterate(rest), again)
         outcome.method = f"{type(method).__name__}: {why}"
