@@ -345,9 +345,6 @@ class Linearisation:
         return self._transposed
 
 
-<<<<<<< HEAD
-def seconds_of(product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> float:
-=======
 def stacked(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
     """`grad` for a stack [m, *shape] of cotangents, at once where torch can. The graph stays."""
 
@@ -357,8 +354,7 @@ def stacked(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Seq
     return many(lambda v: pull(v, False), lambda vs: pull(vs, True), cotangents)
 
 
-def _seconds(product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> float:
->>>>>>> main
+def seconds_of(product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> float:
     """Wall time of a product, the device's part included."""
     devices = {x.device for x in v if x.device.type != "cpu"}
     for device in devices:
