@@ -294,7 +294,7 @@ def test_vector_arithmetic_costs_little_beside_the_products(name: str, limit: fl
 
 def test_ways_of_a_product(tmp_path, monkeypatch):
     """Forward agrees with reverse; a way that is wrong gets no time; the section writes what it has."""
-    ways = {"reverse": {}, "forward": {"products": "forward"}, "compiled": {"backend": "aot_eager"}, "bfloat16": {}}
+    ways = {"reverse": {}, "forward": {"products": "forward"}, "compiled": {"compile": "aot_eager"}, "bfloat16": {}}
     monkeypatch.setattr(products, "WAYS", ways)
     results, settings = products.measure(["tiny"], None, 1)
     assert [r.method for r in results] == list(ways) and settings[0]["parameters"] == 20

@@ -56,6 +56,8 @@ class Hypergradient:
             user's own memory, without graphs. `diagnostics.check` reads it.
         relative_error: an estimate of ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖, with hypergradient_rtol or polish, else None. With
             polish the square of that of the uncorrected one, which tells the order of magnitude only.
+        compiled: with compile, how the products were done, and why: the times that were measured, or what stood in the
+            way.
     """
 
     grads: PyTree
@@ -66,6 +68,7 @@ class Hypergradient:
     outer_value: Tensor
     problem: Problem = field(repr=False)
     relative_error: Tensor | None = None
+    compiled: str | None = None
 
     def check_finite(self, on_failure: OnFailure = "warn") -> None:
         """Warn of, or raise for, a hypergradient that is not finite though the adjoint is."""
@@ -159,10 +162,14 @@ def grad(
         refine: how to go on where that effect is too large: (params, hparams) ↦ better params, called up to 20 times,
             or True for Newton steps with this solver. The params of the result are `result.problem.params`; the given
             ones stay as they are. False leaves it at a warning.
-        compile: products with Aᵀ through torch.compile, with its default backend or the named one. It takes seconds to
-            build at the first call, and again for other shapes or code; where torch cannot, a warning says why and
-            products are the usual ones. It pays for small models, whose products are bound by overhead; large matrix
-            products do not become faster.
+        compile: products with Aᵀ in a faster way than by reverse passes. True: the first product is recorded and
+            simplified to the operations that depend on v; from the third on, products are done by these operations, by
+            inductor's code for them, or by reverse passes, whichever is the fastest. That is measured once and kept for
+            later outer steps of the same form and about the same size, whatever the closures and numbers: it takes
+            milliseconds, and seconds where inductor is tried (products over 50 µs). "recorded": those operations,
+            unmeasured; any other name: the backend of torch.compile that compiles them. A warning says why where a
+            backward pass cannot be recorded: it draws random numbers, writes through views, or leaves torch. Products
+            with many vectors at once, or with A of a system that is not symmetric, are as without it.
         products: how a symmetric A is applied: "reverse", Aᵀv through the graph of ∇₁g (or Φ, F); "forward", Av
             through a second graph that is built from the first and kept beside it (about its size again), after one
             product of each that must agree; "measured", the faster one by the time of two more of each, which
@@ -204,7 +211,7 @@ def grad(
     inner = InnerProblem.of(inner_loss, fp_map, residual)
     symmetric = symmetric or positive_definite or inner.kind == "inner_loss"
     _check_options(inner, outer_loss, stochastic, final_draws, polish, hypergradient_rtol, refine)
-    backend = _backend(compile, inner, stochastic)
+    _check_compile(compile, inner, stochastic)
     _check_products(products, symmetric, stochastic or bool(compile) or isinstance(inner.given, GaussNewton))
     if solver is None:
         solver = CG() if symmetric else GMRES()
@@ -213,7 +220,7 @@ def grad(
             variables.detach()
         else:
             variables.keep_live()
-        tags = (symmetric, positive_definite, stochastic, batch_dims, backend, products)
+        tags = (symmetric, positive_definite, stochastic, batch_dims, compile, products)
         problem = Problem(outer_loss, inner, params, hparams, *tags)
         point = Point(problem, variables, keep_outer=polish or hypergradient_rtol is not None)
         start = start_of(x0, variables.space)
@@ -283,18 +290,11 @@ def _check_products(products: Any, symmetric: bool, other: bool) -> None:
         raise TypeError(f"products={products!r} is not for stochastic, GaussNewton or compiled products")
 
 
-def _backend(compile: bool | str, inner: InnerProblem, stochastic: bool) -> str | None:
-    """The backend of torch.compile for products."""
+def _check_compile(compile: bool | str, inner: InnerProblem, stochastic: bool) -> None:
     if not isinstance(compile, (bool, str)):
         raise TypeError(f"compile must be True, False or the name of a backend, got {compile!r}")
-    if not compile:
-        return None
-    if not callable(inner.given) or stochastic or isinstance(inner.given, GaussNewton):
-        raise TypeError(
-            f"compile needs {inner.kind} as a callable, that is neither stochastic nor GaussNewton; evaluated losses "
-            f"may come from a compiled model instead"
-        )
-    return "inductor" if compile is True else compile
+    if compile and (stochastic or isinstance(inner.given, GaussNewton)):
+        raise TypeError(f"compile needs an {inner.kind} that is neither stochastic nor GaussNewton")
 
 
 def _result(
@@ -314,6 +314,7 @@ def _result(
         outer_value=outer_value.detach(),
         problem=point.problem.kept(variables),
         relative_error=error,
+        compiled=None if point.compiled is None else point.compiled.report,
     )
 
 

@@ -149,9 +149,9 @@ class InnerProblem:
         return InnerProblem(self.kind, self.given.__call__ if isinstance(self.given, GaussNewton) else self.given)
 
     def linearise(
-        self, variables: Variables, backend: str | None = None, products: Products = "reverse"
+        self, variables: Variables, compile: bool | str = False, products: Products = "reverse"
     ) -> Linearisation:
-        """The graph of ∇₁g, Φ or F at params and hparams; with a backend of torch.compile, products are compiled."""
+        """The graph of ∇₁g, Φ or F at params and hparams; compile: products are compiled (by the named backend)."""
         with torch.enable_grad():
             if isinstance(self.given, GaussNewton):
                 given = (variables.params, variables.hparams, variables.leaves, variables.differentiated)
@@ -165,9 +165,9 @@ class InnerProblem:
                 if callable(self.given):
                     variables.check_reached(outputs, self.kind)
         compiled = None
-        if backend is not None:
-            params, hparams, leaves = variables.copies(None)
-            compiled = _compiled.pull(self.given, self.kind, params, hparams, leaves, backend)
+        if compile:
+            backend = None if compile is True else compile
+            compiled = partial(_compiled.Product, space=variables.space, backend=backend)
         linearisation = Linearisation(outputs, variables.leaves, variables.differentiated, compiled=compiled)
         if products != "reverse":
             linearisation.push_for_pull(always=products == "forward")
@@ -263,7 +263,7 @@ class Problem:
         symmetric, positive_definite: of A.
         stochastic: whether the inner problem is drawn anew at every product.
         batch_dims: 1 where A is block diagonal.
-        backend: of torch.compile, where products are compiled.
+        compile: whether products are compiled, or by which backend of torch.compile.
         products: how a symmetric A is applied.
         versions: torch's counters of in-place changes of params and hparams at the time.
     """
@@ -276,7 +276,7 @@ class Problem:
     positive_definite: bool = False
     stochastic: bool = False
     batch_dims: int = 0
-    backend: str | None = None
+    compile: bool | str = False
     products: Products = "reverse"
     versions: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
@@ -315,13 +315,14 @@ class Point:
 
     def __init__(self, problem: Problem, variables: Variables, keep_outer: bool = True):
         self.problem, self.variables = problem, variables
-        kept = None if problem.stochastic else problem.inner.linearise(variables, problem.backend, problem.products)
+        kept = None if problem.stochastic else problem.inner.linearise(variables, problem.compile, problem.products)
         if problem.products == "measured" and kept is not None:
             self.problem = problem = replace(problem, products="forward" if kept.forward else "reverse")
 
         def linearise() -> Linearisation:
             return problem.inner.linearise(variables) if kept is None else kept
 
+        self.compiled = None if kept is None else kept.compiled
         self.linearise = linearise  # no method: the operator would hold the point that holds it
         self.outer, self.b, self.direct = outer_gradients(problem.outer_loss, variables, keep_outer)
         repeatable = callable(problem.inner.given) and not problem.stochastic
