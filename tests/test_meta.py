@@ -202,6 +202,53 @@ def test_own_batched_loss(name):
     assert own.plan.chunk == 1 and vmapped.plan.chunk == 4
 
 
+@pytest.mark.parametrize("chunk", [1, COUNT])
+@pytest.mark.parametrize("name", METHODS)
+def test_biased_regularisation_by_its_derivative_is_that_of_its_value(name, chunk):
+    """Around hparams or a part of them, twice, with a strength that is a number or a tensor; of all tasks or each."""
+    p = Problem()
+    truth = torch.stack([looped(p, name, i)[0] for i in range(COUNT)])
+    half = p.rho / 2
+    once = meta.biased(lambda w, h, task: p.fit(w, h, task["support"]), strength=half)
+    p.inner = meta.biased(once, torch.tensor(half, dtype=torch.float64), centre=lambda h: h)
+    with nothing_changed(p.hparams):
+        assert relative(flat(p.grad(name, chunk=chunk, reduction="sum").grads), truth.sum(0)) < 1e-10
+    rows = p.grad(name, chunk=chunk, reduction="none").grads
+    for i in range(COUNT):
+        assert relative(flat(task_of(rows, i)), truth[i]) < 1e-10
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", ["implicit", "unrolled"])
+def test_biased_regularisation_around_a_function_of_hparams(name, reduction):
+    p = Problem()
+    fit = lambda w, h, task: p.fit(w, h, task["support"])  # noqa: E731
+    known = meta.biased(fit, p.rho, centre=lambda h: {key: x + 0.1 * h["0.bias"].sum() for key, x in h.items()})
+    p.inner = known
+    result = p.grad(name, reduction=reduction)
+    p.inner = lambda w, h, task: known(w, h, task)
+    truth = p.grad(name, reduction=reduction)
+    assert relative(flat(result.grads), flat(truth.grads)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["implicit", "unrolled"])
+def test_biased_regularisation_of_an_own_batched_loss(name):
+    """The penalty of a task is that of its own params, also where all tasks' losses come at once."""
+    torch.manual_seed(1)
+    x, y = torch.randn(4, 9, 6, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
+    lam = torch.randn(6, dtype=torch.float64, requires_grad=True)
+
+    def loss(w, h, task):
+        return ((task[0] @ w.unsqueeze(-1)).squeeze(-1) - task[1]).square().mean(-1) / 2
+
+    options = {"method": METHODS[name], "steps": 6, "rule": RULE}
+    inner, outer = meta.biased(loss, 1.5), meta.biased(loss, 0.7)
+    own, each = (meta.grad(inner, outer, lam, (x, y), batched=batched, **options) for batched in (True, False))
+    assert own.plan.chunk == each.plan.chunk == 4
+    assert relative(own.params, each.params) < 1e-12
+    assert relative(own.grads, each.grads) < 1e-10
+
+
 def test_implicit_is_the_closed_form():
     """wᵢ = (XᵀX/n + ρI)⁻¹(Xᵀy/n + ρλ); ∇fᵢ = ρ A⁻¹ ∇E."""
     torch.manual_seed(2)

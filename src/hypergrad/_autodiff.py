@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -119,12 +118,17 @@ def saved(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
     for node, _ in _behind([_edge(y) for y in outputs if y.requires_grad], seen):
         if node in before or hasattr(node, "variable"):
             continue
-        values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        values = [getattr(node, name) for name in _kept_by(type(node))]
         for value in (*values, *getattr(node, "saved_tensors", ())):
             for x in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(x, Tensor) and x.layout is torch.strided:
                     sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return sizes
+
+
+@lru_cache(maxsize=1024)
+def _kept_by(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith("_saved_")]
 
 
 def _edge(x: Tensor) -> tuple[Any, int]:
@@ -379,22 +383,19 @@ def many(
         return [torch.stack(parts) for parts in zip(*columns, strict=True)]
 
 
-def each(
-    function: Callable[..., list[Tensor]], lists: Sequence[Sequence[Tensor]], mapped: Sequence[bool]
-) -> list[Tensor]:
-    """function(*lists) for each entry of the first axis of the lists that are mapped, all at once: results stacked.
+def each(function: Callable[[Sequence[Tensor]], list[Tensor]], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """function(tensors) for each entry of their first axis, all at once: results stacked.
 
     Random numbers are drawn for each entry by itself.
     """
 
-    # vmap's own handling of containers takes as long as a small loss: it gets flat arguments, and only those it maps.
-    def on_flat(*flat: Tensor) -> tuple[Tensor, ...]:
-        own = iter(flat)
-        pairs = zip(lists, mapped, strict=True)
-        return tuple(function(*(list(itertools.islice(own, len(xs))) if m else list(xs) for xs, m in pairs)))
+    # vmap's own handling of containers takes as long as a small loss: it gets flat arguments, and one result as it is.
+    def on_flat(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        results = function(tensors)
+        return results[0] if len(results) == 1 else tuple(results)
 
-    flat = [x for xs, m in zip(lists, mapped, strict=True) if m for x in xs]
-    return list(torch.func.vmap(on_flat, randomness="different")(*flat))
+    results = torch.func.vmap(on_flat, in_dims=(0,) * len(tensors), randomness="different")(*tensors)
+    return [results] if isinstance(results, Tensor) else list(results)
 
 
 def as_scalar(loss: Any, name: str) -> Tensor:

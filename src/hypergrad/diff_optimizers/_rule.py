@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, TypeAlias, final
 
 import optree
@@ -84,14 +85,29 @@ def is_zero(value: Any) -> bool:
 
 
 class Here:
-    """The values of hyperparameters at one leaf and one step: here(rule, "lr"). Its t counts updates from 1."""
+    """The values of hyperparameters at one step, leaf after leaf: here(rule, "lr"). Its t counts updates from 1."""
 
-    def __init__(self, leaf: Tensor, index: int, count: int, step: Tensor, hparams: PyTree, called: dict[Any, Any]):
-        self.leaf, self.index, self.count = leaf, index, count
-        self.step, self.hparams, self.called = step, hparams, called
+    def __init__(self, count: int, step: Tensor, hparams: PyTree):
+        self.count, self.step, self.hparams = count, step, hparams
+        self.called: dict[Any, Any] = {}
+        self.leaf, self.index = step, 0
+
+    def at(self, leaf: Tensor, index: int) -> Here:
+        self.leaf, self.index = leaf, index
+        return self
+
+    @cached_property
+    def t(self) -> Tensor:
         # Powers such as β₂ᵗ in float64, as torch.optim has them, whatever the counter's dtype.
-        self.t = (step if step.device.type == "mps" else step.to(torch.float64)) + 1
-        self.number = _number(step)
+        return (self.step if self.step.device.type == "mps" else self.step.to(torch.float64)) + 1
+
+    @cached_property
+    def number(self) -> int | None:
+        """t where reading it waits for nothing: on the CPU, outside vmap."""
+        try:
+            return int(self.step.detach()) + 1 if self.step.device.type == "cpu" else None
+        except RuntimeError:
+            return None
 
     def power(self, beta: Value) -> Value:
         """βᵗ: of a number a number, as torch.optim has it, where the counter can be read at no cost."""
@@ -249,11 +265,11 @@ class Rule(ABC):
                 "params and grads carry a graph but the optimiser's state carries none: derivatives through its "
                 "buffers are lost. Carry (params, state) together; to truncate on purpose, detach both"
             )
-        called: dict[Any, Any] = {}
+        here = Here(len(leaves), state["step"], hparams)
         new_params, new_buffers = [], {name: [] for name in slots}
         for i, (w, g) in enumerate(zip(leaves, slopes, strict=True)):
-            here = Here(w, i, len(leaves), state["step"], hparams, called)
-            new, s = self._leaf(w, -g if self.maximize else g, {name: buffers[name][i] for name in slots}, here)
+            own = {name: buffers[name][i] for name in slots}
+            new, s = self._leaf(w, -g if self.maximize else g, own, here.at(w, i))
             # A 0-d float32 leaf times a 0-d float64 number would be float64.
             new_params.append(new.to(w.dtype))
             for name in slots:
@@ -323,14 +339,6 @@ def _looks_detached(
         return False
     live = any(w.grad_fn is not None for w in params) and any(g.requires_grad for g in grads)
     return live and any(g.grad_fn is not None for g in grads) and _counted(step) > 0
-
-
-def _number(step: Tensor) -> int | None:
-    """t where reading it waits for nothing: on the CPU, outside vmap."""
-    try:
-        return int(step.detach()) + 1 if step.device.type == "cpu" else None
-    except RuntimeError:
-        return None
 
 
 def _counted(step: Tensor) -> int:

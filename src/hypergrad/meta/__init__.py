@@ -3,7 +3,8 @@
     f(λ) = (1/B) Σᵢ E(wᵢ(λ), λ, taskᵢ),      wᵢ(λ) ≈ argmin_w g(w, λ, taskᵢ), in T steps from w₀(λ)
 
 Losses are those of one task; implicit (iMAML), unrolled (MAML) and first-order (FOMAML, Reptile) gradients come through
-the same call.
+the same call. While losses are evaluated torch's cross_entropy, nll_loss, linear and max_pool2d are spelled otherwise
+where that costs less, to the same numbers (module `_spelling`).
 """
 
 from ._gradient import adapt, backward, each, grad

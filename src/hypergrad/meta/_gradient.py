@@ -89,7 +89,7 @@ def grad(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     problem = _problem(inner_loss, outer_loss, start, rule, steps, batched, on_failure)
-    each_alone = reduction == "none" and (batched or problem.rule._calls())
+    each_alone = reduction == "none" and (batched or problem.rule_calls)
     given = Tasks(tasks)
     with random_state_kept_on_error(outer):
         plan = make_plan(problem, given, hparams, chunk, memory, method._need(steps), each_alone)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _autodiff, implicit, unroll
 from .._solution import NotFinite, OnFailure, Status
-from .._vector import PyTree, difference, flatten
+from .._vector import PyTree, difference, flatten, split
 from ..solvers import CG, LinearSolver
 from ..solvers._solver import Solver
 from ._tasks import Chunk, Diverged
@@ -66,17 +66,18 @@ class Implicit(Method):
         solver = replace(self._solver, on_failure="ignore") if isinstance(self._solver, LinearSolver) else self._solver
         outer, reached = differentiated(flatten(hparams, "hparams")[0]), []
 
-        def noting(loss: Callable[[PyTree, PyTree], Tensor]) -> Callable[[PyTree, PyTree], Tensor]:
-            def evaluate(params: PyTree, hparams: PyTree) -> Tensor:
-                value = loss(params, hparams)
-                reached.append(bool(reached and reached[-1]) or _autodiff.depends([value], outer))
+        def noting(function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
+            def evaluate(params: PyTree, hparams: PyTree) -> PyTree:
+                value = function(params, hparams)
+                reached.append(bool(reached and reached[-1]) or _autodiff.depends(split(value)[0], outer))
                 return value
 
             return evaluate
 
         result = implicit.grad(
             noting(chunk.outer),
-            inner_loss=noting(chunk.inner),
+            residual=noting(chunk.slope),
+            symmetric=True,
             params=chunk.adapt(hparams, start),
             hparams=hparams,
             solver=solver,
@@ -125,7 +126,7 @@ class Unrolled(Method):
             # Said once for all tasks, under the numbers that they have for the user.
             warnings.simplefilter("ignore", NotFinite)
             result = unroll.reverse(
-                rule.on(chunk.inner),
+                chunk.step,
                 (start, rule.init(start)),
                 hparams,
                 lambda carry, hparams: chunk.outer(carry[0], hparams),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from .. import _autodiff
 from .._autodiff import as_scalar
 from .._vector import PyTree, describe, difference, flatten, split
 from ..diff_optimizers import Rule
+from ..diff_optimizers._rule import State
+from ..diff_optimizers._rules import plus
 from ..unroll._schedule import parse
+from ._spelling import Spelled
 
 # Bytes that the graph of one task's loss may keep for tasks to go side by side on a CPU. Measured, one thread, 16
 # tasks, time of the loop over that of vmap: MLP 40-40 (10 KiB) 5.8, MLP 100-100 (56 KiB) 2.9, MLP 400-400 (946 KiB)
@@ -68,10 +72,15 @@ class biased:
 
     def _penalty(self, params: PyTree, hparams: PyTree, batch_dims: int) -> Tensor:
         """½ρ ‖w − λ‖² of each task: 0-d, or [B]."""
-        middle = hparams if self.centre is None else self.centre(hparams)
-        away = difference(flatten(params, "params")[0], flatten(middle, "hparams")[0])
-        flat = [d.reshape(*d.shape[:batch_dims], -1) for d in away]
+        flat = [d.reshape(*d.shape[:batch_dims], -1) for d in self._away(split(params)[0], hparams)]
         return 0.5 * self.strength * torch.stack([torch.linalg.vecdot(d, d) for d in flat]).sum(0)
+
+    def _pulled(self, grads: list[Tensor], leaves: list[Tensor], hparams: PyTree) -> list[Tensor]:
+        """∇₁ℓ + ρ (w − λ)"""
+        return [plus(g, self.strength, d) for g, d in zip(grads, self._away(leaves, hparams), strict=True)]
+
+    def _away(self, leaves: list[Tensor], hparams: PyTree) -> tuple[Tensor, ...]:
+        return difference(leaves, split(hparams if self.centre is None else self.centre(hparams))[0])
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,20 @@ class Problem:
     rule: Rule
     steps: int
     batched: bool
+
+    @cached_property
+    def inner(self) -> tuple[Callable[..., Tensor], list[biased]]:
+        """The inner loss without its regularisations, and these."""
+        loss, regularisations = self.inner_loss, []
+        while isinstance(loss, biased):
+            regularisations.append(loss)
+            loss = loss.loss
+        return loss, regularisations
+
+    @cached_property
+    def rule_calls(self) -> bool:
+        """Whether a hyperparameter of the rule is a callable of hparams."""
+        return self.rule._calls()
 
 
 class Tasks:
@@ -127,13 +150,42 @@ class Chunk:
 
     def __init__(self, problem: Problem, tasks: Tasks, index: Sequence[int], rows: bool = False, loop: bool = False):
         self.problem, self.index, self.rows, self.loop = problem, list(index), rows, loop
-        self.tensors, self.rebuild = tasks.take(index), tasks.rebuild
+        self.tree = tasks.rebuild(tasks.take(index))
         self.params: PyTree = None
         self.values = torch.empty(0)
 
-    def inner(self, params: PyTree, hparams: PyTree) -> Tensor:
-        """Σᵢ g(wᵢ, λ, taskᵢ): its Hessian is block diagonal."""
-        return self._losses(self.problem.inner_loss, "inner_loss", params, hparams, False).sum()
+    def slope(self, params: PyTree, hparams: PyTree) -> PyTree:
+        """∇₁g of each task: the gradient of Σᵢ g(wᵢ, λ, taskᵢ), whose Hessian is block diagonal."""
+        leaves, rebuild = split(params)
+        return rebuild(self._slopes(leaves, rebuild(leaves), hparams, create_graph=True))
+
+    def step(self, carry: tuple[PyTree, State], hparams: PyTree, create_graph: bool = True) -> tuple[PyTree, State]:
+        """A step of the rule on Σᵢ g."""
+        params, state = carry
+        leaves, rebuild = split(params)
+        with torch.enable_grad():
+            leaves = [w if create_graph and w.requires_grad else w.detach().requires_grad_() for w in leaves]
+            at = rebuild(leaves)
+            grads = rebuild(self._slopes(leaves, at, hparams, create_graph))
+        called = hparams if self.problem.rule_calls else None
+        with torch.set_grad_enabled(create_graph):
+            return self.problem.rule.update(at if create_graph else params, state, grads, called)
+
+    def _slopes(self, leaves: list[Tensor], params: PyTree, hparams: PyTree, create_graph: bool) -> list[Tensor]:
+        """∇₁g with respect to the leaves of params, which require grad.
+
+        Biased regularisation enters by its derivative ρ (w − λ), which takes a fraction of the nodes that autograd
+        makes of its value.
+        """
+        loss, regularisations = (self.problem.inner_loss, []) if self.rows else self.problem.inner
+        losses = self.losses(loss, "inner_loss", params, hparams)
+        message = None if regularisations else "inner_loss does not depend on params; was it computed under no_grad?"
+        ones = [torch.ones_like(losses)]
+        grads = _autodiff.grad([losses], leaves, ones, create_graph=create_graph, must_reach=message)
+        with torch.set_grad_enabled(create_graph):
+            for each in regularisations:
+                grads = each._pulled(grads, leaves, hparams)
+        return grads
 
     def outer(self, params: PyTree, hparams: PyTree) -> Tensor:
         """Σᵢ E(wᵢ, λ, taskᵢ). Keeps params and each value. Raises Diverged where one is not finite."""
@@ -141,7 +193,7 @@ class Chunk:
         if self.problem.outer_loss is None:
             losses = flatten(params, "params")[0][0].new_zeros(len(self.index))
         else:
-            losses = self._losses(self.problem.outer_loss, "outer_loss", params, hparams, self.loop)
+            losses = self.losses(self.problem.outer_loss, "outer_loss", params, hparams, self.loop)
         self.values = losses.detach()
         good = finite_tasks([self.values, *(x.detach() for x in flatten(params, "params")[0])])
         if not bool(good.all()):
@@ -173,37 +225,37 @@ class Chunk:
         self, function: Callable[..., list[Tensor]], trees: Sequence[PyTree], mapped: Sequence[bool], loop: bool = False
     ) -> list[Tensor]:
         """function(*trees, task) of each task, stacked; trees that are mapped have a leading axis of tasks."""
-        parts = [split(tree) for tree in trees]
-        lists = [*(tensors for tensors, _ in parts), self.tensors]
-        rebuilds = [*(rebuild for _, rebuild in parts), self.rebuild]
-        mapped = [*mapped, True]
-
-        def one(*lists: list[Tensor]) -> list[Tensor]:
-            return function(*(rebuild(tensors) for rebuild, tensors in zip(rebuilds, lists, strict=True)))
-
         if self.problem.batched:
-            return one(*lists)
-        if len(self.index) == 1:  # squeezed, for the derivative of x[0] would be a new tensor of zeros, and a copy
-            single = [[x.squeeze(0) for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True)]
-            return [x.unsqueeze(0) for x in one(*single)]
-        if loop:
-            parts: list[Any] = [[x.unbind() for x in xs] if own else xs for xs, own in zip(lists, mapped, strict=True)]
-            results = [
-                one(*([x[i] for x in xs] if own else xs for xs, own in zip(parts, mapped, strict=True)))
-                for i in range(len(self.index))
-            ]
-            return [torch.stack(stacked) for stacked in zip(*results, strict=True)]
-        return _autodiff.each(one, lists, mapped)
+            return function(*trees, self.tree)
+        own = [tree if each else None for tree, each in zip(trees, mapped, strict=True)]
+        tensors, rebuild = split([*own, self.tree])
 
-    def _losses(self, loss: Callable[..., Tensor], name: str, params: PyTree, hparams: PyTree, loop: bool) -> Tensor:
+        def one(tensors: Sequence[Tensor]) -> list[Tensor]:
+            *own, task = rebuild(tensors)
+            return function(*(x if each else tree for x, tree, each in zip(own, trees, mapped, strict=True)), task)
+
+        if len(self.index) == 1:  # squeezed, for the derivative of x[0] would be a new tensor of zeros, and a copy
+            return [x.unsqueeze(0) for x in one([x.squeeze(0) for x in tensors])]
+        if loop:
+            results = [one(each) for each in zip(*(x.unbind() for x in tensors), strict=True)]
+            return [torch.stack(stacked) for stacked in zip(*results, strict=True)]
+        return _autodiff.each(one, tensors)
+
+    def losses(
+        self, loss: Callable[..., Tensor], name: str, params: PyTree, hparams: PyTree, loop: bool = False
+    ) -> Tensor:
+        """A loss of each task, [B]."""
         batched, count = self.problem.batched, len(self.index)
-        if isinstance(loss, biased) and not batched and not self.rows:  # all tasks' penalties in one pass
-            return self._losses(loss.loss, name, params, hparams, loop) + loss._penalty(params, hparams, 1)
+        if isinstance(loss, biased) and not self.rows:  # all tasks' penalties in one pass
+            return self.losses(loss.loss, name, params, hparams, loop) + loss._penalty(params, hparams, 1)
+        spelled = Spelled(1 if loop or batched else count)
 
         def value(params: PyTree, hparams: PyTree, tasks: PyTree) -> list[Tensor]:
-            result = loss(params, hparams, tasks)
+            with spelled:
+                result = loss(params, hparams, tasks)
             if not batched:
-                return [as_scalar(result, f"{name} of one task").reshape(())]
+                result = as_scalar(result, f"{name} of one task")
+                return [result.reshape(()) if result.ndim else result]
             if not isinstance(result, Tensor) or result.shape != (count,):
                 got = type(result).__name__
                 if isinstance(result, Tensor):
@@ -219,12 +271,10 @@ class Chunk:
         hparams = rebuild([x.detach() for x in leaves])
         leaves, _, rebuild = flatten(start, "start")
         params = rebuild([x.detach() for x in leaves])
-        state = self.problem.rule.init(params)
-        step = self.problem.rule.on(self.inner, create_graph=False)
+        carry = params, self.problem.rule.init(params)
         for _ in range(self.problem.steps):
-            tensors, rebuild = split(step((params, state), hparams))
-            params, state = rebuild([x.detach() for x in tensors])
-        return params
+            carry = self.step(carry, hparams, create_graph=False)
+        return carry[0]
 
 
 def finite_tasks(tensors: Sequence[Tensor]) -> Tensor:
@@ -271,15 +321,15 @@ def make_plan(
         hparams = rebuild([x.detach() for x in leaves])
         begin, _, rebuild = flatten(one.start(hparams), "start")
         params = [x.detach().requires_grad_() for x in begin]
-        known = [*one.tensors, *params, *leaves]
-        inner = _kept(one._losses(problem.inner_loss, "inner_loss", rebuild(params), hparams, False), known)
+        known = [*tasks.tensors, *params, *leaves]
+        inner = _kept(one.losses(problem.inner[0], "inner_loss", rebuild(params), hparams), known)
         big = SMALL_TASK if params[0].device.type == "cpu" and not problem.batched else float("inf")
         if inner > big:
             kept = f"one task keeps {inner / 2**20:.1f} MiB, so arithmetic is what takes the time"
             return Plan(1, 1, None, f"a loop: {kept}")
         outer = 0
         if problem.outer_loss is not None:
-            outer = _kept(one._losses(problem.outer_loss, "outer_loss", rebuild(params), hparams, False), known)
+            outer = _kept(one.losses(problem.outer_loss, "outer_loss", rebuild(params), hparams), known)
     size = max(int(need[0] * inner + 3 * outer + need[1] * sum(x.nbytes for x in params)), 1)
     fit = int(min(max(budget // size, 1), tasks.count))
     why = "all at once" if fit == tasks.count else f"as many as fit into {budget / 2**20:.0f} MiB"
