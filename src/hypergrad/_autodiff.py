@@ -30,12 +30,6 @@ def _explained(error: RuntimeError) -> RuntimeError:
     return error
 
 
-def _zeros(like: Tensor, lead: tuple[int, ...], materialize: bool) -> Tensor:
-    if not materialize:
-        return like.new_zeros(()).expand_as(like)
-    return like.new_zeros(*lead, *like.shape) if lead else torch.zeros_like(like)
-
-
 def grad(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -45,21 +39,27 @@ def grad(
     create_graph: bool = False,
     batched: bool = False,
     must_reach: str | None = None,
-    materialize: bool = True,
 ) -> list[Tensor]:
     """Σᵢ cotangentᵢᵀ ∂outputᵢ/∂input for each input; zeros where nothing depends on it. Never writes .grad.
 
     batched: cotangents have one more leading axis, and so have the results (one vectorised pass).
     must_reach: the ValueError to raise where no output depends on any input.
-    materialize: False lets zeros be views of one number, which take no memory and must not be written to.
     """
-    lead = (cotangents[0].shape[0],) if batched and cotangents else ()
-    grads = grad_or_none(
+    grads: list[Any] = grad_or_none(
         outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, batched=batched
     )
-    if must_reach and all(g is None for g in grads):
+    unused = [i for i, g in enumerate(grads) if g is None]
+    if must_reach and len(unused) == len(grads):
         raise ValueError(must_reach)
-    return [_zeros(x, lead, materialize) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+    for i in unused:
+        lead = (cotangents[0].shape[0],) if batched and cotangents else ()
+        grads[i] = inputs[i].new_zeros(*lead, *inputs[i].shape) if lead else torch.zeros_like(inputs[i])
+    return grads
+
+
+def or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros for None, as views of one number: they take no memory and must not be written to."""
+    return [x.new_zeros(()).expand_as(x) if g is None else g for g, x in zip(grads, like, strict=True)]
 
 
 def grad_or_none(
@@ -79,7 +79,7 @@ def grad_or_none(
         outputs = [outputs[i] for i in kept]
         cotangents = None if cotangents is None else [cotangents[i] for i in kept]
     try:
-        grads = torch.autograd.grad(
+        grads: tuple[Tensor | None, ...] = torch.autograd.grad(
             outputs,
             inputs,
             cotangents,
@@ -201,8 +201,9 @@ def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         raise better from error
 
 
-def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
-    return [x + y for x, y in zip(xs, ys, strict=True)]
+def add(xs: Sequence[Tensor | None], ys: Sequence[Tensor]) -> list[Tensor]:
+    """Sums in memory of their own; None stands for zeros."""
+    return [y.clone() if x is None else x + y for x, y in zip(xs, ys, strict=True)]
 
 
 def gradient(loss: Callable[[Any, Any], Tensor], params: Any, hparams: Any) -> Any:
@@ -216,7 +217,7 @@ def cast(xs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def scaled(xs: Sequence[Tensor], a: float) -> list[Tensor]:
-    return list(xs) if a == 1 else [x * a for x in xs]
+    return list(xs) if a == 1 else [-x if a == -1 else x * a for x in xs]
 
 
 class Linearisation:

@@ -178,8 +178,8 @@ class InnerProblem:
 
 def outer_gradients(
     outer_loss: Any, variables: Variables, retain_graph: bool = False
-) -> tuple[Tensor, Vector, list[Tensor]]:
-    """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams."""
+) -> tuple[Tensor, Vector, list[Tensor | None]]:
+    """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams (None: zeros)."""
     with torch.enable_grad():
         value = outer_loss(variables.params, variables.hparams) if callable(outer_loss) else outer_loss
     loss = as_scalar(value, "outer_loss")
@@ -190,9 +190,9 @@ def outer_gradients(
         raise ValueError("outer_loss does not depend on params; was it computed from other tensors, or under no_grad?")
     retain = retain_graph or live or not all(leaf.is_leaf for leaf in variables.differentiated)
     inputs = [*variables.leaves, *variables.differentiated]
-    grads = _autodiff.grad([loss], inputs, retain_graph=retain, materialize=False)
-    count = len(variables.leaves)
-    return loss, variables.space.pack(grads[:count]).own(), grads[count:]
+    grads, count = _autodiff.grad_or_none([loss], inputs, retain_graph=retain), len(variables.leaves)
+    gradient = variables.space.pack(_autodiff.or_zeros(grads[:count], variables.leaves))
+    return loss, gradient.own(), grads[count:]
 
 
 def inner_residual(linearisation: Linearisation, space: Space, fixed_point: bool) -> Vector:
