@@ -341,11 +341,11 @@ class Vector:
 
     def apart_from(self, other: Vector) -> Vector:
         """The same numbers in memory that other does not use: an identity map hands back its argument."""
-        for i, plain in enumerate(self.space.plain):
-            x, y = self.chunks[i], other.chunks[i]
-            if x is y or (plain and x.data_ptr() == y.data_ptr()):
-                return Vector(self.space, [*self.chunks[:i], x.clone(), *self.chunks[i + 1 :]]).apart_from(other)
-        return self
+        pairs = zip(self.chunks, other.chunks, self.space.plain, strict=True)
+        shared = [x is y or (plain and x.data_ptr() == y.data_ptr()) for x, y, plain in pairs]
+        if not any(shared):
+            return self
+        return Vector(self.space, [x.clone() if s else x for x, s in zip(self.chunks, shared, strict=True)])
 
     def own(self) -> Vector:
         """The same numbers, in memory that no leaf given to `pack` shares: several leaves were copied there already."""
