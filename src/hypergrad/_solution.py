@@ -132,9 +132,9 @@ NOT_FINITE = (
 
 def finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all entries are finite: one read from the device, and a closer look only where a sum is not."""
-    tensors = list(tensors)
-    sums = [full(x.detach().sum()) for x in tensors]
-    total = sum(s.float().to(sums[0].device) for s in sums)
+    tensors = [x.detach() for x in tensors]
+    sums = [full(x.sum()) for x in tensors]
+    total = sums[0] if len(sums) == 1 else sum(s.float().to(sums[0].device) for s in sums)
     return math.isfinite(float(total)) or all(bool(full(torch.isfinite(x).all())) for x in tensors)
 
 
@@ -173,7 +173,7 @@ class Solution:
         """The status of each system."""
         return [Status(code) for code in self.code.reshape(-1).tolist()]
 
-    @property
+    @cached_property
     def status(self) -> Status:
         """The worst status of all systems."""
         return max(self.statuses, key=lambda status: status.value)
@@ -190,8 +190,8 @@ class Solution:
     @property
     def growth_rate(self) -> Tensor:
         """The factor by which a step multiplied the residual, as the geometric mean over the last half of the steps."""
-        taken = ~self.trace.reshape(len(self.trace), -1).isnan().all(1)
-        known = taken.nonzero().squeeze(-1).tolist() or [0]
+        sizes = self.trace if self.trace.ndim == 1 else self.trace.flatten(1).nanmean(1)  # NaN where none is known
+        known = [k for k, size in enumerate(sizes.tolist()) if not math.isnan(size)] or [0]
         last, half = known[-1], known[(len(known) - 1) // 2]
         return (self.trace[last] / self.trace[half]) ** (1 / max(last - half, 1))
 

@@ -249,6 +249,10 @@ class Space:
         """A scalar of this space: 0-d, or [B], in the widest dtype."""
         return torch.full(self.batch_shape, value, dtype=self.dtype, device=self.device)
 
+    def tensor(self, numbers: Any) -> Tensor:
+        """A number, or a list of them, as a tensor in the widest dtype; a tensor as it is."""
+        return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=self.dtype, device=self.device)
+
 
 def describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
     return f"shape {tuple(shape)}, {str(dtype).removeprefix('torch.')} on {device}"

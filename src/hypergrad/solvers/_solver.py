@@ -35,6 +35,11 @@ def where(condition: Any, a: Real, b: Real) -> Real:
     return torch.where(condition, a, b) if isinstance(condition, Tensor) else (a if condition else b)
 
 
+def anywhere(condition: Any) -> bool:
+    """Whether a condition holds for any system."""
+    return bool(condition.any() if isinstance(condition, Tensor) and condition.ndim else condition)
+
+
 def larger(a: Real, b: Real) -> Real:
     """The larger one; NaN where a is NaN."""
     return torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b)
@@ -73,7 +78,7 @@ class System:
         """Whether no system goes on, read from the device every check_every steps; never in fixed-step mode."""
         if self.goal is None or step % self.check_every:
             return False
-        return not bool(going.any() if isinstance(going, Tensor) and going.ndim else going)
+        return not anywhere(going)
 
     def look(self, scalar: Any) -> Real:
         """A scalar to compute with: of one system where reading is free, or looked for anyway, a number."""
@@ -81,19 +86,16 @@ class System:
 
     def stack(self, scalars: list[Real]) -> Tensor:
         """Scalars of an iteration as one tensor: [steps], or [steps, B]."""
-        return torch.stack(scalars) if isinstance(scalars[0], Tensor) else self.tensor(scalars)
-
-    def tensor(self, value: Real | list[float]) -> Tensor:
-        """A scalar, or a list of numbers, as a tensor in the widest dtype."""
-        space = self.b.space
-        return value if isinstance(value, Tensor) else torch.tensor(value, dtype=space.dtype, device=space.device)
+        return torch.stack(scalars) if isinstance(scalars[0], Tensor) else self.b.space.tensor(scalars)
 
 
 def ratio(a: Real, b: Real, going: Any) -> Real:
     """a / b where going, else 0."""
     if isinstance(going, Tensor):
         return torch.where(going, a / b, 0.0)
-    return a / b if going and b else 0.0
+    if not going:
+        return 0.0
+    return a / b if b else a * math.inf
 
 
 @dataclass
@@ -211,7 +213,7 @@ def solve(
             return _run_function(solver, op, b, x0, last_product or op)
         if solver._needs_symmetric:
             require_symmetric(op, type(solver).__name__)
-        op = op.damped(solver.damping)
+        op, space = op.damped(solver.damping), b.space
         scale = b.scale(read)
         b.scale_(1 / scale)
         system = _system(solver, op, b, None if x0 is None else x0 / scale, scale)
@@ -224,24 +226,24 @@ def solve(
             r = (b if last else b.copy()).add_(image, 1 / scale, -1.0)
             residual = root(system.look(r.dot(r)))
             if len(outcome.trace) == outcome.steps:
-                outcome.trace = torch.cat([outcome.trace, system.tensor(residual).unsqueeze(0)])
+                outcome.trace = torch.cat([outcome.trace, space.tensor(residual).unsqueeze(0)])
             code = _judge(outcome, residual, system)
             if last:
                 break
             again = code == Status.STAGNATED.value
             if outcome.code is not None:
                 again = again & (outcome.code == 0)
-            if not bool(again.any() if isinstance(again, Tensor) else again):
+            if not anywhere(again):
                 break
             system.x0 = x / scale
             rest = replace(system, max_steps=left, stop=where(again, system.stop, torch.inf))
             outcome = continued(outcome, solver._iterate(rest), again)
         return Solution(
             x,
-            torch.as_tensor(code, device=b.space.device),
+            torch.as_tensor(code, device=space.device),
             _steps(outcome, system),
-            system.tensor(residual * scale),
-            system.tensor(system.rhs_norm * scale),
+            space.tensor(residual * scale),
+            space.tensor(system.rhs_norm * scale),
             outcome.trace * scale,
             outcome.method or type(solver).__name__,
         )
