@@ -169,14 +169,18 @@ class Solution:
     method: str = ""
 
     @cached_property
+    def _codes(self) -> list[int]:
+        return self.code.reshape(-1).tolist()
+
+    @property
     def statuses(self) -> list[Status]:
         """The status of each system."""
-        return [Status(code) for code in self.code.reshape(-1).tolist()]
+        return [Status(code) for code in self._codes]
 
     @cached_property
     def status(self) -> Status:
         """The worst status of all systems."""
-        return max(self.statuses, key=lambda status: status.value)
+        return Status(max(self._codes))
 
     @property
     def ok(self) -> bool:
@@ -198,8 +202,8 @@ class Solution:
     @property
     def message(self) -> str:
         """What happened, with numbers, and what to try."""
-        bad = [i for i, status in enumerate(self.statuses) if status is self.status]
-        where = f"{len(bad)} of {len(self.statuses)} systems, the first at index {bad[0]}: " if self.code.ndim else ""
+        bad = [i for i, code in enumerate(self._codes) if code == self.status.value]
+        where = f"{len(bad)} of {len(self._codes)} systems, the first at index {bad[0]}: " if self.code.ndim else ""
         relative = float(self.relative_residual.reshape(-1)[bad[0]])
         steps = int(self.steps.reshape(-1)[bad[0]]) if isinstance(self.steps, Tensor) else self.steps
         text = f"{where}{self.status.name} after {steps} steps at a relative residual of {relative:.2e}"

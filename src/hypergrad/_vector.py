@@ -133,7 +133,17 @@ class Space:
     """Containers, shapes, dtypes, devices, batch axis and storage that all vectors of one problem share."""
 
     def __init__(self, tree: PyTree, name: str, batch_dims: int = 0):
-        leaves, self.paths, self.unflatten = flatten(tree, name)
+        self._hold(*flatten(tree, name), batch_dims)
+
+    @classmethod
+    def of(cls, leaves: list[Tensor], paths: Paths, unflatten: Callable[..., PyTree], batch_dims: int = 0) -> Space:
+        """The space of a tree that was flattened already."""
+        new = object.__new__(cls)
+        new._hold(leaves, paths, unflatten, batch_dims)
+        return new
+
+    def _hold(self, leaves: list[Tensor], paths: Paths, unflatten: Callable[..., PyTree], batch_dims: int) -> None:
+        self.paths, self.unflatten = paths, unflatten
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
         self.devices = [leaf.device for leaf in leaves]
@@ -164,16 +174,18 @@ class Space:
         if self.batch_dims < 0:
             raise ValueError(f"batch_dims must be ≥ 0, got {self.batch_dims}")
         first = self.shapes[0][: self.batch_dims]
-        for path, shape in zip(self.paths, self.shapes, strict=True):
+        for i, shape in enumerate(self.shapes):
             if shape[: self.batch_dims] != first or len(shape) < self.batch_dims:
                 raise ValueError(
                     f"batch_dims={self.batch_dims} needs leading axes of the same lengths in every leaf, but "
-                    f"{self.paths[0]} has shape {tuple(self.shapes[0])} and {path} has {tuple(shape)}"
+                    f"{self.paths[0]} has shape {tuple(self.shapes[0])} and {self.paths[i]} has {tuple(shape)}"
                 )
         return first
 
     def _groups(self, leaves: Sequence[Tensor]) -> list[list[int]]:
         """Which leaves share a buffer: index lists in leaf order of their first member."""
+        if len(leaves) == 1:
+            return [[0]]
         total: dict[tuple, int] = {}
         for leaf in leaves:
             total[leaf.dtype, leaf.device] = total.get((leaf.dtype, leaf.device), 0) + leaf.numel()
@@ -345,11 +357,12 @@ class Vector:
 
     def apart_from(self, other: Vector) -> Vector:
         """The same numbers in memory that other does not use: an identity map hands back its argument."""
-        pairs = zip(self.chunks, other.chunks, self.space.plain, strict=True)
-        shared = [x is y or (plain and x.data_ptr() == y.data_ptr()) for x, y, plain in pairs]
-        if not any(shared):
-            return self
-        return Vector(self.space, [x.clone() if s else x for x, s in zip(self.chunks, shared, strict=True)])
+        chunks, plain = self.chunks, self.space.plain
+        for i, y in enumerate(other.chunks):
+            x = chunks[i]
+            if x is y or (plain[i] and x.data_ptr() == y.data_ptr()):
+                chunks = [*chunks[:i], x.clone(), *chunks[i + 1 :]]
+        return self if chunks is self.chunks else Vector(self.space, chunks)
 
     def own(self) -> Vector:
         """The same numbers, in memory that no leaf given to `pack` shares: several leaves were copied there already."""
@@ -375,8 +388,8 @@ class Vector:
                 chunk.addcmul_(new, factor, value=sign)
             return self
         alpha = sign * self._number(a)
-        for chunk, new in zip(self.chunks, other.chunks, strict=True):
-            chunk.add_(new, alpha=alpha)
+        for i, chunk in enumerate(self.chunks):
+            chunk.add_(other.chunks[i], alpha=alpha)
         return self
 
     def scale_(self, a: Scalar) -> Vector:
@@ -392,8 +405,8 @@ class Vector:
                 torch.addcmul(new, chunk, factor, out=chunk)
             return self
         alpha = self._number(a)
-        for chunk, new in zip(self.chunks, other.chunks, strict=True):
-            torch.add(new, chunk, alpha=alpha, out=chunk)
+        for i, chunk in enumerate(self.chunks):
+            torch.add(other.chunks[i], chunk, alpha=alpha, out=chunk)
         return self
 
     def where(self, mask: Tensor, other: Vector) -> Vector:
@@ -407,9 +420,9 @@ class Vector:
     def dot(self, other: Vector) -> Tensor:
         """⟨self, other⟩ of each system, reduced in the widest dtype: 0-d, or [B]."""
         total: Tensor | None = None
-        space = self.space
-        if space.uniform and len(self.chunks) == 1:
-            return torch.linalg.vecdot(self.chunks[0], other.chunks[0])
+        space, chunks = self.space, self.chunks
+        if space.uniform and len(chunks) == 1:
+            return torch.linalg.vecdot(chunks[0], other.chunks[0])
         for x, y, plain in zip(self.chunks, other.chunks, space.plain, strict=True):
             if x.element_size() < 4:
                 x, y = x.float(), y.float()
@@ -438,10 +451,11 @@ class Vector:
         """The largest |entry| of each system: 0-d, or [B]."""
         largest: Tensor | None = None
         space = self.space
-        for chunk in self.chunks:
-            own = chunk.flatten(space.batch_dims)
+        for chunk, plain in zip(self.chunks, space.plain, strict=True):
+            own = chunk if plain else chunk.flatten(space.batch_dims)
             top = torch.linalg.vector_norm(own, math.inf, -1) if own.numel() else own.new_zeros(space.batch_shape)
-            top = full(top).to(device=space.device, dtype=space.dtype)
+            if not space.uniform:
+                top = full(top).to(device=space.device, dtype=space.dtype)
             largest = top if largest is None else torch.maximum(largest, top)
         assert largest is not None
         return largest

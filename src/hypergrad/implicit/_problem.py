@@ -28,7 +28,7 @@ class Variables:
         self.given, self.names, self._params_tree = flatten(params, "params")
         self._outer, self._outer_names, self._hparams_tree = flatten(hparams, "hparams")
         self.differentiated = check_hparams(self._outer, self._outer_names)
-        self.space = Space(self._params_tree(self.given), "params", batch_dims)
+        self.space = Space.of(self.given, self.names, self._params_tree, batch_dims)
         self.hparams = self._hparams_tree(self._outer)
         self.detach()
 

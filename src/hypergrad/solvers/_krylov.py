@@ -120,9 +120,11 @@ class CG(IterativeSolver):
                 probe = pairing(p, ap, look)
             del ap
         norms2 = system.stack(trace)
-        if curvatures:
-            flat = (system.stack(curvatures) <= 0) & (norms2[:-1] > stop2)
-            code = event(code, look(flat.any(0)), Status.NOT_POSITIVE_DEFINITE)
+        if system.reads:
+            flat = any(c <= 0 and norm2 > stop2 for c, norm2 in zip(curvatures, trace, strict=False))
+        else:
+            flat = ((system.stack(curvatures) <= 0) & (norms2[:-1] > stop2)).any(0) if curvatures else False
+        code = event(code, flat, Status.NOT_POSITIVE_DEFINITE)
         return Outcome(x, norms2.sqrt(), len(trace) - 1, code)
 
 
