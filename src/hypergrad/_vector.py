@@ -394,6 +394,8 @@ class Vector:
 
     def scale_(self, a: Scalar) -> Vector:
         """self ← a · self."""
+        if not isinstance(a, Tensor) and a == 1:
+            return self
         for chunk, factor in zip(self.chunks, self._factors(a), strict=True):
             chunk.mul_(factor)
         return self

@@ -119,13 +119,14 @@ class CG(IterativeSolver):
             if k == 0:
                 probe = pairing(p, ap, look)
             del ap
-        norms2 = system.stack(trace)
-        if system.reads:
-            flat = any(c <= 0 and norm2 > stop2 for c, norm2 in zip(curvatures, trace, strict=False))
+        norms2, flat = system.stack(trace), False
+        if isinstance(norms2, Tensor):
+            norms = norms2.sqrt()
+            flat = ((torch.stack(curvatures) <= 0) & (norms2[:-1] > stop2)).any(0) if curvatures else False
         else:
-            flat = ((system.stack(curvatures) <= 0) & (norms2[:-1] > stop2)).any(0) if curvatures else False
-        code = event(code, flat, Status.NOT_POSITIVE_DEFINITE)
-        return Outcome(x, norms2.sqrt(), len(trace) - 1, code)
+            norms = [root(norm2) for norm2 in norms2]
+            flat = any(c <= 0 and norm2 > stop2 for c, norm2 in zip(curvatures, norms2, strict=False))
+        return Outcome(x, norms, len(trace) - 1, event(code, flat, Status.NOT_POSITIVE_DEFINITE))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,9 @@ Solver: TypeAlias = Callable[..., Any]
 Real: TypeAlias = Any
 
 FREE_TO_READ = ("cpu",)  # kinds of device on which reading a number waits for nothing
+TAME = (
+    2.0**-20
+)  # a ‖b‖² between this and its inverse is near enough to 1: squares of residuals neither vanish nor overflow
 
 
 def read(scalar: Tensor) -> Real:
@@ -84,9 +87,9 @@ class System:
         """A scalar to compute with: of one system where reading is free, or looked for anyway, a number."""
         return scalar.item() if self.reads and isinstance(scalar, Tensor) else scalar
 
-    def stack(self, scalars: list[Real]) -> Tensor:
-        """Scalars of an iteration as one tensor: [steps], or [steps, B]."""
-        return torch.stack(scalars) if isinstance(scalars[0], Tensor) else self.b.space.tensor(scalars)
+    def stack(self, scalars: list[Real]) -> Tensor | list[float]:
+        """Scalars of an iteration as one tensor: [steps], or [steps, B]; numbers stay a list."""
+        return torch.stack(scalars) if isinstance(scalars[0], Tensor) else scalars
 
 
 def ratio(a: Real, b: Real, going: Any) -> Real:
@@ -103,7 +106,7 @@ class Outcome:
     """Where an iteration arrived, in scaled units, before its residual is recomputed."""
 
     x: Vector
-    trace: Tensor  # ‖r‖ by the recursion before each step and, where known, after the last: [steps (+ 1)(, B)]
+    trace: Tensor | list[float]  # ‖r‖ by the recursion before each step and, if known, after it: [steps (+ 1)(, B)]
     steps: int
     code: Real | None = None  # Status values of what went wrong on the way
     method: str = ""  # where a solver chose one
@@ -214,9 +217,11 @@ def solve(
         if solver._needs_symmetric:
             require_symmetric(op, type(solver).__name__)
         op, space = op.damped(solver.damping), b.space
-        scale = b.scale(read)
-        b.scale_(1 / scale)
-        system = _system(solver, op, b, None if x0 is None else x0 / scale, scale)
+        norm2 = read(b.dot(b))
+        tame = space.uniform and not isinstance(norm2, Tensor) and TAME <= norm2 <= 1 / TAME
+        scale = 1.0 if tame else b.scale(read)
+        norm = root(norm2 if tame else read(b.scale_(1 / scale).dot(b)))
+        system = _system(solver, op, b, None if x0 is None else x0 / scale, scale, norm)
         outcome = solver._iterate(system)
         for refinements_left in (2, 1, 0):
             x = outcome.x.scale_(scale)
@@ -226,7 +231,8 @@ def solve(
             r = (b if last else b.copy()).add_(image, 1 / scale, -1.0)
             residual = root(system.look(r.dot(r)))
             if len(outcome.trace) == outcome.steps:
-                outcome.trace = torch.cat([outcome.trace, space.tensor(residual).unsqueeze(0)])
+                end = [residual] if isinstance(outcome.trace, list) else space.tensor(residual).unsqueeze(0)
+                outcome.trace = outcome.trace + end if isinstance(end, list) else torch.cat([outcome.trace, end])
             code = _judge(outcome, residual, system)
             if last:
                 break
@@ -244,7 +250,7 @@ def solve(
             _steps(outcome, system),
             space.tensor(residual * scale),
             space.tensor(system.rhs_norm * scale),
-            outcome.trace * scale,
+            space.tensor(outcome.trace) * scale,
             outcome.method or type(solver).__name__,
         )
 
@@ -253,13 +259,12 @@ def _damped(image: Vector, x: Vector, damping: float) -> Vector:
     return image + x * damping if damping else image
 
 
-def _system(solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | None, scale: Real) -> System:
+def _system(solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | None, scale: Real, norm: Real) -> System:
     rtol, atol = solver.rtol, solver.atol
     limits = (solver.max_steps, solver.check_every) if isinstance(solver, IterativeSolver) else (None, None)
     max_steps, every = limits
     if rtol is None and atol is None and max_steps is None and solver._runs_to_tolerance:
         rtol = b.space.rtol
-    norm = root(read(b.dot(b)))
     stop, goal = b.space.eps * norm, None
     if rtol is not None or atol is not None:
         goal = larger((rtol or 0.0) * norm, (atol or 0.0) / scale)
@@ -291,14 +296,15 @@ def _judge(outcome: Outcome, residual: Real, system: System) -> Real:
 def continued(first: Outcome, second: Outcome, again: Real) -> Outcome:
     """One outcome of two that followed each other: the second worked on the systems in `again` alone."""
     code = where(again, 0 if second.code is None else second.code, 0 if first.code is None else first.code)
+    before, after = (first.x.space.tensor(outcome.trace) for outcome in (first, second))
     # Those at rest keep the norm that they were put to rest with: taken anew it may stand above the limit by rounding.
-    trace = torch.cat([first.trace, where(again, second.trace[1:], first.trace[-1])])
+    trace = torch.cat([before, where(again, after[1:], before[-1])])
     return Outcome(second.x, trace, first.steps + second.steps, code, second.method)
 
 
 def _steps(outcome: Outcome, system: System) -> int | Tensor:
     """Steps done; for batched systems those before each rested."""
-    if outcome.trace.ndim == 1:
+    if isinstance(outcome.trace, list) or outcome.trace.ndim == 1:
         return outcome.steps
     return (outcome.trace[:-1] > system.stop).sum(0)
 
