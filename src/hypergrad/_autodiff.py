@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import has_torch_function
 
 FREED = (
@@ -77,7 +78,7 @@ def grad_or_none(
     batched: bool = False,
 ) -> list[Tensor | None]:
     """As `grad`, with None where nothing depends on the input."""
-    kept = [i for i, y in enumerate(outputs) if y.requires_grad]
+    kept = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", True)]  # edges of a graph have no flag
     if not kept or not inputs:
         return [None] * len(inputs)
     if len(kept) < len(outputs):
@@ -132,7 +133,7 @@ def saved(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
 
 def _edge(x: Tensor) -> tuple[Any, int]:
     """Where x comes from: a node of the graph, and which of its outputs x is."""
-    edge = torch.autograd.graph.get_gradient_edge(x)
+    edge = get_gradient_edge(x)
     return edge.node, edge.output_nr
 
 
@@ -233,7 +234,7 @@ class Linearisation:
         params: the leaves of w in that graph.
         hparams: the leaves of λ that require grad.
         curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
-        probe: the c at which `pulled` is taken, like outputs; zeros by default.
+        probe: the c at which `pulled` is taken, like outputs.
         compiled: v ↦ ∂₁Fᵀv by other means.
     """
 
@@ -252,7 +253,7 @@ class Linearisation:
         self.curvature = curvature
         self.probe = probe
         self.compiled = compiled
-        self._transposed: tuple[list[Tensor], list[Tensor | None]] | None = None
+        self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v: one retained reverse pass."""
@@ -280,7 +281,7 @@ class Linearisation:
 
     @property
     def pulled(self) -> list[Tensor | None]:
-        """∂₁Fᵀ c, as a function of c; None where nothing depends on the leaf."""
+        """∂₁Fᵀ c at the probe, as a function of c; None where nothing depends on the leaf."""
         return self._transpose()[1]
 
     def jvp(self, u: Sequence[Tensor]) -> list[Tensor]:
@@ -298,15 +299,19 @@ class Linearisation:
         if self.curvature is not None:
             return self.curvature(u, batched)
         cotangents, pulled = self._transpose()
-        outputs = [x.detach() if y is None else y for x, y in zip(self.params, pulled, strict=True)]
+        reached = [i for i, y in enumerate(pulled) if y is not None]
+        outputs, u = [pulled[i] for i in reached], [u[i] for i in reached]
         return grad(outputs, cotangents, u, retain_graph=True, batched=batched)
 
-    def _transpose(self) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _transpose(self) -> tuple[list[Tensor], list[Any]]:
+        """c, and ∂₁Fᵀ c; of the latter only the graph where there is no probe: zeros need no memory."""
         if self._transposed is None:
-            at = [torch.zeros_like(y) for y in self.outputs] if self.probe is None else self.probe
+            at = or_zeros([None] * len(self.outputs), self.outputs) if self.probe is None else self.probe
             with torch.enable_grad():
                 cotangents = [c.detach().requires_grad_() for c in at]
                 pulled = grad_or_none(self.outputs, self.params, cotangents, create_graph=True)
+            if self.probe is None:
+                pulled = [y if y is None or not y.requires_grad else get_gradient_edge(y) for y in pulled]
             self._transposed = cotangents, pulled
         return self._transposed
 
