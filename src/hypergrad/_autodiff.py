@@ -84,16 +84,16 @@ def grad_or_none(
     if len(kept) < len(outputs):
         outputs = [outputs[i] for i in kept]
         cotangents = None if cotangents is None else [cotangents[i] for i in kept]
+    outputs, inputs, keep = tuple(outputs), tuple(inputs), retain_graph or create_graph
+    if cotangents is None and len(outputs) == 1 and outputs[0].numel() == 1:
+        cotangents = (torch.ones_like(outputs[0]),)
     try:
-        keep = retain_graph or create_graph
-        if _engine is None or cotangents is None or batched or has_torch_function((*outputs, *inputs)):
+        if _engine is None or cotangents is None or batched or has_torch_function(outputs + inputs):
             grads = torch.autograd.grad(
                 outputs, inputs, cotangents, keep, create_graph, allow_unused=True, is_grads_batched=batched
             )
         else:
-            grads = _engine(
-                tuple(outputs), tuple(cotangents), keep, create_graph, tuple(inputs), True, accumulate_grad=False
-            )
+            grads = _engine(outputs, tuple(cotangents), keep, create_graph, inputs, True, accumulate_grad=False)
     except RuntimeError as error:
         better = _explained(error)
         if better is error:

@@ -31,7 +31,7 @@ from .._solution import (
 from .._vector import PyTree, check_distinct, flatten
 from ..operators import GaussNewton
 from ..solvers import CG, GMRES, LinearSolver
-from ..solvers._solver import Real, Solver, anywhere, ratio, read, solve, where
+from ..solvers._solver import Real, Solver, anywhere, ratio, read, root, solve, where
 from ._correction import Correction, correct
 from ._goal import Refine, reach
 from ._problem import InnerProblem, LastProduct, Point, Problem, Variables, random_state_kept_on_error
@@ -339,7 +339,7 @@ def _unfinished(solution: Solution) -> Real:
 
 def _distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
     space, f = variables.space, read(residual)
-    size = read(space.pack([leaf.detach() for leaf in variables.given]).norm())
-    stretch = read((solution.value / solution.rhs_norm).norm())
+    w, v = space.pack([leaf.detach() for leaf in variables.given]), solution.value / solution.rhs_norm
+    size, stretch = root(read(w.dot(w))), root(read(v.dot(v)))
     known = (f != 0) & (read(solution.rhs_norm) != 0) & (read(solution.residual_norm) < math.inf)
     return space.tensor(ratio(f * stretch, size, known))
