@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -98,7 +98,7 @@ class Variables:
         )
 
 
-def check_hparams(leaves: list[Tensor], names: list[str]) -> list[Tensor]:
+def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> list[Tensor]:
     """The leaves that require grad. Raises ValueError for none, for one tensor twice, for one computed from another."""
     check_distinct(leaves, names)
     _check_independent(leaves, names)
@@ -108,7 +108,7 @@ def check_hparams(leaves: list[Tensor], names: list[str]) -> list[Tensor]:
     return differentiated
 
 
-def _check_independent(leaves: list[Tensor], names: list[str]) -> None:
+def _check_independent(leaves: list[Tensor], names: Sequence[str]) -> None:
     pair = None if all(leaf.is_leaf for leaf in leaves) else _autodiff.computed_from(leaves)
     if pair is not None:
         late, early = (names[i] for i in pair)

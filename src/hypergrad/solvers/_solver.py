@@ -230,9 +230,10 @@ def solve(
             last = last_product is not None or system.goal is None or not refinements_left or left <= 0
             r = (b if last else b.copy()).add_(image, 1 / scale, -1.0)
             residual = root(system.look(r.dot(r)))
-            if len(outcome.trace) == outcome.steps:
-                end = [residual] if isinstance(outcome.trace, list) else space.tensor(residual).unsqueeze(0)
-                outcome.trace = outcome.trace + end if isinstance(end, list) else torch.cat([outcome.trace, end])
+            trace = outcome.trace
+            if len(trace) == outcome.steps:
+                numbers = isinstance(trace, list)
+                outcome.trace = [*trace, residual] if numbers else torch.cat([trace, space.tensor(residual)[None]])
             code = _judge(outcome, residual, system)
             if last:
                 break
