@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import hypergrad as hg
 
-from . import accuracy, checks, counts, equal, report, scaling, tasks, unrolled
+from . import accuracy, checks, counts, equal, products, report, scaling, tasks, unrolled
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SECTIONS = {
@@ -22,6 +22,7 @@ SECTIONS = {
     "accuracy": accuracy.SECTION,
     "unrolled": unrolled.SECTION,
     "tasks": tasks.SECTION,
+    "products": products.SECTION,
     "checks": checks.SECTION,
     "scaling": scaling.SECTION,
 }

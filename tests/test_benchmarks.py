@@ -23,6 +23,7 @@ from benchmarks import (
     measure,
     peers,
     problems,
+    products,
     report,
     scaling,
     tasks,
@@ -235,6 +236,29 @@ def test_default_checks_cost_at_most_two_per_cent(name: str) -> None:
     found = checks.share(problems.rows()[name](), calls=7)
     print(f"{name}: {found.middle:.2%}")
     assert 0 < found.middle <= 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "limit"), checks.ARITHMETIC.items())
+def test_vector_arithmetic_costs_little_beside_the_products(name: str, limit: float) -> None:
+    found = checks.arithmetic(checks.row(name), calls=3)
+    print(f"{name}: {found.middle:.2%}")
+    assert 0 < found.middle <= limit
+
+
+def test_ways_of_a_product(tmp_path, monkeypatch):
+    """Forward agrees with reverse; a way that is wrong gets no time; the section writes what it has."""
+    ways = {"reverse": {}, "forward": {"products": "forward"}, "compiled": {"backend": "aot_eager"}, "bfloat16": {}}
+    monkeypatch.setattr(products, "WAYS", ways)
+    results, settings = products.measure(["tiny"], None, 1)
+    assert [r.method for r in results] == list(ways) and settings[0]["parameters"] == 20
+    assert max(r.error for r in results[:3]) < 1e-5 and all(r.ratio for r in results)
+    monkeypatch.setattr(products, "WRONG", -1.0)
+    wrong, _ = products.measure(["tiny"], ["forward"], 1)
+    assert [(r.method, r.ratio) for r in wrong] == [("forward", None)]
+    assert "wrong: no time" in products.table(wrong)
+    products.draw(results + wrong, tmp_path / "products.png")
+    assert (tmp_path / "products.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_batched_tasks(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -236,6 +237,9 @@ class Linearisation:
         curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
         probe: the c at which `pulled` is taken, like outputs.
         compiled: v ↦ ∂₁Fᵀv by other means.
+
+    Attributes:
+        forward: take ∂₁F v for ∂₁Fᵀv, for a ∂₁F that is symmetric.
     """
 
     def __init__(
@@ -253,15 +257,39 @@ class Linearisation:
         self.curvature = curvature
         self.probe = probe
         self.compiled = compiled
+        self.forward = False
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v: one retained reverse pass."""
-        return self._pull(v, batched=False)
+        return self._push(v, batched=False) if self.forward else self._pull(v, batched=False)
 
     def vjp_many(self, vs: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v for a stack [m, *shape] of v: one vectorised pass, or a loop where torch has none."""
-        return many(self.vjp, lambda vs: self._pull(vs, batched=True), vs)
+        batched = self._push if self.forward else self._pull
+        return many(self.vjp, lambda vs: batched(vs, batched=True), vs)
+
+    def push_for_pull(self, always: bool) -> None:
+        """Apply a symmetric ∂₁F by `jvp` from now on: always, or if that takes less time than `vjp`.
+
+        Raises: ValueError where the two products differ.
+        """
+        draw = torch.Generator().manual_seed(0)
+        v = [torch.randn(y.shape, generator=draw, dtype=y.dtype).to(y.device) for y in self.outputs]
+        pairs = list(zip(self.vjp(v), self.jvp(v), strict=True))
+        apart = max(float((x - y).norm()) for x, y in pairs)
+        size = max(float(x.norm()) for x, _ in pairs)
+        if not apart <= size * max(torch.finfo(y.dtype).eps for y in v) ** 0.5:
+            raise ValueError(
+                f"Av and Aᵀv differ by {apart:.1e}, and Aᵀv is of size {size:.1e}: A is not symmetric, or an operation "
+                f'in it (once_differentiable, or a backward that detaches) has no second derivative; use "reverse"'
+            )
+        seconds = {self.vjp: float("inf"), self.jvp: float("inf")}
+        for product in [] if always else 2 * list(seconds):
+            seconds[product] = min(seconds[product], _seconds(product, v))
+        self.forward = always or seconds[self.jvp] < seconds[self.vjp]
+        if not self.forward:
+            self._transposed = None
 
     def _pull(self, v: Sequence[Tensor], batched: bool) -> list[Tensor]:
         if self.curvature is not None:
@@ -314,6 +342,18 @@ class Linearisation:
                 pulled = [y if y is None or not y.requires_grad else get_gradient_edge(y) for y in pulled]
             self._transposed = cotangents, pulled
         return self._transposed
+
+
+def _seconds(product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> float:
+    """Wall time of a product, the device's part included."""
+    devices = {x.device for x in v if x.device.type != "cpu"}
+    for device in devices:
+        torch.accelerator.synchronize(device)
+    start = time.perf_counter()
+    product(v)
+    for device in devices:
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
 
 
 def many(

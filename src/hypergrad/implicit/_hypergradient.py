@@ -34,7 +34,7 @@ from ..solvers import CG, GMRES, LinearSolver
 from ..solvers._solver import Real, Solver, anywhere, ratio, read, root, solve, where
 from ._correction import Correction, correct
 from ._goal import Refine, reach
-from ._problem import InnerProblem, LastProduct, Point, Problem, Variables, random_state_kept_on_error
+from ._problem import InnerProblem, LastProduct, Point, Problem, Products, Variables, random_state_kept_on_error
 
 UNSOLVED = 0.1  # estimated relative distance from the inner solution at which a warning is due
 
@@ -123,6 +123,7 @@ def grad(
     hypergradient_rtol: float | None = None,
     refine: Refine = False,
     compile: bool | str = False,
+    products: Products = "reverse",
 ) -> Hypergradient:
     """Hypergradient ∇f(λ) of f(λ) = E(w(λ), λ) at a solution w of the inner problem. Changes nothing of the user's.
 
@@ -161,6 +162,11 @@ def grad(
             build at the first call, and again for other shapes or code; where torch cannot, a warning says why and
             products are the usual ones. It pays for small models, whose products are bound by overhead; large matrix
             products do not become faster.
+        products: how a symmetric A is applied: "reverse", Aᵀv through the graph of ∇₁g (or Φ, F); "forward", Av
+            through a second graph that is built from the first and kept beside it (about its size again), after one
+            product of each that must agree; "measured", the faster one by the time of two more of each, which
+            `result.problem.products` names for the outer steps after. Forward took .82 (attention, embeddings) to
+            1.63 (convolutions, batch norm) of the time of reverse.
 
     Returns:
         A Hypergradient.
@@ -198,6 +204,7 @@ def grad(
     symmetric = symmetric or positive_definite or inner.kind == "inner_loss"
     _check_options(inner, outer_loss, stochastic, final_draws, polish, hypergradient_rtol, refine)
     backend = _backend(compile, inner, stochastic)
+    _check_products(products, symmetric, stochastic or bool(compile) or isinstance(inner.given, GaussNewton))
     if solver is None:
         solver = CG() if symmetric else GMRES()
     with random_state_kept_on_error(variables.given):
@@ -205,7 +212,7 @@ def grad(
             variables.detach()
         else:
             variables.keep_live()
-        tags = (symmetric, positive_definite, stochastic, batch_dims, backend)
+        tags = (symmetric, positive_definite, stochastic, batch_dims, backend, products)
         problem = Problem(outer_loss, inner, params, hparams, *tags)
         point = Point(problem, variables, keep_outer=polish or hypergradient_rtol is not None)
         start = None if x0 is None else variables.space.vector(x0, "x0")
@@ -257,6 +264,19 @@ def _check_options(
         raise ValueError("refine goes on until a goal is reached: pass hypergradient_rtol as well")
     if refine and not (callable(inner.given) and callable(outer_loss)):
         raise TypeError(f"refine evaluates {inner.kind} and outer_loss at other params, so both must be callables")
+
+
+def _check_products(products: Any, symmetric: bool, other: bool) -> None:
+    if products not in ("reverse", "forward", "measured"):
+        raise ValueError(f'products must be "reverse", "forward" or "measured", got {products!r}')
+    if products == "reverse":
+        return
+    if not symmetric:
+        raise TypeError(
+            f"products={products!r} takes Av for Aᵀv, and A is not declared symmetric; if it is, pass symmetric=True"
+        )
+    if other:
+        raise TypeError(f"products={products!r} is not for stochastic, GaussNewton or compiled products")
 
 
 def _backend(compile: bool | str, inner: InnerProblem, stochastic: bool) -> str | None:

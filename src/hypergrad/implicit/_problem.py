@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .._autodiff import Linearisation, as_scalar
 from .._vector import PyTree, Space, Vector, check_distinct, flatten
 from ..operators import GaussNewton
 
+Products = Literal["reverse", "forward", "measured"]
 UNREACHED = (
     "inner_loss does not depend on params; was it computed under no_grad, or from other tensors (a live model's)?"
 )
@@ -141,7 +142,9 @@ class InnerProblem:
         """The same with its Hessian, where a Gauss–Newton matrix stands in for it."""
         return InnerProblem(self.kind, self.given.__call__ if isinstance(self.given, GaussNewton) else self.given)
 
-    def linearise(self, variables: Variables, backend: str | None = None) -> Linearisation:
+    def linearise(
+        self, variables: Variables, backend: str | None = None, products: Products = "reverse"
+    ) -> Linearisation:
         """The graph of ∇₁g, Φ or F at params and hparams; with a backend of torch.compile, products are compiled."""
         with torch.enable_grad():
             if isinstance(self.given, GaussNewton):
@@ -159,7 +162,10 @@ class InnerProblem:
         if backend is not None:
             params, hparams, leaves = variables.copies(None)
             compiled = _compiled.pull(self.given, self.kind, params, hparams, leaves, backend)
-        return Linearisation(outputs, variables.leaves, variables.differentiated, compiled=compiled)
+        linearisation = Linearisation(outputs, variables.leaves, variables.differentiated, compiled=compiled)
+        if products != "reverse":
+            linearisation.push_for_pull(always=products == "forward")
+        return linearisation
 
     def in_precision(self, dtype: torch.dtype, variables: Variables) -> Linearisation:
         """The graph of ∇₁g, Φ or F in another dtype, for products with ∂₁F: under autocast for 16 bits, else cast."""
@@ -238,6 +244,7 @@ class Problem:
         stochastic: whether the inner problem is drawn anew at every product.
         batch_dims: 1 where A is block diagonal.
         backend: of torch.compile, where products are compiled.
+        products: how a symmetric A is applied.
         versions: torch's counters of in-place changes of params and hparams at the time.
     """
 
@@ -250,6 +257,7 @@ class Problem:
     stochastic: bool = False
     batch_dims: int = 0
     backend: str | None = None
+    products: Products = "reverse"
     versions: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
@@ -287,7 +295,9 @@ class Point:
 
     def __init__(self, problem: Problem, variables: Variables, keep_outer: bool = True):
         self.problem, self.variables = problem, variables
-        kept = None if problem.stochastic else problem.inner.linearise(variables, problem.backend)
+        kept = None if problem.stochastic else problem.inner.linearise(variables, problem.backend, problem.products)
+        if problem.products == "measured" and kept is not None:
+            self.problem = problem = replace(problem, products="forward" if kept.forward else "reverse")
 
         def linearise() -> Linearisation:
             return problem.inner.linearise(variables) if kept is None else kept
