@@ -24,7 +24,7 @@ ATTENTION = (
 
 
 # What torch.autograd.grad calls in the end. Its checks of what comes take a quarter of a small product's time.
-_engine = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_engine = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
