@@ -31,7 +31,7 @@ from .._solution import (
 from .._vector import PyTree, check_distinct, flatten
 from ..operators import GaussNewton
 from ..solvers import CG, GMRES, LinearSolver
-from ..solvers._solver import Real, Solver, anywhere, ratio, read, root, solve, where
+from ..solvers._solver import Real, Solver, anywhere, length, ratio, read, solve, where
 from ._correction import Correction, correct
 from ._goal import Refine, reach
 from ._problem import InnerProblem, LastProduct, Point, Problem, Products, Variables, random_state_kept_on_error
@@ -353,13 +353,13 @@ def _unfinished(solution: Solution) -> Real:
     rate = read(solution.growth_rate)
     # A rate that rounding does not tell from 1 (or that of no step at all) says nothing.
     told = rate < 1 - 100 * solution.value.space.eps
-    rest = ratio(rate * left, (1 - rate) * read(solution.value.norm()), told)
+    rest = ratio(rate * left, (1 - rate) * length(solution.value), told)
     return 1 + where(told & (rest < math.inf), rest, 0.0)
 
 
 def _distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
     space, f = variables.space, read(residual)
-    w, v = space.pack([leaf.detach() for leaf in variables.given]), solution.value / solution.rhs_norm
-    size, stretch = root(read(w.dot(w))), root(read(v.dot(v)))
+    size = length(space.pack([leaf.detach() for leaf in variables.given]))
+    stretch = length(solution.value / solution.rhs_norm)
     known = (f != 0) & (read(solution.rhs_norm) != 0) & (read(solution.residual_norm) < math.inf)
     return space.tensor(ratio(f * stretch, size, known))

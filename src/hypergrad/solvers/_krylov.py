@@ -16,7 +16,7 @@ from .._solution import Status
 from .._vector import Basis, Vector
 from ..operators import LinearOperator, function
 from ._preconditioners import Reused, is_recipe
-from ._solver import IterativeSolver, Outcome, Real, System, ratio, root, where
+from ._solver import IterativeSolver, Outcome, Real, System, length, ratio, root, where
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def event(code: Real | None, happened: Real, status: Status) -> Real:
 
 def pairing(q: Vector, ap: Vector, look: Callable[[Tensor], Real]) -> tuple[Real, Real]:
     """qᵀ(Ap), and ‖q‖ ‖Ap‖."""
-    return look(q.dot(ap)), root(look(q.dot(q))) * root(look(ap.dot(ap)))
+    return look(q.dot(ap)), length(q, look) * length(ap, look)
 
 
 def asymmetry(one: tuple[Real, Real], other: tuple[Real, Real], eps: float) -> Real:

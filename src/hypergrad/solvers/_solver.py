@@ -52,6 +52,11 @@ def root(a: Real) -> Real:
     return a.sqrt() if isinstance(a, Tensor) else math.sqrt(a)
 
 
+def length(v: Vector, look: Callable[[Tensor], Real] = read) -> Real:
+    """‖v‖, as a number where `look` gives one."""
+    return root(look(v.dot(v)))
+
+
 @dataclass
 class System:
     """A x = b as an iteration sees it: damped operator, right hand side scaled near 1, limits resolved."""
@@ -220,7 +225,7 @@ def solve(
         norm2 = read(b.dot(b))
         tame = space.uniform and not isinstance(norm2, Tensor) and TAME <= norm2 <= 1 / TAME
         scale = 1.0 if tame else b.scale(read)
-        norm = root(norm2 if tame else read(b.scale_(1 / scale).dot(b)))
+        norm = root(norm2) if tame else length(b.scale_(1 / scale))
         system = _system(solver, op, b, None if x0 is None else x0 / scale, scale, norm)
         outcome = solver._iterate(system)
         for refinements_left in (2, 1, 0):
@@ -228,8 +233,7 @@ def solve(
             image = op(x) if last_product is None else _damped(last_product(x), x, solver.damping)
             left = system.max_steps - outcome.steps
             last = last_product is not None or system.goal is None or not refinements_left or left <= 0
-            r = (b if last else b.copy()).add_(image, 1 / scale, -1.0)
-            residual = root(system.look(r.dot(r)))
+            residual = length((b if last else b.copy()).add_(image, 1 / scale, -1.0), system.look)
             trace = outcome.trace
             if len(trace) == outcome.steps:
                 numbers = isinstance(trace, list)

@@ -11,7 +11,7 @@ import torch
 from .._solution import Status
 from .._vector import Vector
 from ._krylov import event
-from ._solver import IterativeSolver, LinearSolver, Outcome, Real, System, root
+from ._solver import IterativeSolver, LinearSolver, Outcome, Real, System, length
 
 HOPELESS = 1e8  # growth of the residual at which the iteration is given up
 
@@ -31,8 +31,7 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
         image = b.copy() if x is None else system.op.contract(x).apart_from(x).add_(b)
         trace.append(unseen)
         if k in looks:
-            change = image if x is None else image - x
-            size = trace[-1] = root(look(change.dot(change)))
+            size = trace[-1] = length(image if x is None else image - x, look)
             norms.append(size)
             if looking:
                 going = going & (size > stop) & (size <= hopeless)
