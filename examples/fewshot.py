@@ -33,11 +33,12 @@ class Classes(NamedTuple):
 
 
 class FewShot(NamedTuple):
-    """Classes to learn from and classes to be tested on, which have none in common."""
+    """Classes to learn from, to be tested on, and perhaps to choose settings by: no class is in two of them."""
 
     name: str
     train: Classes
     test: Classes
+    validation: Classes | None = None
 
 
 class Tasks(NamedTuple):
@@ -86,6 +87,7 @@ def omniglot(
     train: tuple[str, ...] = ("images_background",),
     test: tuple[str, ...] = ("images_evaluation",),
     characters: int = 0,
+    validation: tuple[str, ...] = (),
     size: int = 28,
     rotations: bool = True,
     seed: int = 0,
@@ -97,35 +99,37 @@ def omniglot(
             the training sets.
         characters: instead, the split of Vinyals et al. 2016 and most papers: all characters of train and test
             together, shuffled by seed, so many of them (1,200) to learn from and the others for the test.
+        validation: alphabets (or sets) to choose settings by, left out of the training sets.
         size: height and width that images are reduced to.
         rotations: turned characters as further classes to learn from.
     """
+    if characters and validation:
+        raise ValueError(f"characters = {characters} splits at random, and validation = {validation} names: give one")
     drawings: dict[str, list[Tensor]] = {}
-    wanted = [_omniglot_files(folder, name) for name in (*train, *test)]
-    own = [{_character(path) for path, _ in files} for files in wanted]
-    for path, data in {path: data for files in wanted for path, data in files}.items():
+    wanted = [[_omniglot_files(folder, name) for name in names] for names in (train, test, validation)]
+    # Sets may share alphabets, so a drawing is known by alphabet/character/file.
+    every = {path.split("/", 1)[1]: data for part in wanted for files in part for path, data in files}
+    for path, data in every.items():
         ink = Image.open(io.BytesIO(data)).convert("L").resize((size, size), Image.Resampling.LANCZOS)
         drawings.setdefault(_character(path), []).append(1 - torch.tensor(np.array(ink), dtype=torch.float32) / 255)
-    names = sorted(drawings)
-    tested = set().union(*own[len(train) :])
-    learned = [name for name in names if name not in {t for t in tested} and not _alphabet(name) & _alphabets(tested)]
+    own = [{_character(path) for files in part for path, _ in files} for part in wanted]
+    both = {name.split("/")[0] for name in own[1]} & {name.split("/")[0] for name in own[2]}
+    if both:
+        raise ValueError(f"alphabets cannot be both for the test and for the validation: {', '.join(sorted(both))}")
+    held = {name.split("/")[0] for name in own[1] | own[2]}
+    learned, tested = [name for name in sorted(own[0]) if name.split("/")[0] not in held], sorted(own[1])
     if characters:
+        names = sorted(drawings)
         shuffled = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
-        learned, tested = shuffled[:characters], set(shuffled[characters:])
-    first, last = (_classes(drawings, part) for part in (learned, sorted(tested)))
-    return FewShot("omniglot", with_rotations(first) if rotations else first, last)
+        learned, tested = shuffled[:characters], sorted(shuffled[characters:])
+    first, last = (_classes(drawings, part) for part in (learned, tested))
+    middle = _classes(drawings, sorted(own[2])) if validation else None
+    return FewShot("omniglot", with_rotations(first) if rotations else first, last, middle)
 
 
 def _character(path: str) -> str:
+    """alphabet/character."""
     return "/".join(path.split("/")[-3:-1])
-
-
-def _alphabet(character: str) -> set[str]:
-    return {character.split("/")[0]}
-
-
-def _alphabets(characters: set[str]) -> set[str]:
-    return {name.split("/")[0] for name in characters}
 
 
 def _classes(drawings: dict[str, list[Tensor]], names: list[str]) -> Classes:
@@ -162,10 +166,11 @@ def _pngs(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def mini_imagenet(folder: Path, size: int = 84) -> FewShot:
-    """mini-ImageNet from folders train/class/*.jpg and test/class/*.jpg (any image format), in colour."""
+    """mini-ImageNet from folders train/class/*.jpg, test/ and, where there is one, val/ (any format), in colour."""
     if not (folder / "train").is_dir() or not (folder / "test").is_dir():
         raise SystemExit(MINI_IMAGENET.format(folder=folder))
-    return FewShot("mini-imagenet", *(_image_folder(folder / part, size) for part in ("train", "test")))
+    parts = ["train", "test"] + ["val"] * (folder / "val").is_dir()
+    return FewShot("mini-imagenet", *(_image_folder(folder / part, size) for part in parts))
 
 
 def _image_folder(folder: Path, size: int) -> Classes:

@@ -13,8 +13,14 @@
 # Implicit gradients want an inner problem that is solved. Under BatchNorm on five images the curvature of its Hessian
 # reaches 100 at the start, in a narrow net: steps of 0.1 (stable up to a curvature of 20) jump about, the Hessian
 # there has negative eigenvalues, CG's answer is off by more than its right hand side, and iMAML learns far worse than
-# FOMAML. Steps of 0.01 with momentum 0.9, and some damping of the adjoint systems, cure it; the table says how well
+# FOMAML. Smaller steps with momentum 0.9, and some damping of the adjoint systems, cure it; the table says how well
 # both problems were solved.
+#
+# The same curvature makes the derivative of many steps explode: through 16 steps of 0.01 with momentum, a task's
+# meta-gradient had a norm of 2 to 5 later on, but of up to 160,000 among MAML's first ten meta-steps. One such gradient
+# stays in Adam's second moments for a thousand meta-steps: 30 later, a meta-step moved λ by an eighth of what it does
+# where meta-gradients are clipped, and that seed learned nothing. So they are clipped, and MAML takes the inner loop of
+# its authors, one step of 0.4.
 
 # %%
 import csv
@@ -42,10 +48,11 @@ from examples.fewshot import Classes, FewShot, Tasks, nearest_neighbour, sample
 Name = Literal["iMAML", "MAML", "FOMAML", "Reptile", "fine-tuning"]
 Params = dict[str, Tensor]
 
+# Of iMAML; of MAML, Finn et al. 2017, appendix A.1.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "omniglot": {"filters": 64, "regularisation": 2.0, "steps": 16},
-    "omniglot, 20 ways": {"filters": 64, "regularisation": 2.0, "steps": 25},
-    "mini-imagenet": {"filters": 32, "regularisation": 0.5, "steps": 10},
+    "omniglot": {"filters": 64, "regularisation": 2.0, "steps": 16, "maml_steps": 1, "maml_lr": 0.4},
+    "omniglot, 20 ways": {"filters": 64, "regularisation": 2.0, "steps": 25, "maml_steps": 5, "maml_lr": 0.1},
+    "mini-imagenet": {"filters": 32, "regularisation": 0.5, "steps": 10, "maml_steps": 5, "maml_lr": 0.01},
 }
 
 
@@ -57,6 +64,8 @@ class Config(Common):
     """Omniglot's sets or alphabets to learn from."""
     test: tuple[str, ...] = ("images_evaluation",)
     """Sets or alphabets for the test; an alphabet of these is left out of the training sets."""
+    validation: tuple[str, ...] = ()
+    """Alphabets of Omniglot, left out likewise, for the curve: to choose settings by, and when the test is taken."""
     characters: int = 0
     """Instead, the split of most papers: so many (1200) of all characters, at random, to learn from."""
     methods: tuple[Name, ...] = ("iMAML", "MAML", "FOMAML", "Reptile", "fine-tuning")
@@ -74,23 +83,31 @@ class Config(Common):
     regularisation: float | None = None
     """ρ of iMAML; by default as published: 2, mini-ImageNet 0.5."""
     steps: int | None = None
-    """T of the inner loop; by default as published: 16, 20 ways 25, mini-ImageNet 10."""
+    """T of the inner loop; by default as published: 16, 20 ways 25, mini-ImageNet 10. Not of MAML's."""
     lr: float = 0.1
-    """Of the inner loop."""
+    """Of the inner loop. Not of MAML's."""
     momentum: float = 0.0
-    """Of the inner loop."""
+    """Of the inner loop. MAML's has none."""
+    maml_steps: int | None = None
+    """T of MAML's inner loop; by default as published: 1, 20 ways and mini-ImageNet 5."""
+    maml_lr: float | None = None
+    """Of MAML's inner loop; by default as published: 0.4, 20 ways 0.1, mini-ImageNet 0.01."""
     cg_steps: int = 5
     """K of iMAML's adjoint systems."""
     damping: float = 0.0
     """Added to the diagonal of iMAML's adjoint systems, whose Hessians need not be positive definite."""
-    reptile_shots: int = 5
+    reptile_shots: int = 10
     """Images of each class that Reptile, which uses no query set, trains on."""
+    reptile_batch: int = 10
+    """Of these images, drawn anew for each of its inner steps."""
     meta_batch: int = 16
     """Tasks of a meta-step."""
     iterations: int = 2000
     """Meta-steps."""
     outer_lr: float = 1e-3
     """Of Adam."""
+    clip: float = 10.0
+    """Greatest norm of a meta-gradient: a longer one is shortened to it; `inf` leaves all as they are."""
     test_tasks: int = 600
     """The same for all methods and seeds."""
     curve_tasks: int = 100
@@ -99,6 +116,8 @@ class Config(Common):
     """Meta-steps between two of them."""
     save_every: int = 50
     """Meta-steps between checkpoints; a run that was killed goes on from the last."""
+    remark: str = ""
+    """What the page shall say beside: how the settings were chosen, for instance."""
     device: str = "cpu"
     """Of everything."""
 
@@ -118,10 +137,22 @@ FAST = {
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with the published values where none was given."""
+    """The configuration with the published values where none was given; checked."""
+    if not config.clip > 0:
+        raise SystemExit(f"--clip {config.clip}: the greatest norm of a meta-gradient must be > 0, or inf for none")
+    if config.validation and (config.data is None or config.dataset != "omniglot"):
+        raise SystemExit(
+            f"--validation {' '.join(config.validation)}: only of Omniglot, with --data, can alphabets be held out; "
+            f"mini-ImageNet has a folder val/"
+        )
+    if config.reptile_batch < 1:
+        raise SystemExit(f"--reptile-batch {config.reptile_batch}: an inner step needs at least one image")
+    return replace(config, **{key: value for key, value in published(config).items() if getattr(config, key) is None})
+
+
+def published(config: Config) -> dict[str, Any]:
     many = ", 20 ways" if config.dataset == "omniglot" and config.ways >= 20 else ""
-    published = PUBLISHED[config.dataset + many]
-    return replace(config, **{key: value for key, value in published.items() if getattr(config, key) is None})
+    return PUBLISHED[config.dataset + many]
 
 
 # %% [markdown]
@@ -151,7 +182,7 @@ def load(config: Config) -> FewShot:
         return fewshot.digits()
     if config.dataset == "mini-imagenet":
         return fewshot.mini_imagenet(config.data)
-    return fewshot.omniglot(config.data, config.train, config.test, config.characters)
+    return fewshot.omniglot(config.data, config.train, config.test, config.characters, config.validation)
 
 
 def draw(classes: Classes, count: int, config: Config, seed: int, shots: int | None = None, queries: int = -1) -> Tasks:
@@ -179,7 +210,11 @@ class Learner:
         self.net = network(channels, size, config.filters or 0, classes).to(config.device)
         self.model = hg.nn.functional(self.net)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.outer_lr)
-        self.rule = hg.diff_optimizers.SGD(lr=config.lr, momentum=config.momentum)
+        maml = name == "MAML"
+        self.steps = (config.maml_steps if maml else config.steps) or 0
+        self.rule = hg.diff_optimizers.SGD(
+            lr=(config.maml_lr or 0.0) if maml else config.lr, momentum=0.0 if maml else config.momentum
+        )
         # A few steps of CG, and of the inner loop, are what the papers take; how far they go is reported.
         solver = hg.solvers.CG(max_steps=config.cg_steps, damping=config.damping, on_failure="ignore")
         self.method = {
@@ -194,6 +229,12 @@ class Learner:
     def fit(self, params: Params, hparams: Params, task: Tasks) -> Tensor:
         x, y = task.support
         return cross_entropy(self.model(params, x), y)
+
+    def fit_some(self, params: Params, hparams: Params, task: Tasks) -> Tensor:
+        """On images drawn anew: on the same ones, Reptile's steps would say nothing of how well they generalise."""
+        x, y = task.support
+        some = torch.rand(len(y), device=y.device).argsort()[: self.config.reptile_batch]
+        return cross_entropy(self.model(params, x[some]), y[some])
 
     def query_loss(self, params: Params, hparams: Params, task: Tasks) -> Tensor:
         x, y = task.query
@@ -212,17 +253,20 @@ class Learner:
         config, reptile = self.config, self.name == "Reptile"
         shots, queries = (config.reptile_shots, 0) if reptile else (config.shots, config.queries)
         tasks = draw(self.data.train, config.meta_batch, config, seed, shots, queries)
+        if reptile:
+            torch.manual_seed(seed)
         result = hg.meta.backward(
-            self.inner_loss,
+            self.fit_some if reptile else self.inner_loss,
             None if reptile else self.query_loss,
             dict(self.net.named_parameters()),
             tasks,
             method=self.method,
-            steps=config.steps or 0,
+            steps=self.steps,
             rule=self.rule,
         )
-        self.optimizer.step()
-        measured = {} if result.outer_values is None else {"loss": float(result.outer_values.mean())}
+        measured = self.descend()
+        if result.outer_values is not None:
+            measured["loss"] = float(result.outer_values.mean())
         if result.adjoint_residual is not None and result.inner_distance is not None:
             measured["adjoint residual"] = float(result.adjoint_residual.median())
             measured["inner distance"] = float(result.inner_distance.median())
@@ -235,8 +279,13 @@ class Learner:
         rows, columns = (torch.randint(n, (count,), generator=random) for n in x.shape[:2])
         loss = cross_entropy(self.net(x[rows, columns].to(self.config.device)), rows.to(self.config.device))
         loss.backward()
+        return self.descend() | {"loss": float(loss.detach())}
+
+    def descend(self) -> dict[str, float]:
+        """Adam's step on the gradient as clipped; its norm before."""
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         self.optimizer.step()
-        return {"loss": float(loss.detach())}
+        return {"gradient norm": float(norm)}
 
     def start(self) -> Params:
         """λ for tasks of `ways` classes; for fine-tuning the features under a new head."""
@@ -252,8 +301,7 @@ class Learner:
         for begin in range(0, count, 100):
             tasks = draw(classes, min(100, count - begin), self.config, seed + begin)
             hparams = self.start()
-            steps = self.config.steps or 0
-            adapted = hg.meta.adapt(self.inner_loss, hparams, tasks, steps=steps, rule=self.rule)
+            adapted = hg.meta.adapt(self.inner_loss, hparams, tasks, steps=self.steps, rule=self.rule)
             chunk = 1 if self.config.device == "cpu" else None  # many images a task: see hg.meta.Plan
             parts.append(hg.meta.each(self.correct, adapted.params, hparams, tasks, chunk=chunk))
         return torch.cat(parts).cpu()
@@ -269,8 +317,20 @@ class Learner:
 TEST_SEED = 10**9
 
 
+def seen(data: FewShot) -> Classes:
+    """The classes that the curve is of: those to choose settings by, where there are any."""
+    return data.test if data.validation is None else data.validation
+
+
+def of_curve(data: FewShot) -> str:
+    return "test" if data.validation is None else "validation"
+
+
 def train(learner: Learner, folder: Path, progress: tqdm) -> dict[str, Any]:
-    """Train to the end, from the checkpoint if there is one, and test: accuracies, curve and what was measured."""
+    """Train to the end, from the checkpoint if there is one, and test: accuracies, curve and what was measured.
+
+    The test is of the last λ or, with classes to choose by, of the best point of the curve.
+    """
     config = learner.config
     path = folder / "checkpoints" / f"{learner.name}-{learner.seed}.pt"
     state = restored(path, learner)
@@ -280,6 +340,7 @@ def train(learner: Learner, folder: Path, progress: tqdm) -> dict[str, Any]:
         begin = time.process_time()
         measured = learner.step(iteration)
         state["seconds"] += time.process_time() - begin
+        state["clipped"] += measured["gradient norm"] > config.clip
         state["iteration"] = done = iteration + 1
         for key, value in measured.items():
             board.add_scalar(key, value, done)
@@ -287,13 +348,18 @@ def train(learner: Learner, folder: Path, progress: tqdm) -> dict[str, Any]:
             f"{learner.name} {learner.seed}" + "".join(f", {k} {v:.2g}" for k, v in measured.items())
         )
         if done % config.curve_every == 0 or done == config.iterations:
-            accuracy = float(learner.test(config.curve_tasks, learner.data.test, TEST_SEED // 2).mean())
-            board.add_scalar("test accuracy", accuracy, done)
+            accuracy = float(learner.test(config.curve_tasks, seen(learner.data), TEST_SEED // 2).mean())
+            board.add_scalar(f"{of_curve(learner.data)} accuracy", accuracy, done)
             state["curve"].append({"step": done, "accuracy": accuracy, **measured})
+            if learner.data.validation is not None and accuracy > (state["best"] or {"accuracy": 0})["accuracy"]:
+                params = {name: x.clone() for name, x in learner.net.state_dict().items()}
+                state["best"] = {"step": done, "accuracy": accuracy, "params": params}
         if done % config.save_every == 0 or done == config.iterations:
             keep(path, learner, state)
         progress.update(1)
     if state["test"] is None:
+        if state["best"] is not None:
+            learner.net.load_state_dict(state["best"]["params"])
         state["test"] = learner.test(config.test_tasks, learner.data.test, TEST_SEED).tolist()
         keep(path, learner, state)
     board.close()
@@ -302,8 +368,13 @@ def train(learner: Learner, folder: Path, progress: tqdm) -> dict[str, Any]:
 
 def identity(learner: Learner) -> dict[str, Any]:
     """What must be the same for a checkpoint to be gone on from: the options that this method reads."""
-    own = {"iMAML": ("regularisation", "cg_steps", "damping"), "Reptile": ("reptile_shots",)}
-    other = {"output", "threads", "methods", "seeds", "seed", "save_every", "device"}
+    own = {
+        "iMAML": ("regularisation", "cg_steps", "damping"),
+        "MAML": ("maml_steps", "maml_lr"),
+        "Reptile": ("reptile_shots", "reptile_batch"),
+    }
+    other = {"output", "threads", "methods", "seeds", "seed", "save_every", "device", "remark"}
+    other |= {"steps", "lr", "momentum"} if learner.name == "MAML" else set()
     other |= {key for name, keys in own.items() if name != learner.name for key in keys}
     return {key: str(value) for key, value in asdict(learner.config).items() if key not in other}
 
@@ -317,7 +388,7 @@ def keep(path: Path, learner: Learner, state: dict[str, Any]) -> None:
 
 
 def restored(path: Path, learner: Learner) -> dict[str, Any]:
-    new: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "curve": [], "test": None}
+    new: dict[str, Any] = {"iteration": 0, "seconds": 0.0, "clipped": 0, "curve": [], "best": None, "test": None}
     if not path.is_file():
         return new
     state = torch.load(path, weights_only=True, map_location=learner.config.device)
@@ -342,30 +413,63 @@ def interval(values: list[float]) -> float:
     return 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def table(runs: dict[str, list[dict[str, Any]]], baseline: list[float]) -> str:
-    lines = ["| method | test accuracy | of each seed | CPU s per meta-step |", "|---|---|---|---|"]
+def table(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: FewShot, config: Config) -> str:
+    extra = "" if data.validation is None else " validation, best | at meta-step |"
+    lines = [
+        f"| method | test accuracy | of each seed |{extra} CPU s per meta-step |",
+        "|---" * (4 + extra.count("|")) + "|",
+    ]
     for name, states in runs.items():
         means = [mean(state["test"]) for state in states]
         every = [value for state in states for value in state["test"]]
         width = interval([mean(values) for values in zip(*(state["test"] for state in states), strict=True)])
         each = ", ".join(f"{value:.1%}" for value in means)
         cost = mean(state["seconds"] / state["iteration"] for state in states)
-        lines.append(f"| {name} | {mean(every):.1%} ± {width:.1%} | {each} | {cost:.3f} |")
-    lines.append(f"| nearest neighbour, pixels | {mean(baseline):.1%} ± {interval(baseline):.1%} | | |")
+        bests = [state["best"] for state in states if state["best"]]
+        best = (
+            f" {mean(b['accuracy'] for b in bests):.1%} | {', '.join(str(b['step']) for b in bests)} |" if bests else ""
+        )
+        lines.append(f"| {name} | {mean(every):.1%} ± {width:.1%} | {each} |{best} {cost:.3f} |")
+    pixels = f"{mean(baseline):.1%} ± {interval(baseline):.1%}"
+    lines.append(f"| nearest neighbour, pixels | {pixels} | |{' |' * extra.count('|')} |")
+    return "\n\n".join(["\n".join(lines), *remarks(runs, data, config)])
+
+
+def remarks(runs: dict[str, list[dict[str, Any]]], data: FewShot, config: Config) -> list[str]:
+    """Paragraphs of what is to be known beside the table: the classes, the sizes, what was measured."""
+    classes = f"Learned from {kinds(data.train)}; tested on {kinds(data.test)}, {config.test_tasks} tasks"
+    if data.validation:
+        classes += f"; validated on {kinds(data.validation)}, which were held out, and tested where that was best"
+    paper = published(config)
+    sizes = (
+        f"{config.filters} filters, {config.meta_batch} tasks a meta-step, {config.iterations:,} meta-steps, "
+        f"T = {config.steps}, ρ = {config.regularisation:g}; in the papers {paper['filters']} filters, tens of "
+        f"thousands of meta-steps, T = {paper['steps']}, ρ = {paper['regularisation']:g}"
+    )
+    if "MAML" in runs:
+        sizes += f". MAML's inner loop: T = {config.maml_steps}, steps of {config.maml_lr:g} without momentum"
+    shares = {name: mean(state["clipped"] / state["iteration"] for state in states) for name, states in runs.items()}
+    clipped = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share) or "none"
+    measured = f"Meta-gradients longer than {config.clip:g}, and so clipped: {clipped}."
     last = [state["curve"][-1] for state in runs.get("iMAML", [])]
     if last:
         residual, distance = (mean(point[key] for point in last) for key in ("adjoint residual", "inner distance"))
-        lines += [
-            "",
-            f"iMAML's last meta-step: residual of the adjoint systems {residual:.1e}, estimated distance of the",
-        ]
-        lines[-1] += (
-            f" adapted parameters from the inner solution {distance:.1%} (medians over tasks, mean over seeds)."
+        measured += (
+            f" iMAML's last meta-step: residual of the adjoint systems {residual:.1e}, estimated distance of the "
+            f"adapted parameters from the inner solution {distance:.1%} (medians over tasks, mean over seeds)."
         )
-    return "\n".join(lines)
+    return [f"{classes}. Sizes: {sizes}.", measured, *([config.remark] if config.remark else [])]
+
+
+def kinds(classes: Classes) -> str:
+    """How many classes, and of which alphabets where these are named."""
+    alphabets = sorted({name.split("/")[0] for name in classes.names if "/" in name})
+    names = f" ({', '.join(alphabets)})" if 0 < len(alphabets) <= 10 else ""
+    return f"{len(classes.names):,} classes{names}"
 
 
 def plot(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: FewShot, config: Config) -> Figure:
+    on_curve = nearest_neighbour(draw(seen(data), config.curve_tasks, config, TEST_SEED // 2)).tolist()
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 1.5, 1.2))
     tasks = draw(data.test, 1, config, TEST_SEED)
@@ -384,18 +488,22 @@ def plot(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: Few
         middle.plot(steps, curves.mean(0), c=f"C{i}", label=name)
         if len(states) > 1:
             middle.fill_between(steps, curves.amin(0), curves.amax(0), color=f"C{i}", alpha=0.15, lw=0)
+        bests = [state["best"] for state in states if state["best"]]
+        middle.plot([b["step"] for b in bests], [b["accuracy"] for b in bests], "o", c=f"C{i}", ms=4)
         means = [mean(state["test"]) for state in states]
         right.bar(i, mean(means), color=f"C{i}", alpha=0.5, width=0.7)
         right.plot([i] * len(means), means, "o", c=f"C{i}", ms=4)
         right.annotate(f"{mean(means):.1%}", (i, max(means)), (0, 5), textcoords="offset points", ha="center")
-    for axes in (middle, right):
-        axes.axhline(mean(baseline), c="gray", ls="--", lw=1, label="nearest neighbour, pixels")
+    for axes, pixels in ((middle, on_curve), (right, baseline)):
+        axes.axhline(mean(pixels), c="gray", ls="--", lw=1, label="nearest neighbour, pixels")
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     kind = f"{config.ways}-way {config.shots}-shot"
-    middle.set(title=f"Test accuracy, {kind}: mean and range of seeds", xlabel="meta-step")
+    curve = of_curve(data).capitalize()
+    across = "meta-step" if data.validation is None else "meta-step (a dot: where a seed is tested)"
+    middle.set(title=f"{curve} accuracy, {kind}: mean, range of seeds", xlabel=across)
     middle.legend(loc="lower right", fontsize=8)
-    right.set(title=f"After training, {config.test_tasks} tasks: mean and seeds", xlim=(-0.6, len(runs) - 0.4))
+    right.set(title=f"Test accuracy, {config.test_tasks} tasks: mean, seeds", xlim=(-0.6, len(runs) - 0.4))
     right.set_xticks(range(len(runs)), list(runs), rotation=20)
     right.set_ylim(0, 1.05)
     return figure
@@ -403,7 +511,7 @@ def plot(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: Few
 
 def write_csv(path: Path, runs: dict[str, list[dict[str, Any]]], first: int) -> None:
     with path.open("w", newline="") as file:
-        keys = ["method", "seed", "step", "accuracy", "loss", "adjoint residual", "inner distance"]
+        keys = ["method", "seed", "step", "accuracy", "gradient norm", "loss", "adjoint residual", "inner distance"]
         writer = csv.DictWriter(file, keys)
         writer.writeheader()
         for name, states in runs.items():
@@ -412,9 +520,10 @@ def write_csv(path: Path, runs: dict[str, list[dict[str, Any]]], first: int) -> 
 
 
 def summary(state: dict[str, Any]) -> dict[str, Any]:
-    """A run without the accuracy of every task."""
-    test = state["test"]
-    return {"accuracy": mean(test), "interval": interval(test)} | {k: v for k, v in state.items() if k != "test"}
+    """A run without the accuracy of every task, and without λ."""
+    test, rest = state["test"], {key: value for key, value in state.items() if key not in ("test", "best")}
+    best = {key: state["best"][key] for key in ("step", "accuracy")} if state["best"] else None
+    return {"accuracy": mean(test), "interval": interval(test), "best": best} | rest
 
 
 def main(build: Callable[..., Learner] = Learner) -> None:
@@ -431,7 +540,7 @@ def main(build: Callable[..., Learner] = Learner) -> None:
     results = {name: [summary(state) for state in states] for name, states in runs.items()}
     results["nearest neighbour, pixels"] = [{"accuracy": mean(baseline), "interval": interval(baseline)}]
     title = f"Few-shot learning on {data.name}: {config.ways}-way {config.shots}-shot"
-    save(config, title, table(runs, baseline), plot(runs, baseline, data, config), results)
+    save(config, title, table(runs, baseline, data, config), plot(runs, baseline, data, config), results)
 
 
 if __name__ == "__main__":

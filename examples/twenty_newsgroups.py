@@ -48,9 +48,7 @@ class Config(Common):
     download: bool = False
     """Let scikit-learn fetch the original, 14 MB."""
     outer_steps: int = 500
-    """HyperTorch's outer steps, with CG."""
-    other_steps: int = 30
-    """Those with `reverse` and `fixed_point`, which go the same way."""
+    """HyperTorch's outer steps, with `reverse`, `fixed_point` and `CG`."""
     inner_steps: int = 10
     """T, heavy-ball steps before each of them."""
     terms: int = 10
@@ -78,7 +76,6 @@ class Config(Common):
 # the docstrings are less sparse, and heavy ball diverges there with steps of size 100
 FAST = {
     "outer_steps": 6,
-    "other_steps": 6,
     "adam_steps": 6,
     "inner_lr": 10.0,
     "outer_lr": 10.0,
@@ -274,8 +271,8 @@ def methods(problem: Problem) -> dict[str, tuple[int, Iterator[Point]]]:
     """Outer steps and generator of each."""
     config = problem.config
     return {
-        "reverse": (config.other_steps, hypertorch(problem, "reverse")),
-        "fixed_point": (config.other_steps, hypertorch(problem, "fixed_point")),
+        "reverse": (config.outer_steps, hypertorch(problem, "reverse")),
+        "fixed_point": (config.outer_steps, hypertorch(problem, "fixed_point")),
         "CG": (config.outer_steps, hypertorch(problem, "CG")),
         "CG, Adam": (config.adam_steps, hypertorch(problem, "CG", adam=True)),
         OURS: (config.adam_steps, preconditioned(problem)),

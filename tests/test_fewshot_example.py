@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,29 @@ def test_omniglot(zipped, tmp_path):
     assert not set(split.train.names) & set(split.test.names)
 
 
+def test_omniglot_validation(tmp_path):
+    """Its alphabets are neither learned from nor tested on, and a mix-up of the parts is refused."""
+    write_omniglot(tmp_path, zipped=False)
+    data = fewshot.omniglot(tmp_path, test=("C",), validation=("B",))
+    parts = [{name.split("/")[0] for name in part.names} for part in (data.train, data.test, data.validation)]
+    assert parts == [{"A"}, {"C"}, {"B"}] and len(data.train.names) == 12 and len(data.validation.names) == 2
+    with pytest.raises(ValueError, match="both for the test and for the validation: B"):
+        fewshot.omniglot(tmp_path, validation=("B",))
+    with pytest.raises(ValueError, match=r"characters = 4 splits at random, and validation = \('B',\) names"):
+        fewshot.omniglot(tmp_path, test=("C",), validation=("B",), characters=4)
+    with pytest.raises(SystemExit, match="holds no Klingon"):
+        fewshot.omniglot(tmp_path, validation=("Klingon",))
+
+
+def test_a_drawing_that_two_sets_share_is_one(tmp_path):
+    """Else an image to classify could be one that was learned from."""
+    write_omniglot(tmp_path, zipped=False)
+    shutil.copytree(tmp_path / "images_background" / "A", tmp_path / "images_evaluation" / "A")
+    data = fewshot.omniglot(tmp_path, ("A",), ("C",), rotations=False)
+    assert data.train.x.shape[:2] == (3, 4)
+    assert len({image.numpy().tobytes() for image in data.train.x[0]}) == 4
+
+
 def test_rotations_are_classes():
     x = torch.rand(2, 3, 1, 5, 5)
     turned = fewshot.with_rotations(fewshot.Classes(["a", "b"], x))
@@ -86,6 +110,10 @@ def test_mini_imagenet(tmp_path):
     data = fewshot.mini_imagenet(tmp_path)
     assert data.train.x.shape == (2, 3, 3, 84, 84) and data.test.x.shape == (1, 3, 3, 84, 84)
     assert data.train.x.mean((1, 3, 4)).tolist() == [[1, 0, 0], [0, 1, 0]] and data.test.names == ["n03"]
+    assert data.validation is None
+    shutil.copytree(tmp_path / "test" / "n03", tmp_path / "val" / "n04")
+    validation = fewshot.mini_imagenet(tmp_path).validation
+    assert validation is not None and validation.names == ["n04"] and validation.x.shape == (1, 3, 3, 84, 84)
     config = imaml.resolved(imaml.Config(dataset="mini-imagenet"))
     assert (config.filters, config.regularisation, config.steps) == (32, 0.5, 10)
     net = imaml.network(3, 84, 32, 5)
@@ -95,7 +123,9 @@ def test_mini_imagenet(tmp_path):
 def test_published_settings():
     config = imaml.resolved(imaml.Config())
     assert (config.filters, config.regularisation, config.steps, config.cg_steps) == (64, 2.0, 16, 5)
-    assert imaml.resolved(imaml.Config(ways=20)).steps == 25
+    assert (config.maml_steps, config.maml_lr) == (1, 0.4)
+    many = imaml.resolved(imaml.Config(ways=20))
+    assert (many.steps, many.maml_steps, many.maml_lr) == (25, 5, 0.1)
     assert imaml.resolved(imaml.Config(steps=3)).steps == 3
 
 
@@ -135,9 +165,69 @@ def test_nearest_neighbour():
     assert fewshot.nearest_neighbour(tasks).tolist() == [0.75]
 
 
-def run(name, config, folder, stop=None):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip": 0.0}, "--clip 0.0: .* must be > 0"),
+        ({"clip": float("nan")}, "--clip nan"),
+        ({"reptile_batch": 0}, "--reptile-batch 0"),
+        ({"validation": ("Greek",)}, "--validation Greek: only of Omniglot, with --data"),
+        ({"validation": ("Greek",), "data": Path("x"), "dataset": "mini-imagenet"}, "has a folder val/"),
+    ],
+)
+def test_options_that_are_refused(options, message):
+    with pytest.raises(SystemExit, match=message):
+        imaml.resolved(imaml.Config(**options))
+
+
+def test_an_exploding_meta_gradient_is_clipped():
+    """It would stay in Adam's moments, and later meta-gradients, to the other side, would move nothing."""
+    towards = {}
+    for clip in (1.0, float("inf")):
+        learner = imaml.Learner("MAML", fewshot.digits(), replace(SMALL, clip=clip), 0)
+        parameters = list(learner.net.parameters())
+        random = torch.Generator().manual_seed(0)
+        directions = [torch.randn(p.shape, generator=random) for p in parameters]
+        length = torch.cat([d.flatten() for d in directions]).norm()
+        before: list[torch.Tensor] = []
+        for size in (-1e6, *[1.0] * 20):
+            before = [p.detach().clone() for p in parameters]
+            for p, d in zip(parameters, directions, strict=True):
+                p.grad = size * d / length
+            assert learner.descend()["gradient norm"] == pytest.approx(abs(size))  # as it came, not as clipped
+        steps = zip(before, parameters, directions, strict=True)
+        towards[clip] = sum(float(((old - p.detach()) * d).sum()) for old, p, d in steps)
+    assert towards[float("inf")] < 0 < towards[1.0]
+
+
+def test_each_method_adapts_by_its_own_rule():
+    """MAML's inner loop is a step of its own size without momentum, in training and in the test."""
+    config = replace(SMALL, lr=0.01, momentum=0.9, steps=3, maml_lr=0.3, maml_steps=1)
+    maml, fomaml = (imaml.Learner(name, fewshot.digits(), config, 0) for name in ("MAML", "FOMAML"))
+    assert (maml.rule.lr, maml.rule.momentum, maml.steps) == (0.3, 0.0, 1)
+    assert (fomaml.rule.lr, fomaml.rule.momentum, fomaml.steps) == (0.01, 0.9, 3)
+
+
+def test_reptile_draws_its_images_anew():
+    learner = imaml.Learner("Reptile", fewshot.digits(), replace(SMALL, reptile_batch=7), 0)
+    hparams = {name: p.detach() + 0.1 * torch.randn(p.shape) for name, p in learner.net.named_parameters()}
+    tasks = imaml.draw(learner.data.train, 1, learner.config, 5, shots=4, queries=0)
+    one = imaml.Tasks(*((x[0], y[0]) for x, y in tasks))
+    torch.manual_seed(3)
+    values = {float(learner.fit_some(hparams, hparams, one)) for _ in range(4)}
+    assert len(values) == 4
+    torch.manual_seed(3)
+    some = torch.rand(20).argsort()[:7]
+    x, y = one.support
+    expected = torch.nn.functional.cross_entropy(learner.model(hparams, x[some]), y[some])
+    assert values & {float(expected)}
+    learner.config = replace(learner.config, reptile_batch=100)  # more than there are: all
+    torch.testing.assert_close(learner.fit_some(hparams, hparams, one), learner.fit(hparams, hparams, one))
+
+
+def run(name, config, folder, stop=None, data=None):
     """A run of one method; killed (by an exception) after so many meta-steps."""
-    learner = imaml.Learner(name, fewshot.digits(), config, 0)
+    learner = imaml.Learner(name, data or fewshot.digits(), config, 0)
     if stop is not None:
         step = learner.step
 
@@ -151,7 +241,7 @@ def run(name, config, folder, stop=None):
         return imaml.train(learner, folder, progress)
 
 
-@pytest.mark.parametrize("name", ["iMAML", "fine-tuning"])
+@pytest.mark.parametrize("name", ["iMAML", "Reptile", "fine-tuning"])
 def test_a_run_that_was_killed_goes_on_to_the_same_numbers(name, tmp_path):
     whole = run(name, SMALL, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -162,6 +252,50 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(name, tmp_path):
     assert run(name, SMALL, tmp_path / "cut", stop=0)["test"] == whole["test"]  # done: nothing is trained again
     with pytest.raises(SystemExit, match=r"another configuration \(lr 0.1 → 0.2\)"):
         run(name, replace(SMALL, lr=0.2), tmp_path / "cut")
+
+
+def test_the_page_says_what_was_learned_from_and_chosen_by():
+    point = {"accuracy": 0.6, "adjoint residual": 1e-3, "inner distance": 0.01}
+    state = {"test": [0.5, 0.7], "curve": [point], "seconds": 2.0, "iteration": 4, "clipped": 1, "best": None}
+    parts = [fewshot.Classes(names, torch.empty(0)) for names in (["A/c1", "A/c1 90°"], ["C/c1"], ["B/c1"])]
+    best = {"best": {"step": 50, "accuracy": 0.65}}
+    data, config = fewshot.FewShot("omniglot", *parts), replace(SMALL, remark="So.")
+    text = imaml.table({"iMAML": [state | best, state | best]}, [0.4, 0.2], data, config)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {row.count("|") for row in rows} == {7}
+    assert rows[2].startswith("| iMAML | 60.0% ± ") and rows[2].endswith("| 60.0%, 60.0% | 65.0% | 50, 50 | 0.500 |")
+    assert "2 classes (A); tested on 1 classes (C), 4 tasks; validated on 1 classes (B), which were held out" in text
+    assert "clipped: iMAML 25.0%." in text and text.endswith("\n\nSo.")
+    plain = imaml.table({"iMAML": [state]}, [0.4, 0.2], fewshot.FewShot("digits", *parts[:2]), SMALL)
+    assert "valid" not in plain and "held out" not in plain and plain.splitlines()[0].count("|") == 5
+    assert imaml.summary(state | {"best": best["best"] | {"params": {}}})["best"] == best["best"]
+
+
+def test_the_test_is_of_the_best_point_of_the_validation(tmp_path, monkeypatch):
+    """Also where the run was killed after that point; and the classes of the test are not looked at before."""
+    digits = fewshot.digits()
+    data = digits._replace(validation=fewshot.Classes(digits.test.names[8:], digits.test.x[8:]))
+    config = replace(SMALL, iterations=6, curve_every=1, save_every=1)
+    seen, at, final = [], {}, []
+    accuracies = {1: 0.3, 2: 0.5, 3: 0.7, 4: 0.4, 5: 0.6, 6: 0.7}
+
+    def tested(learner, count, classes, seed):
+        seen.append(classes is data.validation)
+        state = {name: x.clone() for name, x in learner.net.state_dict().items()}
+        if classes is data.validation:
+            at[len(at) + 1] = state
+            return torch.tensor([accuracies[len(at)]])
+        final.append(state)
+        return torch.tensor([0.9])
+
+    monkeypatch.setattr(imaml.Learner, "test", tested)
+    with pytest.raises(KeyboardInterrupt):
+        run("FOMAML", config, tmp_path, stop=4, data=data)
+    state = run("FOMAML", config, tmp_path, data=data)
+    assert state["best"]["step"] == 3 and state["best"]["accuracy"] == pytest.approx(0.7)
+    assert state["test"] == pytest.approx([0.9]) and seen == [True] * 6 + [False]
+    assert all(torch.equal(x, at[3][name]) for name, x in final[0].items())
+    assert any(not torch.equal(x, at[6][name]) for name, x in final[0].items())
 
 
 @pytest.mark.slow
