@@ -23,7 +23,8 @@ ATTENTION = (
 )
 
 
-# What torch.autograd.grad calls in the end. Its checks of what comes take a quarter of a small product's time.
+# What torch.autograd.grad calls in the end; its checks of what comes take a quarter of a small product's time. The
+# function itself takes its place where torch has no such call, and where a mode or a subclass overrides it.
 _engine = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
 

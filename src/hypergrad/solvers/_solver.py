@@ -23,9 +23,8 @@ Solver: TypeAlias = Callable[..., Any]
 Real: TypeAlias = Any
 
 FREE_TO_READ = ("cpu",)  # kinds of device on which reading a number waits for nothing
-TAME = (
-    2.0**-20
-)  # a ‖b‖² between this and its inverse is near enough to 1: squares of residuals neither vanish nor overflow
+# A ‖b‖² between this and its inverse is near enough to 1: squares of residuals neither vanish nor overflow.
+TAME = 2.0**-20
 
 
 def read(scalar: Tensor) -> Real:
