@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 import hypergrad as hg
 
-from . import accuracy, checks, counts, equal, products, report, scaling, tasks, unrolled
+from . import accuracy, blocks, checks, counts, equal, products, report, scaling, tasks, unrolled
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SECTIONS = {
     "equal": equal.SECTION,
     "accuracy": accuracy.SECTION,
+    "blocks": blocks.SECTION,
     "unrolled": unrolled.SECTION,
     "tasks": tasks.SECTION,
     "products": products.SECTION,

@@ -2,6 +2,7 @@
 
 Every method sees the same λ_t and exact inner solutions. For each the loosest setting is sought (a tolerance, or a
 number of steps where it has none) with which each of the 50 hypergradients is right to the target; then they are timed.
+The search goes from loose to tight, and a method that it takes more than `SECONDS` is stopped and said to be.
 
 To add a method: a function that takes the setting and gives a function of the outer step's problem, which may keep
 what it likes between the steps, and a line in `COLUMNS`.
@@ -9,9 +10,8 @@ what it likes between the steps, and a line in `COLUMNS`.
 
 from __future__ import annotations
 
-from collections import Counter
+import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,11 @@ from .methods import HyperTorch, hypergradient
 from .problems import Problem
 from .report import BLUE, GREY, RED, Section, bars
 
-TARGETS = (1e-3, 1e-6)
+TARGETS = (1e-3, 1e-6)  # from loose to tight
 PROBE = 4  # outer steps on which a setting is sought before it is tried on all
 ROUNDS = 2
 MOST = 5000  # steps of a method with a tolerance
+SECONDS = 90.0  # of CPU, for the search of one setting
 
 Run = Callable[[Problem], Sequence[Tensor]]
 TOLERANCES = tuple(10 ** (-k / 4) for k in range(0, 53))
@@ -56,16 +57,23 @@ class Column:
         return self.library not in ("hypergrad", "JAXopt")
 
 
-def ours(solver: Callable[[float], Any], warm: bool = True, compile: bool = False) -> Callable[[float], Run]:
-    """hg.implicit.grad with a solver made from the tolerance; warm: each adjoint starts at the one before."""
+def ours(
+    solver: Callable[[float], Any], warm: bool = True, compile: bool = False, recycle: int = 0
+) -> Callable[[float], Run]:
+    """hg.implicit.grad with a solver made from the tolerance.
+
+    warm: each adjoint starts at the one before; recycle: in the span of as many before.
+    """
 
     def start(setting: float) -> Run:
-        adjoint, configured = None, solver(setting)
+        configured = solver(setting)
+        x0: Any = hg.solvers.Recycled(recycle) if recycle else None
 
         def run(problem: Problem) -> list[Tensor]:
-            nonlocal adjoint
-            result = hypergradient(problem, configured, adjoint if warm else None, compile)
-            adjoint = result.adjoint
+            nonlocal x0
+            result = hypergradient(problem, configured, x0, compile)
+            if warm and not recycle:
+                x0 = result.adjoint
             return result.grads
 
         return run
@@ -93,24 +101,28 @@ def hypertorch_cg(setting: float) -> Run:
 def passes_of(start: Callable[[float], Run], steps: Sequence[Step], setting: float) -> int:
     """Reverse passes of a run that is seen; k at once count as k."""
     run = start(setting)
-    with counted() as counts:
+    with counted(reads=False) as counts:
         for step in steps:
             run(step.problem)
     return counts["passes"]
 
 
+DIAGONAL = partial(reused, recipe=hg.solvers.Diagonal())
+NYSTROM = partial(reused, recipe=hg.solvers.Nystrom(rank=80, damping=1e-5))
+DENSE = partial(reused, recipe=hg.solvers.Dense())
+SMALL = 500  # parameters up to which the whole matrix is made
 COLUMNS = [
     Column("hg CG, cold", "hypergrad", ours(cg, warm=False)),
     Column("hg CG", "hypergrad", ours(cg)),
     Column("hg CG, compiled", "hypergrad", ours(cg, compile=True), passes=partial(passes_of, ours(cg))),
     Column("hg MINRES", "hypergrad", ours(minres)),
-    Column("hg CG, Diagonal reused", "hypergrad", ours(partial(reused, recipe=hg.solvers.Diagonal()))),
-    Column(
-        "hg CG, Nystrom(80) reused",
-        "hypergrad",
-        ours(partial(reused, recipe=hg.solvers.Nystrom(rank=80, damping=1e-5))),
-    ),
-    Column("hg Dense", "hypergrad", ours(lambda _: hg.solvers.Dense(on_failure="ignore")), (0.0,), largest=500),
+    Column("hg CG, Diagonal reused", "hypergrad", ours(DIAGONAL)),
+    Column("hg CG, Nystrom(80) reused", "hypergrad", ours(NYSTROM)),
+    Column("hg CG, Recycled(4)", "hypergrad", ours(cg, recycle=4)),
+    Column("hg CG, Recycled, Diagonal", "hypergrad", ours(DIAGONAL, recycle=4)),
+    Column("hg CG, Recycled, Nystrom(80)", "hypergrad", ours(NYSTROM, recycle=4)),
+    Column("hg CG, Dense reused", "hypergrad", ours(DENSE), largest=SMALL),
+    Column("hg Dense", "hypergrad", ours(lambda _: hg.solvers.Dense(on_failure="ignore")), (0.0,), largest=SMALL),
     Column("HyperTorch CG", "HyperTorch", hypertorch_cg),
 ]
 if peers.installed("torchopt"):
@@ -154,8 +166,12 @@ class Result:
     peer_cpu: Spread | None = None
 
 
-def worst(run: Run, steps: Sequence[Step], limit: float) -> float:
-    """The largest relative error; stops where it passes the limit."""
+class TooLong(Exception):
+    """The search of a setting has used up its time."""
+
+
+def worst(run: Run, steps: Sequence[Step], limit: float, end: float = np.inf) -> float:
+    """The largest relative error; stops where it passes the limit. Raises TooLong at the CPU time `end`."""
     largest = 0.0
     for step in steps:
         (found,) = run(step.problem)
@@ -163,23 +179,40 @@ def worst(run: Run, steps: Sequence[Step], limit: float) -> float:
         largest = max(largest, float(error) if np.isfinite(error) else np.inf)
         if largest > limit:
             break
+        if time.process_time() > end:
+            raise TooLong(f"stopped: no setting found in {SECONDS:g} s")
     return largest
 
 
-def search(column: Column, steps: Sequence[Step], target: float) -> tuple[float | None, float, int]:
-    """The loosest setting that is right on all steps, its error, and its reverse passes (k at once count as k)."""
-    low, high, best = 0, len(column.settings) - 1, np.inf
-    while low < high:
-        middle = (low + high) // 2
-        error = worst(column.start(column.settings[middle]), steps[:PROBE], target)
-        best = min(best, error)
-        low, high = (low, middle) if error <= target else (middle + 1, high)
-    for setting in column.settings[low:]:
-        with nullcontext(Counter()) if column.passes else counted() as counts:
-            error = worst(column.start(setting), steps, target)
+def search(
+    column: Column, steps: Sequence[Step], target: float, loosest: float | None = None
+) -> tuple[float | None, float, int]:
+    """The loosest setting that is right on all steps, its error, and its reverse passes (k at once count as k).
+
+    In growing strides from the loose end (or from `loosest`): the tightest, at which rounding lets no method stop, are
+    the dearest. Then between the last two, on the first steps; then one by one on all of them.
+    """
+    settings, best, end = column.settings, np.inf, time.process_time() + SECONDS
+    low = 0 if loosest is None else settings.index(loosest)
+    tried, stride = low, 1
+    while tried < len(settings):
+        error = worst(column.start(settings[tried]), steps[:PROBE], target, end)
         best = min(best, error)
         if error <= target:
-            return setting, error, column.passes(steps, setting) if column.passes else counts["passes"]
+            break
+        low, tried, stride = tried + 1, tried + stride, 2 * stride
+    high = min(tried, len(settings) - 1)
+    while low < high:
+        middle = (low + high) // 2
+        error = worst(column.start(settings[middle]), steps[:PROBE], target, end)
+        best = min(best, error)
+        low, high = (low, middle) if error <= target else (middle + 1, high)
+    for setting in settings[low:]:
+        error = worst(column.start(setting), steps, target, end)
+        best = min(best, error)
+        if error <= target:
+            passes = column.passes or partial(passes_of, column.start)
+            return setting, error, passes(steps, setting)
     return None, best, 0
 
 
@@ -202,11 +235,18 @@ def measure_row(row: str, columns: Sequence[Column], steps: Sequence[Step], roun
     size = steps[0].problem.size
     columns = [c for c in columns if c.largest is None or size <= c.largest]
     pairs = [(column, target) for column in columns for target in TARGETS]
+    loosest: dict[str, float | None] = {}
     for column, target in tqdm(pairs, desc=f"{row}: settings", leave=False):
+        missed = next((r for r in found if r.method == column.name and r.setting is None), None)
+        if missed is not None:  # at a looser target
+            found.append(replace(missed, target=target))
+            continue
         try:
-            setting, error, passes = search(column, steps, target)
-        except hg.NotCompiled as reason:
-            found.append(Result(row, column.name, column.library, target, len(steps), None, np.nan, 0, str(reason)))
+            setting, error, passes = search(column, steps, target, loosest.get(column.name))
+            loosest[column.name] = setting
+        except (hg.NotCompiled, TooLong) as reason:
+            failure = str(reason) if isinstance(reason, TooLong) else f"not compiled: {reason}"
+            found.append(Result(row, column.name, column.library, target, len(steps), None, np.nan, 0, failure))
             continue
         if setting is not None:
             calls[column.name, target] = partial(run_all, column, setting, steps)
@@ -261,7 +301,8 @@ def table(results: list[Result]) -> str:
     lines.append(
         "passes: reverse passes in all (the solver's products and three more a step). error: the largest of all outer "
         "steps.\nsetting: the loosest tolerance (or number of steps) that does it; HyperTorch's, absolute there, over "
-        "‖b‖.\nhg starts at the last adjoint, unless said cold; the others from zero, for they do not give theirs."
+        "‖b‖.\nhg starts at the last adjoint, unless said cold or recycled (in the span of the last four); the others "
+        "from zero,\nfor they do not give theirs. Preconditioners are kept from step to step while that pays."
     )
     return "\n".join(lines)
 
@@ -270,7 +311,7 @@ def draw(results: list[Result], path: Path) -> None:
     """Seconds of all outer steps: a bar a method and target; red: half of the best PyTorch peer's to 1e-6."""
     rows = list(dict.fromkeys(r.row for r in results))
     title = "Time of 50 outer steps to a relative hypergradient error of 1e-3 (light) and 1e-6 (dark)"
-    with bars(path, rows, title, height=4.4) as axes:
+    with bars(path, rows, title, height=5.4) as axes:
         for axis, row in zip(axes, rows, strict=True):
             draw_row(axis, [r for r in results if r.row == row])
 
@@ -283,7 +324,7 @@ def draw_row(axis: Any, cells: list[Result]) -> None:
         tight = r.target == min(TARGETS)
         place = names.index(r.method) + (0.2 if tight else -0.2)
         if r.cpu is None:
-            why = " not compiled" if r.failure else " wrong: no time"
+            why = f" {r.failure.split(':')[0]}" if r.failure else " wrong: no time"
             axis.text(shortest / 1.8, place, why, va="center", fontsize=7, color=RED)
             continue
         colour = BLUE if r.library == "hypergrad" else GREY

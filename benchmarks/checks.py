@@ -39,7 +39,7 @@ CALLS = 15
 ROUNDS = {"mlp": 7, "logistic": 20, "equilibrium": 10, "tiny": 40, WIDE: 5}
 CHECKS = (
     (_problem, "inner_residual"),
-    (_hypergradient, "_distance"),
+    (_hypergradient, "inner_distance"),
     (hg.Hypergradient, "check_finite"),
     (hg.Hypergradient, "warn_if_unsolved"),
     (_problem.Problem, "kept"),

@@ -17,7 +17,7 @@ import hypergrad as hg
 from . import accuracy, illconditioned, problems, unrolled
 from .illconditioned import Step
 from .measure import counted, counting, peak_memory
-from .methods import METHODS, Method, graph_and_product, implicit, layer, library
+from .methods import METHODS, Method, graph_and_product, hypergradient, implicit, layer, library
 from .problems import Problem
 from .unrolled import Descent
 
@@ -29,6 +29,7 @@ SCALARS = 0.05  # in vectors of the wide row: what is no vector
 # Products of K steps from zero in fixed-step mode, beside the last one.
 SOLVERS: dict[str, tuple[Callable[[int], hg.solvers.LinearSolver], Callable[[int], int]]] = {
     "CG": (lambda k: hg.solvers.CG(max_steps=k, on_failure="ignore"), lambda k: k),
+    "BlockCG": (lambda k: hg.solvers.BlockCG(max_steps=k, on_failure="ignore"), lambda k: k),
     "MINRES": (lambda k: hg.solvers.MINRES(max_steps=k, on_failure="ignore"), lambda k: k),
     "GMRES": (lambda k: hg.solvers.GMRES(max_steps=k, on_failure="ignore"), lambda k: k),
     "BiCGStab": (lambda k: hg.solvers.BiCGStab(max_steps=k, on_failure="ignore"), lambda k: 2 * k),
@@ -77,6 +78,44 @@ def check_solver(problem: Problem, name: str) -> Counter[str]:
     return counts
 
 
+def check_jacobian(problem: Problem, losses: int = 3) -> Counter[str]:
+    """Counts of implicit.jacobian: one evaluation of each loss, one graph; K steps and the passes around them times k.
+
+    Nothing is read from an accelerator.
+    """
+
+    def call(p: Problem) -> object:
+        return hg.implicit.jacobian(
+            lambda w, h: p.outer_loss(w, h) * torch.arange(1.0, losses + 1, dtype=w[0].dtype),
+            inner_loss=p.inner_loss,
+            params=p.params,
+            hparams=p.hparams,
+            solver=SOLVERS["BlockCG"][0](p.steps),
+        )
+
+    with patch("hypergrad.solvers._solver.FREE_TO_READ", ()):
+        counts, _ = count(problem, call)
+    due = 1 + losses * (problem.steps + OWN_PASSES - 1)
+    expect(f"{problem.name}, jacobian of {losses}: reverse passes", counts["passes"], due)
+    expect(f"{problem.name}, jacobian of {losses}: reads from the device", counts["reads"], 0)
+    expect(f"{problem.name}, jacobian of {losses}: evaluations", counts["inner"] + counts["outer"], 2)
+    return counts
+
+
+def check_recycled(problem: Problem, size: int = 3) -> int:
+    """Passes of the last of some hypergradients in fixed-step mode that start in the span of those before."""
+    recycled, passes = hg.solvers.Recycled(size), 0
+    for step in range(size + 2):
+        solver = SOLVERS["CG"][0](problem.steps)
+        with patch("hypergrad.solvers._solver.FREE_TO_READ", ()):
+            counts, _ = count(problem, lambda p, s=solver: hypergradient(p, s, recycled))  # type: ignore[misc]
+        passes = counts["passes"]
+        kept = min(step, size)
+        expect(f"{problem.name}, {kept} recycled: reverse passes", passes, problem.steps + OWN_PASSES + kept)
+        expect(f"{problem.name}, {kept} recycled: reads from the device", counts["reads"], 0)
+    return passes
+
+
 def beside(problem: Problem, peak: int, fixed_point: bool) -> float:
     """What a call's peak memory holds beyond the graph and one product, in vectors of params' size."""
     least = peak_memory(lambda: graph_and_product(problem, fixed_point))
@@ -116,18 +155,19 @@ def check_unrolled(descent: Descent, column: unrolled.Column, exact: Tensor) -> 
     return result.evaluations
 
 
-def check_sequence(steps: list[Step]) -> tuple[int, int, int]:
-    """Reverse passes to 1e-3 over some outer steps: HyperTorch's, from zero, and warm-started. Each needs fewer."""
+def check_sequence(steps: list[Step]) -> tuple[int, int, int, int]:
+    """Reverse passes to 1e-3 over some outer steps: HyperTorch's, from zero, warm-started, recycled: each fewer."""
     columns = {column.name: column for column in accuracy.COLUMNS}
     found = []
-    for name in ("HyperTorch CG", "hg CG, cold", "hg CG"):
+    for name in ("HyperTorch CG", "hg CG, cold", "hg CG", "hg CG, Recycled(4)"):
         setting, _, passes = accuracy.search(columns[name], steps, 1e-3)
         assert setting is not None, f"{steps[0].problem.name}, {name}: 1e-3 is not reached"
         found.append(passes)
-    theirs, cold, warm = found
+    theirs, cold, warm, recycled = found
     expect(f"{steps[0].problem.name}: reverse passes from zero, over HyperTorch's", cold / theirs, 1.0, at_most=True)
     expect(f"{steps[0].problem.name}: reverse passes warm-started, over cold", warm / cold, 0.95, at_most=True)
-    return theirs, cold, warm
+    expect(f"{steps[0].problem.name}: reverse passes recycled, over warm", recycled / warm, 0.95, at_most=True)
+    return theirs, cold, warm, recycled
 
 
 def run() -> None:
@@ -142,6 +182,8 @@ def run() -> None:
             print("  implicit.grad in fixed-step mode")
             for name in SOLVERS:
                 show(f"  {name}", check_solver(problem, name))
+            show("  BlockCG, 3 outer losses", check_jacobian(problem))
+            print(f"  CG, 3 recycled: {check_recycled(problem)} reverse passes")
     for build in unrolled.QUICK.values():
         descent = build().to(torch.float64)
         exact = unrolled.truth(descent)
@@ -149,8 +191,11 @@ def run() -> None:
         for column in unrolled.COLUMNS:
             if column.evaluations:
                 print(f"  {column.name:32}{check_unrolled(descent, column, exact):4} evaluations of a step")
-    theirs, cold, warm = check_sequence(list(illconditioned.quick_sequence()))
-    print(f"reverse passes to 1e-3 over 6 outer steps: HyperTorch {theirs}, cold {cold}, warm-started {warm}")
+    theirs, cold, warm, recycled = check_sequence(list(illconditioned.quick_sequence()))
+    print(
+        f"reverse passes to 1e-3 over 6 outer steps: HyperTorch {theirs}, cold {cold}, warm-started {warm}, "
+        f"recycled {recycled}"
+    )
     check_forward_memory(problems.equilibrium("equilibrium", 200, 20, 30, 3, 0.9))
     print(f"CG holds {check_memory(problems.wide()):.2f} vectors beside the graph and one product")
     held = check_normal_memory(problems.equilibrium("equilibrium", 2000, 20, 30, 3, 0.9, steps=4))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -45,6 +46,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
         return ctx.matrix @ tangent
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, matrix: Sparse, w: Tensor) -> tuple[Tensor, int]:
+        return matrix.csr @ w.movedim(in_dims[1], 1), 1  # all columns in one pass over X
 
 
 class Sparse:
@@ -153,6 +158,34 @@ class Logistic:
     def hypergradient(self, h: Array, w: Array) -> Array:
         b = self.xv.T @ (expit(self.xv @ w) - self.yv) / len(self.yv)
         return -np.exp(h) * w * self.inverse(w, h, b)
+
+
+def group_losses(source: Any, count: int) -> tuple[list[Callable[..., Tensor]], Callable[[Array, Array], Array]]:
+    """`count` outer losses of a problem, and their exact hypergradients at (λ, w): [count, hyperparameters].
+
+    Of the quadratic: as many targets; of logistic regression: the mean loss of as many parts of the validation rows.
+    """
+    if isinstance(source, Quadratic):
+        targets = np.random.RandomState(1).randn(count, len(source.t))
+        given = [{"t": torch.from_numpy(t)} for t in targets]
+        replaced = [copy(source) for _ in targets]
+        for each, t in zip(replaced, targets, strict=True):
+            each.t = t
+    else:
+        parts = np.array_split(np.arange(len(source.yv)), count)
+        kind = Sparse if source.sparse else torch.from_numpy
+        given = [{"xv": kind(source.xv[i]), "yv": torch.from_numpy(source.yv[i])} for i in parts]
+        replaced = [copy(source) for _ in parts]
+        for each, i in zip(replaced, parts, strict=True):
+            each.xv, each.yv = source.xv[i], source.yv[i]
+
+    def loss(data: dict[str, Any]) -> Callable[..., Tensor]:
+        return lambda params, hparams, _: source.outer(params, hparams, data)
+
+    def truth(h: Array, w: Array) -> Array:
+        return np.stack([each.hypergradient(h, w) for each in replaced])
+
+    return [loss(data) for data in given], truth
 
 
 def conjugate_gradients(apply: Callable[[Array], Array], b: Array, diagonal: Array, rtol: float = 1e-13) -> Array:

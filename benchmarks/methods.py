@@ -131,7 +131,10 @@ def must_compile() -> Iterator[None]:
 
 
 def hypergradient(
-    problem: Problem, solver: hg.solvers.LinearSolver, x0: Tensors | None = None, compile: bool = False
+    problem: Problem,
+    solver: hg.solvers.LinearSolver,
+    x0: Tensors | hg.solvers.Recycled | None = None,
+    compile: bool = False,
 ) -> hg.Hypergradient:
     """hg.implicit.grad of the inner loss, or of the map; an error where it was to be compiled and is not."""
     loss = problem.step_size is not None

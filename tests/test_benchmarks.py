@@ -14,8 +14,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
+import hypergrad as hg
 from benchmarks import (
     accuracy,
+    blocks,
     checks,
     counts,
     equal,
@@ -64,6 +66,12 @@ def test_method_does_what_it_claims(name: str, method: Method) -> None:
 @pytest.mark.parametrize("name", ["mlp", "tiny"])
 def test_fixed_steps_read_nothing_from_the_device(name: str, solver: str) -> None:
     counts.check_solver(row(name), solver)
+
+
+@pytest.mark.parametrize("name", ["mlp", "tiny"])
+def test_several_losses_and_recycled_starts_take_the_passes_that_they_claim(name: str) -> None:
+    counts.check_jacobian(row(name))
+    counts.check_recycled(row(name))
 
 
 def test_memory_of_cg() -> None:
@@ -147,6 +155,9 @@ def test_sparse_product() -> None:
     torch.testing.assert_close(dense[rows, columns], values)
     assert torch.autograd.gradcheck(lambda w: (sparse @ w).sin(), w, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda w: (sparse @ w).sin(), w, check_fwd_over_rev=True)
+    stack = torch.from_numpy(draw.randn(3, 4))
+    torch.testing.assert_close(torch.func.vmap(lambda w: sparse @ w)(stack), stack @ dense.mT)
+    torch.testing.assert_close(torch.func.vmap(lambda w: sparse @ w, in_dims=1)(stack.mT.clone()), stack @ dense.mT)
 
 
 def fake(errors: dict[float, float]) -> accuracy.Column:
@@ -169,6 +180,41 @@ def test_search_finds_the_loosest_setting() -> None:
     assert (setting, passes) == (1e-3, 42) and error == pytest.approx(1e-3)
     setting, error, _ = accuracy.search(column, steps, 1e-6)
     assert setting is None and error == pytest.approx(1e-4)
+
+
+def test_a_search_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "SECONDS", 0.0)
+    column = next(c for c in accuracy.COLUMNS if c.name == "hg CG")
+    results = accuracy.measure_row("quick", [column], list(illconditioned.quick_sequence()), rounds=1)
+    assert all(r.cpu is None and r.failure and "stopped: no setting found in 0 s" in r.failure for r in results)
+    assert "stopped" in accuracy.table(results)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_truth_of_several_outer_losses(name: str) -> None:
+    source = SOURCES[name]()
+    w = source.solve(source.start, None)
+    losses, exact = illconditioned.group_losses(source, 3)
+    for i, loss in enumerate(losses):  # the truth of each, by torch on a dense matrix
+        problem = illconditioned.problem_at(name, source, source.start, w, step_size=1.0)
+        found = hg.implicit.grad(
+            lambda w, h, f=loss: f(w, h, None),
+            inner_loss=problem.inner_loss,
+            params=problem.params,
+            hparams=problem.hparams,
+            solver=hg.solvers.Dense(on_failure="ignore"),
+        )
+        np.testing.assert_allclose(found.grads[0], exact(source.start, w)[i], rtol=1e-8, atol=1e-12)
+
+
+def test_several_outer_losses(tmp_path: Path) -> None:
+    source = SOURCES["logistic"]()
+    results = blocks.measure_row("logistic", source, source.solve(source.start, None), blocks.METHODS, rounds=1)
+    assert len(results) == 4 and all(r.cpu and r.error <= 1e-6 for r in results)
+    text = blocks.table(results)
+    assert all(method in text for method in blocks.METHODS)
+    blocks.draw(results, tmp_path / "blocks.png")
+    assert (tmp_path / "blocks.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_exponents() -> None:
@@ -252,7 +298,7 @@ def test_vector_arithmetic_costs_little_beside_the_products(name: str, limit: fl
 
 def test_ways_of_a_product(tmp_path, monkeypatch):
     """Forward agrees with reverse; a way that is wrong gets no time; the section writes what it has."""
-    ways = {"reverse": {}, "forward": {"products": "forward"}, "compiled": {"backend": "aot_eager"}, "bfloat16": {}}
+    ways = {"reverse": {}, "forward": {"products": "forward"}, "compiled": {"compile": "aot_eager"}, "bfloat16": {}}
     monkeypatch.setattr(products, "WAYS", ways)
     results, settings = products.measure(["tiny"], None, 1)
     assert [r.method for r in results] == list(ways) and settings[0]["parameters"] == 20

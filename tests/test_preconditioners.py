@@ -339,3 +339,60 @@ def test_auto_starts_anew_where_the_iterates_of_cg_are_lost():
     assert lost.status is Status.NOT_SYMMETRIC and lost.relative_residual > 1e3
     assert solution.steps - lost.steps == S.GMRES(rtol=1e-9)(op, b).steps
     np.testing.assert_allclose(solution.value.numpy(), np.linalg.solve(a, side(N)), rtol=1e-6, atol=1e-8)
+
+
+def dense_preconditioner(a: np.ndarray):
+    op = hg.operators.matrix(torch.tensor(a), symmetric=True)
+    like = hg._vector.Space(torch.ones(a.shape[:-1], dtype=torch.float64), "b", a.ndim - 2).zeros()
+    return S.Dense().preconditioner(op, like), op
+
+
+def test_dense_preconditions_with_the_exact_inverse():
+    b = torch.tensor(side(N))
+    apply, op = dense_preconditioner(DECAY)
+    space = hg._vector.Space(b, "b")
+    np.testing.assert_allclose(apply(space.vector(b, "b")).flat(), np.linalg.solve(DECAY, side(N)), rtol=1e-9)
+    assert op.products == N
+    for make in (S.CG, S.MINRES):
+        assert solve(DECAY, make(rtol=1e-9, preconditioner=S.Dense()))[0].steps <= 2
+
+
+def test_dense_preconditions_an_indefinite_system_with_its_absolute_value():
+    values = np.append(-logspace(10, 30), logspace(1e3, N - 30))
+    a, b = with_spectrum(values, 3), torch.tensor(side(N))
+    apply, _ = dense_preconditioner(a)
+    np.testing.assert_allclose(
+        apply(hg._vector.Space(b, "b").vector(b, "b")).flat(),
+        np.linalg.solve(with_spectrum(abs(values), 3), side(N)),
+        rtol=1e-9,
+    )
+    assert solve(a, S.MINRES(rtol=1e-9, preconditioner=S.Dense()))[0].steps <= 3
+    with pytest.warns(hg.HypergradientWarning, match="NOT_POSITIVE_DEFINITE"):
+        S.CG(rtol=1e-9, preconditioner=S.Dense())(hg.operators.matrix(torch.tensor(a), symmetric=True), b)
+
+
+def test_dense_preconditions_each_system_of_a_batch():
+    system = GRID["batch spd, one indefinite"]
+    solution = S.MINRES(rtol=1e-10, preconditioner=S.Dense())(system.operator("symmetric"), system.rhs())
+    assert solution.ok and int(solution.steps.max()) <= 3
+    np.testing.assert_allclose(solution.value.numpy(), system.solutions, rtol=1e-6, atol=1e-8)
+    system = GRID["batch spd, one NaN"]
+    solution = S.CG(rtol=1e-10, preconditioner=S.Dense(), on_failure="ignore")(
+        system.operator("symmetric"), system.rhs()
+    )
+    assert solution.statuses == [S.Status.CONVERGED, S.Status.NON_FINITE, S.Status.CONVERGED]
+
+
+def test_dense_reused_along_a_sequence_saves_nearly_all_steps():
+    pre = S.Reused(S.Dense())
+    solver, steps = S.CG(rtol=1e-8, preconditioner=pre), []
+    for t in np.linspace(0, 0.003, 10):
+        steps.append(int(solve(drifting(t), solver)[0].steps))
+    plain = [int(solve(drifting(t), S.CG(rtol=1e-8))[0].steps) for t in np.linspace(0, 0.003, 10)]
+    assert pre.builds == 1 and steps[0] <= 2 and sum(steps) < 0.2 * sum(plain)
+
+
+def test_dense_is_no_preconditioner_of_what_is_not_symmetric():
+    op = hg.operators.matrix(torch.tensor(SHIFT))
+    with pytest.raises(TypeError, match="Dense as a preconditioner needs a symmetric operator"):
+        S.Dense().preconditioner(op, hg._vector.Space(torch.ones(N), "b").zeros())

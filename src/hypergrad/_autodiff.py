@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -214,11 +215,6 @@ def add(xs: Sequence[Tensor | None], ys: Sequence[Tensor]) -> list[Tensor]:
     return [y.clone() if x is None else x + y for x, y in zip(xs, ys, strict=True)]
 
 
-def gradient(loss: Callable[[Any, Any], Tensor], params: Any, hparams: Any) -> Any:
-    """∇₁ of a loss in params' structure, in a form that torch.compile can trace."""
-    return torch.func.grad(lambda w: loss(w, hparams).reshape(()))(params)
-
-
 def cast(xs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in the dtypes of others."""
     return [x.to(y.dtype) for x, y in zip(xs, like, strict=True)]
@@ -226,6 +222,10 @@ def cast(xs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 
 def scaled(xs: Sequence[Tensor], a: float) -> list[Tensor]:
     return list(xs) if a == 1 else [-x if a == -1 else x * a for x in xs]
+
+
+def _retained(outputs: Sequence[Tensor], params: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
+    return grad(outputs, params, v, retain_graph=True)
 
 
 class Linearisation:
@@ -237,7 +237,7 @@ class Linearisation:
         hparams: the leaves of λ that require grad.
         curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
         probe: the c at which `pulled` is taken, like outputs.
-        compiled: v ↦ ∂₁Fᵀv by other means.
+        compiled: makes v ↦ ∂₁Fᵀv, by other means, of that by a retained reverse pass.
 
     Attributes:
         forward: take ∂₁F v for ∂₁Fᵀv, for a ∂₁F that is symmetric.
@@ -250,14 +250,16 @@ class Linearisation:
         hparams: Sequence[Tensor] = (),
         curvature: Callable[[Sequence[Tensor], bool], list[Tensor]] | None = None,
         probe: Sequence[Tensor] | None = None,
-        compiled: Callable[[Sequence[Tensor]], list[Tensor]] | None = None,
+        compiled: Callable[[Callable[[Sequence[Tensor]], list[Tensor]]], Any] | None = None,
     ):
         self.outputs = outputs
         self.params = params
         self.hparams = hparams
         self.curvature = curvature
         self.probe = probe
-        self.compiled = compiled
+        # No method of this object: it would be in a cycle with what it holds.
+        plain = partial(_retained, outputs, params)
+        self.compiled = None if compiled is None else compiled(plain)
         self.forward = False
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
@@ -287,7 +289,7 @@ class Linearisation:
             )
         seconds = {self.vjp: float("inf"), self.jvp: float("inf")}
         for product in [] if always else 2 * list(seconds):
-            seconds[product] = min(seconds[product], _seconds(product, v))
+            seconds[product] = min(seconds[product], seconds_of(product, v))
         self.forward = always or seconds[self.jvp] < seconds[self.vjp]
         if not self.forward:
             self._transposed = None
@@ -303,9 +305,19 @@ class Linearisation:
         """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass. Without retain_graph the last: the graph is freed on the way."""
         # Between hparams that one network computes torch would free the network's graph as well.
         retain_graph = retain_graph or not all(x.is_leaf for x in self.hparams)
+        if self.compiled is not None and not retain_graph:
+            self.compiled.forget()
         if self.curvature is not None:
             return self.curvature(v, False), grad(self.outputs, self.hparams, v, retain_graph=retain_graph)
         both = grad(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
+        return both[: len(self.params)], both[len(self.params) :]
+
+    def vjp_both_many(self, vs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """(∂₁Fᵀ v, ∂₂Fᵀ v) for a stack [m, *shape] of v. The graph stays."""
+        inputs = [*self.params, *self.hparams] if self.curvature is None else self.hparams
+        both = stacked(self.outputs, inputs, vs)
+        if self.curvature is not None:
+            return self.curvature(vs, True), both
         return both[: len(self.params)], both[len(self.params) :]
 
     @property
@@ -345,7 +357,16 @@ class Linearisation:
         return self._transposed
 
 
-def _seconds(product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> float:
+def stacked(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """`grad` for a stack [m, *shape] of cotangents, at once where torch can. The graph stays."""
+
+    def pull(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        return grad(outputs, inputs, v, retain_graph=True, batched=batched)
+
+    return many(lambda v: pull(v, False), lambda vs: pull(vs, True), cotangents)
+
+
+def seconds_of(product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> float:
     """Wall time of a product, the device's part included."""
     devices = {x.device for x in v if x.device.type != "cpu"}
     for device in devices:

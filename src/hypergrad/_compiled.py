@@ -1,59 +1,205 @@
-"""Products with ∂₁Fᵀ through torch.compile: one compiled backward pass of ∇₁g (or Φ, F), called again and again."""
+"""Products with ∂₁Fᵀ by a recording of one of them, as it is or compiled, where that is faster than a reverse pass."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-import torch._functorch.config as functorch
 from torch import Tensor
 
-from . import _autodiff
-from ._solution import HypergradientWarning, warn
-from ._vector import PyTree, flatten
+from ._autodiff import seconds_of
+from ._recording import Program, Recorder, Ref
+from ._solution import HypergradientWarning, finite, warn
+from ._vector import Space
+
+Leaves = Sequence[Tensor]
+Pull = Callable[[Leaves], list[Tensor]]
+
+PASSES, RECORDED, INDUCTOR = "reverse passes", "recorded", "inductor"
+MOST = 256  # recordings that are kept
+WORTH = 5e-5  # seconds of a product under which inductor is not tried: torch.compile takes that long to call its code
 
 
 class NotCompiled(HypergradientWarning):
     """Products were to be compiled and could not be; the usual ones took their place."""
 
 
-def _value(function: Callable[..., Any], params: PyTree, hparams: PyTree) -> PyTree:
-    return function(params, hparams)
+class Verdict(NamedTuple):
+    """The way in which products are done, what there is to say of it, and whether no other way was possible."""
+
+    way: str
+    report: str
+    failed: bool = False
 
 
-def pull(
-    function: Callable[..., Any], kind: str, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], backend: str
-) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
-    """v ↦ ∂₁Fᵀv by a compiled backward pass at this point; None, with a warning that says why, where torch cannot.
+class Product:
+    """v ↦ ∂₁Fᵀv: the first is done by a reverse pass and recorded, the others in the way that was found the fastest.
 
-    torch keeps what it compiled by the code of the function: later calls, of new closures too, compile nothing.
+    That is found at the second product, by trying every way and comparing what it gives, and kept with the form of the
+    recording, which knows nothing of the tensors' numbers, for later hypergradients of about the same size.
 
     Args:
-        function: g, Φ or F of (params, hparams), with kind "inner_loss" for g.
-        leaves: those of params, which require grad; hparams must not.
-        backend: of torch.compile.
+        plain: the product by a reverse pass through the retained graph.
+        space: that of v.
+        backend: of torch.compile, whose code is used; None for the fastest of inductor's, the recording and `plain`.
+
+    Attributes:
+        report: how products are done, and why.
     """
-    derivative = _autodiff.gradient if kind == "inner_loss" else _value
 
-    def product(v: Sequence[Tensor]) -> list[Tensor]:
-        with _kept():
-            return _autodiff.grad(outputs, leaves, v, retain_graph=True)
+    def __init__(self, plain: Pull, space: Space, backend: str | None):
+        self.plain, self.space, self.backend = plain, space, backend
+        self.report = f"{PASSES}: too few products to compile"
+        # Nothing here refers to this object: a cycle would keep the graph until it is found.
+        self._recorded: tuple[Recording, list[Any]] | None = None
+        self._settled: Pull | None = None
 
+    def __call__(self, v: Leaves) -> list[Tensor]:
+        if self._settled is not None:
+            return self._settled(v)
+        if self._recorded is None:
+            return self._first(v)
+        expected, (recording, held) = self.plain(v), self._recorded
+        self._settle(recording.judge(held, self, v, expected), recording, held)
+        return expected
+
+    def forget(self) -> None:
+        """Let go of what the graph does not keep itself: products are reverse passes from now on."""
+        self._settled, self._recorded = self.plain, None
+
+    def _first(self, v: Leaves) -> list[Tensor]:
+        with Recorder(v) as recorder, torch.autograd.set_multithreading_enabled(False):
+            results = self.plain(v)
+        refs = recorder.finish(results)
+        if recorder.reason is not None:
+            self._settle(_failure(recorder.reason))
+            return results
+        try:
+            recording = _known(recorder, refs, len(v))
+            held = recording.program.held(recorder.constants, recorder.forms)
+        except Exception as error:  # an operation may not take what the recording makes of it
+            self._settle(_failure(_said(error)))
+            return results
+        verdict = recording.verdicts.get(_key(held, self.backend))
+        if verdict is None:
+            self._recorded = recording, held
+        else:
+            self._settle(verdict, recording, held)
+        # A result that is a constant of the recording stays with it: the caller may write into his.
+        return [x if ref[0] == "v" else x.clone() for x, ref in zip(results, refs, strict=True)]
+
+    def _settle(self, verdict: Verdict, recording: Recording | None = None, held: Sequence[Any] = ()) -> None:
+        self.forget()
+        self.report = verdict.report
+        if recording is not None and verdict.way != PASSES:
+            ways = recording.way(verdict.way, held), recording.way(RECORDED, held)
+            self._settled = ways[0] if verdict.way == RECORDED else partial(_either, *ways)
+        if verdict.failed:
+            warn(f"products could not be compiled: {verdict.report}", NotCompiled)
+
+
+class Recording:
+    """A program, what compilers made of it, and the verdicts on it, by backend and size."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.verdicts: dict[tuple[str | None, int], Verdict] = {}
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def way(self, name: str, held: Sequence[Any]) -> Pull:
+        """v ↦ the product, by the recorded operations or by a backend's code for them."""
+        call: Any = self.program.product.forward
+        if name != RECORDED:
+            if name not in self._compiled:
+                self._compiled[name] = torch.compile(call, backend=name, fullgraph=True)
+            call = self._compiled[name]
+        return lambda v: list(call(*v, *held))
+
+    @torch.no_grad()
+    def judge(self, held: Sequence[Any], product: Product, v: Leaves, expected: Leaves) -> Verdict:
+        """Which way to take, found by trying; it is kept."""
+        if not finite(expected):
+            return Verdict(PASSES, f"{PASSES}: a product that is not finite tells nothing of others")
+        times, failures = {}, []
+        for name in [RECORDED, INDUCTOR] if product.backend is None else [product.backend]:
+            if times.get(RECORDED, WORTH) < WORTH:
+                break
+            try:
+                call = self.way(name, held)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of the compiler's own parts
+                    _check(call, v, expected, product.space)
+                times[name] = _seconds(call, v)
+            except Exception as error:  # whatever a compiler may say: there are other ways
+                failures.append(f"{name}: {_said(error)}")
+                if name == RECORDED:
+                    break
+        if not times:
+            verdict = _failure("; ".join(failures))
+        elif product.backend is not None:
+            verdict = Verdict(product.backend, f"compiled by {product.backend}")
+        else:
+            times[PASSES] = _seconds(product.plain, v)
+            best = min(times, key=lambda name: times[name])
+            others = ", ".join(f"{1e6 * t:.3g} by {name}" for name, t in times.items() if name != best)
+            report = f"{best}: {1e6 * times[best]:.3g} µs a product, against {others}"
+            verdict = Verdict(best, "; ".join([report, *failures]))
+        self.verdicts[_key(held, product.backend)] = verdict
+        return verdict
+
+
+def _either(way: Pull, recorded: Pull, v: Leaves) -> list[Tensor]:
+    """The product in the one way; in the other where a compiler fails at sizes that it has not seen."""
     try:
-        with _kept(), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler's own parts
-            compiled = torch.compile(derivative, backend=backend, fullgraph=True)
-            outputs = flatten(compiled(function, params, hparams), kind)[0]
-            product([torch.zeros_like(y) for y in outputs])
-    except Exception as error:  # whatever a compiler may say: the usual products are there
-        text = " ".join(str(error).split())[:300]
-        warn(f"{kind} could not be compiled, so its products are not: {type(error).__name__}: {text}", NotCompiled)
-        return None
-    return product
+        return way(v)
+    except Exception as error:
+        warn(f"products could not be compiled again, and are done by recorded operations: {_said(error)}", NotCompiled)
+        return recorded(v)
 
 
-def _kept() -> Any:
-    """A compiled backward pass may reuse the memory of what was saved for it, and then runs once only: not here."""
-    return functorch.patch(donated_buffer=False)
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _failure(reason: str) -> Verdict:
+    return Verdict(PASSES, f"{PASSES}, for {reason}", failed=True)
+
+
+def _key(held: Sequence[Any], backend: str | None) -> tuple[str | None, int]:
+    """Hypergradients whose sizes are of one power of two share a verdict."""
+    return backend, sum(c.numel() for c in held if isinstance(c, Tensor)).bit_length()
+
+
+def _check(call: Pull, v: Leaves, expected: Leaves, space: Space) -> None:
+    """Raise where a product is another one, or not linear: a part of it was done where torch does not see it."""
+    due = space.pack(expected)
+    error = (space.pack(call(v)) - due).norm()
+    if not bool(error <= space.eps**0.5 * due.norm()):
+        raise RuntimeError(f"its product is {float(error / due.norm()):.1e} away from that of a reverse pass")
+    if not bool(space.pack(call([torch.zeros_like(x) for x in v])).norm() == 0):
+        raise RuntimeError("its product with 0 is not 0")
+
+
+def _seconds(call: Pull, v: Leaves) -> float:
+    """Of a product, at best: what else the machine does only ever makes one longer."""
+    call(v)
+    times = []
+    while len(times) < 5 or (sum(times) < 2e-3 and len(times) < 50):
+        times.append(seconds_of(call, v))
+    return min(times)
+
+
+_recordings: dict[Any, Recording] = {}
+
+
+def _known(recorder: Recorder, results: tuple[Ref, ...], inputs: int) -> Recording:
+    """The recording of this form: of the same operations, whatever the tensors, sizes and other numbers."""
+    form = (tuple(recorder.steps), results, inputs)
+    if form not in _recordings:
+        if len(_recordings) >= MOST:
+            del _recordings[next(iter(_recordings))]
+        _recordings[form] = Recording(Program(recorder.steps, results, inputs, len(recorder.forms)))
+    return _recordings[form]

@@ -29,7 +29,7 @@ from . import _autodiff, operators
 from ._autodiff import Linearisation
 from ._solution import Solution
 from ._vector import Space, Vector, difference
-from .solvers import LinearSolver
+from .solvers import LinearSolver, Recycled
 from .solvers._solver import Solver, solve
 
 Leaves: TypeAlias = "tuple[Tensor, ...]"
@@ -93,7 +93,7 @@ class Problem:
     batch_dims: int = 0
     transposed: bool = False
     info: Info = field(default_factory=Info)
-    warm: WarmStart | None = None
+    warm: WarmStart | Recycled | None = None
     names: Callable[[Tensor], str] = lambda leaf: f"of shape {tuple(leaf.shape)}"
 
     @property
@@ -154,10 +154,10 @@ class Problem:
         )
         solver = self.solver if self.transposed or self.symmetric else self.tangent
         warm = None if last is None else self.warm
-        start = None if warm is None else warm.start(b.space)
+        start = warm.start(b.space) if isinstance(warm, WarmStart) else warm
         solution = solve(solver, op if self.transposed else op.T, b, start, last)
         self.info.solution, self.info.solves = solution, self.info.solves + 1
-        if warm is not None:
+        if isinstance(warm, WarmStart):
             v = solution.value
             warm.value = [leaf.clone() for leaf in v.where(torch.isfinite(solution.residual_norm), v.zeros()).leaves]
         policy = solver.on_failure if isinstance(solver, LinearSolver) else "warn"

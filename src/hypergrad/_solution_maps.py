@@ -17,7 +17,7 @@ from ._autodiff import as_scalar
 from ._implicit_function import Info, Leaves, LinearSolve, Problem, Root, WarmStart
 from ._vector import PyTree, flatten, matching, split
 from .operators import GaussNewton, LinearOperator
-from .solvers import CG, GMRES, Neumann
+from .solvers import CG, GMRES, Neumann, Recycled
 from .solvers._solver import Solver
 
 
@@ -51,7 +51,7 @@ class Options:
     positive_definite: bool = False
     batch_dims: int = 0
     info: Info = field(default_factory=Info)
-    warm_start: WarmStart | None = None
+    warm_start: WarmStart | Recycled | None = None
 
     def problem(
         self,
@@ -131,7 +131,7 @@ def root(residual: Callable[[PyTree, PyTree], PyTree], solution: PyTree, hparams
         symmetric, positive_definite: what is known of ∂₁F.
         batch_dims: 1 where the first axis of each leaf of w counts independent problems.
         info: an Info that each derivative fills in.
-        warm_start: a WarmStart that keeps v from one backward pass to the next.
+        warm_start: a WarmStart that keeps v from one backward pass to the next, or a `solvers.Recycled`.
 
     Returns:
         w in solution's structure; it requires grad exactly where a tensor of hparams does.

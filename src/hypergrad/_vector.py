@@ -170,6 +170,15 @@ class Space:
         # What solvers aim at where the user names no tolerance: half the digits, and in half precision what is there.
         self.rtol = 1e-6 if self.eps < 1e-10 else max(1e-4, 4 * self.eps)
 
+    @cached_property
+    def one(self) -> Vector:
+        """Of a batch: zeros in the space of one system."""
+        if not all(self.plain):
+            raise TypeError("sharded tensors cannot be stacked; solve for one right hand side after the other")
+        kinds = zip(self.shapes, self.dtypes, self.devices, strict=True)
+        leaves = [torch.zeros(shape[1:], dtype=dtype, device=device) for shape, dtype, device in kinds]
+        return Space(self.unflatten(leaves), self.paths.name).pack(leaves)
+
     def _batch_shape(self) -> torch.Size:
         if self.batch_dims < 0:
             raise ValueError(f"batch_dims must be ≥ 0, got {self.batch_dims}")

@@ -42,6 +42,7 @@ class LinearOperator:
 
     Attributes:
         declared: (product, tensors) where the operator says which tensors it depends on, else None.
+        each: A, where this is its `stacked()` form, else None.
 
     Cost: `products` counts the products of the operator, its transpose and its damped forms together.
     """
@@ -64,6 +65,7 @@ class LinearOperator:
         self.batch_dims = batch_dims
         self.damping = 0.0
         self.declared: tuple[Callable[..., PyTree], tuple[Any, ...]] | None = None
+        self.each: LinearOperator | None = None
         self._matvec, self._many, self._contraction = matvec, many, contraction
         self._transpose, self._many_transpose = (matvec, many) if self.symmetric else (transpose, many_transpose)
         self._counter = Counter()
@@ -130,6 +132,36 @@ class LinearOperator:
             return self
         new = self._derived(self._matvec, self._many, self._transpose, self._many_transpose)
         new.damping = self.damping + damping
+        return new
+
+    def stacked(self) -> LinearOperator:
+        """A for k right hand sides at once, stacked along a new leading axis of every leaf: k vectorised products.
+
+        To a solver these are k independent systems: CG()(op.stacked(), b) runs k times CG in step, each with its own
+        status; BlockCG searches in one space for all. It counts its products by itself, k at once as one.
+
+        Raises: ValueError where A has a batch axis already.
+
+        Example:
+            >>> op = matrix(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), symmetric=True)
+            >>> hg.solvers.CG(rtol=1e-6)(op.stacked(), torch.tensor([[1.0, 2.0], [0.0, 11.0]])).value
+            tensor([[ 0.0909,  0.6364],
+                    [-1.0000,  4.0000]])
+        """
+        if self.batch_dims:
+            raise ValueError("this operator has batch_dims=1: independent systems cannot be stacked once more")
+
+        def product(op: LinearOperator) -> Product:
+            def apply(v: Vector) -> Vector:
+                basis = Basis(v.space.one, v.space.batch_shape[0]).with_leaves(v.leaves)
+                return v.space.pack(op.many(basis).leaves())
+
+            return apply
+
+        tags: Any = {"symmetric": self.symmetric, "positive_definite": self.positive_definite, "batch_dims": 1}
+        transposed = product(self.T) if self.has_transpose and not self.symmetric else None
+        new = LinearOperator(product(self), transposed, **tags)
+        new.each = self
         return new
 
     def low(self, dtype: torch.dtype) -> LinearOperator:

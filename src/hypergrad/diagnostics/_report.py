@@ -238,7 +238,7 @@ def _problem(
         first,
         outer_loss=parts["outer_loss"],
         inner=form.exact,
-        backend=None,
+        compile=False,
         params=parts["params"],
         hparams=parts["hparams"],
         symmetric=first.symmetric or symmetric or form.kind == "inner_loss",

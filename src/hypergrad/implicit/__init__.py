@@ -10,6 +10,7 @@ from .._solution_maps import Phantom, argmin, fixed_point, linear_solve, root, s
 from . import tolerances
 from ._hypergradient import Hypergradient, backward, grad
 from ._hypergradient import accumulate as accumulate
+from ._jacobian import jacobian
 from ._problem import InnerProblem as InnerProblem
 from ._problem import Problem
 from ._problem import Variables as Variables
@@ -21,6 +22,7 @@ __all__ = [
     # the hypergradient at a solution
     "grad",
     "backward",
+    "jacobian",
     "Hypergradient",
     "Problem",
     "tolerances",

@@ -30,8 +30,8 @@ from .._solution import (
 )
 from .._vector import PyTree, check_distinct, flatten
 from ..operators import GaussNewton
-from ..solvers import CG, GMRES, LinearSolver
-from ..solvers._solver import Real, Solver, anywhere, length, ratio, read, solve, where
+from ..solvers import CG, GMRES, LinearSolver, Recycled
+from ..solvers._solver import Real, Solver, anywhere, begin, length, ratio, read, solve, start_of, where
 from ._correction import Correction, correct
 from ._goal import Refine, reach
 from ._problem import InnerProblem, LastProduct, Point, Problem, Products, Variables, random_state_kept_on_error
@@ -55,6 +55,8 @@ class Hypergradient:
             user's own memory, without graphs. `diagnostics.check` reads it.
         relative_error: an estimate of ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖, with hypergradient_rtol or polish, else None. With
             polish the square of that of the uncorrected one, which tells the order of magnitude only.
+        compiled: with compile, how the products were done, and why: the times that were measured, or what stood in the
+            way.
     """
 
     grads: PyTree
@@ -65,6 +67,7 @@ class Hypergradient:
     outer_value: Tensor
     problem: Problem = field(repr=False)
     relative_error: Tensor | None = None
+    compiled: str | None = None
 
     def check_finite(self, on_failure: OnFailure = "warn") -> None:
         """Warn of, or raise for, a hypergradient that is not finite though the adjoint is."""
@@ -113,7 +116,7 @@ def grad(
     fp_map: Callable[[PyTree, PyTree], PyTree] | PyTree | None = None,
     residual: Callable[[PyTree, PyTree], PyTree] | PyTree | None = None,
     solver: Solver | None = None,
-    x0: PyTree | None = None,
+    x0: PyTree | Recycled | None = None,
     symmetric: bool = False,
     positive_definite: bool = False,
     stochastic: bool = False,
@@ -142,7 +145,8 @@ def grad(
         residual: F, of params' structure, F(w, λ) = 0: A = ∂₁F.
         solver: a linear solver from hg.solvers, or a function (op, b, x0) of Vectors. Default: CG() where the system
             is symmetric, else GMRES().
-        x0: start for v, in params' structure: the last hypergradient's `adjoint`, say.
+        x0: start for v, in params' structure: the last hypergradient's `adjoint`, say; or a `solvers.Recycled`, kept
+            from one outer step to the next.
         symmetric: A of fp_map or residual is symmetric (that of inner_loss always is).
         positive_definite: A is symmetric positive definite (lets Dense use Cholesky).
         stochastic: the inner problem is drawn anew at every product; it must be a callable.
@@ -158,10 +162,14 @@ def grad(
         refine: how to go on where that effect is too large: (params, hparams) ↦ better params, called up to 20 times,
             or True for Newton steps with this solver. The params of the result are `result.problem.params`; the given
             ones stay as they are. False leaves it at a warning.
-        compile: products with Aᵀ through torch.compile, with its default backend or the named one. It takes seconds to
-            build at the first call, and again for other shapes or code; where torch cannot, a warning says why and
-            products are the usual ones. It pays for small models, whose products are bound by overhead; large matrix
-            products do not become faster.
+        compile: products with Aᵀ in a faster way than by reverse passes. True: the first product is recorded and
+            simplified to the operations that depend on v; from the third on, products are done by these operations, by
+            inductor's code for them, or by reverse passes, whichever is the fastest. That is measured once and kept for
+            later outer steps of the same form and about the same size, whatever the closures and numbers: it takes
+            milliseconds, and seconds where inductor is tried (products over 50 µs). "recorded": those operations,
+            unmeasured; any other name: the backend of torch.compile that compiles them. A warning says why where a
+            backward pass cannot be recorded: it draws random numbers, writes through views, or leaves torch. Products
+            with many vectors at once, or with A of a system that is not symmetric, are as without it.
         products: how a symmetric A is applied: "reverse", Aᵀv through the graph of ∇₁g (or Φ, F); "forward", Av
             through a second graph that is built from the first and kept beside it (about its size again), after one
             product of each that must agree; "measured", the faster one by the time of two more of each, which
@@ -203,7 +211,7 @@ def grad(
     inner = InnerProblem.of(inner_loss, fp_map, residual)
     symmetric = symmetric or positive_definite or inner.kind == "inner_loss"
     _check_options(inner, outer_loss, stochastic, final_draws, polish, hypergradient_rtol, refine)
-    backend = _backend(compile, inner, stochastic)
+    _check_compile(compile, inner, stochastic)
     _check_products(products, symmetric, stochastic or bool(compile) or isinstance(inner.given, GaussNewton))
     if solver is None:
         solver = CG() if symmetric else GMRES()
@@ -212,13 +220,16 @@ def grad(
             variables.detach()
         else:
             variables.keep_live()
-        tags = (symmetric, positive_definite, stochastic, batch_dims, backend, products)
+        tags = (symmetric, positive_definite, stochastic, batch_dims, compile, products)
         problem = Problem(outer_loss, inner, params, hparams, *tags)
         point = Point(problem, variables, keep_outer=polish or hypergradient_rtol is not None)
-        start = None if x0 is None else variables.space.vector(x0, "x0")
+        start = start_of(x0, variables.space)
         correction = None
         if hypergradient_rtol is not None:
-            point, solution, last, correction = reach(hypergradient_rtol, point, solver, start, polish, refine)
+            begun = begin(start, point.op, point.b)
+            point, solution, last, correction = reach(hypergradient_rtol, point, solver, begun, polish, refine)
+            if isinstance(start, Recycled):
+                start.keep(solution.value)
         else:
             last = point.last_product(final_draws, retain_graph=polish)
             solution = solve(solver, point.op, point.b, start, last)
@@ -279,18 +290,11 @@ def _check_products(products: Any, symmetric: bool, other: bool) -> None:
         raise TypeError(f"products={products!r} is not for stochastic, GaussNewton or compiled products")
 
 
-def _backend(compile: bool | str, inner: InnerProblem, stochastic: bool) -> str | None:
-    """The backend of torch.compile for products."""
+def _check_compile(compile: bool | str, inner: InnerProblem, stochastic: bool) -> None:
     if not isinstance(compile, (bool, str)):
         raise TypeError(f"compile must be True, False or the name of a backend, got {compile!r}")
-    if not compile:
-        return None
-    if not callable(inner.given) or stochastic or isinstance(inner.given, GaussNewton):
-        raise TypeError(
-            f"compile needs {inner.kind} as a callable, that is neither stochastic nor GaussNewton; evaluated losses "
-            f"may come from a compiled model instead"
-        )
-    return "inductor" if compile is True else compile
+    if compile and (stochastic or isinstance(inner.given, GaussNewton)):
+        raise TypeError(f"compile needs an {inner.kind} that is neither stochastic nor GaussNewton")
 
 
 def _result(
@@ -306,10 +310,11 @@ def _result(
         adjoint=solution.value.tree,
         solution=solution,
         inner_residual=last.residual,
-        inner_distance=_distance(last.residual, solution, variables),
+        inner_distance=inner_distance(last.residual, solution, variables),
         outer_value=outer_value.detach(),
         problem=point.problem.kept(variables),
         relative_error=error,
+        compiled=None if point.compiled is None else point.compiled.report,
     )
 
 
@@ -357,7 +362,7 @@ def _unfinished(solution: Solution) -> Real:
     return 1 + where(told & (rest < math.inf), rest, 0.0)
 
 
-def _distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
+def inner_distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
     space, f = variables.space, read(residual)
     size = length(space.pack([leaf.detach() for leaf in variables.given]))
     stretch = length(solution.value / solution.rhs_norm)

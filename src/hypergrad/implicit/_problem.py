@@ -91,12 +91,18 @@ class Variables:
         outer = [x.detach().to(dtype or x.dtype) for x in self._outer]
         return self._params_tree(inner), self._hparams_tree(outer), inner
 
-    def outer_grads(self, grads: list[Tensor]) -> PyTree:
-        """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad."""
-        each = iter(grads)
+    def outer_grads(self, grads: list[Tensor], count: int | None = None) -> PyTree:
+        """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad.
+
+        count: k, where they have a leading axis of k outer losses.
+        """
+        each, lead = iter(grads), () if count is None else (count,)
         return self._hparams_tree(
-            [next(each) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in self._outer]
+            [next(each) if leaf.requires_grad else leaf.new_zeros(*lead, *leaf.shape) for leaf in self._outer]
         )
+
+    def in_params_structure(self, leaves: Iterable[Tensor]) -> PyTree:
+        return self._params_tree(leaves)
 
 
 def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> list[Tensor]:
@@ -143,9 +149,9 @@ class InnerProblem:
         return InnerProblem(self.kind, self.given.__call__ if isinstance(self.given, GaussNewton) else self.given)
 
     def linearise(
-        self, variables: Variables, backend: str | None = None, products: Products = "reverse"
+        self, variables: Variables, compile: bool | str = False, products: Products = "reverse"
     ) -> Linearisation:
-        """The graph of ∇₁g, Φ or F at params and hparams; with a backend of torch.compile, products are compiled."""
+        """The graph of ∇₁g, Φ or F at params and hparams; compile: products are compiled (by the named backend)."""
         with torch.enable_grad():
             if isinstance(self.given, GaussNewton):
                 given = (variables.params, variables.hparams, variables.leaves, variables.differentiated)
@@ -159,9 +165,9 @@ class InnerProblem:
                 if callable(self.given):
                     variables.check_reached(outputs, self.kind)
         compiled = None
-        if backend is not None:
-            params, hparams, leaves = variables.copies(None)
-            compiled = _compiled.pull(self.given, self.kind, params, hparams, leaves, backend)
+        if compile:
+            backend = None if compile is True else compile
+            compiled = partial(_compiled.Product, space=variables.space, backend=backend)
         linearisation = Linearisation(outputs, variables.leaves, variables.differentiated, compiled=compiled)
         if products != "reverse":
             linearisation.push_for_pull(always=products == "forward")
@@ -208,12 +214,22 @@ def inner_residual(linearisation: Linearisation, space: Space, fixed_point: bool
 
 
 class LastProduct:
-    """The last product, with respect to params and hparams at once: v ↦ Aᵀv; keeps −∂₂Fᵀv and the norm of F."""
+    """The last product, with respect to params and hparams at once: v ↦ Aᵀv; keeps −∂₂Fᵀv and the norm of F.
+
+    stacked: v is a stack of vectors, and so are the products; the graph stays.
+    """
 
     def __init__(
-        self, linearise: Callable[[], Linearisation], fixed_point: bool, draws: int = 1, retain_graph: bool = False
+        self,
+        linearise: Callable[[], Linearisation],
+        fixed_point: bool,
+        draws: int = 1,
+        retain_graph: bool = False,
+        *,
+        stacked: bool = False,
     ):
         self.linearise, self.fixed_point, self.draws, self.retain_graph = linearise, fixed_point, draws, retain_graph
+        self.stacked = stacked
 
     def __call__(self, v: Vector) -> Vector:
         image, cross = self._draw(v)
@@ -227,8 +243,12 @@ class LastProduct:
 
     def _draw(self, v: Vector) -> tuple[Vector, list[Tensor]]:
         pack, linearisation = v.space.pack, self.linearise()
-        pulled, cross = linearisation.vjp_both(v.leaves, self.retain_graph)
-        self.residual = inner_residual(linearisation, v.space, self.fixed_point).norm()
+        if self.stacked:
+            pulled, cross = linearisation.vjp_both_many(v.leaves)
+        else:
+            pulled, cross = linearisation.vjp_both(v.leaves, self.retain_graph)
+        space = v.space.one.space if self.stacked else v.space
+        self.residual = inner_residual(linearisation, space, self.fixed_point).norm()
         return pack(pulled), cross
 
 
@@ -243,7 +263,7 @@ class Problem:
         symmetric, positive_definite: of A.
         stochastic: whether the inner problem is drawn anew at every product.
         batch_dims: 1 where A is block diagonal.
-        backend: of torch.compile, where products are compiled.
+        compile: whether products are compiled, or by which backend of torch.compile.
         products: how a symmetric A is applied.
         versions: torch's counters of in-place changes of params and hparams at the time.
     """
@@ -256,7 +276,7 @@ class Problem:
     positive_definite: bool = False
     stochastic: bool = False
     batch_dims: int = 0
-    backend: str | None = None
+    compile: bool | str = False
     products: Products = "reverse"
     versions: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
@@ -295,13 +315,14 @@ class Point:
 
     def __init__(self, problem: Problem, variables: Variables, keep_outer: bool = True):
         self.problem, self.variables = problem, variables
-        kept = None if problem.stochastic else problem.inner.linearise(variables, problem.backend, problem.products)
+        kept = None if problem.stochastic else problem.inner.linearise(variables, problem.compile, problem.products)
         if problem.products == "measured" and kept is not None:
             self.problem = problem = replace(problem, products="forward" if kept.forward else "reverse")
 
         def linearise() -> Linearisation:
             return problem.inner.linearise(variables) if kept is None else kept
 
+        self.compiled = None if kept is None else kept.compiled
         self.linearise = linearise  # no method: the operator would hold the point that holds it
         self.outer, self.b, self.direct = outer_gradients(problem.outer_loss, variables, keep_outer)
         repeatable = callable(problem.inner.given) and not problem.stochastic

@@ -2,10 +2,12 @@
 
 from .._solution import HypergradientWarning, Solution, SolverError, Status
 from ._auto import Auto
+from ._block import BlockCG
 from ._direct import Dense
 from ._krylov import CG, GMRES, LSQR, MINRES, BiCGStab, NormalCG
 from ._lowrank import Nystrom
 from ._preconditioners import Diagonal, Reused
+from ._recycled import Recycled
 from ._refined import Refined
 from ._solver import IterativeSolver, LinearSolver
 from ._stationary import FixedPoint, Neumann, OneStep
@@ -22,6 +24,8 @@ __all__ = [
     "BiCGStab",
     "LSQR",
     "NormalCG",
+    # Krylov, several right hand sides
+    "BlockCG",
     # stationary
     "FixedPoint",
     "Neumann",
@@ -32,6 +36,8 @@ __all__ = [
     # preconditioners (so is Nystrom)
     "Diagonal",
     "Reused",
+    # a start from the last solutions
+    "Recycled",
     # products in low precision
     "Refined",
     # first order, stochastic

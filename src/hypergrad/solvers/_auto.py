@@ -56,7 +56,7 @@ class Auto(IterativeSolver):
             start = system.b.zeros() if system.x0 is None else system.x0
             start = start.where(again & (code == Status.NOT_SYMMETRIC.value), outcome.x)
             again = system.look(again)
-            rest = replace(system, x0=start, stop=where(again, system.stop, torch.inf))
+            rest = replace(system, x0=start, residual=None, stop=where(again, system.stop, torch.inf))
             why, method = f"{type(method).__name__} ended with {worst.name}", following
             outcome = continued(outcome, method._iterate(rest), again)
         outcome.method = f"{type(method).__name__}: {why}"

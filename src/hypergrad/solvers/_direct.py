@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from .._solution import Status
 from .._vector import Basis, Vector
 from ..operators import LinearOperator
 from ._krylov import event
-from ._solver import LinearSolver, Outcome, System
+from ._solver import LinearSolver, Outcome, System, require_symmetric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,15 @@ class Dense(LinearSolver):
     from which the value then comes, reaches the tolerance. Without a tolerance, rtol is 1e-6 in float64 and 1e-4 in
     float32.
 
+    It is also a preconditioner, the exact inverse of an A of before, for sequences in which A changes slowly:
+    CG(preconditioner=Reused(Dense())). There an A that is not positive definite is replaced by |A| = V|Λ|Vᵀ, with which
+    MINRES needs two steps.
+
     Args:
         batch_size: columns computed at once (default: as many as fit 2²⁴ numbers).
 
     Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation.
+        As a preconditioner likewise, once.
     Raises: TypeError for sharded tensors.
     """
 
@@ -42,6 +48,13 @@ class Dense(LinearSolver):
         y = y + inverse(rhs - apply(a, y))
         trace = torch.stack([r.norm(), torch.linalg.vector_norm(rhs - apply(a, y), dim=-1)])
         return Outcome(x + x.space.from_flat(y), trace, 1, code)
+
+    def preconditioner(self, op: LinearOperator, like: Vector) -> Callable[[Vector], Vector]:
+        """r ↦ |A|⁻¹r for this operator; n products now, none later."""
+        require_symmetric(op, "Dense as a preconditioner")
+        a = materialise(op, like, self.batch_size)
+        inverse = absolute_inverse((a + a.mT) / 2)
+        return lambda r: r.space.from_flat(inverse(r.flat()))
 
 
 def apply(a: Tensor, x: Tensor) -> Tensor:
@@ -60,6 +73,18 @@ def materialise(op: LinearOperator, like: Vector, batch_size: int | None = None)
         rows.diagonal(start).fill_(1.0)
         columns.append(op.many(Basis.from_rows(like, rows)).matrix())
     return torch.cat(columns, -2).mT
+
+
+def absolute_inverse(a: Tensor) -> Callable[[Tensor], Tensor]:
+    """b ↦ |A|⁻¹b of a symmetric A, by Cholesky where A is positive definite."""
+    factor, info = torch.linalg.cholesky_ex(a)
+    if not bool(info.any()):
+        return lambda b: torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
+    # eigh raises for NaN; the residual will tell of it.
+    values, vectors = torch.linalg.eigh(torch.nan_to_num(a, 0.0, 0.0, 0.0))
+    floor = a.shape[-1] * torch.finfo(a.dtype).eps * values.abs().amax(-1, keepdim=True)
+    size = torch.where(floor > 0, torch.maximum(values.abs(), floor), 1.0)
+    return lambda b: apply(vectors, apply(vectors.mT, b) / size)
 
 
 def factorise(a: Tensor, positive_definite: bool) -> tuple[Any, Tensor | None]:

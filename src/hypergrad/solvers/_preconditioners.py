@@ -78,7 +78,7 @@ class Reused:
         for ...: hg.implicit.backward(..., solver=hg.solvers.CG(rtol=1e-6, preconditioner=precondition), x0=adjoint)
 
     Args:
-        recipe: what builds it: `Nystrom`, `Diagonal`, or any object with preconditioner(op, like).
+        recipe: what builds it: `Nystrom`, `Diagonal`, `Dense`, or any object with preconditioner(op, like).
 
     Attributes:
         builds: how often it was built.

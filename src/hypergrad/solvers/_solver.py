@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias, final
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ from ..operators import LinearOperator
 
 # A solver is anything of this form; a plain function may return the bare value.
 Solver: TypeAlias = Callable[..., Any]
+
+
+class Start(Protocol):
+    """What finds a start for a system, x₀ and b − A x₀, and learns from its solution: `Recycled`."""
+
+    def start(self, op: LinearOperator, b: Vector) -> tuple[Vector, Vector] | None: ...
+    def keep(self, x: Vector) -> None: ...
+
 
 # A scalar of an iteration: a number where reading is free, else a tensor, 0-d or [B]. Arithmetic with numbers costs
 # nothing beside a small product; that with 0-d tensors does.
@@ -70,6 +78,7 @@ class System:
     rhs_norm: Real  # ‖b‖ in scaled units
     scale: Real  # power of two that one scaled unit is worth in the user's units
     precondition: Callable[[Vector], Vector] | None = None  # built from op once, however often the system is taken up
+    residual: Vector | None = None  # b − A x0 where it is known
 
     def __post_init__(self) -> None:
         space, looked = self.b.space, self.goal is not None and self.check_every == 1
@@ -79,7 +88,7 @@ class System:
         """x and r = b − A x in memory of their own; no product where there is no x0."""
         if self.x0 is None:
             return self.b.zeros(), self.b.copy()
-        return self.x0.copy(), self.b - self.op(self.x0)
+        return self.x0.copy(), self.b - self.op(self.x0) if self.residual is None else self.residual.copy()
 
     def finished(self, step: int, going: Tensor | bool) -> bool:
         """Whether no system goes on, read from the device every check_every steps; never in fixed-step mode."""
@@ -147,7 +156,7 @@ class LinearSolver(ABC):
         Args:
             op: the operator A.
             b: right hand side: a Vector or a pytree of tensors (with batch_dims=1: [B, ...] each).
-            x0: start, like b; zero if None.
+            x0: start, like b, or a `Recycled`; zero if None.
 
         Returns:
             A Solution whose value has b's structure.
@@ -157,8 +166,7 @@ class LinearSolver(ABC):
         Cost: the method's products and one more, for the true residual.
         """
         vector = b if isinstance(b, Vector) else Space(b, "b", op.batch_dims).vector(b, "b")
-        start = x0 if x0 is None or isinstance(x0, Vector) else vector.space.vector(x0, "x0")
-        solution = solve(self, op, vector.copy(), start)
+        solution = solve(self, op, vector.copy(), start_of(x0, vector.space))
         solution.report(type(self).__name__, self.on_failure)
         return solution if isinstance(b, Vector) else replace(solution, value=solution.value.tree)
 
@@ -193,6 +201,23 @@ class IterativeSolver(LinearSolver):
                 raise ValueError(f"{type(self).__name__}: {name} must be an integer ≥ {least}, got {value!r}")
 
 
+def start_of(x0: Any, space: Space) -> Vector | Start | None:
+    """x0 as a solve takes it: a pytree becomes a vector."""
+    return x0 if x0 is None or isinstance(x0, Vector) or is_start(x0) else space.vector(x0, "x0")
+
+
+def is_start(x0: Any) -> TypeGuard[Start]:
+    return all(callable(getattr(x0, name, None)) for name in ("start", "keep")) and not isinstance(x0, type)
+
+
+def begin(x0: Vector | Start | None, op: LinearOperator, b: Vector) -> Vector | None:
+    """The start as a vector."""
+    if x0 is None or isinstance(x0, Vector):
+        return x0
+    begun = x0.start(op, b)
+    return None if begun is None else begun[0]
+
+
 def require_symmetric(op: LinearOperator, name: str) -> None:
     if not op.symmetric:
         raise TypeError(
@@ -205,10 +230,10 @@ def solve(
     solver: Solver,
     op: LinearOperator,
     b: Vector,
-    x0: Vector | None,
+    x0: Vector | Start | None,
     last_product: Callable[[Vector], Vector] | None = None,
 ) -> Solution:
-    """Run a solver and recompute its residual; does not warn. b is overwritten.
+    """Run a solver and recompute its residual; does not warn. b is overwritten; a Start keeps the solution.
 
     Args:
         solver: a LinearSolver, or a plain function (op, b, x0) → Vector, pytree or Solution.
@@ -217,7 +242,7 @@ def solve(
     """
     with torch.no_grad():
         if not isinstance(solver, LinearSolver):
-            return _run_function(solver, op, b, x0, last_product or op)
+            return _kept(x0, _run_function(solver, op, b, begin(x0, op, b), last_product or op))
         if solver._needs_symmetric:
             require_symmetric(op, type(solver).__name__)
         op, space = op.damped(solver.damping), b.space
@@ -225,7 +250,9 @@ def solve(
         tame = space.uniform and not isinstance(norm2, Tensor) and TAME <= norm2 <= 1 / TAME
         scale = 1.0 if tame else b.scale(read)
         norm = root(norm2) if tame else length(b.scale_(1 / scale))
-        system = _system(solver, op, b, None if x0 is None else x0 / scale, scale, norm)
+        system = _system(solver, op, b, x0 / scale if isinstance(x0, Vector) else None, scale, norm)
+        if is_start(x0):
+            system.x0, system.residual = x0.start(op, b) or (None, None)
         outcome = solver._iterate(system)
         for refinements_left in (2, 1, 0):
             x = outcome.x.scale_(scale)
@@ -245,10 +272,10 @@ def solve(
                 again = again & (outcome.code == 0)
             if not anywhere(again):
                 break
-            system.x0 = x / scale
+            system.x0, system.residual = x / scale, None
             rest = replace(system, max_steps=left, stop=where(again, system.stop, torch.inf))
             outcome = continued(outcome, solver._iterate(rest), again)
-        return Solution(
+        solution = Solution(
             x,
             torch.as_tensor(code, device=space.device),
             _steps(outcome, system),
@@ -257,6 +284,13 @@ def solve(
             space.tensor(outcome.trace) * scale,
             outcome.method or type(solver).__name__,
         )
+        return _kept(x0, solution)
+
+
+def _kept(x0: Vector | Start | None, solution: Solution) -> Solution:
+    if is_start(x0):
+        x0.keep(solution.value)
+    return solution
 
 
 def _damped(image: Vector, x: Vector, damping: float) -> Vector:

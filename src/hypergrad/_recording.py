@@ -1,0 +1,413 @@
+"""The linear map of a reverse pass as a short program: recorded in one product, simplified, and run for the others.
+
+A product with a retained graph calls the same operations on the same saved tensors each time, and autograd takes longer
+to find them than a small one takes to run. What does not depend on v is a constant here, computed while recording. A
+chain of elementwise operations from x to y is linear, hence y = d ∘ x: it becomes one multiplication by d, which is the
+chain's value at x = 1. The Hessian product of a logistic regression is left as Xᵀ(d ∘ Xv) + e ∘ v.
+
+Nothing of the user's code is traced or run again: the graph is that of the usual products, with its random draws.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._vector import is_plain
+
+aten = torch.ops.aten
+
+# Elementwise operations that are linear in the argument at any one of these places.
+LINEAR: dict[Any, tuple[int, ...]] = {
+    aten.mul.Tensor: (0, 1),
+    aten.mul.Scalar: (0,),
+    aten.div.Tensor: (0,),
+    aten.div.Scalar: (0,),
+    aten.neg.default: (0,),
+    aten.clone.default: (0,),
+    aten.threshold_backward.default: (0,),
+    aten.sigmoid_backward.default: (0,),
+    aten.tanh_backward.default: (0,),
+    aten.gelu_backward.default: (0,),
+    aten.silu_backward.default: (0,),
+    aten.softplus_backward.default: (0,),
+    # and in all of these together: what does not depend on v must be zero there
+    aten.add.Tensor: (0, 1),
+    aten.sub.Tensor: (0, 1),
+    aten.where.self: (1, 2),
+}
+TOGETHER = (aten.add.Tensor, aten.sub.Tensor, aten.where.self)
+ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+# The same functions without the generic call of an operator, which takes as long as a small product.
+QUICK: dict[Any, Callable[..., Tensor]] = {
+    aten.mul.Tensor: torch.mul,
+    aten.add.Tensor: torch.add,
+    aten.sub.Tensor: torch.sub,
+    aten.neg.default: torch.neg,
+    aten.t.default: torch.t,
+    aten.mv.default: torch.mv,
+    aten.mm.default: torch.mm,
+    aten.bmm.default: torch.bmm,
+}
+ADDED = (aten.mv.default, aten.mm.default)  # products to which torch adds without another pass
+
+# An argument: ("v", i) for value i that depends on v, ("c", j) for constant j, ("0", j) for one that is known to be
+# zero, ("s", j) for one that is sparse, ("[", ...) for a list of arguments, ("=", x) for x itself.
+Ref = tuple
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation whose result depends on v: the values `outs` (`many`: a list of them, −1 for None).
+
+    alike: it is one value, and those that it is made from have its shape, dtype and device.
+    """
+
+    func: Any
+    args: tuple[Ref, ...]
+    kwargs: tuple[tuple[str, Ref], ...]
+    outs: tuple[int, ...]
+    many: bool
+    alike: bool
+
+    def same(self, turned: dict[Ref, Ref]) -> Ref | None:
+        """The argument that the value is equal to: x + 0, x without its graph, the transpose of xᵀ (in `turned`)."""
+        if not self.args or self.many:
+            return None
+        first = self.args[0]
+        if self.func is aten.t.default:
+            return turned.get(first)
+        if self.func is aten.add.Tensor and first[0] == "0" and self.alike and not self.kwargs:
+            return self.args[1]
+        plus = self.func in (aten.add.Tensor, aten.sub.Tensor) and self.args[1][0] == "0"
+        return first if self.alike and first[0] == "v" and (plus or self.func is aten.detach.default) else None
+
+    def chained(self) -> list[int]:
+        """The values that this is elementwise and linear in, if it is so in all its values; else none."""
+        found = [a[1] for a in self.args if a[0] == "v"]
+        places = LINEAR.get(self.func, ())
+        if not self.alike or not found or any(a[0] in ("v", "[") for _, a in self.kwargs):
+            return []
+        if any(a[0] == "[" or (a[0] == "v" and i not in places) for i, a in enumerate(self.args)):
+            return []
+        if self.func in TOGETHER:
+            return found if all(self.args[i][0] in ("v", "0") for i in places) else []
+        return found if len(found) == 1 else []
+
+
+class Form(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: Tensor) -> Form:
+        return Form(x.shape, x.dtype, x.device)
+
+    @property
+    def one(self) -> Tensor:
+        return torch.ones((1,) * len(self.shape), dtype=self.dtype, device=self.device)
+
+
+class _Traits(NamedTuple):
+    random: bool
+    writes: bool
+    view: bool
+    functional: Any  # the same operation without writing
+
+
+@cache
+def _traits(func: Any) -> _Traits:
+    schema = func._schema
+    name, functional = schema.name.removeprefix("aten::"), None
+    if schema.is_mutable and name.endswith("_") and not name.endswith("__") and hasattr(aten, name[:-1]):
+        functional = getattr(getattr(aten, name[:-1]), func._overloadname, None)
+    view = name == "_unsafe_view" or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
+    return _Traits(torch.Tag.nondeterministic_seeded in func.tags, schema.is_mutable, view, functional)
+
+
+class Recorder(TorchDispatchMode):
+    """Runs what is done in its block as usual, and writes down what depends on v.
+
+    Attributes:
+        steps: the operations whose results depend on v, in order.
+        constants: the tensors and numbers that they use, which do not.
+        forms: shape, dtype and device of each value; the first ones are v.
+        reason: why what was recorded is not the whole map, or None.
+    """
+
+    def __init__(self, v: Sequence[Tensor]):
+        super().__init__()
+        self.steps: list[Step] = []
+        self.constants: list[Any] = []
+        self.forms = [Form.of(x) for x in v]
+        self.reason = None if all(is_plain(x) for x in v) else "its tensors are not plain ones"
+        self._refs = _Notes()
+        self._new = _Notes()  # made here, in memory of their own; whether they are zero
+        self._viewed: set[int] = set()  # storages of which there are views
+        self._versions: list[tuple[Tensor, int]] = []
+        self._turned: dict[Ref, Ref] = {}
+        for i, x in enumerate(v):
+            self._refs.note(x, ("v", i))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.reason is not None:
+            return func(*args, **kwargs)
+        traits = _traits(func)
+        if traits.random:
+            self.reason = f"it draws random numbers ({func})"
+        if traits.writes:
+            return self._write(func, traits.functional, args, kwargs)
+        out = func(*args, **kwargs)
+        if traits.view:
+            self._viewed.add(_storage(args[0]))
+        elif isinstance(out, Tensor):
+            zero = func in ZEROS or (func is aten.scalar_tensor.default and args[0] == 0)
+            self._new.note(out, zero)
+            self._viewed.discard(_storage(out))  # of one before it in the same place
+        if func not in ZEROS and (self._depends(args) or self._depends(kwargs.values())):
+            self._value(func, self._refs_of(args), self._named(kwargs), out)
+        return out
+
+    def _write(self, func: Any, functional: Any, args: Any, kwargs: Any) -> Any:
+        """An operation in place, on a tensor made here that has no views, is written down as one that is not."""
+        target: Any = args[0] if args else None
+        if functional is None or self._new.get(target) is None or _storage(target) in self._viewed:
+            self.reason = f"it changes a tensor in place ({func})"
+            return func(*args, **kwargs)
+        if not (self._depends(args) or self._depends(kwargs.values())):
+            self._new.note(target, False)
+            return func(*args, **kwargs)
+        before = self._ref(target if self._depends((target,)) else target.clone())
+        given = (before, *self._refs_of(args[1:])), self._named(kwargs)
+        out = func(*args, **kwargs)
+        self._value(functional, *given, target)
+        return out
+
+    def _depends(self, args: Any) -> bool:
+        for a in args:
+            if isinstance(a, Tensor):
+                if self._refs.get(a, "c")[0] == "v":
+                    return True
+            elif isinstance(a, (list, tuple)) and self._depends(a):
+                return True
+        return False
+
+    def _value(self, func: Any, args: tuple[Ref, ...], kwargs: tuple[tuple[str, Ref], ...], out: Any) -> None:
+        many = isinstance(out, (list, tuple))
+        places: list[int] = []
+        for x in out if many else [out]:
+            if isinstance(x, Tensor):
+                places.append(len(self.forms))
+                self.forms.append(Form.of(x))
+                self._refs.note(x, ("v", places[-1]))
+            elif x is None:
+                places.append(-1)
+            else:
+                self.reason = f"it reads numbers from a tensor ({func})"
+                return
+        alike = not many and all(self.forms[a[1]] == self.forms[-1] for a in args if a[0] == "v")
+        step = Step(func, args, kwargs, tuple(places), many, alike)
+        same = step.same(self._turned)
+        if same is not None and isinstance(out, Tensor):
+            self._refs.note(out, same)
+            return
+        self.steps.append(step)
+        if func is aten.t.default:
+            self._turned["v", places[0]] = args[0]
+
+    def _refs_of(self, given: Any) -> tuple[Ref, ...]:
+        return tuple(self._ref(x) for x in given)
+
+    def _named(self, given: dict[str, Any]) -> tuple[tuple[str, Ref], ...]:
+        return tuple((name, self._ref(x)) for name, x in given.items())
+
+    def _ref(self, x: Any) -> Ref:
+        if isinstance(x, Tensor):
+            ref = self._refs.get(x)
+            if ref is None:
+                kind = "s" if x.layout is not torch.strided else "0" if self._new.get(x) else "c"
+                ref = kind, len(self.constants)
+                self._refs.note(x, ref)
+                self.constants.append(x)
+                if not x.is_inference():
+                    self._versions.append((x, x._version))
+            return ref
+        if isinstance(x, (list, tuple)):
+            return ("[", *self._refs_of(x))
+        if type(x) in (int, float):  # sizes and factors may differ from one outer step to the next
+            self.constants.append(x)
+            return ("c", len(self.constants) - 1)
+        if isinstance(x, Hashable):
+            return ("=", x)
+        self.reason = f"an operation takes a {type(x).__name__}"
+        return ("=", None)
+
+    def finish(self, results: Sequence[Tensor]) -> tuple[Ref, ...]:
+        """What the results are."""
+        found = self._refs_of(results)
+        if any(x._version != version for x, version in self._versions):
+            self.reason = self.reason or "it changes in place what it has used before"
+        return found
+
+
+class _Notes:
+    """Something noted of each tensor, by what it is and not by its numbers; keeps no memory alive."""
+
+    def __init__(self) -> None:
+        self._notes: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+
+    def note(self, x: Tensor, what: Any) -> None:
+        self._notes[id(x)] = weakref.ref(x), what
+
+    def get(self, x: Any, default: Any = None) -> Any:
+        who, what = self._notes.get(id(x), (None, default))
+        return what if who is not None and who() is x else default
+
+
+def _storage(x: Any) -> int:
+    return x.untyped_storage()._cdata if isinstance(x, Tensor) and x.layout is torch.strided else id(x)
+
+
+class Program:
+    """What was recorded, as two functions: of the constants, once, and of v and what that leaves.
+
+    Attributes:
+        product: (*v, *held) ↦ the results.
+    """
+
+    def __init__(self, steps: Sequence[Step], results: Sequence[Ref], inputs: int, values: int):
+        self.roots, lengths = list(range(values)), [0] * values
+        for step in steps:
+            before = step.chained()
+            if len({self.roots[i] for i in before}) == 1:
+                out = step.outs[0]
+                self.roots[out], lengths[out] = self.roots[before[0]], 1 + max(lengths[i] for i in before)
+        # A chain of one operation stays what it is.
+        self.ends = {i for i in range(values) if lengths[i] > 1}
+        live = {r[1] for r in results if r[0] == "v"}
+        kept = []
+        for step in reversed(steps):
+            if live.isdisjoint(step.outs):
+                continue
+            kept.append(step)
+            live.update([self.roots[step.outs[0]]] if step.outs[0] in self.ends else _values(step))
+        kept.reverse()
+        self.factors = [step.outs[0] for step in kept if step.outs[0] in self.ends]
+        used = [j for step in kept if step.outs[0] not in self.ends for j in _constants(step)]
+        used += [r[1] for r in results if r[0] != "v"]
+        self.used = list(dict.fromkeys(used))
+        self.started = list(dict.fromkeys(self.roots[i] for i in self.factors))
+        self._prepare = self._chains([step for step in steps if step.chained()])
+        self.product = self._product(kept, results, inputs)
+
+    def held(self, constants: Sequence[Any], forms: Sequence[Form]) -> list[Any]:
+        """The constants of `product`: some of those recorded, then the factors of the chains."""
+        with torch.no_grad():
+            held = [c.detach() if isinstance(c, Tensor) else c for c in (constants[j] for j in self.used)]
+            if self.factors:
+                ones = [forms[i].one for i in self.started]
+                held += self._prepare(*ones, *[_narrow(constants[j]) for j in self._read])
+        return held
+
+    def _chains(self, steps: Sequence[Step]) -> Callable[..., Any]:
+        """(*ones, *constants) ↦ factors: the chains, each from 1."""
+        graph, wanted = fx.Graph(), set(self.factors)
+        needed = []
+        for step in reversed(steps):
+            if step.outs[0] in wanted and step.outs[0] not in self.started:
+                wanted.update(step.chained())
+                needed.append(step)
+        needed.reverse()
+        self._read = list(dict.fromkeys(j for step in needed for j in _constants(step)))
+        nodes: dict[Ref, Any] = {("v", i): graph.placeholder(f"one{i}") for i in self.started}
+        nodes |= {("c", j): graph.placeholder(f"c{j}") for j in self._read}
+        for step in needed:
+            nodes["v", step.outs[0]] = _call(graph, step, nodes)
+        graph.output([nodes["v", i] for i in self.factors])
+        return fx.GraphModule(torch.nn.Module(), graph).forward
+
+    def _product(self, steps: Sequence[Step], results: Sequence[Ref], inputs: int) -> fx.GraphModule:
+        graph = fx.Graph()
+        nodes: dict[Ref, Any] = {("v", i): graph.placeholder(f"v{i}") for i in range(inputs)}
+        nodes |= {("c", j): graph.placeholder(f"c{j}") for j in self.used}
+        factors = {i: graph.placeholder(f"d{i}") for i in self.factors}
+        sums, products = [], set[fx.Node]()
+        for step in steps:
+            first = step.outs[0]
+            if first in factors:
+                nodes["v", first] = graph.call_function(torch.mul, (nodes["v", self.roots[first]], factors[first]))
+            elif step.many:
+                parts = _call(graph, step, nodes)
+                for place, i in enumerate(step.outs):
+                    if i >= 0:
+                        nodes["v", i] = graph.call_function(operator.getitem, (parts, place))
+            else:
+                node = nodes["v", first] = _call(graph, step, nodes)
+                if step.func is aten.add.Tensor and step.alike and not step.kwargs:
+                    sums.append(node)
+                if step.func in ADDED and all(r[0] != "s" for r in step.args):
+                    products.add(node)
+        # A result that is a constant is the caller's to write into.
+        graph.output([nodes[r] if r[0] == "v" else graph.call_method("clone", (nodes["c", r[1]],)) for r in results])
+        graph.eliminate_dead_code()
+        for node in sums:
+            _add_into(graph, node, products)
+        return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _add_into(graph: fx.Graph, total: fx.Node, products: set[fx.Node]) -> None:
+    """x + My by one operation, where My is used nowhere else."""
+    for x, product in ((total.args[0], total.args[1]), (total.args[1], total.args[0])):
+        if isinstance(product, fx.Node) and product in products and len(product.users) == 1 and x is not product:
+            function: Any = torch.addmv if product.target is torch.mv else torch.addmm
+            total.target, total.args = function, (x, *product.args)
+            graph.erase_node(product)
+            return
+
+
+def _call(graph: fx.Graph, step: Step, nodes: dict[Ref, Any]) -> fx.Node:
+    def decode(ref: Ref) -> Any:
+        kind = ref[0]
+        if kind == "[":
+            return [decode(r) for r in ref[1:]]
+        return ref[1] if kind == "=" else nodes["v" if kind == "v" else "c", ref[1]]
+
+    kwargs = {name: decode(ref) for name, ref in step.kwargs}
+    function: Any = QUICK.get(step.func, step.func)
+    return graph.call_function(function, tuple(decode(ref) for ref in step.args), kwargs)
+
+
+def _flat(refs: Sequence[Ref]) -> list[Ref]:
+    return [r for ref in refs for r in (_flat(ref[1:]) if ref[0] == "[" else [ref])]
+
+
+def _of(step: Step) -> list[Ref]:
+    return _flat([*step.args, *(ref for _, ref in step.kwargs)])
+
+
+def _values(step: Step) -> list[int]:
+    return [r[1] for r in _of(step) if r[0] == "v"]
+
+
+def _constants(step: Step) -> list[int]:
+    return [r[1] for r in _of(step) if r[0] in "c0s"]
+
+
+def _narrow(x: Any) -> Any:
+    """A tensor without its copies along expanded axes: it broadcasts to the same."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.detach()
+    if x.layout is not torch.strided or all(x.stride()):
+        return x
+    return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]

@@ -1,0 +1,315 @@
+"""Recycled: the start that it finds, what it costs and saves, and that no answer depends on what it remembers."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import hypergrad as hg
+from hypergrad import solvers as S
+from hypergrad._vector import Space
+from hypergrad.solvers import Status
+from systems import GRID, System, logspace, norm, side, with_singular_values, with_spectrum
+from test_preconditioners import drifting
+from test_solvers import LIMIT, ROWS, RTOL, Answer, Reads
+
+N = 120
+ITERATIVE = [name for name, row in ROWS.items() if row.iterative]
+QUICK = ("CG", "GMRES(60)", "FixedPoint", "Auto, symmetric")
+
+
+def vector(x: np.ndarray, batch_dims: int = 0):
+    return Space(torch.tensor(x), "b", batch_dims).vector(torch.tensor(x), "b")
+
+
+def off(x, truth) -> float:
+    """‖x − truth‖."""
+    return norm(np.asarray(x) - np.asarray(truth))
+
+
+def remembering(*xs: np.ndarray, size: int = 4, batch_dims: int = 0) -> S.Recycled:
+    recycled = S.Recycled(size)
+    for x in xs:
+        recycled.keep(vector(x, batch_dims))
+    return recycled
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_start_has_the_least_residual_in_the_span(symmetric):
+    a = with_spectrum(logspace(1e3, 30), 1) if symmetric else with_singular_values(logspace(1e3, 30), 2)
+    y, b = np.random.default_rng(0).standard_normal((30, 3)), side(30)
+    op = hg.operators.matrix(torch.tensor(a), symmetric=symmetric)
+    begun = remembering(*y.T).start(op, vector(b))
+    assert begun is not None and op.products == 3
+    truth = y @ np.linalg.lstsq(a @ y, b, rcond=None)[0]
+    assert off(begun[0].flat(), truth) <= 1e-11 * norm(truth)
+    assert off(begun[1].flat(), b - a @ truth) <= 1e-12 * norm(b)
+
+
+def test_solutions_that_do_not_span_are_no_harm():
+    """Twice the same one, and one that is nearly another."""
+    a, b, y = with_spectrum(logspace(1e3, 30), 1), side(30), side(30, 1)
+    op = hg.operators.matrix(torch.tensor(a), symmetric=True)
+    for ys in ([y, y], [y, 2 * y, y * (1 + 1e-14)], [0 * y, y]):
+        begun = remembering(*ys).start(op, vector(b))
+        assert begun is not None
+        x, r = (each.flat().numpy() for each in begun)
+        assert norm(r - (b - a @ x)) <= 1e-12 * norm(b)
+        least = norm(b - a @ (y * (a @ y @ b) / norm(a @ y) ** 2))
+        assert norm(r) <= least * (1 + 1e-12)
+
+
+def test_it_extrapolates():
+    """Solutions that are cubic in t, of a matrix that changes with t: four of them give the fifth."""
+    terms = np.random.default_rng(3).standard_normal((N, 4))
+    xs = [terms @ t ** np.arange(4) for t in np.linspace(0, 1, 5)]
+    a = drifting(0.7)
+    op, b = hg.operators.matrix(torch.tensor(a), symmetric=True), vector(a @ xs[4])
+    begun = remembering(*xs[:4]).start(op, b)
+    assert begun is not None and off(begun[0].flat(), xs[4]) <= 1e-9 * norm(xs[4])
+    begun = remembering(*xs[:3]).start(op, b)
+    assert begun is not None and off(begun[0].flat(), xs[4]) >= 1e-2 * norm(xs[4])
+
+
+def total(x0, size: float = 0.3, solver: S.LinearSolver | None = None) -> int:
+    """Products of a smooth sequence; x0 "warm" starts at the last solution."""
+    solver, products, last = solver or S.CG(rtol=1e-8), 0, None
+    for t in np.linspace(0, size, 15):
+        op, b = hg.operators.matrix(torch.tensor(drifting(t)), symmetric=True), torch.tensor(side(N) + t * side(N, 1))
+        solution = solver(op, b, last if isinstance(x0, str) else x0)
+        assert solution.ok
+        products, last = products + op.products, solution.value
+    return products
+
+
+def test_it_saves_products_along_a_smooth_sequence():
+    cold, warm, recycled = total(None), total("warm"), total(S.Recycled(4))
+    assert recycled < 0.6 * warm < 0.6 * cold
+    pre = S.CG(rtol=1e-8, preconditioner=S.Reused(S.Nystrom(rank=60, damping=1e-4)))
+    assert total(S.Recycled(4), solver=pre) < 0.5 * recycled
+
+
+@pytest.mark.parametrize(
+    "row", [row if row in QUICK else pytest.param(row, marks=pytest.mark.slow) for row in ITERATIVE]
+)
+def test_no_answer_depends_on_what_is_remembered(row):
+    """On the grid of systems, after two other right hand sides each: nothing silent, and solved where it is due."""
+    bad, gamma = [], ROWS[row].dampings[0]
+    for name, given in GRID.items():
+        solver = ROWS[row].solver(max_steps=ROWS[row].limit, rtol=RTOL, damping=gamma, on_failure="ignore")
+        recycled, op = S.Recycled(3), given.operator(ROWS[row].tag)
+        for seed in (1, 2):
+            solver(op, given.start(seed), recycled)
+        answer = Answer(name, given.damped(gamma), solver(op, given.rhs(), recycled), False)
+        due = ROWS[row].solves(answer.system)
+        bad += answer.silent() + answer.unsolved(due) + answer.misreported() + answer.misnamed() + answer.mistraced()
+    assert bad == []
+
+
+def test_it_saves_products_where_a_is_not_symmetric():
+    base, turn = with_singular_values(logspace(10, N), 2), with_singular_values(np.ones(N), 4)
+    cold, recycled = S.GMRES(rtol=1e-8, restart=N), S.Recycled(3)
+    products = {"cold": 0, "recycled": 0}
+    for t in np.linspace(0, 0.1, 8):
+        b = torch.tensor(side(N) + t * side(N, 1))
+        for name, x0 in (("cold", None), ("recycled", recycled)):
+            op = hg.operators.matrix(torch.tensor(np.eye(N) + 0.8 * (base + t * turn)))
+            assert cold(op, b, x0).ok
+            products[name] += op.products
+    assert products["recycled"] < 0.8 * products["cold"]
+
+
+@pytest.mark.parametrize("row", ITERATIVE)
+def test_b_zero_gives_zero(row):
+    given = GRID["b = 0"]
+    recycled, op = S.Recycled(), given.operator(ROWS[row].tag)
+    solver = ROWS[row].solver(max_steps=LIMIT, rtol=RTOL, on_failure="ignore")
+    for b in (given.start(), given.rhs()):
+        solution = solver(op, b, recycled)
+    assert solution.status is Status.CONVERGED and not solution.value.any()
+
+
+def test_nan_and_infinity_are_forgotten():
+    given = GRID["spd 10"]
+    recycled, op = S.Recycled(3), given.operator()
+    solver = S.CG(rtol=1e-10, on_failure="ignore")
+    assert solver(op, given.rhs() * torch.nan, recycled).status is Status.NON_FINITE
+    assert solver(op, given.rhs(), recycled).ok
+    assert solver(op, given.rhs() * torch.inf, recycled).status is Status.NON_FINITE
+    again = solver(op, given.rhs(), recycled)
+    assert again.ok and again.steps == 0
+    assert off(again.value, given.solutions[0]) <= 1e-9 * norm(given.solutions[0])
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_any_scale_is_remembered(scale):
+    given = GRID["spd 10"]
+    recycled, op = S.Recycled(3), given.operator()
+    S.CG(rtol=1e-10)(op, scale * given.rhs(), recycled)
+    assert S.CG(rtol=1e-9)(op, given.rhs(), recycled).steps == 0
+
+
+def test_another_kind_of_system_starts_anew():
+    recycled, solver = S.Recycled(), S.CG(rtol=1e-6)
+    for n, dtype, batch in (
+        (20, torch.float64, ()),
+        (30, torch.float64, ()),
+        (30, torch.float32, ()),
+        (30, None, (2,)),
+    ):
+        a = torch.tensor(with_spectrum(logspace(10, n), 3)).expand(*batch, n, n).to(dtype or torch.float64)
+        b = torch.tensor(side(n)).expand(*batch, n).to(a.dtype)
+        solution = solver(hg.operators.matrix(a, symmetric=True), b, recycled)
+        assert solution.ok and recycled.kept == 1 and int(torch.as_tensor(solution.steps).max()) > 0
+
+
+def test_a_batch_is_a_loop():
+    given = GRID["batch spd, one NaN"]
+    solver, together = S.CG(rtol=1e-10, on_failure="ignore"), S.Recycled(2)
+    answers = [solver(given.operator("symmetric"), b, together) for b in (given.start(1), given.start(2), given.rhs())]
+    assert answers[-1].statuses == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
+    for i in (0, 2):
+        alone, single = S.Recycled(2), given.single(i)
+        for b, answer in zip((given.start(1)[i], given.start(2)[i], single.rhs()), answers, strict=True):
+            solution = solver(single.operator("symmetric"), b, alone)
+            assert abs(int(answer.steps[i]) - solution.steps) <= 1
+            assert off(answer.value[i], solution.value) <= 1e-8 * norm(solution.value)
+
+
+def test_several_leaves_of_mixed_dtypes():
+    a = torch.tensor(with_spectrum(logspace(1e2, 12), 3))
+
+    def product(v):
+        flat = a @ torch.cat([v["m"].reshape(-1).double(), v["s"].reshape(1).double(), v["x"]])
+        return {"m": flat[:6].float().reshape(2, 3), "s": flat[6].float(), "x": flat[7:]}
+
+    op, recycled = hg.operators.function(product, symmetric=True), S.Recycled(2)
+    steps = []
+    for t in (1.0, 2.0, 3.0):
+        b = {"m": torch.arange(6.0).reshape(2, 3), "s": torch.tensor(t), "x": torch.ones(5, dtype=torch.float64)}
+        solution = S.CG(rtol=1e-5)(op, b, recycled)
+        image = product(solution.value)
+        assert all((image[k] - b[k]).abs().max() < 1e-3 for k in b)
+        steps.append(solution.steps)
+    assert steps[2] == 0 < steps[1]
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_what_it_costs(steps, monkeypatch):
+    """In fixed-step mode: m products beside the solver's, and no read from the device."""
+    monkeypatch.setattr("hypergrad.solvers._solver.FREE_TO_READ", ())
+    given, recycled = GRID["spd 1e3"], S.Recycled(3)
+    for kept in range(5):
+        op, before = given.operator(), recycled.kept
+        with Reads() as counted:
+            S.CG(max_steps=steps, on_failure="ignore")(op, given.start(kept), recycled)
+        assert counted.count == 0 and before == min(kept, 3)
+        assert op.products == before + steps + 1
+
+
+def test_inputs_and_answers_are_not_shared():
+    given, recycled = GRID["spd 10"], S.Recycled()
+    first = S.CG(rtol=1e-10)(given.operator(), given.rhs(), recycled)
+    first.value.zero_()
+    again = S.CG(rtol=1e-9)(given.operator(), given.rhs(), recycled)
+    assert again.steps == 0 and off(again.value, given.solutions[0]) <= 1e-8 * norm(given.solutions[0])
+
+
+def test_a_function_as_a_solver_gets_the_start():
+    given, recycled, starts = GRID["spd 10"], S.Recycled(), []
+
+    def mine(op, b, x0):
+        starts.append(x0)
+        return S.CG(rtol=1e-10)(op, b, x0).value
+
+    b = given.rhs()
+    for _ in range(2):
+        hg.solvers._solver.solve(mine, given.operator(), vector(b.numpy()), recycled)
+    assert starts[0] is None and off(starts[1].flat(), given.solutions[0]) <= 1e-8 * norm(given.solutions[0])
+
+
+def ridge(step: int):
+    """The pieces of a hypergradient of ridge regression along a smooth path, and its closed form."""
+    draw = np.random.RandomState(0)
+    x, y = torch.tensor(draw.randn(60, 40) * np.logspace(0, -2, 40)), torch.tensor(draw.randn(60))
+    lam = torch.full((40,), -8.0 + 0.02 * step, dtype=torch.float64, requires_grad=True)
+    a = x.mT @ x / 60 + torch.diag(lam.detach().exp())
+    w = torch.linalg.inv(a) @ (x.mT @ y) / 60
+
+    def inner(w, lam):
+        return ((x @ w - y) ** 2).mean() / 2 + (lam.exp() * w**2).sum() / 2
+
+    return (lambda w, lam: (w**2).sum() / 2), inner, w, lam, -lam.detach().exp() * w * (torch.linalg.inv(a) @ w)
+
+
+def test_in_hypergradients():
+    recycled, adjoint, steps, warm = S.Recycled(3), None, [], []
+    for step in range(6):
+        outer, inner, w, lam, truth = ridge(step)
+        options = {"inner_loss": inner, "params": w, "hparams": lam, "solver": S.CG(rtol=1e-10)}
+        result = hg.implicit.grad(outer, **options, x0=recycled)
+        torch.testing.assert_close(result.grads, truth, rtol=1e-6, atol=1e-8 * float(truth.abs().max()))
+        steps.append(result.solution.steps)
+        plain = hg.implicit.grad(outer, **options, x0=adjoint)
+        adjoint = plain.adjoint
+        warm.append(plain.solution.steps)
+    assert steps[0] == warm[0] and sum(steps[3:]) < 0.8 * sum(warm[3:])
+
+
+def test_with_a_goal_for_the_hypergradient_only_the_answer_is_kept():
+    recycled = S.Recycled(3)
+    for step in range(3):
+        outer, inner, w, lam, truth = ridge(step)
+        options = {"inner_loss": inner, "params": w, "hparams": lam, "solver": S.CG(), "hypergradient_rtol": 1e-5}
+        result = hg.implicit.grad(outer, **options, x0=recycled)
+        assert off(result.grads, truth) <= 1e-5 * norm(truth) and recycled.kept == step + 1
+
+
+def test_as_the_warm_start_of_a_solution_map():
+    recycled, info = S.Recycled(2), hg.implicit.Info()
+    steps = []
+    for _ in range(3):
+        outer, inner, w, lam, truth = ridge(0)
+        value = hg.implicit.argmin(inner, w, lam, adjoint=S.CG(rtol=1e-10), warm_start=recycled, info=info)
+        (got,) = torch.autograd.grad(outer(value, lam), lam)
+        torch.testing.assert_close(got, truth, rtol=1e-6, atol=1e-8 * float(truth.abs().max()))
+        steps.append(info.solution.steps)
+    assert steps[0] > 0 == steps[1] == steps[2]
+
+
+def test_bad_input():
+    for size in (0, -1, 2.0, "4", None):
+        with pytest.raises(ValueError, match=f"Recycled: size must be an integer ≥ 1, got {size!r}"):
+            S.Recycled(size)
+    given = GRID["spd 10"]
+    with pytest.raises(TypeError, match="x0 must be a floating point tensor, got type"):
+        S.CG()(given.operator(), given.rhs(), S.Recycled)
+
+    class Sharded(torch.Tensor):
+        """Stands for one: a vector of such tensors has no flat form."""
+
+    op = hg.operators.function(lambda v: 2 * v, symmetric=True)
+    with pytest.raises(TypeError, match="sharded tensors"):
+        S.CG(rtol=1e-9)(op, torch.tensor(side(6)).as_subclass(Sharded), S.Recycled())
+
+
+def test_a_start_with_leaves_of_these_names_is_a_start():
+    class Start(NamedTuple):
+        start: torch.Tensor
+        keep: torch.Tensor
+
+    b = Start(torch.ones(2), torch.ones(3))
+    op = hg.operators.function(lambda v: Start(2 * v.start, 4 * v.keep), symmetric=True)
+    solution = S.CG(rtol=1e-6)(op, b, Start(torch.ones(2) / 2, torch.ones(3) / 4))
+    assert solution.steps == 0 and torch.equal(solution.value.keep, torch.ones(3) / 4)
+
+
+def test_auto_takes_it_on_to_the_next_method():
+    given = System("", with_spectrum(np.append(-np.ones(3), logspace(10, N - 3)), 1), side(N))
+    recycled = S.Recycled(2)
+    for seed in range(4):
+        solution = S.Auto(rtol=1e-9)(given.operator(), given.start(seed), recycled)
+        assert solution.ok and solution.method.startswith("MINRES")
+        x = np.linalg.solve(given.a, given.start(seed).numpy())
+        assert off(solution.value, x) <= 1e-7 * norm(x)
