@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +17,13 @@ import hypergrad as hg
 from . import accuracy, illconditioned, problems, unrolled
 from .illconditioned import Step
 from .measure import counted, counting, peak_memory
-from .methods import METHODS, Method, graph_and_product, hypergradient, implicit, layer
+from .methods import METHODS, Method, graph_and_product, hypergradient, implicit, layer, library
 from .problems import Problem
 from .unrolled import Descent
 
 Answer = TypeVar("Answer")
 
-VECTORS = 4  # b, x, r and p of CG; the product it waits for counts apart
+VECTORS = 4  # b, x, r and p of CG, and of NormalCG; the product it waits for counts apart
 SCALARS = 0.05  # in vectors of the wide row: what is no vector
 
 # Products of K steps from zero in fixed-step mode, beside the last one.
@@ -129,6 +130,15 @@ def check_memory(problem: Problem) -> float:
     return held
 
 
+def check_normal_memory(problem: Problem) -> float:
+    """Vectors that NormalCG holds beside the graph of a tanh map: CG's, and the one that the transposed graph keeps."""
+    call = functools.partial(library(hg.CG_normaleq), problem)
+    call()  # what the first call of all leaves behind is none of its vectors
+    held = beside(problem, peak_memory(call), fixed_point=True)
+    expect(f"{problem.name}, CG_normaleq: vectors beside the graph", held, VECTORS + 1 + SCALARS, at_most=True)
+    return held
+
+
 def check_forward_memory(problem: Problem) -> None:
     """The layer's memory does not depend on how many steps the forward solver takes."""
     few, many = (peak_memory(lambda steps=steps: layer(problem, steps)) for steps in (3, 60))
@@ -188,6 +198,8 @@ def run() -> None:
     )
     check_forward_memory(problems.equilibrium("equilibrium", 200, 20, 30, 3, 0.9))
     print(f"CG holds {check_memory(problems.wide()):.2f} vectors beside the graph and one product")
+    held = check_normal_memory(problems.equilibrium("equilibrium", 2000, 20, 30, 3, 0.9, steps=4))
+    print(f"CG_normaleq holds {held:.2f} vectors beside the graph of a tanh map and one product")
 
 
 def show(name: str, counts: Counter[str]) -> None:

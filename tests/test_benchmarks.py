@@ -78,6 +78,10 @@ def test_memory_of_cg() -> None:
     counts.check_memory(problems.wide())
 
 
+def test_memory_of_the_normal_equations() -> None:
+    counts.check_normal_memory(problems.equilibrium("equilibrium", 2000, 20, 30, 3, 0.9, steps=4))
+
+
 def test_memory_of_a_layer() -> None:
     counts.check_forward_memory(problems.equilibrium("equilibrium", 200, 20, 30, 3, 0.9))
 

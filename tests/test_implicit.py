@@ -922,6 +922,36 @@ def counted(monkeypatch):
     return counts
 
 
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name in ("quadratic-10", "equilibrium") for form in forms(problem_at(name))]
+)
+def test_products_by_autograd_grad_are_the_same(name, form, monkeypatch):
+    """Where torch has no such engine call any more, or another function stands in for autograd.grad."""
+    p = problem_at(name, 1)
+    usual = hypergradient(p, form, S.NormalCG(max_steps=6, **QUIET))
+    monkeypatch.setattr(hg._autodiff, "_engine", None)
+    other = hypergradient(p, form, S.NormalCG(max_steps=6, **QUIET))
+    assert torch.equal(flat(usual.grads), flat(other.grads)) and torch.equal(flat(usual.adjoint), flat(other.adjoint))
+
+
+@pytest.mark.parametrize("solver", [S.NormalCG(rtol=1e-12), S.LSQR(rtol=1e-12)])
+def test_a_transposed_product_that_is_the_identity_or_nothing(solver):
+    """∂₁F v is then v itself, or no derivative at all: the graph of the product has no node of its own."""
+    lam = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    params = {"a": torch.ones(3, dtype=torch.float64), "b": lam.detach()}
+    settings = [
+        ("residual", lambda w, lam: {"a": w["a"] - 1, "b": w["b"] - lam}),
+        ("fp_map", lambda w, lam: {"a": w["a"] / 2 + 0.5, "b": lam + 0 * w["b"]}),
+        ("fp_map", lambda w, lam: {"a": torch.ones_like(w["a"]), "b": lam}),
+    ]
+    for form, inner in settings:
+        outer = lambda w, lam: w["a"].sum() + (w["b"] ** 2).sum() / 2  # noqa: E731
+        result = hg.implicit.grad(outer, params=params, hparams=lam, solver=solver, **{form: inner})
+        assert result.solution.ok
+        torch.testing.assert_close(result.grads, lam.detach(), rtol=1e-14, atol=0.0)
+        assert result.grads.data_ptr() != result.adjoint["b"].data_ptr()
+
+
 COSTS = [
     (S.CG(max_steps=4), {"vjp": 4, "vjp_both": 1}),
     (S.MINRES(max_steps=4), {"vjp": 4, "vjp_both": 1}),

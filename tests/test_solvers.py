@@ -497,11 +497,23 @@ def test_numbers_on_the_cpu_and_tensors_elsewhere_give_the_same(row, system, opt
     solver = ROWS[row].solver(on_failure="ignore", check_every=1, **options)
     op, b = GRID[system].operator(), GRID[system].rhs()
     numbers = solver(op, b)
+    monkeypatch.setattr("hypergrad.solvers._solver.FREE_TO_READ", ())
     monkeypatch.setattr(SolverSystem, "look", lambda self, scalar: scalar)
     tensors = solver(op, b)
     assert (numbers.status, numbers.steps) == (tensors.status, tensors.steps)
     torch.testing.assert_close(numbers.value, tensors.value, rtol=1e-12, atol=0.0, equal_nan=True)
     torch.testing.assert_close(numbers.trace, tensors.trace, rtol=1e-12, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("row", ["CG", "GMRES(5)", "NormalCG"])
+def test_the_size_of_b_changes_nothing_but_the_size_of_x(row):
+    """By powers of two, through the sizes at which b is scaled near 1 before and at which it is left as it is."""
+    op, b = GRID["spd 10"].operator(), GRID["spd 10"].rhs()
+    one = ROWS[row].solver(rtol=1e-8)(op, b)
+    for k in (-900, -60, *range(-12, 13), 60, 900):
+        solution = ROWS[row].solver(rtol=1e-8)(op, b * 2.0**k)
+        assert torch.equal(solution.value, one.value * 2.0**k) and torch.equal(solution.trace, one.trace * 2.0**k)
+        assert solution.residual_norm == one.residual_norm * 2.0**k and solution.rhs_norm == one.rhs_norm * 2.0**k
 
 
 @pytest.mark.parametrize("system", ["nonsymmetric 10", "nonsymmetric 1e3", "contraction .8", "spd 1e3"])

@@ -326,7 +326,7 @@ def test_lists_tuples_and_generators_are_the_same():
             assert np.array_equal(numbers(space.vector(like, "x")), dense(tree, ()))
     model = torch.nn.Linear(3, 2)
     space = Space(model.parameters(), "params")
-    assert space.paths == ["params[0]", "params[1]"] and isinstance(space.zeros().tree, list)
+    assert [*space.paths] == ["params[0]", "params[1]"] and isinstance(space.zeros().tree, list)
     assert space.vector(model.parameters(), "x").norm() > 0
 
 

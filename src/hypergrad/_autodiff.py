@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import has_torch_function
 
 FREED = (
     "the graph of this loss or map, or of hparams, was already freed by an earlier backward(), grad() or "
@@ -19,6 +21,11 @@ ATTENTION = (
     "a fused attention kernel has no second derivative: evaluate the model under "
     "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
 )
+
+
+# What torch.autograd.grad calls in the end; its checks of what comes take a quarter of a small product's time. The
+# function itself takes its place where torch has no such call, and where a mode or a subclass overrides it.
+_engine = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
@@ -31,12 +38,6 @@ def _explained(error: RuntimeError) -> RuntimeError:
     return error
 
 
-def _zeros(like: Tensor, lead: tuple[int, ...], materialize: bool) -> Tensor:
-    if not materialize:
-        return like.new_zeros(()).expand_as(like)
-    return like.new_zeros(*lead, *like.shape) if lead else torch.zeros_like(like)
-
-
 def grad(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -46,21 +47,27 @@ def grad(
     create_graph: bool = False,
     batched: bool = False,
     must_reach: str | None = None,
-    materialize: bool = True,
 ) -> list[Tensor]:
     """Σᵢ cotangentᵢᵀ ∂outputᵢ/∂input for each input; zeros where nothing depends on it. Never writes .grad.
 
     batched: cotangents have one more leading axis, and so have the results (one vectorised pass).
     must_reach: the ValueError to raise where no output depends on any input.
-    materialize: False lets zeros be views of one number, which take no memory and must not be written to.
     """
-    lead = (cotangents[0].shape[0],) if batched and cotangents else ()
-    grads = grad_or_none(
+    grads: list[Any] = grad_or_none(
         outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, batched=batched
     )
-    if must_reach and all(g is None for g in grads):
+    unused = [i for i, g in enumerate(grads) if g is None]
+    if must_reach and len(unused) == len(grads):
         raise ValueError(must_reach)
-    return [_zeros(x, lead, materialize) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+    for i in unused:
+        lead = (cotangents[0].shape[0],) if batched and cotangents else ()
+        grads[i] = inputs[i].new_zeros(*lead, *inputs[i].shape) if lead else torch.zeros_like(inputs[i])
+    return grads
+
+
+def or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros for None, as views of one number: they take no memory and must not be written to."""
+    return [x.new_zeros(()).expand_as(x) if g is None else g for g, x in zip(grads, like, strict=True)]
 
 
 def grad_or_none(
@@ -73,22 +80,22 @@ def grad_or_none(
     batched: bool = False,
 ) -> list[Tensor | None]:
     """As `grad`, with None where nothing depends on the input."""
-    kept = [i for i, y in enumerate(outputs) if y.requires_grad]
+    kept = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", True)]  # edges of a graph have no flag
     if not kept or not inputs:
         return [None] * len(inputs)
     if len(kept) < len(outputs):
         outputs = [outputs[i] for i in kept]
         cotangents = None if cotangents is None else [cotangents[i] for i in kept]
+    outputs, inputs, keep = tuple(outputs), tuple(inputs), retain_graph or create_graph
+    if cotangents is None and len(outputs) == 1 and outputs[0].numel() == 1:
+        cotangents = (torch.ones_like(outputs[0]),)
     try:
-        grads = torch.autograd.grad(
-            outputs,
-            inputs,
-            cotangents,
-            retain_graph=retain_graph or create_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
+        if _engine is None or cotangents is None or batched or has_torch_function(outputs + inputs):
+            grads = torch.autograd.grad(
+                outputs, inputs, cotangents, keep, create_graph, allow_unused=True, is_grads_batched=batched
+            )
+        else:
+            grads = _engine(outputs, tuple(cotangents), keep, create_graph, inputs, True, accumulate_grad=False)
     except RuntimeError as error:
         better = _explained(error)
         if better is error:
@@ -133,7 +140,7 @@ def _kept_by(kind: type) -> list[str]:
 
 def _edge(x: Tensor) -> tuple[Any, int]:
     """Where x comes from: a node of the graph, and which of its outputs x is."""
-    edge = torch.autograd.graph.get_gradient_edge(x)
+    edge = get_gradient_edge(x)
     return edge.node, edge.output_nr
 
 
@@ -207,8 +214,9 @@ def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         raise better from error
 
 
-def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
-    return [x + y for x, y in zip(xs, ys, strict=True)]
+def add(xs: Sequence[Tensor | None], ys: Sequence[Tensor]) -> list[Tensor]:
+    """Sums in memory of their own; None stands for zeros."""
+    return [y.clone() if x is None else x + y for x, y in zip(xs, ys, strict=True)]
 
 
 def cast(xs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
@@ -217,7 +225,7 @@ def cast(xs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def scaled(xs: Sequence[Tensor], a: float) -> list[Tensor]:
-    return list(xs) if a == 1 else [x * a for x in xs]
+    return list(xs) if a == 1 else [-x if a == -1 else x * a for x in xs]
 
 
 def _retained(outputs: Sequence[Tensor], params: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
@@ -232,7 +240,7 @@ class Linearisation:
         params: the leaves of w in that graph.
         hparams: the leaves of λ that require grad.
         curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
-        probe: the c at which `pulled` is taken, like outputs; zeros by default.
+        probe: the c at which `pulled` is taken, like outputs.
         compiled: makes v ↦ ∂₁Fᵀv, by other means, of that by a retained reverse pass.
 
     Attributes:
@@ -257,7 +265,7 @@ class Linearisation:
         plain = partial(_retained, outputs, params)
         self.compiled = None if compiled is None else compiled(plain)
         self.forward = False
-        self._transposed: tuple[list[Tensor], list[Tensor | None]] | None = None
+        self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v: one retained reverse pass."""
@@ -318,7 +326,7 @@ class Linearisation:
 
     @property
     def pulled(self) -> list[Tensor | None]:
-        """∂₁Fᵀ c, as a function of c; None where nothing depends on the leaf."""
+        """∂₁Fᵀ c at the probe, as a function of c; None where nothing depends on the leaf."""
         return self._transpose()[1]
 
     def jvp(self, u: Sequence[Tensor]) -> list[Tensor]:
@@ -336,15 +344,19 @@ class Linearisation:
         if self.curvature is not None:
             return self.curvature(u, batched)
         cotangents, pulled = self._transpose()
-        outputs = [x.detach() if y is None else y for x, y in zip(self.params, pulled, strict=True)]
+        reached = [i for i, y in enumerate(pulled) if y is not None]
+        outputs, u = [pulled[i] for i in reached], [u[i] for i in reached]
         return grad(outputs, cotangents, u, retain_graph=True, batched=batched)
 
-    def _transpose(self) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _transpose(self) -> tuple[list[Tensor], list[Any]]:
+        """c, and ∂₁Fᵀ c; of the latter only the graph where there is no probe: zeros need no memory."""
         if self._transposed is None:
-            at = [torch.zeros_like(y) for y in self.outputs] if self.probe is None else self.probe
+            at = or_zeros([None] * len(self.outputs), self.outputs) if self.probe is None else self.probe
             with torch.enable_grad():
                 cotangents = [c.detach().requires_grad_() for c in at]
                 pulled = grad_or_none(self.outputs, self.params, cotangents, create_graph=True)
+            if self.probe is None:
+                pulled = [y if y is None or not y.requires_grad else get_gradient_edge(y) for y in pulled]
             self._transposed = cotangents, pulled
         return self._transposed
 

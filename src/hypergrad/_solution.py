@@ -132,9 +132,9 @@ NOT_FINITE = (
 
 def finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all entries are finite: one read from the device, and a closer look only where a sum is not."""
-    tensors = list(tensors)
-    sums = [full(x.detach().sum()) for x in tensors]
-    total = sum(s.float().to(sums[0].device) for s in sums)
+    tensors = [x.detach() for x in tensors]
+    sums = [full(x.sum()) for x in tensors]
+    total = sums[0] if len(sums) == 1 else sum(s.float().to(sums[0].device) for s in sums)
     return math.isfinite(float(total)) or all(bool(full(torch.isfinite(x).all())) for x in tensors)
 
 
@@ -169,14 +169,18 @@ class Solution:
     method: str = ""
 
     @cached_property
-    def statuses(self) -> list[Status]:
-        """The status of each system."""
-        return [Status(code) for code in self.code.reshape(-1).tolist()]
+    def _codes(self) -> list[int]:
+        return self.code.reshape(-1).tolist()
 
     @property
+    def statuses(self) -> list[Status]:
+        """The status of each system."""
+        return [Status(code) for code in self._codes]
+
+    @cached_property
     def status(self) -> Status:
         """The worst status of all systems."""
-        return max(self.statuses, key=lambda status: status.value)
+        return Status(max(self._codes))
 
     @property
     def ok(self) -> bool:
@@ -190,16 +194,16 @@ class Solution:
     @property
     def growth_rate(self) -> Tensor:
         """The factor by which a step multiplied the residual, as the geometric mean over the last half of the steps."""
-        taken = ~self.trace.reshape(len(self.trace), -1).isnan().all(1)
-        known = taken.nonzero().squeeze(-1).tolist() or [0]
+        sizes = self.trace if self.trace.ndim == 1 else self.trace.flatten(1).nanmean(1)  # NaN where none is known
+        known = [k for k, size in enumerate(sizes.tolist()) if not math.isnan(size)] or [0]
         last, half = known[-1], known[(len(known) - 1) // 2]
         return (self.trace[last] / self.trace[half]) ** (1 / max(last - half, 1))
 
     @property
     def message(self) -> str:
         """What happened, with numbers, and what to try."""
-        bad = [i for i, status in enumerate(self.statuses) if status is self.status]
-        where = f"{len(bad)} of {len(self.statuses)} systems, the first at index {bad[0]}: " if self.code.ndim else ""
+        bad = [i for i, code in enumerate(self._codes) if code == self.status.value]
+        where = f"{len(bad)} of {len(self._codes)} systems, the first at index {bad[0]}: " if self.code.ndim else ""
         relative = float(self.relative_residual.reshape(-1)[bad[0]])
         steps = int(self.steps.reshape(-1)[bad[0]]) if isinstance(self.steps, Tensor) else self.steps
         text = f"{where}{self.status.name} after {steps} steps at a relative residual of {relative:.2e}"

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add, sub
 from typing import Any, TypeAlias
 
 import optree
@@ -25,26 +26,48 @@ Scalar: TypeAlias = "float | Tensor"
 SMALL, SMALL_TOTAL = 2**15, 2**20
 
 
-def flatten(tree: PyTree, name: str) -> tuple[list[Tensor], list[str], Callable[[Iterable[Tensor]], PyTree]]:
+class Paths(Sequence[str]):
+    """Where the leaves of a tree stand, as text: made when it is asked for, which is when something is wrong."""
+
+    def __init__(self, name: str, spec: optree.PyTreeSpec):
+        self.name, self.spec = name, spec
+
+    @cached_property
+    def within(self) -> list[str]:
+        """The paths without the tree's name."""
+        return ["".join(f"[{key!r}]" for key in path) for path in self.spec.paths()]
+
+    def __len__(self) -> int:
+        return self.spec.num_leaves
+
+    def __getitem__(self, i: Any) -> Any:
+        return [self.name + path for path in self.within[i]] if isinstance(i, slice) else self.name + self.within[i]
+
+    def alike(self, other: Paths) -> bool:
+        """Whether two trees have one structure; a list, a tuple and an iterator count as the same."""
+        return self.spec == other.spec or self.within == other.within
+
+
+def flatten(tree: PyTree, name: str) -> tuple[list[Tensor], Paths, Callable[[Iterable[Tensor]], PyTree]]:
     """Leaves, their paths as text, and the inverse. An iterator (model.parameters()) is read once, into a list.
 
     Raises TypeError naming the leaf that is not a floating point tensor, ValueError for no leaf at all.
     """
     if isinstance(tree, Iterator):
         tree = list(tree)
-    paths, leaves, spec = optree.tree_flatten_with_path(tree)
-    names = [name + "".join(f"[{key!r}]" for key in path) for path in paths]
-    for leaf, path in zip(leaves, names, strict=True):
+    leaves, spec = optree.tree_flatten(tree)
+    paths = Paths(name, spec)
+    for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             hint = "; pass its parameters()" if isinstance(leaf, torch.nn.Module) else ""
             if isinstance(leaf, str):
                 hint = "; give named_parameters() as a dict"
-            raise TypeError(f"{path} must be a floating point tensor, got {type(leaf).__name__}{hint}")
+            raise TypeError(f"{paths[i]} must be a floating point tensor, got {type(leaf).__name__}{hint}")
         if not leaf.is_floating_point():
-            raise TypeError(f"{path} must be a floating point tensor, got one of dtype {leaf.dtype}")
+            raise TypeError(f"{paths[i]} must be a floating point tensor, got one of dtype {leaf.dtype}")
     if not leaves:
         raise ValueError(f"{name} holds no tensor: {tree!r}")
-    return leaves, names, lambda new: optree.tree_unflatten(spec, new)
+    return leaves, paths, spec.unflatten
 
 
 def split(tree: PyTree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], PyTree]]:
@@ -93,11 +116,12 @@ def difference(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 def check_distinct(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raise ValueError where one tensor stands in two places: its derivative would be counted twice."""
-    seen: dict[int, str] = {}
-    for leaf, name in zip(leaves, names, strict=True):
-        if id(leaf) in seen:
-            raise ValueError(f"{seen[id(leaf)]} and {name} are the same tensor; pass each variable once")
-        seen[id(leaf)] = name
+    places = {id(leaf): i for i, leaf in reversed([*enumerate(leaves)])}
+    if len(places) < len(leaves):
+        late = next(i for i, leaf in enumerate(leaves) if places[id(leaf)] < i)
+        raise ValueError(
+            f"{names[places[id(leaves[late])]]} and {names[late]} are the same tensor; pass each variable once"
+        )
 
 
 def is_plain(leaf: Tensor) -> bool:
@@ -109,8 +133,17 @@ class Space:
     """Containers, shapes, dtypes, devices, batch axis and storage that all vectors of one problem share."""
 
     def __init__(self, tree: PyTree, name: str, batch_dims: int = 0):
-        leaves, self.paths, self.unflatten = flatten(tree, name)
-        self.name = name
+        self._hold(*flatten(tree, name), batch_dims)
+
+    @classmethod
+    def of(cls, leaves: list[Tensor], paths: Paths, unflatten: Callable[..., PyTree], batch_dims: int = 0) -> Space:
+        """The space of a tree that was flattened already."""
+        new = object.__new__(cls)
+        new._hold(leaves, paths, unflatten, batch_dims)
+        return new
+
+    def _hold(self, leaves: list[Tensor], paths: Paths, unflatten: Callable[..., PyTree], batch_dims: int) -> None:
+        self.paths, self.unflatten = paths, unflatten
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
         self.devices = [leaf.device for leaf in leaves]
@@ -119,10 +152,8 @@ class Space:
         self.row_shape = (*self.batch_shape, -1)
         self.rows = [len(shape) == batch_dims + 1 for shape in self.shapes]  # leaves that are stored as they are
         self.device = self.devices[0]
-        widest = self.dtypes[0]
-        for dtype in self.dtypes:
-            widest = torch.promote_types(widest, dtype)
-        self.dtype = torch.promote_types(widest, torch.float32)
+        dtypes = {*self.dtypes}
+        self.dtype = reduce(torch.promote_types, dtypes, torch.float32)
         self.groups = self._groups(leaves)
         lengths = [math.prod(shape[batch_dims:]) for shape in self.shapes]
         self.sizes = [[lengths[i] for i in group] for group in self.groups]
@@ -131,10 +162,11 @@ class Space:
         # One leaf that is its own chunk: most of what a small step costs is going from one to the other.
         self.single = self.plain == [True] and self.rows == [True]
         # Scalars of a uniform space multiply its chunks as they are.
-        self.uniform = all(self.plain) and {*self.dtypes} == {self.dtype} and {*self.devices} == {self.device}
+        self.uniform = all(self.plain) and dtypes == {self.dtype} and {*self.devices} == {self.device}
+        kinds = [torch.finfo(dtype) for dtype in dtypes]
         self.tiny = torch.finfo(self.dtype).tiny
-        self.largest = min(torch.finfo(dtype).max for dtype in self.dtypes)
-        self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
+        self.largest = min(kind.max for kind in kinds)
+        self.eps = max(kind.eps for kind in kinds)
         # What solvers aim at where the user names no tolerance: half the digits, and in half precision what is there.
         self.rtol = 1e-6 if self.eps < 1e-10 else max(1e-4, 4 * self.eps)
 
@@ -145,22 +177,24 @@ class Space:
             raise TypeError("sharded tensors cannot be stacked; solve for one right hand side after the other")
         kinds = zip(self.shapes, self.dtypes, self.devices, strict=True)
         leaves = [torch.zeros(shape[1:], dtype=dtype, device=device) for shape, dtype, device in kinds]
-        return Space(self.unflatten(leaves), self.name).pack(leaves)
+        return Space(self.unflatten(leaves), self.paths.name).pack(leaves)
 
     def _batch_shape(self) -> torch.Size:
         if self.batch_dims < 0:
             raise ValueError(f"batch_dims must be ≥ 0, got {self.batch_dims}")
         first = self.shapes[0][: self.batch_dims]
-        for path, shape in zip(self.paths, self.shapes, strict=True):
+        for i, shape in enumerate(self.shapes):
             if shape[: self.batch_dims] != first or len(shape) < self.batch_dims:
                 raise ValueError(
                     f"batch_dims={self.batch_dims} needs leading axes of the same lengths in every leaf, but "
-                    f"{self.paths[0]} has shape {tuple(self.shapes[0])} and {path} has {tuple(shape)}"
+                    f"{self.paths[0]} has shape {tuple(self.shapes[0])} and {self.paths[i]} has {tuple(shape)}"
                 )
         return first
 
     def _groups(self, leaves: Sequence[Tensor]) -> list[list[int]]:
         """Which leaves share a buffer: index lists in leaf order of their first member."""
+        if len(leaves) == 1:
+            return [[0]]
         total: dict[tuple, int] = {}
         for leaf in leaves:
             total[leaf.dtype, leaf.device] = total.get((leaf.dtype, leaf.device), 0) + leaf.numel()
@@ -195,20 +229,18 @@ class Space:
         A list, a tuple and an iterator count as the same structure.
         """
         leaves, paths, _ = flatten(tree, name)
-        own = [path[len(self.name) :] for path in self.paths]
-        new = [path[len(name) :] for path in paths]
-        if own != new:
-            odd = [p or "(a single tensor)" for p in (set(own) ^ set(new))]
+        if not self.paths.alike(paths):
+            odd = [p or "(a single tensor)" for p in {*self.paths.within} ^ {*paths.within}]
             raise ValueError(
-                f"{name} must have the structure of {self.name}: {len(new)} leaves instead of {len(own)}, "
-                f"and these stand in one of the two only: {', '.join(sorted(odd)[:5])}"
+                f"{name} must have the structure of {self.paths.name}: {len(paths)} leaves instead of "
+                f"{len(self.paths)}, and these stand in one of the two only: {', '.join(sorted(odd)[:5])}"
             )
-        for i, (leaf, path) in enumerate(zip(leaves, paths, strict=True)):
-            got = (tuple(leaf.shape), leaf.dtype, leaf.device)
-            due = (tuple(self.shapes[i]), self.dtypes[i], self.devices[i])
+        for i, leaf in enumerate(leaves):
+            got = (leaf.shape, leaf.dtype, leaf.device)
+            due = (self.shapes[i], self.dtypes[i], self.devices[i])
             if got != due:
                 raise ValueError(
-                    f"{path} must be like {self.paths[i]}: expected {describe(*due)}, got {describe(*got)}"
+                    f"{paths[i]} must be like {self.paths[i]}: expected {describe(*due)}, got {describe(*got)}"
                 )
         return leaves
 
@@ -238,6 +270,10 @@ class Space:
         """A scalar of this space: 0-d, or [B], in the widest dtype."""
         return torch.full(self.batch_shape, value, dtype=self.dtype, device=self.device)
 
+    def tensor(self, numbers: Any) -> Tensor:
+        """A number, or a list of them, as a tensor in the widest dtype; a tensor as it is."""
+        return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=self.dtype, device=self.device)
+
 
 def describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
     return f"shape {tuple(shape)}, {str(dtype).removeprefix('torch.')} on {device}"
@@ -260,13 +296,11 @@ class Vector:
     def leaves(self) -> list[Tensor]:
         """The tensors in their own shapes, in leaf order: views of the vector's memory, made once."""
         if self._leaves is None:
-            self._leaves = self._views()
+            self._leaves = self.chunks if self.space.single else self._views()
         return self._leaves
 
     def _views(self) -> list[Tensor]:
         space = self.space
-        if space.single:
-            return self.chunks
         leaves: list[Any] = [None] * len(space.shapes)
         for chunk, group, sizes, plain in zip(self.chunks, space.groups, space.sizes, space.plain, strict=True):
             parts = (chunk,) if len(group) == 1 else chunk.split(sizes, -1)
@@ -291,27 +325,29 @@ class Vector:
         chunks = zip(self.chunks, *(other.chunks for other in others), strict=True)
         return Vector(self.space, [function(*own) for own in chunks])
 
-    def _factor(self, a: Scalar, chunk: Tensor, plain: bool) -> Any:
+    def _factor(self, a: Tensor, chunk: Tensor, plain: bool) -> Tensor:
         """The scalar a, shaped to multiply this chunk."""
-        if not isinstance(a, Tensor):
-            return a
         a = a.to(device=chunk.device, dtype=chunk.dtype)
         if not a.ndim:
             return a
         return a.unsqueeze(-1) if plain else a.view(-1, *[1] * (chunk.ndim - 1))
 
+    def _number(self, a: float) -> float:
+        """A number as a tensor of the leaves' dtype would hold it, where torch would raise."""
+        return math.copysign(math.inf, a) if abs(a) > self.space.largest else a
+
     def _factors(self, a: Scalar) -> list[Any]:
-        if isinstance(a, float) and abs(a) > self.space.largest:  # as a tensor would, and torch would not
-            a = math.copysign(math.inf, a)
-        if self.space.uniform and not (isinstance(a, Tensor) and a.ndim):
+        if not isinstance(a, Tensor):
+            return [self._number(a)] * len(self.chunks)
+        if self.space.uniform and not a.ndim:
             return [a] * len(self.chunks)
         return [self._factor(a, c, plain) for c, plain in zip(self.chunks, self.space.plain, strict=True)]
 
     def __add__(self, other: Vector) -> Vector:
-        return Vector(self.space, [x + y for x, y in zip(self.chunks, other.chunks, strict=True)])
+        return Vector(self.space, list(map(add, self.chunks, other.chunks)))
 
     def __sub__(self, other: Vector) -> Vector:
-        return Vector(self.space, [x - y for x, y in zip(self.chunks, other.chunks, strict=True)])
+        return Vector(self.space, list(map(sub, self.chunks, other.chunks)))
 
     def __neg__(self) -> Vector:
         return self._map(torch.neg)
@@ -330,11 +366,12 @@ class Vector:
 
     def apart_from(self, other: Vector) -> Vector:
         """The same numbers in memory that other does not use: an identity map hands back its argument."""
-        chunks = [
-            x.clone() if x is y or (plain and x.data_ptr() == y.data_ptr()) else x
-            for x, y, plain in zip(self.chunks, other.chunks, self.space.plain, strict=True)
-        ]
-        return Vector(self.space, chunks)
+        chunks, plain = self.chunks, self.space.plain
+        for i, y in enumerate(other.chunks):
+            x = chunks[i]
+            if x is y or (plain[i] and x.data_ptr() == y.data_ptr()):
+                chunks = [*chunks[:i], x.clone(), *chunks[i + 1 :]]
+        return self if chunks is self.chunks else Vector(self.space, chunks)
 
     def own(self) -> Vector:
         """The same numbers, in memory that no leaf given to `pack` shares: several leaves were copied there already."""
@@ -355,29 +392,32 @@ class Vector:
 
     def add_(self, other: Vector, a: Scalar = 1.0, sign: float = 1.0) -> Vector:
         """self ← self + sign · a · other, one pass over memory."""
-        if self.space.single and not isinstance(a, Tensor) and abs(a) <= self.space.largest:
-            self.chunks[0].add_(other.chunks[0], alpha=sign * a)
-            return self
-        for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
-            if isinstance(factor, Tensor):
+        if isinstance(a, Tensor):
+            for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
                 chunk.addcmul_(new, factor, value=sign)
-            else:
-                chunk.add_(new, alpha=sign * factor)
+            return self
+        alpha = sign * self._number(a)
+        for i, chunk in enumerate(self.chunks):
+            chunk.add_(other.chunks[i], alpha=alpha)
         return self
 
     def scale_(self, a: Scalar) -> Vector:
         """self ← a · self."""
+        if not isinstance(a, Tensor) and a == 1:
+            return self
         for chunk, factor in zip(self.chunks, self._factors(a), strict=True):
             chunk.mul_(factor)
         return self
 
     def scale_add_(self, a: Scalar, other: Vector) -> Vector:
         """self ← a · self + other, one pass over memory."""
-        for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
-            if isinstance(factor, Tensor):
+        if isinstance(a, Tensor):
+            for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
                 torch.addcmul(new, chunk, factor, out=chunk)
-            else:
-                torch.add(new, chunk, alpha=factor, out=chunk)
+            return self
+        alpha = self._number(a)
+        for i, chunk in enumerate(self.chunks):
+            torch.add(other.chunks[i], chunk, alpha=alpha, out=chunk)
         return self
 
     def where(self, mask: Tensor, other: Vector) -> Vector:
@@ -391,9 +431,9 @@ class Vector:
     def dot(self, other: Vector) -> Tensor:
         """⟨self, other⟩ of each system, reduced in the widest dtype: 0-d, or [B]."""
         total: Tensor | None = None
-        space = self.space
-        if space.uniform and len(self.chunks) == 1:
-            return torch.linalg.vecdot(self.chunks[0], other.chunks[0])
+        space, chunks = self.space, self.chunks
+        if space.uniform and len(chunks) == 1:
+            return torch.linalg.vecdot(chunks[0], other.chunks[0])
         for x, y, plain in zip(self.chunks, other.chunks, space.plain, strict=True):
             if x.element_size() < 4:
                 x, y = x.float(), y.float()
@@ -407,18 +447,29 @@ class Vector:
         """‖self‖₂ of each system."""
         return self.dot(self).sqrt()
 
-    def scale(self) -> Tensor:
-        """A power of two near the largest |entry| of each system; 1 where that is 0 or not finite."""
+    def scale(self, look: Callable[[Tensor], Any] = lambda size: size) -> Any:
+        """A power of two near the largest |entry| of each system; 1 where that is 0 or not finite.
+
+        look: reads the largest |entry|, where that is free; the result is a number then.
+        """
+        size, tiny = look(self.largest()), self.space.tiny
+        if not isinstance(size, Tensor):
+            return math.ldexp(0.5, math.frexp(max(size, tiny))[1]) if 0 < size < math.inf else 1.0
+        usable = (size > 0) & (size < math.inf)
+        return torch.where(usable, torch.exp2(torch.log2(size.clamp_min(tiny)).floor()), 1.0)
+
+    def largest(self) -> Tensor:
+        """The largest |entry| of each system: 0-d, or [B]."""
         largest: Tensor | None = None
         space = self.space
-        for chunk in self.chunks:
-            own = chunk.flatten(space.batch_dims)
-            top = own.abs().amax(-1) if own.numel() else own.new_zeros(space.batch_shape)
-            top = full(top).to(device=space.device, dtype=space.dtype)
+        for chunk, plain in zip(self.chunks, space.plain, strict=True):
+            own = chunk if plain else chunk.flatten(space.batch_dims)
+            top = torch.linalg.vector_norm(own, math.inf, -1) if own.numel() else own.new_zeros(space.batch_shape)
+            if not space.uniform:
+                top = full(top).to(device=space.device, dtype=space.dtype)
             largest = top if largest is None else torch.maximum(largest, top)
         assert largest is not None
-        usable = (largest > 0) & torch.isfinite(largest)
-        return torch.where(usable, torch.exp2(torch.log2(largest.clamp_min(space.tiny)).floor()), 1.0)
+        return largest
 
     def __repr__(self) -> str:
         return f"Vector({self.tree!r})"

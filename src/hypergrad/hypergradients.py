@@ -154,7 +154,7 @@ def reverse(
     variables = implicit.Variables(_list(params_history[-1], "params"), hparams)
     with implicit.random_state_kept_on_error(variables.given):
         _, alpha, direct = implicit.outer_gradients(outer_loss, variables)
-        total = [g.clone() for g in direct]
+        total = [g.clone() for g in _autodiff.or_zeros(direct, variables.differentiated)]
         for t in range(steps):
             variables = implicit.Variables(_list(params_history[-2 - t], "params"), hparams)
             with torch.enable_grad():

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optree
-import torch
 from torch import Tensor
 
 from .. import _autodiff
@@ -32,7 +31,7 @@ from .._solution import (
 from .._vector import PyTree, check_distinct, flatten
 from ..operators import GaussNewton
 from ..solvers import CG, GMRES, LinearSolver, Recycled
-from ..solvers._solver import Solver, begin, solve, start_of
+from ..solvers._solver import Real, Solver, anywhere, begin, length, ratio, read, solve, start_of, where
 from ._correction import Correction, correct
 from ._goal import Refine, reach
 from ._problem import InnerProblem, LastProduct, Point, Problem, Products, Variables, random_state_kept_on_error
@@ -96,7 +95,8 @@ class Hypergradient:
 
     def warn_if_unsolved(self) -> None:
         """UnsolvedInnerProblem where params are too far from the inner solution for the result to mean much."""
-        worst = float((self.inner_distance * _unfinished(self.solution)).max())
+        worst = read(self.inner_distance) * _unfinished(self.solution)
+        worst = float(worst.max() if isinstance(worst, Tensor) else worst)
         if worst > UNSOLVED:
             away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
             warn(
@@ -347,22 +347,24 @@ def accumulate(hparams: PyTree, grads: PyTree) -> None:
     _autodiff.backward(flatten(hparams, "hparams")[0], flatten(grads, "grads")[0])
 
 
-def _unfinished(solution: Solution) -> float | Tensor:
+def _unfinished(solution: Solution) -> Real:
     """‖A⁻¹b‖ / ‖v‖ where a solve stopped early, by going on at its own rate: 1 + ρ / (1 − ρ) · ‖r‖ / ‖v‖.
 
     Few steps on an ill-conditioned system leave a short v, which says nothing of ‖A⁻¹‖; their slow progress does.
     """
-    if bool((solution.residual_norm <= 0.01 * solution.rhs_norm).all()):
+    left, size = read(solution.residual_norm), read(solution.rhs_norm)
+    if not anywhere(left > 0.01 * size):
         return 1.0  # what is left would make v about a hundredth longer
-    rate = solution.growth_rate
-    rest = rate / (1 - rate) * solution.residual_norm / solution.value.norm()
+    rate = read(solution.growth_rate)
     # A rate that rounding does not tell from 1 (or that of no step at all) says nothing.
-    told = (rate < 1 - 100 * solution.value.space.eps) & torch.isfinite(rest)
-    return 1 + torch.where(told, rest, 0.0)
+    told = rate < 1 - 100 * solution.value.space.eps
+    rest = ratio(rate * left, (1 - rate) * length(solution.value), told)
+    return 1 + where(told & (rest < math.inf), rest, 0.0)
 
 
 def inner_distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
-    size = variables.space.pack([leaf.detach() for leaf in variables.given]).norm()
-    distance = residual / size * (solution.value / solution.rhs_norm).norm()
-    unknown = (residual == 0) | (solution.rhs_norm == 0) | ~torch.isfinite(solution.residual_norm)
-    return torch.where(unknown, 0.0, distance)
+    space, f = variables.space, read(residual)
+    size = length(space.pack([leaf.detach() for leaf in variables.given]))
+    stretch = length(solution.value / solution.rhs_norm)
+    known = (f != 0) & (read(solution.rhs_norm) != 0) & (read(solution.residual_norm) < math.inf)
+    return space.tensor(ratio(f * stretch, size, known))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -29,7 +29,7 @@ class Variables:
         self.given, self.names, self._params_tree = flatten(params, "params")
         self._outer, self._outer_names, self._hparams_tree = flatten(hparams, "hparams")
         self.differentiated = check_hparams(self._outer, self._outer_names)
-        self.space = Space(self._params_tree(self.given), "params", batch_dims)
+        self.space = Space.of(self.given, self.names, self._params_tree, batch_dims)
         self.hparams = self._hparams_tree(self._outer)
         self.detach()
 
@@ -105,7 +105,7 @@ class Variables:
         return self._params_tree(leaves)
 
 
-def check_hparams(leaves: list[Tensor], names: list[str]) -> list[Tensor]:
+def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> list[Tensor]:
     """The leaves that require grad. Raises ValueError for none, for one tensor twice, for one computed from another."""
     check_distinct(leaves, names)
     _check_independent(leaves, names)
@@ -115,7 +115,7 @@ def check_hparams(leaves: list[Tensor], names: list[str]) -> list[Tensor]:
     return differentiated
 
 
-def _check_independent(leaves: list[Tensor], names: list[str]) -> None:
+def _check_independent(leaves: list[Tensor], names: Sequence[str]) -> None:
     pair = None if all(leaf.is_leaf for leaf in leaves) else _autodiff.computed_from(leaves)
     if pair is not None:
         late, early = (names[i] for i in pair)
@@ -190,8 +190,8 @@ class InnerProblem:
 
 def outer_gradients(
     outer_loss: Any, variables: Variables, retain_graph: bool = False
-) -> tuple[Tensor, Vector, list[Tensor]]:
-    """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams."""
+) -> tuple[Tensor, Vector, list[Tensor | None]]:
+    """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams (None: zeros)."""
     with torch.enable_grad():
         value = outer_loss(variables.params, variables.hparams) if callable(outer_loss) else outer_loss
     loss = as_scalar(value, "outer_loss")
@@ -202,9 +202,9 @@ def outer_gradients(
         raise ValueError("outer_loss does not depend on params; was it computed from other tensors, or under no_grad?")
     retain = retain_graph or live or not all(leaf.is_leaf for leaf in variables.differentiated)
     inputs = [*variables.leaves, *variables.differentiated]
-    grads = _autodiff.grad([loss], inputs, retain_graph=retain, materialize=False)
-    count = len(variables.leaves)
-    return loss, variables.space.pack(grads[:count]).own(), grads[count:]
+    grads, count = _autodiff.grad_or_none([loss], inputs, retain_graph=retain), len(variables.leaves)
+    gradient = variables.space.pack(_autodiff.or_zeros(grads[:count], variables.leaves))
+    return loss, gradient.own(), grads[count:]
 
 
 def inner_residual(linearisation: Linearisation, space: Space, fixed_point: bool) -> Vector:

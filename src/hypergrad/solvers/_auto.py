@@ -9,7 +9,7 @@ import torch
 from .._solution import Status
 from ._direct import Dense
 from ._krylov import CG, GMRES, LSQR, MINRES
-from ._solver import IterativeSolver, LinearSolver, Outcome, System, continued
+from ._solver import IterativeSolver, LinearSolver, Outcome, System, continued, where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +46,17 @@ class Auto(IterativeSolver):
         method, why = self._first(system)
         outcome = method._iterate(system)
         while system.goal is not None and outcome.code is not None:
-            again = (outcome.code > 0) & ~(outcome.trace[-1] <= system.stop)  # NaN too: of an iteration, perhaps
-            worst = Status(int(torch.where(again, outcome.code, 0).max()))
+            code = torch.as_tensor(outcome.code)
+            again = (code > 0) & ~torch.as_tensor(outcome.trace[-1] <= system.stop)  # NaN too: of an iteration, perhaps
+            worst = Status(int(torch.where(again, code, 0).max()))
             following = self._after(method, worst, system)
             if following is None:
                 break
             # Iterates of CG on an A that is not symmetric are no start for anything.
             start = system.b.zeros() if system.x0 is None else system.x0
-            start = start.where(again & (outcome.code == Status.NOT_SYMMETRIC.value), outcome.x)
-            rest = replace(system, x0=start, residual=None, stop=torch.where(again, system.stop, torch.inf))
+            start = start.where(again & (code == Status.NOT_SYMMETRIC.value), outcome.x)
+            again = system.look(again)
+            rest = replace(system, x0=start, residual=None, stop=where(again, system.stop, torch.inf))
             why, method = f"{type(method).__name__} ended with {worst.name}", following
             outcome = continued(outcome, method._iterate(rest), again)
         outcome.method = f"{type(method).__name__}: {why}"

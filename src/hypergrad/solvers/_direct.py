@@ -89,7 +89,7 @@ def absolute_inverse(a: Tensor) -> Callable[[Tensor], Tensor]:
 
 def factorise(a: Tensor, positive_definite: bool) -> tuple[Any, Tensor | None]:
     """b ↦ A⁻¹b and what was wrong with A. Factors and solves by torch.linalg, never torch.linalg.solve."""
-    code: Tensor | None = None
+    code: Any = None
     if positive_definite:
         skew = (a - a.mT).abs().amax((-2, -1)) > torch.finfo(a.dtype).eps ** 0.5 * a.abs().amax((-2, -1))
         factor, info = torch.linalg.cholesky_ex(a)

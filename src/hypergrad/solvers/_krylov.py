@@ -16,7 +16,7 @@ from .._solution import Status
 from .._vector import Basis, Vector
 from ..operators import LinearOperator, function
 from ._preconditioners import Reused, is_recipe
-from ._solver import IterativeSolver, Outcome, System, ratio
+from ._solver import IterativeSolver, Outcome, Real, System, length, ratio, root, where
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
@@ -24,21 +24,20 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, 0.0, a / b)
 
 
-def event(code: Tensor | None, happened: Tensor, status: Status) -> Tensor:
+def event(code: Real | None, happened: Real, status: Status) -> Real:
     """Record a status where it happened, unless something else happened before."""
-    if code is None:
-        code = torch.zeros_like(happened, dtype=torch.long)
-    return torch.where(happened & (code == 0), status.value, code)
+    code = 0 if code is None else code
+    return where(happened & (code == 0), status.value, code)
 
 
-def pairing(q: Vector, ap: Vector) -> tuple[Tensor, Tensor]:
+def pairing(q: Vector, ap: Vector, look: Callable[[Tensor], Real]) -> tuple[Real, Real]:
     """qᵀ(Ap), and ‖q‖ ‖Ap‖."""
-    return q.dot(ap), q.norm() * ap.norm()
+    return look(q.dot(ap)), length(q, look) * length(ap, look)
 
 
-def asymmetry(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], eps: float) -> Tensor:
+def asymmetry(one: tuple[Real, Real], other: tuple[Real, Real], eps: float) -> Real:
     """Whether pᵀ(Aq) ≠ qᵀ(Ap), from products that the method has done anyway: true for no symmetric A."""
-    return (one[0] - other[0]).abs() > eps**0.5 * (one[1] + other[1])
+    return abs(one[0] - other[0]) > eps**0.5 * (one[1] + other[1])
 
 
 def build_preconditioner(preconditioner: Any, system: System) -> Callable[[Vector], Vector] | None:
@@ -88,7 +87,7 @@ class CG(IterativeSolver):
     _needs_symmetric: ClassVar[bool] = True
 
     def _iterate(self, system: System) -> Outcome:
-        op, look, stop2 = system.op, system.look, system.look(system.stop) ** 2
+        op, look, stop2 = system.op, system.look, system.look(system.stop * system.stop)
         precondition = build_preconditioner(self.preconditioner, system)
         x, r = system.start()
         z = r if precondition is None else precondition(r)
@@ -103,7 +102,7 @@ class CG(IterativeSolver):
                 break
             ap = op(p)
             if probe is not None:
-                asymmetric = asymmetry(pairing(first, ap), probe, p.space.eps)
+                asymmetric = asymmetry(pairing(first, ap, look), probe, p.space.eps)
                 code, first, probe = event(None, asymmetric & going, Status.NOT_SYMMETRIC), system.b, None
             curvature = look(p.dot(ap))
             curvatures.append(curvature)
@@ -118,13 +117,16 @@ class CG(IterativeSolver):
             trace.append(rr)
             p.scale_add_(ratio(rz, old, going), z)
             if k == 0:
-                probe = pairing(p, ap)
+                probe = pairing(p, ap, look)
             del ap
-        norms2 = system.stack(trace)
-        if curvatures:
-            flat = (system.stack(curvatures) <= 0) & (norms2[:-1] > stop2)
-            code = event(code, flat.any(0), Status.NOT_POSITIVE_DEFINITE)
-        return Outcome(x, norms2.sqrt(), len(trace) - 1, code)
+        norms2, flat = system.stack(trace), False
+        if isinstance(norms2, Tensor):
+            norms = norms2.sqrt()
+            flat = ((torch.stack(curvatures) <= 0) & (norms2[:-1] > stop2)).any(0) if curvatures else False
+        else:
+            norms = [root(norm2) for norm2 in norms2]
+            flat = any(c <= 0 and norm2 > stop2 for c, norm2 in zip(curvatures, norms2, strict=False))
+        return Outcome(x, norms, len(trace) - 1, event(code, flat, Status.NOT_POSITIVE_DEFINITE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +168,8 @@ class MINRES(IterativeSolver):
             if k == 0:
                 first = [z, az]
             elif k == 1:
-                code = event(
-                    code,
-                    asymmetry(pairing(first[0], az), pairing(z, first[1]), v.space.eps) & going,
-                    Status.NOT_SYMMETRIC,
-                )
+                one, other = (pairing(*pair, lambda scalar: scalar) for pair in ((first[0], az), (z, first[1])))
+                code = event(code, asymmetry(one, other, v.space.eps) & going, Status.NOT_SYMMETRIC)
                 first.clear()
             delta = az.dot(z)
             v_new = az - v * divide(delta, gamma)

@@ -26,9 +26,42 @@ class Start(Protocol):
     def keep(self, x: Vector) -> None: ...
 
 
-Real: TypeAlias = Any  # a scalar of an iteration: see System.look
+# A scalar of an iteration: a number where reading is free, else a tensor, 0-d or [B]. Arithmetic with numbers costs
+# nothing beside a small product; that with 0-d tensors does.
+Real: TypeAlias = Any
 
 FREE_TO_READ = ("cpu",)  # kinds of device on which reading a number waits for nothing
+# A ‖b‖² between this and its inverse is near enough to 1: squares of residuals neither vanish nor overflow.
+TAME = 2.0**-20
+
+
+def read(scalar: Tensor) -> Real:
+    """A 0-d tensor as a number, where reading is free."""
+    return scalar.item() if not scalar.ndim and scalar.device.type in FREE_TO_READ else scalar
+
+
+def where(condition: Any, a: Real, b: Real) -> Real:
+    """a where the condition holds, else b."""
+    return torch.where(condition, a, b) if isinstance(condition, Tensor) else (a if condition else b)
+
+
+def anywhere(condition: Any) -> bool:
+    """Whether a condition holds for any system."""
+    return bool(condition.any() if isinstance(condition, Tensor) and condition.ndim else condition)
+
+
+def larger(a: Real, b: Real) -> Real:
+    """The larger one; NaN where a is NaN."""
+    return torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b)
+
+
+def root(a: Real) -> Real:
+    return a.sqrt() if isinstance(a, Tensor) else math.sqrt(a)
+
+
+def length(v: Vector, look: Callable[[Tensor], Real] = read) -> Real:
+    """‖v‖, as a number where `look` gives one."""
+    return root(look(v.dot(v)))
 
 
 @dataclass
@@ -39,13 +72,17 @@ class System:
     b: Vector
     x0: Vector | None
     max_steps: int
-    stop: Tensor  # a system rests once ‖r‖ ≤ stop, 0-d or [B]: the tolerance or, without one, rounding level
-    goal: Tensor | None  # the tolerance itself; None runs max_steps without looking
+    stop: Real  # a system rests once ‖r‖ ≤ stop: the tolerance or, without one, rounding level
+    goal: Real | None  # the tolerance itself; None runs max_steps without looking
     check_every: int
-    rhs_norm: Tensor  # ‖b‖ in scaled units
-    scale: Tensor  # power of two that one scaled unit is worth in the user's units, 0-d or [B]
+    rhs_norm: Real  # ‖b‖ in scaled units
+    scale: Real  # power of two that one scaled unit is worth in the user's units
     precondition: Callable[[Vector], Vector] | None = None  # built from op once, however often the system is taken up
     residual: Vector | None = None  # b − A x0 where it is known
+
+    def __post_init__(self) -> None:
+        space, looked = self.b.space, self.goal is not None and self.check_every == 1
+        self.reads = not space.batch_dims and (looked or space.device.type in FREE_TO_READ)
 
     def start(self) -> tuple[Vector, Vector]:
         """x and r = b − A x in memory of their own; no product where there is no x0."""
@@ -57,28 +94,24 @@ class System:
         """Whether no system goes on, read from the device every check_every steps; never in fixed-step mode."""
         if self.goal is None or step % self.check_every:
             return False
-        return not bool(going.any() if isinstance(going, Tensor) and going.ndim else going)
+        return not anywhere(going)
 
-    def look(self, scalar: Tensor) -> Real:
-        """A scalar to compute with: of one system where reading is free (or looked for anyway) a number, else a tensor.
+    def look(self, scalar: Any) -> Real:
+        """A scalar to compute with: of one system where reading is free, or looked for anyway, a number."""
+        return scalar.item() if self.reads and isinstance(scalar, Tensor) else scalar
 
-        Arithmetic with numbers costs nothing beside a small product; that with 0-d tensors does.
-        """
-        looked = self.goal is not None and self.check_every == 1
-        return scalar.item() if not scalar.ndim and (looked or scalar.device.type in FREE_TO_READ) else scalar
-
-    def stack(self, scalars: list[Real]) -> Tensor:
-        """Scalars of an iteration as one tensor: [steps], or [steps, B]."""
-        if isinstance(scalars[0], Tensor):
-            return torch.stack(scalars)
-        return torch.tensor(scalars, dtype=self.stop.dtype, device=self.stop.device)
+    def stack(self, scalars: list[Real]) -> Tensor | list[float]:
+        """Scalars of an iteration as one tensor: [steps], or [steps, B]; numbers stay a list."""
+        return torch.stack(scalars) if isinstance(scalars[0], Tensor) else scalars
 
 
 def ratio(a: Real, b: Real, going: Any) -> Real:
     """a / b where going, else 0."""
     if isinstance(going, Tensor):
         return torch.where(going, a / b, 0.0)
-    return a / b if going else 0.0
+    if not going:
+        return 0.0
+    return a / b if b else a * math.inf
 
 
 @dataclass
@@ -86,9 +119,9 @@ class Outcome:
     """Where an iteration arrived, in scaled units, before its residual is recomputed."""
 
     x: Vector
-    trace: Tensor  # ‖r‖ by the recursion before each step and, where known, after the last: [steps (+ 1)(, B)]
+    trace: Tensor | list[float]  # ‖r‖ by the recursion before each step and, if known, after it: [steps (+ 1)(, B)]
     steps: int
-    code: Tensor | None = None  # Status values of what went wrong on the way
+    code: Real | None = None  # Status values of what went wrong on the way
     method: str = ""  # where a solver chose one
 
 
@@ -212,10 +245,12 @@ def solve(
             return _kept(x0, _run_function(solver, op, b, begin(x0, op, b), last_product or op))
         if solver._needs_symmetric:
             require_symmetric(op, type(solver).__name__)
-        op = op.damped(solver.damping)
-        scale = b.scale()
-        b.scale_(1 / scale)
-        system = _system(solver, op, b, x0 / scale if isinstance(x0, Vector) else None, scale)
+        op, space = op.damped(solver.damping), b.space
+        norm2 = read(b.dot(b))
+        tame = space.uniform and not isinstance(norm2, Tensor) and TAME <= norm2 <= 1 / TAME
+        scale = 1.0 if tame else b.scale(read)
+        norm = root(norm2) if tame else length(b.scale_(1 / scale))
+        system = _system(solver, op, b, x0 / scale if isinstance(x0, Vector) else None, scale, norm)
         if is_start(x0):
             system.x0, system.residual = x0.start(op, b) or (None, None)
         outcome = solver._iterate(system)
@@ -224,23 +259,32 @@ def solve(
             image = op(x) if last_product is None else _damped(last_product(x), x, solver.damping)
             left = system.max_steps - outcome.steps
             last = last_product is not None or system.goal is None or not refinements_left or left <= 0
-            residual = (b if last else b.copy()).add_(image, 1 / scale, -1.0).norm()
-            if len(outcome.trace) == outcome.steps:
-                outcome.trace = torch.cat([outcome.trace, residual.unsqueeze(0)])
+            residual = length((b if last else b.copy()).add_(image, 1 / scale, -1.0), system.look)
+            trace = outcome.trace
+            if len(trace) == outcome.steps:
+                numbers = isinstance(trace, list)
+                outcome.trace = [*trace, residual] if numbers else torch.cat([trace, space.tensor(residual)[None]])
             code = _judge(outcome, residual, system)
             if last:
                 break
             again = code == Status.STAGNATED.value
             if outcome.code is not None:
                 again = again & (outcome.code == 0)
-            if not bool(again.any()):
+            if not anywhere(again):
                 break
             system.x0, system.residual = x / scale, None
-            rest = replace(system, max_steps=left, stop=torch.where(again, system.stop, torch.inf))
+            rest = replace(system, max_steps=left, stop=where(again, system.stop, torch.inf))
             outcome = continued(outcome, solver._iterate(rest), again)
-        norms = (residual * scale, system.rhs_norm * scale, outcome.trace * scale)
-        method = outcome.method or type(solver).__name__
-        return _kept(x0, Solution(x, code, _steps(outcome, system), *norms, method))
+        solution = Solution(
+            x,
+            torch.as_tensor(code, device=space.device),
+            _steps(outcome, system),
+            space.tensor(residual * scale),
+            space.tensor(system.rhs_norm * scale),
+            space.tensor(outcome.trace) * scale,
+            outcome.method or type(solver).__name__,
+        )
+        return _kept(x0, solution)
 
 
 def _kept(x0: Vector | Start | None, solution: Solution) -> Solution:
@@ -253,55 +297,52 @@ def _damped(image: Vector, x: Vector, damping: float) -> Vector:
     return image + x * damping if damping else image
 
 
-def _system(solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | None, scale: Tensor) -> System:
+def _system(solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | None, scale: Real, norm: Real) -> System:
     rtol, atol = solver.rtol, solver.atol
     limits = (solver.max_steps, solver.check_every) if isinstance(solver, IterativeSolver) else (None, None)
     max_steps, every = limits
     if rtol is None and atol is None and max_steps is None and solver._runs_to_tolerance:
         rtol = b.space.rtol
-    norm = b.norm()
     stop, goal = b.space.eps * norm, None
     if rtol is not None or atol is not None:
-        goal = torch.maximum((rtol or 0.0) * norm, (atol or 0.0) / scale)
+        goal = larger((rtol or 0.0) * norm, (atol or 0.0) / scale)
         # A little below the goal, so that rounding between the recursion's and the true residual does not matter.
-        stop = torch.maximum(stop, 0.9 * goal)
+        stop = larger(stop, 0.9 * goal)
         if x0 is not None:
-            x0 = x0 * (norm != 0).to(norm.dtype)  # b = 0 has a solution that no iteration from elsewhere reaches
+            x0 = x0 * where(norm != 0, 1.0, 0.0)  # b = 0 has a solution that no iteration from elsewhere reaches
     if max_steps is None:
         max_steps = min(10 * b.space.length, 1000)
     every = every or (1 if b.space.device.type in FREE_TO_READ else 5)
     return System(op, b, x0, max_steps, stop, goal, every, norm, scale)
 
 
-def _judge(outcome: Outcome, residual: Tensor, system: System) -> Tensor:
-    """The Status values that the true residual and the events on the way lead to; nothing is read from the device."""
-    norm = outcome.trace[-1]
+def _judge(outcome: Outcome, residual: Real, system: System) -> Real:
+    """The Status values that the true residual and the events on the way lead to; read only where that is free."""
+    norm = system.look(outcome.trace[-1])
+    code = 0 if outcome.code is None else system.look(outcome.code)
     if system.goal is None:
-        code = torch.zeros_like(residual, dtype=torch.long) if outcome.code is None else outcome.code
-        finite = torch.maximum(residual, norm) < torch.inf
+        finite = (residual < math.inf) & (norm < math.inf)
     else:
-        claimed = norm <= system.stop
-        code = torch.where(claimed, Status.STAGNATED.value, Status.MAX_STEPS.value)
-        if outcome.code is not None:
-            code = torch.where(outcome.code > 0, outcome.code, code)
+        ended = where(norm <= system.stop, Status.STAGNATED.value, Status.MAX_STEPS.value)
+        code = where(code > 0, code, ended)
         solved = (residual <= system.goal) & (code != Status.BREAKDOWN.value)
-        code = torch.where(solved, Status.CONVERGED.value, code)
-        finite = (residual < torch.inf) & ((norm < torch.inf) | (code == Status.CONVERGED.value))
-    return torch.where(finite, code, Status.NON_FINITE.value)
+        code = where(solved, Status.CONVERGED.value, code)
+        finite = (residual < math.inf) & ((norm < math.inf) | (code == Status.CONVERGED.value))
+    return where(finite, code, Status.NON_FINITE.value)
 
 
-def continued(first: Outcome, second: Outcome, again: Tensor) -> Outcome:
+def continued(first: Outcome, second: Outcome, again: Real) -> Outcome:
     """One outcome of two that followed each other: the second worked on the systems in `again` alone."""
-    code = second.code if second.code is not None else torch.zeros_like(again, dtype=torch.long)
-    code = torch.where(again, code, 0 if first.code is None else first.code)
+    code = where(again, 0 if second.code is None else second.code, 0 if first.code is None else first.code)
+    before, after = (first.x.space.tensor(outcome.trace) for outcome in (first, second))
     # Those at rest keep the norm that they were put to rest with: taken anew it may stand above the limit by rounding.
-    trace = torch.cat([first.trace, torch.where(again, second.trace[1:], first.trace[-1])])
+    trace = torch.cat([before, where(again, after[1:], before[-1])])
     return Outcome(second.x, trace, first.steps + second.steps, code, second.method)
 
 
 def _steps(outcome: Outcome, system: System) -> int | Tensor:
     """Steps done; for batched systems those before each rested."""
-    if not outcome.trace.ndim > 1:
+    if isinstance(outcome.trace, list) or outcome.trace.ndim == 1:
         return outcome.steps
     return (outcome.trace[:-1] > system.stop).sum(0)
 

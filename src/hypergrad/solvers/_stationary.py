@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from .._solution import Status
 from .._vector import Vector
 from ._krylov import event
-from ._solver import IterativeSolver, LinearSolver, Outcome, System
+from ._solver import IterativeSolver, LinearSolver, Outcome, Real, System, length
 
 HOPELESS = 1e8  # growth of the residual at which the iteration is given up
 
@@ -23,19 +22,18 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
     DIVERGED where the residual ends above its start and growing. The residual is taken only where it is looked at, and
     thrice without a tolerance (the trace is NaN in between): beside a cheap product it costs as much as the update.
     """
-    b, most, looking = system.b, system.max_steps, system.goal is not None
+    b, most, look, looking = system.b, system.max_steps, system.look, system.goal is not None
     looks = range(0, most, system.check_every) if looking else {0, (most + 1) // 2, most - 1}
-    freezes, unseen = looking and bool(b.space.batch_dims), torch.full_like(system.stop, torch.nan)
-    stop, hopeless, going = system.look(system.stop), torch.inf, True
+    freezes, unseen = looking and bool(b.space.batch_dims), system.stop * torch.nan
+    stop, hopeless, going = look(system.stop), torch.inf, True
     norms, trace, steps = [], [], 0
     for k in range(most):
         image = b.copy() if x is None else system.op.contract(x).apart_from(x).add_(b)
         trace.append(unseen)
         if k in looks:
-            norm = trace[-1] = (image if x is None else image - x).norm()
-            norms.append(norm)
+            size = trace[-1] = length(image if x is None else image - x, look)
+            norms.append(size)
             if looking:
-                size = system.look(norm)
                 going = going & (size > stop) & (size <= hopeless)
                 hopeless = HOPELESS * size if k == 0 else hopeless
         if system.finished(k, going):
@@ -43,7 +41,7 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
         x = _advanced(x, image, step_size, going if freezes else None)
         steps += 1
     code = event(None, _diverged(norms), Status.DIVERGED) if norms else None
-    return Outcome(b.zeros() if x is None else x, torch.stack(trace or [b.norm()])[: len(trace)], steps, code)
+    return Outcome(b.zeros() if x is None else x, system.stack(trace or [b.norm()])[: len(trace)], steps, code)
 
 
 def _advanced(x: Vector | None, image: Vector, step_size: float, going: Any) -> Vector:
@@ -55,7 +53,7 @@ def _advanced(x: Vector | None, image: Vector, step_size: float, going: Any) -> 
     return new if going is None else new.where(going, old)
 
 
-def _diverged(norms: list[Tensor]) -> Tensor:
+def _diverged(norms: list[Real]) -> Real:
     first, half, last = norms[0], norms[len(norms) // 2], norms[-1]
     return (last > first) & ((last > half) | (last > HOPELESS * first) | (len(norms) < 3))
 
