@@ -320,7 +320,11 @@ def exact(op, b, x0):
     return S.Dense()(op, b).value
 
 
-@pytest.mark.parametrize("solver", [None, S.Dense(), S.MINRES(rtol=1e-12), S.Auto(rtol=1e-12), exact], ids=str)
+@pytest.mark.parametrize(
+    "solver",
+    [None, S.Dense(), S.MINRES(rtol=1e-12), S.Auto(rtol=1e-12), exact],
+    ids=["default", "Dense", "MINRES", "Auto", "own"],
+)
 def test_jacobian_with_any_solver(solver):
     inner, outer, w, lam = validation(2)
     given = {"inner_loss": inner, "params": w, "hparams": lam}
