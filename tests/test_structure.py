@@ -294,7 +294,7 @@ SOLVERS = [
     for name, kind in vars(hg.solvers).items()
     if isinstance(kind, type)
     and issubclass(kind, ABSTRACT)
-    and kind not in (*ABSTRACT, hg.solvers.Auto, hg.solvers.Refined)
+    and kind not in (*ABSTRACT, hg.solvers.Auto, hg.solvers.Refined, hg.solvers.BlockCG)
 ]
 BOUNDED = ("CG", "MINRES", "GMRES", "NormalCG", "LSQR", "FixedPoint", "Neumann", "OneStep", "Dense")
 REAL = {

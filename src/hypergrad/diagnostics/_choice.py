@@ -31,7 +31,7 @@ class SolverChoice:
 def solver_choice(s: Structure, accuracy: float = 1e-6) -> tuple[SolverChoice, ...]:
     """For each solver of hg.solvers whether it is valid on this system, and the steps for a relative accuracy.
 
-    Auto and Refined are left out: they run others.
+    Auto and Refined are left out, for they run others, and BlockCG, which is CG where there is one right hand side.
 
         CG               2 ((√κ − 1)/(√κ + 1))^k     of the error in the norm of A
         MINRES           2 ((√κ − 1)/(√κ + 1))^k     of the residual, A definite;  2 ((κ − 1)/(κ + 1))^⌊k/2⌋ indefinite
