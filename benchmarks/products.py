@@ -167,9 +167,8 @@ def table(results: list[Result]) -> str:
             row = r.row
             lines.append(f"{row} ({r.parameters:,} parameters)")
         ratio = f"{r.ratio.middle:.3f} [{r.ratio.low:.3f}, {r.ratio.high:.3f}]" if r.ratio else "wrong: no time"
-        lines.append(
-            f"  {r.method:12}{cell(r.seconds, '.3f', 1e3):>14}   {ratio:24}{r.build:10.2f}{r.error:12.0e}   {r.taken}".rstrip()
-        )
+        numbers = f"{cell(r.seconds, '.3f', 1e3):>14}   {ratio:24}{r.build:10.2f}{r.error:12.0e}"
+        lines.append(f"  {r.method:12}{numbers}   {r.taken}".rstrip())
     return "\n".join(lines)
 
 
