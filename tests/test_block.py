@@ -202,6 +202,23 @@ def test_several_leaves_of_mixed_dtypes():
             assert all((image[k] - b[k][i]).abs().max() < 1e-4 for k in b)
 
 
+@pytest.mark.parametrize("tolerance", [{"rtol": 1e-10}, {"max_steps": 20}])
+def test_leaves_that_are_small_alone_and_large_in_the_batch(tolerance, monkeypatch):
+    """A batch stores its large leaves apart, so that its leaves may come in another order than those of one system."""
+    monkeypatch.setattr("hypergrad._vector.SMALL", 8)
+    monkeypatch.setattr("hypergrad._vector.SMALL_TOTAL", 30)
+    a, sizes = with_spectrum(logspace(1e2, 13), 3), {"a": 2, "b": 9, "c": 2}
+
+    def product(v):
+        return dict(zip(v, (torch.tensor(a) @ torch.cat([*v.values()])).split([*sizes.values()]), strict=True))
+
+    sides = np.random.default_rng(0).standard_normal((3, 13))
+    b = dict(zip(sizes, torch.tensor(sides).split([*sizes.values()], -1), strict=True))
+    solution = S.BlockCG(**tolerance)(hg.operators.function(product, symmetric=True).stacked(), b)
+    assert solution.ok
+    assert off(torch.cat([*solution.value.values()], -1), np.linalg.solve(a, sides.T).T) <= 1e-8
+
+
 def test_damping_and_transpose_of_a_stacked_operator():
     given = GRID["nonsymmetric 10"]
     op, b = given.operator("none"), torch.tensor(np.stack([side(given.n, seed) for seed in range(3)]))
