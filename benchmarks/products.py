@@ -126,13 +126,14 @@ class Result:
     ratio: Spread | None  # over reverse
     build: float  # seconds until its first product was there
     error: float  # relative, to the reverse product
+    taken: str  # what compile=True found the fastest
 
 
 def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None) -> tuple[list[Result], list[dict]]:
     results, settings = [], []
     for row in tqdm(rows, desc="rows"):
         torch.compiler.reset()
-        system, calls, build, kept = ROWS[row](), {}, {}, []
+        system, calls, build, kept, taken = ROWS[row](), {}, {}, [], {}
         for way, options in WAYS.items():
             start = time.perf_counter()
             point = system.point(**options)
@@ -142,6 +143,7 @@ def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None
                 op(v)
             kept.append((way, op(v)))
             build[way] = time.perf_counter() - start
+            taken[way] = "" if point.compiled is None else point.compiled.report.split(":")[0]
             calls[way] = partial(op, v)
         exact = kept[0][1]
         errors = {way: float(((image - exact).norm() / exact.norm()).max()) for way, image in kept}
@@ -152,7 +154,7 @@ def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None
             right = way == "bfloat16" or errors[way] < WRONG
             seconds = Spread.of(times[way].cpu) if right else None
             ratio = ratios(times[way], times["reverse"])[0] if right else None
-            results.append(Result(row, way, exact.space.length, seconds, ratio, build[way], errors[way]))
+            results.append(Result(row, way, exact.space.length, seconds, ratio, build[way], errors[way], taken[way]))
         settings.append({"row": row, "parameters": exact.space.length, "rounds": turns, "threads": 1})
     return [r for r in results if not words or any(word in r.method for word in words)], settings
 
@@ -165,7 +167,8 @@ def table(results: list[Result]) -> str:
             row = r.row
             lines.append(f"{row} ({r.parameters:,} parameters)")
         ratio = f"{r.ratio.middle:.3f} [{r.ratio.low:.3f}, {r.ratio.high:.3f}]" if r.ratio else "wrong: no time"
-        lines.append(f"  {r.method:12}{cell(r.seconds, '.3f', 1e3):>14}   {ratio:24}{r.build:10.2f}{r.error:12.0e}")
+        numbers = f"{cell(r.seconds, '.3f', 1e3):>14}   {ratio:24}{r.build:10.2f}{r.error:12.0e}"
+        lines.append(f"  {r.method:12}{numbers}   {r.taken}".rstrip())
     return "\n".join(lines)
 
 
