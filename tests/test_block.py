@@ -369,6 +369,18 @@ def test_jacobian_of_evaluated_losses_warm_started_and_recycled():
     assert live.grad is None and lam.grad is None
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_check_takes_one_row_of_a_jacobian(groups):
+    inner, outer, w, lam = validation(groups)
+    found = hg.implicit.jacobian(outer, inner_loss=inner, params=w, hparams=lam, solver=S.BlockCG(rtol=1e-12))
+    with pytest.raises(TypeError, match=rf"implicit\.jacobian holds {groups}: pass row i of its grads"):
+        hg.diagnostics.check(found)
+    i = groups - 1
+    given = {"outer_loss": lambda w, lam: outer(w, lam)[i], "inner_loss": inner, "params": w, "hparams": lam}
+    report = hg.diagnostics.check(found.grads[i], adjoint=found.adjoint[i], **given, structure=False)
+    assert report.estimate.relative_error < 1e-8
+
+
 def test_jacobian_through_a_module_that_torch_cannot_vectorise():
     """A custom autograd.Function without a vmap rule: one product after the other, the same numbers."""
 
