@@ -159,8 +159,22 @@ def implicit_cg(problem: Problem) -> Tensors:
     return implicit(problem, hg.solvers.CG(max_steps=problem.steps))
 
 
+def implicit_neumann(problem: Problem) -> Tensors:
+    return implicit(problem, neumann(problem))
+
+
 def compiled_cg(problem: Problem) -> Tensors:
     return hypergradient(problem, hg.solvers.CG(max_steps=problem.steps), compile=True).grads
+
+
+def compiled_neumann(problem: Problem) -> Tensors:
+    return hypergradient(problem, neumann(problem), compile=True).grads
+
+
+def neumann(problem: Problem) -> hg.solvers.Neumann:
+    """K terms of the series, hence K − 1 products: what K steps of the map give from zero."""
+    assert problem.step_size is not None
+    return hg.solvers.Neumann(max_steps=problem.steps - 1, step_size=problem.step_size)
 
 
 def library(method: Callable[..., Tensors]) -> Callable[[Problem], Tensors]:
@@ -293,6 +307,10 @@ METHODS = [
     ),
     Method("hg.implicit.grad, CG", implicit_cg, lambda k: k + 3, FLOOR, "cg", 1.05, needs="loss"),
     Method("hg.implicit.grad, CG, compiled", compiled_cg, None, FLOOR, "cg", needs="loss", compiled=True),
+    Method("hg.implicit.grad, Neumann", implicit_neumann, lambda k: k + 2, FLOOR, "fixed_point", 1.05, needs="loss"),
+    Method(
+        "hg.implicit.grad, Neumann, compiled", compiled_neumann, None, FLOOR, "fixed_point", needs="loss", compiled=True
+    ),
     Method(MAP_FLOOR, lambda p: floor(p, fixed_point=True), lambda k: k + 3, library="floor"),
     Method(
         f"{MAP_FLOOR}, last for hparams",

@@ -202,6 +202,23 @@ def test_several_leaves_of_mixed_dtypes():
             assert all((image[k] - b[k][i]).abs().max() < 1e-4 for k in b)
 
 
+@pytest.mark.parametrize("tolerance", [{"rtol": 1e-10}, {"max_steps": 20}])
+def test_leaves_that_are_small_alone_and_large_in_the_batch(tolerance, monkeypatch):
+    """A batch stores its large leaves apart, so that its leaves may come in another order than those of one system."""
+    monkeypatch.setattr("hypergrad._vector.SMALL", 8)
+    monkeypatch.setattr("hypergrad._vector.SMALL_TOTAL", 30)
+    a, sizes = with_spectrum(logspace(1e2, 13), 3), {"a": 2, "b": 9, "c": 2}
+
+    def product(v):
+        return dict(zip(v, (torch.tensor(a) @ torch.cat([*v.values()])).split([*sizes.values()]), strict=True))
+
+    sides = np.random.default_rng(0).standard_normal((3, 13))
+    b = dict(zip(sizes, torch.tensor(sides).split([*sizes.values()], -1), strict=True))
+    solution = S.BlockCG(**tolerance)(hg.operators.function(product, symmetric=True).stacked(), b)
+    assert solution.ok
+    assert off(torch.cat([*solution.value.values()], -1), np.linalg.solve(a, sides.T).T) <= 1e-8
+
+
 def test_damping_and_transpose_of_a_stacked_operator():
     given = GRID["nonsymmetric 10"]
     op, b = given.operator("none"), torch.tensor(np.stack([side(given.n, seed) for seed in range(3)]))
@@ -350,6 +367,18 @@ def test_jacobian_of_evaluated_losses_warm_started_and_recycled():
         steps.append(int(found.solution.steps.max()))
     assert steps[0] > 5 and steps[1] == 0 and steps[2] == steps[0] and steps[3] == 0
     assert live.grad is None and lam.grad is None
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_check_takes_one_row_of_a_jacobian(groups):
+    inner, outer, w, lam = validation(groups)
+    found = hg.implicit.jacobian(outer, inner_loss=inner, params=w, hparams=lam, solver=S.BlockCG(rtol=1e-12))
+    with pytest.raises(TypeError, match=rf"implicit\.jacobian holds {groups}: pass row i of its grads"):
+        hg.diagnostics.check(found)
+    i = groups - 1
+    given = {"outer_loss": lambda w, lam: outer(w, lam)[i], "inner_loss": inner, "params": w, "hparams": lam}
+    report = hg.diagnostics.check(found.grads[i], adjoint=found.adjoint[i], **given, structure=False)
+    assert report.estimate.relative_error < 1e-8
 
 
 def test_jacobian_through_a_module_that_torch_cannot_vectorise():

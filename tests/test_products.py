@@ -77,6 +77,22 @@ def test_checks_and_polish_go_through_the_same_products():
     assert hg.diagnostics.check(result).estimate.error < 1e-8
 
 
+@pytest.mark.parametrize("bad", ["a", "z"])
+@pytest.mark.parametrize("products", ["reverse", "forward", "measured"])
+def test_nan_is_named_whatever_the_products(products, bad):
+    """In the first or the last leaf: of Python's numbers max() may keep one that is no NaN."""
+    lam = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    with pytest.warns(hg.HypergradientWarning, match="NON_FINITE"):
+        result = hg.implicit.grad(
+            lambda w, lam: (w["k"] * w[bad]).sum(),
+            inner_loss=lambda w, lam: ((w["k"] - lam) ** 2).sum() + (w[bad] ** 2).sum() + w[bad].abs().sqrt().sum(),
+            params={"k": lam.detach(), bad: torch.zeros(2, dtype=torch.float64)},
+            hparams=lam,
+            products=products,
+        )
+    assert result.solution.status is S.Status.NON_FINITE
+
+
 class Detaching(torch.autograd.Function):
     """w² whose backward pass cannot be differentiated twice more: torch gives zeros for that, without a word."""
 

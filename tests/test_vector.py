@@ -183,6 +183,16 @@ def test_scale_is_a_power_of_two_or_one(entries):
     assert scale == (2.0 ** np.floor(np.log2(largest)) if 0 < largest < np.inf else 1.0)
 
 
+@pytest.mark.parametrize("read", [float, lambda size: size])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64])
+def test_what_is_tiny_can_be_scaled(dtype, read):
+    """The inverse of the scale is finite: float16 has numbers down to 6e-8, and ends at 65504."""
+    tree = torch.tensor([1.0, -0.5, 0.0], dtype=dtype) * 2 * torch.finfo(dtype).smallest_normal / 16
+    v = Space(tree, "b").vector(tree, "b")
+    scaled = v.copy().scale_(1 / v.scale(read)).tree.double()
+    assert torch.equal(scaled / scaled[0], torch.tensor([1.0, -0.5, 0.0], dtype=F64)) and 0 < scaled[0] < 2
+
+
 def test_scale_of_an_empty_vector_is_one():
     tree = torch.zeros(0, dtype=F64)
     v = Space(tree, "b").vector(tree, "b")

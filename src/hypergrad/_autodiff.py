@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -284,9 +285,10 @@ class Linearisation:
         draw = torch.Generator().manual_seed(0)
         v = [torch.randn(y.shape, generator=draw, dtype=y.dtype).to(y.device) for y in self.outputs]
         pairs = list(zip(self.vjp(v), self.jvp(v), strict=True))
-        apart = max(float((x - y).norm()) for x, y in pairs)
-        size = max(float(x.norm()) for x, _ in pairs)
-        if not apart <= size * max(torch.finfo(y.dtype).eps for y in v) ** 0.5:
+        apart = math.hypot(*(float((x - y).norm()) for x, y in pairs))
+        size = math.hypot(*(float(x.norm()) for x, _ in pairs))
+        # Of an Aᵀv that is not finite the solver tells.
+        if math.isfinite(size) and not apart <= size * max(torch.finfo(y.dtype).eps for y in v) ** 0.5:
             raise ValueError(
                 f"Av and Aᵀv differ by {apart:.1e}, and Aᵀv is of size {size:.1e}: A is not symmetric, or an operation "
                 f'in it (once_differentiable, or a backward that detaches) has no second derivative; use "reverse"'

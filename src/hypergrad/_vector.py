@@ -142,7 +142,14 @@ class Space:
         new._hold(leaves, paths, unflatten, batch_dims)
         return new
 
-    def _hold(self, leaves: list[Tensor], paths: Paths, unflatten: Callable[..., PyTree], batch_dims: int) -> None:
+    def _hold(
+        self,
+        leaves: list[Tensor],
+        paths: Paths,
+        unflatten: Callable[..., PyTree],
+        batch_dims: int,
+        groups: list[list[int]] | None = None,
+    ) -> None:
         self.paths, self.unflatten = paths, unflatten
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
@@ -154,7 +161,7 @@ class Space:
         self.device = self.devices[0]
         dtypes = {*self.dtypes}
         self.dtype = reduce(torch.promote_types, dtypes, torch.float32)
-        self.groups = self._groups(leaves)
+        self.groups = self._groups(leaves) if groups is None else groups
         lengths = [math.prod(shape[batch_dims:]) for shape in self.shapes]
         self.sizes = [[lengths[i] for i in group] for group in self.groups]
         self.length = sum(lengths)
@@ -177,7 +184,10 @@ class Space:
             raise TypeError("sharded tensors cannot be stacked; solve for one right hand side after the other")
         kinds = zip(self.shapes, self.dtypes, self.devices, strict=True)
         leaves = [torch.zeros(shape[1:], dtype=dtype, device=device) for shape, dtype, device in kinds]
-        return Space(self.unflatten(leaves), self.paths.name).pack(leaves)
+        space = object.__new__(Space)
+        # Stored in the same order: leaves that are small alone may be large in the batch.
+        space._hold(leaves, self.paths, self.unflatten, 0, self.groups)
+        return space.pack(leaves)
 
     def _batch_shape(self) -> torch.Size:
         if self.batch_dims < 0:
@@ -458,7 +468,8 @@ class Vector:
 
         look: reads the largest |entry|, where that is free; the result is a number then.
         """
-        size, tiny = look(self.largest()), self.space.tiny
+        # In float16 the inverse of what is tiny overflows.
+        size, tiny = look(self.largest()), max(self.space.tiny, 2 / self.space.largest)
         if not isinstance(size, Tensor):
             return math.ldexp(0.5, math.frexp(max(size, tiny))[1]) if 0 < size < math.inf else 1.0
         usable = (size > 0) & (size < math.inf)

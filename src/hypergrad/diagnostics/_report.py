@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from optree import tree_leaves
 from torch import Tensor
 
 from .._vector import PyTree
@@ -141,7 +142,7 @@ def check(
 
     Raises:
         ValueError: params or hparams changed since, or the problem is stochastic.
-        TypeError: a part of the problem is missing.
+        TypeError: a part of the problem is missing, or the result is that of `implicit.jacobian`.
     Cost: see `estimate`, `structure` and `findings`; with solve four solves for each direction.
 
     Example:
@@ -197,6 +198,12 @@ def _problem(
 ) -> Problem:
     """The problem that the result knows, with what was passed anew in its places."""
     known = result.problem if isinstance(result, Hypergradient) else None
+    if known is not None and tree_leaves(result.adjoint)[0].ndim > tree_leaves(known.params)[0].ndim:
+        raise TypeError(
+            f"check takes one hypergradient, and a result of implicit.jacobian holds {len(result.outer_value)}: pass "
+            f"row i of its grads in hparams' structure, row i of its adjoint as adjoint=, and outer_loss=, params=, "
+            f"hparams= and the inner problem as keywords"
+        )
     if params is None and isinstance(result, UNROLLED):
         params = result.params
     if known is not None:

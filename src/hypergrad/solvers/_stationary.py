@@ -17,7 +17,7 @@ HOPELESS = 1e8  # growth of the residual at which the iteration is given up
 
 
 def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
-    """max_steps of x ← x + η (b − A x) from x (zero if None), written as (1 − η) x + η ((I − A) x + b).
+    """max_steps of x ← x + η (b − A x), which overwrites x; with η = 1 it is x ← (I − A) x + b, from zero if x is None.
 
     DIVERGED where the residual ends above its start and growing. The residual is taken only where it is looked at, and
     thrice without a tolerance (the trace is NaN in between): beside a cheap product it costs as much as the update.
@@ -28,29 +28,31 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
     stop, hopeless, going = look(system.stop), torch.inf, True
     norms, trace, steps = [], [], 0
     for k in range(most):
-        image = b.copy() if x is None else system.op.contract(x).apart_from(x).add_(b)
+        # The next x with η = 1, else the residual.
+        if x is None:
+            new = b.copy()
+        else:
+            new = system.op.contract(x).apart_from(x).add_(b) if step_size == 1 else system.op(x).scale_add_(-1.0, b)
         trace.append(unseen)
         if k in looks:
-            size = trace[-1] = length(image if x is None else image - x, look)
+            size = trace[-1] = length(new - x if x is not None and step_size == 1 else new, look)
             norms.append(size)
             if looking:
                 going = going & (size > stop) & (size <= hopeless)
                 hopeless = HOPELESS * size if k == 0 else hopeless
         if system.finished(k, going):
             break
-        x = _advanced(x, image, step_size, going if freezes else None)
+        x = _advanced(x, new, step_size, going if freezes else None)
         steps += 1
     code = event(None, _diverged(norms), Status.DIVERGED) if norms else None
     return Outcome(b.zeros() if x is None else x, system.stack(trace or [b.norm()])[: len(trace)], steps, code)
 
 
-def _advanced(x: Vector | None, image: Vector, step_size: float, going: Any) -> Vector:
-    """x + η (image − x), where going."""
-    if step_size == 1 and going is None:
-        return image
-    old = image.zeros() if x is None else x
-    new = image if step_size == 1 else old + (image - old) * step_size
-    return new if going is None else new.where(going, old)
+def _advanced(x: Vector | None, new: Vector, step_size: float, going: Any) -> Vector:
+    """x where not going, else `new` with η = 1, x + η · new otherwise."""
+    if x is None or step_size == 1:
+        return new if going is None else new.where(going, new.zeros() if x is None else x)
+    return x.add_(new if going is None else new.where(going, new.zeros()), step_size)
 
 
 def _diverged(norms: list[Real]) -> Real:
@@ -93,7 +95,9 @@ class Neumann(IterativeSolver):
 
     def _iterate(self, system: System) -> Outcome:
         x, r = system.start()
-        return richardson(system, x.add_(r, self.step_size), self.step_size)
+        x.add_(r, self.step_size)
+        del r  # a vector less
+        return richardson(system, x, self.step_size)
 
 
 @dataclass(frozen=True, kw_only=True)
