@@ -173,8 +173,8 @@ def grad(
         products: how a symmetric A is applied: "reverse", Aᵀv through the graph of ∇₁g (or Φ, F); "forward", Av
             through a second graph that is built from the first and kept beside it (about its size again), after one
             product of each that must agree; "measured", the faster one by the time of two more of each, which
-            `result.problem.products` names for the outer steps after. Forward took .82 (attention, embeddings) to
-            1.63 (convolutions, batch norm) of the time of reverse.
+            `result.problem.products` names for the outer steps after. Forward took .98 (perceptron) to 1.5
+            (convolutions, batch norm) of the time of reverse.
 
     Returns:
         A Hypergradient.

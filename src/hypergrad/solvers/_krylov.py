@@ -134,7 +134,8 @@ class MINRES(IterativeSolver):
     """Minimal residuals for a symmetric A, which may be indefinite or singular.
 
     Lanczos vectors v (and z = M⁻¹v), one Givens rotation (c, s) a step, ‖r‖ = |η| never grows. On an inconsistent
-    singular system it ends as STAGNATED at a least-squares solution.
+    singular system it ends as STAGNATED at a least-squares solution, if rounding lets ‖Ar‖ fall to nothing; if not it
+    goes on to MAX_STEPS and x grows along the null space: take LSQR there.
 
     Args:
         preconditioner: r ↦ M⁻¹r, symmetric positive definite, as in CG.
