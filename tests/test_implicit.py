@@ -1168,3 +1168,48 @@ def test_problem_tensors_were_never_written():
         p: Problem = problem_at(name)
         assert relative(p.outer_loss(p.params, p.hparams).item(), p.value) < 1e-12
         assert all(h.grad is None and h.requires_grad for h in tensors_in(p.hparams))
+
+
+def shared(w, lam):
+    """Both leaves get one tensor from the product."""
+    return [0.3 * (w[0] + w[1]) + lam * DRAWS[0], lam * DRAWS[1]]
+
+
+def swapped(w, lam):
+    """The product is its argument, the leaves exchanged."""
+    return [w[1] + lam * DRAWS[0], w[0] + lam * DRAWS[1]]
+
+
+def expanded(w, lam):
+    """The product is one number for all entries of a leaf."""
+    return [0.05 * w[0].sum() * DRAWS[0] + lam * DRAWS[0], 0.05 * w[1].sum() * DRAWS[1] + lam * DRAWS[1]]
+
+
+DRAWS = [torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+
+SHARING = [("fp_map", f, solver) for f in (shared, expanded) for solver in ("FixedPoint", "BiCGStab", "GMRES")]
+SHARING += [("residual", swapped, solver) for solver in ("MINRES", "BiCGStab", "GMRES")]
+
+
+@pytest.mark.parametrize(("form", "function", "solver"), SHARING)
+def test_products_that_share_memory(form, function, solver, monkeypatch):
+    """Leaves that are stored one by one, as large ones are: what a product gives may be written to."""
+    monkeypatch.setattr(hg._vector, "SMALL", 0)
+    monkeypatch.setattr(hg._vector, "SMALL_TOTAL", 0)
+    lam = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    given = {form: function, "params": DRAWS[2:], "hparams": lam, "symmetric": function is swapped}
+
+    def outer_loss(w, lam):
+        return sum((x * x).sum() for x in w)
+
+    method = getattr(hg.solvers, solver)(rtol=1e-12, max_steps=300, on_failure="ignore")  # of the inner residual
+    result = hg.implicit.grad(outer_loss, solver=method, **given)
+    assert result.solution.status is hg.Status.CONVERGED
+    w = torch.cat(DRAWS[2:])
+    inner, outer = torch.autograd.functional.jacobian(
+        lambda w, lam: torch.cat(function([*w.split(6)], lam)), (w, lam.detach())
+    )
+    a = torch.eye(12, dtype=torch.float64) - inner if form == "fp_map" else -inner
+    due = outer @ torch.linalg.inv(a).T @ (2 * w)
+    torch.testing.assert_close(result.grads, due, rtol=1e-10, atol=0)

@@ -167,6 +167,25 @@ def test_bad_input_is_refused_as_torch_does(function, tensors):
         torch.func.vmap(spelled)(*tensors)
 
 
+class Own(torch.Tensor):
+    """A tensor with functions of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in _spelling.SPELLINGS:
+            return torch.tensor(7.0)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["mean", "nll", "linear", "pool"])
+def test_a_subclass_keeps_its_own_functions(name, taken):
+    function, tensors, *_ = CASES[name]
+    first, *rest = [x[0].detach() for x in tensors]
+    with Spelled(TASKS):
+        assert function(first.as_subclass(Own), *rest) == 7
+    assert not taken
+
+
 def test_nothing_is_spelled_outside(taken):
     with Spelled(TASKS):
         F.relu(IMAGES)

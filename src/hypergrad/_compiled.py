@@ -39,7 +39,8 @@ class Product:
     """v ↦ ∂₁Fᵀv: the first is done by a reverse pass and recorded, the others in the way that was found the fastest.
 
     That is found at the second product, by trying every way and comparing what it gives, and kept with the form of the
-    recording, which knows nothing of the tensors' numbers, for later hypergradients of about the same size.
+    recording, which knows nothing of the tensors' numbers, for later hypergradients of about the same size. Where the
+    recording is not linear by its form alone, their second products are compared as well.
 
     Args:
         plain: the product by a reverse pass through the retained graph.
@@ -84,7 +85,8 @@ class Product:
             self._settle(_failure(_said(error)))
             return results
         verdict = recording.verdicts.get(_key(held, self.backend))
-        if verdict is None:
+        # A part that torch does not see is a constant to the recording, and one that was zero before may not be now.
+        if verdict is None or not (recording.program.linear or verdict.way == PASSES):
             self._recorded = recording, held
         else:
             self._settle(verdict, recording, held)
@@ -95,8 +97,10 @@ class Product:
         self.forget()
         self.report = verdict.report
         if recording is not None and verdict.way != PASSES:
-            ways = recording.way(verdict.way, held), recording.way(RECORDED, held)
-            self._settled = ways[0] if verdict.way == RECORDED else partial(_either, *ways)
+            self._settled = partial(_either, recording.way(RECORDED, held), self.plain, PASSES)
+            if verdict.way != RECORDED:
+                way = recording.way(verdict.way, held)
+                self._settled = partial(_either, way, self._settled, "recorded operations")
         if verdict.failed:
             warn(f"products could not be compiled: {verdict.report}", NotCompiled)
 
@@ -120,9 +124,16 @@ class Recording:
 
     @torch.no_grad()
     def judge(self, held: Sequence[Any], product: Product, v: Leaves, expected: Leaves) -> Verdict:
-        """Which way to take, found by trying; it is kept."""
+        """Which way to take, found by trying; it is kept. A way that was found before is compared alone."""
         if not finite(expected):
             return Verdict(PASSES, f"{PASSES}: a product that is not finite tells nothing of others")
+        key = _key(held, product.backend)
+        if key in self.verdicts:
+            try:
+                _check(self.way(self.verdicts[key].way, held), v, expected, product.space)
+            except Exception as error:
+                self.verdicts[key] = _failure(_said(error))
+            return self.verdicts[key]
         times, failures = {}, []
         for name in [RECORDED, INDUCTOR] if product.backend is None else [product.backend]:
             if times.get(RECORDED, WORTH) < WORTH:
@@ -147,17 +158,17 @@ class Recording:
             others = ", ".join(f"{1e6 * t:.3g} by {name}" for name, t in times.items() if name != best)
             report = f"{best}: {1e6 * times[best]:.3g} µs a product, against {others}"
             verdict = Verdict(best, "; ".join([report, *failures]))
-        self.verdicts[_key(held, product.backend)] = verdict
+        self.verdicts[key] = verdict
         return verdict
 
 
-def _either(way: Pull, recorded: Pull, v: Leaves) -> list[Tensor]:
-    """The product in the one way; in the other where a compiler fails at sizes that it has not seen."""
+def _either(way: Pull, other: Pull, name: str, v: Leaves) -> list[Tensor]:
+    """The product in the one way; in the other where that fails at sizes, or in memory, that it has not seen."""
     try:
         return way(v)
     except Exception as error:
-        warn(f"products could not be compiled again, and are done by recorded operations: {_said(error)}", NotCompiled)
-        return recorded(v)
+        warn(f"products could not be compiled again, and are done by {name}: {_said(error)}", NotCompiled)
+        return other(v)
 
 
 def _said(error: Exception) -> str:
@@ -176,10 +187,10 @@ def _key(held: Sequence[Any], backend: str | None) -> tuple[str | None, int]:
 def _check(call: Pull, v: Leaves, expected: Leaves, space: Space) -> None:
     """Raise where a product is another one, or not linear: a part of it was done where torch does not see it."""
     due = space.pack(expected)
-    error = (space.pack(call(v)) - due).norm()
-    if not bool(error <= space.eps**0.5 * due.norm()):
-        raise RuntimeError(f"its product is {float(error / due.norm()):.1e} away from that of a reverse pass")
-    if not bool(space.pack(call([torch.zeros_like(x) for x in v])).norm() == 0):
+    error, size = (space.pack(call(v)) - due).norm(), due.norm()
+    if not bool((error <= space.eps**0.5 * size).all()):
+        raise RuntimeError(f"its product is {float((error / size).max()):.1e} away from that of a reverse pass")
+    if bool(space.pack(call([torch.zeros_like(x) for x in v])).norm().any()):
         raise RuntimeError("its product with 0 is not 0")
 
 
@@ -198,8 +209,9 @@ _recordings: dict[Any, Recording] = {}
 def _known(recorder: Recorder, results: tuple[Ref, ...], inputs: int) -> Recording:
     """The recording of this form: of the same operations, whatever the tensors, sizes and other numbers."""
     form = (tuple(recorder.steps), results, inputs)
-    if form not in _recordings:
+    found = _recordings.get(form)
+    if found is None:
         if len(_recordings) >= MOST:
-            del _recordings[next(iter(_recordings))]
-        _recordings[form] = Recording(Program(recorder.steps, results, inputs, len(recorder.forms)))
-    return _recordings[form]
+            _recordings.pop(next(iter(_recordings)), None)  # another thread may have taken it
+        found = _recordings[form] = Recording(Program(recorder.steps, results, inputs, len(recorder.forms)))
+    return found

@@ -45,7 +45,38 @@ LINEAR: dict[Any, tuple[int, ...]] = {
     aten.where.self: (1, 2),
 }
 TOGETHER = (aten.add.Tensor, aten.sub.Tensor, aten.where.self)
+# Operations whose other arguments only multiply what depends on v, or say where it goes.
+FACTORS = {
+    *(func for func in LINEAR if func not in TOGETHER),
+    aten.mv.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten._softmax_backward_data.default,
+    aten._log_softmax_backward_data.default,
+    aten.convolution.default,
+    aten.convolution_backward.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.native_layer_norm_backward.default,
+    aten.native_batch_norm_backward.default,
+    aten.elu_backward.default,
+    aten.leaky_relu_backward.default,
+    aten.hardtanh_backward.default,
+    aten.embedding.default,
+    aten.embedding_dense_backward.default,
+    aten.gather.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+}
+# In which of their arguments these are linear together; others are in all tensors that they take.
+PLACES: dict[Any, tuple[int, ...]] = {
+    **{func: LINEAR[func] for func in TOGETHER},
+    aten.scatter_add.default: (0, 3),
+    aten.index_add.default: (0, 3),
+    aten.index_put.default: (0, 2),
+}
 ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+# Memory of the shape of v, which nothing of v is in until it is written.
+EMPTY = (aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default)
 # The same functions without the generic call of an operator, which takes as long as a small product.
 QUICK: dict[Any, Callable[..., Tensor]] = {
     aten.mul.Tensor: torch.mul,
@@ -56,11 +87,15 @@ QUICK: dict[Any, Callable[..., Tensor]] = {
     aten.mv.default: torch.mv,
     aten.mm.default: torch.mm,
     aten.bmm.default: torch.bmm,
+    # v may lie in memory in another way than the first one, of which this was a view
+    aten.view.default: torch.reshape,
+    aten._unsafe_view.default: torch.reshape,
 }
 ADDED = (aten.mv.default, aten.mm.default)  # products to which torch adds without another pass
 
 # An argument: ("v", i) for value i that depends on v, ("c", j) for constant j, ("0", j) for one that is known to be
-# zero, ("s", j) for one that is sparse, ("[", ...) for a list of arguments, ("=", x) for x itself.
+# zero, ("s", j) for one that is sparse, ("n", j) for a number, ("[", ...) for a list of arguments, ("=", x) for x
+# itself.
 Ref = tuple
 
 
@@ -101,6 +136,19 @@ class Step:
         if self.func in TOGETHER:
             return found if all(self.args[i][0] in ("v", "0") for i in places) else []
         return found if len(found) == 1 else []
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is surely linear in the values that it takes: 0 for v = 0, whatever the constants."""
+        if self.func in FACTORS:
+            return True
+        args = (
+            [self.args[i] for i in PLACES[self.func]]
+            if self.func in PLACES
+            else [*self.args, *(ref for _, ref in self.kwargs)]
+        )
+        allowed = "v0" if self.func in PLACES else "v0n="
+        return all(ref[0] in allowed for ref in _flat(args))
 
 
 class Form(NamedTuple):
@@ -155,6 +203,7 @@ class Recorder(TorchDispatchMode):
         self._viewed: set[int] = set()  # storages of which there are views
         self._versions: list[tuple[Tensor, int]] = []
         self._turned: dict[Ref, Ref] = {}
+        self._zeros: list[int] = []
         for i, x in enumerate(v):
             self._refs.note(x, ("v", i))
 
@@ -174,7 +223,7 @@ class Recorder(TorchDispatchMode):
             zero = func in ZEROS or (func is aten.scalar_tensor.default and args[0] == 0)
             self._new.note(out, zero)
             self._viewed.discard(_storage(out))  # of one before it in the same place
-        if func not in ZEROS and (self._depends(args) or self._depends(kwargs.values())):
+        if func not in ZEROS and func not in EMPTY and (self._depends(args) or self._depends(kwargs.values())):
             self._value(func, self._refs_of(args), self._named(kwargs), out)
         return out
 
@@ -239,6 +288,8 @@ class Recorder(TorchDispatchMode):
                 ref = kind, len(self.constants)
                 self._refs.note(x, ref)
                 self.constants.append(x)
+                if kind == "0":
+                    self._zeros.append(ref[1])
                 if not x.is_inference():
                     self._versions.append((x, x._version))
             return ref
@@ -246,7 +297,7 @@ class Recorder(TorchDispatchMode):
             return ("[", *self._refs_of(x))
         if type(x) in (int, float):  # sizes and factors may differ from one outer step to the next
             self.constants.append(x)
-            return ("c", len(self.constants) - 1)
+            return ("n", len(self.constants) - 1)
         if isinstance(x, Hashable):
             return ("=", x)
         self.reason = f"an operation takes a {type(x).__name__}"
@@ -257,6 +308,8 @@ class Recorder(TorchDispatchMode):
         found = self._refs_of(results)
         if any(x._version != version for x, version in self._versions):
             self.reason = self.reason or "it changes in place what it has used before"
+        if any(bool(self.constants[j].any()) for j in self._zeros):
+            self.reason = self.reason or "a part of it was done where torch does not see it"
         return found
 
 
@@ -283,6 +336,7 @@ class Program:
 
     Attributes:
         product: (*v, *held) ↦ the results.
+        linear: whether that is surely linear in v, whatever the constants.
     """
 
     def __init__(self, steps: Sequence[Step], results: Sequence[Ref], inputs: int, values: int):
@@ -302,6 +356,7 @@ class Program:
             kept.append(step)
             live.update([self.roots[step.outs[0]]] if step.outs[0] in self.ends else _values(step))
         kept.reverse()
+        self.linear = all(r[0] in "v0" for r in results) and all(step.linear for step in kept)
         self.factors = [step.outs[0] for step in kept if step.outs[0] in self.ends]
         used = [j for step in kept if step.outs[0] not in self.ends for j in _constants(step)]
         used += [r[1] for r in results if r[0] != "v"]
@@ -400,7 +455,7 @@ def _values(step: Step) -> list[int]:
 
 
 def _constants(step: Step) -> list[int]:
-    return [r[1] for r in _of(step) if r[0] in "c0s"]
+    return [r[1] for r in _of(step) if r[0] in "c0sn"]
 
 
 def _narrow(x: Any) -> Any:

@@ -375,13 +375,19 @@ class Vector:
         return self._map(torch.clone)
 
     def apart_from(self, other: Vector) -> Vector:
-        """The same numbers in memory that other does not use: an identity map hands back its argument."""
-        chunks, plain = self.chunks, self.space.plain
-        for i, y in enumerate(other.chunks):
-            x = chunks[i]
-            if x is y or (plain[i] and x.data_ptr() == y.data_ptr()):
-                chunks = [*chunks[:i], x.clone(), *chunks[i + 1 :]]
-        return self if chunks is self.chunks else Vector(self.space, chunks)
+        """The same numbers in memory to write into: a map may hand back its argument, or one tensor for two leaves.
+
+        So may it a number expanded to a leaf.
+        """
+        x, plain = self.chunks[0], self.space.plain
+        if self.space.single and x.is_contiguous() and x.data_ptr() != other.chunks[0].data_ptr():
+            return self  # what most small products come to
+        used, chunks = set(map(_memory, other.chunks, plain)), []
+        for x, own in zip(self.chunks, plain, strict=True):
+            place = _memory(x, own)
+            chunks.append(x.clone() if place in used or (own and 0 in x.stride()) else x)
+            used.add(place)
+        return Vector(self.space, chunks)
 
     def own(self) -> Vector:
         """The same numbers, in memory that no leaf given to `pack` shares: several leaves were copied there already."""
@@ -495,6 +501,10 @@ def full(x: Tensor) -> Tensor:
     """The whole tensor of a sharded one."""
     gather = getattr(x, "full_tensor", None)
     return x if gather is None else gather()
+
+
+def _memory(x: Tensor, plain: bool) -> int:
+    return x.untyped_storage().data_ptr() if plain else id(x)
 
 
 class Basis:

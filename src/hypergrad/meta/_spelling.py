@@ -37,7 +37,8 @@ class Spelled(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        spelling = SPELLINGS.get(func)
+        # A subclass of the user's may have its own meaning of the function.
+        spelling = SPELLINGS.get(func) if all(kind is Tensor for kind in types) else None
         result = None if spelling is None else spelling(self.tasks, *args, **kwargs)
         return func(*args, **kwargs) if result is None else result
 
