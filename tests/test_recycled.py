@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hypergrad as hg
+from helpers import problem_at
 from hypergrad import solvers as S
 from hypergrad._vector import Space
 from hypergrad.solvers import Status
@@ -313,3 +314,23 @@ def test_auto_takes_it_on_to_the_next_method():
         assert solution.ok and solution.method.startswith("MINRES")
         x = np.linalg.solve(given.a, given.start(seed).numpy())
         assert off(solution.value, x) <= 1e-7 * norm(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"hypergradient_rtol": 1e-6}])
+def test_any_start_is_told_of_the_solution(options):
+    class Remembered:
+        def __init__(self):
+            self.told = []
+
+        def start(self, op, b):
+            return None
+
+        def keep(self, x):
+            self.told.append(x)
+
+    p, own = problem_at("ridge"), Remembered()
+    result = hg.implicit.grad(
+        p.outer_loss, params=p.params, hparams=p.hparams, inner_loss=p.inner_loss, x0=own, **options
+    )
+    assert len(own.told) == 1
+    torch.testing.assert_close(own.told[0].tree, result.adjoint)

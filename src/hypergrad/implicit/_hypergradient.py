@@ -31,7 +31,7 @@ from .._solution import (
 from .._vector import PyTree, check_distinct, flatten
 from ..operators import GaussNewton
 from ..solvers import CG, GMRES, LinearSolver, Recycled
-from ..solvers._solver import Real, Solver, anywhere, begin, length, ratio, read, solve, start_of, where
+from ..solvers._solver import Real, Solver, anywhere, begin, is_start, length, ratio, read, solve, start_of, where
 from ._correction import Correction, correct
 from ._goal import Refine, reach
 from ._problem import InnerProblem, LastProduct, Point, Problem, Products, Variables, random_state_kept_on_error
@@ -228,7 +228,7 @@ def grad(
         if hypergradient_rtol is not None:
             begun = begin(start, point.op, point.b)
             point, solution, last, correction = reach(hypergradient_rtol, point, solver, begun, polish, refine)
-            if isinstance(start, Recycled):
+            if is_start(start):
                 start.keep(solution.value)
         else:
             last = point.last_product(final_draws, retain_graph=polish)
