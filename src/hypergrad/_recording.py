@@ -262,10 +262,26 @@ class Recorder(TorchDispatchMode):
         same = step.same(self._turned)
         if same is not None and isinstance(out, Tensor):
             self._refs.note(out, same)
+            if ("0", len(self.constants) - 1) in args:
+                self._forget_zeros()
             return
         self.steps.append(step)
         if func is aten.t.default:
             self._turned["v", places[0]] = args[0]
+
+    def _forget_zeros(self) -> None:
+        """Let go of the constant that came last: what it was added to is the sum."""
+        x = self.constants.pop()
+        self._zeros.pop()
+        self._refs.forget(x)
+        if self._versions and self._versions[-1][0] is x:
+            self._versions.pop()
+        self._check_zeros(x)
+
+    def _check_zeros(self, x: Tensor) -> None:
+        # any() makes a tensor of booleans first.
+        if bool(torch.linalg.vector_norm(x, 1) if x.is_floating_point() else x.any()):
+            self.reason = self.reason or "a part of it was done where torch does not see it"
 
     def _refs_of(self, given: Any) -> tuple[Ref, ...]:
         return tuple([self._ref(x) for x in given])
@@ -301,8 +317,8 @@ class Recorder(TorchDispatchMode):
         found = self._refs_of(results)
         if any(x._version != version for x, version in self._versions):
             self.reason = self.reason or "it changes in place what it has used before"
-        if any(bool(self.constants[j].any()) for j in self._zeros):
-            self.reason = self.reason or "a part of it was done where torch does not see it"
+        for j in self._zeros:
+            self._check_zeros(self.constants[j])
         return found
 
 
@@ -314,6 +330,9 @@ class _Notes:
 
     def note(self, x: Tensor, what: Any) -> None:
         self._notes[id(x)] = weakref.ref(x), what
+
+    def forget(self, x: Tensor) -> None:
+        self._notes.pop(id(x), None)
 
     def get(self, x: Any, default: Any = None) -> Any:
         who, what = self._notes.get(id(x), (None, default))
