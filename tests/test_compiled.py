@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 import hypergrad as hg
 from helpers import assert_agrees, problem_at
-from hypergrad import _compiled
+from hypergrad import _blocks, _compiled
 from hypergrad import solvers as S
-from hypergrad._recording import Program, Recorder
+from hypergrad._program import Program
+from hypergrad._recording import Recorder
 
 EAGER = "aot_eager"  # traces as the default backend does, and generates no code
 RECORDED = "recorded"
@@ -49,6 +50,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 X, Y, IMAGES = draw(8, 6, seed=1), torch.arange(8) % 3, draw(4, 2, 6, 6, seed=2)
+A = draw(4, 4, seed=6)
 LAYERS = [0.5 * draw(6, 7, seed=3), 0.1 * draw(7, seed=4), 0.5 * draw(7, 3, seed=5)]
 
 
@@ -190,15 +192,22 @@ def test_what_is_recorded(name):
     assert product.report == f"compiled by {RECORDED}"
 
 
-def recorded(loss, values):
-    """The program of a Hessian product, and what it holds."""
-    plain, _ = passes(loss, values)
-    v = [draw(*x.shape, seed=9) for x in values]
+def recorded_function(function, *v):
+    """The program of a linear function, and what it holds."""
     with Recorder(v) as recorder:
-        results = plain(v)
+        results = function(*v)
     results = recorder.finish(results)
     program = Program(recorder.steps, results, len(v), len(recorder.forms))
     return program, program.held(recorder.constants, recorder.forms)
+
+
+def recorded(loss, values):
+    """That of a Hessian product."""
+    plain, _ = passes(loss, values)
+    return recorded_function(lambda *v: plain(v), *(draw(*x.shape, seed=9) for x in values))
+
+
+IN_PLACE = ["addmv_", "mul", "mul_", "mv"]
 
 
 def test_a_logistic_regression_is_left_as_its_formula():
@@ -209,11 +218,113 @@ def test_a_logistic_regression_is_left_as_its_formula():
         return F.binary_cross_entropy_with_logits(x @ w[0], y) + 0.5 * (lam.exp() * w[0] * w[0]).sum()
 
     program, held = recorded(loss, [w])
-    names = [node.target.__name__ for node in program.product.graph.nodes if node.op == "call_function"]
-    assert sorted(names) == ["addmv", "mul", "mul", "mv"]
+    for graph, due in ((program.source.graph, ["add", "mul", "mul", "mv", "mv"]), (program.product.graph, IN_PLACE)):
+        assert sorted(node.target.__name__ for node in graph.nodes if node.op == "call_function") == due
     slope = torch.sigmoid(x @ w)
     for due in (slope * (1 - slope) / 30, np.exp(-1) * torch.ones(5, dtype=torch.float64)):
         assert any(c.shape in (due.shape, (1,)) and torch.allclose(c.expand_as(due), due, rtol=1e-14) for c in held)
+
+
+def squares(x, scale=1.0, z=None):
+    """½ Σ s ∘ (XW)², and with z ½ Σ s ∘ (XW) ∘ (ZW)."""
+    return lambda w, lam: (scale * (x @ w[0]) * ((x if z is None else z) @ w[0])).sum() / 2
+
+
+TALL, WIDE, TEN = draw(12, 5), draw(5, 12).T, draw(12, 12, seed=4)
+LINEAR_MODELS = {
+    "a vector": (squares(TALL, draw(12, seed=2)), (5,), True),
+    "a number": (squares(TALL, 3.0), (5,), True),
+    "no factor": (squares(TALL), (5,), True),
+    "a matrix": (squares(TALL, draw(12, 3, seed=2)), (5, 3), True),
+    "a row of factors": (squares(TALL, draw(3, seed=2)), (5, 3), True),
+    "as many columns as rows, a row of factors": (squares(TALL, draw(12, seed=2)), (5, 12), True),
+    "as many columns as rows, a column of factors": (squares(TALL, draw(12, 1, seed=2)), (5, 12), True),
+    "as many features as rows": (squares(TEN, draw(12, seed=2)), (12,), True),
+    "a last block that is smaller": (squares(TALL[:11], draw(11, seed=2)), (5,), True),
+    "columns in one piece": (squares(WIDE, draw(12, seed=2)), (5,), False),
+    "rows with gaps": (squares(draw(12, 9)[:, :5], draw(12, seed=2)), (5,), False),
+    "two matrices": (squares(TALL, draw(12, seed=2), draw(12, 5, seed=3)), (5,), False),
+    "two terms": (lambda w, lam: squares(TALL)(w, lam) + squares(draw(12, 5, seed=3), 2.0)(w, lam), (5,), True),
+    "a large and a small one": (lambda w, lam: squares(TALL)(w, lam) + squares(draw(3, 5, seed=3))(w, lam), (5,), True),
+    "few rows": (squares(TALL[:7], draw(7, seed=2)), (5,), False),
+    "a penalty": (lambda w, lam: squares(TALL)(w, lam) + (lam.exp() * w[0] ** 2).sum(), (5,), True),
+}
+
+
+@pytest.mark.parametrize("name", list(LINEAR_MODELS))
+def test_blocks_of_rows(name, monkeypatch):
+    """Xᵀ(d ∘ Xv) by blocks of two rows is what a reverse pass gives; another form of data is left as it is."""
+    loss, shape, due = LINEAR_MODELS[name]
+    monkeypatch.setattr(_blocks, "BLOCK", 2 * 12 * 8 if "features" in name else 2 * 5 * 8)
+    w = [draw(*shape, seed=7)]
+    program, held = recorded(loss, w)
+    way = _blocks.ByBlocks(program).way(held)
+    assert (way is not None) == due
+    plain, _ = passes(loss, w)
+    for seed in range(3):
+        v = [draw(*shape, seed=20 + seed)]
+        kept = v[0].clone()
+        for product in (program.product.forward, program.source.forward, *([way] if way else [])):
+            torch.testing.assert_close(list(product(*v, *held)), plain(v), rtol=1e-12, atol=1e-13)
+        assert torch.equal(v[0], kept)
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (12, 1), ()])
+def test_a_factor_of_a_block_is_cut_if_it_has_rows(shape, monkeypatch):
+    """As many columns as rows: what is broadcast to the columns is no column."""
+    monkeypatch.setattr(_blocks, "BLOCK", 2 * 5 * 8)
+    d = draw(*shape, seed=2)
+    program, held = recorded_function(lambda v: [TALL.T @ (d * (TALL @ v))], draw(5, 12))
+    way, v = _blocks.ByBlocks(program).way(held), draw(5, 12, seed=3)
+    assert way is not None
+    torch.testing.assert_close(way(v, *held)[0], TALL.T @ (d * (TALL @ v)), rtol=1e-13, atol=1e-13)
+
+
+def test_a_large_linear_model_goes_by_blocks_of_rows(monkeypatch):
+    """Whole hypergradients, of data that are large enough and of some that are not, by one recording."""
+    monkeypatch.setattr(_compiled, "_recordings", {})
+    monkeypatch.setattr(_compiled, "INDUCTOR", EAGER)
+    monkeypatch.setattr(_blocks, "BLOCK", 6 * 8 * 10)
+    clock = iter([8e-5, 5e-5, 6e-5, 9e-5])
+    monkeypatch.setattr(_compiled, "_seconds", lambda call, v: next(clock))
+    for rows in (60, 20):
+        x, y = draw(rows, 6), draw(rows, seed=1)
+        given = (lambda w, lam: ((x @ w - y) ** 2).mean() + (lam.exp() * w**2).sum()), *problem(0)[1:]  # noqa: B023
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_compiled, "_key", lambda held, backend: (backend, 0))
+            result = grads_of(given, True)
+        assert result.compiled.startswith("blocks of rows: 50 µs a product, against 80 by recorded, 60 by")
+        torch.testing.assert_close(result.grads, grads_of(given, False).grads, rtol=1e-10, atol=1e-12)
+    (recording,) = _compiled._recordings.values()
+    assert recording.blocks.places
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda v: [A @ (2 * (A @ v)) + 3 * v],
+        lambda v: [(y := A @ v), y + A @ y],  # what is a result, or used again, is not written into
+        lambda v: [(y := A @ v) + A @ v, y * y.new_tensor(2.0)],
+        lambda v: [A @ v + A @ (A @ v) + v],
+        lambda v: [(y := A @ v).t() + A @ v, torch.relu(y.new_ones(4)) * (A @ v)],
+        lambda v: [(y := A @ v) + y, (z := A @ v).view(2, 2).sum(0) + z.mul(2)[:2]],
+        lambda v: [v + A @ v, v * 2.0],
+        lambda v: [torch.add(A @ v, A @ v, alpha=3), torch.sub(A @ v, v)],
+    ],
+)
+def test_what_is_written_in_place(function):
+    program, held = recorded_function(function, draw(4, seed=1))
+    constants = [c.clone() if isinstance(c, torch.Tensor) else c for c in held]
+    for seed in range(2, 5):
+        v = draw(4, seed=seed)
+        kept = v.clone()
+        for product in (program.product.forward, program.source.forward):
+            torch.testing.assert_close(list(product(v, *held)), function(v), rtol=1e-14, atol=1e-14)
+        assert torch.equal(v, kept)
+        same = [
+            torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(held, constants, strict=True)
+        ]
+        assert all(same)
 
 
 def problem(seed: int, n: int = 6, rows: int = 20, factor: float = 1.0):
@@ -330,12 +441,7 @@ def test_every_product_but_the_first_two_is_the_recording():
     ],
 )
 def test_what_may_be_simplified(function, operations):
-    v = draw(4, seed=1)
-    with Recorder([v]) as recorder:
-        results = function(v)
-    results = recorder.finish(results)
-    program = Program(recorder.steps, results, 1, len(recorder.forms))
-    held = program.held(recorder.constants, recorder.forms)
+    program, held = recorded_function(function, draw(4, seed=1))
     for v in (draw(4, seed=2), torch.zeros(4, dtype=torch.float64)):
         for got, due in zip(program.product.forward(v, *held), function(v), strict=True):
             torch.testing.assert_close(got, due)

@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 from ._autodiff import seconds_of
-from ._recording import Program, Recorder, Ref
+from ._blocks import ByBlocks
+from ._program import Program
+from ._recording import Recorder, Ref
 from ._solution import HypergradientWarning, finite, warn
 from ._vector import Space
 
 Leaves = Sequence[Tensor]
 Pull = Callable[[Leaves], list[Tensor]]
 
-PASSES, RECORDED, INDUCTOR = "reverse passes", "recorded", "inductor"
+PASSES, RECORDED, BLOCKS, INDUCTOR = "reverse passes", "recorded", "blocks of rows", "inductor"
+# torch.compile's own patterns make one operation of a product and a sum, which copies the sum first.
+OPTIONS: dict[str, Any] = {"options": {"pattern_matcher": False}}
 MOST = 256  # recordings that are kept
 WORTH = 5e-5  # seconds of a product under which inductor is not tried: torch.compile takes that long to call its code
 
@@ -109,16 +113,19 @@ class Recording:
     """A program, what compilers made of it, and the verdicts on it, by backend and size."""
 
     def __init__(self, program: Program):
-        self.program = program
+        self.program, self.blocks = program, ByBlocks(program)
         self.verdicts: dict[tuple[str | None, int], Verdict] = {}
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def way(self, name: str, held: Sequence[Any]) -> Pull:
-        """v ↦ the product, by the recorded operations or by a backend's code for them."""
-        call: Any = self.program.product.forward
-        if name != RECORDED:
+        """v ↦ the product, by the recorded operations, as they are or by blocks, or by a backend's code for them."""
+        if name in (RECORDED, BLOCKS):
+            call: Any = (self.blocks.way(held) if name == BLOCKS else None) or self.program.product.forward
+        else:
             if name not in self._compiled:
-                self._compiled[name] = torch.compile(call, backend=name, fullgraph=True)
+                options = OPTIONS if name == "inductor" else {}
+                source = self.program.source.forward
+                self._compiled[name] = torch.compile(source, backend=name, fullgraph=True, **options)
             call = self._compiled[name]
         return lambda v: list(call(*v, *held))
 
@@ -135,7 +142,8 @@ class Recording:
                 self.verdicts[key] = _failure(_said(error))
             return self.verdicts[key]
         times, failures = {}, []
-        for name in [RECORDED, INDUCTOR] if product.backend is None else [product.backend]:
+        ways = [RECORDED, *([BLOCKS] if self.blocks.way(held) else []), INDUCTOR]
+        for name in ways if product.backend is None else [product.backend]:
             if times.get(RECORDED, WORTH) < WORTH:
                 break
             try:
@@ -181,7 +189,7 @@ def _failure(reason: str) -> Verdict:
 
 def _key(held: Sequence[Any], backend: str | None) -> tuple[str | None, int]:
     """Hypergradients whose sizes are of one power of two share a verdict."""
-    return backend, sum(c.numel() for c in held if isinstance(c, Tensor)).bit_length()
+    return backend, sum(c.numel() * c.element_size() for c in held if isinstance(c, Tensor)).bit_length()
 
 
 def _check(call: Pull, v: Leaves, expected: Leaves, space: Space) -> None:

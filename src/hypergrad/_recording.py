@@ -1,24 +1,21 @@
-"""The linear map of a reverse pass as a short program: recorded in one product, simplified, and run for the others.
+"""The linear map of a reverse pass, recorded in one product: the operations whose results depend on v.
 
 A product with a retained graph calls the same operations on the same saved tensors each time, and autograd takes longer
-to find them than a small one takes to run. What does not depend on v is a constant here, computed while recording. A
-chain of elementwise operations from x to y is linear, hence y = d ∘ x: it becomes one multiplication by d, which is the
-chain's value at x = 1. The Hessian product of a logistic regression is left as Xᵀ(d ∘ Xv) + e ∘ v.
+to find them than a small one takes to run. What does not depend on v is a constant here, computed while recording.
 
 Nothing of the user's code is traced or run again: the graph is that of the usual products, with its random draws.
 """
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._vector import is_plain
@@ -77,22 +74,6 @@ PLACES: dict[Any, tuple[int, ...]] = {
 ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 # Memory of the shape of v, which nothing of v is in until it is written.
 EMPTY = (aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default)
-# The same functions without the generic call of an operator, which takes as long as a small product.
-QUICK: dict[Any, Callable[..., Tensor]] = {
-    aten.mul.Tensor: torch.mul,
-    aten.add.Tensor: torch.add,
-    aten.sub.Tensor: torch.sub,
-    aten.neg.default: torch.neg,
-    aten.t.default: torch.t,
-    aten.mv.default: torch.mv,
-    aten.mm.default: torch.mm,
-    aten.bmm.default: torch.bmm,
-    # v may lie in memory in another way than the first one, of which this was a view
-    aten.view.default: torch.reshape,
-    aten._unsafe_view.default: torch.reshape,
-}
-ADDED = (aten.mv.default, aten.mm.default)  # products to which torch adds without another pass
-
 # An argument: ("v", i) for value i that depends on v, ("c", j) for constant j, ("0", j) for one that is known to be
 # zero, ("s", j) for one that is sparse, ("n", j) for a number, ("[", ...) for a list of arguments, ("=", x) for x
 # itself.
@@ -138,15 +119,23 @@ class Step:
         return found if len(found) == 1 else []
 
     @property
+    def values(self) -> list[int]:
+        return [r[1] for r in self._refs if r[0] == "v"]
+
+    @property
+    def constants(self) -> list[int]:
+        return [r[1] for r in self._refs if r[0] in "c0sn"]
+
+    @property
+    def _refs(self) -> list[Ref]:
+        return _flat([*self.args, *(ref for _, ref in self.kwargs)])
+
+    @property
     def linear(self) -> bool:
         """Whether it is surely linear in the values that it takes: 0 for v = 0, whatever the constants."""
         if self.func in FACTORS:
             return True
-        args = (
-            [self.args[i] for i in PLACES[self.func]]
-            if self.func in PLACES
-            else [*self.args, *(ref for _, ref in self.kwargs)]
-        )
+        args = [self.args[i] for i in PLACES[self.func]] if self.func in PLACES else self._refs
         allowed = "v0" if self.func in PLACES else "v0n="
         return all(ref[0] in allowed for ref in _flat(args))
 
@@ -331,138 +320,5 @@ def _storage(x: Any) -> int:
     return x.untyped_storage()._cdata if isinstance(x, Tensor) and x.layout is torch.strided else id(x)
 
 
-class Program:
-    """What was recorded, as two functions: of the constants, once, and of v and what that leaves.
-
-    Attributes:
-        product: (*v, *held) ↦ the results.
-        linear: whether that is surely linear in v, whatever the constants.
-    """
-
-    def __init__(self, steps: Sequence[Step], results: Sequence[Ref], inputs: int, values: int):
-        self.roots, lengths = list(range(values)), [0] * values
-        for step in steps:
-            before = step.chained()
-            if len({self.roots[i] for i in before}) == 1:
-                out = step.outs[0]
-                self.roots[out], lengths[out] = self.roots[before[0]], 1 + max(lengths[i] for i in before)
-        # A chain of one operation stays what it is.
-        self.ends = {i for i in range(values) if lengths[i] > 1}
-        live = {r[1] for r in results if r[0] == "v"}
-        kept = []
-        for step in reversed(steps):
-            if live.isdisjoint(step.outs):
-                continue
-            kept.append(step)
-            live.update([self.roots[step.outs[0]]] if step.outs[0] in self.ends else _values(step))
-        kept.reverse()
-        self.linear = all(r[0] in "v0" for r in results) and all(step.linear for step in kept)
-        self.factors = [step.outs[0] for step in kept if step.outs[0] in self.ends]
-        used = [j for step in kept if step.outs[0] not in self.ends for j in _constants(step)]
-        used += [r[1] for r in results if r[0] != "v"]
-        self.used = list(dict.fromkeys(used))
-        self.started = list(dict.fromkeys(self.roots[i] for i in self.factors))
-        self._prepare = self._chains([step for step in steps if step.chained()])
-        self.product = self._product(kept, results, inputs)
-
-    def held(self, constants: Sequence[Any], forms: Sequence[Form]) -> list[Any]:
-        """The constants of `product`: some of those recorded, then the factors of the chains."""
-        with torch.no_grad():
-            held = [c.detach() if isinstance(c, Tensor) else c for c in (constants[j] for j in self.used)]
-            if self.factors:
-                ones = [forms[i].one for i in self.started]
-                held += self._prepare(*ones, *[_narrow(constants[j]) for j in self._read])
-        return held
-
-    def _chains(self, steps: Sequence[Step]) -> Callable[..., Any]:
-        """(*ones, *constants) ↦ factors: the chains, each from 1."""
-        graph, wanted = fx.Graph(), set(self.factors)
-        needed = []
-        for step in reversed(steps):
-            if step.outs[0] in wanted and step.outs[0] not in self.started:
-                wanted.update(step.chained())
-                needed.append(step)
-        needed.reverse()
-        self._read = list(dict.fromkeys(j for step in needed for j in _constants(step)))
-        nodes: dict[Ref, Any] = {("v", i): graph.placeholder(f"one{i}") for i in self.started}
-        nodes |= {("c", j): graph.placeholder(f"c{j}") for j in self._read}
-        for step in needed:
-            nodes["v", step.outs[0]] = _call(graph, step, nodes)
-        graph.output([nodes["v", i] for i in self.factors])
-        return fx.GraphModule(torch.nn.Module(), graph).forward
-
-    def _product(self, steps: Sequence[Step], results: Sequence[Ref], inputs: int) -> fx.GraphModule:
-        graph = fx.Graph()
-        nodes: dict[Ref, Any] = {("v", i): graph.placeholder(f"v{i}") for i in range(inputs)}
-        nodes |= {("c", j): graph.placeholder(f"c{j}") for j in self.used}
-        factors = {i: graph.placeholder(f"d{i}") for i in self.factors}
-        sums, products = [], set[fx.Node]()
-        for step in steps:
-            first = step.outs[0]
-            if first in factors:
-                nodes["v", first] = graph.call_function(torch.mul, (nodes["v", self.roots[first]], factors[first]))
-            elif step.many:
-                parts = _call(graph, step, nodes)
-                for place, i in enumerate(step.outs):
-                    if i >= 0:
-                        nodes["v", i] = graph.call_function(operator.getitem, (parts, place))
-            else:
-                node = nodes["v", first] = _call(graph, step, nodes)
-                if step.func is aten.add.Tensor and step.alike and not step.kwargs:
-                    sums.append(node)
-                if step.func in ADDED and all(r[0] != "s" for r in step.args):
-                    products.add(node)
-        # A result that is a constant is the caller's to write into.
-        graph.output([nodes[r] if r[0] == "v" else graph.call_method("clone", (nodes["c", r[1]],)) for r in results])
-        graph.eliminate_dead_code()
-        for node in sums:
-            _add_into(graph, node, products)
-        return fx.GraphModule(torch.nn.Module(), graph)
-
-
-def _add_into(graph: fx.Graph, total: fx.Node, products: set[fx.Node]) -> None:
-    """x + My by one operation, where My is used nowhere else."""
-    for x, product in ((total.args[0], total.args[1]), (total.args[1], total.args[0])):
-        if isinstance(product, fx.Node) and product in products and len(product.users) == 1 and x is not product:
-            function: Any = torch.addmv if product.target is torch.mv else torch.addmm
-            total.target, total.args = function, (x, *product.args)
-            graph.erase_node(product)
-            return
-
-
-def _call(graph: fx.Graph, step: Step, nodes: dict[Ref, Any]) -> fx.Node:
-    def decode(ref: Ref) -> Any:
-        kind = ref[0]
-        if kind == "[":
-            return [decode(r) for r in ref[1:]]
-        return ref[1] if kind == "=" else nodes["v" if kind == "v" else "c", ref[1]]
-
-    kwargs = {name: decode(ref) for name, ref in step.kwargs}
-    function: Any = QUICK.get(step.func, step.func)
-    return graph.call_function(function, tuple(decode(ref) for ref in step.args), kwargs)
-
-
 def _flat(refs: Sequence[Ref]) -> list[Ref]:
     return [r for ref in refs for r in (_flat(ref[1:]) if ref[0] == "[" else [ref])]
-
-
-def _of(step: Step) -> list[Ref]:
-    return _flat([*step.args, *(ref for _, ref in step.kwargs)])
-
-
-def _values(step: Step) -> list[int]:
-    return [r[1] for r in _of(step) if r[0] == "v"]
-
-
-def _constants(step: Step) -> list[int]:
-    return [r[1] for r in _of(step) if r[0] in "c0sn"]
-
-
-def _narrow(x: Any) -> Any:
-    """A tensor without its copies along expanded axes: it broadcasts to the same."""
-    if not isinstance(x, Tensor):
-        return x
-    x = x.detach()
-    if x.layout is not torch.strided or all(x.stride()):
-        return x
-    return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
