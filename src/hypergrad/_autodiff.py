@@ -91,13 +91,16 @@ def grad_or_none(
     outputs, inputs, keep = tuple(outputs), tuple(inputs), retain_graph or create_graph
     if cotangents is None and len(outputs) == 1 and outputs[0].numel() == 1:
         cotangents = (torch.ones_like(outputs[0]),)
+    elif cotangents is not None:
+        cotangents = tuple(cotangents)
     try:
-        if _engine is None or cotangents is None or batched or has_torch_function(outputs + inputs):
+        # Cotangents are of the outputs' types, and outputs may be edges.
+        if _engine is None or cotangents is None or batched or has_torch_function(cotangents + inputs):
             grads = torch.autograd.grad(
                 outputs, inputs, cotangents, keep, create_graph, allow_unused=True, is_grads_batched=batched
             )
         else:
-            grads = _engine(outputs, tuple(cotangents), keep, create_graph, inputs, True, accumulate_grad=False)
+            grads = _engine(outputs, cotangents, keep, create_graph, inputs, True, accumulate_grad=False)
     except RuntimeError as error:
         better = _explained(error)
         if better is error:

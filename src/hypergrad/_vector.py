@@ -197,6 +197,8 @@ class Space:
     def _batch_shape(self) -> torch.Size:
         if self.batch_dims < 0:
             raise ValueError(f"batch_dims must be ≥ 0, got {self.batch_dims}")
+        if not self.batch_dims:
+            return torch.Size()
         first = self.shapes[0][: self.batch_dims]
         for i, shape in enumerate(self.shapes):
             if shape[: self.batch_dims] != first or len(shape) < self.batch_dims:
@@ -289,6 +291,7 @@ class Space:
         """A number, or a list of them, as a tensor in the widest dtype; a tensor as it is."""
         if isinstance(numbers, Tensor):
             return numbers
+        # The quicker one raises where a number does not fit, and takes no list.
         make = torch.scalar_tensor if isinstance(numbers, float) and abs(numbers) <= self.largest else torch.tensor
         return make(numbers, dtype=self.dtype, device=self.device)
 

@@ -275,13 +275,14 @@ def solve(
             system.x0, system.residual = x / scale, None
             rest = replace(system, max_steps=left, stop=where(again, system.stop, torch.inf))
             outcome = continued(outcome, solver._iterate(rest), again)
+        trace = space.tensor(outcome.trace)
         solution = Solution(
             x,
             torch.as_tensor(code, device=space.device),
             _steps(outcome, system),
             space.tensor(residual * scale),
             space.tensor(system.rhs_norm * scale),
-            space.tensor(outcome.trace) * scale,
+            trace if isinstance(scale, float) and scale == 1 else trace * scale,
             outcome.method or type(solver).__name__,
         )
         if not isinstance(code, Tensor):  # known without another look
