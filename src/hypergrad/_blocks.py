@@ -12,20 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ._program import ADDED, Program, part
+from ._program import ADDED, Program, in_place
+from ._vector import is_plain
 
 BLOCK = 2**20  # bytes of X in a block: a part of a core's second cache
 LEAST = 4  # blocks, under which the cache may hold all of X
 
 
 class Gram(NamedTuple):
-    """Xᵀ(d ∘ Xv) in a graph: the last of its operations, X, Xᵀ and d among the constants, and v."""
+    """Xᵀ(d ∘ Xv) in a graph: the last of its operations, v, and X, Xᵀ and d among the constants."""
 
     last: fx.Node
-    x: fx.Node
-    turned: fx.Node
-    d: fx.Node | None
     v: fx.Node
+    constants: tuple[fx.Node, fx.Node, fx.Node | None]
 
 
 class ByBlocks:
@@ -37,38 +36,40 @@ class ByBlocks:
         given = [node for node in graph.nodes if node.op == "placeholder"]
         constants = given[program.inputs :]
         grams = [gram for node in graph.nodes if (gram := _found(node, constants)) is not None]
-        self.places = [[None if x is None else constants.index(x) for x in gram[1:4]] for gram in grams]
+        self.places = [[None if x is None else constants.index(x) for x in gram.constants] for gram in grams]
         self.dims = [1 if gram.last.target is torch.mv else 2 for gram in grams]
-        for gram in grams:
+        for i, gram in enumerate(grams):
             with graph.inserting_after(given[-1]):
-                given.append(graph.placeholder(f"{gram.x.name}_blocks"))
+                given.append(graph.placeholder(f"blocks{i}"))
             gram.last.target, gram.last.args = _gram, (given[-1], gram.v)
         graph.eliminate_dead_code()
-        nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-        self.product = part(given, nodes, graph.output_node().args[0]).forward
+        self.product = in_place(graph).forward
 
     def way(self, held: Sequence[Any]) -> Callable[..., list[Tensor]] | None:
         """(*v, *held) ↦ the product; None where no X is large and has its rows in one piece."""
-        pairs = zip(self.places, self.dims, strict=True)
-        blocks = [_cut(*(None if i is None else held[i] for i in places), ndim) for places, ndim in pairs]
+        blocks = []
+        for places, ndim in zip(self.places, self.dims, strict=True):
+            x, turned, d = (None if i is None else held[i] for i in places)
+            blocks.append(_cut(x, turned, d, ndim))
         return (lambda *given: self.product(*given, *blocks)) if any(len(cut) > 1 for cut in blocks) else None
 
 
-def _found(last: fx.Node, constants: Sequence[fx.Node]) -> Gram | None:
+def _found(last: Any, constants: Sequence[fx.Node]) -> Gram | None:
+    """The product that ends here."""
     if last.target not in ADDED or last.args[0] not in constants:
         return None
-    turned, inner = last.args
-    d = None
+    turned, inner, d = *last.args, None
     if inner.target is torch.mul and inner.meta["alike"] and len(inner.users) == 1:
         a, b = inner.args
         inner, d = (a, b) if b in constants else (b, a)
-    first = inner.target is last.target and len(inner.users) == 1 and inner.args[0] in constants
-    return Gram(last, inner.args[0], turned, d, inner.args[1]) if first and (d is None or d in constants) else None
+    if inner.target is not last.target or len(inner.users) > 1 or not {inner.args[0], d or turned} <= {*constants}:
+        return None
+    return Gram(last, inner.args[1], (inner.args[0], turned, d))
 
 
-def _cut(x: Tensor, turned: Tensor, d: Any, ndim: int) -> list[tuple[Tensor, Tensor, Any]]:
+def _cut(x: Any, turned: Any, d: Any, ndim: int) -> list[tuple[Tensor, Tensor, Any]]:
     """(Xᵢ, Xᵢᵀ, dᵢ): views of an X that is too large for the cache and has its rows in one piece, else all of it."""
-    plain = all(a.layout is torch.strided and a.device.type == "cpu" for a in (x, turned))
+    plain = all(is_plain(a) and a.layout is torch.strided and a.device.type == "cpu" for a in (x, turned))
     rows = max(BLOCK // max(x.shape[1] * x.element_size(), 1), 1) * torch.get_num_threads()
     if not plain or not x.is_contiguous() or len(x) < LEAST * rows or not _same(turned, x.mT):
         return [(x, turned, d)]

@@ -127,7 +127,7 @@ class Recording:
                 source = self.program.source.forward
                 self._compiled[name] = torch.compile(source, backend=name, fullgraph=True, **options)
             call = self._compiled[name]
-        return lambda v: list(call(*v, *held))
+        return lambda v: call(*v, *held)
 
     @torch.no_grad()
     def judge(self, held: Sequence[Any], product: Product, v: Leaves, expected: Leaves) -> Verdict:

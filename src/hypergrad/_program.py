@@ -7,7 +7,7 @@ the chain's value at x = 1. The Hessian product of a logistic regression is left
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,9 +78,7 @@ class Program:
         self.started = list(dict.fromkeys(self.roots[i] for i in self.factors))
         self._prepare = self._chains([step for step in steps if step.chained()])
         self.source = self._source(kept, results)
-        given = [node for node in self.source.graph.nodes if node.op == "placeholder"]
-        rest = [node for node in self.source.graph.nodes if node.op not in ("placeholder", "output")]
-        self.product = part(given, rest, self.source.graph.output_node().args[0])
+        self.product = in_place(self.source.graph)
 
     def held(self, constants: Sequence[Any], forms: Sequence[Form]) -> list[Any]:
         """The constants of `product`: some of those recorded, then the factors of the chains."""
@@ -133,13 +131,10 @@ class Program:
         return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def part(given: Iterable[fx.Node], nodes: Iterable[fx.Node], results: Iterable[fx.Node]) -> fx.GraphModule:
-    """given ↦ results, by these nodes of another graph: added and written in place where that saves a pass."""
+def in_place(source: fx.Graph) -> fx.GraphModule:
+    """The same, added and written in place where that saves a pass over memory."""
     graph = fx.Graph()
-    new = {node: graph.placeholder(node.name) for node in given}
-    for node in nodes:
-        new[node] = graph.node_copy(node, new.__getitem__)
-    graph.output([new[node] for node in results])
+    graph.output(graph.graph_copy(source, {}))
     for node in list(graph.nodes):
         if node.meta.get("alike") and not (node.target is torch.add and _add_into(graph, node)):
             _write_into(node)

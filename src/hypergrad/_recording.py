@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -80,8 +79,7 @@ EMPTY = (aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided
 Ref = tuple
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One operation whose result depends on v: the values `outs` (`many`: a list of them, −1 for None).
 
     alike: it is one value, and those that it is made from have its shape, dtype and device.
@@ -196,6 +194,11 @@ class Recorder(TorchDispatchMode):
         for i, x in enumerate(v):
             self._refs.note(x, ("v", i))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not where torch would wrap the next function for it, which costs more than the function."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.reason is not None:
@@ -211,8 +214,9 @@ class Recorder(TorchDispatchMode):
         elif isinstance(out, Tensor):
             zero = func in ZEROS or (func is aten.scalar_tensor.default and args[0] == 0)
             self._new.note(out, zero)
-            self._viewed.discard(_storage(out))  # of one before it in the same place
-        if func not in ZEROS and func not in EMPTY and (self._depends(args) or self._depends(kwargs.values())):
+            if self._viewed:
+                self._viewed.discard(_storage(out))  # of one before it in the same place
+        if func not in ZEROS and func not in EMPTY and self._depends(args, kwargs):
             self._value(func, self._refs_of(args), self._named(kwargs), out)
         return out
 
@@ -222,7 +226,7 @@ class Recorder(TorchDispatchMode):
         if functional is None or self._new.get(target) is None or _storage(target) in self._viewed:
             self.reason = f"it changes a tensor in place ({func})"
             return func(*args, **kwargs)
-        if not (self._depends(args) or self._depends(kwargs.values())):
+        if not self._depends(args, kwargs):
             self._new.note(target, False)
             return func(*args, **kwargs)
         before = self._ref(target if self._depends((target,)) else target.clone())
@@ -231,14 +235,14 @@ class Recorder(TorchDispatchMode):
         self._value(functional, *given, target)
         return out
 
-    def _depends(self, args: Any) -> bool:
+    def _depends(self, args: Any, kwargs: dict[str, Any] | None = None) -> bool:
         for a in args:
             if isinstance(a, Tensor):
                 if self._refs.get(a, "c")[0] == "v":
                     return True
             elif isinstance(a, (list, tuple)) and self._depends(a):
                 return True
-        return False
+        return bool(kwargs) and self._depends(kwargs.values())
 
     def _value(self, func: Any, args: tuple[Ref, ...], kwargs: tuple[tuple[str, Ref], ...], out: Any) -> None:
         many = isinstance(out, (list, tuple))
@@ -264,10 +268,10 @@ class Recorder(TorchDispatchMode):
             self._turned["v", places[0]] = args[0]
 
     def _refs_of(self, given: Any) -> tuple[Ref, ...]:
-        return tuple(self._ref(x) for x in given)
+        return tuple([self._ref(x) for x in given])
 
     def _named(self, given: dict[str, Any]) -> tuple[tuple[str, Ref], ...]:
-        return tuple((name, self._ref(x)) for name, x in given.items())
+        return tuple([(name, self._ref(x)) for name, x in given.items()])
 
     def _ref(self, x: Any) -> Ref:
         if isinstance(x, Tensor):

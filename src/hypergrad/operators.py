@@ -268,7 +268,7 @@ def adjoint(
     def product(pull: Callable[[Linearisation, Any], list[Tensor]]) -> Product:
         def apply(v: Vector) -> Vector:
             pulled = v.space.pack(pull(linearise(), v.leaves))
-            return v - pulled if fixed_point else pulled
+            return pulled.apart_from(v).scale_add_(-1.0, v) if fixed_point else pulled
 
         return apply
 

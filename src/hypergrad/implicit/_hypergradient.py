@@ -177,8 +177,9 @@ def grad(
             or True for Newton steps with this solver. The params of the result are `result.problem.params`; the given
             ones stay as they are. False leaves it at a warning.
         compile: products with Aᵀ in a faster way than by reverse passes. True: the first product is recorded and
-            simplified to the operations that depend on v; from the third on, products are done by these operations, by
-            inductor's code for them, or by reverse passes, whichever is the fastest. That is measured once and kept for
+            simplified to the operations that depend on v; from the third on, products are done by these operations (a
+            linear model's by blocks of rows of its data, where these are large), by inductor's code for them, or by
+            reverse passes, whichever is the fastest. That is measured once and kept for
             later outer steps of the same form and about the same size, whatever the closures and numbers: it takes
             milliseconds, and seconds where inductor is tried (products over 50 µs). "recorded": those operations,
             unmeasured; any other name: the backend of torch.compile that compiles them. A warning says why where a
