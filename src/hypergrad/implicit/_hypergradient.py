@@ -41,7 +41,6 @@ from ..solvers._solver import (
     precise,
     ratio,
     read,
-    root,
     solve,
     start_of,
     where,
@@ -379,6 +378,6 @@ def inner_distance(residual: Tensor, solution: Solution, variables: Variables) -
     space, f = variables.space, read(residual)
     size = length(space.pack([leaf.detach() for leaf in variables.given]))
     norm2, b = read(solution.value.dot(solution.value)), read(solution.rhs_norm)
-    stretch = root(norm2) / b if precise(norm2, space) and b else length(solution.value / solution.rhs_norm)
+    stretch = math.sqrt(norm2) / b if precise(norm2, space) and b else length(solution.value / solution.rhs_norm)
     known = (f != 0) & (b != 0) & (read(solution.residual_norm) < math.inf)
     return space.tensor(ratio(f * stretch, size, known))

@@ -253,8 +253,8 @@ class LastProduct:
             pulled, cross = linearisation.vjp_both_many(v.leaves)
         else:
             pulled, cross = linearisation.vjp_both(v.leaves, self.retain_graph)
-        norm, args = self.norm, (linearisation, v.space, self.fixed_point)
-        self.residual = inner_residual(*args).norm() if norm is None else norm
+        norm = self.norm
+        self.residual = inner_residual(linearisation, v.space, self.fixed_point).norm() if norm is None else norm
         return pack(pulled), cross
 
 

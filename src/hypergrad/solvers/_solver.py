@@ -302,7 +302,7 @@ def _scaled(b: Vector) -> tuple[Real, Real]:
     if not precise(norm2, b.space):
         scale = b.scale(read)
         return scale, length(b.scale_(1 / scale))
-    # Near enough to 1 as it is: squares of residuals neither vanish nor overflow.
+    # Near enough to 1 as it is: squares of residuals, and of Aᵀr, neither vanish nor overflow.
     near = b.space.tiny ** (1 / 6) <= norm2 <= b.space.tiny ** (-1 / 6)
     scale = 1.0 if near else 2.0 ** round(math.log2(norm2) / 2)
     b.scale_(1 / scale)
