@@ -24,6 +24,7 @@ from .unrolled import Descent
 Answer = TypeVar("Answer")
 
 VECTORS = 4  # b, x, r and p of CG, and of NormalCG; the product it waits for counts apart
+LET_GO = 1  # ∇₁g, which the least keeps; a tanh keeps its own value
 SCALARS = 0.05  # in vectors of the wide row: what is no vector
 
 # Products of K steps from zero in fixed-step mode, beside the last one.
@@ -123,10 +124,10 @@ def beside(problem: Problem, peak: int, fixed_point: bool) -> float:
 
 
 def check_memory(problem: Problem) -> float:
-    """Vectors that CG holds beside the graph."""
+    """Vectors that CG holds beside the graph, less ∇₁g."""
     peak = peak_memory(lambda: implicit(problem, SOLVERS["CG"][0](problem.steps)))
     held = beside(problem, peak, fixed_point=False)
-    expect(f"{problem.name}, CG: vectors beside the graph", held, VECTORS + SCALARS, at_most=True)
+    expect(f"{problem.name}, CG: vectors beside the graph", held, VECTORS - LET_GO + SCALARS, at_most=True)
     return held
 
 

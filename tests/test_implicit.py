@@ -2,6 +2,7 @@
 
 import gc
 import resource
+import weakref
 from collections import Counter, OrderedDict, namedtuple
 
 import numpy as np
@@ -1101,6 +1102,98 @@ def test_results_share_no_memory_with_the_users_tensors():
         g.mul_(7.0)
     assert all(torch.equal(h.grad, expected) for h in hparams)
     assert torch.equal(x0[0], kept[0]) and torch.equal(w, kept[1])
+
+
+@pytest.mark.parametrize("solver", [S.CG(rtol=1e-13), S.CG(max_steps=3)], ids=["tolerance", "steps"])
+def test_the_size_of_the_outer_loss_changes_nothing_but_that_of_the_hypergradient(solver):
+    """By powers of two: exact, but for the estimate of the distance, where ‖v‖ / ‖∇₁E‖ is rounded."""
+    a = rand(6, 6)
+    a, w, lam = a @ a.T / 6 + torch.eye(6), rand(6), rand(6).requires_grad_()
+
+    def result(size):
+        return hg.implicit.grad(
+            lambda w, lam: (w * lam).sum() * size,
+            inner_loss=lambda w, lam: w @ a @ w / 2 - w @ lam,
+            params=w,
+            hparams=lam,
+            solver=solver,
+        )
+
+    with pytest.warns(hg.UnsolvedInnerProblem):
+        one = result(1.0)
+    for k in (-1000, -600, -530, -400, -250, -90, -10, 10, 90, 250, 400, 530, 600, 1000):
+        with pytest.warns(hg.UnsolvedInnerProblem):
+            found = result(2.0**k)
+        assert found.solution.status is one.solution.status and found.inner_residual == one.inner_residual
+        assert torch.equal(found.grads, one.grads * 2.0**k) and torch.equal(found.adjoint, one.adjoint * 2.0**k)
+        assert relative(found.inner_distance, one.inner_distance) < 1e-15
+
+
+class Doubled(torch.autograd.Function):
+    """x ↦ 2x: a node of the graph that lives no longer than its tensor."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 2.0 * g
+
+
+@pytest.mark.parametrize("form", ["fp_map", "residual"])
+def test_values_of_every_kind_are_let_go(form):
+    """A leaf, a constant, params themselves, what a Function gave, and one tensor twice; by functions and evaluated."""
+    m = rand(3, 3) / 6
+    lam, other = rand(3).requires_grad_(), rand(3).requires_grad_()
+    w, cs = [rand(3).requires_grad_() for _ in range(5)], [rand(3) for _ in range(5)]
+
+    def value(w, h):
+        lam, other = h
+        twice = m @ w[0] + lam * w[1] / 4
+        values = [lam, torch.ones(3, dtype=torch.float64), Doubled.apply(w[2] / 8 + other), twice, twice]
+        if form == "residual":  # invertible in w, with a leaf, a constant and so on beside
+            values = [w[1], w[0] - lam * lam, Doubled.apply(w[2] + other), w[3] - twice, w[4] + w[3]]
+        return values
+
+    def flat_value(w, lam, other):
+        values = torch.cat(value(w.split(3), (lam, other)))
+        return w - values if form == "fp_map" else values
+
+    def outer(w, h):
+        return sum((x * c).sum() for x, c in zip(w, cs, strict=True))
+
+    point = (torch.cat(w).detach(), lam.detach(), other.detach())
+    a, *crosses = torch.autograd.functional.jacobian(flat_value, point)
+    v = torch.linalg.solve(a.T, torch.cat(cs))
+    truth = [-(cross.T @ v) for cross in crosses]
+    h, solver = [lam, other], S.GMRES(rtol=1e-13)
+    for outer_loss, inner in ((outer, value), (outer(w, h), value(w, h))):
+        with pytest.warns(hg.UnsolvedInnerProblem):
+            result = hg.implicit.grad(outer_loss, **{form: inner}, params=w, hparams=h, solver=solver)
+        for got, due in zip(result.grads, truth, strict=True):
+            assert relative(got, due) < EXACT
+        assert relative(result.inner_residual, flat_value(*point).norm().item()) < 1e-14
+
+
+@pytest.mark.parametrize("form", ["fp_map", "residual"])
+@pytest.mark.parametrize("hypergradient", [hg.implicit.grad, hg.implicit.jacobian])
+def test_only_the_graph_of_the_inner_problem_is_kept_through_the_solve(form, hypergradient):
+    made, alive = [], []
+
+    def inner(w, lam):
+        y = lam * w / 2 if form == "fp_map" else w - lam * w / 2
+        made.append(weakref.ref(y))
+        return y
+
+    def solver(op, b, x0):
+        alive.extend(ref() is not None for ref in made)
+        return S.GMRES(rtol=1e-12)(op, b, x0)
+
+    lam = rand(3).requires_grad_()
+    outer = (lambda w, lam: w.sum()) if hypergradient is hg.implicit.grad else lambda w, lam: w.square()
+    hypergradient(outer, **{form: inner}, params=torch.zeros(3, dtype=torch.float64), hparams=lam, solver=solver)
+    assert alive == [False]
 
 
 @pytest.mark.parametrize("solver", ["CG", "MINRES", "GMRES", "BiCGStab", "NormalCG", "LSQR", "FixedPoint", "Dense"])

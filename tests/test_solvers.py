@@ -318,6 +318,24 @@ def test_diverged_tells_the_growth_rate(factor, make, options):
     agree(solution.growth_rate, factor, 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("trace", "factor"),
+    [
+        ([8.0, 4.0, 2.0, 1.0], 0.5),
+        ([8.0, 4.0, torch.nan, torch.nan, 0.5], 0.5),
+        ([1.0, 0.0, 1.0], torch.inf),
+        ([0.0, 0.0, 0.0], torch.nan),
+        ([torch.nan], torch.nan),
+        ([[8.0, 2.0], [4.0, 1.0]], [0.5, 0.5]),
+    ],
+)
+def test_growth_rate(trace, factor):
+    trace = torch.tensor(trace)
+    code = torch.zeros(trace.shape[1:], dtype=torch.long)
+    solution = hg.solvers.Solution(torch.zeros(3), code, len(trace) - 1, trace[-1], trace[0], trace)
+    torch.testing.assert_close(solution.growth_rate, torch.tensor(factor), equal_nan=True)
+
+
 @pytest.mark.parametrize("make", [S.CG, S.MINRES, S.Nystrom])
 def test_an_operator_that_is_not_declared_symmetric_is_refused(make):
     system = GRID["spd 10"]
@@ -505,13 +523,26 @@ def test_numbers_on_the_cpu_and_tensors_elsewhere_give_the_same(row, system, opt
     torch.testing.assert_close(numbers.trace, tensors.trace, rtol=1e-12, atol=0.0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "sizes"),
+    [
+        # 1e-301 to 1e301; ‖b‖² is near enough to 1 up to 2^±170, and a normal number up to 2^±511.
+        (torch.float64, 1e-8, (-1000, -900, -532, -260, -256, -252, -90, -85, -80, -60)),
+        # 1e-32 to 1e32; 2^±21 and 2^±63.
+        (torch.float32, 1e-4, (-105, -80, -73, -70, -60, -34, -33, -32, -31, -30)),
+        # b is scaled by its largest entry.
+        (torch.bfloat16, 1e-1, (-105, -60, -30)),
+    ],
+)
 @pytest.mark.parametrize("row", ["CG", "GMRES(5)", "NormalCG"])
-def test_the_size_of_b_changes_nothing_but_the_size_of_x(row):
+def test_the_size_of_b_changes_nothing_but_the_size_of_x(row, dtype, rtol, sizes):
     """By powers of two, through the sizes at which b is scaled near 1 before and at which it is left as it is."""
-    op, b = GRID["spd 10"].operator(), GRID["spd 10"].rhs()
-    one = ROWS[row].solver(rtol=1e-8)(op, b)
-    for k in (-900, -60, *range(-12, 13), 60, 900):
-        solution = ROWS[row].solver(rtol=1e-8)(op, b * 2.0**k)
+    op, b = GRID["spd 10"].operator(dtype=dtype), GRID["spd 10"].rhs(dtype)
+    one = ROWS[row].solver(rtol=rtol)(op, b)
+    assert one.ok
+    for k in (*sizes, *range(-12, 13), *(-k for k in sizes)):
+        solution = ROWS[row].solver(rtol=rtol)(op, b * 2.0**k)
+        assert solution.status is one.status and solution.steps == one.steps
         assert torch.equal(solution.value, one.value * 2.0**k) and torch.equal(solution.trace, one.trace * 2.0**k)
         assert solution.residual_norm == one.residual_norm * 2.0**k and solution.rhs_norm == one.rhs_norm * 2.0**k
 

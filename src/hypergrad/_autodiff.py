@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import has_torch_function
 
 FREED = (
@@ -81,7 +82,7 @@ def grad_or_none(
     batched: bool = False,
 ) -> list[Tensor | None]:
     """As `grad`, with None where nothing depends on the input."""
-    kept = [i for i, y in enumerate(outputs) if getattr(y, "requires_grad", True)]  # edges of a graph have no flag
+    kept = [i for i, y in enumerate(outputs) if isinstance(y, GradientEdge) or y.requires_grad]
     if not kept or not inputs:
         return [None] * len(inputs)
     if len(kept) < len(outputs):
@@ -90,13 +91,16 @@ def grad_or_none(
     outputs, inputs, keep = tuple(outputs), tuple(inputs), retain_graph or create_graph
     if cotangents is None and len(outputs) == 1 and outputs[0].numel() == 1:
         cotangents = (torch.ones_like(outputs[0]),)
+    elif cotangents is not None:
+        cotangents = tuple(cotangents)
     try:
-        if _engine is None or cotangents is None or batched or has_torch_function(outputs + inputs):
+        # Cotangents are of the outputs' types, and outputs may be edges.
+        if _engine is None or cotangents is None or batched or has_torch_function(cotangents + inputs):
             grads = torch.autograd.grad(
                 outputs, inputs, cotangents, keep, create_graph, allow_unused=True, is_grads_batched=batched
             )
         else:
-            grads = _engine(outputs, tuple(cotangents), keep, create_graph, inputs, True, accumulate_grad=False)
+            grads = _engine(outputs, cotangents, keep, create_graph, inputs, True, accumulate_grad=False)
     except RuntimeError as error:
         better = _explained(error)
         if better is error:
@@ -237,7 +241,7 @@ class Linearisation:
     """The derivative of outputs F(w, λ) at one point, from one graph that is kept until this object goes.
 
     Args:
-        outputs: the leaves of F, with their graph.
+        outputs: the leaves of F, with their graph. See `drop_values`.
         params: the leaves of w in that graph.
         hparams: the leaves of λ that require grad.
         curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
@@ -257,16 +261,28 @@ class Linearisation:
         probe: Sequence[Tensor] | None = None,
         compiled: Callable[[Callable[[Sequence[Tensor]], list[Tensor]]], Any] | None = None,
     ):
-        self.outputs = outputs
+        self.outputs: list[Any] = list(outputs)
+        self.like = outputs
         self.params = params
         self.hparams = hparams
         self.curvature = curvature
         self.probe = probe
         # No method of this object: it would be in a cycle with what it holds.
-        plain = partial(_retained, outputs, params)
+        plain = partial(_retained, self.outputs, params)
         self.compiled = None if compiled is None else compiled(plain)
         self.forward = False
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
+
+    def drop_values(self) -> None:
+        """Keep the graph of an F that has the form of w, without its numbers: a vector less for as long as it is used.
+
+        A tensor without a graph, and a leaf, are left as they are; so is what a torch.autograd.Function gave: it alone
+        keeps its graph.
+        """
+        self.like = self.params
+        for i, y in enumerate(self.outputs):
+            if y.grad_fn is not None and not isinstance(y.grad_fn, BackwardCFunction):
+                self.outputs[i] = get_gradient_edge(y)
 
     def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v: one retained reverse pass."""
@@ -283,7 +299,7 @@ class Linearisation:
         Raises: ValueError where the two products differ.
         """
         draw = torch.Generator().manual_seed(0)
-        v = [torch.randn(y.shape, generator=draw, dtype=y.dtype).to(y.device) for y in self.outputs]
+        v = [torch.randn(y.shape, generator=draw, dtype=y.dtype).to(y.device) for y in self.like]
         pairs = list(zip(self.vjp(v), self.jvp(v), strict=True))
         apart = math.hypot(*(float((x - y).norm()) for x, y in pairs))
         size = math.hypot(*(float(x.norm()) for x, _ in pairs))
@@ -353,7 +369,7 @@ class Linearisation:
     def _transpose(self) -> tuple[list[Tensor], list[Any]]:
         """c, and ∂₁Fᵀ c; of the latter only the graph where there is no probe: zeros need no memory."""
         if self._transposed is None:
-            at = or_zeros([None] * len(self.outputs), self.outputs) if self.probe is None else self.probe
+            at = or_zeros([None] * len(self.like), self.like) if self.probe is None else self.probe
             with torch.enable_grad():
                 cotangents = [c.detach().requires_grad_() for c in at]
                 pulled = grad_or_none(self.outputs, self.params, cotangents, create_graph=True)

@@ -119,7 +119,9 @@ class Problem:
         undeclared = _autodiff.strangers(outputs, [*w, *hparams])
         if undeclared:
             raise ValueError(UNDECLARED.format(", ".join(self.names(leaf) for leaf in undeclared[:3])))
-        return Linearisation(outputs, w, list(wanted))
+        linearisation = Linearisation(outputs, w, list(wanted))
+        linearisation.drop_values()
+        return linearisation
 
     def _evaluate(self, w: Leaves, hparams: Leaves) -> Leaves:
         try:

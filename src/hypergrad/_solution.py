@@ -177,14 +177,14 @@ class Solution:
         """The status of each system."""
         return [Status(code) for code in self._codes]
 
-    @cached_property
+    @property
     def status(self) -> Status:
         """The worst status of all systems."""
         return Status(max(self._codes))
 
     @property
     def ok(self) -> bool:
-        return self.status is Status.CONVERGED
+        return not any(self._codes)
 
     @property
     def relative_residual(self) -> Tensor:
@@ -194,10 +194,18 @@ class Solution:
     @property
     def growth_rate(self) -> Tensor:
         """The factor by which a step multiplied the residual, as the geometric mean over the last half of the steps."""
-        sizes = self.trace if self.trace.ndim == 1 else self.trace.flatten(1).nanmean(1)  # NaN where none is known
-        known = [k for k, size in enumerate(sizes.tolist()) if not math.isnan(size)] or [0]
+        return torch.as_tensor(self._growth, dtype=self.trace.dtype, device=self.trace.device)
+
+    @property
+    def _growth(self) -> float | Tensor:
+        """`growth_rate`; a number where there is one trace, which is read."""
+        one = self.trace.ndim == 1
+        sizes = (self.trace if one else self.trace.flatten(1).nanmean(1)).tolist()  # NaN where none is known
+        known = [k for k, size in enumerate(sizes) if not math.isnan(size)] or [0]
         last, half = known[-1], known[(len(known) - 1) // 2]
-        return (self.trace[last] / self.trace[half]) ** (1 / max(last - half, 1))
+        trace: Any = sizes if one else self.trace
+        factor = sizes[last] * math.inf if one and not sizes[half] else trace[last] / trace[half]
+        return factor ** (1 / max(last - half, 1))
 
     @property
     def message(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from operator import add, sub
 from typing import Any, TypeAlias
 
@@ -116,8 +116,8 @@ def difference(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 def check_distinct(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raise ValueError where one tensor stands in two places: its derivative would be counted twice."""
-    places = {id(leaf): i for i, leaf in reversed([*enumerate(leaves)])}
-    if len(places) < len(leaves):
+    if len({*map(id, leaves)}) < len(leaves):
+        places = {id(leaf): i for i, leaf in reversed([*enumerate(leaves)])}
         late = next(i for i, leaf in enumerate(leaves) if places[id(leaf)] < i)
         raise ValueError(
             f"{names[places[id(leaves[late])]]} and {names[late]} are the same tensor; pass each variable once"
@@ -127,6 +127,17 @@ def check_distinct(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
 def is_plain(leaf: Tensor) -> bool:
     """Whether a leaf may be reshaped and stored with others (a sharded tensor, say, may not)."""
     return type(leaf) in (Tensor, torch.nn.Parameter)
+
+
+@lru_cache
+def _numbers(dtypes: frozenset[torch.dtype]) -> tuple[torch.dtype, float, float, float, float]:
+    """Of a space with these dtypes: the widest, its tiniest number, the largest number and eps of all, and rtol."""
+    widest = reduce(torch.promote_types, dtypes, torch.float32)
+    kinds = [torch.finfo(dtype) for dtype in dtypes]
+    eps = max(kind.eps for kind in kinds)
+    # What solvers aim at where the user names no tolerance: half the digits, and in half precision what is there.
+    rtol = 1e-6 if eps < 1e-10 else max(1e-4, 4 * eps)
+    return widest, torch.finfo(widest).tiny, min(kind.max for kind in kinds), eps, rtol
 
 
 class Space:
@@ -159,8 +170,8 @@ class Space:
         self.row_shape = (*self.batch_shape, -1)
         self.rows = [len(shape) == batch_dims + 1 for shape in self.shapes]  # leaves that are stored as they are
         self.device = self.devices[0]
-        dtypes = {*self.dtypes}
-        self.dtype = reduce(torch.promote_types, dtypes, torch.float32)
+        dtypes = frozenset(self.dtypes)
+        self.dtype, self.tiny, self.largest, self.eps, self.rtol = _numbers(dtypes)
         self.groups = self._groups(leaves) if groups is None else groups
         lengths = [math.prod(shape[batch_dims:]) for shape in self.shapes]
         self.sizes = [[lengths[i] for i in group] for group in self.groups]
@@ -170,12 +181,6 @@ class Space:
         self.single = self.plain == [True] and self.rows == [True]
         # Scalars of a uniform space multiply its chunks as they are.
         self.uniform = all(self.plain) and dtypes == {self.dtype} and {*self.devices} == {self.device}
-        kinds = [torch.finfo(dtype) for dtype in dtypes]
-        self.tiny = torch.finfo(self.dtype).tiny
-        self.largest = min(kind.max for kind in kinds)
-        self.eps = max(kind.eps for kind in kinds)
-        # What solvers aim at where the user names no tolerance: half the digits, and in half precision what is there.
-        self.rtol = 1e-6 if self.eps < 1e-10 else max(1e-4, 4 * self.eps)
 
     @cached_property
     def one(self) -> Vector:
@@ -192,6 +197,8 @@ class Space:
     def _batch_shape(self) -> torch.Size:
         if self.batch_dims < 0:
             raise ValueError(f"batch_dims must be ≥ 0, got {self.batch_dims}")
+        if not self.batch_dims:
+            return torch.Size()
         first = self.shapes[0][: self.batch_dims]
         for i, shape in enumerate(self.shapes):
             if shape[: self.batch_dims] != first or len(shape) < self.batch_dims:
@@ -282,7 +289,11 @@ class Space:
 
     def tensor(self, numbers: Any) -> Tensor:
         """A number, or a list of them, as a tensor in the widest dtype; a tensor as it is."""
-        return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=self.dtype, device=self.device)
+        if isinstance(numbers, Tensor):
+            return numbers
+        # The quicker one raises where a number does not fit, and takes no list.
+        make = torch.scalar_tensor if isinstance(numbers, float) and abs(numbers) <= self.largest else torch.tensor
+        return make(numbers, dtype=self.dtype, device=self.device)
 
 
 def describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:

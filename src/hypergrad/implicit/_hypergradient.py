@@ -31,7 +31,20 @@ from .._solution import (
 from .._vector import PyTree, check_distinct, flatten
 from ..operators import GaussNewton
 from ..solvers import CG, GMRES, LinearSolver, Recycled
-from ..solvers._solver import Real, Solver, anywhere, begin, is_start, length, ratio, read, solve, start_of, where
+from ..solvers._solver import (
+    Real,
+    Solver,
+    anywhere,
+    begin,
+    is_start,
+    length,
+    precise,
+    ratio,
+    read,
+    solve,
+    start_of,
+    where,
+)
 from ._correction import Correction, correct
 from ._goal import Refine, reach
 from ._problem import InnerProblem, LastProduct, Point, Problem, Products, Variables, random_state_kept_on_error
@@ -71,7 +84,7 @@ class Hypergradient:
 
     def check_finite(self, on_failure: OnFailure = "warn") -> None:
         """Warn of, or raise for, a hypergradient that is not finite though the adjoint is."""
-        if self.solution.status is Status.NON_FINITE or finite(optree.tree_leaves(self.grads)):
+        if finite(optree.tree_leaves(self.grads)) or self.solution.status is Status.NON_FINITE:
             return
         if on_failure == "raise":
             raise SolverError(NOT_FINITE, self.solution)
@@ -217,13 +230,11 @@ def grad(
     if solver is None:
         solver = CG() if symmetric else GMRES()
     with random_state_kept_on_error(variables.given):
-        if callable(outer_loss) and callable(inner.given):
-            variables.detach()
-        else:
+        if not (callable(outer_loss) and callable(inner.given)):
             variables.keep_live()
         tags = (symmetric, positive_definite, stochastic, batch_dims, compile, products)
         problem = Problem(outer_loss, inner, params, hparams, *tags)
-        point = Point(problem, variables, keep_outer=polish or hypergradient_rtol is not None)
+        point = Point(problem, variables, keep=polish or hypergradient_rtol is not None)
         start = start_of(x0, variables.space)
         correction = None
         if hypergradient_rtol is not None:
@@ -356,7 +367,7 @@ def _unfinished(solution: Solution) -> Real:
     left, size = read(solution.residual_norm), read(solution.rhs_norm)
     if not anywhere(left > 0.01 * size):
         return 1.0  # what is left would make v about a hundredth longer
-    rate = read(solution.growth_rate)
+    rate = solution._growth
     # A rate that rounding does not tell from 1 (or that of no step at all) says nothing.
     told = rate < 1 - 100 * solution.value.space.eps
     rest = ratio(rate * left, (1 - rate) * length(solution.value), told)
@@ -366,6 +377,7 @@ def _unfinished(solution: Solution) -> Real:
 def inner_distance(residual: Tensor, solution: Solution, variables: Variables) -> Tensor:
     space, f = variables.space, read(residual)
     size = length(space.pack([leaf.detach() for leaf in variables.given]))
-    stretch = length(solution.value / solution.rhs_norm)
-    known = (f != 0) & (read(solution.rhs_norm) != 0) & (read(solution.residual_norm) < math.inf)
+    norm2, b = read(solution.value.dot(solution.value)), read(solution.rhs_norm)
+    stretch = math.sqrt(norm2) / b if precise(norm2, space) and b else length(solution.value / solution.rhs_norm)
+    known = (f != 0) & (b != 0) & (read(solution.residual_norm) < math.inf)
     return space.tensor(ratio(f * stretch, size, known))

@@ -13,7 +13,7 @@ from .._vector import PyTree, Space, Vector, check_distinct
 from ..solvers import GMRES, BlockCG, LinearSolver, Recycled
 from ..solvers._solver import Solver, solve, start_of
 from ._hypergradient import Hypergradient, inner_distance
-from ._problem import InnerProblem, LastProduct, Problem, Variables, random_state_kept_on_error
+from ._problem import InnerProblem, LastProduct, Problem, Variables, norm_alone, random_state_kept_on_error
 
 
 def jacobian(
@@ -73,11 +73,10 @@ def jacobian(
     if solver is None:
         solver = BlockCG() if symmetric else GMRES()
     with random_state_kept_on_error(variables.given):
-        if callable(outer_losses) and callable(inner.given):
-            variables.detach()
-        else:
+        if not (callable(outer_losses) and callable(inner.given)):
             variables.keep_live()
         linearisation = inner.linearise(variables)
+        norm = norm_alone(linearisation, variables.space, fixed_point)
         values, b, direct = _outer_gradients(outer_losses, variables)
         op = operators.adjoint(
             lambda: linearisation,
@@ -86,7 +85,7 @@ def jacobian(
             positive_definite=positive_definite,
             batch_dims=0,
         )
-        last = LastProduct(lambda: linearisation, fixed_point, stacked=True)
+        last = LastProduct(lambda: linearisation, fixed_point, norm=norm, stacked=True)
         solution = solve(solver, op.stacked(), b, start_of(x0, b.space), last)
         result = Hypergradient(
             grads=variables.outer_grads(_autodiff.add(direct, last.cross), len(values)),

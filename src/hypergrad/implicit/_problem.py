@@ -31,17 +31,14 @@ class Variables:
         self.differentiated = check_hparams(self._outer, self._outer_names)
         self.space = Space.of(self.given, self.names, self._params_tree, batch_dims)
         self.hparams = self._hparams_tree(self._outer)
-        self.detach()
+        # New leaves of autograd, for callables.
+        self.leaves = [leaf.detach().requires_grad_() for leaf in self.given]
+        self.params = self._params_tree(self.leaves)
 
     @cached_property
     def outer_space(self) -> Space:
         """The space of hypergradients: that of the hparams which are differentiated."""
         return Space(self.differentiated, "hparams")
-
-    def detach(self) -> None:
-        """Params become new leaves of autograd, for callables."""
-        self.leaves = [leaf.detach().requires_grad_() for leaf in self.given]
-        self.params = self._params_tree(self.leaves)
 
     def keep_live(self) -> None:
         """Params stay the tensors that evaluated losses were computed from."""
@@ -213,9 +210,17 @@ def inner_residual(linearisation: Linearisation, space: Space, fixed_point: bool
     return space.pack([w.detach() for w in linearisation.params]) - value if fixed_point else value
 
 
+def norm_alone(linearisation: Linearisation, space: Space, fixed_point: bool) -> Tensor:
+    """‖F‖; of F itself only the graph is kept."""
+    norm = inner_residual(linearisation, space, fixed_point).norm()
+    linearisation.drop_values()
+    return norm
+
+
 class LastProduct:
     """The last product, with respect to params and hparams at once: v ↦ Aᵀv; keeps −∂₂Fᵀv and the norm of F.
 
+    norm: ‖F‖; where it is None it is taken of the F of the (last) draw.
     stacked: v is a stack of vectors, and so are the products; the graph stays.
     """
 
@@ -226,10 +231,11 @@ class LastProduct:
         draws: int = 1,
         retain_graph: bool = False,
         *,
+        norm: Tensor | None = None,
         stacked: bool = False,
     ):
         self.linearise, self.fixed_point, self.draws, self.retain_graph = linearise, fixed_point, draws, retain_graph
-        self.stacked = stacked
+        self.norm, self.stacked = norm, stacked
 
     def __call__(self, v: Vector) -> Vector:
         image, cross = self._draw(v)
@@ -247,8 +253,8 @@ class LastProduct:
             pulled, cross = linearisation.vjp_both_many(v.leaves)
         else:
             pulled, cross = linearisation.vjp_both(v.leaves, self.retain_graph)
-        space = v.space.one.space if self.stacked else v.space
-        self.residual = inner_residual(linearisation, space, self.fixed_point).norm()
+        norm = self.norm
+        self.residual = inner_residual(linearisation, v.space, self.fixed_point).norm() if norm is None else norm
         return pack(pulled), cross
 
 
@@ -288,13 +294,13 @@ class Problem:
         """The same to be kept: without graphs, in the user's memory; None stands for what was given evaluated."""
         params, hparams = variables.without_graph()
         outer_loss, inner = self.outer_loss, self.inner
-        return replace(
-            self,
-            outer_loss=outer_loss if callable(outer_loss) else None,
-            inner=inner if callable(inner.given) else replace(inner, given=None),
-            params=params,
-            hparams=hparams,
-            versions=variables.versions(),
+        return Problem(
+            outer_loss if callable(outer_loss) else None,
+            inner if callable(inner.given) else replace(inner, given=None),
+            params,
+            hparams,
+            *(self.symmetric, self.positive_definite, self.stochastic, self.batch_dims, self.compile, self.products),
+            variables.versions(),
         )
 
     @property
@@ -311,9 +317,12 @@ class Problem:
 
 
 class Point:
-    """A problem at params: the graphs of ∇₁g, Φ or F and of E, the gradients of E, and Aᵀ as an operator."""
+    """A problem at params: the graphs of ∇₁g, Φ or F and of E, the gradients of E, and Aᵀ as an operator.
 
-    def __init__(self, problem: Problem, variables: Variables, keep_outer: bool = True):
+    keep: the graph of E stays, and so do the numbers of F; else there is ‖F‖ alone.
+    """
+
+    def __init__(self, problem: Problem, variables: Variables, keep: bool = True):
         self.problem, self.variables = problem, variables
         kept = None if problem.stochastic else problem.inner.linearise(variables, problem.compile, problem.products)
         if problem.products == "measured" and kept is not None:
@@ -322,9 +331,12 @@ class Point:
         def linearise() -> Linearisation:
             return problem.inner.linearise(variables) if kept is None else kept
 
+        self.norm = None
+        if kept is not None and not keep:
+            self.norm = norm_alone(kept, variables.space, problem.fixed_point)
         self.compiled = None if kept is None else kept.compiled
         self.linearise = linearise  # no method: the operator would hold the point that holds it
-        self.outer, self.b, self.direct = outer_gradients(problem.outer_loss, variables, keep_outer)
+        self.outer, self.b, self.direct = outer_gradients(problem.outer_loss, variables, keep)
         repeatable = callable(problem.inner.given) and not problem.stochastic
         self.op = operators.adjoint(
             linearise,
@@ -336,7 +348,7 @@ class Point:
         )
 
     def last_product(self, draws: int = 1, retain_graph: bool = False) -> LastProduct:
-        return LastProduct(self.linearise, self.problem.fixed_point, draws, retain_graph)
+        return LastProduct(self.linearise, self.problem.fixed_point, draws, retain_graph, norm=self.norm)
 
     @cached_property
     def residual(self) -> Vector:

@@ -31,8 +31,6 @@ class Start(Protocol):
 Real: TypeAlias = Any
 
 FREE_TO_READ = ("cpu",)  # kinds of device on which reading a number waits for nothing
-# A ‖b‖² between this and its inverse is near enough to 1: squares of residuals neither vanish nor overflow.
-TAME = 2.0**-20
 
 
 def read(scalar: Tensor) -> Real:
@@ -57,6 +55,11 @@ def larger(a: Real, b: Real) -> Real:
 
 def root(a: Real) -> Real:
     return a.sqrt() if isinstance(a, Tensor) else math.sqrt(a)
+
+
+def precise(norm2: Real, space: Space) -> bool:
+    """Whether a ‖v‖² is a number, of a size at which no square that matters to it underflowed, and none overflowed."""
+    return space.uniform and not isinstance(norm2, Tensor) and space.tiny**0.5 <= norm2 <= space.tiny**-0.5
 
 
 def length(v: Vector, look: Callable[[Tensor], Real] = read) -> Real:
@@ -246,10 +249,7 @@ def solve(
         if solver._needs_symmetric:
             require_symmetric(op, type(solver).__name__)
         op, space = op.damped(solver.damping), b.space
-        norm2 = read(b.dot(b))
-        tame = space.uniform and not isinstance(norm2, Tensor) and TAME <= norm2 <= 1 / TAME
-        scale = 1.0 if tame else b.scale(read)
-        norm = root(norm2) if tame else length(b.scale_(1 / scale))
+        scale, norm = _scaled(b)
         system = _system(solver, op, b, x0 / scale if isinstance(x0, Vector) else None, scale, norm)
         if is_start(x0):
             system.x0, system.residual = x0.start(op, b) or (None, None)
@@ -275,15 +275,18 @@ def solve(
             system.x0, system.residual = x / scale, None
             rest = replace(system, max_steps=left, stop=where(again, system.stop, torch.inf))
             outcome = continued(outcome, solver._iterate(rest), again)
+        trace = space.tensor(outcome.trace)
         solution = Solution(
             x,
             torch.as_tensor(code, device=space.device),
             _steps(outcome, system),
             space.tensor(residual * scale),
             space.tensor(system.rhs_norm * scale),
-            space.tensor(outcome.trace) * scale,
+            trace if isinstance(scale, float) and scale == 1 else trace * scale,
             outcome.method or type(solver).__name__,
         )
+        if not isinstance(code, Tensor):  # known without another look
+            vars(solution)["_codes"] = [code]
         return _kept(x0, solution)
 
 
@@ -291,6 +294,19 @@ def _kept(x0: Vector | Start | None, solution: Solution) -> Solution:
     if is_start(x0):
         x0.keep(solution.value)
     return solution
+
+
+def _scaled(b: Vector) -> tuple[Real, Real]:
+    """A power of two by which b is divided, and ‖b‖ after that: near 1 where it is not 0."""
+    norm2 = read(b.dot(b))
+    if not precise(norm2, b.space):
+        scale = b.scale(read)
+        return scale, length(b.scale_(1 / scale))
+    # Near enough to 1 as it is: squares of residuals, and of Aᵀr, neither vanish nor overflow.
+    near = b.space.tiny ** (1 / 6) <= norm2 <= b.space.tiny ** (-1 / 6)
+    scale = 1.0 if near else 2.0 ** round(math.log2(norm2) / 2)
+    b.scale_(1 / scale)
+    return scale, math.sqrt(norm2) / scale
 
 
 def _damped(image: Vector, x: Vector, damping: float) -> Vector:
