@@ -73,6 +73,9 @@ PLACES: dict[Any, tuple[int, ...]] = {
 ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 # Memory of the shape of v, which nothing of v is in until it is written.
 EMPTY = (aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default)
+# Operations whose result may be an argument of theirs.
+PLAIN = (aten.t.default, aten.detach.default, aten.add.Tensor, aten.sub.Tensor)
+
 # An argument: ("v", i) for value i that depends on v, ("c", j) for constant j, ("0", j) for one that is known to be
 # zero, ("s", j) for one that is sparse, ("n", j) for a number, ("[", ...) for a list of arguments, ("=", x) for x
 # itself.
@@ -91,18 +94,6 @@ class Step(NamedTuple):
     outs: tuple[int, ...]
     many: bool
     alike: bool
-
-    def same(self, turned: dict[Ref, Ref]) -> Ref | None:
-        """The argument that the value is equal to: x + 0, x without its graph, the transpose of xᵀ (in `turned`)."""
-        if not self.args or self.many:
-            return None
-        first = self.args[0]
-        if self.func is aten.t.default:
-            return turned.get(first)
-        if self.func is aten.add.Tensor and first[0] == "0" and self.alike and not self.kwargs:
-            return self.args[1]
-        plus = self.func in (aten.add.Tensor, aten.sub.Tensor) and self.args[1][0] == "0"
-        return first if self.alike and first[0] == "v" and (plus or self.func is aten.detach.default) else None
 
     def chained(self) -> list[int]:
         """The values that this is elementwise and linear in, if it is so in all its values; else none."""
@@ -143,10 +134,6 @@ class Form(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    @staticmethod
-    def of(x: Tensor) -> Form:
-        return Form(x.shape, x.dtype, x.device)
-
     @property
     def one(self) -> Tensor:
         return torch.ones((1,) * len(self.shape), dtype=self.dtype, device=self.device)
@@ -156,6 +143,8 @@ class _Traits(NamedTuple):
     random: bool
     writes: bool
     view: bool
+    zero: bool
+    unwritten: bool  # nothing of its arguments is in the result but their form
     functional: Any  # the same operation without writing
 
 
@@ -166,7 +155,8 @@ def _traits(func: Any) -> _Traits:
     if schema.is_mutable and name.endswith("_") and not name.endswith("__") and hasattr(aten, name[:-1]):
         functional = getattr(getattr(aten, name[:-1]), func._overloadname, None)
     view = name == "_unsafe_view" or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
-    return _Traits(torch.Tag.nondeterministic_seeded in func.tags, schema.is_mutable, view, functional)
+    random, zero = torch.Tag.nondeterministic_seeded in func.tags, func in ZEROS
+    return _Traits(random, schema.is_mutable, view, zero, zero or func in EMPTY, functional)
 
 
 class Recorder(TorchDispatchMode):
@@ -183,7 +173,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.steps: list[Step] = []
         self.constants: list[Any] = []
-        self.forms = [Form.of(x) for x in v]
+        self.forms = [Form(x.shape, x.dtype, x.device) for x in v]
         self.reason = None if all(is_plain(x) for x in v) else "its tensors are not plain ones"
         self._refs = _Notes()
         self._new = _Notes()  # made here, in memory of their own; whether they are zero
@@ -212,12 +202,11 @@ class Recorder(TorchDispatchMode):
         if traits.view:
             self._viewed.add(_storage(args[0]))
         elif isinstance(out, Tensor):
-            zero = func in ZEROS or (func is aten.scalar_tensor.default and args[0] == 0)
-            self._new.note(out, zero)
+            self._new.note(out, traits.zero or (func is aten.scalar_tensor.default and args[0] == 0))
             if self._viewed:
                 self._viewed.discard(_storage(out))  # of one before it in the same place
-        if func not in ZEROS and func not in EMPTY and self._depends(args, kwargs):
-            self._value(func, self._refs_of(args), self._named(kwargs), out)
+        if not traits.unwritten and self._depends(args, kwargs):
+            self._value(func, self._refs_of(args), self._named(kwargs) if kwargs else (), out)
         return out
 
     def _write(self, func: Any, functional: Any, args: Any, kwargs: Any) -> Any:
@@ -245,29 +234,37 @@ class Recorder(TorchDispatchMode):
         return bool(kwargs) and self._depends(kwargs.values())
 
     def _value(self, func: Any, args: tuple[Ref, ...], kwargs: tuple[tuple[str, Ref], ...], out: Any) -> None:
-        many = isinstance(out, (list, tuple))
+        many, forms = isinstance(out, (list, tuple)), self.forms
         places: list[int] = []
-        for x in out if many else [out]:
+        for x in out if many else (out,):
             if isinstance(x, Tensor):
-                places.append(len(self.forms))
-                self.forms.append(Form.of(x))
+                places.append(len(forms))
+                forms.append(Form(x.shape, x.dtype, x.device))
                 self._refs.note(x, ("v", places[-1]))
             elif x is None:
                 places.append(-1)
             else:
                 self.reason = f"it reads numbers from a tensor ({func})"
                 return
-        alike = not many and all(self.forms[a[1]] == self.forms[-1] for a in args if a[0] == "v")
-        step = Step(func, args, kwargs, tuple(places), many, alike)
-        same = step.same(self._turned)
-        if same is not None and isinstance(out, Tensor):
+        alike = not many
+        for a in args:
+            alike = alike and (a[0] != "v" or forms[a[1]] == forms[-1])
+        if func in PLAIN and not kwargs and (same := self._same(func, args, alike)) is not None:
             self._refs.note(out, same)
             if ("0", len(self.constants) - 1) in args:
                 self._forget_zeros()
             return
-        self.steps.append(step)
+        self.steps.append(Step(func, args, kwargs, tuple(places), many, alike))
         if func is aten.t.default:
             self._turned["v", places[0]] = args[0]
+
+    def _same(self, func: Any, args: tuple[Ref, ...], alike: bool) -> Ref | None:
+        """The argument that a value is equal to: x + 0, x without its graph, the transpose of xᵀ."""
+        if func is aten.t.default:
+            return self._turned.get(args[0])
+        if func is aten.add.Tensor and args[0][0] == "0" and alike:
+            return args[1]
+        return args[0] if alike and args[0][0] == "v" and (func is aten.detach.default or args[1][0] == "0") else None
 
     def _forget_zeros(self) -> None:
         """Let go of the constant that came last: what it was added to is the sum."""

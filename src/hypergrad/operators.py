@@ -89,12 +89,12 @@ class LinearOperator:
         return product + v * self.damping if self.damping else product
 
     def contract(self, v: Vector) -> Vector:
-        """v − A v: one product."""
+        """v − A v in memory of its own: one product."""
         if self._contraction is None:
             return v - self(v)
         self._counter.products += 1
         image = self._contraction(v)
-        return image - v * self.damping if self.damping else image
+        return image - v * self.damping if self.damping else image.apart_from(v)
 
     def many(self, basis: Basis) -> Basis:
         """A V for a stack of vectors V."""

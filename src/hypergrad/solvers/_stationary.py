@@ -32,7 +32,7 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
         if x is None:
             new = b.copy()
         else:
-            new = system.op.contract(x).apart_from(x).add_(b) if step_size == 1 else system.op(x).scale_add_(-1.0, b)
+            new = system.op.contract(x).add_(b) if step_size == 1 else system.op(x).scale_add_(-1.0, b)
         trace.append(unseen)
         if k in looks:
             size = trace[-1] = length(new - x if x is not None and step_size == 1 else new, look)
