@@ -1281,6 +1281,55 @@ def expanded(w, lam):
 DRAWS = [torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 
 
+class Stop(torch.autograd.Function):
+    """x, with a gradient of zeros that is always the same tensor, or a view of it, or was saved."""
+
+    @staticmethod
+    def forward(ctx, x, zeros, how):
+        ctx.zeros, ctx.how = zeros, how
+        ctx.save_for_backward(zeros)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        zeros = {"view": ctx.zeros[:], "saved": ctx.saved_tensors[0]}.get(ctx.how, ctx.zeros)
+        return zeros, None, None
+
+
+@pytest.mark.parametrize("how", ["whole", "view", "saved"])
+@pytest.mark.parametrize("leaves", [1, 2])
+@pytest.mark.parametrize(
+    "solver",
+    [S.FixedPoint(max_steps=6), S.Neumann(max_steps=6), S.GMRES(rtol=1e-12), S.NormalCG(rtol=1e-12), S.OneStep()],
+)
+def test_a_buffer_that_a_backward_hands_out_is_not_written_into(solver, leaves, how, monkeypatch):
+    """Φ = λ + a constant as torch sees it: A = I. Leaves are stored one by one, as large ones are."""
+    monkeypatch.setattr(hg._vector, "SMALL", 0)
+    monkeypatch.setattr(hg._vector, "SMALL_TOTAL", 0)
+    lam, zeros = DRAWS[0].clone().requires_grad_(), torch.zeros(6, dtype=torch.float64)
+    w = [lam.detach() + 1 + i for i in range(leaves)]
+
+    def fp_map(w, lam):
+        return [lam + 1 + i + 0 * Stop.apply(x, zeros, how) for i, x in enumerate(w)]
+
+    def direct(w, lam):
+        return [lam + 1 + i + Stop.apply(x, zeros, how) - x.detach() for i, x in enumerate(w)]
+
+    for function in (fp_map, direct):
+        for x0 in (None, [DRAWS[1]] * leaves):
+            result = hg.implicit.grad(
+                lambda w, lam: sum((x**2).sum() for x in w),
+                fp_map=function,
+                params=w,
+                hparams=lam,
+                solver=solver,
+                x0=x0,
+            )
+            torch.testing.assert_close(result.grads, sum(2 * x for x in w), rtol=1e-12, atol=0)
+            assert result.solution.ok
+            assert not zeros.any()
+
+
 SHARING = [("fp_map", f, solver) for f in (shared, expanded) for solver in ("FixedPoint", "BiCGStab", "GMRES")]
 SHARING += [("residual", swapped, solver) for solver in ("MINRES", "BiCGStab", "GMRES")]
 

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import optree
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 PyTree: TypeAlias = Any
 Scalar: TypeAlias = "float | Tensor"
@@ -399,6 +400,11 @@ class Vector:
             chunks.append(x.clone() if place in used or (own and 0 in x.stride()) else x)
             used.add(place)
         return Vector(self.space, chunks)
+
+    def memory(self) -> list[StorageWeakRef]:
+        """Of each chunk, what tells whether anything still holds its memory."""
+        pairs = zip(self.chunks, self.space.plain, strict=True)
+        return [StorageWeakRef(chunk.untyped_storage()) for chunk, plain in pairs if plain]
 
     def own(self) -> Vector:
         """The same numbers, in memory that no leaf given to `pack` shares: several leaves were copied there already."""

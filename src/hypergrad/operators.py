@@ -26,6 +26,32 @@ class Counter:
         self.products = 0
 
 
+class _Owned:
+    """v ↦ a product with v in memory to write into; with complement: v less that.
+
+    What the first product gave is let go of. If something still holds it then (a backward hands out a buffer of its
+    own), this and all later products are copied.
+    """
+
+    def __init__(self, product: Product, complement: bool = False):
+        self.product, self.complement = product, complement
+        self.held: bool | None = None
+
+    def __call__(self, v: Vector) -> Vector:
+        image = self.product(v).apart_from(v)
+        if self.held is None:
+            memory = image.memory()
+            image = image.copy()
+            self.held = not all(each.expired() for each in memory)
+        elif self.held:
+            image = image.copy()
+        return image.scale_add_(-1.0, v) if self.complement else image
+
+
+def _owned(product: Product) -> _Owned:
+    return product if isinstance(product, _Owned) else _Owned(product)
+
+
 class LinearOperator:
     """A linear map A on vectors (or pytrees of tensors) of one space, called as A(v).
 
@@ -66,8 +92,11 @@ class LinearOperator:
         self.damping = 0.0
         self.declared: tuple[Callable[..., PyTree], tuple[Any, ...]] | None = None
         self.each: LinearOperator | None = None
-        self._matvec, self._many, self._contraction = matvec, many, contraction
-        self._transpose, self._many_transpose = (matvec, many) if self.symmetric else (transpose, many_transpose)
+        self._matvec, self._many = _owned(matvec), many
+        self._contraction = None if contraction is None else _owned(contraction)
+        self._transpose, self._many_transpose = None if transpose is None else _owned(transpose), many_transpose
+        if self.symmetric:
+            self._transpose, self._many_transpose = self._matvec, many
         self._counter = Counter()
         self._low = low
 
@@ -85,7 +114,7 @@ class LinearOperator:
         if not isinstance(v, Vector):
             return self(Space(v, "v", self.batch_dims).vector(v, "v")).tree
         self._counter.products += 1
-        product = self._matvec(v).apart_from(v)
+        product = self._matvec(v)
         return product + v * self.damping if self.damping else product
 
     def contract(self, v: Vector) -> Vector:
@@ -94,7 +123,7 @@ class LinearOperator:
             return v - self(v)
         self._counter.products += 1
         image = self._contraction(v)
-        return image - v * self.damping if self.damping else image.apart_from(v)
+        return image - v * self.damping if self.damping else image
 
     def many(self, basis: Basis) -> Basis:
         """A V for a stack of vectors V."""
@@ -265,12 +294,8 @@ def adjoint(
         low: gives that of the same inner problem in another dtype.
     """
 
-    def product(pull: Callable[[Linearisation, Any], list[Tensor]]) -> Product:
-        def apply(v: Vector) -> Vector:
-            pulled = v.space.pack(pull(linearise(), v.leaves))
-            return pulled.apart_from(v).scale_add_(-1.0, v) if fixed_point else pulled
-
-        return apply
+    def product(pull: Callable[[Linearisation, Any], list[Tensor]], complement: bool = fixed_point) -> Product:
+        return _Owned(lambda v: v.space.pack(pull(linearise(), v.leaves)), complement)
 
     def products(pull: Callable[[Linearisation, Any], list[Tensor]]) -> Callable[[Basis], Basis]:
         def apply(basis: Basis) -> Basis:
@@ -302,7 +327,7 @@ def adjoint(
         batch_dims=batch_dims,
         many=products(Linearisation.vjp_many),
         many_transpose=products(Linearisation.jvp_many),
-        contraction=(lambda v: v.space.pack(linearise().vjp(v.leaves))) if fixed_point else None,
+        contraction=product(Linearisation.vjp, complement=False) if fixed_point else None,
         low=None if low is None else in_precision,
     )
 
