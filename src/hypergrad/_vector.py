@@ -9,6 +9,7 @@ for each large leaf. With batch_dims = 1 every leaf has a leading axis of indepe
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache, reduce
 from operator import add, sub
@@ -388,17 +389,17 @@ class Vector:
     def apart_from(self, other: Vector) -> Vector:
         """The same numbers in memory to write into: a map may hand back its argument, or one tensor for two leaves.
 
-        So may it a number expanded to a leaf.
+        So may it a number expanded to a leaf, or a tensor that it keeps: a constant, memory for its results.
         """
-        x, plain = self.chunks[0], self.space.plain
-        if self.space.single and x.is_contiguous() and x.data_ptr() != other.chunks[0].data_ptr():
+        chunks = self.chunks
+        if self.space.single and _alone(chunks, 0):
             return self  # what most small products come to
-        used, chunks = set(map(_memory, other.chunks, plain)), []
-        for x, own in zip(self.chunks, plain, strict=True):
-            place = _memory(x, own)
-            chunks.append(x.clone() if place in used or (own and 0 in x.stride()) else x)
-            used.add(place)
-        return Vector(self.space, chunks)
+        places = [*map(id, chunks), *map(id, other.chunks)]
+        # Of a sharded tensor only the tensor is known.
+        free = [_alone(chunks, i) if own else places.count(places[i]) == 1 for i, own in enumerate(self.space.plain)]
+        if all(free):
+            return self
+        return Vector(self.space, [x if alone else x.clone() for x, alone in zip(chunks, free, strict=True)])
 
     def own(self) -> Vector:
         """The same numbers, in memory that no leaf given to `pack` shares: several leaves were copied there already."""
@@ -514,8 +515,28 @@ def full(x: Tensor) -> Tensor:
     return x if gather is None else gather()
 
 
-def _memory(x: Tensor, plain: bool) -> int:
-    return x.untyped_storage().data_ptr() if plain else id(x)
+def _alone(chunks: list[Tensor], i: int) -> bool:
+    """Whether nothing but this list holds a chunk, the tensor that it is a view of, or their memory.
+
+    Nor may the memory be another library's, or two entries share a place.
+    """
+    held, x = _holders(chunks, i), chunks[i]
+    if held == ALONE:
+        return x.is_contiguous() or 0 not in x.stride()
+    return x._is_view() and held == VIEW and _holders([x._base], 0) == BASE and x.is_contiguous()
+
+
+def _holders(chunks: list[Any], i: int) -> tuple[Any, ...]:
+    """How often a tensor is held by Python and in all, how often its memory, and whether that is torch's own."""
+    x, storage = chunks[i], chunks[i].untyped_storage()
+    return sys.getrefcount(x), x._use_count(), _storage_uses(storage._cdata), storage.resizable()
+
+
+# Of what an operation has just made, and of a view of such: interpreters count differently.
+_storage_uses: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", lambda _: math.nan)  # nan: none is alone
+ALONE = _holders([torch.empty(1)], 0)
+_viewed = [torch.empty(1, 1).view(-1)]
+VIEW, BASE = _holders(_viewed, 0), _holders([_viewed[0]._base], 0)
 
 
 class Basis:
