@@ -406,3 +406,42 @@ def test_sharded_leaves(mesh):
     for solver in (S.GMRES(), S.Dense(), S.Nystrom()):
         with pytest.raises(TypeError, match="sharded tensors"):
             solver(product(placed_scales), placed)
+
+
+def held_and_not():
+    x, array, saved = torch.ones(6), np.ones(6), torch.ones(6)
+    saved_by = torch.ones(6, requires_grad=True) * saved  # holds the tensor, which Python could let go
+    return [
+        ("new", lambda: torch.ones(6) + 1, True),
+        ("new, of other strides", lambda: (torch.ones(3, 2) + 1).t().reshape(6), True),
+        ("a view of what is new", lambda: (torch.ones(2, 3) + 1).view(6), True),
+        ("held", lambda: x, False),
+        ("a view of what is held", lambda: x.view(2, 3).view(6), False),
+        ("without its graph", lambda: x.detach(), False),
+        ("saved", lambda: saved_by.grad_fn._saved_other, False),
+        ("an array", lambda: torch.from_numpy(array), False),
+        ("a number", lambda: torch.ones(()).expand(6), False),
+        ("every second", lambda: torch.ones(12)[::2], None),
+    ]
+
+
+@pytest.mark.parametrize(("name", "make", "same"), held_and_not(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("rows", [True, False])
+def test_memory_to_write_into(name, make, same, rows):
+    """What is new stays where it is, without a copy; what anything else holds does not."""
+    shape = (6,) if rows else (3, 2)
+    space = Space([torch.zeros(shape)], "v")
+    other, taken = space.vector([torch.ones(shape)], "v"), space.pack([make() if rows else make().view(3, 2)])
+    place = taken.chunks[0].data_ptr()
+    apart = taken.apart_from(other).chunks[0]
+    assert same is None or (apart.data_ptr() == place) == same
+    torch.testing.assert_close(apart.clone(), make().clone())
+    apart.add_(1.0)
+    assert make().sum() == apart.sum() - 6
+
+
+def test_memory_of_v_is_not_written_into():
+    space = Space([torch.zeros(6)], "v")
+    v = space.vector([torch.ones(6)], "v")
+    for x in (space.pack(v.leaves), space.pack([v.chunks[0].view(6)])):
+        assert x.apart_from(v).chunks[0].data_ptr() != v.chunks[0].data_ptr()
