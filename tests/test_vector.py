@@ -445,3 +445,11 @@ def test_memory_of_v_is_not_written_into():
     v = space.vector([torch.ones(6)], "v")
     for x in (space.pack(v.leaves), space.pack([v.chunks[0].view(6)])):
         assert x.apart_from(v).chunks[0].data_ptr() != v.chunks[0].data_ptr()
+
+
+def test_where_uses_are_not_counted_all_is_copied(monkeypatch):
+    monkeypatch.setattr(_vector, "_storage_uses", lambda _: float("nan"))
+    monkeypatch.setattr(_vector, "ALONE", _vector._holders([torch.empty(1)], 0))
+    space = Space([torch.zeros(6)], "v")
+    x, v = space.pack([torch.ones(6) + 1]), space.vector([torch.ones(6)], "v")
+    assert x.apart_from(v).chunks[0] is not x.chunks[0]

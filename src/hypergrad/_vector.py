@@ -392,11 +392,11 @@ class Vector:
         So may it a number expanded to a leaf, or a tensor that it keeps: a constant, memory for its results.
         """
         chunks = self.chunks
-        if self.space.single and _alone(chunks, 0):
+        if self.space.single and _unshared(chunks, 0):
             return self  # what most small products come to
         places = [*map(id, chunks), *map(id, other.chunks)]
         # Of a sharded tensor only the tensor is known.
-        free = [_alone(chunks, i) if own else places.count(places[i]) == 1 for i, own in enumerate(self.space.plain)]
+        free = [_unshared(chunks, i) if own else places.count(places[i]) == 1 for i, own in enumerate(self.space.plain)]
         if all(free):
             return self
         return Vector(self.space, [x if alone else x.clone() for x, alone in zip(chunks, free, strict=True)])
@@ -515,7 +515,7 @@ def full(x: Tensor) -> Tensor:
     return x if gather is None else gather()
 
 
-def _alone(chunks: list[Tensor], i: int) -> bool:
+def _unshared(chunks: list[Tensor], i: int) -> bool:
     """Whether nothing but this list holds a chunk, the tensor that it is a view of, or their memory.
 
     Nor may the memory be another library's, or two entries share a place.
@@ -532,8 +532,9 @@ def _holders(chunks: list[Any], i: int) -> tuple[Any, ...]:
     return sys.getrefcount(x), x._use_count(), _storage_uses(storage._cdata), storage.resizable()
 
 
+# A torch that does not count has nan uses, none like another: all is copied.
+_storage_uses: Callable[[int], float] = getattr(torch._C, "_storage_Use_Count", lambda _: float("nan"))
 # Of what an operation has just made, and of a view of such: interpreters count differently.
-_storage_uses: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", lambda _: math.nan)  # nan: none is alone
 ALONE = _holders([torch.empty(1)], 0)
 _viewed = [torch.empty(1, 1).view(-1)]
 VIEW, BASE = _holders(_viewed, 0), _holders([_viewed[0]._base], 0)
