@@ -11,6 +11,7 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypergrad as hg
 import oracles
@@ -1390,3 +1391,32 @@ def test_products_that_are_written_into_one_place(solver, form):
     )
     due = torch.linalg.solve((torch.eye(5).double() - a).T, e)
     torch.testing.assert_close(result.grads, due, rtol=1e-10, atol=0)
+
+
+class Clones(TorchDispatchMode):
+    """How many copies are made in its block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compile", [False, "recorded"])
+@pytest.mark.parametrize("solver", [S.FixedPoint, S.GMRES, S.BiCGStab])
+@pytest.mark.parametrize("shape", [(5,), (5, 5)])
+def test_new_products_are_not_copied(shape, solver, compile):
+    a, w, lam, counts = 0.2 * rand(5, 5), rand(*shape), rand(5, requires_grad=True), []
+    for steps in (3, 9):
+        with Clones() as clones:
+            hg.implicit.grad(
+                lambda w, lam: (w * w).sum(),
+                fp_map=lambda w, lam: torch.tanh(a @ w) + lam,
+                params=w,
+                hparams=lam,
+                solver=solver(max_steps=steps, **QUIET),
+                compile=compile,
+            )
+        counts.append(clones.count)
+    assert counts[0] == counts[1]
