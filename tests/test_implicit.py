@@ -4,12 +4,14 @@ import gc
 import resource
 import weakref
 from collections import Counter, OrderedDict, namedtuple
+from dataclasses import replace
 
 import numpy as np
 import optree
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypergrad as hg
 import oracles
@@ -1355,3 +1357,115 @@ def test_products_that_share_memory(form, function, solver, monkeypatch):
     a = torch.eye(12, dtype=torch.float64) - inner if form == "fp_map" else -inner
     due = outer @ torch.linalg.inv(a).T @ (2 * w)
     torch.testing.assert_close(result.grads, due, rtol=1e-10, atol=0)
+
+
+class Steps(torch.autograd.Function):
+    """round(x), and a gradient of zeros which is kept: `kept` gives it."""
+
+    @staticmethod
+    def forward(ctx, x, kept):
+        ctx.kept, ctx.number = kept, isinstance(kept, torch.Tensor)
+        if ctx.number:
+            ctx.save_for_backward(kept)
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] if ctx.number else ctx.kept(), None
+
+
+class Into(torch.autograd.Function):
+    """Ax, and a gradient that is always written into the same memory."""
+
+    @staticmethod
+    def forward(ctx, x, a, memory):
+        ctx.a, ctx.memory = a, memory
+        return a @ x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.mv(ctx.a.T, grad, out=ctx.memory), None, None
+
+
+def hooked(w, zeros):
+    y = 1.0 * w
+    y.register_hook(lambda _: zeros)
+    return y
+
+
+ARRAY = np.zeros(5)
+KEPT = {
+    "a tensor": lambda w, zeros: Steps.apply(w, lambda: zeros),
+    "a view of it": lambda w, zeros: Steps.apply(w, lambda: zeros.view(5, 1)[:, 0]),
+    "what was saved": lambda w, zeros: Steps.apply(w, zeros),
+    "that through a view": lambda w, zeros: Steps.apply(w.view(5, 1), zeros.view(5, 1)).view(5),
+    "an array": lambda w, zeros: Steps.apply(w, lambda: torch.from_numpy(ARRAY)),
+    "from a hook": hooked,
+}
+TAKING = [
+    S.FixedPoint(max_steps=150),
+    S.Neumann(step_size=0.5, max_steps=99),
+    S.BiCGStab(rtol=1e-12),
+    S.GMRES(rtol=1e-12),
+]
+
+
+@pytest.mark.parametrize("form", ["fp_map", "residual"])
+@pytest.mark.parametrize("solver", TAKING, ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize("name", list(KEPT))
+def test_what_a_backward_pass_keeps_is_not_written_into(name, solver, form):
+    """A = I, by a map that gives zeros of its own as a gradient: 99 ∇₁E for ∇₁E before, and it said "converged"."""
+    w, lam, e, zeros = rand(5), rand(5, requires_grad=True), rand(5), rand(5) * 0
+    function = KEPT[name]
+    given = {"fp_map": lambda w, lam: function(w, zeros) + lam, "residual": lambda w, lam: function(w, zeros) + w - lam}
+    with untouched(zeros, w, lam):
+        result = hg.implicit.grad(
+            lambda w, lam: w @ e, params=w, hparams=lam, solver=replace(solver, **QUIET), **{form: given[form]}
+        )
+    assert not ARRAY.any()
+    torch.testing.assert_close(result.grads, e, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("form", ["fp_map", "residual"])
+@pytest.mark.parametrize("solver", [*TAKING, S.Dense()], ids=lambda solver: type(solver).__name__)
+def test_products_that_are_written_into_one_place(solver, form):
+    """The second product overwrites the first: FixedPoint stopped at ∇₁E, and Dense had one column for all."""
+    a, w, lam, e, memory = 0.2 * rand(5, 5), rand(5), rand(5, requires_grad=True), rand(5), torch.empty(5).double()
+    given = {
+        "fp_map": lambda w, lam: Into.apply(w, a, memory) + lam,
+        "residual": lambda w, lam: Into.apply(w, torch.eye(5).double() - a, memory) - lam,
+    }
+    result = hg.implicit.grad(
+        lambda w, lam: w @ e, params=w, hparams=lam, solver=replace(solver, **QUIET), **{form: given[form]}
+    )
+    due = torch.linalg.solve((torch.eye(5).double() - a).T, e)
+    torch.testing.assert_close(result.grads, due, rtol=1e-10, atol=0)
+
+
+class Clones(TorchDispatchMode):
+    """How many copies are made in its block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compile", [False, "recorded"])
+@pytest.mark.parametrize("solver", [S.FixedPoint, S.GMRES, S.BiCGStab])
+@pytest.mark.parametrize("shape", [(5,), (5, 5)])
+def test_new_products_are_not_copied(shape, solver, compile):
+    a, w, lam, counts = 0.2 * rand(5, 5), rand(*shape), rand(5, requires_grad=True), []
+    for steps in (3, 9):
+        with Clones() as clones:
+            hg.implicit.grad(
+                lambda w, lam: (w * w).sum(),
+                fp_map=lambda w, lam: torch.tanh(a @ w) + lam,
+                params=w,
+                hparams=lam,
+                solver=solver(max_steps=steps, **QUIET),
+                compile=compile,
+            )
+        counts.append(clones.count)
+    assert counts[0] == counts[1]

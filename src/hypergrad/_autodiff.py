@@ -409,7 +409,8 @@ def many(
     try:
         return batched(stacks)
     except RuntimeError:
-        columns = [one([stack[j] for stack in stacks]) for j in range(len(stacks[0]))]
+        # A map may write every product into the same memory.
+        columns = [[x.clone() for x in one([stack[j] for stack in stacks])] for j in range(len(stacks[0]))]
         return [torch.stack(parts) for parts in zip(*columns, strict=True)]
 
 

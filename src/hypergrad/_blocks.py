@@ -71,6 +71,8 @@ def _cut(x: Any, turned: Any, d: Any, ndim: int) -> list[tuple[Tensor, Tensor, A
     """(Xᵢ, Xᵢᵀ, dᵢ): views of an X that is too large for the cache and has its rows in one piece, else all of it."""
     plain = all(is_plain(a) and a.layout is torch.strided and a.device.type == "cpu" for a in (x, turned))
     rows = max(BLOCK // max(x.shape[1] * x.element_size(), 1), 1) * torch.get_num_threads()
+    # Sums of many blocks in half precision would lose what a product in one piece keeps.
+    plain = plain and x.dtype in (torch.float32, torch.float64)
     if not plain or not x.is_contiguous() or len(x) < LEAST * rows or not _same(turned, x.mT):
         return [(x, turned, d)]
     parts = x.split(rows)

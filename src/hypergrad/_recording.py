@@ -181,6 +181,7 @@ class Recorder(TorchDispatchMode):
         self._versions: list[tuple[Tensor, int]] = []
         self._turned: dict[Ref, Ref] = {}
         self._zeros: list[int] = []
+        self._lone: Ref | None = None  # of the zeros that came last, where no step takes them
         for i, x in enumerate(v):
             self._refs.note(x, ("v", i))
 
@@ -251,9 +252,10 @@ class Recorder(TorchDispatchMode):
             alike = alike and (a[0] != "v" or forms[a[1]] == forms[-1])
         if func in PLAIN and not kwargs and (same := self._same(func, args, alike)) is not None:
             self._refs.note(out, same)
-            if ("0", len(self.constants) - 1) in args:
+            if self._lone in args:
                 self._forget_zeros()
             return
+        self._lone = None
         self.steps.append(Step(func, args, kwargs, tuple(places), many, alike))
         if func is aten.t.default:
             self._turned["v", places[0]] = args[0]
@@ -268,7 +270,7 @@ class Recorder(TorchDispatchMode):
 
     def _forget_zeros(self) -> None:
         """Let go of the constant that came last: what it was added to is the sum."""
-        x = self.constants.pop()
+        self._lone, x = None, self.constants.pop()
         self._zeros.pop()
         self._refs.forget(x)
         if self._versions and self._versions[-1][0] is x:
@@ -296,6 +298,7 @@ class Recorder(TorchDispatchMode):
                 self.constants.append(x)
                 if kind == "0":
                     self._zeros.append(ref[1])
+                    self._lone = ref
                 if not x.is_inference():
                     self._versions.append((x, x._version))
             return ref
