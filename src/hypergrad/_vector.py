@@ -401,10 +401,12 @@ class Vector:
             used.add(place)
         return Vector(self.space, chunks)
 
-    def memory(self) -> list[StorageWeakRef]:
-        """Of each chunk, what tells whether anything still holds its memory."""
+    def memory(self) -> Callable[[], bool]:
+        """What tells whether anything still holds a part of this memory; another library's counts as held."""
         pairs = zip(self.chunks, self.space.plain, strict=True)
-        return [StorageWeakRef(chunk.untyped_storage()) for chunk, plain in pairs if plain]
+        parts = [chunk.untyped_storage() for chunk, plain in pairs if plain]
+        foreign, references = not all(part.resizable() for part in parts), [StorageWeakRef(part) for part in parts]
+        return lambda: foreign or not all(reference.expired() for reference in references)
 
     def own(self) -> Vector:
         """The same numbers, in memory that no leaf given to `pack` shares: several leaves were copied there already."""

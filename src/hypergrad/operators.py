@@ -29,8 +29,8 @@ class Counter:
 class _Owned:
     """v ↦ a product with v in memory to write into; with complement: v less that.
 
-    What the first product gave is let go of. If something still holds it then (a backward hands out a buffer of its
-    own), this and all later products are copied.
+    What the first product gave is let go of. If something still holds its memory then (a backward may keep its results,
+    or write them all into one place), this product and all later ones are copied.
     """
 
     def __init__(self, product: Product, complement: bool = False):
@@ -40,9 +40,9 @@ class _Owned:
     def __call__(self, v: Vector) -> Vector:
         image = self.product(v).apart_from(v)
         if self.held is None:
-            memory = image.memory()
+            is_held = image.memory()
             image = image.copy()
-            self.held = not all(each.expired() for each in memory)
+            self.held = is_held()
         elif self.held:
             image = image.copy()
         return image.scale_add_(-1.0, v) if self.complement else image
