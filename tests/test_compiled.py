@@ -341,6 +341,21 @@ def test_what_is_written_in_place(function):
         assert all(same)
 
 
+def test_a_wider_number_added_in_place_is_not_recorded():
+    """float32 += float64 is float32, and the sum of the two is float64."""
+    v = draw(4)
+    with Recorder([v]) as recorder:
+        results = [(v.float() * 2).add_(v)]
+    recorder.finish(results)
+    assert results[0].dtype == torch.float32
+    assert recorder.reason == "it changes a tensor in place (aten.add_.Tensor)"
+    for other in (v.float(), 2.0, torch.tensor(2.0, dtype=torch.float64)):
+        with Recorder([v]) as recorder:
+            results = [(v.float() * 2).add_(other)]
+        recorder.finish(results)
+        assert recorder.reason is None
+
+
 def problem(seed: int, n: int = 6, rows: int = 20, factor: float = 1.0):
     rng = np.random.RandomState(seed)
     x, y = torch.tensor(rng.randn(rows, n)), torch.tensor(rng.randn(rows))

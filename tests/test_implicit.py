@@ -1442,6 +1442,29 @@ def test_products_that_are_written_into_one_place(solver, form):
     torch.testing.assert_close(result.grads, due, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("draws", [2, 3])
+def test_draws_that_are_written_into_one_place(draws):
+    """Φ = sᵢAw + λ with another sᵢ at each draw: the mean of the last products, not the last one of all."""
+    a, w, lam, e, memory = 0.2 * rand(5, 5), rand(5), rand(5, requires_grad=True), rand(5), torch.empty(5).double()
+    count = Counter()
+
+    def fp_map(w, lam):
+        count["draws"] += 1
+        return Into.apply(w, count["draws"] * a, memory) + lam
+
+    result = hg.implicit.grad(
+        lambda w, lam: w @ e,
+        fp_map=fp_map,
+        params=w,
+        hparams=lam,
+        stochastic=True,
+        final_draws=draws,
+        solver=lambda op, b, x0: b,  # no draw
+    )
+    mean = sum(range(1, draws + 1)) / draws
+    torch.testing.assert_close(result.solution.residual_norm, (mean * a.T @ e).norm(), rtol=1e-12, atol=0)
+
+
 class Clones(TorchDispatchMode):
     """How many copies are made in its block."""
 

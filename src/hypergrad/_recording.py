@@ -211,9 +211,13 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _write(self, func: Any, functional: Any, args: Any, kwargs: Any) -> Any:
-        """An operation in place, on a tensor made here that has no views, is written down as one that is not."""
+        """An operation in place, on a tensor made here that has no views, is written down as one that is not.
+
+        Not where that would give another dtype than the tensor has.
+        """
         target: Any = args[0] if args else None
-        if functional is None or self._new.get(target) is None or _storage(target) in self._viewed:
+        own = functional is not None and self._new.get(target) is not None and _storage(target) not in self._viewed
+        if not own or any(isinstance(x, Tensor) and torch.result_type(target, x) != target.dtype for x in args[1:]):
             self.reason = f"it changes a tensor in place ({func})"
             return func(*args, **kwargs)
         if not self._depends(args, kwargs):

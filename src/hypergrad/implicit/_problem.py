@@ -240,6 +240,8 @@ class LastProduct:
     def __call__(self, v: Vector) -> Vector:
         image, cross = self._draw(v)
         for _ in range(self.draws - 1):
+            # A map may write every product into the same memory.
+            image, cross = image.copy(), [x.clone() for x in cross]
             new_image, new_cross = self._draw(v)
             image, cross = image + new_image, _autodiff.add(cross, new_cross)
         scale = 1 / self.draws
