@@ -142,8 +142,11 @@ class Recording:
                 self.verdicts[key] = _failure(_said(error))
             return self.verdicts[key]
         times, failures = {}, []
-        ways = [RECORDED, *([BLOCKS] if self.blocks.way(held) else []), INDUCTOR]
-        for name in ways if product.backend is None else [product.backend]:
+        if product.backend is not None:
+            ways = [product.backend]
+        else:
+            ways = [RECORDED, *([BLOCKS] if self.blocks.way(held) else []), INDUCTOR]
+        for name in ways:
             if times.get(RECORDED, WORTH) < WORTH:
                 break
             try:
