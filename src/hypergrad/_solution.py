@@ -26,37 +26,39 @@ class Status(enum.Enum):
 
     message: str
 
-    CONVERGED = 0, "ended as asked: the tolerance is reached or, where none was given, all steps are done"
+    CONVERGED = 0, "the tolerance is reached"
+    COMPLETED = 1, "the number of steps that was asked for is done; no tolerance was given"
     MAX_STEPS = (
-        1,
+        2,
         "the tolerance is not reached: raise max_steps, precondition, take a more exact solver, or loosen rtol or atol",
     )
     STAGNATED = (
-        2,
+        3,
         "the residual no longer falls: the accuracy of this dtype is reached, the system is singular and inconsistent, "
         "or a restarted method is stuck; use float64, damping, a larger restart, or another solver",
     )
     DIVERGED = (
-        3,
-        "the residual grows: the iteration is not a contraction here; use a smaller step size, or a method that needs "
-        "no contraction (GMRES for a linear system; Anderson, Broyden or Newton for a fixed point)",
+        4,
+        "the residual is larger than that of no answer at all: for a stationary iteration use a smaller step size; "
+        "else use a method that needs no contraction (GMRES or MINRES for a linear system; Anderson, Broyden or Newton "
+        "for a fixed point)",
     )
     NOT_POSITIVE_DEFINITE = (
-        4,
+        5,
         "a direction of zero or negative curvature was met (xᵀAx ≤ 0): the point is no strict minimum, or the system "
         "is singular; use MINRES, add damping, or solve the inner problem further",
     )
     NOT_SYMMETRIC = (
-        5,
+        6,
         "the operator was declared symmetric and is not (xᵀAy ≠ yᵀAx): use GMRES, BiCGStab, NormalCG or LSQR",
     )
     BREAKDOWN = (
-        6,
+        7,
         "a division by zero ended the method: the system is singular, or the method does not apply; use another "
         "solver or damping",
     )
     NON_FINITE = (
-        7,
+        8,
         "NaN or infinity in the right hand side, in a product or in the iterates: look at the losses at this point "
         "(overflow, log(0), a norm differentiated at 0), or use a wider dtype",
     )
@@ -184,7 +186,8 @@ class Solution:
 
     @property
     def ok(self) -> bool:
-        return not any(self._codes)
+        """Whether every system ended as it was asked to: CONVERGED, or COMPLETED where no tolerance was given."""
+        return max(self._codes) <= Status.COMPLETED.value
 
     @property
     def relative_residual(self) -> Tensor:

@@ -129,7 +129,8 @@ class FixedPointSolver(ABC):
             going = going & self._unsolved(norm, size, rtol, atol)
         last, (w, norm, size) = norm, best
         unsolved = norm.new_zeros(norm.shape, dtype=torch.bool) if fixed else self._unsolved(norm, size, rtol, atol)
-        code = torch.where(unsolved, Status.MAX_STEPS.value, Status.CONVERGED.value)
+        done = Status.COMPLETED if fixed else Status.CONVERGED
+        code = torch.where(unsolved, Status.MAX_STEPS.value, done.value)
         grown = (last > first) & (last > before) & (steps > 1)
         grown = grown & ~(last <= 100 * w.space.eps * size)  # at rounding level nothing is growth
         code = torch.where(grown & (unsolved | fixed), Status.DIVERGED.value, code)

@@ -180,7 +180,7 @@ def report_unsolved(result: MetaGradient, on_failure: OnFailure) -> None:
     if on_failure == "ignore":
         return
     count = len(result.statuses)
-    bad = [i for i, s in enumerate(result.statuses) if s not in (Status.CONVERGED, Status.NON_FINITE)]
+    bad = [i for i, s in enumerate(result.statuses) if s.value > Status.COMPLETED.value and s is not Status.NON_FINITE]
     if bad:
         assert result.adjoint_residual is not None
         worst = max(bad, key=lambda i: result.statuses[i].value)

@@ -336,10 +336,14 @@ def _judge(outcome: Outcome, residual: Real, system: System) -> Real:
     """The Status values that the true residual and the events on the way lead to; read only where that is free."""
     norm = system.look(outcome.trace[-1])
     code = 0 if outcome.code is None else system.look(outcome.code)
+    worse_than_none = (residual >= system.rhs_norm) & (system.rhs_norm > 0)
     if system.goal is None:
+        ended = where(worse_than_none, Status.DIVERGED.value, Status.COMPLETED.value)
+        code = where(code > 0, code, ended)
         finite = (residual < math.inf) & (norm < math.inf)
     else:
         ended = where(norm <= system.stop, Status.STAGNATED.value, Status.MAX_STEPS.value)
+        ended = where(worse_than_none, Status.DIVERGED.value, ended)
         code = where(code > 0, code, ended)
         solved = (residual <= system.goal) & (code != Status.BREAKDOWN.value)
         code = where(solved, Status.CONVERGED.value, code)
@@ -374,7 +378,8 @@ def _run_function(
     own = isinstance(value, Vector) and value.space is b.space
     x = value if own else b.space.vector(tree, "the solver's result")
     residual = (b - last_product(x)).norm()
-    code = result.code if isinstance(result, Solution) else torch.zeros_like(residual, dtype=torch.long)
+    completed = torch.full_like(residual, Status.COMPLETED.value, dtype=torch.long)
+    code = result.code if isinstance(result, Solution) else completed
     code = torch.where(torch.isfinite(residual), code, Status.NON_FINITE.value)
     steps = result.steps if isinstance(result, Solution) else op.products - before
     trace = result.trace if isinstance(result, Solution) else torch.stack([residual])
