@@ -13,10 +13,8 @@ from torch import Tensor
 from .. import _autodiff
 from .._autodiff import as_scalar
 from .._vector import PyTree, describe, difference, flatten, split
-from ..diff_optimizers import Rule
-from ..diff_optimizers._rule import State
-from ..diff_optimizers._rules import plus
-from ..unroll._schedule import parse
+from ..diff_optimizers import Rule, State, plus
+from ..unroll import parse_bytes as parse
 from ._spelling import Spelled
 
 # Bytes that the graph of one task's loss may keep for tasks to go side by side on a CPU. Measured, one thread, 16
@@ -106,7 +104,7 @@ class Problem:
     @cached_property
     def rule_calls(self) -> bool:
         """Whether a hyperparameter of the rule is a callable of hparams."""
-        return self.rule._calls()
+        return self.rule.needs_hparams
 
 
 class Tasks:
