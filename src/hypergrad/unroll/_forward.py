@@ -6,11 +6,14 @@ Z₀ = ∂w₀/∂λ U,   Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t U;   ∇f(λ) U 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .. import _autodiff, _random
 from .._autodiff import Linearisation
@@ -233,9 +236,11 @@ def forward(
             known = earlier and _checked(earlier.tangents, run, directions)
             tangents = known or push.start(directions, generator)
             tensors, rebuild = [x.detach().clone() for x in run.start], run.rebuild
+            dense = DenseEmbeddings()
             for t in range(begin, begin + steps):
                 leaves = [leaf(x) for x in tensors]
-                outputs, rebuild = run.evaluate(leaves, rebuild, t)
+                with dense if t == begin or dense.needed else nullcontext():
+                    outputs, rebuild = run.evaluate(leaves, rebuild, t)
                 tangents = push(tangents, leaves, outputs, check=t & (t - 1) == 0)
                 tensors = [x.detach() for x in outputs]
                 del leaves, outputs
@@ -252,6 +257,20 @@ def forward(
             standard_error=None if error is None else run.in_hparams(error),
             tangents=tangents,
         )
+
+
+class DenseEmbeddings(TorchFunctionMode):
+    """torch.nn.functional.embedding without sparse=True, the third derivative of which torch takes for zero."""
+
+    needed = False
+    places: ClassVar = {torch.nn.functional.embedding: 6, torch.embedding: 4}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        place, kwargs = self.places.get(func), dict(kwargs or {})
+        if place is not None and (kwargs.get("sparse") or args[place:]):
+            self.needed = self.needed or kwargs.get("sparse") or args[place]
+            args, kwargs = args[:place], kwargs | {"sparse": False}
+        return func(*args, **kwargs)
 
 
 class _Push:

@@ -188,7 +188,7 @@ class Run:
         """The tensors of step's result in the order of the start's, mappings being matched by key."""
         value = list(value) if isinstance(value, Iterator) else value
         tensors, rebuild = split(value)
-        if optree.tree_structure(value) == self.structure:
+        if optree.tree_structure(value) == self.structure and len(tensors) == len(self.start):
             return tensors, rebuild
         own, found = self.paths, _paths(value, "start")
         if len(own) != len(found):
