@@ -134,6 +134,7 @@ def saved(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
         for value in (*values, *getattr(node, "saved_tensors", ())):
             for x in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(x, Tensor) and x.layout is torch.strided:
+                    x = x.detach().to_local() if hasattr(x, "to_local") else x  # of a sharded tensor, this rank's part
                     sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return sizes
 

@@ -50,6 +50,8 @@ def elsewhere(offload: Any, tensors: Sequence[Tensor]) -> Iterator[Store]:
             raise ValueError('offload="cpu": the iterates are on the CPU already; pass a folder (pathlib.Path) or None')
         yield on_cpu
     elif isinstance(offload, os.PathLike):
+        if any(hasattr(x, "to_local") for x in tensors):
+            raise ValueError("offload: files take no sharded tensors; pass None")
         try:
             folder = tempfile.TemporaryDirectory(prefix="hypergrad-", dir=offload)
         except OSError as error:
@@ -178,5 +180,6 @@ class Allocated(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    leaves = optree.tree_leaves(tree)
-    return [x.untyped_storage() for x in leaves if isinstance(x, Tensor) and x.layout is torch.strided]
+    leaves = [x for x in optree.tree_leaves(tree) if isinstance(x, Tensor) and x.layout is torch.strided]
+    # Of a sharded tensor this rank's part.
+    return [(x.detach().to_local() if hasattr(x, "to_local") else x).untyped_storage() for x in leaves]
