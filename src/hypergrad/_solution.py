@@ -160,6 +160,7 @@ class Solution:
         trace: the method's own residual norm before each step and after the last: [steps + 1], or [steps + 1, B]; NaN
             where it did not take it. Of fixed_points without trace=True: that of the worst system, [steps + 1].
         method: the solver's name; of solvers.Auto the method that gave the value, and why it was taken.
+        curvature: the least xᵀAx / xᵀx that the method met, where it knows it (CG): 0-d, or [B].
     """
 
     value: Any
@@ -169,6 +170,7 @@ class Solution:
     rhs_norm: Tensor
     trace: Tensor
     method: str = ""
+    curvature: Tensor | None = None
 
     @cached_property
     def _codes(self) -> list[int]:

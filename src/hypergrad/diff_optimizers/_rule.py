@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _autodiff
 from .._autodiff import as_scalar
 from .._solution import warn
-from .._vector import PyTree, flatten
+from .._tree import PyTree, flatten
 
 Value: TypeAlias = "float | Tensor"
 State: TypeAlias = "dict[str, Any]"

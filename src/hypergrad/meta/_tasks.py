@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _autodiff, _graph
 from .._autodiff import as_scalar
-from .._vector import PyTree, describe, difference, flatten, split
+from .._tree import PyTree, describe, difference, flatten, split
 from ..diff_optimizers import Rule
 from ..diff_optimizers._rule import State
 from ..diff_optimizers._rules import plus
@@ -338,7 +338,7 @@ def make_plan(
 
 def _kept(loss: Tensor, known: list[Tensor]) -> int:
     """Bytes that the graph of a loss keeps, beside tensors that are there anyway (tasks are views of one tensor)."""
-    sizes = _autodiff.saved([loss], set())
+    sizes = _graph.saved_bytes([loss], set())
     for x in known:
         sizes.pop(x.untyped_storage().data_ptr(), None)
     return sum(sizes.values())

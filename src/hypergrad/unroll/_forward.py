@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _graph
 from .._autodiff import Linearisation
-from .._vector import PyTree, describe
-from ..implicit import random_state_kept_on_error
+from .._random import random_state_kept_on_error
+from .._tree import PyTree, describe
 from ._steps import Run, add, batch_at, check_whole, leaf
 
 PASS = 2**20  # numbers in the tangents of one vectorised pass; measured: above it one at a time is as fast
@@ -279,7 +279,7 @@ class _Push:
             leaves=[x.new_empty(0, *x.shape) for x in self.floats],
             reached=[False] * len(hparams),
         )
-        if not _autodiff.depends(self.run.start, hparams):
+        if not _graph.depends(self.run.start, hparams):
             return tangents
         return self(tangents, [], self.run.start, check=True)
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._vector import PyTree
-from ..implicit import random_state_kept_on_error
+from .._random import random_state_kept_on_error
+from .._tree import PyTree
 from ._memory import Put, kept
 from ._schedule import Plan, parse, schedule, stride
 from ._steps import Run, State, batch_at, check_whole, same, set_random_state

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._vector import PyTree
+from .._tree import PyTree
 from ._memory import Allocated
 from ._steps import Run, State, random_state, set_random_state
 

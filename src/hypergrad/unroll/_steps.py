@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _autodiff, _graph
 from .._autodiff import as_scalar
 from .._solution import warn, warn_if_not_finite
-from .._vector import PyTree, describe, flatten, split
+from .._tree import PyTree, describe, flatten, split
 from ..implicit import check_hparams
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
@@ -166,7 +166,7 @@ class Run:
 
     def warn_if_cut(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
         """Warn where a part of the state that step was given reaches nothing; not at step 0, often a case apart."""
-        lost = _autodiff.unreached(outputs, tensors)
+        lost = _graph.unreached(outputs, tensors)
         if lost:
             parts = ", ".join(f"tensor {i} {describe(*KIND(tensors[i]))}" for i in lost)
             warn(
@@ -196,7 +196,7 @@ class Run:
         """Raise where step uses the live start that it closes over instead of what it is given."""
         live = [x for x in self.start if x.requires_grad and not any(x is y for y in self.outer)]
         floats = [x for x in tensors if x.requires_grad]
-        if live and not _autodiff.depends(outputs, floats) and _autodiff.depends(outputs, live):
+        if live and not _graph.depends(outputs, floats) and _graph.depends(outputs, live):
             raise ValueError(
                 "step does not use the params that it is called with, but the live start: use its argument"
             )
@@ -236,11 +236,11 @@ class Run:
         leaves, middle, rebuild = self.record(state, begin, begin + 1)
         one = self.keep([x.detach() for x in middle], rebuild)
         seen: set[Any] = set()
-        before = _autodiff.saved(middle, seen)
+        before = _graph.saved_bytes(middle, seen)
         inputs = [x if x.requires_grad else leaf(x) for x in middle]
         outputs, rebuild = self.evaluate(inputs, rebuild, begin + 1)
         nodes = len(seen)
-        sizes = _autodiff.saved(outputs, seen)
+        sizes = _graph.saved_bytes(outputs, seen)
         own = sum(size for place, size in sizes.items() if place not in before)
         two = self.keep([x.detach() for x in outputs], rebuild)
         both = Recorded(leaves, outputs, rebuild)
@@ -284,7 +284,7 @@ class Run:
 
     def through_start(self, start_grads: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
         """∇ ← ∇ + (∂w₀/∂λ)ᵀ α, where the start was computed from hparams."""
-        if not _autodiff.depends(self.start, self.differentiated):
+        if not _graph.depends(self.start, self.differentiated):
             return grads
         more = _autodiff.grad_or_none(self.start, self.differentiated, start_grads, retain_graph=True)
         return add(grads, more)
