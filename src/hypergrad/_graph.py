@@ -66,7 +66,8 @@ def computed_from(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 def undeclared_leaves(outputs: Sequence[Tensor], declared: Sequence[Tensor]) -> list[Tensor]:
     """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors."""
     known = {id(x) for x in declared}
-    edges = _behind([_edge(y) for y in outputs if y.requires_grad], set())
+    seen = {_edge(x)[0] for x in declared if x.requires_grad}  # what declared tensors were computed from is not entered
+    edges = _behind([_edge(y) for y in outputs if y.requires_grad], seen)
     variables = (getattr(node, "variable", None) for node, _ in edges)
     return list({id(x): x for x in variables if x is not None and id(x) not in known}.values())
 

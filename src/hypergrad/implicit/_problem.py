@@ -300,7 +300,7 @@ class Problem:
         """Warn of trained tensors in evaluated losses that are in neither params nor hparams."""
         if not self.live:
             return
-        others = _graph.undeclared_leaves(losses, [*self._given, *self._outer, *self._sources()])
+        others = _graph.undeclared_leaves(losses, [*self._given, *self._outer])
         if others:
             shapes = ", ".join(str(tuple(x.shape)) for x in others[:3])
             warn(
@@ -308,11 +308,6 @@ class Problem:
                 f"(of shape {shapes}): they count as constants. If they were trained with params, pass them in params; "
                 f"if not, freeze them (requires_grad_(False)) or detach them"
             )
-
-    def _sources(self) -> list[Tensor]:
-        """What hparams that are outputs of a network were computed from."""
-        made = [x for x in self._outer if not x.is_leaf]
-        return _graph.undeclared_leaves(made, ()) if made else []
 
 
 def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
