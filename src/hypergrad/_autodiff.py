@@ -165,6 +165,9 @@ class Linearisation:
         curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
         probe: the c at which `pulled` is taken, like outputs.
         compile: makes v ↦ ∂₁Fᵀv, by other means, of that by a retained reverse pass.
+
+    Attributes:
+        params_unreached: whether `vjp_both` found that no output depends on any of params.
     """
 
     def __init__(
@@ -185,6 +188,7 @@ class Linearisation:
         # No method of this object, which would then be in a cycle with what it holds.
         plain = partial(_retained, self.outputs, params)
         self.compiled = None if compile is None else compile(plain)
+        self.params_unreached = False
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def drop_values(self) -> None:
@@ -222,6 +226,7 @@ class Linearisation:
         if self.curvature is not None:
             return self.curvature(v, False), grad_or_none(self.outputs, self.hparams, v, retain_graph=retain_graph)
         both = grad_or_none(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
+        self.params_unreached = all(g is None for g in both[: len(self.params)])
         pulled = [torch.zeros_like(x) if g is None else g for g, x in zip(both, self.params, strict=False)]
         return pulled, both[len(self.params) :]
 

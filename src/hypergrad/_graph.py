@@ -10,16 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _torch
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
 
 
-def _edge(x: Tensor) -> Edge:
-    edge = get_gradient_edge(x)
+def _edge(x: Tensor | GradientEdge) -> Edge:
+    edge = get_gradient_edge(x) if isinstance(x, Tensor) else x
     return edge.node, edge.output_nr
+
+
+def _edges(outputs: Iterable[Tensor | GradientEdge]) -> list[Edge]:
+    """Where the outputs that have a graph come from."""
+    return [_edge(y) for y in outputs if not isinstance(y, Tensor) or y.requires_grad]
 
 
 def _behind(edges: Iterable[Edge], seen: set[Any]) -> Iterator[Edge]:
@@ -33,16 +38,16 @@ def _behind(edges: Iterable[Edge], seen: set[Any]) -> Iterator[Edge]:
             stack.extend(parent for parent in node.next_functions if parent[0] is not None)
 
 
-def depends(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+def depends(outputs: Sequence[Tensor | GradientEdge], inputs: Sequence[Tensor]) -> bool:
     """Whether any output has any input in its graph."""
     sought = {_edge(x) for x in inputs if x.requires_grad}
-    return any(edge in sought for edge in _behind([_edge(y) for y in outputs if y.requires_grad], set()))
+    return any(edge in sought for edge in _behind(_edges(outputs), set()))
 
 
 def unreached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
     """The places of inputs that require grad and that no output depends on."""
     places = {_edge(x): i for i, x in enumerate(inputs) if x.requires_grad}
-    for edge in _behind([_edge(y) for y in outputs if y.requires_grad], {node for node, _ in places}):
+    for edge in _behind(_edges(outputs), {node for node, _ in places}):
         places.pop(edge, None)
         if not places:
             break
@@ -67,7 +72,7 @@ def undeclared_leaves(outputs: Sequence[Tensor], declared: Sequence[Tensor]) -> 
     """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors."""
     known = {id(x) for x in declared}
     seen = {_edge(x)[0] for x in declared if x.requires_grad}  # what declared tensors were computed from is not entered
-    edges = _behind([_edge(y) for y in outputs if y.requires_grad], seen)
+    edges = _behind(_edges(outputs), seen)
     variables = (getattr(node, "variable", None) for node, _ in edges)
     return list({id(x): x for x in variables if x is not None and id(x) not in known}.values())
 
@@ -78,7 +83,7 @@ def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
     Reads the nodes: saved-tensor hooks would forbid torch.func inside what is measured.
     """
     before, sizes = set(seen), {}
-    for node, _ in _behind([_edge(y) for y in outputs if y.requires_grad], seen):
+    for node, _ in _behind(_edges(outputs), seen):
         if node in before or hasattr(node, "variable"):
             continue
         for value in _torch.saved_values(node):

@@ -1,6 +1,6 @@
 """Linear operators: a product, the transposed product, and what is known of them.
 
-Public: LinearOperator, matrix, function, GaussNewton, Stochastic. Solvers see operators and vectors, never a loss or a model.
+Solvers see operators and vectors, never a loss or a model.
 """
 
 from __future__ import annotations

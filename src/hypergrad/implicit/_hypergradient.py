@@ -310,7 +310,7 @@ def _warn_of_kink(problem: Problem, result: Hypergradient) -> None:
     if anywhere((part > KINK * whole) & significant):
         warn(
             "the gradient of inner_loss vanishes everywhere but where params are exactly 0: inner_loss has a kink "
-            "there (an L1 term, say), so its Hessian is not the derivative of its solution. Pass the proximal step as fp_map "
-            "(diff_optimizers.ProximalGradient), whose hypergradient is right",
+            "there (an L1 term, say), so its Hessian is not the derivative of its solution. Pass the proximal step as "
+            "fp_map (diff_optimizers.ProximalGradient), whose hypergradient is right",
             UnsolvedInnerProblem,
         )

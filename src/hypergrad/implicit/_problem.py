@@ -150,7 +150,6 @@ class Problem:
                 self._warn_of_others([loss])
             else:
                 outputs = self.space.check(value, f"the value of {self.kind}")
-                self._check_uses_arguments(outputs, self.kind)
         compiled = None
         if self.compile:
             backend = None if self.compile is True else self.compile
@@ -201,6 +200,8 @@ class Problem:
     def _product_with_both(self, v: Vector) -> tuple[Vector, Sequence[Tensor | None]]:
         linearisation = self._current()
         pulled, cross = linearisation.vjp_both(v.leaves, retain_graph=self.keep)
+        if linearisation.params_unreached and callable(self.inner):
+            self._check_uses_arguments(linearisation.outputs, self.kind)
         if self.linearisation is None:  # that of the last draw
             self.residual_norm = self._residual_of(linearisation).norm()
         return v.space.pack(pulled), cross
@@ -337,7 +338,7 @@ def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> tuple[list[int]
 
 
 def _check_independent(leaves: list[Tensor], names: Sequence[str]) -> None:
-    pair = _graph.computed_from(leaves)
+    pair = None if all(leaf.is_leaf for leaf in leaves) else _graph.computed_from(leaves)
     if pair is not None:
         late, early = (names[i] for i in pair)
         raise ValueError(
