@@ -134,7 +134,7 @@ NOT_FINITE = (
 
 def finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all entries are finite: one read from the device, and a closer look only where a sum is not."""
-    tensors = [x.detach() for x in tensors]
+    tensors = [torch.view_as_real(x.detach()) if x.is_complex() else x.detach() for x in tensors]
     sums = [full(x.sum()) for x in tensors]
     total = sums[0] if len(sums) == 1 else sum(s.float().to(sums[0].device) for s in sums)
     return math.isfinite(float(total)) or all(bool(full(torch.isfinite(x).all())) for x in tensors)

@@ -51,10 +51,11 @@ class Paths(Sequence[str]):
         return [places[path] for path in self.within]
 
 
-def flatten(tree: PyTree, name: str) -> tuple[list[Tensor], Paths, Unflatten]:
+def flatten(tree: PyTree, name: str, complex: bool = False) -> tuple[list[Tensor], Paths, Unflatten]:
     """Leaves, their paths as text, and the inverse. An iterator (model.parameters()) is read once, into a list.
 
-    Raises TypeError naming the leaf that is not a floating point tensor, ValueError for no leaf at all.
+    Raises TypeError naming the leaf that is not a floating point tensor (or, where that is allowed, a complex one),
+    ValueError for no leaf at all.
     """
     if isinstance(tree, Iterator):
         tree = list(tree)
@@ -63,8 +64,9 @@ def flatten(tree: PyTree, name: str) -> tuple[list[Tensor], Paths, Unflatten]:
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{paths[i]} must be a floating point tensor, got {type(leaf).__name__}{_hint(leaf)}")
-        if not leaf.is_floating_point():
-            raise TypeError(f"{paths[i]} must be a floating point tensor, got one of dtype {leaf.dtype}")
+        if not (leaf.is_floating_point() or (complex and leaf.is_complex())):
+            hint = "; pass torch.view_as_real of it, and torch.view_as_complex within" if leaf.is_complex() else ""
+            raise TypeError(f"{paths[i]} must be a floating point tensor, got one of dtype {leaf.dtype}{hint}")
     if not leaves:
         raise ValueError(f"{name} holds no tensor: {tree!r}")
     return leaves, paths, spec.unflatten

@@ -173,9 +173,9 @@ def grad(
     solution.report("the adjoint system of the hypergradient", on_failure)
     if on_failure != "ignore":
         result.check_finite(on_failure)
-        if not problem.stochastic:  # one draw's residual does not say whether the mean is solved
+        if not problem.stochastic and not _warned_of_kink(problem, result):
+            # One draw's residual does not say whether the mean is solved.
             result.warn_if_unsolved()
-            _warn_of_kink(problem, result)
     return result
 
 
@@ -256,9 +256,9 @@ def accumulate(hparams: PyTree, grads: PyTree) -> None:
 
     The hooks of hparams do not act: they did when the gradients were taken.
     """
-    leaves = flatten(hparams, "hparams")[0]
+    leaves = flatten(hparams, "hparams", complex=True)[0]
     with _torch.hooks_suspended(leaves):
-        _autodiff.backward(leaves, flatten(grads, "grads")[0])
+        _autodiff.backward(leaves, flatten(grads, "grads", complex=True)[0])
 
 
 def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor], count: int | None = None) -> Hypergradient:
@@ -301,16 +301,18 @@ def _inner_distance(residual: Tensor, solution: Solution, point: Vector) -> Tens
     return space.tensor(ratio(f * stretch, size, known))
 
 
-def _warn_of_kink(problem: Problem, result: Hypergradient) -> None:
-    """A gradient that is left only where params are exactly 0 is that of a nonsmooth term, as L1 is."""
+def _warned_of_kink(problem: Problem, result: Hypergradient) -> bool:
+    """Warn of a gradient that is left only where params are exactly 0: it is that of a nonsmooth term, as L1 is."""
     if problem.at_kink is None:
-        return
+        return False
     part, whole = read(problem.at_kink), read(problem.residual_norm)
     significant = read(result.inner_distance) > problem.space.eps**0.5
-    if anywhere((part > KINK * whole) & significant):
+    found = anywhere((part > KINK * whole) & significant)
+    if found:
         warn(
             "the gradient of inner_loss vanishes everywhere but where params are exactly 0: inner_loss has a kink "
             "there (an L1 term, say), so its Hessian is not the derivative of its solution. Pass the proximal step as "
             "fp_map (diff_optimizers.ProximalGradient), whose hypergradient is right",
             UnsolvedInnerProblem,
         )
+    return found

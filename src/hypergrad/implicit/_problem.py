@@ -81,7 +81,7 @@ class Problem:
         self._argument = rebuild(filled(given, self._places, self.leaves))
 
     def _set_hparams(self, hparams: PyTree) -> None:
-        outer, names, rebuild = flatten(hparams, "hparams")
+        outer, names, rebuild = flatten(hparams, "hparams", complex=True)
         self.hparams, self._outer, self._outer_names, self._rebuild_outer = rebuild(outer), outer, names, rebuild
         self._outer_places, self.differentiated = check_hparams(outer, names)
         self.outer_space = Space.of(outer, names, rebuild, places=self._outer_places)
@@ -261,7 +261,7 @@ class Problem:
     @property
     def changed(self) -> list[str]:
         """Which of "params" and "hparams" of a result were changed in place since (by an optimizer's step, say)."""
-        inner, outer = flatten(self.params, "params")[0], flatten(self.hparams, "hparams")[0]
+        inner, outer = flatten(self.params, "params")[0], flatten(self.hparams, "hparams", complex=True)[0]
         now = [_torch.version_of(x) for x in (*inner, *outer)]
         pairs = (("params", slice(len(inner))), ("hparams", slice(len(inner), None)))
         return [name for name, part in pairs if self._versions[part] != now[part]]
