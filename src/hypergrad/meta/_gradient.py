@@ -9,10 +9,11 @@ import optree
 import torch
 from torch import Tensor
 
+from .._random import random_state_kept_on_error
 from .._solution import OnFailure, finite
-from .._vector import PyTree, flatten, split
+from .._tree import PyTree, flatten, split
 from ..diff_optimizers import SGD, GroupLasso, Rule
-from ..implicit import accumulate, check_hparams, random_state_kept_on_error
+from ..implicit import accumulate, check_hparams
 from ._methods import Implicit, Method, Part
 from ._result import Adaptation, MetaGradient, Reduction, Total, joined, report_failed, report_unsolved
 from ._tasks import Chunk, Diverged, Problem, Tasks, chunks, finite_tasks, make_plan

@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _autodiff, implicit, unroll
+from .. import _autodiff, _graph, implicit, unroll
 from .._solution import NotFinite, OnFailure, Status
-from .._vector import PyTree, difference, flatten, split
-from ..solvers import CG, LinearSolver
-from ..solvers._solver import Solver
+from .._tree import PyTree, difference, flatten, split
+from ..solvers import CG, LinearSolver, Solver
 from ._tasks import Chunk, Diverged
 
 
@@ -69,7 +68,7 @@ class Implicit(Method):
         def noting(function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
             def evaluate(params: PyTree, hparams: PyTree) -> PyTree:
                 value = function(params, hparams)
-                reached.append(bool(reached and reached[-1]) or _autodiff.depends(split(value)[0], outer))
+                reached.append(bool(reached and reached[-1]) or _graph.depends(split(value)[0], outer))
                 return value
 
             return evaluate
@@ -158,7 +157,7 @@ class FirstOrder(Method):
         leaves = [x.requires_grad_() for x in leaves]
         outer, _, _ = flatten(hparams, "hparams")
         loss = chunk.outer(rebuild(leaves), hparams)
-        if not _autodiff.depends([loss, *flatten(start, "start")[0]], differentiated(outer)):
+        if not _graph.depends([loss, *flatten(start, "start")[0]], differentiated(outer)):
             raise ValueError(
                 "neither start nor outer_loss depends on hparams, so the first-order gradient would be zero"
             )

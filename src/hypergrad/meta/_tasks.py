@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _autodiff, _graph
 from .._autodiff import as_scalar
-from .._vector import PyTree, describe, difference, flatten, split
+from .._tree import PyTree, describe, difference, flatten, split
 from ..diff_optimizers import Rule, State, plus
-from ..unroll import parse_bytes as parse
+from ..unroll import parse_bytes
 from ._spelling import Spelled
 
 # Bytes that the graph of one task's loss may keep for tasks to go side by side on a CPU. Measured, one thread, 16
@@ -336,14 +336,20 @@ def make_plan(
 
 def _kept(loss: Tensor, known: list[Tensor]) -> int:
     """Bytes that the graph of a loss keeps, beside tensors that are there anyway (tasks are views of one tensor)."""
-    sizes = _autodiff.saved([loss], set())
+    sizes = _graph.saved_bytes([loss], set())
     for x in known:
         sizes.pop(x.untyped_storage().data_ptr(), None)
     return sum(sizes.values())
 
 
 def in_bytes(memory: str | int) -> float:
-    budget = float(memory) if type(memory) is int and memory > 0 else parse(memory) if isinstance(memory, str) else None
+    budget = (
+        float(memory)
+        if type(memory) is int and memory > 0
+        else parse_bytes(memory)
+        if isinstance(memory, str)
+        else None
+    )
     if not isinstance(budget, float) or budget <= 0:
         raise ValueError(f'memory must be a number of bytes > 0, or like "1GiB", got {memory!r}')
     return budget

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .. import _autodiff, _random
+from .. import _graph
 from .._autodiff import Linearisation
-from .._vector import PyTree, describe, full
+from .._random import random_state_kept_on_error
+from .._tree import PyTree, describe
+from .._vector import full
 from ._steps import KIND, Batches, Run, add, check_whole, leaf
 
 PASS = 2**20  # numbers in the tangents of one vectorised pass; measured: above it one at a time is as fast
@@ -225,7 +227,7 @@ def forward(
     run = Run(step, outer_loss, begun, hparams, batches, begin + steps, with_time, allow_detached)
     if any(x.is_complex() for x in (*run.start, *run.outer)):
         raise TypeError(COMPLEX)
-    with _random.kept_on_error([*run.start, *run.outer]):
+    with random_state_kept_on_error([*run.start, *run.outer]):
         with run.differentiating():
             push, dense = _Push(run, chunk), DenseEmbeddings()
             known = earlier and _checked(earlier.tangents, run, directions)
@@ -291,7 +293,7 @@ class _Push:
             leaves=[placed(torch.zeros(0, *x.shape, **CPU), x, 1) for x in self.floats],
             reached=[False] * len(like),
         )
-        if not _autodiff.depends(self.start_leaves, self.hparams):
+        if not _graph.depends(self.start_leaves, self.hparams):
             return tangents
         return self(tangents, [], self.start_leaves, check=True)
 

@@ -34,11 +34,6 @@ def parse_bytes(text: Any) -> float | None:
     return None if number is None else float(number[1]) * UNITS[number[2]]
 
 
-def in_place(iterate: Iterate) -> Callable[[], Iterate]:
-    """An iterate stays where it is."""
-    return lambda: iterate
-
-
 @contextmanager
 def elsewhere(offload: Any, tensors: Sequence[Tensor]) -> Iterator[Store]:
     """What keeps iterates on the CPU or in files, which are gone at the end.
