@@ -13,12 +13,8 @@ from torch import Tensor
 from .. import _autodiff
 from .._autodiff import as_scalar
 from .._solution import warn
-<<<<<<< HEAD
 from .._tree import Paths, PyTree, flatten
 from ._hyperparameters import PerLeaf, PerStep, Values, aligned
-=======
-from .._tree import PyTree, flatten
->>>>>>> main
 
 State: TypeAlias = "dict[str, Any]"
 
