@@ -66,7 +66,7 @@ class PerLeaf:
 
     def in_order(self, paths: Paths, name: str) -> list[Any]:
         """The values in the order of params' leaves."""
-        if isinstance(self.values, (list, tuple)) and optree.tree_structure(self.values) != paths.spec:
+        if isinstance(self.values, (list, tuple)) and optree.tree_flatten(self.values)[1] != paths.spec:
             if len(self.values) != len(paths):
                 raise ValueError(f"{name}: PerLeaf holds {len(self.values)} values, but params has {len(paths)} leaves")
             return list(self.values)
