@@ -12,9 +12,9 @@ from ._hyperparameters import PerLeaf, is_zero
 from ._rule import Rule, State
 from ._rules import SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop
 
-TWINS: dict[type, type[Rule]] = {
-    getattr(torch.optim, rule.__name__): rule for rule in (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam)
-} | {torch.optim.AdamW: Adam}
+RULES: tuple[type[Rule], ...] = (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam)
+TWINS: dict[type, type[Rule]] = {getattr(torch.optim, rule.__name__): rule for rule in RULES}
+TWINS[torch.optim.AdamW] = Adam
 FLAGS = ("maximize", "nesterov", "amsgrad", "centered", "decoupled_weight_decay")
 
 
