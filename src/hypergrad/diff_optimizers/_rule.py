@@ -76,7 +76,7 @@ class Rule(ABC):
         leaves, _, unflatten = flatten(params, "params")
         dtype = torch.promote_types(leaves[0].dtype, torch.float32)
         state: State = {"step": torch.zeros((), dtype=dtype, device="cpu")}
-        if self._counts:
+        if self._counts and self._slots():
             state["missed"] = torch.zeros(len(leaves), dtype=dtype, device="cpu")
         return state | {name: unflatten([new(w) for w in leaves]) for name, new in self._slots().items()}
 
