@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from operator import add
 from typing import Literal
@@ -13,19 +12,21 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _autodiff, _torch
 from .._solution import OnFailure, Status, finite
 from .._vector import PyTree, flatten
 from ..diff_optimizers import SGD, GroupLasso, Rule
 from ..implicit import accumulate, check_hparams, random_state_kept_on_error
-from ..unroll._schedule import parse
+from ..unroll import parse_bytes
 from ._methods import Implicit, Method
 from ._result import (
+    REMEDY,
     Adaptation,
     MetaGradient,
     Piece,
     Plan,
     Reduction,
+    TaskError,
     collected,
     joined,
     report_failed,
@@ -142,7 +143,7 @@ def backward(
     leaves = flatten(hparams, "hparams")[0]
     with random_state_kept_on_error(leaves):
         result = _meta_gradient(problem, hparams, Tasks(tasks), method, reduction, chunk, memory, on_failure)
-        with hooks_suspended(leaves):  # they acted on the result
+        with _torch.hooks_suspended(leaves):  # they acted on the result
             accumulate(hparams, result.grads)
     return result
 
@@ -272,11 +273,13 @@ def _meta_gradient(
         rest = [i for i, finite in zip(some.index, good, strict=True) if finite]
         return [rest] if rest else []
 
-    with random_state_kept_on_error(leaves), hooks_suspended(leaves) as hooked:
+    with random_state_kept_on_error(leaves), _torch.hooks_suspended(leaves) as hooked:
         need = method._need(problem.steps)
         plan = _plan(problem, tasks, hparams, chunk, memory, need, one_by_one=reduction == "none")
         plan = _each_chunk(evaluate, plan, tasks)
         failed = [i for piece in pieces for i in piece.index if piece.statuses[0] is Status.NON_FINITE]
+        if len(failed) == tasks.count:
+            raise TaskError(f"all {tasks.count} tasks diverged, so there is no meta-gradient: {REMEDY}", sorted(failed))
         report_failed(failed, tasks.count, on_failure)
         report_unreached(unreached, hparams, type(method).__name__)
     total = joined(grads, tasks.count) if reduction == "none" else grads[0][1]
@@ -370,23 +373,10 @@ def _kept(loss: Tensor, known: list[Tensor]) -> int:
 
 
 def _in_bytes(memory: str | int) -> float:
-    budget = parse(memory) if isinstance(memory, str) else float(memory)
-    if not isinstance(budget, float) or budget <= 0:
+    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
         raise ValueError(f'memory must be a number of bytes > 0, or like "1GiB", got {memory!r}')
     return budget
-
-
-@contextmanager
-def hooks_suspended(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradient hooks of these tensors do not act meanwhile; gives the tensors that have one."""
-    found = [(x, hooks, dict(hooks)) for x in tensors if (hooks := getattr(x, "_backward_hooks", None))]
-    for _, hooks, _ in found:
-        hooks.clear()
-    try:
-        yield [x for x, _, _ in found]
-    finally:
-        for _, hooks, kept in found:
-            hooks.update(kept)
 
 
 def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor], hooked: Sequence[Tensor]) -> list[Tensor]:

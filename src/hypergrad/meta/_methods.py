@@ -75,6 +75,7 @@ class Implicit(Method):
 
         def residual(moving: list[Tensor], hparams: PyTree) -> list[Tensor]:
             slopes = chunk.moving(chunk.slopes(chunk.completed(moving, adapted), hparams))
+            slopes = _autodiff.or_zeros(slopes, moving)
             unreached.intersection_update(_autodiff.unreached(slopes, flatten(hparams, "hparams")[0]))
             return slopes
 
@@ -113,14 +114,15 @@ class Unrolled(Method):
     """Through the T steps: ∇f = d/dλ E(w_T(λ), λ) in reverse mode (MAML).
 
     Args:
-        memory: what is kept of the steps for the reverse pass, as in `unroll.reverse`: "graph" (each step evaluated
-            once), "iterates", "sqrt", or a number of checkpoints.
+        memory, checkpoints: what is kept of the steps for the reverse pass, as in `unroll.reverse`: "graph" (each step
+            evaluated once), "iterates", "sqrt", or a number of checkpoints with memory="sqrt".
 
-    Cost: T to 2T evaluations and T reverse passes of each task.
+    Cost: T to 2T evaluations and T reverse passes of each task, or more with checkpoints.
     Source: Finn, Abbeel and Levine 2017.
     """
 
-    memory: str | int = "graph"
+    memory: str = "graph"
+    checkpoints: int | None = None
 
     def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found:
         start, problem = chunk.start(hparams), chunk.problem
@@ -134,15 +136,14 @@ class Unrolled(Method):
                 lambda carry, hparams: chunk.outer(carry[0], hparams),
                 problem.steps,
                 memory=self.memory,
+                checkpoints=self.checkpoints,
             )
         return Found(flatten(result.grads, "grads")[0], set())  # unroll itself warns of hparams that are unreached
 
     def _need(self, steps: int) -> tuple[float, float]:
         if self.memory == "graph":
             return 3 + 2 * steps, 12 + 2 * steps
-        iterates = {"iterates": steps, "sqrt": 2 * sqrt(steps)}.get(str(self.memory))
-        if iterates is None:
-            iterates = self.memory if isinstance(self.memory, int) else 0
+        iterates = self.checkpoints or {"iterates": steps, "sqrt": 2 * sqrt(steps)}.get(self.memory, 0)
         return 5 + sqrt(steps) * (self.memory == "sqrt"), 14 + iterates
 
 

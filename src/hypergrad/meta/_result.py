@@ -15,6 +15,10 @@ from ..implicit import Hypergradient
 from ..implicit._hypergradient import UNSOLVED
 
 Reduction = Literal["mean", "sum", "none"]
+REMEDY = (
+    "params, losses or gradients hold NaN or infinity; use a smaller lr or fewer steps, or look at the losses and the "
+    "data of these tasks"
+)
 
 
 class TaskError(ValueError):
@@ -145,18 +149,9 @@ def named(tasks: Sequence[int], count: int) -> str:
 def report_failed(
     failed: list[int], count: int, on_failure: OnFailure, fate: str = "they are left out of the meta-gradient"
 ) -> None:
-    if len(failed) == count:
-        raise TaskError(
-            f"all {count} tasks diverged: their params, losses or gradients hold NaN or infinity, so there is no "
-            f"meta-gradient. Use a smaller lr, fewer steps, or look at the losses and data",
-            sorted(failed),
-        )
     if not failed or on_failure == "ignore":
         return
-    text = (
-        f"{named(failed, count)} diverged: params, losses or gradients hold NaN or infinity, and {fate}. "
-        f"Use a smaller lr, fewer steps, or look at the losses and data of these tasks"
-    )
+    text = f"{named(failed, count)} diverged, and {fate}: {REMEDY}"
     if on_failure == "raise":
         raise TaskError(text, sorted(failed))
     warn(text, NotFinite)

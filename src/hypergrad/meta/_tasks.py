@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 from .. import _autodiff
 from .._autodiff import as_scalar
 from .._vector import PyTree, flatten, split
-from ..diff_optimizers import Rule
+from ..diff_optimizers import Rule, plus
 
 Loss = Callable[[PyTree, PyTree, PyTree], Tensor]
 
@@ -40,10 +40,10 @@ class _Biased:
         squares = [(d * d).sum() for d in self.away(params, hparams)]
         return self.loss(params, hparams, task) + 0.5 * self.strength * torch.stack(squares).sum()
 
-    def pulled(self, slopes: list[Tensor], params: PyTree, hparams: PyTree) -> list[Tensor]:
+    def pulled(self, slopes: list[Tensor | None], params: PyTree, hparams: PyTree) -> list[Tensor | None]:
         """∇₁ℓ + ρ (w − λ): a fraction of the nodes that autograd makes of the penalty."""
         a, pairs = self.strength, zip(slopes, self.away(params, hparams), strict=True)
-        return [g + a * d if isinstance(a, Tensor) else g.add(d, alpha=a) for g, d in pairs]
+        return [a * d if g is None else plus(g, a, d) for g, d in pairs]
 
     def away(self, params: PyTree, hparams: PyTree) -> list[Tensor]:
         """w − λ, leaf by leaf of params; the centre is matched by key."""
@@ -235,11 +235,11 @@ class Chunk:
             return [x.expand(len(self.index), *x.shape) for x in first(hparams, None)]
         return self._map(first, (), hparams)
 
-    def moving(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+    def moving(self, leaves: Sequence[Any]) -> list[Any]:
         """The leaves that are not frozen."""
         return [x for x, frozen in zip(leaves, self.frozen, strict=True) if not frozen]
 
-    def completed(self, moving: Iterable[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    def completed(self, moving: Iterable[Any], leaves: Sequence[Any]) -> list[Any]:
         """Leaves with others for those that are not frozen."""
         new = iter(moving)
         return [x if frozen else next(new) for x, frozen in zip(leaves, self.frozen, strict=True)]
@@ -259,28 +259,29 @@ class Chunk:
         """A step of the rule on Σᵢ g."""
         (before, state), rule = carry, self.problem.rule
         at = [w if create_graph and w.requires_grad else w.detach().requires_grad_() for w in self.moving(before)]
-        leaves = self.completed(at, [w.detach() for w in before])
         with torch.enable_grad():
-            grads = self.slopes(leaves, hparams, create_graph)
+            slopes = self.slopes(self.completed(at, [w.detach() for w in before]), hparams, create_graph)
         with torch.set_grad_enabled(create_graph):
-            params, called = leaves if create_graph else before, hparams if rule._calls() else None
-            new, state = rule.update(self.rebuild(params), state, self.rebuild(grads), called)
-        return self.completed(self.moving(split(new)[0]), before), state
+            params = self.rebuild(self.completed(at, before) if create_graph else before)
+            called = hparams if rule.needs_hparams else None
+            params, state = rule.update(params, state, self.rebuild(slopes), called)
+        return split(params)[0], state
 
-    def slopes(self, leaves: list[Tensor], hparams: PyTree, create_graph: bool = True) -> list[Tensor]:
-        """∇₁g of each task: that of Σᵢ g(wᵢ, λ, taskᵢ), whose Hessian is block diagonal. Of no use where frozen."""
+    def slopes(self, leaves: list[Tensor], hparams: PyTree, create_graph: bool = True) -> list[Tensor | None]:
+        """∇₁g of each task: that of Σᵢ g(wᵢ, λ, taskᵢ), whose Hessian is block diagonal; None for frozen leaves."""
         loss, penalties = without_penalties(self.problem.inner_loss)
-        moving, params = self.moving(leaves), self.rebuild(leaves)
+        moving = self.moving(leaves)
         losses = self.losses(loss, "inner_loss", leaves, hparams, differentiated=create_graph)
         if not self._checked and not _autodiff.depends([losses], moving):
             raise ValueError(UNUSED.format("inner_loss"))
         self._checked = True
-        slopes = _autodiff.grad([losses], moving, [torch.ones_like(losses)], create_graph=create_graph)
-        slopes = self.completed(slopes, [torch.zeros_like(w) for w in leaves] if any(self.frozen) else leaves)
+        ones = [torch.ones_like(losses)]
+        found = _autodiff.grad_or_none([losses], moving, ones, create_graph=create_graph)
+        slopes = self.completed(found, [None] * len(leaves))
         with torch.set_grad_enabled(create_graph):
             for penalty in penalties:
-                slopes = penalty.pulled(slopes, params, hparams)
-        return slopes
+                slopes = penalty.pulled(slopes, self.rebuild(leaves), hparams)
+        return self.completed(self.moving(slopes), [None] * len(leaves))
 
     def outer(self, leaves: list[Tensor], hparams: PyTree) -> Tensor:
         """Σᵢ E(wᵢ, λ, taskᵢ). Keeps params and each value. Raises Diverged where one is not finite."""
@@ -331,9 +332,8 @@ class Chunk:
             *own, task = rebuild(tensors)
             return function(*own, hparams, task)
 
-        if len(self.index) == 1:  # squeezed, for the derivative of x[0] would be a new tensor of zeros, and a copy
-            return [x.unsqueeze(0) for x in one([x.squeeze(0) for x in tensors])]
-        if loop:
+        if loop or len(self.index) == 1:
+            # By unbind, whose derivatives take sparse gradients: those of x[0] and x.squeeze(0) do not.
             results = [one(own) for own in zip(*(x.unbind() for x in tensors), strict=True)]
             return [torch.stack(own) for own in zip(*results, strict=True)]
         return _autodiff.each(one, tensors)

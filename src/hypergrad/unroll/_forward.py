@@ -8,18 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _autodiff, _random
 from .._autodiff import Linearisation
 from .._vector import PyTree, describe
-from ..implicit import random_state_kept_on_error
-from ._steps import Run, add, batch_at, check_whole, leaf
+from ._steps import Batches, Run, add, check_whole, leaf
 
 PASS = 2**20  # numbers in the tangents of one vectorised pass; measured: above it one at a time is as fast
+COMPLEX = (
+    "forward mode takes no complex tensors: use unroll.reverse, or pass torch.view_as_real(x) and use "
+    "torch.view_as_complex in step"
+)
 NO_DERIVATIVE = (
     "forward mode differentiates the reverse pass of step once more, and an operation in step has no such derivative "
     "({}): use unroll.reverse"
@@ -57,7 +59,7 @@ class Directions:
             return [signs[rows] for signs in self.signs]
         _, dtype, device = self.kinds[0]
         unit = torch.zeros(len(rows), self.count, dtype=dtype, device=device)
-        unit[torch.arange(len(rows)), rows] = 1
+        unit[torch.arange(len(rows), device=device), rows.to(device)] = 1
         parts = zip(unit.split(self.sizes, 1), self.kinds, strict=True)
         return [part.reshape(len(rows), *shape).to(device=dev, dtype=dt) for part, (shape, dt, dev) in parts]
 
@@ -66,7 +68,7 @@ class Directions:
         hit = []
         for g, size in zip(pulled, self.sizes, strict=True):
             if g is None or half:  # in half precision an entry could be 0 by chance
-                hit.append(torch.full((size,), g is not None))
+                hit.append(torch.full((size,), g is not None, device="cpu"))
             else:
                 hit.append((g.detach() != 0).reshape(-1).cpu())
         entries = torch.cat(hit)
@@ -108,7 +110,7 @@ class Tangents:
 
 
 @dataclass(frozen=True)
-class UnrolledForward:
+class ForwardResult:
     """A hypergradient through the steps so far, and what a later call needs to go on from here.
 
     Attributes:
@@ -133,7 +135,7 @@ class UnrolledForward:
 
 def forward(
     step: Callable[..., PyTree],
-    start: PyTree | UnrolledForward,
+    start: PyTree | ForwardResult,
     hparams: PyTree,
     outer_loss: Callable[[PyTree, PyTree], Tensor],
     steps: int,
@@ -141,10 +143,10 @@ def forward(
     directions: int | None = None,
     generator: torch.Generator | None = None,
     chunk: int | None = None,
-    batches: Sequence[Any] | Callable[[int], Any] | None = None,
+    batches: Batches = None,
     with_time: bool = False,
     allow_detached: bool = False,
-) -> UnrolledForward:
+) -> ForwardResult:
     """Gradient of E(w_T(λ), λ) through T steps of w_{t+1} = Φ_t(w_t, λ), in forward mode. Writes no .grad.
 
         Z₀ = ∂w₀/∂λ,      Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t,      ∇f(λ) = ∇₂E(w_T, λ) + Z_Tᵀ ∇₁E(w_T, λ)
@@ -189,7 +191,7 @@ def forward(
         allow_detached: as in `reverse`.
 
     Returns:
-        An UnrolledForward.
+        An ForwardResult.
 
     Raises:
         TypeError, ValueError: something is not of the form above, or nothing reaches hparams; also where step's result
@@ -219,32 +221,29 @@ def forward(
         tensor(1.9688)
     """
     check_whole(steps=(steps, 0), directions=(directions, 1), chunk=(chunk, 1))
-    earlier = start if isinstance(start, UnrolledForward) else None
+    earlier = start if isinstance(start, ForwardResult) else None
     begin = 0 if earlier is None else earlier.steps
-    run = Run(
-        step,
-        start if earlier is None else earlier.params,
-        hparams,
-        batch_at(batches, begin + steps),
-        with_time or batches is not None,
-        allow_detached,
-    )
-    with random_state_kept_on_error([*run.start, *run.outer]), torch.enable_grad():
-        push = _Push(run, chunk)
-        known = earlier and _checked(earlier.tangents, run, directions)
-        tangents = known or push.start(directions, generator)
-        tensors, rebuild = [x.detach().clone() for x in run.start], run.rebuild
-        for t in range(begin, begin + steps):
-            leaves = [leaf(x) for x in tensors]
-            outputs, rebuild = run.evaluate(leaves, rebuild, t)
-            tangents = push(tangents, leaves, outputs, check=t & (t - 1) == 0)
-            tensors = [x.detach() for x in outputs]
-            del leaves, outputs
-        # What step gave may be a leaf of hparams, which will be updated in place.
-        alpha, direct = run.close([x.clone() for x in tensors], rebuild, outer_loss)
+    begun = start if earlier is None else earlier.params
+    run = Run(step, outer_loss, begun, hparams, batches, begin + steps, with_time, allow_detached)
+    if any(x.is_complex() for x in (*run.start, *run.outer)):
+        raise TypeError(COMPLEX)
+    with _random.kept_on_error([*run.start, *run.outer]):
+        with run.differentiating():
+            push = _Push(run, chunk)
+            known = earlier and _checked(earlier.tangents, run, directions)
+            tangents = known or push.start(directions, generator)
+            tensors, rebuild = [x.detach().clone() for x in run.start], run.rebuild
+            for t in range(begin, begin + steps):
+                leaves = [leaf(x) for x in tensors]
+                outputs, rebuild = run.evaluate(leaves, rebuild, t)
+                tangents = push(tangents, leaves, outputs, check=t & (t - 1) == 0)
+                tensors = [x.detach() for x in outputs]
+                del leaves, outputs
+            # What step gave may be a leaf of hparams, which will be updated in place.
+            alpha, direct = run.close([x.clone() for x in tensors], rebuild)
         estimate, error = tangents.directions.gradient(_slopes(tangents, alpha), tangents.rows)
         through = [h if reached else None for h, reached in zip(estimate, tangents.reached, strict=True)]
-        return UnrolledForward(
+        return ForwardResult(
             grads=run.hypergradient(add(direct, through), complain=True),
             params=run.params,
             outer_value=run.outer_value,
@@ -265,8 +264,8 @@ class _Push:
         self.chunk = chunk or max(1, PASS // max(1, sum(x.numel() for x in self.floats)))
         self.kept: tuple[Tensor, list[Tensor]] | None = None
         # Its own generator, for the user's random numbers must be those of a plain run.
-        generator = torch.Generator().manual_seed(0)
-        self.probe = [torch.randn(x.shape, generator=generator).to(x) for x in self.floats]
+        generator = torch.Generator("cpu").manual_seed(0)
+        self.probe = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in self.floats]
 
     def start(self, directions: int | None, generator: torch.Generator | None) -> Tangents:
         """Z₀ = ∂w₀/∂λ U."""
@@ -275,7 +274,7 @@ class _Push:
         kinds = [(x.shape, x.dtype, x.device) for x in hparams]
         tangents = Tangents(
             directions=Directions(kinds, signs or None),
-            rows=torch.zeros(0, dtype=torch.long),
+            rows=torch.zeros(0, dtype=torch.long, device="cpu"),
             leaves=[x.new_empty(0, *x.shape) for x in self.floats],
             reached=[False] * len(hparams),
         )
@@ -323,7 +322,7 @@ class _Push:
 
 
 def _signs(like: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    return torch.randint(0, 2, (count, *like.shape), generator=generator).mul_(2).sub_(1).to(like)
+    return torch.randint(0, 2, (count, *like.shape), generator=generator, device="cpu").mul_(2).sub_(1).to(like)
 
 
 def _begun(tangents: Tangents, pulled: Sequence[Tensor | None], half: bool) -> Tangents:

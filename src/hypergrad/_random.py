@@ -1,0 +1,50 @@
+"""torch's random state: captured, put back, and kept where a call ends in an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def devices_of(leaves: Iterable[Any]) -> list[torch.device]:
+    """The CUDA devices of these leaves; the CPU counts always."""
+    devices = {x.device for x in leaves if isinstance(x, Tensor) and x.device.type == "cuda"}
+    return sorted(devices, key=str)
+
+
+def capture(devices: Iterable[torch.device] = ()) -> dict[torch.device, Tensor]:
+    """The random states of the CPU and of these CUDA devices, to be compared or restored."""
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    return states | {device: torch.cuda.get_rng_state(device) for device in devices}
+
+
+def restore(states: Mapping[torch.device, Tensor]) -> None:
+    """Put back what `capture` gave: the same numbers are drawn again."""
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
+
+
+def equal(states: Mapping[torch.device, Tensor], others: Mapping[torch.device, Tensor]) -> bool:
+    """Whether nothing was drawn between two captures on the same devices."""
+    return all(torch.equal(state, others[device]) for device, state in states.items())
+
+
+@contextmanager
+def kept_on_error(leaves: Iterable[Any]) -> Iterator[None]:
+    """The random state, on the CPU and where these leaves are, is put back if an error leaves a half-done call."""
+    generator, cuda = torch.default_generator, devices_of(leaves)
+    # A clone takes half the memory of the state as a tensor.
+    kept = generator.clone_state() if hasattr(generator, "clone_state") else None
+    states = {device: torch.cuda.get_rng_state(device) for device in cuda} if kept is not None else capture(cuda)
+    try:
+        yield
+    except BaseException:
+        restore(states if kept is None else states | {torch.device("cpu"): kept.get_state()})
+        raise
