@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
 
@@ -28,6 +29,19 @@ ATTENTION = (
 # What torch.autograd.grad calls in the end; its checks of what comes take a quarter of a small product's time. The
 # function itself takes its place where torch has no such call, and where a mode or a subclass overrides it.
 _engine = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
+
+
+_keep_graphs: ContextVar[bool] = ContextVar("keep_graphs", default=False)
+
+
+@contextmanager
+def graphs_kept() -> Iterator[None]:
+    """No reverse pass frees a graph meanwhile: several that follow may share what their functions close over."""
+    token = _keep_graphs.set(True)
+    try:
+        yield
+    finally:
+        _keep_graphs.reset(token)
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
@@ -88,7 +102,7 @@ def grad_or_none(
     if len(kept) < len(outputs):
         outputs = [outputs[i] for i in kept]
         cotangents = None if cotangents is None else [cotangents[i] for i in kept]
-    outputs, inputs, keep = tuple(outputs), tuple(inputs), retain_graph or create_graph
+    outputs, inputs, keep = tuple(outputs), tuple(inputs), retain_graph or create_graph or _keep_graphs.get()
     if cotangents is None and len(outputs) == 1 and outputs[0].numel() == 1:
         cotangents = (torch.ones_like(outputs[0]),)
     elif cotangents is not None:

@@ -211,16 +211,15 @@ def test_containers_that_are_unknown_are_named(tasks, message):
 # Closures
 
 
-def closures(hparams):
+def closures(hparams, late):
     """The problem, some parts of which use hparams, or what was computed from them, not by their argument."""
-    late = {key: 1.5 * x for key, x in hparams.items()}
-    rho = late["b"].exp().squeeze()
-    centre = meta.biased(lambda w, h, t: fit(w, h, t) + 0.1 * (late["b"] * w["a"]).sum(), rho, centre=lambda h: late)
+    rho = 1 + late["b"].sum()
+    within = meta.biased(lambda w, h, t: fit(w, h, t) + 0.1 * (late["b"] * w["a"]).sum(), rho, centre=lambda h: late)
     return {
-        "inner": meta.biased(centre, rho),
+        "inner": meta.biased(within, hparams["b"].sum() + 3),
         "outer": lambda w, h, t: fit(w, h, t) + (late["a"] * w["a"]).sum(),
         "start": lambda h, t: {"a": h["a"] + late["a"], "b": late["b"]},
-        "rule": hg.diff_optimizers.SGD(lr=0.1 * hparams["b"].sigmoid().squeeze()),
+        "rule": hg.diff_optimizers.SGD(lr=0.1 + 0.01 * hparams["b"].sum()),
     }
 
 
@@ -228,28 +227,33 @@ def closures(hparams):
 @every_method
 def test_tensors_that_losses_and_rules_close_over(name, chunk):
     """Each task's gradient is that of the task alone, whatever the chunk, and they sum up to the sum."""
-    hparams = start_of()
-    alone = []
+    hparams, alone = start_of(), []
+    late = {key: x * x.exp() for key, x in hparams.items()}  # with a graph that all calls share
     for i in range(COUNT):
         tasks = (X[i : i + 1], Y[i : i + 1])
-        alone.append(flat(grad(name, hparams, tasks=tasks, **closures(hparams)).grads))
-    total = grad(name, hparams, reduction="sum", chunk=chunk, **closures(hparams)).grads
+        alone.append(flat(grad(name, hparams, tasks=tasks, **closures(hparams, late)).grads))
+    total = grad(name, hparams, reduction="sum", chunk=chunk, **closures(hparams, late)).grads
     assert relative(flat(total), torch.stack(alone).sum(0)) < 1e-10
-    rows = grad(name, hparams, reduction="none", chunk=chunk, **closures(hparams)).grads
+    rows = grad(name, hparams, reduction="none", chunk=chunk, **closures(hparams, late)).grads
     for i in range(COUNT):
         assert relative(flat({key: x[i] for key, x in rows.items()}), alone[i]) < 1e-10
 
 
 @every_chunk
-def test_a_strength_that_is_closed_over(chunk):
-    """w = (c + ρ λ) / (1 + ρ) with ρ = exp(λ), and E = w: dw/dλ = (ρ + ρ λ − ρ w) / (1 + ρ)."""
-    lam, c = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), draw(COUNT)
-    g = meta.biased(lambda w, h, c: (w - c) ** 2 / 2, strength=lam.exp())
-    options = {"method": METHODS["implicit"], "steps": 300, "reduction": "none", "chunk": chunk}
-    rows = meta.grad(lambda w, h, c: w, g, lam, c, **options).grads
-    rho = lam.detach().exp()
-    w = (c + rho * lam.detach()) / (1 + rho)
-    assert relative(rows, rho * (1 + lam.detach() - w) / (1 + rho)) < 1e-10
+@pytest.mark.parametrize("form", ["strength", "loss"])
+def test_the_derivative_by_a_strength_that_is_closed_over(chunk, form):
+    """w = (c + ρ λ) / (1 + ρ) and E = w: dE/dρ = (λ − w) / (1 + ρ), dE/dλ = ρ / (1 + ρ)."""
+    h = {key: torch.tensor(x, dtype=torch.float64).requires_grad_() for key, x in (("rho", 1.3), ("lam", 0.3))}
+    c = draw(COUNT)
+    g = meta.biased(lambda w, h, c: (w - c) ** 2 / 2, strength=h["rho"], centre=lambda h: h["lam"])
+    if form == "loss":
+        g = lambda w, _, c: (w - c) ** 2 / 2 + h["rho"] * (w - h["lam"]) ** 2 / 2  # noqa: E731
+    options = {"method": METHODS["implicit"], "steps": 300, "start": lambda h, c: torch.zeros_like(c)}
+    rows = meta.grad(lambda w, h, c: w, g, h, c, reduction="none", chunk=chunk, **options).grads
+    rho, lam = (h[key].detach() for key in ("rho", "lam"))
+    w = (c + rho * lam) / (1 + rho)
+    assert relative(rows["rho"], (lam - w) / (1 + rho)) < 1e-10
+    assert relative(rows["lam"], (rho / (1 + rho)).expand(COUNT)) < 1e-10
 
 
 # Losses that vmap cannot evaluate

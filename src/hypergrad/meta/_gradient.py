@@ -273,7 +273,8 @@ def _meta_gradient(
         rest = [i for i, finite in zip(some.index, good, strict=True) if finite]
         return [rest] if rest else []
 
-    with random_state_kept_on_error(leaves), _torch.hooks_suspended(leaves) as hooked:
+    kept = _autodiff.graphs_kept()  # all chunks share the graphs of hparams, and of what losses close over
+    with random_state_kept_on_error(leaves), kept, _torch.hooks_suspended(leaves) as hooked:
         need = method._need(problem.steps)
         plan = _plan(problem, tasks, hparams, chunk, memory, need, one_by_one=reduction == "none")
         plan = _each_chunk(evaluate, plan, tasks)

@@ -159,7 +159,7 @@ class FirstOrder(Method):
         start = chunk.start(hparams)
         adapted = [x.detach().requires_grad_() for x in chunk.adapt(start, hparams)]
         loss = chunk.outer(adapted, hparams)
-        slopes = _autodiff.grad([loss], adapted, retain_graph=True)
+        slopes = _autodiff.grad([loss], adapted)
         found = _pulled([loss, *start], [torch.ones_like(loss), *slopes], hparams)
         if found.unreached == _differentiated(hparams):
             raise ValueError(
@@ -205,9 +205,7 @@ def _pulled(outputs: list[Tensor], cotangents: list[Tensor], hparams: PyTree) ->
     """Σᵢ cotangentᵢᵀ ∂outputᵢ/∂λ."""
     leaves = flatten(hparams, "hparams")[0]
     places = sorted(_differentiated(hparams))
-    # A graph that leads to hparams is needed by the next chunk again.
-    kept = not all(x.is_leaf for x in leaves)
-    found = _autodiff.grad_or_none(outputs, [leaves[i] for i in places], cotangents, retain_graph=kept)
+    found = _autodiff.grad_or_none(outputs, [leaves[i] for i in places], cotangents)
     grads = dict(zip(places, found, strict=True))
     return Found(
         [torch.zeros_like(x) if grads.get(i) is None else grads[i] for i, x in enumerate(leaves)],
