@@ -186,8 +186,10 @@ def test_k_steps_of_cg_give_the_krylov_optimum(name, form, seed):
         basis = list(np.linalg.qr(np.stack(basis, 1)).Q.T)
     q = np.stack(basis, 1)
     v = q @ np.linalg.solve(q.T @ a @ q, q.T @ b)
-    result = hypergradient(p, form, S.CG(max_steps=steps))
-    assert result.solution.ok
+    result = hypergradient(p, form, S.CG(max_steps=steps, **QUIET))
+    # The error falls in the norm of A; the residual may grow meanwhile, and is then said to.
+    worse_than_none = np.linalg.norm(b - a @ v) >= np.linalg.norm(b)
+    assert result.solution.status is (hg.Status.DIVERGED if worse_than_none else hg.Status.COMPLETED)
     assert relative(flat(result.adjoint), v) < EXACT
     assert_is_gradient_of(p, form, v, result.grads, seed=seed)
 
@@ -746,7 +748,7 @@ def test_stochastic_maps_are_drawn_at_each_product_and_unbiased(finite_sum):
     total = torch.zeros(3, dtype=torch.float64)
     for order in np.ndindex(3, 3, 3):
         draws = Draws(maps, order)
-        total += hg.implicit.grad(outer, fp_map=draws, stochastic=True, **options).grads
+        total += hg.implicit.grad(outer, fp_map=hg.operators.Stochastic(draws), **options).grads
         assert draws.calls == 3
     g = 4 * (w - t).pow(3)
     v = g + m.T @ (g + m.T @ g)
@@ -758,14 +760,14 @@ def test_stochastic_maps_are_drawn_at_each_product_and_unbiased(finite_sum):
 def test_final_draws_average_the_last_product(finite_sum, draws):
     maps, w, hparams, _ = finite_sum
     t = rand(4)
-    options = {"params": w, "hparams": hparams, "stochastic": True}
+    options = {"params": w, "hparams": hparams}
 
     def outer(w, h):
         return (w - t).pow(4).sum()
 
     fixed = S.OneStep(**QUIET)  # v = ∇E without a product, so that only the last product draws
     counter = Draws(maps, (0, 1, 2))
-    result = hg.implicit.grad(outer, fp_map=counter, solver=fixed, final_draws=draws, **options)
+    result = hg.implicit.grad(outer, fp_map=hg.operators.Stochastic(counter, draws), solver=fixed, **options)
     assert counter.calls == draws
     v = 4 * (w - t).pow(3)
     each = [torch.autograd.grad(maps[i % 3](w, hparams), hparams, v)[0] for i in range(draws)]
@@ -788,7 +790,8 @@ def test_one_draw_does_not_say_whether_a_stochastic_problem_is_solved():
     outer = lambda w, h: ((w - 1.0) ** 2).sum()  # noqa: E731
     with pytest.warns(hg.HypergradientWarning, match="the inner problem is not solved"):
         known = hg.implicit.grad(outer, **options)
-    drawn = hg.implicit.grad(outer, stochastic=True, **options)  # any warning is an error here
+    options["fp_map"] = hg.operators.Stochastic(options["fp_map"])
+    drawn = hg.implicit.grad(outer, **options)  # any warning is an error here
     assert relative(flat(drawn.grads), flat(known.grads)) < 1e-6
 
 
@@ -817,7 +820,8 @@ def test_stochastic_losses_are_evaluated_once_a_product(solver, evaluations):
         calls["outer"] += 1
         return p.outer_loss(w, h)
 
-    hg.implicit.grad(outer, inner_loss=inner, params=p.params, hparams=p.hparams, solver=solver, stochastic=True)
+    noisy = hg.operators.Stochastic(inner)
+    hg.implicit.grad(outer, inner_loss=noisy, params=p.params, hparams=p.hparams, solver=solver)
     assert calls == {"inner": evaluations, "outer": 1}
 
 
@@ -865,7 +869,8 @@ def test_a_plain_function_gets_the_start_and_is_judged_by_its_residual():
         return x0
 
     start = [torch.randn_like(v) for v in p.params]
-    result = hypergradient(p, "inner_loss", keeps, x0=start)
+    with pytest.warns(hg.NotConverged, match="DIVERGED"):
+        result = hypergradient(p, "inner_loss", keeps, x0=start)
     assert seen[0][0] and torch.equal(seen[0][1].flat(), torch.cat(start))
     assert torch.equal(flat(result.adjoint), flat(start))
     assert result.solution.relative_residual > 0.1
@@ -932,7 +937,7 @@ def test_products_by_autograd_grad_are_the_same(name, form, monkeypatch):
     """Where torch has no such engine call any more, or another function stands in for autograd.grad."""
     p = problem_at(name, 1)
     usual = hypergradient(p, form, S.NormalCG(max_steps=6, **QUIET))
-    monkeypatch.setattr(hg._autodiff, "_engine", None)
+    monkeypatch.setattr(hg._torch, "_run_backward", None)
     other = hypergradient(p, form, S.NormalCG(max_steps=6, **QUIET))
     assert torch.equal(flat(usual.grads), flat(other.grads)) and torch.equal(flat(usual.adjoint), flat(other.adjoint))
 
@@ -1235,7 +1240,7 @@ def test_k_steps_on_a_map_that_returns_its_params():
             symmetric=True,
             solver=solver,
         )
-        assert result.solution.status is hg.Status.CONVERGED
+        assert result.solution.status is hg.Status.COMPLETED
 
 
 def test_identities_everywhere():
@@ -1454,11 +1459,9 @@ def test_draws_that_are_written_into_one_place(draws):
 
     result = hg.implicit.grad(
         lambda w, lam: w @ e,
-        fp_map=fp_map,
+        fp_map=hg.operators.Stochastic(fp_map, draws),
         params=w,
         hparams=lam,
-        stochastic=True,
-        final_draws=draws,
         solver=lambda op, b, x0: b,  # no draw
     )
     mean = sum(range(1, draws + 1)) / draws

@@ -18,7 +18,7 @@ from hypergrad import _autodiff
 from hypergrad._autodiff import Linearisation
 from hypergrad.implicit import _hypergradient
 from hypergrad.solvers._direct import materialise
-from hypergrad.solvers._solver import solve
+from hypergrad.solvers import solve
 from problems import PROBLEMS
 from test_oracles import flat, forms, relative
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import hypergrad as hg
-from hypergrad._vector import Basis, Space
+from hypergrad._basis import Basis
+from hypergrad._vector import Space
 from hypergrad.operators import LinearOperator, function, matrix
 from systems import side, with_singular_values
 

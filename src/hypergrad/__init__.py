@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import diagnostics, diff_optimizers, fixed_points, hypergradients, implicit, meta, nn, operators, solvers, unroll
+from . import diff_optimizers, fixed_points, implicit, nn, operators, solvers, unroll
 from ._compiled import NotCompiled
 from ._solution import (
     HypergradientWarning,
@@ -24,7 +24,6 @@ from .diff_optimizers import (
     heavy_ball_step,
     torch_momentum_step,
 )
-from .hypergradients import CG, CG_normaleq, exact, fixed_point, neumann, reverse, reverse_unroll, stoch_AID
 from .implicit import Hypergradient
 
 __version__ = version("torch-hypergrad")

@@ -1,20 +1,19 @@
-"""Derivatives with zeros for unused inputs. With _implicit_function.py the only caller of torch.autograd."""
+"""Derivatives with zeros for unused inputs, and the derivative of a map at one point as products."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import has_torch_function
+
+from . import _torch
+from ._graph import undeclared_leaves
 
 FREED = (
     "the graph of this loss or map, or of hparams, was already freed by an earlier backward(), grad() or "
@@ -24,11 +23,6 @@ ATTENTION = (
     "a fused attention kernel has no second derivative: evaluate the model under "
     "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
 )
-
-
-# What torch.autograd.grad calls in the end; its checks of what comes take a quarter of a small product's time. The
-# function itself takes its place where torch has no such call, and where a mode or a subclass overrides it.
-_engine = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
 
 _keep_graphs: ContextVar[bool] = ContextVar("keep_graphs", default=False)
@@ -108,13 +102,7 @@ def grad_or_none(
     elif cotangents is not None:
         cotangents = tuple(cotangents)
     try:
-        # Cotangents are of the outputs' types, and outputs may be edges.
-        if _engine is None or cotangents is None or batched or has_torch_function(cotangents + inputs):
-            grads = torch.autograd.grad(
-                outputs, inputs, cotangents, keep, create_graph, allow_unused=True, is_grads_batched=batched
-            )
-        else:
-            grads = _engine(outputs, cotangents, keep, create_graph, inputs, True, accumulate_grad=False)
+        grads = _torch.reverse_pass(outputs, inputs, cotangents, keep, create_graph, batched)
     except RuntimeError as error:
         better = _explained(error)
         if better is error:
@@ -135,81 +123,6 @@ def gradients_taken(inputs: Iterable[Tensor]) -> Iterator[list[bool]]:
             hook.remove()
 
 
-def saved(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
-    """Bytes of each storage that the graph of outputs keeps, by address; nodes in `seen` are left out, and added to it.
-
-    Reads the nodes: saved-tensor hooks would forbid torch.func inside what is measured.
-    """
-    before, sizes = set(seen), {}
-    for node, _ in _behind([_edge(y) for y in outputs if y.requires_grad], seen):
-        if node in before or hasattr(node, "variable"):
-            continue
-        values = [getattr(node, name) for name in _kept_by(type(node))]
-        for value in (*values, *getattr(node, "saved_tensors", ())):
-            for x in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(x, Tensor) and x.layout is torch.strided:
-                    sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-    return sizes
-
-
-@lru_cache(maxsize=1024)
-def _kept_by(kind: type) -> list[str]:
-    return [name for name in dir(kind) if name.startswith("_saved_")]
-
-
-def _edge(x: Tensor) -> tuple[Any, int]:
-    """Where x comes from: a node of the graph, and which of its outputs x is."""
-    edge = get_gradient_edge(x)
-    return edge.node, edge.output_nr
-
-
-def _behind(edges: Iterable[tuple[Any, int]], seen: set[Any]) -> Iterator[tuple[Any, int]]:
-    """These edges and all that lead to them, some more than once; nodes in `seen` are not entered again."""
-    stack = list(edges)
-    while stack:
-        node, output = stack.pop()
-        yield node, output
-        if node not in seen:
-            seen.add(node)
-            stack.extend(parent for parent in node.next_functions if parent[0] is not None)
-
-
-def depends(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
-    """Whether any output has any input in its graph. Walks the graph; evaluates nothing."""
-    sought = {_edge(x) for x in inputs if x.requires_grad}
-    return any(edge in sought for edge in _behind([_edge(y) for y in outputs if y.requires_grad], set()))
-
-
-def unreached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
-    """The places of inputs that require grad and that no output depends on. Walks the graph between them."""
-    places = {_edge(x): i for i, x in enumerate(inputs) if x.requires_grad}
-    for edge in _behind([_edge(y) for y in outputs if y.requires_grad], {node for node, _ in places}):
-        places.pop(edge, None)
-        if not places:
-            break
-    return list(places.values())
-
-
-def computed_from(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """The first (i, j) where tensor i was computed from tensor j, or None. Walks the graph."""
-    places = {_edge(x): i for i, x in enumerate(tensors) if x.requires_grad}
-    seen: set[Any] = set()
-    for i, x in enumerate(tensors):
-        parents = () if x.grad_fn is None else x.grad_fn.next_functions
-        for edge in _behind([parent for parent in parents if parent[0] is not None], seen):
-            if places.get(edge, i) != i:
-                return i, places[edge]
-    return None
-
-
-def strangers(outputs: Sequence[Tensor], declared: Sequence[Tensor]) -> list[Tensor]:
-    """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors."""
-    known = {id(x) for x in declared}
-    edges = _behind([_edge(y) for y in outputs if y.requires_grad], set())
-    variables = (getattr(node, "variable", None) for node, _ in edges)
-    return list({id(x): x for x in variables if x is not None and id(x) not in known}.values())
-
-
 def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """tensor.backward(grad) for each tensor that requires grad, in one pass: the only function that writes .grad.
 
@@ -217,7 +130,7 @@ def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """
     pairs = [(x, g) for x, g in zip(tensors, grads, strict=True) if x.requires_grad]
     outputs = [x for x, _ in pairs]
-    written = [] if all(x.is_leaf for x in outputs) else strangers(outputs, ())
+    written = [] if all(x.is_leaf for x in outputs) else undeclared_leaves(outputs, ())
     written += [x for x in outputs if x.retains_grad]
     kept = [(x, x.grad, None if x.grad is None else x.grad.clone()) for x in written]
     try:
@@ -238,13 +151,18 @@ def add(xs: Sequence[Tensor | None], ys: Sequence[Tensor]) -> list[Tensor]:
     return [y.clone() if x is None else x + y for x, y in zip(xs, ys, strict=True)]
 
 
-def cast(xs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in the dtypes of others."""
-    return [x.to(y.dtype) for x, y in zip(xs, like, strict=True)]
+def add_or_none(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Sums in memory of their own; None stands for zeros, and for a sum of two of them."""
+    pairs = zip(xs, ys, strict=True)
+    return [(None if y is None else y.clone()) if x is None else (x.clone() if y is None else x + y) for x, y in pairs]
 
 
-def scaled(xs: Sequence[Tensor], a: float) -> list[Tensor]:
-    return list(xs) if a == 1 else [-x if a == -1 else x * a for x in xs]
+def copies(xs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else x.clone() for x in xs]
+
+
+def scaled(xs: Sequence[Tensor | None], a: float) -> list[Tensor | None]:
+    return list(xs) if a == 1 else [None if x is None else -x if a == -1 else x * a for x in xs]
 
 
 def _retained(outputs: Sequence[Tensor], params: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
@@ -260,10 +178,10 @@ class Linearisation:
         hparams: the leaves of λ that require grad.
         curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
         probe: the c at which `pulled` is taken, like outputs.
-        compiled: makes v ↦ ∂₁Fᵀv, by other means, of that by a retained reverse pass.
+        compile: makes v ↦ ∂₁Fᵀv, by other means, of that by a retained reverse pass.
 
     Attributes:
-        forward: take ∂₁F v for ∂₁Fᵀv, for a ∂₁F that is symmetric.
+        params_unreached: whether `vjp_both` found that no output depends on any of params.
     """
 
     def __init__(
@@ -273,7 +191,7 @@ class Linearisation:
         hparams: Sequence[Tensor] = (),
         curvature: Callable[[Sequence[Tensor], bool], list[Tensor]] | None = None,
         probe: Sequence[Tensor] | None = None,
-        compiled: Callable[[Callable[[Sequence[Tensor]], list[Tensor]]], Any] | None = None,
+        compile: Callable[[Callable[[Sequence[Tensor]], list[Tensor]]], Any] | None = None,
     ):
         self.outputs: list[Any] = list(outputs)
         self.like = outputs
@@ -281,80 +199,59 @@ class Linearisation:
         self.hparams = hparams
         self.curvature = curvature
         self.probe = probe
-        # No method of this object: it would be in a cycle with what it holds.
+        # No method of this object, which would then be in a cycle with what it holds.
         plain = partial(_retained, self.outputs, params)
-        self.compiled = None if compiled is None else compiled(plain)
-        self.forward = False
+        self.compiled = None if compile is None else compile(plain)
+        self.params_unreached = False
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def drop_values(self) -> None:
         """Keep the graph of an F that has the form of w, without its numbers: a vector less for as long as it is used.
 
-        A tensor without a graph, and a leaf, are left as they are; so is what a torch.autograd.Function gave: it alone
-        keeps its graph.
+        A tensor without a graph, a leaf, and the result of a torch.autograd.Function, which alone keeps its graph, are
+        left as they are.
         """
         self.like = self.params
         for i, y in enumerate(self.outputs):
-            if y.grad_fn is not None and not isinstance(y.grad_fn, BackwardCFunction):
+            if y.grad_fn is not None and not _torch.is_python_function(y.grad_fn):
                 self.outputs[i] = get_gradient_edge(y)
 
     def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v: one retained reverse pass."""
-        return self._push(v, batched=False) if self.forward else self._pull(v, batched=False)
+        if self.curvature is not None:
+            return self.curvature(v, False)
+        return _retained(self.outputs, self.params, v) if self.compiled is None else self.compiled(v)
 
     def vjp_many(self, vs: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v for a stack [m, *shape] of v: one vectorised pass, or a loop where torch has none."""
-        batched = self._push if self.forward else self._pull
-        return many(self.vjp, lambda vs: batched(vs, batched=True), vs)
-
-    def push_for_pull(self, always: bool) -> None:
-        """Apply a symmetric ∂₁F by `jvp` from now on: always, or if that takes less time than `vjp`.
-
-        Raises: ValueError where the two products differ.
-        """
-        draw = torch.Generator().manual_seed(0)
-        v = [torch.randn(y.shape, generator=draw, dtype=y.dtype).to(y.device) for y in self.like]
-        pairs = list(zip(self.vjp(v), self.jvp(v), strict=True))
-        apart = math.hypot(*(float((x - y).norm()) for x, y in pairs))
-        size = math.hypot(*(float(x.norm()) for x, _ in pairs))
-        # Of an Aᵀv that is not finite the solver tells.
-        if math.isfinite(size) and not apart <= size * max(torch.finfo(y.dtype).eps for y in v) ** 0.5:
-            raise ValueError(
-                f"Av and Aᵀv differ by {apart:.1e}, and Aᵀv is of size {size:.1e}: A is not symmetric, or an operation "
-                f'in it (once_differentiable, or a backward that detaches) has no second derivative; use "reverse"'
-            )
-        seconds = {self.vjp: float("inf"), self.jvp: float("inf")}
-        for product in [] if always else 2 * list(seconds):
-            seconds[product] = min(seconds[product], seconds_of(product, v))
-        self.forward = always or seconds[self.jvp] < seconds[self.vjp]
-        if not self.forward:
-            self._transposed = None
-
-    def _pull(self, v: Sequence[Tensor], batched: bool) -> list[Tensor]:
         if self.curvature is not None:
-            return self.curvature(v, batched)
-        if self.compiled is not None and not batched:
-            return self.compiled(v)
-        return grad(self.outputs, self.params, v, retain_graph=True, batched=batched)
+            return many(self.vjp, lambda vs: self.curvature(vs, True), vs)
+        return stacked(self.outputs, self.params, vs)
 
-    def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass. Without retain_graph the last: the graph is freed on the way."""
+    def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+        """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass; None for a λ that F does not depend on.
+
+        Without retain_graph it is the last: the graph is freed on the way.
+        """
         # Between hparams that one network computes torch would free the network's graph as well.
         retain_graph = retain_graph or not all(x.is_leaf for x in self.hparams)
         if self.compiled is not None and not retain_graph:
             self.compiled.forget()
         if self.curvature is not None:
-            return self.curvature(v, False), grad(self.outputs, self.hparams, v, retain_graph=retain_graph)
-        both = grad(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
-        return both[: len(self.params)], both[len(self.params) :]
+            return self.curvature(v, False), grad_or_none(self.outputs, self.hparams, v, retain_graph=retain_graph)
+        both = grad_or_none(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
+        self.params_unreached = all(g is None for g in both[: len(self.params)])
+        pulled = [torch.zeros_like(x) if g is None else g for g, x in zip(both, self.params, strict=False)]
+        return pulled, both[len(self.params) :]
 
-    def vjp_both_many(self, vs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """(∂₁Fᵀ v, ∂₂Fᵀ v) for a stack [m, *shape] of v. The graph stays."""
-        inputs = [*self.params, *self.hparams] if self.curvature is None else self.hparams
-        both = stacked(self.outputs, inputs, vs)
+    def vjp_both_many(self, vs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """(∂₁Fᵀ v, ∂₂Fᵀ v) for a stack [m, *shape] of v; None as in `vjp_both`. The graph stays."""
         if self.curvature is not None:
-            return self.curvature(vs, True), both
-        return both[: len(self.params)], both[len(self.params) :]
+            return self.vjp_many(vs), stacked_or_none(self.outputs, self.hparams, vs)
+        both = stacked_or_none(self.outputs, [*self.params, *self.hparams], vs)
+        lead = len(vs[0])
+        pairs = zip(both, self.params, strict=False)
+        return [x.new_zeros(lead, *x.shape) if g is None else g for g, x in pairs], both[len(self.params) :]
 
     @property
     def pulled(self) -> list[Tensor | None]:
@@ -402,30 +299,29 @@ def stacked(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Seq
     return many(lambda v: pull(v, False), lambda vs: pull(vs, True), cotangents)
 
 
-def seconds_of(product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> float:
-    """Wall time of a product, the device's part included."""
-    devices = {x.device for x in v if x.device.type != "cpu"}
-    for device in devices:
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    product(v)
-    for device in devices:
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
+def stacked_or_none(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """As `stacked`, with None where nothing depends on the input."""
+
+    def pull(v: Sequence[Tensor], batched: bool) -> list[Any]:
+        return grad_or_none(outputs, inputs, v, retain_graph=True, batched=batched)
+
+    return many(lambda v: pull(v, False), lambda vs: pull(vs, True), cotangents)
 
 
 def many(
-    one: Callable[[list[Tensor]], list[Tensor]],
-    batched: Callable[[Sequence[Tensor]], list[Tensor]],
+    one: Callable[[list[Tensor]], list[Any]],
+    batched: Callable[[Sequence[Tensor]], list[Any]],
     stacks: Sequence[Tensor],
-) -> list[Tensor]:
+) -> list[Any]:
     """The batched product where torch can vectorise it, else one product at a time."""
     try:
         return batched(stacks)
     except RuntimeError:
         # A map may write every product into the same memory.
-        columns = [[x.clone() for x in one([stack[j] for stack in stacks])] for j in range(len(stacks[0]))]
-        return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+        columns = [copies(one([stack[j] for stack in stacks])) for j in range(len(stacks[0]))]
+        return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
 
 
 def each(function: Callable[[Sequence[Tensor]], list[Tensor]], tensors: Sequence[Tensor]) -> list[Tensor]:

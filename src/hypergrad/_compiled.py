@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._autodiff import seconds_of
 from ._blocks import ByBlocks
 from ._program import Program
 from ._recording import Recorder, Ref
@@ -226,3 +225,11 @@ def _known(recorder: Recorder, results: tuple[Ref, ...], inputs: int) -> Recordi
             _recordings.pop(next(iter(_recordings)), None)  # another thread may have taken it
         found = _recordings[form] = Recording(Program(recorder.steps, results, inputs, len(recorder.forms)))
     return found
+
+
+def seconds_of(product, v):
+    import time
+
+    start = time.perf_counter()
+    product(v)
+    return time.perf_counter() - start

@@ -25,12 +25,12 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
-from . import _autodiff, operators
+from . import _autodiff, _graph, operators
 from ._autodiff import Linearisation
 from ._solution import Solution
-from ._vector import Space, Vector, difference
-from .solvers import LinearSolver, Recycled
-from .solvers._solver import Solver, solve
+from ._tree import difference
+from ._vector import Space, Vector
+from .solvers import LinearSolver, Recycled, Solver, solve
 
 Leaves: TypeAlias = "tuple[Tensor, ...]"
 Function: TypeAlias = "Callable[[Leaves, Leaves], Leaves]"  # F(w, λ) on leaves
@@ -116,7 +116,7 @@ class Problem:
         outputs = self._evaluate(w, hparams)
         if any(_functorch.is_functorch_wrapped_tensor(y) for y in outputs):
             raise ValueError(UNDECLARED.format(OUTSIDE))
-        undeclared = _autodiff.strangers(outputs, [*w, *hparams])
+        undeclared = _graph.undeclared_leaves(outputs, [*w, *hparams])
         if undeclared:
             raise ValueError(UNDECLARED.format(", ".join(self.names(leaf) for leaf in undeclared[:3])))
         linearisation = Linearisation(outputs, w, list(wanted))

@@ -12,8 +12,7 @@ from torch import Tensor
 
 def devices_of(leaves: Iterable[Any]) -> list[torch.device]:
     """The CUDA devices of these leaves; the CPU counts always."""
-    devices = {x.device for x in leaves if isinstance(x, Tensor) and x.device.type == "cuda"}
-    return sorted(devices, key=str)
+    return sorted({x.device for x in leaves if isinstance(x, Tensor) and x.device.type == "cuda"}, key=str)
 
 
 def capture(devices: Iterable[torch.device] = ()) -> dict[torch.device, Tensor]:
@@ -37,14 +36,15 @@ def equal(states: Mapping[torch.device, Tensor], others: Mapping[torch.device, T
 
 
 @contextmanager
-def kept_on_error(leaves: Iterable[Any]) -> Iterator[None]:
+def random_state_kept_on_error(leaves: Iterable[Any]) -> Iterator[None]:
     """The random state, on the CPU and where these leaves are, is put back if an error leaves a half-done call."""
-    generator, cuda = torch.default_generator, devices_of(leaves)
+    cuda = {device: torch.cuda.get_rng_state(device) for device in devices_of(leaves)}
     # A clone takes half the memory of the state as a tensor.
-    kept = generator.clone_state() if hasattr(generator, "clone_state") else None
-    states = {device: torch.cuda.get_rng_state(device) for device in cuda} if kept is not None else capture(cuda)
+    generator = torch.default_generator
+    kept = generator.clone_state() if hasattr(generator, "clone_state") else generator
+    state = torch.get_rng_state() if kept is generator else None
     try:
         yield
     except BaseException:
-        restore(states if kept is None else states | {torch.device("cpu"): kept.get_state()})
+        restore(cuda | {torch.device("cpu"): kept.get_state() if state is None else state})
         raise

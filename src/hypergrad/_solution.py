@@ -134,7 +134,7 @@ NOT_FINITE = (
 
 def finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all entries are finite: one read from the device, and a closer look only where a sum is not."""
-    tensors = [x.detach() for x in tensors]
+    tensors = [torch.view_as_real(x.detach()) if x.is_complex() else x.detach() for x in tensors]
     sums = [full(x.sum()) for x in tensors]
     total = sums[0] if len(sums) == 1 else sum(s.float().to(sums[0].device) for s in sums)
     return math.isfinite(float(total)) or all(bool(full(torch.isfinite(x).all())) for x in tensors)
@@ -160,6 +160,7 @@ class Solution:
         trace: the method's own residual norm before each step and after the last: [steps + 1], or [steps + 1, B]; NaN
             where it did not take it. Of fixed_points without trace=True: that of the worst system, [steps + 1].
         method: the solver's name; of solvers.Auto the method that gave the value, and why it was taken.
+        curvature: the least xᵀAx / xᵀx that the method met, where it knows it (CG): 0-d, or [B].
     """
 
     value: Any
@@ -169,6 +170,7 @@ class Solution:
     rhs_norm: Tensor
     trace: Tensor
     method: str = ""
+    curvature: Tensor | None = None
 
     @cached_property
     def _codes(self) -> list[int]:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ._autodiff import as_scalar
 from ._implicit_function import Info, Leaves, LinearSolve, Problem, Root, WarmStart
-from ._vector import PyTree, flatten, matching, split
+from ._tree import PyTree, flatten, matching, split
 from .operators import GaussNewton, LinearOperator
-from .solvers import CG, GMRES, Neumann, Recycled
-from .solvers._solver import Solver
+from .solvers import CG, GMRES, Neumann, Recycled, Solver
 
 
 def Phantom(steps: int = 1, damping: float = 0.5) -> Neumann:

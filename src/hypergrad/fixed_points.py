@@ -17,10 +17,11 @@ from torch import Tensor
 
 from . import operators
 from ._autodiff import Linearisation
+from ._basis import Basis
 from ._solution import OnFailure, Solution, Status
-from ._vector import Basis, PyTree, Space, Vector
-from .solvers import GMRES, LinearSolver
-from .solvers._solver import solve
+from ._tree import PyTree
+from ._vector import Space, Vector
+from .solvers import GMRES, LinearSolver, solve
 
 Propose = Callable[[Vector, Vector, Any], Vector]  # (w, Φ(w), r = Φ(w) − w) ↦ the next w
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _autodiff, implicit, solvers
+from . import _autodiff, _random, implicit, solvers
 from ._autodiff import Linearisation, as_scalar
 from ._solution import Solution, Status, warn_if_not_finite
-from ._vector import flatten
+from ._tree import flatten
 
 Loss = Callable[[Any, Any], Tensor]
 Map = Callable[[Any, Any], Any]
@@ -43,7 +43,7 @@ def _backpropagated(
     """∇ of an outer loss whose graph reaches hparams, in memory of its own."""
     leaves, names, _ = flatten(_list(hparams, "hparams"), "hparams")
     needed = implicit.check_hparams(leaves, names)
-    with implicit.random_state_kept_on_error(leaves):
+    with _random.random_state_kept_on_error(leaves):
         with torch.enable_grad():
             loss = as_scalar(evaluate(leaves), "outer_loss")
         each = iter(_autodiff.grad([loss], needed, retain_graph=retain_graph))
@@ -72,7 +72,7 @@ def _implicit(
 ) -> list[Tensor]:
     """implicit.grad on lists; warns of a failed solve, but not of what the caller asked for: see `_as_asked`."""
     params, hparams = _list(params, "params"), _list(hparams, "hparams")
-    with implicit.random_state_kept_on_error(params):
+    with _random.random_state_kept_on_error(params):
         result = implicit.grad(
             outer_loss,
             params=params,
@@ -152,7 +152,7 @@ def reverse(
     if len(update_map_history) < steps:
         raise ValueError(f"{steps + 1} iterates need {steps} maps, got {len(update_map_history)}")
     variables = implicit.Variables(_list(params_history[-1], "params"), hparams)
-    with implicit.random_state_kept_on_error(variables.given):
+    with _random.random_state_kept_on_error(variables.given):
         _, alpha, direct = implicit.outer_gradients(outer_loss, variables)
         total = [g.clone() for g in _autodiff.or_zeros(direct, variables.differentiated)]
         for t in range(steps):
@@ -318,7 +318,7 @@ def stoch_AID(
     solver = solvers.Optimizer(
         max_steps=K, build=lambda tensors: build(tensors, **(opt_params or {})), on_failure="ignore"
     )
-    with implicit.random_state_kept_on_error(params):
+    with _random.random_state_kept_on_error(params):
         result = implicit.grad(
             averaged_loss,
             params=params,

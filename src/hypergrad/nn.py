@@ -15,10 +15,9 @@ from . import _autodiff
 from ._implicit_function import Info, WarmStart
 from ._solution import Solution
 from ._solution_maps import fixed_point
-from ._vector import PyTree, flatten, split
+from ._tree import PyTree, flatten, split
 from .fixed_points import Anderson, FixedPointSolver
-from .solvers import GMRES
-from .solvers._solver import Solver
+from .solvers import GMRES, Solver
 
 
 def functional(module: nn.Module) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """Linear operators: a product, the transposed product, and what is known of them.
 
-Public: LinearOperator, matrix, function, GaussNewton. Solvers see operators and vectors, never a loss or a model.
+Solvers see operators and vectors, never a loss or a model.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import _autodiff
 from ._autodiff import Linearisation, as_scalar
-from ._vector import Basis, PyTree, Space, Vector, flatten
+from ._basis import Basis
+from ._tree import PyTree, flatten
+from ._vector import Space, Vector
 
 Product = Callable[[Vector], Vector]
 
@@ -24,32 +25,6 @@ class Counter:
 
     def __init__(self) -> None:
         self.products = 0
-
-
-class _Owned:
-    """v ↦ a product with v in memory to write into; with complement: v less that.
-
-    What the first product gave is let go of. If something still holds its memory then (a backward may keep its results,
-    or write them all into one place), this product and all later ones are copied.
-    """
-
-    def __init__(self, product: Product, complement: bool = False):
-        self.product, self.complement = product, complement
-        self.held: bool | None = None
-
-    def __call__(self, v: Vector) -> Vector:
-        image = self.product(v).apart_from(v)
-        if self.held is None:
-            is_held = image.memory()
-            image = image.copy()
-            self.held = is_held()
-        elif self.held:
-            image = image.copy()
-        return image.scale_add_(-1.0, v) if self.complement else image
-
-
-def _owned(product: Product) -> _Owned:
-    return product if isinstance(product, _Owned) else _Owned(product)
 
 
 class LinearOperator:
@@ -64,7 +39,6 @@ class LinearOperator:
         many: A applied to a Basis at once, if that is cheaper than one product after another.
         many_transpose: likewise for Aᵀ.
         contraction: v ↦ v − A v, if that is cheaper than A v (for A = I − Jᵀ it is Jᵀv).
-        low: dtype ↦ the operator with products in that dtype, on the same vectors, and its transpose.
 
     Attributes:
         declared: (product, tensors) where the operator says which tensors it depends on, else None.
@@ -84,7 +58,6 @@ class LinearOperator:
         many: Callable[[Basis], Basis] | None = None,
         many_transpose: Callable[[Basis], Basis] | None = None,
         contraction: Product | None = None,
-        low: Callable[[torch.dtype], LinearOperator] | None = None,
     ):
         self.symmetric = symmetric or positive_definite
         self.positive_definite = positive_definite
@@ -92,13 +65,11 @@ class LinearOperator:
         self.damping = 0.0
         self.declared: tuple[Callable[..., PyTree], tuple[Any, ...]] | None = None
         self.each: LinearOperator | None = None
-        self._matvec, self._many = _owned(matvec), many
-        self._contraction = None if contraction is None else _owned(contraction)
-        self._transpose, self._many_transpose = None if transpose is None else _owned(transpose), many_transpose
+        self._matvec, self._many, self._contraction = matvec, many, contraction
+        self._transpose, self._many_transpose = transpose, many_transpose
         if self.symmetric:
             self._transpose, self._many_transpose = self._matvec, many
         self._counter = Counter()
-        self._low = low
 
     @property
     def products(self) -> int:
@@ -110,20 +81,34 @@ class LinearOperator:
         return self._transpose is not None
 
     def __call__(self, v: Any) -> Any:
-        """A v (+ damping · v) in memory of its own: a Vector for a Vector, a pytree for a pytree."""
+        """A v (+ damping · v): a Vector for a Vector, a pytree for a pytree.
+
+        The product of a Vector may share memory with it, or with the next product (a backward pass may write all its
+        results into one place): read it, and copy what is written into or kept.
+        """
         if not isinstance(v, Vector):
-            return self(Space(v, "v", self.batch_dims).vector(v, "v")).tree
+            return self(Space(v, "v", self.batch_dims).vector(v, "v")).copy().tree
         self._counter.products += 1
         product = self._matvec(v)
         return product + v * self.damping if self.damping else product
 
     def contract(self, v: Vector) -> Vector:
-        """v − A v in memory of its own: one product."""
+        """v − A v: one product, whose memory may be shared like that of A v."""
         if self._contraction is None:
             return v - self(v)
         self._counter.products += 1
         image = self._contraction(v)
         return image - v * self.damping if self.damping else image
+
+    def copying(self) -> LinearOperator:
+        """The same, with every product in memory of its own; counted together with A."""
+        transpose = self._transpose
+        return self._derived(
+            lambda v: self._matvec(v).copy(),
+            self._many,
+            None if transpose is None else lambda v: transpose(v).copy(),
+            self._many_transpose,
+        )
 
     def many(self, basis: Basis) -> Basis:
         """A V for a stack of vectors V."""
@@ -151,9 +136,7 @@ class LinearOperator:
             return self
         if self._transpose is None:
             raise TypeError("this operator has no transposed product: pass transpose=, or use a solver that needs none")
-        new, low = self._derived(self._transpose, self._many_transpose, self._matvec, self._many), self._low
-        new._low = None if low is None else lambda dtype: low(dtype).T
-        return new
+        return self._derived(self._transpose, self._many_transpose, self._matvec, self._many)
 
     def damped(self, damping: float) -> LinearOperator:
         """A + damping · I, counted together with A."""
@@ -192,20 +175,6 @@ class LinearOperator:
         new = LinearOperator(product(self), transposed, **tags)
         new.each = self
         return new
-
-    def low(self, dtype: torch.dtype) -> LinearOperator:
-        """A with products in a lower precision, on the same vectors; its products count as A's.
-
-        Raises: TypeError where no such form is known.
-        """
-        if self._low is None:
-            raise TypeError(
-                f"this operator has no form in {dtype}: that of a matrix has, and that of an inner problem which is "
-                f"given as a callable and is not stochastic"
-            )
-        new = self._low(dtype)
-        new._counter = self._counter
-        return new.damped(self.damping)
 
 
 def function(
@@ -256,7 +225,7 @@ def matrix(a: Tensor, *, symmetric: bool = False, positive_definite: bool = Fals
     """
     if a.ndim not in (2, 3) or a.shape[-1] != a.shape[-2]:
         raise ValueError(f"matrix must be [n, n] or [B, n, n], got shape {tuple(a.shape)}")
-    op = function(
+    return function(
         lambda v, a: (a @ v.unsqueeze(-1)).squeeze(-1),
         lambda v, a: (a.mT @ v.unsqueeze(-1)).squeeze(-1),
         tensors=(a,),
@@ -265,71 +234,82 @@ def matrix(a: Tensor, *, symmetric: bool = False, positive_definite: bool = Fals
         batch_dims=a.ndim - 2,
     )
 
-    def low(dtype: torch.dtype) -> LinearOperator:
-        small = a.to(dtype)
-        return function(
-            lambda v: (small @ v.to(dtype).unsqueeze(-1)).squeeze(-1).to(v.dtype),
-            lambda v: (small.mT @ v.to(dtype).unsqueeze(-1)).squeeze(-1).to(v.dtype),
-            symmetric=symmetric,
-            batch_dims=a.ndim - 2,
-        )
-
-    op._low = low
-    return op
-
 
 def adjoint(
     linearise: Callable[[], Linearisation],
     *,
     fixed_point: bool,
-    symmetric: bool,
-    positive_definite: bool,
-    batch_dims: int,
-    low: Callable[[torch.dtype], Linearisation] | None = None,
+    symmetric: bool = False,
+    positive_definite: bool = False,
+    batch_dims: int = 0,
 ) -> LinearOperator:
     """Aᵀ of a residual F (A = ∂₁F), or of a fixed point map Φ (A = I − ∂₁Φ), by automatic differentiation.
 
     Args:
         linearise: gives the Linearisation that a product uses: always the same one, or a new draw for each product.
-        low: gives that of the same inner problem in another dtype.
+        fixed_point: whether it is that of Φ.
+        symmetric, positive_definite, batch_dims: see LinearOperator.
     """
 
-    def product(pull: Callable[[Linearisation, Any], list[Tensor]], complement: bool = fixed_point) -> Product:
-        return _Owned(lambda v: v.space.pack(pull(linearise(), v.leaves)), complement)
+    def contraction(v: Vector) -> Vector:
+        return v.space.pack(linearise().vjp(v.leaves))
 
-    def products(pull: Callable[[Linearisation, Any], list[Tensor]]) -> Callable[[Basis], Basis]:
-        def apply(basis: Basis) -> Basis:
-            pulled = basis.with_leaves(pull(linearise(), basis.leaves()))
-            return basis.plus(pulled, -1.0) if fixed_point else pulled
+    def product(v: Vector) -> Vector:
+        return v - contraction(v) if fixed_point else contraction(v)
 
-        return apply
+    def transpose(v: Vector) -> Vector:
+        image = v.space.pack(linearise().jvp(v.leaves))
+        return v - image if fixed_point else image
 
-    def in_precision(dtype: torch.dtype) -> LinearOperator:
-        assert low is not None
-        reduced = low(dtype)
+    def many(basis: Basis) -> Basis:
+        images = basis.with_leaves(linearise().vjp_many(basis.leaves()))
+        return basis.plus(images, -1.0) if fixed_point else images
 
-        def cast(pull: Callable[[Sequence[Tensor]], list[Tensor]]) -> Product:
-            def apply(v: Vector) -> Vector:
-                pulled = pull(_autodiff.cast(v.leaves, reduced.outputs))
-                image = v.space.pack(_autodiff.cast(pulled, v.leaves))
-                return v - image if fixed_point else image
-
-            return apply
-
-        tags: Any = {"symmetric": symmetric, "positive_definite": positive_definite, "batch_dims": batch_dims}
-        return LinearOperator(cast(reduced.vjp), cast(reduced.jvp), **tags)
+    def many_transpose(basis: Basis) -> Basis:
+        images = basis.with_leaves(linearise().jvp_many(basis.leaves()))
+        return basis.plus(images, -1.0) if fixed_point else images
 
     return LinearOperator(
-        product(Linearisation.vjp),
-        product(Linearisation.jvp),
+        product,
+        transpose,
         symmetric=symmetric,
         positive_definite=positive_definite,
         batch_dims=batch_dims,
-        many=products(Linearisation.vjp_many),
-        many_transpose=products(Linearisation.jvp_many),
-        contraction=product(Linearisation.vjp, complement=False) if fixed_point else None,
-        low=None if low is None else in_precision,
+        many=many,
+        many_transpose=many_transpose,
+        contraction=contraction if fixed_point else None,
     )
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """An inner loss or a map that draws anew at every evaluation: minibatches, dropout, noise.
+
+    Pass it as inner_loss, fp_map or residual to `implicit.grad`: every product then evaluates it again, so the system
+    is solved for the mean of the draws, by a solver that averages (`solvers.Optimizer` with a falling step size).
+
+    Args:
+        function: (params, hparams) ↦ the value, as `implicit.grad` takes it.
+        draws: draws over which the last product, ∂₂Fᵀv, is averaged.
+
+    Source: Grazzi, Pontil and Salzo 2021, Algorithm 1.
+
+    Example:
+        >>> noisy = Stochastic(lambda w, lam: (w - lam * torch.rand(())) ** 2, draws=10)
+    """
+
+    function: Callable[[Any, Any], Any]
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"Stochastic: function is called at every product; {self.function!r} is no callable")
+        if not isinstance(self.draws, int) or self.draws < 1:
+            raise ValueError(f"Stochastic: draws must be an integer ≥ 1, got {self.draws!r}")
+
+    def __call__(self, params: PyTree, hparams: PyTree) -> Any:
+        """One draw."""
+        return self.function(params, hparams)
 
 
 @dataclass(frozen=True)

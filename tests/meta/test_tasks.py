@@ -182,7 +182,7 @@ def test_containers_are_matched_by_key(name, chunk):
 
 
 def test_a_centre_of_another_structure_is_named():
-    with pytest.raises(ValueError, match="centre of their own structure"):
+    with pytest.raises(ValueError, match="centre of biased must have the structure of params"):
         grad("implicit", start_of(), inner=meta.biased(fit, RHO, centre=lambda h: {"a": h["a"]}))
 
 
@@ -204,7 +204,7 @@ class Sets:
 def test_containers_that_are_unknown_are_named(tasks, message):
     with pytest.raises(TypeError, match=message):
         grad("unrolled", start_of(), tasks=tasks)
-    with pytest.raises(TypeError, match="hparams must be a floating point tensor, got Sets"):
+    with pytest.raises(TypeError, match="hparams must be a .*tensor, got Sets"):
         grad("unrolled", Sets(X, Y))
 
 

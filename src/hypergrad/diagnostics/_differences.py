@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .._vector import PyTree, Vector
+from .._tree import PyTree
+from .._vector import Vector
 from ..implicit._problem import Problem
 from ._error import ratio
 

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 from .._solution import Status
-from .._vector import PyTree, Vector
+from .._tree import PyTree
+from .._vector import Vector
 from ..implicit._correction import Correction, correct, newton_step
 from ..implicit._problem import Point, Problem
-from ..solvers import GMRES, MINRES, Dense
-from ..solvers._solver import Solver, solve
+from ..solvers import GMRES, MINRES, Dense, Solver, solve
 
 DENSE = 200  # unknowns of a system up to which it is solved by factors
 LINEAR = 0.003  # estimated relative error up to which the first-order estimate is taken as it is

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _graph
 from .._autodiff import Linearisation, as_scalar
-from .._vector import Vector, flatten
+from .._tree import flatten
+from .._vector import Vector
 from ..implicit import InnerProblem, Problem, Variables
 from ._modules import active_dropout, random_state, unchanged, visible_modules
 from ._structure import Structure, structure_of
@@ -174,7 +175,7 @@ def _random(place: Place, *, outer: bool) -> list[Finding]:
 
 
 def _ignored_params(place: Place) -> list[Finding]:
-    if _autodiff.depends([place.outer()], place.variables.leaves):
+    if _graph.depends([place.outer()], place.variables.leaves):
         return []
     text = (
         "outer_loss does not depend on params, so nothing goes through the inner problem: was it computed from other "
@@ -188,7 +189,7 @@ def _unreached_hparams(place: Place) -> list[Finding]:
     outputs = [*place.linearisation.outputs, place.outer()]
     found = []
     for leaf, name in zip(leaves, names, strict=True):
-        if leaf.requires_grad and not _autodiff.depends(outputs, [leaf]):
+        if leaf.requires_grad and not _graph.depends(outputs, [leaf]):
             what = "∇₁ of inner_loss" if place.inner.kind == "inner_loss" else place.inner.kind
             text = f"{name} stands neither in {what} nor in outer_loss, so its hypergradient is zero; leave it out?"
             found.append(Finding("hyperparameter reaches nothing", text))

@@ -10,10 +10,10 @@ from typing import Any
 from optree import tree_leaves
 from torch import Tensor
 
-from .._vector import PyTree
+from .._tree import PyTree
 from ..implicit import Hypergradient, Problem
 from ..implicit._problem import InnerProblem
-from ..solvers._solver import Solver
+from ..solvers import Solver
 from ..unroll import ForwardResult, ReverseResult, check_whole
 from ._advice import advice, contraction
 from ._bound import Constants, bound

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._vector import Basis, Vector
+from .._basis import Basis
+from .._vector import Vector
 from ..operators import LinearOperator
 
 Product = Callable[[Vector], Vector]

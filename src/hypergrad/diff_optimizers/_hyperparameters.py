@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .._vector import Paths, PyTree
+from .._tree import Paths, PyTree
 
 Number: TypeAlias = "float | Tensor"
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import _autodiff
 from .._autodiff import as_scalar
+from .._random import random_state_kept_on_error
 from .._solution import warn
-from ..implicit import random_state_kept_on_error
 
 Params: TypeAlias = "list[Tensor]"
 Coefficient: TypeAlias = "float | Tensor | Callable[[Any], float | Tensor]"

@@ -127,14 +127,13 @@ class GroupLasso(Prox):
     dim: int | None = -1
 
     def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
-        threshold = lr * value(self, "strength")
-        dims = tuple(range(w.ndim)) if self.dim is None else (self.dim,)
-        # The squares of numbers below 1e-22 or above 1e19 are 0 or infinite in float32.
-        limits = torch.finfo(w.dtype)
+        dims, limits = tuple(range(w.ndim)) if self.dim is None else (self.dim,), torch.finfo(w.dtype)
+        # Scaled, for the squares of numbers below 1e-22 or above 1e19 are 0 or infinite in float32.
         scale = w.abs().amax(dims, keepdim=True).detach().clamp(min=limits.tiny, max=limits.max)
-        norm = scale * sqrt((w / scale).square().sum(dims, keepdim=True))
+        norm, threshold = sqrt((w / scale).square().sum(dims, keepdim=True)), lr * value(self, "strength") / scale
         kept = ~(norm <= threshold)
-        return torch.where(kept, (1 - threshold / torch.where(kept, norm, 1.0)) * w, 0.0)
+        factor = 1 - torch.where(kept, threshold, 0.0) / torch.where(kept, norm, 1.0)
+        return torch.where(kept, factor * w, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

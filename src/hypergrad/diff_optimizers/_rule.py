@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, TypeAlias, final
 
-import optree
 import torch
 from torch import Tensor
 
 from .. import _autodiff
 from .._autodiff import as_scalar
 from .._solution import warn
-from .._vector import Paths, PyTree, flatten
+from .._tree import Paths, PyTree, flatten
 from ._hyperparameters import PerLeaf, PerStep, Values, aligned
 
 State: TypeAlias = "dict[str, Any]"
@@ -73,7 +72,7 @@ class Rule(ABC):
         Returns: a dict of "step", a 0-d tensor on the CPU, of each buffer in params' structure, by torch.optim's
             names, and, where the formula depends on it, of "missed": in how many steps each leaf had no gradient.
         """
-        leaves, _, unflatten = _variables(params)
+        leaves, _, unflatten = flatten(params, "params")
         dtype = torch.promote_types(leaves[0].dtype, torch.float32)
         state: State = {"step": torch.zeros((), dtype=dtype, device="cpu")}
         if self._counts:
@@ -101,7 +100,7 @@ class Rule(ABC):
         Warns: HypergradientWarning where params and grads carry a graph and the state's buffers were detached.
         Cost: elementwise; nothing is read from an accelerator but the counter for a PerStep, if it is there.
         """
-        leaves, paths, unflatten = _variables(params)
+        leaves, paths, unflatten = flatten(params, "params")
         slots = self._slots()
         self._check(state, slots, hparams)
         slopes = _dense(aligned(grads, paths, "grads"), paths, "grads")
@@ -167,7 +166,7 @@ class Rule(ABC):
                 raise TypeError(f"a step of {type(self).__name__} takes (params, init(params)), got {carry!r}")
             if torch.is_inference_mode_enabled():
                 raise RuntimeError("nothing can be differentiated under torch.inference_mode(): use torch.no_grad()")
-            leaves, _, unflatten = _variables(carry[0])
+            leaves, _, unflatten = flatten(carry[0], "params")
             with torch.enable_grad():
                 at = list(leaves)
                 moved = [i for i in range(len(leaves)) if i not in self.frozen]
@@ -186,16 +185,6 @@ class Rule(ABC):
                 return self.update(unflatten(leaves), carry[1], slopes, hparams if self.needs_hparams else None)
 
         return step
-
-
-def _variables(params: PyTree) -> tuple[list[Tensor], Paths, Callable[..., PyTree]]:
-    try:
-        return flatten(params, "params")
-    except TypeError as error:
-        if any(isinstance(x, Tensor) and x.is_complex() for x in optree.tree_leaves(params)):
-            hint = "keep torch.view_as_real(x) in params, and use torch.view_as_complex in the loss"
-            raise TypeError(f"{error}: {hint}") from None
-        raise
 
 
 def _dense(tensors: list[Any], paths: Paths, name: str) -> list[Any]:

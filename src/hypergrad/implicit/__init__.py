@@ -6,17 +6,18 @@ with F = ∇₁g for an inner loss g, and F = w − Φ for a fixed point map Φ.
 """
 
 from .._implicit_function import Info, WarmStart
-from .._solution_maps import Phantom, argmin, fixed_point, linear_solve, root, solver
-from . import tolerances
+from .._solution_maps import argmin, fixed_point, linear_solve, root, solver
+from ._correction import Correction as Correction
+from ._correction import correct as correct
+from ._correction import newton_step as newton_step
+from ._correction import polish, refine
+from ._hypergradient import UNSOLVED as UNSOLVED
 from ._hypergradient import Hypergradient, backward, grad
 from ._hypergradient import accumulate as accumulate
+from ._hypergradient import with_hooks as with_hooks
 from ._jacobian import jacobian
-from ._problem import InnerProblem as InnerProblem
 from ._problem import Problem
-from ._problem import Variables as Variables
 from ._problem import check_hparams as check_hparams
-from ._problem import outer_gradients as outer_gradients
-from ._problem import random_state_kept_on_error as random_state_kept_on_error
 
 __all__ = [
     # the hypergradient at a solution
@@ -25,14 +26,15 @@ __all__ = [
     "jacobian",
     "Hypergradient",
     "Problem",
-    "tolerances",
+    # its error, removed or made small
+    "polish",
+    "refine",
     # the solution as a differentiable value
     "root",
     "fixed_point",
     "argmin",
     "linear_solve",
     "solver",
-    "Phantom",
     "Info",
     "WarmStart",
 ]

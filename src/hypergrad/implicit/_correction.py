@@ -1,4 +1,4 @@
-"""The first-order error of a hypergradient: what a Newton step of w, and of v with it, changes.
+"""Polishing and refining: the first-order error of a hypergradient, removed or made as small as asked for.
 
 With L(w, λ, v) = E(w, λ) − vᵀF(w, λ) the pair (w, v) solves F = 0 and ∇₁L = ∇₁E − Aᵀv = 0, and ∇f(λ) = ∇₂L there. At a
 pair that does not, with r_v = ∇₁L, one Newton step of both is
@@ -11,6 +11,7 @@ h(w, v) = ∇₂L along (δ, dv), so h + dh is off by the square of the errors o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +19,17 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff
-from .._solution import OnFailure, Solution, Status
-from .._vector import Vector
-from ..solvers import LinearSolver
-from ..solvers._solver import Solver, solve
-from ._problem import Point
+from .._solution import InaccurateHypergradient, Solution, SolverError, Status, warn
+from .._tree import PyTree
+from .._vector import Vector, norm, ratio, read
+from ..operators import GaussNewton
+from ..solvers import Auto, LinearSolver, Solver, on_failure_of, solve
+from ._hypergradient import Hypergradient, result_of, undisturbed
+from ._problem import Problem
 
 NEAR = 0.1  # relative distance from the inner solution up to which a first-order estimate is believed
+ROUGH = 0.1  # relative residual of the systems that estimate an error
+REFINEMENTS = 20
 
 
 @dataclass(frozen=True)
@@ -73,67 +78,225 @@ class Correction:
         """The worse of the two systems."""
         return max((solution.status for solution in self.solutions), key=lambda status: status.value)
 
-    def report(self, on_failure: OnFailure) -> None:
-        for solution in self.solutions:
-            solution.report("a system of the correction", on_failure)
 
-
-def correct(point: Point, v: Vector, solver: Solver) -> Correction:
-    """The correction at (w, v). The graphs at the point stay.
+def correct(problem: Problem, v: Vector, solver: Solver) -> Correction:
+    """The correction at (w, v) of a problem that was evaluated with keep. Its graphs stay.
 
     Cost: the solver's products for two systems, one with A and one with Aᵀ; a gradient of E and one product with
         respect to params and hparams whose graph is kept, one reverse pass through it (a third derivative of an
         inner_loss), and one last product.
     """
-    variables, linearisation = point.variables, point.linearise()
-    space, outer, n = variables.space, variables.outer_space, len(variables.leaves)
-    inputs = [*variables.leaves, *variables.differentiated]
-    fixed_point = point.problem.fixed_point
+    assert problem.linearisation is not None
+    space, outer, n = problem.space, problem.outer_space, len(problem.leaves)
+    inputs = [*problem.leaves, *problem.differentiated]
+    operator, f = problem.operator(), problem.residual
 
     # L up to vᵀw: (E, −F) or, at a fixed point, (E, Φ) pulled back by (1, v).
-    outputs = [point.outer, *linearisation.outputs]
-    cotangents = [torch.ones_like(point.outer), *(v if fixed_point else -v).leaves]
+    outputs = [problem.outer_value, *problem.linearisation.outputs]
+    cotangents = [torch.ones_like(problem.outer_value), *(v if problem.fixed_point else -v).leaves]
     gradient = _autodiff.grad(outputs, inputs, cotangents, create_graph=True)
     first, second = _detached(gradient[:n]), _detached(gradient[n:])
-    r_v = space.pack(first) - v if fixed_point else space.pack(first).own()
-    h = outer.pack(second).own()
+    r_v = space.pack(first) - v if problem.fixed_point else space.pack(first).copy()
+    h = outer.pack(second).copy()
 
-    delta = _solve(solver, point.op.T, -point.residual)
+    delta = solve(solver, operator.T, -f, None)
     along = _autodiff.grad(gradient[:n], inputs, delta.value.leaves, retain_graph=True)
-    last = point.last_product(retain_graph=True)
-    dv = _solve(solver, point.op, r_v + space.pack(along[:n]), last)
-    change = outer.pack(_autodiff.add(along[n:], last.cross))
-    value = point.outer.detach() - v.dot(point.residual).sum()
-    there = space.pack(_detached(variables.given)) + delta.value
-    distance = (delta.value.norm().square().sum() / there.norm().square().sum()).sqrt().nan_to_num(0.0)
+    dv = solve(solver, operator, r_v + space.pack(along[:n]), None, problem.last_product)
+    change = outer.pack(_filled_up(_autodiff.add_or_none(along[n:], problem.cross), problem))
+    value = problem.outer_value.detach() - v.dot(f).sum()
+    there = problem.point + delta.value
+    squares = [x.norm().square().sum() for x in (delta.value, there)]
+    distance = space.tensor(ratio(*map(read, squares))).sqrt().nan_to_num(0.0)
     return Correction(h, change, value, r_v, v, delta.value, dv.value, distance, (delta, dv))
+
+
+def _filled_up(grads: list[Tensor | None], problem: Problem) -> list[Tensor]:
+    return _autodiff.or_zeros(grads, problem.differentiated)
 
 
 def _detached(tensors: list[Tensor]) -> list[Tensor]:
     return [x.detach() for x in tensors]
 
 
-def _solve(solver: Solver, op: Any, b: Vector, last: Any = None) -> Solution:
-    return solve(solver, op, b.copy(), None, last)
+def polish(result: Hypergradient, solver: Solver | None = None) -> Hypergradient:
+    """A result without the first-order effect of the errors of w and v: what remains is of the order of their squares.
+
+        ∇f ≈ h + dh,      f ≈ E − vᵀF
+
+    Args:
+        result: of `implicit.grad` or `backward`, whose losses were given as callables, with params and hparams as they
+            were then.
+        solver: a linear solver of the two systems of the correction. Default: `solvers.Auto()`.
+
+    Returns:
+        The result with grads, outer_value and relative_error of the corrected hypergradient. No .grad is written.
+
+    Raises: TypeError for losses that were given evaluated, for a Stochastic or a GaussNewton inner problem; ValueError
+        where params or hparams were changed since.
+    Warns: as `implicit.grad`, where a system of the correction was not solved.
+    Cost: one evaluation of each loss, two systems (one of them with A), about four reverse passes.
+    Source: a Newton step of the Lagrangian L(w, λ, v); see Pierce and Giles 2000 for the value.
+
+    Example:
+        >>> lam = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+        >>> near = hg.implicit.grad(
+        ...     lambda w, lam: w**2 / 2,
+        ...     inner_loss=lambda w, lam: (w - lam) ** 2,
+        ...     params=lam.detach() + 0.1,
+        ...     hparams=lam,
+        ... )
+        >>> near.grads, polish(near).grads
+        (tensor(3.1000, dtype=torch.float64), tensor(3., dtype=torch.float64))
+    """
+    solver = Auto() if solver is None else solver
+    problem = _again(result, "polish")
+    with undisturbed(problem):
+        problem.evaluate(keep=True)
+        correction = correct(problem, problem.space.vector(result.adjoint, "result.adjoint"), solver)
+    polished = replace(
+        result,
+        grads=problem.tree_of(correction.corrected.leaves),
+        outer_value=correction.value,
+        relative_error=correction.relative.square(),
+    )
+    on_failure = on_failure_of(solver)
+    for solution in correction.solutions:
+        solution.report("a system of the correction", on_failure)
+    if on_failure != "ignore":
+        polished.check_finite(on_failure)
+    return polished
 
 
-def newton_step(point: Point, step: Vector, halvings: int = 20) -> Point | None:
+def refine(
+    result: Hypergradient,
+    rtol: float,
+    *,
+    update: Callable[[PyTree, PyTree], PyTree] | None = None,
+    solver: LinearSolver | None = None,
+) -> Hypergradient:
+    """The hypergradient to ‖error‖ ≤ rtol · ‖∇f(λ)‖: inner problem and adjoint solved no further than that needs.
+
+    v is solved for until a tenfold smaller residual changes the hypergradient by at most rtol; then the effect of the
+    inner residual is estimated, with systems solved to a tenth, and while it is too large w is improved.
+
+    Args:
+        result: as in `polish`.
+        rtol: in (0, 1).
+        update: (params, hparams) ↦ better params, called up to 20 times; None takes Newton steps with this solver.
+        solver: a linear solver; its max_steps is used, its tolerance is not. Default: `solvers.Auto()`.
+
+    Returns:
+        A Hypergradient with relative_error; its params are `result.problem.params`, and the given ones stay as they
+        are. No .grad is written.
+
+    Raises: as `polish`; TypeError for a solver without a tolerance; SolverError where the solver's on_failure is
+        "raise" and rtol is missed.
+    Warns: InaccurateHypergradient where rtol is missed.
+    Cost: one product with respect to hparams for each stage of the tolerance, and once for each update what `polish`
+        costs, at low accuracy.
+    Source: Pedregosa 2016, section 3, for the tolerances.
+
+    Example:
+        >>> lam = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+        >>> rough = hg.implicit.grad(
+        ...     lambda w, lam: w**2 / 2,
+        ...     inner_loss=lambda w, lam: (w - lam) ** 2,
+        ...     params=lam.detach() + 0.1,
+        ...     hparams=lam,
+        ... )
+        >>> refine(rough, rtol=1e-6).grads
+        tensor(3., dtype=torch.float64)
+    """
+    if not isinstance(rtol, (int, float)) or not 0 < rtol < 1:
+        raise ValueError(f"rtol must be between 0 and 1, got {rtol!r}")
+    if update is not None and not callable(update):
+        raise TypeError(f"update must be None or a function of (params, hparams), got {update!r}")
+    solver = Auto() if solver is None else solver
+    rough = at_tolerance(solver, ROUGH)
+    problem, start, updates = _again(result, "refine"), result.adjoint, 0
+    while True:
+        with undisturbed(problem):
+            problem.evaluate(keep=True)
+            solution = _adjoint_to(rtol, problem, solver, start)
+            grads = problem.grads()
+            correction = correct(problem, solution.value, rough)
+        if bool((correction.relative <= rtol) & correction.holds) or updates == REFINEMENTS:
+            break
+        better = newton_step(problem, correction.step) if update is None else _updated(problem, update)
+        if better is None:
+            break
+        problem, start, updates = better, solution.value, updates + 1
+    refined = replace(result_of(problem, solution, grads), relative_error=correction.relative)
+    _check_accuracy(refined, rtol, solver.on_failure)
+    return refined
+
+
+def _again(result: Hypergradient, name: str) -> Problem:
+    """The problem of a result, to be evaluated once more."""
+    kept = result.problem
+    if kept.inner is None or kept.outer_loss is None:
+        raise TypeError(f"{name} evaluates both losses again, so both must be given as callables of (params, hparams)")
+    if kept.stochastic or isinstance(kept.inner, GaussNewton):
+        raise TypeError(f"{name} needs the derivative of one fixed problem, not a {type(kept.inner).__name__}")
+    if kept.changed:
+        raise ValueError(
+            f"{' and '.join(kept.changed)} were changed in place since the hypergradient was taken: {name} it before "
+            f"the next step of an optimiser"
+        )
+    return kept.again()
+
+
+def _adjoint_to(rtol: float, problem: Problem, solver: LinearSolver, start: Any) -> Solution:
+    """v for which a tenfold smaller residual changed h = ∇₂E − ∂₂Fᵀv by at most rtol ‖h‖."""
+    outer, tolerance, before, operator = problem.outer_space, rtol, None, problem.operator()
+    while True:
+        inner = at_tolerance(solver, tolerance)
+        solution = solve(inner, operator, problem.b.copy(), start, problem.last_product)
+        h = outer.pack(problem.grads())
+        went = bool(torch.as_tensor(solution.steps).max() > 0)  # a stage without a step shows nothing
+        settled = went and before is not None and bool((h - before).norm() <= rtol * h.norm())
+        if settled or not solution.ok or tolerance <= 10 * problem.space.eps:
+            return solution
+        before, start, tolerance = h, solution.value, max(tolerance / 10, 10 * problem.space.eps)
+
+
+def newton_step(problem: Problem, step: Vector, halvings: int = 20) -> Problem | None:
     """The problem at w + tδ with t the first of 1, ½, ¼, … at which ‖F‖ falls; None if it falls at none of these.
 
-    Cost: one evaluation of the inner problem for each t, and of the outer loss.
+    Cost: one evaluation of the inner problem for each t.
     """
-    size = point.residual.norm().square().sum()
-    w = point.variables.space.pack(_detached(point.variables.given))
+    size = read(norm(problem.residual))
     for k in range(halvings):
-        moved = w + step * 0.5**k
-        problem = replace(point.problem, params=moved.tree)
-        new = Point(problem, problem.variables)
-        if bool(new.residual.norm().square().sum() < size):
-            return new
+        better = problem.again(problem.with_params(problem.point + step * 0.5**k))
+        better.linearisation = better.linearise()
+        if bool(torch.as_tensor(read(norm(better.residual)) < size).all()):
+            return better
     return None
 
 
-def at_tolerance(solver: Solver, rtol: float) -> Solver:
+def _updated(problem: Problem, update: Callable[[PyTree, PyTree], PyTree]) -> Problem:
+    """The problem at update(params, hparams)."""
+    params = problem.with_params(problem.point.copy())
+    return problem.again(
+        problem.with_params(problem.space.vector(update(params, problem.hparams), "the value of update").copy())
+    )
+
+
+def _check_accuracy(result: Hypergradient, rtol: float, on_failure: str) -> None:
+    error = float("nan") if result.relative_error is None else float(result.relative_error)
+    if error <= rtol or on_failure == "ignore":
+        return
+    text = (
+        f"the hypergradient has an estimated relative error of {error:.1e} instead of {rtol:.1e}: the inner problem is "
+        f"not solved well enough (residual {float(result.inner_residual.max()):.1e}), or the linear systems are not; "
+        f"give update= more to do, or solve the inner problem further, or polish the result"
+    )
+    if on_failure == "raise":
+        raise SolverError(text, result.solution)
+    warn(text, InaccurateHypergradient)
+
+
+def at_tolerance(solver: Solver, rtol: float) -> LinearSolver:
     """The solver with another tolerance, silent. Raises TypeError where it has none."""
     if not isinstance(solver, LinearSolver) or not solver._runs_to_tolerance:
         raise TypeError(f"a tolerance needs a solver from hg.solvers that iterates to one, got {solver!r}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .. import _autodiff, operators
-from .._vector import PyTree, Space, Vector, check_distinct
-from ..solvers import GMRES, BlockCG, LinearSolver, Recycled
-from ..solvers._solver import Solver, solve, start_of
-from ._hypergradient import Hypergradient, inner_distance
-from ._problem import InnerProblem, LastProduct, Problem, Variables, norm_alone, random_state_kept_on_error
+from .. import _autodiff
+from .._tree import PyTree
+from .._vector import Vector
+from ..solvers import GMRES, BlockCG, Recycled, Solver, on_failure_of, solve
+from ._hypergradient import Hypergradient, result_of, undisturbed, with_hooks
+from ._problem import Problem
 
 
 def jacobian(
@@ -65,61 +65,62 @@ def jacobian(
         tensor([[6.0000, 0.0000],
                 [5.0000, 3.0000]])
     """
-    variables = Variables(params, hparams)
-    check_distinct(variables.given, variables.names)
-    inner = InnerProblem.of(inner_loss, fp_map, residual)
-    symmetric = symmetric or positive_definite or inner.kind == "inner_loss"
-    fixed_point = inner.kind == "fp_map"
+    problem = Problem(
+        outer_losses,
+        params=params,
+        hparams=hparams,
+        inner_loss=inner_loss,
+        fp_map=fp_map,
+        residual=residual,
+        symmetric=symmetric,
+        positive_definite=positive_definite,
+    )
+    if problem.stochastic:
+        raise TypeError("jacobian takes all its products at one draw, so it has no Stochastic inner problem")
     if solver is None:
-        solver = BlockCG() if symmetric else GMRES()
-    with random_state_kept_on_error(variables.given):
-        if not (callable(outer_losses) and callable(inner.given)):
-            variables.keep_live()
-        linearisation = inner.linearise(variables)
-        norm = norm_alone(linearisation, variables.space, fixed_point)
-        values, b, direct = _outer_gradients(outer_losses, variables)
-        op = operators.adjoint(
-            lambda: linearisation,
-            fixed_point=fixed_point,
-            symmetric=symmetric,
-            positive_definite=positive_definite,
-            batch_dims=0,
-        )
-        last = LastProduct(lambda: linearisation, fixed_point, norm=norm, stacked=True)
-        solution = solve(solver, op.stacked(), b, start_of(x0, b.space), last)
-        result = Hypergradient(
-            grads=variables.outer_grads(_autodiff.add(direct, last.cross), len(values)),
-            adjoint=solution.value.tree,
-            solution=solution,
-            inner_residual=last.residual,
-            inner_distance=inner_distance(last.residual, solution, variables),
-            outer_value=values.detach(),
-            problem=Problem(outer_losses, inner, params, hparams, symmetric, positive_definite).kept(variables),
-        )
-        on_failure = solver.on_failure if isinstance(solver, LinearSolver) else "warn"
-        solution.report("the adjoint systems of the Jacobian", on_failure)
-        if on_failure != "ignore":
-            result.check_finite(on_failure)
-            result.warn_if_unsolved()
+        solver = BlockCG() if problem.symmetric else GMRES()
+    with undisturbed(problem) as hooked:
+        problem.evaluate(outer=_outer_gradients)
+        solution = solve(solver, problem.operator().stacked(), problem.b, x0, partial(_last_product, problem))
+        grads = problem.grads()
+    values = problem.outer_value
+    if hooked:
+        rows = [with_hooks(problem.differentiated, row, hooked) for row in zip(*grads, strict=True)]
+        grads = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+    result = result_of(problem, solution, grads, len(values))
+    on_failure = on_failure_of(solver)
+    solution.report("the adjoint systems of the Jacobian", on_failure)
+    if on_failure != "ignore":
+        result.check_finite(on_failure)
+        result.warn_if_unsolved()
     return result
 
 
-def _outer_gradients(outer_losses: Any, variables: Variables) -> tuple[Tensor, Vector, list[Tensor]]:
+def _last_product(problem: Problem, v: Vector) -> Vector:
+    """Aᵀv for a stack of v; keeps −∂₂Fᵀv, likewise stacked."""
+    assert problem.linearisation is not None
+    pulled, cross = problem.linearisation.vjp_both_many(v.leaves)
+    problem.cross = _autodiff.scaled(cross, 1.0 if problem.fixed_point else -1.0)
+    image = v.space.pack(pulled)
+    return v - image if problem.fixed_point else image
+
+
+def _outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
     """E, its gradients ∇₁E as k vectors stacked, and ∇₂E likewise."""
+    outer_losses = problem.outer_loss
     with torch.enable_grad():
-        values = outer_losses(variables.params, variables.hparams) if callable(outer_losses) else outer_losses
+        values = outer_losses(*problem.arguments) if callable(outer_losses) else outer_losses
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1 or not len(values):
         got = f"shape {tuple(values.shape)}, {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
             f"outer_losses must give a tensor [k] of k ≥ 1 losses, got {got}; torch.stack makes one of scalars, and "
             f"for a single loss there is implicit.grad"
         )
-    if callable(outer_losses):
-        variables.check_reached([values], "outer_losses")
-    elif not _autodiff.depends([values], variables.leaves):
-        raise ValueError("outer_losses do not depend on params; were they computed from other tensors, or no_grad?")
     units = torch.eye(len(values), dtype=values.dtype, device=values.device)
-    grads = _autodiff.stacked([values], [*variables.leaves, *variables.differentiated], [units])
-    count = len(variables.leaves)
-    space = Space(variables.in_params_structure(grads[:count]), "the outer gradients", 1)
-    return values, space.pack(grads[:count]).own(), grads[count:]
+    grads = _autodiff.stacked_or_none([values], [*problem.leaves, *problem.differentiated], [units])
+    count, lead = len(problem.leaves), len(values)
+    slopes, direct = grads[:count], grads[count:]
+    problem.check_outer_depends([values], slopes, direct)
+    pairs = zip(slopes, problem.leaves, strict=True)
+    slopes = [leaf.new_zeros(lead, *leaf.shape) if g is None else g for g, leaf in pairs]
+    return values, problem.space.stack_of(lead).pack(slopes).copy(), direct

@@ -12,11 +12,12 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _autodiff, _torch
+from .. import _autodiff, _graph, _torch
+from .._random import random_state_kept_on_error
 from .._solution import OnFailure, Status, finite
-from .._vector import PyTree, flatten
+from .._tree import PyTree, flatten
 from ..diff_optimizers import SGD, GroupLasso, Rule
-from ..implicit import accumulate, check_hparams, random_state_kept_on_error
+from ..implicit import accumulate, check_hparams, with_hooks
 from ..unroll import parse_bytes
 from ._methods import Implicit, Method
 from ._result import (
@@ -367,7 +368,7 @@ def _bytes_of_a_task(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tup
 
 def _kept(loss: Tensor, known: list[Tensor]) -> int:
     """Bytes that the graph of a loss keeps, beside tensors that are there anyway (tasks are views of one tensor)."""
-    sizes = _autodiff.saved([loss], set())
+    sizes = _graph.saved_bytes([loss], set())
     for x in known:
         sizes.pop(x.untyped_storage().data_ptr(), None)
     return sum(sizes.values())
@@ -379,8 +380,3 @@ def _in_bytes(memory: str | int) -> float:
         raise ValueError(f'memory must be a number of bytes > 0, or like "1GiB", got {memory!r}')
     return budget
 
-
-def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor], hooked: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients after the hooks of their leaves, each called once, as torch.autograd.grad calls them."""
-    places = {id(x) for x in hooked}
-    return [torch.autograd.grad(x, x, g)[0] if id(x) in places else g for x, g in zip(leaves, grads, strict=True)]

@@ -11,11 +11,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autodiff, implicit, unroll
+from .. import _autodiff, _graph, implicit, unroll
 from .._solution import NotFinite, OnFailure, Status
-from .._vector import PyTree, flatten
-from ..solvers import CG, LinearSolver
-from ..solvers._solver import Solver
+from .._tree import PyTree, flatten
+from ..solvers import CG, LinearSolver, Solver
 from ._tasks import Chunk, Diverged
 
 
@@ -70,13 +69,13 @@ class Implicit(Method):
 
         def outer_loss(moving: list[Tensor], hparams: PyTree) -> Tensor:
             value = chunk.outer(chunk.completed(moving, adapted), hparams)
-            unreached.intersection_update(_autodiff.unreached([value], flatten(hparams, "hparams")[0]))
+            unreached.intersection_update(_graph.unreached([value], flatten(hparams, "hparams")[0]))
             return value
 
         def residual(moving: list[Tensor], hparams: PyTree) -> list[Tensor]:
             slopes = chunk.moving(chunk.slopes(chunk.completed(moving, adapted), hparams))
             slopes = _autodiff.or_zeros(slopes, moving)
-            unreached.intersection_update(_autodiff.unreached(slopes, flatten(hparams, "hparams")[0]))
+            unreached.intersection_update(_graph.unreached(slopes, flatten(hparams, "hparams")[0]))
             return slopes
 
         # What went wrong is reported once, under the numbers that tasks have for the user.

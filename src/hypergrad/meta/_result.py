@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .._solution import NotConverged, NotFinite, OnFailure, Status, UnsolvedInnerProblem, warn
-from .._vector import PyTree, flatten, split
-from ..implicit import Hypergradient
-from ..implicit._hypergradient import UNSOLVED
+from .._tree import PyTree, flatten, split
+from ..implicit import UNSOLVED, Hypergradient
 
 Reduction = Literal["mean", "sum", "none"]
 REMEDY = (

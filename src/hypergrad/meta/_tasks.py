@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .. import _autodiff
+from .. import _autodiff, _graph
 from .._autodiff import as_scalar
-from .._vector import PyTree, flatten, split
+from .._tree import PyTree, arranged, flatten, split
 from ..diff_optimizers import Rule, plus
 
 Loss = Callable[[PyTree, PyTree, PyTree], Tensor]
@@ -48,15 +48,7 @@ class _Biased:
     def away(self, params: PyTree, hparams: PyTree) -> list[Tensor]:
         """w − λ, leaf by leaf of params; the centre is matched by key."""
         leaves, names, _ = flatten(params, "params")
-        centre, centre_names, _ = flatten(hparams if self.centre is None else self.centre(hparams), "centre")
-        if not names.alike(centre_names):
-            by_name = dict(zip(centre_names.within, centre, strict=True))
-            if by_name.keys() != {*names.within}:
-                raise ValueError(
-                    f"biased: params are drawn to a centre of their own structure, with leaves {names.within}; got "
-                    f"{centre_names.within}: pass centre=, a function that gives that part of hparams"
-                )
-            centre = [by_name[name] for name in names.within]
+        centre, _ = arranged(hparams if self.centre is None else self.centre(hparams), names, "centre of biased")
         return [w - c for w, c in zip(leaves, centre, strict=True)]
 
 
@@ -272,7 +264,7 @@ class Chunk:
         loss, penalties = without_penalties(self.problem.inner_loss)
         moving = self.moving(leaves)
         losses = self.losses(loss, "inner_loss", leaves, hparams, differentiated=create_graph)
-        if not self._checked and not _autodiff.depends([losses], moving):
+        if not self._checked and not _graph.depends([losses], moving):
             raise ValueError(UNUSED.format("inner_loss"))
         self._checked = True
         ones = [torch.ones_like(losses)]
@@ -290,7 +282,7 @@ class Chunk:
         if loss is not None:
             losses = self.losses(loss, "outer_loss", leaves, hparams, self.loop)
             self.values = losses.detach()
-            if any(w.requires_grad for w in leaves) and not _autodiff.depends([losses], leaves):
+            if any(w.requires_grad for w in leaves) and not _graph.depends([losses], leaves):
                 raise ValueError(UNUSED.format("outer_loss"))
         good = finite_tasks([losses.detach(), *params])
         if not all(good):

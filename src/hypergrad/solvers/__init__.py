@@ -4,14 +4,19 @@ from .._solution import HypergradientWarning, Solution, SolverError, Status
 from ._auto import Auto
 from ._block import BlockCG
 from ._direct import Dense
-from ._krylov import CG, GMRES, LSQR, MINRES, BiCGStab, NormalCG
+from ._krylov import GMRES, BiCGStab
 from ._lowrank import Nystrom
+from ._normal import LSQR, NormalCG
 from ._preconditioners import Diagonal, Reused
 from ._recycled import Recycled
-from ._refined import Refined
 from ._solver import IterativeSolver, LinearSolver
+from ._solver import Solver as Solver
+from ._solver import check_options as check_options
+from ._solver import on_failure_of as on_failure_of
+from ._solver import solve as solve
 from ._stationary import FixedPoint, Neumann, OneStep
 from ._stochastic import Optimizer
+from ._symmetric import CG, MINRES
 
 __all__ = [
     # the choice made by what is known of the system
@@ -38,8 +43,6 @@ __all__ = [
     "Reused",
     # a start from the last solutions
     "Recycled",
-    # products in low precision
-    "Refined",
     # first order, stochastic
     "Optimizer",
     # their forms and answers

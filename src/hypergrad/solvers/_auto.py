@@ -6,56 +6,65 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .._basis import Basis
 from .._solution import Status
+from .._vector import Vector, where
+from ..operators import LinearOperator
 from ._direct import Dense
-from ._krylov import CG, GMRES, LSQR, MINRES
-from ._solver import IterativeSolver, LinearSolver, Outcome, System, continued, where
+from ._krylov import GMRES
+from ._normal import LSQR
+from ._solver import IterativeSolver, LinearSolver, Outcome, System, check_options, continued, event
+from ._symmetric import CG, MINRES
+
+LANCZOS_STEPS = 40  # products for the least eigenvalue of a system that turned out to be indefinite
 
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(IterativeSolver):
-    """Takes the method that fits the system, and another one where that fails; `Solution.method` says which and why.
+    """The default: takes the method that fits the system, and another one where that fails.
 
     | system | first | then |
     |---|---|---|
     | n ≤ `dense` | Dense | – |
-    | symmetric | CG | MINRES, where xᵀAx ≤ 0 is met; GMRES, where A is not symmetric after all |
+    | symmetric | CG | MINRES, where A is singular or indefinite; GMRES, where A is not symmetric after all |
     | any | GMRES | LSQR, where GMRES stagnates and Aᵀ is known |
 
-    The next method goes on from where the one before stopped, with max_steps of its own. Without a tolerance the first
-    does exactly max_steps, and Dense is not considered. At a minimum of an inner loss xᵀAx ≤ 0 does not happen: take CG
-    there, whose failure is news.
+    Where A is positive definite, as that of an inner loss is at a minimum, negative curvature says that the point is no
+    minimum: then it stops there, at CG's last iterate, and `Solution.curvature` is an estimate of the least eigenvalue.
+    MINRES starts from x0, or zero, and gives the least-squares solution where A is singular. The next method has
+    max_steps of its own. Without a tolerance the first method does exactly max_steps, and no other follows.
+    `Solution.method` says which method gave the value, and why.
 
     Args:
         dense: number of unknowns (of one system) up to which A is materialised.
         restart: of GMRES.
 
-    Cost: that of the methods; a read from the device after each.
+    Cost: that of the methods; a read from the device after each; at negative curvature 40 products more.
     """
 
-    dense: int = 100
+    dense: int = 0
     restart: int = 30
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("dense", 0), ("restart", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"Auto: {name} must be an integer ≥ {least}, got {getattr(self, name)!r}")
+        check_options(self, integers={"dense": 0, "restart": 1})
 
     def _iterate(self, system: System) -> Outcome:
         method, why = self._first(system)
         outcome = method._iterate(system)
-        while system.goal is not None and outcome.code is not None:
-            code = torch.as_tensor(outcome.code)
-            again = (code > 0) & ~torch.as_tensor(outcome.trace[-1] <= system.stop)  # NaN too: of an iteration, perhaps
+        while system.goal is not None:
+            last = torch.as_tensor(outcome.trace[-1])
+            code = torch.as_tensor(0 if outcome.code is None else outcome.code, device=last.device)
+            if not isinstance(method, Dense):
+                code = event(code, last >= torch.as_tensor(system.rhs_norm), Status.DIVERGED)
+            again = (code > 0) & ~(last <= system.stop)  # where the last is NaN too
             worst = Status(int(torch.where(again, code, 0).max()))
-            following = self._after(method, worst, system)
+            following = self._after(method, worst, outcome, system)
             if following is None:
                 break
-            # Iterates of CG on an A that is not symmetric are no start for anything.
             start = system.b.zeros() if system.x0 is None else system.x0
-            start = start.where(again & (code == Status.NOT_SYMMETRIC.value), outcome.x)
-            again = system.look(again)
+            start = start.where(again, outcome.x)
+            again = system.number(again)
             rest = replace(system, x0=start, residual=None, stop=where(again, system.stop, torch.inf))
             why, method = f"{type(method).__name__} ended with {worst.name}", following
             outcome = continued(outcome, method._iterate(rest), again)
@@ -70,12 +79,44 @@ class Auto(IterativeSolver):
             return CG(), "declared symmetric"
         return GMRES(restart=self.restart), "not declared symmetric"
 
-    def _after(self, method: LinearSolver, worst: Status, system: System) -> LinearSolver | None:
+    def _after(self, method: LinearSolver, worst: Status, outcome: Outcome, system: System) -> LinearSolver | None:
         if worst is Status.NOT_SYMMETRIC and not isinstance(method, Dense):
             return GMRES(restart=self.restart)
-        if isinstance(method, CG) and worst is Status.NOT_POSITIVE_DEFINITE:
-            return MINRES()
+        if isinstance(method, CG) and worst in (Status.NOT_POSITIVE_DEFINITE, Status.DIVERGED):
+            if not (system.op.positive_definite and _is_negative(outcome)):
+                return MINRES()
+            outcome.curvature = least_eigenvalue(system.op, system.b)
         transposable = system.op.has_transpose and not system.op.symmetric
-        if isinstance(method, GMRES) and worst is Status.STAGNATED and transposable:
+        if isinstance(method, GMRES) and worst in (Status.STAGNATED, Status.DIVERGED) and transposable:
             return LSQR()
         return None
+
+
+def _is_negative(outcome: Outcome) -> bool:
+    """Whether CG met a curvature that is negative beyond rounding, for any system."""
+    curvature = torch.as_tensor(0.0 if outcome.curvature is None else outcome.curvature)
+    largest = torch.as_tensor(0.0 if outcome.steepest is None else outcome.steepest).abs()
+    return bool((curvature < -(outcome.x.space.eps**0.75) * largest).any())
+
+
+def least_eigenvalue(op: LinearOperator, b: Vector, steps: int = LANCZOS_STEPS) -> torch.Tensor:
+    """An estimate of the least eigenvalue of a symmetric A from below: that of Lanczos less its error bound."""
+    steps = min(steps, b.space.length)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    q = b.random(generator)
+    basis = Basis(b, steps + 1)
+    basis[0] = q / q.norm()
+    tridiagonal = b.space.scalar(0.0)[..., None, None].repeat(*[1] * b.space.batch_dims, steps, steps)
+    size = b.space.scalar(0.0)
+    for j in range(steps):
+        w = op(basis[j])
+        for _ in range(2):
+            projection = basis.coefficients(w, j + 1)
+            w = w - basis.combine(projection)
+            tridiagonal[..., j, j] += projection[..., j]
+        size = w.norm()
+        basis[j + 1] = w * torch.where(size > 0, 1 / size, 0.0)
+        if j + 1 < steps:
+            tridiagonal[..., j, j + 1] = tridiagonal[..., j + 1, j] = size
+    values, vectors = torch.linalg.eigh(tridiagonal)
+    return values[..., 0] - size * vectors[..., -1, 0].abs()

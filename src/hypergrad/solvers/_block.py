@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._basis import Basis
 from .._solution import Status
-from .._vector import Basis, Space, Vector
-from ._krylov import event
-from ._solver import IterativeSolver, Outcome, System
+from .._vector import Space, Vector
+from ._solver import IterativeSolver, Outcome, System, event
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._basis import Basis
 from .._solution import Status
-from .._vector import Basis, Vector
+from .._vector import Vector
 from ..operators import LinearOperator
-from ._krylov import event
-from ._solver import LinearSolver, Outcome, System, require_symmetric
+from ._solver import LinearSolver, Outcome, System, event, require_symmetric
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from .._vector import Basis, Vector
-from ..operators import LinearOperator
-from ._solver import require_symmetric
+from .._basis import Basis
+from .._vector import Vector
+from ..operators import LinearOperator, function
+from ._solver import System, require_symmetric
 
 Precondition = Callable[[Vector], Vector]
 
@@ -122,3 +123,24 @@ class Reused:
             self.steps.append(0)
             self._applied = True
         return self._precondition(r)
+
+
+def build_preconditioner(preconditioner: Any, system: System) -> Callable[[Vector], Vector] | None:
+    """r ↦ M⁻¹ r from what the user gave: None, an operator, a function of pytrees, or a recipe such as Nystrom."""
+    if preconditioner is None or isinstance(preconditioner, LinearOperator):
+        return preconditioner
+    if isinstance(preconditioner, Reused) and system.goal is None:
+        raise ValueError(
+            "Reused needs a solver with a tolerance (rtol or atol): a fixed number of steps does not show that the "
+            "preconditioner has aged"
+        )
+    if is_recipe(preconditioner):
+        if system.precondition is None:
+            system.precondition = preconditioner.preconditioner(system.op, system.b)
+        return system.precondition
+    if not callable(preconditioner) or isinstance(preconditioner, type):
+        raise TypeError(
+            f"preconditioner must be a LinearOperator, a function r ↦ M⁻¹r of pytrees, or a recipe such as "
+            f"Nystrom(...), got {preconditioner!r}"
+        )
+    return function(preconditioner)

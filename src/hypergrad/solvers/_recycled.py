@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._vector import Basis, Vector
+from .._basis import Basis
+from .._vector import Vector
 from ..operators import LinearOperator
 from ._direct import apply
 from ._krylov import triangular_solve

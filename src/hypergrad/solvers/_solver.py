@@ -6,65 +6,28 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard, final
+from typing import Any, ClassVar, TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from .._solution import OnFailure, Solution, Status
-from .._vector import Space, Vector
+from .._vector import (
+    FREE_TO_READ,
+    Scalar,
+    Space,
+    Vector,
+    anywhere,
+    larger,
+    norm,
+    read,
+    squares_are_exact,
+    where,
+)
 from ..operators import LinearOperator
 
 # A solver is anything of this form; a plain function may return the bare value.
 Solver: TypeAlias = Callable[..., Any]
-
-
-class Start(Protocol):
-    """What finds a start for a system, x₀ and b − A x₀, and learns from its solution: `Recycled`."""
-
-    def start(self, op: LinearOperator, b: Vector) -> tuple[Vector, Vector] | None: ...
-    def keep(self, x: Vector) -> None: ...
-
-
-# A scalar of an iteration: a number where reading is free, else a tensor, 0-d or [B]. Arithmetic with numbers costs
-# nothing beside a small product; that with 0-d tensors does.
-Real: TypeAlias = Any
-
-FREE_TO_READ = ("cpu",)  # kinds of device on which reading a number waits for nothing
-
-
-def read(scalar: Tensor) -> Real:
-    """A 0-d tensor as a number, where reading is free."""
-    return scalar.item() if not scalar.ndim and scalar.device.type in FREE_TO_READ else scalar
-
-
-def where(condition: Any, a: Real, b: Real) -> Real:
-    """a where the condition holds, else b."""
-    return torch.where(condition, a, b) if isinstance(condition, Tensor) else (a if condition else b)
-
-
-def anywhere(condition: Any) -> bool:
-    """Whether a condition holds for any system."""
-    return bool(condition.any() if isinstance(condition, Tensor) and condition.ndim else condition)
-
-
-def larger(a: Real, b: Real) -> Real:
-    """The larger one; NaN where a is NaN."""
-    return torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b)
-
-
-def root(a: Real) -> Real:
-    return a.sqrt() if isinstance(a, Tensor) else math.sqrt(a)
-
-
-def precise(norm2: Real, space: Space) -> bool:
-    """Whether a ‖v‖² is a number, of a size at which no square that matters to it underflowed, and none overflowed."""
-    return space.uniform and not isinstance(norm2, Tensor) and space.tiny**0.5 <= norm2 <= space.tiny**-0.5
-
-
-def length(v: Vector, look: Callable[[Tensor], Real] = read) -> Real:
-    """‖v‖, as a number where `look` gives one."""
-    return root(look(v.dot(v)))
 
 
 @dataclass
@@ -75,17 +38,17 @@ class System:
     b: Vector
     x0: Vector | None
     max_steps: int
-    stop: Real  # a system rests once ‖r‖ ≤ stop: the tolerance or, without one, rounding level
-    goal: Real | None  # the tolerance itself; None runs max_steps without looking
+    stop: Scalar  # a system rests once ‖r‖ ≤ stop: the tolerance or, without one, rounding level
+    goal: Scalar | None  # the tolerance itself; None runs max_steps without reading a residual
     check_every: int
-    rhs_norm: Real  # ‖b‖ in scaled units
-    scale: Real  # power of two that one scaled unit is worth in the user's units
+    rhs_norm: Scalar  # ‖b‖ in scaled units
+    scale: Scalar  # power of two that one scaled unit is worth in the user's units
     precondition: Callable[[Vector], Vector] | None = None  # built from op once, however often the system is taken up
     residual: Vector | None = None  # b − A x0 where it is known
 
     def __post_init__(self) -> None:
-        space, looked = self.b.space, self.goal is not None and self.check_every == 1
-        self.reads = not space.batch_dims and (looked or space.device.type in FREE_TO_READ)
+        space, checks = self.b.space, self.goal is not None and self.check_every == 1
+        self.reads = not space.batch_dims and (checks or space.device.type in FREE_TO_READ)
 
     def start(self) -> tuple[Vector, Vector]:
         """x and r = b − A x in memory of their own; no product where there is no x0."""
@@ -99,22 +62,24 @@ class System:
             return False
         return not anywhere(going)
 
-    def look(self, scalar: Any) -> Real:
-        """A scalar to compute with: of one system where reading is free, or looked for anyway, a number."""
+    def number(self, scalar: Any) -> Scalar:
+        """A scalar to compute with: a number where there is one system and reading is free, or done anyway."""
         return scalar.item() if self.reads and isinstance(scalar, Tensor) else scalar
 
-    def stack(self, scalars: list[Real]) -> Tensor | list[float]:
+    def stack(self, scalars: list[Scalar]) -> Tensor | list[float]:
         """Scalars of an iteration as one tensor: [steps], or [steps, B]; numbers stay a list."""
         return torch.stack(scalars) if isinstance(scalars[0], Tensor) else scalars
 
 
-def ratio(a: Real, b: Real, going: Any) -> Real:
-    """a / b where going, else 0."""
-    if isinstance(going, Tensor):
-        return torch.where(going, a / b, 0.0)
-    if not going:
-        return 0.0
-    return a / b if b else a * math.inf
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0: a direction that has vanished takes no further step."""
+    return torch.where(b == 0, 0.0, a / b)
+
+
+def event(code: Scalar | None, happened: Scalar, status: Status) -> Scalar:
+    """Record a status where it happened, unless something else happened before."""
+    code = 0 if code is None else code
+    return where(happened & (code == 0), status.value, code)
 
 
 @dataclass
@@ -124,8 +89,10 @@ class Outcome:
     x: Vector
     trace: Tensor | list[float]  # ‖r‖ by the recursion before each step and, if known, after it: [steps (+ 1)(, B)]
     steps: int
-    code: Real | None = None  # Status values of what went wrong on the way
+    code: Scalar | None = None  # Status values of what went wrong on the way
     method: str = ""  # where a solver chose one
+    curvature: Scalar | None = None  # the least xᵀAx / xᵀx met, where the method knows it
+    steepest: Scalar | None = None  # the largest, likewise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +112,7 @@ class LinearSolver(ABC):
     on_failure: OnFailure = "warn"
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol", "damping"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{type(self).__name__}: {name} must be a finite number ≥ 0, got {value!r}")
-        if self.on_failure not in ("warn", "raise", "ignore"):
-            raise ValueError(f'on_failure must be "warn", "raise" or "ignore", got {self.on_failure!r}')
+        check_options(self, numbers=("rtol", "atol", "damping"))
 
     @final
     def __call__(self, op: LinearOperator, b: Any, x0: Any = None) -> Solution:
@@ -169,7 +131,7 @@ class LinearSolver(ABC):
         Cost: the method's products and one more, for the true residual.
         """
         vector = b if isinstance(b, Vector) else Space(b, "b", op.batch_dims).vector(b, "b")
-        solution = solve(self, op, vector.copy(), start_of(x0, vector.space))
+        solution = solve(self, op, vector.copy(), x0)
         solution.report(type(self).__name__, self.on_failure)
         return solution if isinstance(b, Vector) else replace(solution, value=solution.value.tree)
 
@@ -198,27 +160,38 @@ class IterativeSolver(LinearSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("max_steps", 0), ("check_every", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{type(self).__name__}: {name} must be an integer ≥ {least}, got {value!r}")
+        check_options(self, integers={"max_steps": 0, "check_every": 1})
 
 
-def start_of(x0: Any, space: Space) -> Vector | Start | None:
-    """x0 as a solve takes it: a pytree becomes a vector."""
-    return x0 if x0 is None or isinstance(x0, Vector) or is_start(x0) else space.vector(x0, "x0")
+def check_options(solver: Any, numbers: tuple[str, ...] = (), integers: dict[str, int] | None = None) -> None:
+    """Raise ValueError for an option of a solver that is out of range.
+
+    Args:
+        solver: the configuration whose attributes are checked; its on_failure is checked always.
+        numbers: names of those that must be finite and ≥ 0, or None.
+        integers: names of those that must be integers, or None, with the least value of each.
+    """
+    kind = type(solver).__name__
+    for name in numbers:
+        value = getattr(solver, name)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{kind}: {name} must be a finite number ≥ 0, got {value!r}")
+    for name, least in (integers or {}).items():
+        value = getattr(solver, name)
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{kind}: {name} must be an integer ≥ {least}, got {value!r}")
+    if getattr(solver, "on_failure", "warn") not in ("warn", "raise", "ignore"):
+        raise ValueError(f'{kind}: on_failure must be "warn", "raise" or "ignore", got {solver.on_failure!r}')
 
 
-def is_start(x0: Any) -> TypeGuard[Start]:
+def on_failure_of(solver: Solver) -> OnFailure:
+    """What a solver does when it fails; a plain function warns."""
+    return solver.on_failure if isinstance(solver, LinearSolver) else "warn"
+
+
+def keeps_starts(x0: Any) -> bool:
+    """Whether x0 finds a start for each system and learns from its solution, as `Recycled` does."""
     return all(callable(getattr(x0, name, None)) for name in ("start", "keep")) and not isinstance(x0, type)
-
-
-def begin(x0: Vector | Start | None, op: LinearOperator, b: Vector) -> Vector | None:
-    """The start as a vector."""
-    if x0 is None or isinstance(x0, Vector):
-        return x0
-    begun = x0.start(op, b)
-    return None if begun is None else begun[0]
 
 
 def require_symmetric(op: LinearOperator, name: str) -> None:
@@ -230,78 +203,91 @@ def require_symmetric(op: LinearOperator, name: str) -> None:
 
 
 def solve(
-    solver: Solver,
-    op: LinearOperator,
-    b: Vector,
-    x0: Vector | Start | None,
-    last_product: Callable[[Vector], Vector] | None = None,
+    solver: Solver, op: LinearOperator, b: Vector, x0: Any, last_product: Callable[[Vector], Vector] | None = None
 ) -> Solution:
-    """Run a solver and recompute its residual; does not warn. b is overwritten; a Start keeps the solution.
+    """Run a solver and recompute its residual; does not warn. b is overwritten.
 
     Args:
         solver: a LinearSolver, or a plain function (op, b, x0) → Vector, pytree or Solution.
+        x0: start, a Vector or a pytree like b, or what finds one and keeps the solution (`Recycled`).
         last_product: v ↦ A v, where the caller needs that product anyway; it replaces the product for the residual,
             and the iteration is then not taken up again when the recursion was too optimistic.
     """
     with torch.no_grad():
-        if not isinstance(solver, LinearSolver):
-            return _kept(x0, _run_function(solver, op, b, begin(x0, op, b), last_product or op))
-        if solver._needs_symmetric:
-            require_symmetric(op, type(solver).__name__)
-        op, space = op.damped(solver.damping), b.space
-        scale, norm = _scaled(b)
-        system = _system(solver, op, b, x0 / scale if isinstance(x0, Vector) else None, scale, norm)
-        if is_start(x0):
-            system.x0, system.residual = x0.start(op, b) or (None, None)
-        outcome = solver._iterate(system)
-        for refinements_left in (2, 1, 0):
-            x = outcome.x.scale_(scale)
-            image = op(x) if last_product is None else _damped(last_product(x), x, solver.damping)
-            left = system.max_steps - outcome.steps
-            last = last_product is not None or system.goal is None or not refinements_left or left <= 0
-            residual = length((b if last else b.copy()).add_(image, 1 / scale, -1.0), system.look)
-            trace = outcome.trace
-            if len(trace) == outcome.steps:
-                numbers = isinstance(trace, list)
-                outcome.trace = [*trace, residual] if numbers else torch.cat([trace, space.tensor(residual)[None]])
-            code = _judge(outcome, residual, system)
-            if last:
-                break
-            again = code == Status.STAGNATED.value
-            if outcome.code is not None:
-                again = again & (outcome.code == 0)
-            if not anywhere(again):
-                break
-            system.x0, system.residual = x / scale, None
-            rest = replace(system, max_steps=left, stop=where(again, system.stop, torch.inf))
-            outcome = continued(outcome, solver._iterate(rest), again)
-        trace = space.tensor(outcome.trace)
-        solution = Solution(
-            x,
-            torch.as_tensor(code, device=space.device),
-            _steps(outcome, system),
-            space.tensor(residual * scale),
-            space.tensor(system.rhs_norm * scale),
-            trace if isinstance(scale, float) and scale == 1 else trace * scale,
-            outcome.method or type(solver).__name__,
-        )
-        if not isinstance(code, Tensor):  # known without another look
-            vars(solution)["_codes"] = [code]
-        return _kept(x0, solution)
+        start = x0 if x0 is None or isinstance(x0, Vector) or keeps_starts(x0) else b.space.vector(x0, "x0")
+        if isinstance(solver, LinearSolver):
+            solution = _run(solver, op, b, start, last_product)
+        else:
+            solution = _run_function(solver, op, b, start, last_product or op)
+        if keeps_starts(start):
+            start.keep(solution.value)
+        return solution
 
 
-def _kept(x0: Vector | Start | None, solution: Solution) -> Solution:
-    if is_start(x0):
-        x0.keep(solution.value)
+def _run(solver: LinearSolver, op: LinearOperator, b: Vector, start: Any, last_product: Any) -> Solution:
+    if solver._needs_symmetric:
+        require_symmetric(op, type(solver).__name__)
+    op, space = op.damped(solver.damping), b.space
+    scale, rhs_norm = _scaled(b)
+    system = _system(solver, op, b, start / scale if isinstance(start, Vector) else None, scale, rhs_norm)
+    if keeps_starts(start):
+        system.x0, system.residual = start.start(op, b) or (None, None)
+    outcome, x, residual, code = _verified(solver, system, last_product)
+    trace = space.tensor(outcome.trace)
+    solution = Solution(
+        x,
+        torch.as_tensor(code, device=space.device),
+        _steps(outcome, system),
+        space.tensor(residual * scale),
+        space.tensor(system.rhs_norm * scale),
+        trace if isinstance(scale, float) and scale == 1 else trace * scale,
+        outcome.method or type(solver).__name__,
+        None if outcome.curvature is None else space.tensor(outcome.curvature),
+    )
+    if not isinstance(code, Tensor):  # known without another read
+        vars(solution)["_codes"] = [code]
     return solution
 
 
-def _scaled(b: Vector) -> tuple[Real, Real]:
+def _verified(solver: LinearSolver, system: System, last_product: Any) -> tuple[Outcome, Vector, Scalar, Scalar]:
+    """The outcome, x in the user's units, its true residual and the Status value.
+
+    Where the recursion was too optimistic, the iteration is taken up again from x, up to twice.
+    """
+    outcome = solver._iterate(system)
+    for refinements_left in (2, 1, 0):
+        x = outcome.x.scale_(system.scale)
+        image = system.op(x) if last_product is None else _damped(last_product(x), x, solver.damping)
+        left = system.max_steps - outcome.steps
+        last = last_product is not None or system.goal is None or not refinements_left or left <= 0
+        r = (system.b if last else system.b.copy()).add_(image, 1 / system.scale, -1.0)
+        residual = norm(r, system.number)
+        if len(outcome.trace) == outcome.steps:
+            outcome.trace = _extended(outcome.trace, residual, r.space)
+        code = _judge(outcome, residual, system)
+        if last:
+            break
+        again = code == Status.STAGNATED.value
+        if outcome.code is not None:
+            again = again & (outcome.code == 0)
+        if not anywhere(again):
+            break
+        system.x0, system.residual = x / system.scale, None
+        rest = replace(system, max_steps=left, stop=where(again, system.stop, torch.inf))
+        outcome = continued(outcome, solver._iterate(rest), again)
+    return outcome, x, residual, code
+
+
+def _extended(trace: Any, residual: Scalar, space: Space) -> Any:
+    return [*trace, residual] if isinstance(trace, list) else torch.cat([trace, space.tensor(residual)[None]])
+
+
+def _scaled(b: Vector) -> tuple[Scalar, Scalar]:
     """A power of two by which b is divided, and ‖b‖ after that: near 1 where it is not 0."""
     norm2 = read(b.dot(b))
-    if not precise(norm2, b.space):
+    if not squares_are_exact(norm2, b.space):
         scale = b.scale(read)
-        return scale, length(b.scale_(1 / scale))
+        return scale, norm(b.scale_(1 / scale))
     # Near enough to 1 as it is: squares of residuals, and of Aᵀr, neither vanish nor overflow.
     near = b.space.tiny ** (1 / 6) <= norm2 <= b.space.tiny ** (-1 / 6)
     scale = 1.0 if near else 2.0 ** round(math.log2(norm2) / 2)
@@ -313,7 +299,9 @@ def _damped(image: Vector, x: Vector, damping: float) -> Vector:
     return image + x * damping if damping else image
 
 
-def _system(solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | None, scale: Real, norm: Real) -> System:
+def _system(
+    solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | None, scale: Scalar, norm: Scalar
+) -> System:
     rtol, atol = solver.rtol, solver.atol
     limits = (solver.max_steps, solver.check_every) if isinstance(solver, IterativeSolver) else (None, None)
     max_steps, every = limits
@@ -332,10 +320,10 @@ def _system(solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | No
     return System(op, b, x0, max_steps, stop, goal, every, norm, scale)
 
 
-def _judge(outcome: Outcome, residual: Real, system: System) -> Real:
+def _judge(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
     """The Status values that the true residual and the events on the way lead to; read only where that is free."""
-    norm = system.look(outcome.trace[-1])
-    code = 0 if outcome.code is None else system.look(outcome.code)
+    norm = system.number(outcome.trace[-1])
+    code = 0 if outcome.code is None else system.number(outcome.code)
     worse_than_none = (residual >= system.rhs_norm) & (system.rhs_norm > 0)
     if system.goal is None:
         ended = where(worse_than_none, Status.DIVERGED.value, Status.COMPLETED.value)
@@ -351,13 +339,14 @@ def _judge(outcome: Outcome, residual: Real, system: System) -> Real:
     return where(finite, code, Status.NON_FINITE.value)
 
 
-def continued(first: Outcome, second: Outcome, again: Real) -> Outcome:
+def continued(first: Outcome, second: Outcome, again: Scalar) -> Outcome:
     """One outcome of two that followed each other: the second worked on the systems in `again` alone."""
     code = where(again, 0 if second.code is None else second.code, 0 if first.code is None else first.code)
     before, after = (first.x.space.tensor(outcome.trace) for outcome in (first, second))
     # Those at rest keep the norm that they were put to rest with: taken anew it may stand above the limit by rounding.
     trace = torch.cat([before, where(again, after[1:], before[-1])])
-    return Outcome(second.x, trace, first.steps + second.steps, code, second.method)
+    curvature = first.curvature if second.curvature is None else second.curvature
+    return Outcome(second.x, trace, first.steps + second.steps, code, second.method, curvature)
 
 
 def _steps(outcome: Outcome, system: System) -> int | Tensor:
@@ -367,20 +356,21 @@ def _steps(outcome: Outcome, system: System) -> int | Tensor:
     return (outcome.trace[:-1] > system.stop).sum(0)
 
 
-def _run_function(
-    function: Solver, op: LinearOperator, b: Vector, x0: Vector | None, last_product: Callable[[Vector], Vector]
-) -> Solution:
-    """A user's plain function as a solver: its answer is checked like any other."""
+def _run_function(function: Solver, op: LinearOperator, b: Vector, start: Any, last_product: Any) -> Solution:
+    """A user's plain function as a solver: it may write into what it is given, and its answer is checked like any."""
     before = op.products
-    result = function(op, b.copy(), x0 if x0 is None else x0.copy())  # theirs to write into
+    if keeps_starts(start):
+        start = (start.start(op, b) or (None,))[0]
+    result = function(op.copying(), b.copy(), start if start is None else start.copy())
     value = result.value if isinstance(result, Solution) else result
     tree = value.tree if isinstance(value, Vector) else value
     own = isinstance(value, Vector) and value.space is b.space
     x = value if own else b.space.vector(tree, "the solver's result")
-    residual = (b - last_product(x)).norm()
-    completed = torch.full_like(residual, Status.COMPLETED.value, dtype=torch.long)
-    code = result.code if isinstance(result, Solution) else completed
+    residual, rhs_norm = (b - last_product(x)).norm(), b.norm()
+    worse_than_none = (residual >= rhs_norm) & (rhs_norm > 0)
+    code = torch.where(worse_than_none, Status.DIVERGED.value, Status.COMPLETED.value)
+    code = result.code if isinstance(result, Solution) else code
     code = torch.where(torch.isfinite(residual), code, Status.NON_FINITE.value)
     steps = result.steps if isinstance(result, Solution) else op.products - before
     trace = result.trace if isinstance(result, Solution) else torch.stack([residual])
-    return Solution(x, code, steps, residual, b.norm(), trace, getattr(function, "__name__", type(function).__name__))
+    return Solution(x, code, steps, residual, rhs_norm, trace, getattr(function, "__name__", type(function).__name__))

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from .._solution import Status
-from .._vector import Vector
-from ._krylov import event
-from ._solver import IterativeSolver, LinearSolver, Outcome, Real, System, length
+from .._vector import Scalar, Vector, norm
+from ._solver import IterativeSolver, LinearSolver, Outcome, System, event
 
 HOPELESS = 1e8  # growth of the residual at which the iteration is given up
 
@@ -19,30 +18,31 @@ HOPELESS = 1e8  # growth of the residual at which the iteration is given up
 def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
     """max_steps of x ← x + η (b − A x), which overwrites x; with η = 1 it is x ← (I − A) x + b, from zero if x is None.
 
-    DIVERGED where the residual ends above its start and growing. The residual is taken only where it is looked at, and
-    thrice without a tolerance (the trace is NaN in between): beside a cheap product it costs as much as the update.
+    DIVERGED where the residual ends above its start and growing. With a tolerance the residual is measured every
+    check_every steps, without one three times (the trace is NaN in between): beside a cheap product it costs as much as
+    the update.
     """
-    b, most, look, looking = system.b, system.max_steps, system.look, system.goal is not None
-    looks = range(0, most, system.check_every) if looking else {0, (most + 1) // 2, most - 1}
-    freezes, unseen = looking and bool(b.space.batch_dims), system.stop * torch.nan
-    stop, hopeless, going = look(system.stop), torch.inf, True
+    b, most, number, tolerant = system.b, system.max_steps, system.number, system.goal is not None
+    measured = range(0, most, system.check_every) if tolerant else {0, (most + 1) // 2, most - 1}
+    masks, unknown = tolerant and bool(b.space.batch_dims), system.stop * torch.nan
+    stop, hopeless, going = number(system.stop), torch.inf, True
     norms, trace, steps = [], [], 0
     for k in range(most):
         # The next x with η = 1, else the residual.
         if x is None:
             new = b.copy()
         else:
-            new = system.op.contract(x).add_(b) if step_size == 1 else system.op(x).scale_add_(-1.0, b)
-        trace.append(unseen)
-        if k in looks:
-            size = trace[-1] = length(new - x if x is not None and step_size == 1 else new, look)
+            new = system.op.contract(x) + b if step_size == 1 else b - system.op(x)
+        trace.append(unknown)
+        if k in measured:
+            size = trace[-1] = norm(new - x if x is not None and step_size == 1 else new, number)
             norms.append(size)
-            if looking:
+            if tolerant:
                 going = going & (size > stop) & (size <= hopeless)
                 hopeless = HOPELESS * size if k == 0 else hopeless
         if system.finished(k, going):
             break
-        x = _advanced(x, new, step_size, going if freezes else None)
+        x = _advanced(x, new, step_size, going if masks else None)
         steps += 1
     code = event(None, _diverged(norms), Status.DIVERGED) if norms else None
     return Outcome(b.zeros() if x is None else x, system.stack(trace or [b.norm()])[: len(trace)], steps, code)
@@ -55,7 +55,7 @@ def _advanced(x: Vector | None, new: Vector, step_size: float, going: Any) -> Ve
     return x.add_(new if going is None else new.where(going, new.zeros()), step_size)
 
 
-def _diverged(norms: list[Real]) -> Real:
+def _diverged(norms: list[Scalar]) -> Scalar:
     first, half, last = norms[0], norms[len(norms) // 2], norms[-1]
     return (last > first) & ((last > half) | (last > HOPELESS * first) | (len(norms) < 3))
 

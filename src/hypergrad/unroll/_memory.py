@@ -34,11 +34,6 @@ def parse_bytes(text: Any) -> float | None:
     return None if number is None else float(number[1]) * UNITS[number[2]]
 
 
-def in_place(iterate: Iterate) -> Callable[[], Iterate]:
-    """An iterate stays where it is."""
-    return lambda: iterate
-
-
 @contextmanager
 def elsewhere(offload: Any, tensors: Sequence[Tensor]) -> Iterator[Store]:
     """What keeps iterates on the CPU or in files, which are gone at the end.
@@ -50,6 +45,8 @@ def elsewhere(offload: Any, tensors: Sequence[Tensor]) -> Iterator[Store]:
             raise ValueError('offload="cpu": the iterates are on the CPU already; pass a folder (pathlib.Path) or None')
         yield on_cpu
     elif isinstance(offload, os.PathLike):
+        if any(hasattr(x, "to_local") for x in tensors):
+            raise ValueError("offload: files take no sharded tensors; pass None")
         try:
             folder = tempfile.TemporaryDirectory(prefix="hypergrad-", dir=offload)
         except OSError as error:
@@ -178,5 +175,6 @@ class Allocated(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    leaves = optree.tree_leaves(tree)
-    return [x.untyped_storage() for x in leaves if isinstance(x, Tensor) and x.layout is torch.strided]
+    leaves = [x for x in optree.tree_leaves(tree) if isinstance(x, Tensor) and x.layout is torch.strided]
+    # Of a sharded tensor this rank's part.
+    return [(x.detach().to_local() if hasattr(x, "to_local") else x).untyped_storage() for x in leaves]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import _random
-from .._vector import PyTree
-from ._memory import Store, available, elsewhere, in_place, parse_bytes
+from .._random import random_state_kept_on_error
+from .._tree import PyTree
+from ._memory import Store, available, elsewhere, parse_bytes
 from ._steps import Batches, Iterate, Run, check_whole
 
 POLICIES = ("graph", "iterates", "sqrt")
@@ -144,8 +145,8 @@ def reverse(
     _check_memory(memory, checkpoints, offload)
     length = steps if truncate is None else min(truncate, steps)
     run = Run(step, outer_loss, start, hparams, batches, steps, with_time, allow_detached)
-    with _random.kept_on_error([*run.start, *run.outer]):
-        storage = nullcontext(in_place) if offload is None else elsewhere(offload, run.start)
+    with random_state_kept_on_error([*run.start, *run.outer]):
+        storage = nullcontext(_kept_as_it_is) if offload is None else elsewhere(offload, run.start)
         with run.differentiating(), storage as store:
             first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, steps - length)
             schedule = _schedule(run, first, steps - length, steps, memory, checkpoints, offload is not None)
@@ -165,6 +166,10 @@ def reverse(
             outer_value=run.outer_value,
             evaluations=run.evaluations,
         )
+
+
+def _kept_as_it_is(iterate: Iterate) -> Callable[[], Iterate]:
+    return lambda: iterate
 
 
 def _check_memory(memory: str, checkpoints: int | None, offload: object) -> None:

@@ -12,11 +12,11 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _autodiff, _random
+from .. import _autodiff, _graph, _random
 from .._autodiff import as_scalar
 from .._solution import warn, warn_if_not_finite
 from .._torch import hooks_suspended, version_of
-from .._vector import PyTree, describe, flatten, split
+from .._tree import PyTree, describe, flatten, split
 from ..implicit import check_hparams
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
@@ -101,9 +101,12 @@ class Run:
         if not any(map(is_continuous, self.start)):
             raise ValueError("start holds no floating point tensor")
         self.kinds = list(map(KIND, self.start))
-        self.outer, self.names, self.hparams_tree = _hyperparameters(hparams)
+        self.outer, self.names, self.hparams_tree = flatten(hparams, "hparams", complex=True)
         self.hparams = self.hparams_tree(self.outer)
-        self.differentiated = check_hparams(self.outer, self.names)
+        self.differentiated = check_hparams(self.outer, self.names)[1]
+        for x, name in zip(self.outer, self.names, strict=True):
+            if x.is_inference():
+                raise ValueError(f"{name} was made under torch.inference_mode(): make it outside, or pass a clone()")
         # The start that the user may use in place of the argument; not where it is one of hparams.
         self.live = [x for x in self.start if x.requires_grad and not any(x is y for y in self.outer)]
         self.hooked: list[Tensor] = []
@@ -188,7 +191,7 @@ class Run:
         """The tensors of step's result in the order of the start's, mappings being matched by key."""
         value = list(value) if isinstance(value, Iterator) else value
         tensors, rebuild = split(value)
-        if optree.tree_structure(value) == self.structure:
+        if optree.tree_structure(value) == self.structure and len(tensors) == len(self.start):
             return tensors, rebuild
         own, found = self.paths, _paths(value, "start")
         if len(own) != len(found):
@@ -208,7 +211,7 @@ class Run:
 
     def _warn_if_cut(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
         """Warn where a part of params that step was given reaches nothing; not at step 0, often a case apart."""
-        lost = [i for i in _autodiff.unreached(outputs, tensors) if tensors[i].numel()]
+        lost = [i for i in _graph.unreached(outputs, tensors) if tensors[i].numel()]
         if lost:
             parts = ", ".join(f"tensor {i} {describe(*KIND(tensors[i]))}" for i in lost)
             warn(
@@ -235,7 +238,7 @@ class Run:
     def _check_argument_used(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
         """Raise where step uses the live start that it closes over instead of what it is given."""
         given = [x for x in tensors if x.requires_grad]
-        if self.live and not _autodiff.depends(outputs, given) and _autodiff.depends(outputs, self.live):
+        if self.live and not _graph.depends(outputs, given) and _graph.depends(outputs, self.live):
             raise ValueError(
                 "step does not use the params that it is called with, but the live start: use its argument"
             )
@@ -275,11 +278,11 @@ class Run:
         leaves, middle, rebuild = self.record(iterate, begin, begin + 1)
         one = self.keep([x.detach() for x in middle], rebuild)
         seen: set[Any] = set()
-        before = _autodiff.saved(middle, seen)
+        before = _graph.saved_bytes(middle, seen)
         inputs = [x if x.requires_grad else leaf(x) for x in middle]
         outputs, rebuild = self.evaluate(inputs, rebuild, begin + 1)
         nodes = len(seen)
-        sizes = _autodiff.saved(outputs, seen)
+        sizes = _graph.saved_bytes(outputs, seen)
         own = sum(size for place, size in sizes.items() if place not in before)
         two = self.keep([x.detach() for x in outputs], rebuild)
         both = Recorded(leaves, outputs, rebuild)
@@ -306,14 +309,13 @@ class Run:
 
     def _check_outer(self, loss: Tensor, used: bool) -> None:
         """Raise where outer_loss uses other tensors in place of its argument; warn where it may."""
-        if used and self.live and _autodiff.depends([loss], self.live):
+        if used and self.live and _graph.depends([loss], self.live):
             warn("outer_loss uses the live start beside the params that it is called with: is it meant so?")
         if used:
             return
         if not loss.requires_grad:
             raise ValueError(UNUSED_PARAMS.format(", nor on hparams"))
-        known = _autodiff.strangers(self.differentiated, ())
-        if others := _autodiff.strangers([loss], known):
+        if others := _graph.undeclared_leaves([loss], self.differentiated):
             shapes = ", ".join(str(tuple(x.shape)) for x in others[:5])
             raise ValueError(UNUSED_PARAMS.format(f", but on tensors of shape {shapes} that it was not given"))
         warn(f"{UNUSED_PARAMS.format(', but on hparams')}. The steps do not count in this hypergradient")
@@ -340,7 +342,7 @@ class Run:
 
     def through_start(self, start_grads: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
         """∇ ← ∇ + (∂w₀/∂λ)ᵀ α, where the start was computed from hparams."""
-        if not _autodiff.depends(self.start, self.differentiated):
+        if not _graph.depends(self.start, self.differentiated):
             return grads
         more = _autodiff.grad_or_none(self.start, self.differentiated, start_grads, retain_graph=True)
         return add(grads, more)
@@ -406,21 +408,3 @@ def _holds_tensors(x: Any) -> bool:
     if not dataclasses.is_dataclass(x) or isinstance(x, type):
         return False
     return any(isinstance(y, Tensor) for f in dataclasses.fields(x) for y in optree.tree_leaves(getattr(x, f.name)))
-
-
-def _hyperparameters(hparams: PyTree) -> tuple[list[Tensor], Sequence[str], Rebuild]:
-    """The leaves of hparams, floating point or complex, their names, and the inverse."""
-    hparams = list(hparams) if isinstance(hparams, Iterator) else hparams
-    leaves, rebuild = split(hparams)
-    if any(x.is_complex() for x in leaves):
-        real = optree.tree_map(lambda x: x.real if isinstance(x, Tensor) and x.is_complex() else x, hparams)
-        names = flatten(real, "hparams")[1]
-    else:
-        leaves, names, rebuild = flatten(hparams, "hparams")
-    for x, name in zip(leaves, names, strict=True):
-        if x.is_inference():
-            raise ValueError(
-                f"{name} was made under torch.inference_mode(), so nothing can be differentiated with respect to it: "
-                f"pass {name}.clone().requires_grad_(), made outside"
-            )
-    return leaves, names, rebuild

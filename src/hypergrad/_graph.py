@@ -1,0 +1,94 @@
+"""Walks of autograd's graph: what depends on what, leaves that were not declared, bytes that are kept.
+
+Nothing is evaluated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from . import _torch
+
+Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
+
+
+def _edge(x: Tensor | GradientEdge) -> Edge:
+    edge = get_gradient_edge(x) if isinstance(x, Tensor) else x
+    return edge.node, edge.output_nr
+
+
+def _edges(outputs: Iterable[Tensor | GradientEdge]) -> list[Edge]:
+    """Where the outputs that have a graph come from."""
+    return [_edge(y) for y in outputs if not isinstance(y, Tensor) or y.requires_grad]
+
+
+def _behind(edges: Iterable[Edge], seen: set[Any]) -> Iterator[Edge]:
+    """These edges and all that lead to them, some more than once; nodes in `seen` are not entered again."""
+    stack = list(edges)
+    while stack:
+        node, output = stack.pop()
+        yield node, output
+        if node not in seen:
+            seen.add(node)
+            stack.extend(parent for parent in node.next_functions if parent[0] is not None)
+
+
+def depends(outputs: Sequence[Tensor | GradientEdge], inputs: Sequence[Tensor]) -> bool:
+    """Whether any output has any input in its graph."""
+    sought = {_edge(x) for x in inputs if x.requires_grad}
+    return any(edge in sought for edge in _behind(_edges(outputs), set()))
+
+
+def unreached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
+    """The places of inputs that require grad and that no output depends on."""
+    places = {_edge(x): i for i, x in enumerate(inputs) if x.requires_grad}
+    for edge in _behind(_edges(outputs), {node for node, _ in places}):
+        places.pop(edge, None)
+        if not places:
+            break
+    return list(places.values())
+
+
+def computed_from(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """The first (i, j) where tensor i was computed from tensor j, or None."""
+    if all(x.is_leaf for x in tensors):
+        return None
+    places = {_edge(x): i for i, x in enumerate(tensors) if x.requires_grad}
+    seen: set[Any] = set()
+    for i, x in enumerate(tensors):
+        parents = () if x.grad_fn is None else x.grad_fn.next_functions
+        for edge in _behind([parent for parent in parents if parent[0] is not None], seen):
+            if places.get(edge, i) != i:
+                return i, places[edge]
+    return None
+
+
+def undeclared_leaves(outputs: Sequence[Tensor], declared: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors."""
+    known = {id(x) for x in declared}
+    seen = {_edge(x)[0] for x in declared if x.requires_grad}  # what declared tensors were computed from is not entered
+    edges = _behind(_edges(outputs), seen)
+    variables = (getattr(node, "variable", None) for node, _ in edges)
+    return list({id(x): x for x in variables if x is not None and id(x) not in known}.values())
+
+
+def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
+    """Bytes of each storage that the graph of outputs keeps, by address; nodes in `seen` are left out, and added to it.
+
+    Reads the nodes: saved-tensor hooks would forbid torch.func inside what is measured.
+    """
+    before, sizes = set(seen), {}
+    for node, _ in _behind(_edges(outputs), seen):
+        if node in before or hasattr(node, "variable"):
+            continue
+        for value in _torch.saved_values(node):
+            for x in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(x, Tensor) and x.layout is torch.strided:
+                    x = x.detach().to_local() if hasattr(x, "to_local") else x  # of a sharded tensor, this rank's part
+                    sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return sizes

@@ -1,0 +1,5 @@
+"""Placeholder until the compile branch is merged."""
+
+from . import _compiled
+
+Recorded = _compiled.Product

@@ -1,0 +1,151 @@
+"""Pytrees of tensors: their leaves, the names of these, and leaves put in their places."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+PyTree: TypeAlias = Any
+Unflatten: TypeAlias = "Callable[[Iterable[Tensor]], PyTree]"
+
+
+class Paths(Sequence[str]):
+    """Where the leaves of a tree stand, as text; made only when it is asked for, which is when something is wrong."""
+
+    def __init__(self, name: str, spec: optree.PyTreeSpec):
+        self.name, self.spec = name, spec
+
+    @cached_property
+    def within(self) -> list[str]:
+        """The paths without the tree's name."""
+        return ["".join(f"[{key!r}]" for key in path) for path in self.spec.paths()]
+
+    def __len__(self) -> int:
+        return self.spec.num_leaves
+
+    def __getitem__(self, i: Any) -> Any:
+        return [self.name + path for path in self.within[i]] if isinstance(i, slice) else self.name + self.within[i]
+
+    def order(self, other: Paths) -> list[int] | None:
+        """Where in `other` each leaf of this tree stands, matched by key; None where that is the same order.
+
+        A list, a tuple and an iterator count as one structure, and so do mappings with the same keys.
+
+        Raises: ValueError for another structure.
+        """
+        if self.spec == other.spec or self.within == other.within:
+            return None
+        places = {path: i for i, path in enumerate(other.within)}
+        if len(self) != len(other) or not all(path in places for path in self.within):
+            odd = [path or "(a single tensor)" for path in {*self.within} ^ {*other.within}]
+            raise ValueError(
+                f"{other.name} must have the structure of {self.name}: {len(other)} leaves instead of {len(self)}, and "
+                f"these stand in one of the two only: {', '.join(sorted(odd)[:5])}"
+            )
+        return [places[path] for path in self.within]
+
+
+def flatten(tree: PyTree, name: str, complex: bool = False) -> tuple[list[Tensor], Paths, Unflatten]:
+    """Leaves, their paths as text, and the inverse. An iterator (model.parameters()) is read once, into a list.
+
+    Raises TypeError naming the leaf that is not a floating point tensor (or, where that is allowed, a complex one),
+    ValueError for no leaf at all.
+    """
+    if isinstance(tree, Iterator):
+        tree = list(tree)
+    leaves, spec = optree.tree_flatten(tree)
+    paths = Paths(name, spec)
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{paths[i]} must be a floating point tensor, got {type(leaf).__name__}{_hint(leaf)}")
+        if not (leaf.is_floating_point() or (complex and leaf.is_complex())):
+            hint = "; pass torch.view_as_real of it, and torch.view_as_complex within" if leaf.is_complex() else ""
+            raise TypeError(f"{paths[i]} must be a floating point tensor, got one of dtype {leaf.dtype}{hint}")
+    if not leaves:
+        raise ValueError(f"{name} holds no tensor: {tree!r}")
+    return leaves, paths, spec.unflatten
+
+
+def _hint(leaf: Any) -> str:
+    if isinstance(leaf, torch.nn.Module):
+        return "; pass its parameters()"
+    if isinstance(leaf, str):
+        return "; give named_parameters() as a dict"
+    if dataclasses.is_dataclass(leaf):
+        return "; register this dataclass as a pytree (optree.dataclasses.dataclass), or pass a dict of its fields"
+    return ""
+
+
+def split(tree: PyTree) -> tuple[list[Tensor], Unflatten]:
+    """The tensors of any dtype in a tree, and a function that puts others in their places; the rest stays as it is."""
+    if isinstance(tree, Tensor):  # this and the next case are quick, for unrolling does it at every step
+        return [tree], _alone
+    if isinstance(tree, Iterator):
+        tree = list(tree)
+    leaves, spec = optree.tree_flatten(tree)
+    if all(isinstance(leaf, Tensor) for leaf in leaves):
+        return leaves, spec.unflatten
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [leaves[i] for i in places]
+    for i in places:  # the function must not keep their memory, nor their graph
+        leaves[i] = None
+    return tensors, lambda new: optree.tree_unflatten(spec, filled(leaves, places, new))
+
+
+def _alone(tensors: Iterable[Tensor]) -> Tensor:
+    (tensor,) = tensors
+    return tensor
+
+
+def filled(leaves: Sequence[Any], places: Sequence[int], new: Iterable[Any]) -> list[Any]:
+    """A list of leaves with those at `places` replaced by the new ones."""
+    whole = list(leaves)
+    for i, leaf in zip(places, new, strict=True):
+        whole[i] = leaf
+    return whole
+
+
+def arranged(tree: PyTree, like: Paths, name: str) -> tuple[list[Tensor], Sequence[str]]:
+    """The leaves of a tree, and their names, in the order of `like`: mappings are matched by key, never by place."""
+    leaves, paths, _ = flatten(tree, name)
+    order = like.order(paths)
+    return (leaves, paths) if order is None else ([leaves[i] for i in order], [paths[i] for i in order])
+
+
+def matching(tree: PyTree, like: Sequence[Tensor], name: str, paths: Paths | None = None) -> list[Tensor]:
+    """The leaves of a tree that must have the structure, shapes and dtypes of these: nothing is broadcast silently."""
+    if paths is None:
+        leaves, names, _ = flatten(tree, name)
+        if len(leaves) != len(like):
+            raise ValueError(f"{name} must have the structure of the solution: {len(like)} leaves, got {len(leaves)}")
+    else:
+        leaves, names = arranged(tree, paths, name)
+    for leaf, path, expected in zip(leaves, names, like, strict=True):
+        if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
+            one, other = (describe(x.shape, x.dtype, x.device) for x in (expected, leaf))
+            raise ValueError(f"{path} must be like the solution: expected {one}, got {other}")
+    return leaves
+
+
+def difference(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x - y for x, y in zip(xs, ys, strict=True))
+
+
+def check_distinct(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise ValueError where one tensor stands in two places: its derivative would be counted twice."""
+    if len({*map(id, leaves)}) < len(leaves):
+        places = {id(leaf): i for i, leaf in reversed([*enumerate(leaves)])}
+        late = next(i for i, leaf in enumerate(leaves) if places[id(leaf)] < i)
+        raise ValueError(
+            f"{names[places[id(leaves[late])]]} and {names[late]} are the same tensor; pass each variable once"
+        )
+
+
+def describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
+    return f"shape {tuple(shape)}, {str(dtype).removeprefix('torch.')} on {device}"

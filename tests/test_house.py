@@ -1,0 +1,108 @@
+"""The order of the source and its limits: what a file may import, and how long files, functions and signatures are."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "hypergrad"
+# A file imports only files above it; a folder's files may import one another.
+ORDER = (
+    "_torch",
+    "_tree",
+    "_vector",
+    "_basis",
+    "_graph",
+    "_autodiff",
+    "_random",
+    "_solution",
+    "operators",
+    "solvers",
+    "_recorded",
+    "fixed_points",
+    "implicit",
+    "unroll",
+    "diff_optimizers",
+    "meta",
+    "nn",
+    "diagnostics",
+    "hypergradients",
+    "CG_torch",
+    "__init__",
+)
+LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS = 10_800, 450, 50, 12
+FILES = sorted(SOURCE.rglob("*.py"))
+NAMES = [str(file.relative_to(SOURCE)) for file in FILES]
+TREES = {name: ast.parse(file.read_text()) for name, file in zip(NAMES, FILES, strict=True)}
+
+
+def room(name: str) -> str:
+    """The entry of ORDER that a file belongs to."""
+    return name.split("/")[0].removesuffix(".py")
+
+
+def imported(name: str) -> list[tuple[str, str]]:
+    """(room, module within the room or "") of each import of the package's own files."""
+    depth, found = name.count("/"), []
+    for node in ast.walk(TREES[name]):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        parts = node.module.split(".") if node.module else []
+        inside = name.split("/")[:-1][: depth - node.level + 1]
+        for alias in node.names:
+            path = [*inside, *parts, *([] if parts else [alias.name])]
+            found.append((path[0], ".".join(path[1:])))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_imports_only_what_stands_above_it(name):
+    own = room(name)
+    assert own in ORDER, f"{own} has no place in the order"
+    for other, inner in imported(name):
+        if other == own:
+            continue
+        assert ORDER.index(other) < ORDER.index(own), f"{name} imports {other}, which stands below it"
+        private = [part for part in inner.split(".") if part.startswith("_")]
+        assert not private, f"{name} imports {other}.{inner}, which is private to its folder"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_functions_and_signatures_are_short(name):
+    text = (SOURCE / name).read_text()
+    assert text.count("\n") <= LINES_OF_A_FILE
+    for node in ast.walk(TREES[name]):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        docstring = ast.get_docstring(node, clean=False)
+        first = node.body[1].lineno if docstring is not None and len(node.body) > 1 else node.body[0].lineno
+        assert (node.end_lineno or 0) - first + 1 <= LINES_OF_A_FUNCTION, f"{node.name} is too long"
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = len([a for a in arguments if a.arg not in ("self", "cls")])
+        if name not in ("hypergradients.py", "CG_torch.py"):  # HyperTorch's signatures stay
+            assert count <= ARGUMENTS, f"{node.name} has {count} arguments"
+        if node.args.kwarg is not None and not node.name.startswith("_"):
+            annotation = node.args.kwarg.annotation
+            assert not (isinstance(annotation, ast.Name) and annotation.id == "Any"), f"{node.name} hides its signature"
+
+
+def test_the_source_is_short():
+    assert sum(file.read_text().count("\n") for file in FILES) <= LINES_OF_ALL
+
+
+PRIVATE = ("torch._C", "torch._functorch", "torch.utils._python_dispatch", "torch.multiprocessing.reductions")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "_torch.py"])
+def test_private_interfaces_of_torch_are_used_in_one_file(name):
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.module.startswith(PRIVATE), f"{name} imports {node.module}"
+            if node.module.startswith("torch"):
+                hidden = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not hidden, f"{name} imports {hidden} of {node.module}"
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            owner = ast.unparse(node.value)
+            assert not owner.startswith("torch"), f"{name} uses {owner}.{node.attr}"
