@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from . import diff_optimizers, fixed_points, implicit, nn, operators, solvers, unroll
-from ._compiled import NotCompiled
+from ._recorded import NotCompiled
 from ._solution import (
     HypergradientWarning,
     InaccurateHypergradient,

@@ -5,8 +5,8 @@ A new version of torch is looked at here, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError:  # nothing is then recorded
+    TorchDispatchMode = None
 try:
     from torch.autograd.function import BackwardCFunction
 except ImportError:  # every node then counts as that of a torch.autograd.Function
@@ -74,3 +78,39 @@ def saved_values(node: Any) -> list[Any]:
 @lru_cache(maxsize=1024)
 def _saved_names(kind: type) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_saved_")]
+
+
+class _Watch(TorchDispatchMode or object):
+    """A mode in which every operation is done by a function."""
+
+    def __init__(self, operation: Callable[[Any, Any, dict[str, Any]], Any]):
+        super().__init__()
+        self.operation = operation
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap the next method, which takes as long as what it does
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.operation(func, args, kwargs or {})
+
+
+@contextmanager
+def watched(operation: Callable[[Any, Any, dict[str, Any]], Any]) -> Iterator[None]:
+    """Every operation of the block is done by `operation(func, args, kwargs)`; none where torch cannot."""
+    # A mode is of one thread.
+    with _Watch(operation) if TorchDispatchMode else nullcontext(), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+@lru_cache(maxsize=4096)
+def operation_traits(func: Any) -> tuple[bool, bool, Any] | None:
+    """Whether it writes, whether it gives a view, and the same without writing; None where it is random or unknown."""
+    schema, functional = getattr(func, "_schema", None), None
+    if schema is None or torch.Tag.nondeterministic_seeded in func.tags:
+        return None
+    name = schema.name.removeprefix("aten::")
+    if schema.is_mutable and name.endswith("_") and not name.endswith("__") and hasattr(torch.ops.aten, name[:-1]):
+        functional = getattr(getattr(torch.ops.aten, name[:-1]), func._overloadname, None)
+    view = name == "_unsafe_view" or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
+    return schema.is_mutable, view, functional

@@ -21,7 +21,7 @@ from .._random import random_state_kept_on_error
 from .._solution import NOT_FINITE, NotFinite, Solution, SolverError, Status, UnsolvedInnerProblem, finite, warn
 from .._tree import PyTree, flatten
 from .._vector import Scalar, Vector, anywhere, norm, ratio, read, squares_are_exact, where
-from ..solvers import Auto, Recycled, Solver, on_failure_of, solve
+from ..solvers import Auto, IterativeSolver, Recycled, Solver, on_failure_of, solve
 from ._problem import Problem
 
 UNSOLVED = 0.1  # estimated relative distance from the inner solution at which a warning is due
@@ -163,6 +163,7 @@ def grad(
         compile=compile,
     )
     solver = Auto() if solver is None else solver
+    problem.expected_products = _fixed_steps(solver)
     with undisturbed(problem) as hooked:
         problem.evaluate()
         operator = problem.operator()
@@ -227,6 +228,12 @@ def backward(
         )
         accumulate(hparams, result.grads)
     return result
+
+
+def _fixed_steps(solver: Solver) -> int | None:
+    """The number of steps of a solver that has no tolerance."""
+    fixed = isinstance(solver, IterativeSolver) and solver.rtol is None and solver.atol is None
+    return solver.max_steps if fixed else None
 
 
 class undisturbed(ExitStack):

@@ -120,6 +120,8 @@ class Problem:
             )
         return [x for x in hooked if id(x) in outer]
 
+    expected_products: int | None = None  # with Aᵀ, where it is known how many will be taken
+
     def evaluate(self, keep: bool = False, outer: Callable[[Problem, bool], Any] | None = None) -> None:
         """Evaluate the inner problem and the outer loss, once.
 
@@ -153,7 +155,7 @@ class Problem:
         compiled = None
         if self.compile:
             backend = None if self.compile is True else self.compile
-            compiled = partial(Recorded, space=self.space, backend=backend)
+            compiled = partial(Recorded, space=self.space, backend=backend, expected=self.expected_products)
         return Linearisation(outputs, self.leaves, self.differentiated, compile=compiled)
 
     @property
