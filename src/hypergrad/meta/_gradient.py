@@ -17,7 +17,7 @@ from .._random import random_state_kept_on_error
 from .._solution import OnFailure, Status, finite
 from .._tree import PyTree, flatten
 from ..diff_optimizers import SGD, GroupLasso, Rule
-from ..implicit import accumulate, check_hparams, with_hooks
+from ..implicit import accumulate, check_hparams
 from ..unroll import parse_bytes
 from ._methods import Implicit, Method
 from ._result import (
@@ -287,7 +287,7 @@ def _meta_gradient(
     total = joined(grads, tasks.count) if reduction == "none" else grads[0][1]
     if reduction == "mean":
         total = [g / (tasks.count - len(failed)) for g in total]
-    result = collected(pieces, rebuild(with_hooks(leaves, total, hooked)), plan)
+    result = collected(pieces, rebuild(_torch.with_hooks(leaves, total, hooked)), plan)
     if isinstance(method, Implicit):
         report_unsolved(result, method._on_failure)
     return result
@@ -379,4 +379,3 @@ def _in_bytes(memory: str | int) -> float:
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
         raise ValueError(f'memory must be a number of bytes > 0, or like "1GiB", got {memory!r}')
     return budget
-
