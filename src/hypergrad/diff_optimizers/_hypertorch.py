@@ -16,7 +16,7 @@ from .._random import random_state_kept_on_error
 from .._solution import warn
 from .._tree import flatten
 
-Params: TypeAlias = "list[Any]"
+Params: TypeAlias = Any  # a list of tensors, or of lists of them
 Number: TypeAlias = "float | Tensor"
 Coefficient: TypeAlias = "Number | Callable[[Any], Number]"
 UNREACHED = "the inner loss does not depend on params; was it computed under no_grad, or from other tensors?"
@@ -61,7 +61,8 @@ def heavy_ball_step(
     Returns (w₊, w); else as `gd_step`.
     """
     params, grads = _gradient(params, loss, create_graph)
-    new = optree.tree_map(lambda w, v, g: w - step_size * g + momentum * (w - v), params, list(aux_params), grads)
+    aux: Params = list(aux_params)
+    new = optree.tree_map(lambda w, v, g: w - step_size * g + momentum * (w - v), params, aux, grads)
     return new, params
 
 
@@ -73,7 +74,8 @@ def torch_momentum_step(
     Returns (w₊, v₊); else as `gd_step`.
     """
     params, grads = _gradient(params, loss, create_graph)
-    buffers = optree.tree_map(lambda v, g: momentum * v + g, list(aux_params), grads)
+    aux: Params = list(aux_params)
+    buffers = optree.tree_map(lambda v, g: momentum * v + g, aux, grads)
     return optree.tree_map(lambda w, v: w - step_size * v, params, buffers), buffers
 
 

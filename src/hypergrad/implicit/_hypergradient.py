@@ -112,15 +112,18 @@ class Hypergradient:
         return (change / size if size else math.inf if change else 0.0), rate
 
     def warn_if_inaccurate(self) -> None:
-        """InaccurateHypergradient where a solver did its steps, and these were too few."""
+        """InaccurateHypergradient where a solver did its steps, and these were too few.
+
+        One that stagnated is reported where half the digits of the dtype are not reached: less than that is no failure.
+        """
         solution = self.solution
-        if solution.status not in (Status.COMPLETED, Status.MAX_STEPS, Status.STAGNATED):
+        enough = solution.value.space.eps**0.5
+        if solution.status is Status.STAGNATED and bool((solution.relative_residual > enough).any()):
+            solution.report("the adjoint system of the hypergradient", "warn")
+        if solution.status not in (Status.COMPLETED, Status.MAX_STEPS):
             return
         error, rate = self.adjoint_error()
         if not error > INACCURATE:
-            return
-        if solution.status is Status.STAGNATED:
-            solution.report("the adjoint system of the hypergradient", "warn")
             return
         steps = int(torch.as_tensor(solution.steps).max())
         text = (
