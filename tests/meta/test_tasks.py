@@ -78,9 +78,7 @@ def test_a_hook_on_hparams_acts_once_on_the_whole_gradient(name, chunk):
     calls = [x.register_hook(hook) for x in hparams.values()]
     due = hook(plain(name, "sum"))
     assert relative(flat(grad(name, hparams, reduction="sum", chunk=chunk).grads), due) < 1e-10
-    result = meta.backward(
-        outer, inner, hparams, TASKS, method=METHODS[name], steps=3, reduction="sum", chunk=chunk
-    )
+    result = meta.backward(outer, inner, hparams, TASKS, method=METHODS[name], steps=3, reduction="sum", chunk=chunk)
     assert relative(flat([x.grad for x in hparams.values()]), due) < 1e-10
     assert relative(flat(result.grads), due) < 1e-10
     for handle in calls:  # they are there as before
@@ -204,7 +202,7 @@ class Sets:
 def test_containers_that_are_unknown_are_named(tasks, message):
     with pytest.raises(TypeError, match=message):
         grad("unrolled", start_of(), tasks=tasks)
-    with pytest.raises(TypeError, match="hparams must be a .*tensor, got Sets"):
+    with pytest.raises(TypeError, match=r"hparams must be a .*tensor, got Sets"):
         grad("unrolled", Sets(X, Y))
 
 
@@ -468,7 +466,7 @@ def test_empty_leaves_and_batches(name):
         result = grad(name, start_of(), tasks=[*LISTED, (X[0, :0], Y[0, :0])])
     assert result.failed == [5]
     for tasks in ([], (X[:0], Y[:0]), iter([])):
-        with pytest.raises(ValueError, match="no task|no tensor"):
+        with pytest.raises(ValueError, match=r"no task|no tensor"):
             grad(name, start_of(), tasks=tasks)
 
 

@@ -3,12 +3,12 @@
     f(λ) = (1/B) Σᵢ E(wᵢ(λ), λ, taskᵢ),      wᵢ(λ) ≈ argmin_w g(w, λ, taskᵢ), in T steps from w₀(λ)
 
 Losses are those of one task; implicit (iMAML), unrolled (MAML) and first-order (FOMAML, Reptile) gradients come through
-the same call. What is evaluated after adaptation takes torch.func.vmap(f, in_dims=(0, None, 0))(params, hparams, tasks).
+the same call. After adaptation torch.func.vmap(f, in_dims=(0, None, 0))(params, hparams, tasks) evaluates all tasks.
 
-Some operations cost less side by side in another spelling (3 to 21 % of a call, on a CPU). Cross-entropy as
--logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean(), for vmap takes nll_loss apart in Python; a linear layer as
-x @ weight.mT + bias, for vmap multiplies the bias of torch's by 1; max_pool2d of many channels after
-x.contiguous(memory_format=torch.channels_last) in a loop, or by reshape and amax where windows do not overlap.
+On a CPU some operations cost less in another spelling, by 3 to 21 % of a whole call: cross-entropy side by side as
+-logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean(), for vmap takes nll_loss apart in Python; a linear layer side
+by side as x @ weight.mT + bias, for vmap multiplies the bias by 1 first; and max_pool2d of many channels after
+x.contiguous(memory_format=torch.channels_last).
 """
 
 from ._gradient import adapt, backward, grad

@@ -15,11 +15,12 @@ from torch import Tensor
 from .. import _autodiff, _graph, _torch
 from .._random import random_state_kept_on_error
 from .._solution import OnFailure, Status, finite
-from .._tree import PyTree, flatten
+from .._tree import PyTree, flatten, split
 from ..diff_optimizers import SGD, GroupLasso, Rule
 from ..implicit import accumulate, check_hparams
+from ..solvers import on_failure_of
 from ..unroll import parse_bytes
-from ._methods import Implicit, Method
+from ._methods import Implicit, Method, Reptile
 from ._result import (
     REMEDY,
     Adaptation,
@@ -187,8 +188,9 @@ def adapt(
         pieces.append((index, some.rebuild(params)))
         return []
 
-    with random_state_kept_on_error(optree.tree_leaves(hparams)):
-        plan = _each_chunk(evaluate, _plan(problem, given, hparams, chunk, memory, (2, 8)), given)
+    leaves = flatten(hparams, "hparams")[0]
+    with random_state_kept_on_error(leaves):
+        plan = _each_chunk(evaluate, _plan(problem, given, hparams, chunk, memory, (2, 8)), given, leaves)
         report_failed(failed, given.count, on_failure, "they hold NaN or infinity")
     return Adaptation(joined(pieces, given.count), sorted(failed), plan)
 
@@ -241,7 +243,7 @@ def _meta_gradient(
 ) -> MetaGradient:
     if not isinstance(method, Method):
         raise TypeError(f"method must be Implicit(), Unrolled(), FirstOrder() or Reptile(), got {method!r}")
-    if problem.outer_loss is None and method.needs_outer_loss:
+    if problem.outer_loss is None and not isinstance(method, Reptile):
         raise TypeError(f"{type(method).__name__} needs an outer_loss; only Reptile does without")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
@@ -278,7 +280,7 @@ def _meta_gradient(
     with random_state_kept_on_error(leaves), kept, _torch.hooks_suspended(leaves) as hooked:
         need = method._need(problem.steps)
         plan = _plan(problem, tasks, hparams, chunk, memory, need, one_by_one=reduction == "none")
-        plan = _each_chunk(evaluate, plan, tasks)
+        plan = _each_chunk(evaluate, plan, tasks, leaves)
         failed = [i for piece in pieces for i in piece.index if piece.statuses[0] is Status.NON_FINITE]
         if len(failed) == tasks.count:
             raise TaskError(f"all {tasks.count} tasks diverged, so there is no meta-gradient: {REMEDY}", sorted(failed))
@@ -289,11 +291,13 @@ def _meta_gradient(
         total = [g / (tasks.count - len(failed)) for g in total]
     result = collected(pieces, rebuild(_torch.with_hooks(leaves, total, hooked)), plan)
     if isinstance(method, Implicit):
-        report_unsolved(result, method._on_failure)
+        report_unsolved(result, on_failure_of(method.solver))
     return result
 
 
-def _each_chunk(evaluate: Callable[[list[int], Plan], list[list[int]]], plan: Plan, tasks: Tasks) -> Plan:
+def _each_chunk(
+    evaluate: Callable[[list[int], Plan], list[list[int]]], plan: Plan, tasks: Tasks, leaves: list[Tensor]
+) -> Plan:
     """Evaluate all tasks, so many at a time; one at a time from where that is not possible, which the plan then says.
 
     evaluate: of the tasks with these numbers; gives lists of those to be evaluated again.
@@ -303,12 +307,12 @@ def _each_chunk(evaluate: Callable[[list[int], Plan], list[list[int]]], plan: Pl
     while waiting:
         index = waiting.popleft()
         try:
-            with random_state_kept_on_error(tasks.tensors):
+            with random_state_kept_on_error(leaves):
                 again = evaluate(index, plan)
         except Exception as error:  # whatever it is, one task by itself shows whether it lies in vmap
             if len(index) == 1:
                 raise
-            reason = f"one by one, for side by side there is {type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = f"one by one, for side by side there is {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             plan = replace(plan, chunk=1, outer_chunk=1, reason=reason)
             again, waiting = [[i] for some in (index, *waiting) for i in some], deque()
         waiting.extendleft(reversed(again))
@@ -343,15 +347,15 @@ def _plan(
         return Plan(1, 1, None, f"a loop: {kept}")
     size = max(int(need[0] * inner + 3 * outer + need[1] * params), 1)
     fit = int(min(max(budget // size, 1), most))
-    why = "all at once" if fit == tasks.count else f"as many as fit into {budget / 2**20:.0f} MiB"
-    if fit == most < tasks.count:
-        why = "all of one size at once"
+    why = f"as many as fit into {budget / 2**20:.0f} MiB"
+    if fit == most:
+        why = "all at once" if len(tasks.groups) == 1 else "all of one size at once"
     return Plan(fit, 1 if on_cpu and outer > SMALL_TASK else fit, size, f"{why}: about {size / 2**20:.2f} MiB a task")
 
 
 def _bytes_of_a_task(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tuple[int, int, int]:
     """Bytes that the graphs of the inner and the outer loss of a task of the largest size keep, and of its params."""
-    largest = max(tasks.groups, key=lambda group: sum(x.numel() for x in optree.tree_leaves(tasks.take(group[:1]))))
+    largest = max(tasks.groups, key=lambda group: sum(x.numel() for x in split(tasks.take(group[:1]))[0]))
     chunk = Chunk(problem, tasks, largest[:1])
     leaves, _, rebuild = flatten(hparams, "hparams")
     cuda = {x.device for x in leaves if x.device.type == "cuda"}

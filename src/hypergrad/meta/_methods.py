@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import sqrt
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, implicit, unroll
-from .._solution import NotFinite, OnFailure, Status
-from .._tree import PyTree, flatten
-from ..solvers import CG, LinearSolver, Solver
+from .._solution import NotFinite, Status
+from .._tree import PyTree, filled, flatten
+from ..solvers import Auto, LinearSolver, Solver
 from ._tasks import Chunk, Diverged
 
 
@@ -34,8 +34,6 @@ class Found(NamedTuple):
 
 class Method(ABC):
     """How a meta-gradient is taken: `Implicit`, `Unrolled`, `FirstOrder` or `Reptile`."""
-
-    needs_outer_loss: ClassVar[bool] = True
 
     @abstractmethod
     def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found: ...
@@ -59,23 +57,31 @@ class Implicit(Method):
     Source: Rajeswaran, Finn, Kakade and Levine 2019.
     """
 
-    solver: Solver = CG()
+    solver: Solver = field(default_factory=Auto)
 
     def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found:
         with torch.no_grad():
             start = chunk.start(hparams)
         adapted = chunk.adapt(start, hparams)
-        unreached = _differentiated(hparams)
+        unreached: list[set[int]] = []  # by the outer loss, and by the residual
+
+        def note(outputs: list[Tensor], hparams: PyTree) -> None:
+            unreached.append(set(_graph.unreached(outputs, flatten(hparams, "hparams")[0])))
+            if len(unreached) == 2 and set.intersection(*unreached) == _differentiated(hparams):
+                raise ValueError(
+                    "neither inner_loss nor outer_loss depends on hparams, and the start and the steps drop out of an "
+                    "implicit gradient, which would be zero: let hparams enter the inner loss (hg.meta.biased), or use "
+                    "Unrolled() or FirstOrder()"
+                )
 
         def outer_loss(moving: list[Tensor], hparams: PyTree) -> Tensor:
             value = chunk.outer(chunk.completed(moving, adapted), hparams)
-            unreached.intersection_update(_graph.unreached([value], flatten(hparams, "hparams")[0]))
+            note([value], hparams)
             return value
 
         def residual(moving: list[Tensor], hparams: PyTree) -> list[Tensor]:
             slopes = chunk.moving(chunk.slopes(chunk.completed(moving, adapted), hparams))
-            slopes = _autodiff.or_zeros(slopes, moving)
-            unreached.intersection_update(_graph.unreached(slopes, flatten(hparams, "hparams")[0]))
+            note(slopes := _autodiff.or_zeros(slopes, moving), hparams)
             return slopes
 
         # What went wrong is reported once, under the numbers that tasks have for the user.
@@ -83,26 +89,16 @@ class Implicit(Method):
         result = implicit.grad(
             outer_loss,
             residual=residual,
-            symmetric=True,
+            positive_definite=True,
             params=chunk.moving(adapted),
             hparams=hparams,
             solver=solver,
             batch_dims=1,
         )
-        if unreached == _differentiated(hparams):
-            raise ValueError(
-                "neither inner_loss nor outer_loss depends on hparams, and the start and the steps drop out of an "
-                "implicit gradient, which would be zero: let hparams enter the inner loss (hg.meta.biased), or use "
-                "Unrolled() or FirstOrder()"
-            )
         good = [status is not Status.NON_FINITE for status in result.solution.statuses]
         if not all(good):  # CG rests at 0 there, which is no adjoint
             raise Diverged(good)
-        return Found(flatten(result.grads, "grads")[0], unreached, result)
-
-    @property
-    def _on_failure(self) -> OnFailure:
-        return self.solver.on_failure if isinstance(self.solver, LinearSolver) else "warn"
+        return Found(flatten(result.grads, "grads")[0], set.intersection(*unreached), result)
 
     def _need(self, steps: int) -> tuple[float, float]:
         return 4, 12
@@ -159,12 +155,9 @@ class FirstOrder(Method):
         adapted = [x.detach().requires_grad_() for x in chunk.adapt(start, hparams)]
         loss = chunk.outer(adapted, hparams)
         slopes = _autodiff.grad([loss], adapted)
-        found = _pulled([loss, *start], [torch.ones_like(loss), *slopes], hparams)
-        if found.unreached == _differentiated(hparams):
-            raise ValueError(
-                "neither start nor outer_loss depends on hparams, so the first-order gradient would be zero"
-            )
-        return found
+        return _pulled(
+            [loss, *start], [torch.ones_like(loss), *slopes], hparams, "neither start nor outer_loss depends"
+        )
 
     def _need(self, steps: int) -> tuple[float, float]:
         return 2, 8
@@ -178,18 +171,13 @@ class Reptile(Method):
     Source: Nichol, Achiam and Schulman 2018, Algorithm 2; not divided by the step size.
     """
 
-    needs_outer_loss: ClassVar[bool] = False
-
     def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found:
         start = chunk.start(hparams)
         adapted = chunk.adapt(start, hparams)
         with torch.no_grad():
             chunk.outer(adapted, hparams)
         away = [(w - x).detach() for w, x in zip(start, adapted, strict=True)]
-        found = _pulled(start, away, hparams)
-        if found.unreached == _differentiated(hparams):
-            raise ValueError("Reptile moves the start towards what was learnt, but start does not depend on hparams")
-        return found
+        return _pulled(start, away, hparams, "start does not depend")
 
     def _need(self, steps: int) -> tuple[float, float]:
         return 2, 8
@@ -200,13 +188,12 @@ def _differentiated(hparams: PyTree) -> set[int]:
     return {i for i, x in enumerate(flatten(hparams, "hparams")[0]) if x.requires_grad}
 
 
-def _pulled(outputs: list[Tensor], cotangents: list[Tensor], hparams: PyTree) -> Found:
+def _pulled(outputs: list[Tensor], cotangents: list[Tensor], hparams: PyTree, lost: str) -> Found:
     """Σᵢ cotangentᵢᵀ ∂outputᵢ/∂λ."""
-    leaves = flatten(hparams, "hparams")[0]
-    places = sorted(_differentiated(hparams))
+    leaves, places = flatten(hparams, "hparams")[0], sorted(_differentiated(hparams))
     found = _autodiff.grad_or_none(outputs, [leaves[i] for i in places], cotangents)
-    grads = dict(zip(places, found, strict=True))
-    return Found(
-        [torch.zeros_like(x) if grads.get(i) is None else grads[i] for i, x in enumerate(leaves)],
-        {i for i, g in grads.items() if g is None},
-    )
+    unreached = {i for i, g in zip(places, found, strict=True) if g is None}
+    if len(unreached) == len(places):
+        raise ValueError(f"{lost} on hparams, so the meta-gradient would be zero")
+    grads = filled([None] * len(leaves), places, found)
+    return Found([torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)], unreached)
