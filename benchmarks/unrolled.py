@@ -169,13 +169,14 @@ def hypertorch(descent: Descent, steps: int) -> Tensors:
 
 def library(storage: Callable[[Descent], Any]) -> Callable[[Descent, int], Tensors]:
     def run(descent: Descent, steps: int) -> Tensors:
+        kept = storage(descent)
         result = hg.unroll.reverse(
             descent.step,
             descent.start,
             descent.hparams,
             descent.outer_loss,
             steps,
-            memory=storage(descent),
+            **({"checkpoints": kept} if isinstance(kept, int) else {"memory": kept}),
             with_time=True,
         )
         return result.grads
@@ -217,7 +218,7 @@ COLUMNS = [
     Column('hg memory="graph"', library(lambda d: "graph"), "hypergrad", lambda t, c: t, linear=True),
     Column('hg memory="iterates"', library(lambda d: "iterates"), "hypergrad", lambda t, c: 2 * t - 1),
     Column('hg memory="sqrt"', library(lambda d: "sqrt"), "hypergrad", lambda t, c: 2 * t - 1),
-    Column("hg memory=checkpoints", library(lambda d: d.checkpoints), "hypergrad", revolve),
+    Column("hg checkpoints=checkpoints", library(lambda d: d.checkpoints), "hypergrad", revolve),
     Column("hg memory=budget", library(lambda d: d.budget), "hypergrad", lambda t, c: 2 * t),
 ]
 if peers.installed("torchopt"):

@@ -198,7 +198,7 @@ def schedule_of(curves: Tensor) -> Schedule:
     return {"lr": curves[0].exp() * (1 - momentum), "momentum": momentum}
 
 
-def hypergradient(curves: Tensor, run: Run, data: Split, memory: str) -> hg.unroll.Unrolled:
+def hypergradient(curves: Tensor, run: Run, data: Split, memory: str) -> hg.unroll.ReverseResult:
     """Of the validation loss after all steps, with respect to `variables`."""
     rule = SGD(lr=lambda c: PerStep(schedule_of(c)["lr"]), momentum=lambda c: PerStep(schedule_of(c)["momentum"]))
     return hg.unroll.reverse(

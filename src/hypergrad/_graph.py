@@ -89,5 +89,6 @@ def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
         for value in _torch.saved_values(node):
             for x in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(x, Tensor) and x.layout is torch.strided:
+                    x = x.detach().to_local() if hasattr(x, "to_local") else x  # of a sharded tensor, this rank's part
                     sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return sizes

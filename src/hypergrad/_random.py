@@ -1,8 +1,8 @@
-"""torch's random state: read, put back, and kept where a call ends in an error."""
+"""torch's random state: captured, put back, and kept where a call ends in an error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,29 +10,41 @@ import torch
 from torch import Tensor
 
 
-def random_state(leaves: Iterable[Any] = ()) -> Callable[[], None]:
-    """A function that puts the random state back: that of the CPU and of the CUDA devices where these leaves are."""
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"}
-    generator = torch.default_generator
-    # A clone takes half the memory of the state as a tensor.
-    kept = generator.clone_state() if hasattr(generator, "clone_state") else None
-    state = torch.get_rng_state() if kept is None else None
-    cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+def devices_of(leaves: Iterable[Any]) -> list[torch.device]:
+    """The CUDA devices of these leaves; the CPU counts always."""
+    return sorted({x.device for x in leaves if isinstance(x, Tensor) and x.device.type == "cuda"}, key=str)
 
-    def restore() -> None:
-        torch.set_rng_state(kept.get_state() if kept is not None else state)
-        for device, numbers in cuda.items():
-            torch.cuda.set_rng_state(numbers, device)
 
-    return restore
+def capture(devices: Iterable[torch.device] = ()) -> dict[torch.device, Tensor]:
+    """The random states of the CPU and of these CUDA devices, to be compared or restored."""
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    return states | {device: torch.cuda.get_rng_state(device) for device in devices}
+
+
+def restore(states: Mapping[torch.device, Tensor]) -> None:
+    """Put back what `capture` gave: the same numbers are drawn again."""
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
+
+
+def equal(states: Mapping[torch.device, Tensor], others: Mapping[torch.device, Tensor]) -> bool:
+    """Whether nothing was drawn between two captures on the same devices."""
+    return all(torch.equal(state, others[device]) for device, state in states.items())
 
 
 @contextmanager
 def random_state_kept_on_error(leaves: Iterable[Any]) -> Iterator[None]:
-    """Put the random state back if an error leaves a half-done call."""
-    restore = random_state(leaves)
+    """The random state, on the CPU and where these leaves are, is put back if an error leaves a half-done call."""
+    cuda = {device: torch.cuda.get_rng_state(device) for device in devices_of(leaves)}
+    # A clone takes half the memory of the state as a tensor.
+    generator = torch.default_generator
+    kept = generator.clone_state() if hasattr(generator, "clone_state") else generator
+    state = torch.get_rng_state() if kept is generator else None
     try:
         yield
     except BaseException:
-        restore()
+        restore(cuda | {torch.device("cpu"): kept.get_state() if state is None else state})
         raise

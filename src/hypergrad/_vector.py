@@ -47,7 +47,7 @@ def anywhere(condition: Any) -> bool:
 
 def larger(a: Scalar, b: Scalar) -> Scalar:
     """The larger one; NaN where a is NaN."""
-    return torch.maximum(a, torch.as_tensor(b, dtype=a.dtype)) if isinstance(a, Tensor) else max(a, b)
+    return torch.maximum(a, torch.as_tensor(b, dtype=a.dtype, device=a.device)) if isinstance(a, Tensor) else max(a, b)
 
 
 def square_root(a: Scalar) -> Scalar:

@@ -14,8 +14,7 @@ from .._tree import PyTree
 from ..implicit import Hypergradient, Problem
 from ..implicit._problem import InnerProblem
 from ..solvers import Solver
-from ..unroll import Unrolled, UnrolledForward
-from ..unroll._steps import check_whole
+from ..unroll import ForwardResult, ReverseResult, check_whole
 from ._advice import advice, contraction
 from ._bound import Constants, bound
 from ._choice import solver_choice, solver_rows
@@ -24,7 +23,7 @@ from ._error import Estimate, estimate
 from ._findings import Finding, findings_of
 from ._structure import Structure, structure_of
 
-UNROLLED = (Unrolled, UnrolledForward)
+UNROLLED = (ReverseResult, ForwardResult)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def check(
-    result: Hypergradient | Unrolled | UnrolledForward | PyTree,
+    result: Hypergradient | ReverseResult | ForwardResult | PyTree,
     *,
     outer_loss: Callable[[PyTree, PyTree], Tensor] | None = None,
     inner_loss: Callable[[PyTree, PyTree], Tensor] | None = None,

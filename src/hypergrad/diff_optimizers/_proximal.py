@@ -9,32 +9,32 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ._rule import Configuration, Here, Hyper, Rule, Value
-from ._rules import Slots, Update, root
+from ._hyperparameters import Hyper, Number, Values
+from ._rule import Rule
+from ._rules import Slots, Update, one, sqrt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prox(Configuration, ABC):
+class Prox(ABC):
     """prox_{ηr}(w) = argmin_u ½‖u − w‖² + η r(u), leaf by leaf. Hyperparameters as in `Rule`.
 
     At a kink the derivative is that of one side, and where the result is constant it is 0.
     """
 
     def __post_init__(self) -> None:
-        """Numbers are checked here: strengths and radii must be ≥ 0. `Box` has its own condition."""
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name != "dim" and isinstance(value, (int, float)) and not value >= 0:
-                raise ValueError(f"{type(self).__name__}: {f.name} must be ≥ 0, got {value!r}")
+            number = getattr(self, f.name)
+            if f.name not in ("dim", "lower", "upper") and isinstance(number, (int, float)) and not number >= 0:
+                raise ValueError(f"{type(self).__name__}: {f.name} must be ≥ 0, got {number!r}")
 
     @abstractmethod
-    def _leaf(self, w: Tensor, lr: Value, here: Here) -> Tensor:
+    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
         """prox_{ηr} of one leaf."""
 
 
-def shrink(w: Tensor, threshold: Value) -> Tensor:
-    """sign(w) max(|w| − τ, 0)"""
-    return torch.where(w.abs() > threshold, w - threshold * w.sign(), 0.0)
+def shrink(w: Tensor, threshold: Number) -> Tensor:
+    """sign(w) max(|w| − τ, 0), NaN where w is."""
+    return torch.where(w.abs() <= threshold, 0.0, w - threshold * w.sign())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class L1(Prox):
 
     strength: Hyper
 
-    def _leaf(self, w: Tensor, lr: Value, here: Here) -> Tensor:
-        return shrink(w, lr * here(self, "strength"))
+    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
+        return shrink(w, lr * value(self, "strength"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +56,14 @@ class ElasticNet(Prox):
     """r(w) = α‖w‖₁ + ½β‖w‖²; the prox is that of `L1` over 1 + ηβ.
 
     Args:
-        l1: α.
-        l2: β.
+        l1, l2: α, β.
     """
 
     l1: Hyper
     l2: Hyper
 
-    def _leaf(self, w: Tensor, lr: Value, here: Here) -> Tensor:
-        return shrink(w, lr * here(self, "l1")) / (1 + lr * here(self, "l2"))
+    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
+        return shrink(w, lr * value(self, "l1")) / (1 + lr * value(self, "l2"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +82,8 @@ class Box(Prox):
         if all(isinstance(x, (int, float)) for x in bounds) and not bounds[0] <= bounds[1]:  # pyright: ignore[reportOperatorIssue]
             raise ValueError(f"Box: lower must be ≤ upper, got {bounds}")
 
-    def _leaf(self, w: Tensor, lr: Value, here: Here) -> Tensor:
-        lower, upper = here(self, "lower"), here(self, "upper")
+    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
+        lower, upper = value(self, "lower"), value(self, "upper")
         return torch.where(w < lower, lower, torch.where(w > upper, upper, w))
 
 
@@ -100,15 +99,17 @@ class Simplex(Prox):
 
     radius: Hyper = 1.0
 
-    def _leaf(self, w: Tensor, lr: Value, here: Here) -> Tensor:
-        radius = here(self, "radius")
+    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
+        radius = value(self, "radius")
+        # A shift of all entries changes nothing, and without it the radius is lost beside large ones.
+        w = w - w.amax(-1, keepdim=True).detach()
         with torch.no_grad():
-            u = w.sort(dim=-1, descending=True).values
-            counts = torch.arange(1, w.shape[-1] + 1, device=w.device, dtype=w.dtype)
-            size = (u * counts > u.cumsum(-1) - radius).sum(-1, keepdim=True)
+            u = w.to(torch.promote_types(w.dtype, torch.float32)).sort(dim=-1, descending=True).values
+            counts = torch.arange(1, w.shape[-1] + 1, device=w.device, dtype=u.dtype)
+            size = (u * counts > u.cumsum(-1) - radius).sum(-1, keepdim=True).clamp(min=1)
             support = w >= u.gather(-1, size - 1)
         theta = (torch.where(support, w, 0.0).sum(-1, keepdim=True) - radius) / support.sum(-1, keepdim=True)
-        return torch.where(support, w - theta, 0.0)
+        return torch.where(support, w - theta, 0.0 * w)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +126,14 @@ class GroupLasso(Prox):
     strength: Hyper
     dim: int | None = -1
 
-    def _leaf(self, w: Tensor, lr: Value, here: Here) -> Tensor:
-        threshold = lr * here(self, "strength")
-        norm = root((w * w).sum() if self.dim is None else (w * w).sum(self.dim, keepdim=True))
-        kept = norm > threshold
-        return torch.where(kept, (1 - threshold / torch.where(kept, norm, 1.0)) * w, 0.0)
+    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
+        dims, limits = tuple(range(w.ndim)) if self.dim is None else (self.dim,), torch.finfo(w.dtype)
+        # Scaled, for the squares of numbers below 1e-22 or above 1e19 are 0 or infinite in float32.
+        scale = w.abs().amax(dims, keepdim=True).detach().clamp(min=limits.tiny, max=limits.max)
+        norm, threshold = sqrt((w / scale).square().sum(dims, keepdim=True)), lr * value(self, "strength") / scale
+        kept = ~(norm <= threshold)
+        factor = 1 - torch.where(kept, threshold, 0.0) / torch.where(kept, norm, 1.0)
+        return torch.where(kept, factor * w, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +150,9 @@ class ProximalGradient(Rule):
     lr: Hyper = 1e-3
     prox: Prox
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        lr = here(self, "lr")
-        return self.prox._leaf(w - lr * g, lr, here), {}
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        lr = value(self, "lr")
+        return self.prox._leaf(w - lr * g, lr, value), {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,14 +172,11 @@ class FISTA(Rule):
     prox: Prox
 
     def _slots(self) -> Slots:
-        def one(w: Tensor) -> Tensor:
-            return torch.ones((), dtype=torch.promote_types(w.dtype, torch.float32))
-
         return {"x": torch.clone, "t": one}
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        lr = here(self, "lr")
-        x, t = self.prox._leaf(w - lr * g, lr, here), (1 + (1 + 4 * s["t"] ** 2).sqrt()) / 2
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        lr = value(self, "lr")
+        x, t = self.prox._leaf(w - lr * g, lr, value), (1 + (1 + 4 * s["t"] ** 2).sqrt()) / 2
         return x + (s["t"] - 1) / t * (x - s["x"]), {"x": x, "t": t}
 
 
@@ -191,8 +192,9 @@ class MirrorDescent(Rule):
 
     lr: Hyper = 1e-3
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        exponent = -here(self, "lr") * g
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        wide = torch.promote_types(w.dtype, torch.float32)
+        w, exponent = w.to(wide), (-value(self, "lr") * g).to(wide)
         # The largest exponent among positive entries cancels; the rest must not overflow where w = 0.
         top = torch.where(w > 0, exponent, -torch.inf).amax(-1, keepdim=True).detach()
         u = w * (exponent - top).clamp(max=80.0).exp()

@@ -1,73 +1,87 @@
 """Update rules, side by side, each its formula in the order in which torch.optim computes it.
 
 λ is the weight decay, η the learning rate, t the number of the update from 1. Unless a rule says otherwise the first
-line of each is g ← ∇g(w) + λw.
+line of each is g ← ∇g(w) + λw. Fields and buffers have torch.optim's names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ._rule import Here, Hyper, Rule, Value, is_zero
+from ._hyperparameters import Hyper, Number, Values, is_zero
+from ._rule import Rule
 
 Update: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"
 Slots: TypeAlias = "Mapping[str, Callable[[Tensor], Tensor]]"
 
 
-def root(v: Tensor) -> Tensor:
+def sqrt(v: Any) -> Any:
     """√v, with derivative 0 where v = 0.
 
     There the derivative of √v is infinite, and 0 · ∞ = NaN in the chain rule. But v = 0 means that every gradient so
     far was 0, hence m = 0, and the derivative of m/(√v + ε) is dm/ε − m d√v/ε² = dm/ε: the term with d√v is gone,
     whatever finite number stands for it. (Where v underflowed, √v ≪ ε and the same holds to rounding.)
     """
+    if not isinstance(v, Tensor):
+        return v**0.5
     positive = v > 0
     return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
-
-
-def number_root(x: Value) -> Value:
-    return x.sqrt() if isinstance(x, Tensor) else x**0.5
 
 
 # The four below are torch.optim's add_, addcmul_, addcdiv_ and lerp_, which round once where the formula in their
 # docstring rounds twice; a is a number there. A tensor a, which may have a graph, is put into the formula.
 
 
-def plus(x: Tensor, a: Value, y: Tensor) -> Tensor:
+def plus(x: Tensor, a: Number, y: Tensor) -> Tensor:
     """x + a y"""
     return x + a * y if isinstance(a, Tensor) else x.add(y, alpha=a)
 
 
-def plus_product(x: Tensor, a: Value, y: Tensor, z: Tensor) -> Tensor:
+def plus_product(x: Tensor, a: Number, y: Tensor, z: Tensor) -> Tensor:
     """x + a y z"""
     return x + a * y * z if isinstance(a, Tensor) else x.addcmul(y, z, value=a)
 
 
-def plus_ratio(x: Tensor, a: Value, y: Tensor, z: Tensor) -> Tensor:
+def plus_ratio(x: Tensor, a: Number, y: Tensor, z: Tensor) -> Tensor:
     """x + a y/z"""
     return x + a * (y / z) if isinstance(a, Tensor) else x.addcdiv(y, z, value=a)
 
 
-def between(x: Tensor, y: Tensor, a: Value) -> Tensor:
+def between(x: Tensor, y: Tensor, a: Number) -> Tensor:
     """x + a (y − x)"""
     return x + a * (y - x) if isinstance(a, Tensor) or x.dtype != y.dtype else x.lerp(y, a)
 
 
-def decayed(rule: Any, w: Tensor, g: Tensor, here: Here) -> Tensor:
+def decayed(rule: Any, w: Tensor, g: Tensor, value: Values) -> Tensor:
     """g + λw"""
-    return g if is_zero(rule.weight_decay) else plus(g, here(rule, "weight_decay"), w)
+    return g if is_zero(rule.weight_decay) else plus(g, value(rule, "weight_decay"), w)
 
 
-def decoupled(rule: Any, w: Tensor, g: Tensor, here: Here) -> tuple[Tensor, Tensor]:
+def decoupled(rule: Any, w: Tensor, g: Tensor, value: Values) -> tuple[Tensor, Tensor]:
     """(w, g + λw), or ((1 − ηλ) w, g) where the decay does not pass through the moments."""
     if not rule.decoupled_weight_decay:
-        return w, decayed(rule, w, g, here)
-    return w * (1 - here(rule, "lr") * here(rule, "weight_decay")), g
+        return w, decayed(rule, w, g, value)
+    return w * (1 - value(rule, "lr") * value(rule, "weight_decay")), g
+
+
+def moments(s: Mapping[str, Tensor], g: Tensor, b1: Number, b2: Number) -> tuple[Tensor, Tensor]:
+    """β₁m + (1 − β₁)g and β₂v + (1 − β₂)g²"""
+    return between(s["exp_avg"], g, 1 - b1), plus_product(b2 * s["exp_avg_sq"], 1 - b2, g, g)
+
+
+def one(w: Tensor) -> Tensor:
+    """The number 1 as a state of its own for each leaf, on the CPU, as the counter is."""
+    return torch.ones((), dtype=torch.promote_types(w.dtype, torch.float32), device="cpu")
+
+
+def zeros(*names: str) -> Slots:
+    return dict.fromkeys(names, torch.zeros_like)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +90,12 @@ class SGD(Rule):
 
         b ← g                    (t = 1)
         b ← μb + (1 − τ)g        (t > 1)
-        w ← w − ηb               (Nesterov: w − η(g + μb))
+        w ← w − ηb               (nesterov: w − η(g + μb))
 
     Where momentum is the number 0 the state holds no b and w ← w − ηg.
 
     Args:
-        lr: η.
-        momentum: μ.
-        dampening: τ.
-        weight_decay: λ.
+        lr, momentum, dampening, weight_decay: η, μ, τ, λ.
         nesterov: whether to look ahead.
 
     Source: torch.optim.SGD; Sutskever et al., ICML 2013.
@@ -97,6 +108,7 @@ class SGD(Rule):
         (tensor([0.9000, 1.8000]), tensor(-3.))
     """
 
+    _counts = True
     lr: Hyper = 1e-3
     momentum: Hyper = 0.0
     dampening: Hyper = 0.0
@@ -106,19 +118,19 @@ class SGD(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
-            raise ValueError("SGD: nesterov wants a momentum and no dampening")
+            raise ValueError("SGD: nesterov needs a momentum and no dampening")
 
     def _slots(self) -> Slots:
-        return {} if is_zero(self.momentum) else {"momentum_buffer": torch.zeros_like}
+        return {} if is_zero(self.momentum) else zeros("momentum_buffer")
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        g = decayed(self, w, g, here)
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        g = decayed(self, w, g, value)
         if not s:
-            return plus(w, -here(self, "lr"), g), {}
-        mu = here(self, "momentum")
-        later = (here.t > 1).to(here.t.dtype) if here.number is None else here.number > 1
-        b = plus(mu * s["momentum_buffer"], 1 - here(self, "dampening") * later, g)
-        return plus(w, -here(self, "lr"), plus(g, mu, b) if self.nesterov else b), {"momentum_buffer": b}
+            return plus(w, -value(self, "lr"), g), {}
+        mu, damped = value(self, "momentum"), value(self, "dampening")
+        later = (value.t > 1).to(value.t.dtype) if value.number is None else value.number > 1
+        b = plus(mu * s["momentum_buffer"], 1 - damped * later, g)
+        return plus(w, -value(self, "lr"), plus(g, mu, b) if self.nesterov else b), {"momentum_buffer": b}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +138,9 @@ class Polyak(Rule):
     """Polyak's heavy ball, w₊ ← w − ηg + μ(w − w₋), from w₋ = w. (HyperTorch's `HeavyBall` starts from w₋ = 0.)
 
     Args:
-        lr: η.
-        momentum: μ.
-        weight_decay: λ.
+        lr, momentum, weight_decay: η, μ, λ.
 
-    Source: Polyak 1964. With constant η and μ it walks SGD's path; with other values at each step it does not.
+    Source: Polyak 1964. With constant η and μ it takes SGD's steps; with other values at each step it does not.
     """
 
     lr: Hyper = 1e-3
@@ -140,9 +150,9 @@ class Polyak(Rule):
     def _slots(self) -> Slots:
         return {"previous": torch.clone}
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        g = decayed(self, w, g, here)
-        return w - here(self, "lr") * g + here(self, "momentum") * (w - s["previous"]), {"previous": w}
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        g = decayed(self, w, g, value)
+        return w - value(self, "lr") * g + value(self, "momentum") * (w - s["previous"]), {"previous": w}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +166,7 @@ class Adam(Rule):
     decoupled_weight_decay.
 
     Args:
-        lr: η.
-        betas: (β₁, β₂).
-        eps: ε.
-        weight_decay: λ.
+        lr, betas, eps, weight_decay: η, (β₁, β₂), ε, λ.
         amsgrad: whether the second moment never falls.
         decoupled_weight_decay: whether the decay leaves the moments alone (AdamW).
 
@@ -171,6 +178,7 @@ class Adam(Rule):
         tensor([0.9000, 1.9000])
     """
 
+    _counts = True
     lr: Hyper = 1e-3
     betas: tuple[Hyper, Hyper] = (0.9, 0.999)
     eps: Hyper = 1e-8
@@ -179,51 +187,21 @@ class Adam(Rule):
     decoupled_weight_decay: bool = False
 
     def _slots(self) -> Slots:
-        names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.amsgrad else []))
-        return dict.fromkeys(names, torch.zeros_like)
+        return zeros("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.amsgrad else []))
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        w, g = decoupled(self, w, g, here)
-        b1, b2 = here(self, "betas")
-        m = between(s["exp_avg"], g, 1 - b1)
-        v = plus_product(b2 * s["exp_avg_sq"], 1 - b2, g, g)
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        w, g = decoupled(self, w, g, value)
+        b1, b2 = value(self, "betas")
+        m, v = moments(s, g, b1, b2)
         new = {"exp_avg": m, "exp_avg_sq": v}
         if self.amsgrad:
             v = new["max_exp_avg_sq"] = torch.maximum(s["max_exp_avg_sq"], v)
-        scale = root(v) / number_root(1 - here.power(b2)) + here(self, "eps")
-        return plus_ratio(w, -(here(self, "lr") / (1 - here.power(b1))), m, scale), new
+        scale = sqrt(v) / sqrt(1 - value.power(b2)) + value(self, "eps")
+        return plus_ratio(w, -(value(self, "lr") / (1 - value.power(b1))), m, scale), new
 
 
-def AdamW(
-    *,
-    lr: Hyper = 1e-3,
-    betas: tuple[Hyper, Hyper] = (0.9, 0.999),
-    eps: Hyper = 1e-8,
-    weight_decay: Hyper = 1e-2,
-    amsgrad: bool = False,
-    maximize: bool = False,
-) -> Adam:
-    """`Adam` with decoupled_weight_decay and torch.optim.AdamW's defaults.
-
-    Returns: Adam.
-    """
-    moments = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    return Adam(**moments, amsgrad=amsgrad, maximize=maximize, decoupled_weight_decay=True)
-
-
-def AMSGrad(
-    *,
-    lr: Hyper = 1e-3,
-    betas: tuple[Hyper, Hyper] = (0.9, 0.999),
-    eps: Hyper = 1e-8,
-    weight_decay: Hyper = 0.0,
-    maximize: bool = False,
-) -> Adam:
-    """`Adam` with amsgrad.
-
-    Returns: Adam.
-    """
-    return Adam(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=True, maximize=maximize)
+AdamW = partial(Adam, weight_decay=1e-2, decoupled_weight_decay=True)
+AMSGrad = partial(Adam, amsgrad=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,15 +213,12 @@ class RMSprop(Rule):
         b ← μb + g/d,         w ← w − ηb               (with momentum; otherwise w ← w − ηg/d)
 
     Args:
-        lr: η.
-        alpha: α.
-        eps: ε.
-        weight_decay: λ.
+        lr, alpha, eps, weight_decay: η, α, ε, λ.
         momentum: μ; where it is the number 0 the state holds no b.
         centered: whether to divide by the standard deviation instead of the second moment.
 
     Source: Hinton's lectures 2012; Graves 2013 (centred); as in torch.optim.RMSprop. Where rounding makes v − a²
-        negative, 0 stands for its root, where torch has NaN.
+        negative, its root is 0 here and NaN in torch.
     """
 
     lr: Hyper = 1e-2
@@ -254,20 +229,20 @@ class RMSprop(Rule):
     centered: bool = False
 
     def _slots(self) -> Slots:
-        names = ["square_avg", *(["grad_avg"] if self.centered else [])]
-        return dict.fromkeys(names + ([] if is_zero(self.momentum) else ["momentum_buffer"]), torch.zeros_like)
+        optional = {"grad_avg": self.centered, "momentum_buffer": not is_zero(self.momentum)}
+        return zeros("square_avg", *(name for name, used in optional.items() if used))
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        g, alpha, lr = decayed(self, w, g, here), here(self, "alpha"), here(self, "lr")
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        g, alpha, lr = decayed(self, w, g, value), value(self, "alpha"), value(self, "lr")
         v = plus_product(alpha * s["square_avg"], 1 - alpha, g, g)
         new, spread = {"square_avg": v}, v
         if self.centered:
             a = new["grad_avg"] = between(s["grad_avg"], g, 1 - alpha)
             spread = plus_product(v, -1, a, a)
-        scale = root(spread) + here(self, "eps")
+        scale = sqrt(spread) + value(self, "eps")
         if "momentum_buffer" not in s:
             return plus_ratio(w, -lr, g, scale), new
-        b = new["momentum_buffer"] = plus_ratio(here(self, "momentum") * s["momentum_buffer"], 1, g, scale)
+        b = new["momentum_buffer"] = plus_ratio(value(self, "momentum") * s["momentum_buffer"], 1, g, scale)
         return plus(w, -lr, b), new
 
 
@@ -276,15 +251,13 @@ class Adagrad(Rule):
     """Adagrad, v ← v + g², w ← w − η/(1 + (t − 1)δ) · g / (√v + ε).
 
     Args:
-        lr: η.
-        lr_decay: δ.
-        weight_decay: λ.
+        lr, lr_decay, eps, weight_decay: η, δ, ε, λ.
         initial_accumulator_value: v at the start: a number or a 0-d tensor.
-        eps: ε.
 
     Source: Duchi et al., JMLR 2011; as in torch.optim.Adagrad.
     """
 
+    _counts = True
     lr: Hyper = 1e-2
     lr_decay: Hyper = 0.0
     weight_decay: Hyper = 0.0
@@ -294,11 +267,11 @@ class Adagrad(Rule):
     def _slots(self) -> Slots:
         return {"sum": lambda w: torch.zeros_like(w) + self.initial_accumulator_value}
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        g = decayed(self, w, g, here)
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        g = decayed(self, w, g, value)
         v = plus_product(s["sum"], 1, g, g)
-        lr = here(self, "lr") / (1 + ((here.number or here.t) - 1) * here(self, "lr_decay"))
-        return plus_ratio(w, -lr, g, root(v) + here(self, "eps")), {"sum": v}
+        lr = value(self, "lr") / (1 + ((value.number or value.t) - 1) * value(self, "lr_decay"))
+        return plus_ratio(w, -lr, g, sqrt(v) + value(self, "eps")), {"sum": v}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,10 +281,8 @@ class Adadelta(Rule):
         v ← ρv + (1 − ρ)g²,    d = g √(u + ε)/√(v + ε),    u ← ρu + (1 − ρ)d²,    w ← w − ηd
 
     Args:
-        lr: η.
-        rho: ρ.
+        lr, rho, weight_decay: η, ρ, λ.
         eps: ε, positive.
-        weight_decay: λ.
 
     Source: Zeiler 2012; as in torch.optim.Adadelta.
     """
@@ -322,14 +293,14 @@ class Adadelta(Rule):
     weight_decay: Hyper = 0.0
 
     def _slots(self) -> Slots:
-        return dict.fromkeys(("square_avg", "acc_delta"), torch.zeros_like)
+        return zeros("square_avg", "acc_delta")
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        g, rho, eps = decayed(self, w, g, here), here(self, "rho"), here(self, "eps")
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        g, rho, eps = decayed(self, w, g, value), value(self, "rho"), value(self, "eps")
         v = plus_product(rho * s["square_avg"], 1 - rho, g, g)
         d = (s["acc_delta"] + eps).sqrt() / (v + eps).sqrt() * g
         u = plus_product(rho * s["acc_delta"], 1 - rho, d, d)
-        return plus(w, -here(self, "lr"), d), {"square_avg": v, "acc_delta": u}
+        return plus(w, -value(self, "lr"), d), {"square_avg": v, "acc_delta": u}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,27 +308,26 @@ class Adamax(Rule):
     """Adamax, m ← β₁m + (1 − β₁)g, u ← max(β₂u, |g| + ε), w ← w − η/(1 − β₁ᵗ) · m/u.
 
     Args:
-        lr: η.
-        betas: (β₁, β₂).
+        lr, betas, weight_decay: η, (β₁, β₂), λ.
         eps: ε, positive.
-        weight_decay: λ.
 
     Source: Kingma & Ba, ICLR 2015, section 7.1; as in torch.optim.Adamax.
     """
 
+    _counts = True
     lr: Hyper = 2e-3
     betas: tuple[Hyper, Hyper] = (0.9, 0.999)
     eps: Hyper = 1e-8
     weight_decay: Hyper = 0.0
 
     def _slots(self) -> Slots:
-        return dict.fromkeys(("exp_avg", "exp_inf"), torch.zeros_like)
+        return zeros("exp_avg", "exp_inf")
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        g, (b1, b2) = decayed(self, w, g, here), here(self, "betas")
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        g, (b1, b2) = decayed(self, w, g, value), value(self, "betas")
         m = between(s["exp_avg"], g, 1 - b1)
-        u = torch.maximum(b2 * s["exp_inf"], g.abs() + here(self, "eps"))
-        return plus_ratio(w, -(here(self, "lr") / (1 - here.power(b1))), m, u), {"exp_avg": m, "exp_inf": u}
+        u = torch.maximum(b2 * s["exp_inf"], g.abs() + value(self, "eps"))
+        return plus_ratio(w, -(value(self, "lr") / (1 - value.power(b1))), m, u), {"exp_avg": m, "exp_inf": u}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,16 +338,13 @@ class NAdam(Rule):
         w ← w − η [ (1 − μ_t)/(1 − π_t) g + μ_{t+1}/(1 − π_t μ_{t+1}) m ] / (√(v/(1 − β₂ᵗ)) + ε)
 
     Args:
-        lr: η.
-        betas: (β₁, β₂).
-        eps: ε.
-        weight_decay: λ.
-        momentum_decay: ψ.
+        lr, betas, eps, weight_decay, momentum_decay: η, (β₁, β₂), ε, λ, ψ.
         decoupled_weight_decay: whether the decay leaves the moments alone.
 
     Source: Dozat 2016; as in torch.optim.NAdam.
     """
 
+    _counts = True
     lr: Hyper = 2e-3
     betas: tuple[Hyper, Hyper] = (0.9, 0.999)
     eps: Hyper = 1e-8
@@ -386,21 +353,16 @@ class NAdam(Rule):
     decoupled_weight_decay: bool = False
 
     def _slots(self) -> Slots:
-        # π is a number of each leaf and has the graph of β₁, so it is part of the state. On the CPU, as the counter is.
-        def one(w: Tensor) -> Tensor:
-            return torch.ones((), dtype=torch.promote_types(w.dtype, torch.float32))
+        return zeros("exp_avg", "exp_avg_sq") | {"mu_product": one}  # π has the graph of β₁: it is part of the state
 
-        return {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like, "mu_product": one}
-
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        w, g = decoupled(self, w, g, here)
-        (b1, b2), psi, lr = here(self, "betas"), here(self, "momentum_decay"), here(self, "lr")
-        t = here.number or here.t
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        w, g = decoupled(self, w, g, value)
+        (b1, b2), psi, lr = value(self, "betas"), value(self, "momentum_decay"), value(self, "lr")
+        t = value.number or value.t
         mu, ahead = (b1 * (1 - 0.5 * 0.96 ** (n * psi)) for n in (t, t + 1))
         product = s["mu_product"] * mu
-        m = between(s["exp_avg"], g, 1 - b1)
-        v = plus_product(b2 * s["exp_avg_sq"], 1 - b2, g, g)
-        scale = root(v / (1 - here.power(b2))) + here(self, "eps")
+        m, v = moments(s, g, b1, b2)
+        scale = sqrt(v / (1 - value.power(b2))) + value(self, "eps")
         new = plus_ratio(w, 1, -lr * (1 - mu) / (1 - product) * g, scale)
         new = plus_ratio(new, 1, -lr * ahead / (1 - product * ahead) * m, scale)
         return new, {"exp_avg": m, "exp_avg_sq": v, "mu_product": product}
@@ -414,15 +376,13 @@ class RAdam(Rule):
         w ← w − η/(1 − β₁ᵗ) · m · r √(1 − β₂ᵗ)/(√v + ε)        (ρ > 5; otherwise w − η/(1 − β₁ᵗ) · m)
 
     Args:
-        lr: η.
-        betas: (β₁, β₂).
-        eps: ε.
-        weight_decay: λ.
+        lr, betas, eps, weight_decay: η, (β₁, β₂), ε, λ.
         decoupled_weight_decay: whether the decay leaves the moments alone.
 
     Source: Liu et al., ICLR 2020; as in torch.optim.RAdam. The step is not continuous in β₂ where ρ = 5.
     """
 
+    _counts = True
     lr: Hyper = 1e-3
     betas: tuple[Hyper, Hyper] = (0.9, 0.999)
     eps: Hyper = 1e-8
@@ -430,13 +390,12 @@ class RAdam(Rule):
     decoupled_weight_decay: bool = False
 
     def _slots(self) -> Slots:
-        return dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like)
+        return zeros("exp_avg", "exp_avg_sq")
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], here: Here) -> Update:
-        w, g = decoupled(self, w, g, here)
-        (b1, b2), t = here(self, "betas"), here.t
-        m = between(s["exp_avg"], g, 1 - b1)
-        v = plus_product(b2 * s["exp_avg_sq"], 1 - b2, g, g)
+    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        w, g = decoupled(self, w, g, value)
+        (b1, b2), t = value(self, "betas"), value.t
+        m, v = moments(s, g, b1, b2)
         limit = 2 / (1 - b2) - 1
         rho = limit - 2 * t * b2**t / (1 - b2**t)
         rectify = rho > 5
@@ -444,5 +403,5 @@ class RAdam(Rule):
         rho, limit = torch.where(rectify, rho, 6.0), torch.where(rectify, limit, 6.0)
         r = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)).sqrt() * (1 - b2**t).sqrt()
         on, off = rectify.to(rho.dtype), (~rectify).to(rho.dtype)
-        factor = on * r / (root(v) + here(self, "eps")) + off
-        return w - here(self, "lr") / (1 - b1**t) * (m * factor), {"exp_avg": m, "exp_avg_sq": v}
+        factor = on * r / (sqrt(v) + value(self, "eps")) + off
+        return w - value(self, "lr") / (1 - b1**t) * (m * factor), {"exp_avg": m, "exp_avg_sq": v}

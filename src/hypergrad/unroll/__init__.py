@@ -4,7 +4,9 @@ Nothing needs to have converged, so step sizes, schedules and starts can be lear
 `forward` for few and any number of steps.
 """
 
-from ._forward import UnrolledForward, forward
-from ._reverse import Unrolled, reverse
+from ._forward import ForwardResult, forward
+from ._memory import parse_bytes as parse_bytes  # used by hypergrad.meta: bytes of "64MiB"
+from ._reverse import ReverseResult, reverse
+from ._steps import check_whole as check_whole  # used by hypergrad.diagnostics: whole numbers among arguments
 
-__all__ = ["forward", "reverse", "Unrolled", "UnrolledForward"]
+__all__ = ["forward", "reverse", "ForwardResult", "ReverseResult"]

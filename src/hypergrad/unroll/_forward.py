@@ -1,4 +1,4 @@
-"""Forward mode through the steps: tangents go along with the iterate, and nothing of the way is kept.
+"""Forward mode through the steps: tangents go along with the iterate, and nothing of the past is kept.
 
 Z₀ = ∂w₀/∂λ U,   Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t U;   ∇f(λ) U = ∇₁E(w_T, λ) Z_T + ∇₂E(w_T, λ) U
 """
@@ -6,20 +6,27 @@ Z₀ = ∂w₀/∂λ U,   Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t U;   ∇f(λ) U 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .. import _graph
 from .._autodiff import Linearisation
 from .._random import random_state_kept_on_error
 from .._tree import PyTree, describe
-from ._steps import Run, add, batch_at, check_whole, leaf
+from .._vector import full
+from ._steps import KIND, Batches, Run, add, check_whole, leaf
 
 PASS = 2**20  # numbers in the tangents of one vectorised pass; measured: above it one at a time is as fast
+CPU = {"device": "cpu"}
+COMPLEX = (
+    "forward mode takes no complex tensors: use unroll.reverse, or pass torch.view_as_real(x) and use "
+    "torch.view_as_complex in step"
+)
 NO_DERIVATIVE = (
     "forward mode differentiates the reverse pass of step once more, and an operation in step has no such derivative "
     "({}): use unroll.reverse"
@@ -36,16 +43,16 @@ class Directions:
     """The columns of U, directions in the space of λ: its unit vectors, or random signs.
 
     Attributes:
-        kinds: shape, dtype and device of each leaf of λ that requires grad.
+        like: the leaves of λ that require grad, detached.
         signs: [count, *shape] for each; None for the unit vectors.
     """
 
-    kinds: list[tuple[torch.Size, torch.dtype, torch.device]]
+    like: list[Tensor]
     signs: list[Tensor] | None
 
     @property
     def sizes(self) -> list[int]:
-        return [prod(shape) for shape, _, _ in self.kinds]
+        return [x.numel() for x in self.like]
 
     @property
     def count(self) -> int:
@@ -54,21 +61,21 @@ class Directions:
     def at(self, rows: Tensor) -> list[Tensor]:
         """These columns of U: [len(rows), *shape] for each leaf."""
         if self.signs is not None:
-            return [signs[rows] for signs in self.signs]
-        _, dtype, device = self.kinds[0]
-        unit = torch.zeros(len(rows), self.count, dtype=dtype, device=device)
-        unit[torch.arange(len(rows)), rows] = 1
-        parts = zip(unit.split(self.sizes, 1), self.kinds, strict=True)
-        return [part.reshape(len(rows), *shape).to(device=dev, dtype=dt) for part, (shape, dt, dev) in parts]
+            return [placed(signs[rows], x, 1) for signs, x in zip(self.signs, self.like, strict=True)]
+        kind = {"dtype": self.like[0].dtype, "device": self.like[0].device}
+        unit = torch.zeros(len(rows), self.count, **kind)
+        unit[torch.arange(len(rows), device=kind["device"]), rows.to(kind["device"])] = 1
+        parts = zip(unit.split(self.sizes, 1), self.like, strict=True)
+        return [placed(part.reshape(len(rows), *x.shape), x, 1) for part, x in parts]
 
     def met(self, pulled: Sequence[Tensor | None], half: bool) -> Tensor:
         """Which columns u have ∂₂Φ u ≠ 0, by ∂₂Φᵀc for a random c: an entry is 0 where its column of ∂₂Φ is."""
         hit = []
         for g, size in zip(pulled, self.sizes, strict=True):
             if g is None or half:  # in half precision an entry could be 0 by chance
-                hit.append(torch.full((size,), g is not None))
+                hit.append(torch.full((size,), g is not None, **CPU))
             else:
-                hit.append((g.detach() != 0).reshape(-1).cpu())
+                hit.append(full(g.detach() != 0).reshape(-1).cpu())
         entries = torch.cat(hit)
         return entries if self.signs is None else entries.any().expand(self.count)
 
@@ -77,17 +84,24 @@ class Directions:
         flat = slopes.new_zeros(self.count).index_copy(0, rows.to(slopes.device), slopes)
         if self.signs is None:
             return self._shaped(list(flat.split(self.sizes))), None
-        k = self.count
-        means = [
-            flat.to(u.device) @ u.reshape(k, n).to(flat.dtype) / k for u, n in zip(self.signs, self.sizes, strict=True)
-        ]
-        square = flat.square().mean()
-        spread = [(square.to(h.device) - h.square()).clamp(min=0) if k > 1 else h * torch.nan for h in means]
+        k, signs = self.count, [u.reshape(self.count, -1).to(flat) for u in self.signs]
+        means = [flat @ u / k for u in signs]
+        spread = [(flat.square().mean() - h.square()).clamp(min=0) if k > 1 else h * torch.nan for h in means]
         return self._shaped(means), self._shaped([(s / (k - 1 or 1)).sqrt() for s in spread])
 
     def _shaped(self, flat: list[Tensor]) -> list[Tensor]:
-        zipped = zip(flat, self.kinds, strict=True)
-        return [x.reshape(shape).to(dtype=dtype, device=device) for x, (shape, dtype, device) in zipped]
+        return [placed(h.reshape(x.shape), x) for h, x in zip(flat, self.like, strict=True)]
+
+
+def placed(values: Tensor, like: Tensor, lead: int = 0) -> Tensor:
+    """Values of `like`'s shape after `lead` more axes, in its dtype, on its device, and sharded as it is."""
+    values = values.to(device=like.device, dtype=like.dtype)
+    if not hasattr(like, "placements"):
+        return values
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placements = [Shard(p.dim + lead) if isinstance(p, Shard) else Replicate() for p in like.placements]
+    return distribute_tensor(values, like.device_mesh, placements)
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ class Tangents:
 
 
 @dataclass(frozen=True)
-class UnrolledForward:
+class ForwardResult:
     """A hypergradient through the steps so far, and what a later call needs to go on from here.
 
     Attributes:
@@ -133,7 +147,7 @@ class UnrolledForward:
 
 def forward(
     step: Callable[..., PyTree],
-    start: PyTree | UnrolledForward,
+    start: PyTree | ForwardResult,
     hparams: PyTree,
     outer_loss: Callable[[PyTree, PyTree], Tensor],
     steps: int,
@@ -141,10 +155,10 @@ def forward(
     directions: int | None = None,
     generator: torch.Generator | None = None,
     chunk: int | None = None,
-    batches: Sequence[Any] | Callable[[int], Any] | None = None,
+    batches: Batches = None,
     with_time: bool = False,
     allow_detached: bool = False,
-) -> UnrolledForward:
+) -> ForwardResult:
     """Gradient of E(w_T(λ), λ) through T steps of w_{t+1} = Φ_t(w_t, λ), in forward mode. Writes no .grad.
 
         Z₀ = ∂w₀/∂λ,      Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t,      ∇f(λ) = ∇₂E(w_T, λ) + Z_Tᵀ ∇₁E(w_T, λ)
@@ -155,50 +169,39 @@ def forward(
     inner gradient write create_graph=True: without it second derivatives are lost, with a warning.
 
     Online: a result is also a start. `forward(step, result, hparams, outer_loss, more)` goes on where it ended, with t
-    counted on, so that there is a hypergradient after any number of steps, and hparams may be updated in between
-    (real-time mode). The tangents are kept through such an update. Then Z_t is the derivative of w_t with respect to a
-    shift δ of all that λ has been, and grads is the derivative at δ = 0 of E(w_t(λ₀+δ, …, λ_{t−1}+δ), λ_t+δ).
+    counted on, and hparams may be updated in between (real-time mode). The tangents are kept through such an update:
+    Z_t is the derivative of w_t with respect to a shift δ of all that λ has been, and grads is the derivative at δ = 0
+    of E(w_t(λ₀+δ, …, λ_{t−1}+δ), λ_t+δ).
 
     Sharing: a schedule with one value for each window of steps, λ[t // length], has few hyperparameters however many
-    steps there are. The tangent of a hyperparameter costs nothing before the first step that depends on it, so windows
-    one after the other have half as many tangents to push as hyperparameters that act from the start. In an update rule
-    write `PerStep(λ.repeat_interleave(length))`. What mixes the entries of λ, such as a softmax, begins all tangents.
+    steps there are, and the tangent of a hyperparameter costs nothing before the first step that depends on it. In an
+    update rule write `PerStep(λ.repeat_interleave(length))`.
 
     Many hyperparameters: with `directions=k`, h = Zᵀ∇₁E is estimated along k vectors u of random signs,
 
         ĥ = (1/k) Σᵢ (h·uᵢ) uᵢ,      E ĥ = h,      Var ĥⱼ = (‖h‖² − hⱼ²) / k,      E ‖ĥ − h‖² = (p − 1) ‖h‖² / k,
 
-    p being the number of hyperparameters; ∇₂E is exact. (Normal instead of sign vectors would give p + 1.) The u are
-    kept when a result is gone on from.
+    p being the number of hyperparameters; ∇₂E is exact. The u are kept when a result is gone on from.
 
     Args:
-        step: Φ(params, hparams), of params' structure; called with gradients enabled, must change nothing in place.
-            Φ(params, hparams, t) with with_time; Φ(params, hparams, t, batch) with batches.
-        start: w₀, any pytree of tensors, an optimiser's state included (integer tensors are carried along); or an
-            earlier result, to go on from. If w₀ was computed from hparams, or is one of them, what passes through it
-            is included.
-        hparams: λ, a pytree of floating point tensors; at least one leaf requires grad.
-        outer_loss: E(params, hparams), scalar; evaluated once, at the end.
+        step, outer_loss, hparams, with_time, allow_detached: as in `reverse`; no complex tensors.
+        start: w₀ as in `reverse`, or an earlier result, to go on from.
         steps: T, or how many more.
         directions: k, the number of random directions; None for the exact gradient.
         generator: draws the directions, on the CPU; by default torch's own, before the first step.
         chunk: how many tangents are pushed through a step in one vectorised pass, in as many times the memory of a
             step's graph; by default about a million numbers' worth, and at least one.
         batches: batch t for step t, by index or by call; t is counted from the start, not from an earlier result.
-        with_time: pass t to step.
-        allow_detached: as in `reverse`.
 
     Returns:
-        An UnrolledForward.
+        A ForwardResult.
 
     Raises:
-        TypeError, ValueError: something is not of the form above, or nothing reaches hparams; also where step's result
-            has no graph, or was computed from the live start instead of its argument.
+        TypeError, ValueError: as in `reverse`.
         RuntimeError: step changed its arguments in place; or an operation in it cannot be differentiated as often as
             forward mode needs, once more than `reverse`.
 
-    Warns: HypergradientWarning where a leaf of hparams is reached by nothing (a learning rate read with .item(), say),
-        where the first step takes a gradient without a graph, and where the result is not finite (steps that diverge).
+    Warns: as `reverse`.
     Cost: for each step its evaluation, a reverse pass with a graph, and a reverse pass through that for each tangent
         (vectorised over a chunk): measured, 2.3 + 1.5k times the step alone for k tangents of an MLP's 270,000
         weights. Memory: three iterates a tangent, the graph of one step, and `chunk` times the working memory of its
@@ -219,32 +222,29 @@ def forward(
         tensor(1.9688)
     """
     check_whole(steps=(steps, 0), directions=(directions, 1), chunk=(chunk, 1))
-    earlier = start if isinstance(start, UnrolledForward) else None
-    begin = 0 if earlier is None else earlier.steps
-    run = Run(
-        step,
-        start if earlier is None else earlier.params,
-        hparams,
-        batch_at(batches, begin + steps),
-        with_time or batches is not None,
-        allow_detached,
-    )
-    with random_state_kept_on_error([*run.start, *run.outer]), torch.enable_grad():
-        push = _Push(run, chunk)
-        known = earlier and _checked(earlier.tangents, run, directions)
-        tangents = known or push.start(directions, generator)
-        tensors, rebuild = [x.detach().clone() for x in run.start], run.rebuild
-        for t in range(begin, begin + steps):
-            leaves = [leaf(x) for x in tensors]
-            outputs, rebuild = run.evaluate(leaves, rebuild, t)
-            tangents = push(tangents, leaves, outputs, check=t & (t - 1) == 0)
-            tensors = [x.detach() for x in outputs]
-            del leaves, outputs
-        # What step gave may be a leaf of hparams, which will be updated in place.
-        alpha, direct = run.close([x.clone() for x in tensors], rebuild, outer_loss)
+    earlier = start if isinstance(start, ForwardResult) else None
+    begin, begun = (0, start) if earlier is None else (earlier.steps, earlier.params)
+    run = Run(step, outer_loss, begun, hparams, batches, begin + steps, with_time, allow_detached)
+    if any(x.is_complex() for x in (*run.start, *run.outer)):
+        raise TypeError(COMPLEX)
+    with random_state_kept_on_error([*run.start, *run.outer]):
+        with run.differentiating():
+            push, dense = _Push(run, chunk), DenseEmbeddings()
+            known = earlier and _checked(earlier.tangents, run, directions)
+            tangents = known or push.start(directions, generator)
+            tensors, rebuild = [x.detach().clone() for x in run.start], run.rebuild
+            for t in range(begin, begin + steps):
+                leaves = [leaf(x) for x in tensors]
+                with dense if t == begin or dense.needed else nullcontext():
+                    outputs, rebuild = run.evaluate(leaves, rebuild, t)
+                tangents = push(tangents, leaves, outputs, check=t & (t - 1) == 0)
+                tensors = [x.detach() for x in outputs]
+                del leaves, outputs
+            # What step gave may be a leaf of hparams, which will be updated in place.
+            alpha, direct = run.close([x.clone() for x in tensors], rebuild)
         estimate, error = tangents.directions.gradient(_slopes(tangents, alpha), tangents.rows)
         through = [h if reached else None for h, reached in zip(estimate, tangents.reached, strict=True)]
-        return UnrolledForward(
+        return ForwardResult(
             grads=run.hypergradient(add(direct, through), complain=True),
             params=run.params,
             outer_value=run.outer_value,
@@ -255,40 +255,54 @@ def forward(
         )
 
 
+class DenseEmbeddings(TorchFunctionMode):
+    """torch.nn.functional.embedding without sparse=True, the third derivative of which torch takes for zero."""
+
+    needed = False
+    places: ClassVar = {torch.nn.functional.embedding: 6, torch.embedding: 4}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        place, kwargs = self.places.get(func), dict(kwargs or {})
+        if place is not None and (kwargs.get("sparse") or args[place:] == (True,)):
+            self.needed, args, kwargs = True, args[:place], kwargs | {"sparse": False}
+        return func(*args, **kwargs)
+
+
 class _Push:
     """Z ← ∂₁Φ Z + ∂₂Φ U at one step of a run after the other."""
 
     def __init__(self, run: Run, chunk: int | None):
-        self.run = run
+        self.hparams, self.start_leaves = run.differentiated, run.start
         self.floats = [x for x in run.start if x.is_floating_point()]
-        self.half = any(torch.finfo(x.dtype).bits < 32 for x in (*self.floats, *run.differentiated))
+        self.half = any(torch.finfo(x.dtype).bits < 32 for x in (*self.floats, *self.hparams))
         self.chunk = chunk or max(1, PASS // max(1, sum(x.numel() for x in self.floats)))
         self.kept: tuple[Tensor, list[Tensor]] | None = None
         # Its own generator, for the user's random numbers must be those of a plain run.
-        generator = torch.Generator().manual_seed(0)
-        self.probe = [torch.randn(x.shape, generator=generator).to(x) for x in self.floats]
+        draw = torch.Generator("cpu").manual_seed(0)
+        self.probe = [placed(torch.randn(x.shape, generator=draw, **CPU), x) for x in self.floats]
 
     def start(self, directions: int | None, generator: torch.Generator | None) -> Tangents:
         """Z₀ = ∂w₀/∂λ U."""
-        hparams = self.run.differentiated
-        signs = directions and [_signs(x, directions, generator) for x in hparams]
-        kinds = [(x.shape, x.dtype, x.device) for x in hparams]
+        like, signs = [x.detach() for x in self.hparams], None
+        if directions:
+            draws = [torch.randint(0, 2, (directions, *x.shape), generator=generator, **CPU) for x in like]
+            signs = [(2 * draw - 1).to(dtype=x.dtype, device=x.device) for draw, x in zip(draws, like, strict=True)]
         tangents = Tangents(
-            directions=Directions(kinds, signs or None),
-            rows=torch.zeros(0, dtype=torch.long),
-            leaves=[x.new_empty(0, *x.shape) for x in self.floats],
-            reached=[False] * len(hparams),
+            directions=Directions(like, signs),
+            rows=torch.zeros(0, dtype=torch.long, **CPU),
+            leaves=[placed(torch.zeros(0, *x.shape, **CPU), x, 1) for x in self.floats],
+            reached=[False] * len(like),
         )
-        if not _graph.depends(self.run.start, hparams):
+        if not _graph.depends(self.start_leaves, self.hparams):
             return tangents
-        return self(tangents, [], self.run.start, check=True)
+        return self(tangents, [], self.start_leaves, check=True)
 
     def __call__(self, tangents: Tangents, leaves: list[Tensor], outputs: list[Tensor], check: bool) -> Tangents:
         inputs = [x for x in leaves if x.requires_grad]
         outputs = [y for y in outputs if y.is_floating_point()]
-        linear = Linearisation(outputs, [*inputs, *self.run.differentiated], probe=self.probe)
+        linear = Linearisation(outputs, [*inputs, *self.hparams], probe=self.probe)
         try:
-            tangents = _begun(tangents, linear.pulled[len(inputs) :], self.half)
+            tangents = self._begun(tangents, linear.pulled[len(inputs) :])
             pushed = self._columns(linear, tangents, len(inputs))
         except RuntimeError as error:
             if any(words in str(error) for words in ("derivative for", "double backward")):
@@ -298,7 +312,19 @@ class _Push:
             last = slice(-self.chunk, None)
             columns = [*(z[last] for z in tangents.leaves[: len(inputs)]), *self._directions(tangents, last)]
             _check_adjoint(self.probe, [z[last] for z in pushed], linear.pulled, columns)
-        return Tangents(tangents.directions, tangents.rows, pushed, tangents.reached)
+        return replace(tangents, leaves=pushed)
+
+    def _begun(self, tangents: Tangents, pulled: Sequence[Tensor | None]) -> Tangents:
+        """With zeros for the columns that this step is the first to depend on."""
+        rows, leaves = tangents.rows, tangents.leaves
+        if len(rows) < tangents.directions.count:
+            fresh = tangents.directions.met(pulled, self.half).index_fill(0, rows, False).nonzero().squeeze(1)
+            if len(fresh):
+                rows = torch.cat([rows, fresh])
+                zeros = [placed(torch.zeros(len(fresh), *x.shape, device=x.device), x, 1) for x in self.floats]
+                leaves = [torch.cat(pair) for pair in zip(leaves, zeros, strict=True)]
+        reached = [old or g is not None for old, g in zip(tangents.reached, pulled, strict=True)]
+        return Tangents(tangents.directions, rows, leaves, reached)
 
     def _directions(self, tangents: Tangents, own: slice) -> list[Tensor]:
         """Columns of U; made once while they are the same at each step."""
@@ -322,22 +348,6 @@ class _Push:
         return [torch.cat(leaves) for leaves in zip(*parts, strict=True)]
 
 
-def _signs(like: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    return torch.randint(0, 2, (count, *like.shape), generator=generator).mul_(2).sub_(1).to(like)
-
-
-def _begun(tangents: Tangents, pulled: Sequence[Tensor | None], half: bool) -> Tangents:
-    """With zeros for the columns that this step is the first to depend on."""
-    rows, leaves = tangents.rows, tangents.leaves
-    if len(rows) < tangents.directions.count:
-        fresh = tangents.directions.met(pulled, half).index_fill(0, rows, False).nonzero().squeeze(1)
-        if len(fresh):
-            rows = torch.cat([rows, fresh])
-            leaves = [torch.cat([z, z.new_zeros(len(fresh), *z.shape[1:])]) for z in leaves]
-    reached = [old or g is not None for old, g in zip(tangents.reached, pulled, strict=True)]
-    return Tangents(tangents.directions, rows, leaves, reached)
-
-
 def _check_adjoint(
     probe: Sequence[Tensor], pushed: Sequence[Tensor], pulled: Sequence[Tensor | None], columns: Sequence[Tensor]
 ) -> None:
@@ -355,28 +365,29 @@ def _dot(xs: Sequence[Tensor | None], columns: Sequence[Tensor]) -> tuple[float,
     for x, each in zip(xs, columns, strict=True):
         if x is not None:
             wide = torch.promote_types(x.dtype, torch.float32)
-            product = x.detach().to(wide) * each.sum(0, dtype=wide)
+            product = full(x.detach().to(wide) * each.sum(0, dtype=wide))
             total, square = total + float(product.sum()), square + float(product.square().sum())
     return total, square**0.5
 
 
 def _slopes(tangents: Tangents, alpha: Sequence[Tensor]) -> Tensor:
     """Zᵀ ∇₁E, in the widest dtype."""
-    device, dtype = alpha[0].device, torch.float32
+    dtype = torch.float32
     for a in alpha:
         dtype = torch.promote_types(dtype, a.dtype)
-    total = torch.zeros(len(tangents.rows), dtype=dtype, device=device)
+    total = torch.zeros(len(tangents.rows), dtype=dtype, device=alpha[0].device)
     for z, a in zip(tangents.leaves, alpha, strict=True):
-        total = total + (z.reshape(len(z), a.numel()).to(dtype) @ a.reshape(-1).to(dtype)).to(device)
+        products = (z.reshape(len(z), a.numel()).to(dtype) @ a.reshape(-1).to(dtype)) if a.numel() else z.sum()
+        total = total + full(products).to(total.device)
     return total
 
 
 def _checked(tangents: Tangents, run: Run, directions: int | None) -> Tangents:
     """The tangents of an earlier result, if they are of this λ and these directions."""
     own = tangents.directions
-    kinds = [(x.shape, x.dtype, x.device) for x in run.differentiated]
-    if kinds != own.kinds:
-        due, got = ("; ".join(describe(*kind) for kind in each) for each in (own.kinds, kinds))
+    kinds, given = [*map(KIND, own.like)], [*map(KIND, run.differentiated)]
+    if kinds != given:
+        due, got = ("; ".join(describe(*kind) for kind in each) for each in (kinds, given))
         raise ValueError(
             f"hparams that require grad must be like those of the result to go on from: expected {due}; got {got}"
         )

@@ -1,13 +1,13 @@
-"""Where iterates are kept between the passes, and how much memory a piece of code takes."""
+"""Where iterates are kept between the passes, and how many bytes a piece of code takes."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,24 +18,35 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._steps import VERSION, State
+from .. import _random
+from .._torch import version_of
+from ._steps import Iterate, Run, is_continuous
 
-Put: TypeAlias = Callable[[State], Callable[[], State]]
+Store: TypeAlias = Callable[
+    [Iterate], Callable[[], Iterate]
+]  # keeps an iterate, and gives the function that fetches it
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_bytes(text: Any) -> float | None:
+    """The number of bytes of a text such as "64MiB", in B, KB, MB, GB, KiB, MiB or GiB; None for anything else."""
+    number = re.fullmatch(r"(\d+\.?\d*) ?([KMG]i?B|B)", text) if isinstance(text, str) else None
+    return None if number is None else float(number[1]) * UNITS[number[2]]
 
 
 @contextmanager
-def kept(offload: str | os.PathLike[str] | None, tensors: Sequence[Tensor]) -> Iterator[Put]:
-    """A function that puts a state away and gives the function that fetches it; files are gone at the end.
+def elsewhere(offload: Any, tensors: Sequence[Tensor]) -> Iterator[Store]:
+    """What keeps iterates on the CPU or in files, which are gone at the end.
 
-    A state's file is deleted as soon as nothing holds its fetch.
+    The file of an iterate is deleted as soon as nothing holds the function that fetches it.
     """
-    if offload is None:
-        yield lambda state: lambda: state
-    elif offload == "cpu":
+    if offload == "cpu":
         if all(x.device.type == "cpu" for x in tensors):
             raise ValueError('offload="cpu": the iterates are on the CPU already; pass a folder (pathlib.Path) or None')
         yield on_cpu
     elif isinstance(offload, os.PathLike):
+        if any(hasattr(x, "to_local") for x in tensors):
+            raise ValueError("offload: files take no sharded tensors; pass None")
         try:
             folder = tempfile.TemporaryDirectory(prefix="hypergrad-", dir=offload)
         except OSError as error:
@@ -46,48 +57,83 @@ def kept(offload: str | os.PathLike[str] | None, tensors: Sequence[Tensor]) -> I
         raise ValueError(f'offload must be None, "cpu" or a folder as pathlib.Path, got {offload!r}')
 
 
-def on_cpu(state: State) -> Callable[[], State]:
+def on_cpu(iterate: Iterate) -> Callable[[], Iterate]:
     """Tensors of other devices go to the CPU; from CUDA to pinned memory, in the order of its stream."""
-    away, devices = [_on_cpu(x) for x in state.tensors], [x.device for x in state.tensors]
-    versions, light = state.versions, replace(state, tensors=[])
+    away = [
+        x
+        if x.device.type == "cpu"
+        else torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=x.is_cuda)
+        for x in iterate.tensors
+    ]
+    devices, versions, light = [x.device for x in iterate.tensors], iterate.versions, iterate._replace(tensors=[])
 
-    def fetch() -> State:
-        back = [
-            y if y.device == device else y.to(device, non_blocking=y.is_pinned())
-            for y, device in zip(away, devices, strict=True)
-        ]
-        kept = [v if x is y else x._version for x, y, v in zip(back, away, versions, strict=True)]
-        return replace(light, tensors=back, versions=kept)
+    def fetch() -> Iterate:
+        pairs = zip(away, devices, strict=True)
+        back = [y if y.device == device else y.to(device, non_blocking=y.is_pinned()) for y, device in pairs]
+        kept = [v if x is y else version_of(x) for x, y, v in zip(back, away, versions, strict=True)]
+        return light._replace(tensors=back, versions=kept)
 
     return fetch
 
 
-def _on_cpu(x: Tensor) -> Tensor:
-    if x.device.type == "cpu":
-        return x
-    return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=x.is_cuda)
+def in_file(folder: Path, number: Iterator[int], iterate: Iterate) -> Callable[[], Iterate]:
+    """Tensors go to a file, and come back with their strides and devices.
 
-
-def in_file(folder: Path, number: Iterator[int], state: State) -> Callable[[], State]:
-    """Tensors go to a file, with their strides and devices."""
-    path = folder / f"{next(number)}.pt"
+    As plain bytes: the torch.save of some versions keeps what it wrote in memory.
+    """
+    path, light = folder / f"{next(number)}.bin", iterate._replace(tensors=[])
+    kinds = [(torch.empty_like(x, device="meta"), x.device) for x in iterate.tensors]
     try:
         with path.open("wb") as file:
-            torch.save(state.tensors, file)
-    except (OSError, RuntimeError) as error:
-        size = sum(x.nbytes for x in state.tensors)
+            for x, (like, _) in zip(iterate.tensors, kinds, strict=True):
+                buffer = bytearray(x.nbytes)
+                _view(buffer, like).copy_(x)
+                file.write(buffer)
+    except OSError as error:
+        size = sum(x.nbytes for x in iterate.tensors)
         raise OSError(
             f"offload: could not write an iterate of {size} bytes in {str(folder.parent)!r}; is the disk full? "
             f"({error})"
         ) from error
-    light = replace(state, tensors=[])
 
-    def fetch() -> State:
-        tensors = torch.load(path, weights_only=True)
-        return replace(light, tensors=tensors, versions=list(map(VERSION, tensors)))
+    def fetch() -> Iterate:
+        with path.open("rb") as file:
+            tensors = [_view(bytearray(file.read(like.nbytes)), like).to(device) for like, device in kinds]
+        return light._replace(tensors=tensors, versions=list(map(version_of, tensors)))
 
     weakref.finalize(fetch, path.unlink, missing_ok=True)
     return fetch
+
+
+def _view(buffer: bytearray, like: Tensor) -> Tensor:
+    """The memory of a buffer as a tensor of this shape, dtype and strides."""
+    if not buffer:
+        return torch.empty_like(like, device="cpu")
+    return torch.frombuffer(buffer, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+def available(run: Run, first: Iterate, begin: int, budget: float) -> tuple[int, int, float]:
+    """Bytes of an iterate and of a step's graph, and how many of the budget are left for both."""
+
+    def pull() -> None:
+        alpha = [torch.zeros_like(y) for y in both.outputs if is_continuous(y)]
+        run.pull(both, alpha, [torch.zeros_like(x) for x in run.differentiated], retain=True)
+
+    with Allocated() as allocated:
+        iterate, graph, both = run.measure(first, begin)
+        random = _random.capture(run.devices)
+        after, most = allocated.now, allocated.peak
+        final = [y.detach() for y in both.outputs]
+        ahead = max(allocated.taken(pull), allocated.taken(lambda: run.close(final, both.rebuild)))
+        _random.restore(random)
+    params, hparams, drawn = (sum(x.nbytes for x in xs) for xs in (first.tensors, run.differentiated, random.values()))
+    # Beside the checkpoints: the iterate that a block must end in, its outputs, α, w_T and an iterate on its way; ∇;
+    # and the random state where it is kept by run and by those who put it back.
+    working = 5 * params + hparams + 5 * drawn + max(most - after, ahead)
+    least = max(working + graph + iterate, params + hparams + 5 * drawn + max(most, after + ahead))
+    if budget < least:
+        raise ValueError(f"a budget of {budget:.0f} bytes is too small: one step needs about {least:.0f}")
+    return iterate, graph, budget - working
 
 
 class Allocated(TorchDispatchMode):
@@ -129,5 +175,6 @@ class Allocated(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    leaves = optree.tree_leaves(tree)
-    return [x.untyped_storage() for x in leaves if isinstance(x, Tensor) and x.layout is torch.strided]
+    leaves = [x for x in optree.tree_leaves(tree) if isinstance(x, Tensor) and x.layout is torch.strided]
+    # Of a sharded tensor this rank's part.
+    return [(x.detach().to_local() if hasattr(x, "to_local") else x).untyped_storage() for x in leaves]

@@ -6,34 +6,43 @@ f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T�
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from math import comb
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _random
 from .._random import random_state_kept_on_error
 from .._tree import PyTree
-from ._memory import Put, kept
-from ._schedule import Plan, parse, schedule, stride
-from ._steps import Run, State, batch_at, check_whole, same, set_random_state
+from ._memory import Store, available, elsewhere, parse_bytes
+from ._steps import Batches, Iterate, Run, check_whole
 
+POLICIES = ("graph", "iterates", "sqrt")
 NO_REPLAY = (
     "steps {} to {} gave other numbers when they were evaluated again. torch's random numbers are replayed; what else "
-    "changes (Python's or NumPy's random, an iterator or counter outside, buffers of a module, kernels that are not "
-    'deterministic) must enter through params, t or batches; or use memory="graph", which replays nothing'
+    "changes (Python's or NumPy's random, a torch.Generator, an iterator or counter outside, buffers of a module, "
+    'kernels that are not deterministic) must enter through params, t or batches; or use memory="graph", which '
+    "replays nothing"
+)
+OTHER_DRAWS = (
+    "steps {} to {} gave other numbers when they were evaluated again, and more or fewer of torch's random numbers "
+    "were drawn meanwhile: does another thread draw from the same generator? Give it a torch.Generator of its own, or "
+    'use memory="graph", which replays nothing'
 )
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class ReverseResult:
     """A hypergradient through the steps of an inner optimiser.
 
     Attributes:
         grads: ∇f(λ), in the structure of hparams; zeros for a leaf that does not require grad or reaches nothing.
-        start_grads: the gradient with respect to the start, in its structure, zeros where a tensor is not of floating
-            point; None if truncated.
+        start_grads: the gradient with respect to the start, in its structure, zeros where a tensor is of integers;
+            None if truncated.
         params: w_T, as step gave it.
         outer_value: E(w_T, λ).
         evaluations: how often step was called.
@@ -46,6 +55,13 @@ class Unrolled:
     evaluations: int
 
 
+class Schedule(NamedTuple):
+    """Boundaries of the blocks of steps whose graph is kept at once, and how many iterates may be kept before them."""
+
+    bounds: list[int]
+    checkpoints: int
+
+
 def reverse(
     step: Callable[..., PyTree],
     start: PyTree,
@@ -53,26 +69,29 @@ def reverse(
     outer_loss: Callable[[PyTree, PyTree], Tensor],
     steps: int,
     *,
-    memory: str | int = "sqrt",
+    memory: str = "sqrt",
+    checkpoints: int | None = None,
     offload: str | os.PathLike[str] | None = None,
     truncate: int | None = None,
-    batches: Sequence[Any] | Callable[[int], Any] | None = None,
+    batches: Batches = None,
     with_time: bool = False,
     allow_detached: bool = False,
-) -> Unrolled:
+) -> ReverseResult:
     """Gradient of E(w_T(λ), λ) through T steps of w_{t+1} = Φ_t(w_t, λ), in reverse mode. Writes no .grad.
 
     Iterates between which nothing is kept are evaluated again from the last one that is (a checkpoint). torch's random
-    numbers, on the CPU and on the CUDA devices in use, are replayed bit for bit (dropout, noise), and that each
-    replay ends where the first run did is checked. Afterwards the random state is as after one run of the steps and
-    outer_loss. In the inner gradient write create_graph=True: without it second derivatives are lost, with a warning.
+    numbers, on the CPU and on the CUDA devices in use, are replayed bit for bit, and each replay is checked to end
+    where the first run did. Afterwards the random state is as after one run of the steps and outer_loss. In the inner
+    gradient write create_graph=True: without it second derivatives are lost, with a warning.
 
     Args:
-        step: Φ(params, hparams), of params' structure; called with gradients enabled, must change nothing in place.
-            Φ(params, hparams, t) with with_time; Φ(params, hparams, t, batch) with batches.
+        step: Φ(params, hparams), of params' structure (mappings are matched by key); called with gradients enabled,
+            must change nothing in place. Φ(params, hparams, t) with with_time; Φ(params, hparams, t, batch) with
+            batches.
         start: w₀, any pytree of tensors, an optimiser's state included. Integer tensors are carried along.
-        hparams: λ, likewise of floating point; at least one leaf requires grad. If start was computed from hparams,
-            or is one of them, what passes through start is included.
+        hparams: λ, likewise of floating point or complex tensors; at least one requires grad. If start was computed
+            from hparams, or is one of them, what passes through start is included. Gradient hooks of hparams act once,
+            on the total gradient.
         outer_loss: E(params, hparams), scalar.
         steps: T.
         memory: what is kept for the reverse pass, I being the bytes of an iterate, G those of the graph of a step:
@@ -80,38 +99,37 @@ def reverse(
             "iterates", all iterates: 2T − 1 evaluations (w_T is known from the first pass), T I + G;
             "sqrt", n iterates and the graph of one block of steps, the longer the fewer iterates are left: less than
             2T evaluations, n I + G with n ≈ √(2TG/I);
-            an integer c, so many checkpoints, the start included (revolve): T + rT − C(c+r, r−1) evaluations, with
-            r the smallest for which C(c+r, c) ≥ T, and no schedule with c iterates needs fewer; c I + G;
             a budget such as "64MiB": the graph if it fits, else blocks as in "sqrt", else checkpoints.
-            That is T, less than 2T, less than 2T, and with c checkpoints up to r + 1 times T evaluations.
+        checkpoints: c, instead of memory: so many iterates, the start included (revolve), c I + G and
+            T + rT − C(c+r, r−1) evaluations, with r the smallest for which C(c+r, c) ≥ T; no schedule with c iterates
+            needs fewer.
         offload: where iterates are kept: None, where they are; "cpu", on the CPU while steps run elsewhere, in pinned
             memory beside CUDA; a folder as pathlib.Path, in files of a new folder in it, removed in the end and on an
-            error. A budget counts none of them then. Graphs and the working memory stay.
+            error. A budget counts none of them then.
         truncate: k, differentiate the last k steps only, the iterate before them taken as constant.
         batches: batch t for step t, by index or by call; drawn again at a replay.
         with_time: pass t to step.
-        allow_detached: take tensors in step's result that have no graph for constants, and say nothing where a tensor
-            of params reaches nothing or the inner gradient has no graph.
+        allow_detached: take tensors in step's result that have no graph for constants, and accept that a tensor of
+            params reaches nothing, that outer_loss does not use its params, or that the inner gradient has no graph.
 
     Returns:
-        An Unrolled.
+        A ReverseResult.
 
     Raises:
         TypeError, ValueError: something is not of the form above, nothing reaches hparams, or a budget is too small;
-            also where step's result has no graph, or was computed from the live start instead of its argument.
+            also where step's result has no graph, or where step or outer_loss uses a live start or model instead of its
+            argument.
         RuntimeError: step changed its arguments in place, or did not replay.
         OSError: a folder for offload cannot be written, or its disk is full.
 
     Warns: HypergradientWarning where a leaf of hparams is reached by nothing (a learning rate read with .item(), say),
         where at the second step a tensor of params reaches nothing (a momentum detached between steps), where the
-        first step takes a gradient without a graph, and where the result is not finite (steps that diverge).
+        first step takes a gradient without a graph, where start has gradient hooks, which are not called, and where
+        the result is not finite.
     Cost: the evaluations above and T reverse passes. Beside what memory says, five iterates, hparams, and the working
-        memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget measure I, G
-        at the first two steps, which are not evaluated again for that; a budget measures the working memory there as
-        well, by the tensors that operations return (not what a kernel takes inside), for one reverse pass through two
-        steps and one call of outer_loss more. Steps that need more later on can exceed it. One device synchronisation a
-        replayed block. Offloading writes an iterate once and reads it once for each time that it is gone on from.
-        Buffers that a module writes in step are written once more at each replay.
+        memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget measure I
+        and G at the first two steps, a budget the working memory as well, by one more reverse pass and call of
+        outer_loss; later steps that need more can exceed it. One device synchronisation a replayed block.
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
         over blocks of steps whose graph is kept at once.
 
@@ -123,30 +141,25 @@ def reverse(
         >>> result.grads, result.start_grads
         (tensor(1.7500), tensor(0.1250))
     """
-    check_whole(steps=(steps, 0), truncate=(truncate, 0))
+    check_whole(steps=(steps, 0), truncate=(truncate, 0), checkpoints=(checkpoints, 1))
+    _check_memory(memory, checkpoints, offload)
     length = steps if truncate is None else min(truncate, steps)
-    storage = parse(memory)
-    if storage == "graph" and offload is not None:
-        raise ValueError('memory="graph" keeps no iterates that could be offloaded')
-    run = Run(step, start, hparams, batch_at(batches, steps), with_time or batches is not None, allow_detached)
-    with (
-        random_state_kept_on_error([*run.start, *run.outer]),
-        kept(offload, run.start) as put,
-        torch.enable_grad(),
-    ):
-        begin = steps - length
-        first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, begin)
-        plan = schedule(storage, run, first, begin, steps, away=offload is not None, outer_loss=outer_loss)
-        fetch = put(first)
-        del first
-        alpha, grads = _pull_back(run, _backwards(run, fetch, plan, put), outer_loss)
-        if not length:
-            alpha, grads = run.close(fetch().tensors, fetch().rebuild, outer_loss)
-        set_random_state(run.random_after)
-        start_grads = run.start_gradients(alpha) if length == steps else None
-        if start_grads is not None:
-            grads = run.through_start(start_grads, grads)
-        return Unrolled(
+    run = Run(step, outer_loss, start, hparams, batches, steps, with_time, allow_detached)
+    with random_state_kept_on_error([*run.start, *run.outer]):
+        storage = nullcontext(_kept_as_it_is) if offload is None else elsewhere(offload, run.start)
+        with run.differentiating(), storage as store:
+            first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, steps - length)
+            schedule = _schedule(run, first, steps - length, steps, memory, checkpoints, offload is not None)
+            fetch = store(first)
+            del first
+            alpha, grads = _pull_back(run, _backwards(run, fetch, schedule, store))
+            if not length:
+                alpha, grads = run.close(fetch().tensors, fetch().rebuild)
+            _random.restore(run.random_after)
+            start_grads = run.start_gradients(alpha) if length == steps else None
+            if start_grads is not None:
+                grads = run.through_start(start_grads, grads)
+        return ReverseResult(
             grads=run.hypergradient(grads, complain=length == steps),
             start_grads=None if start_grads is None else run.rebuild(start_grads),
             params=run.params,
@@ -155,42 +168,110 @@ def reverse(
         )
 
 
-def _pull_back(
-    run: Run, blocks: Iterator[tuple[int, int, State]], outer_loss: Callable[[PyTree, PyTree], Tensor]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """α where the last of these blocks begins, and ∇ through all of them."""
-    later, alpha, grads = None, [], []
-    for begin, end, state in blocks:
-        graph = run.record(state, begin, end)
-        if later is None:
-            alpha, grads = run.close([x.detach() for x in graph.outputs], graph.rebuild, outer_loss)
-        elif not all(map(same, graph.outputs, later.tensors)):
-            raise RuntimeError(NO_REPLAY.format(begin, end - 1))
-        later = state
-        alpha, grads = run.pull(graph, alpha, grads)
-        del graph, state
-    return alpha, grads
+def _kept_as_it_is(iterate: Iterate) -> Callable[[], Iterate]:
+    return lambda: iterate
 
 
-def _backwards(run: Run, first: Callable[[], State], plan: Plan, put: Put) -> Iterator[tuple[int, int, State]]:
-    """The blocks of steps, the last first, each with the state that it begins at.
+def _check_memory(memory: str, checkpoints: int | None, offload: object) -> None:
+    if memory not in POLICIES and parse_bytes(memory) is None:
+        hint = f" (checkpoints={memory} keeps so many iterates)" if isinstance(memory, int) else ""
+        raise ValueError(f'memory must be "graph", "iterates", "sqrt", or bytes like "64MiB", got {memory!r}{hint}')
+    if checkpoints is not None and memory != "sqrt":
+        raise ValueError(f"pass checkpoints={checkpoints} or memory={memory!r}, not both")
+    if memory == "graph" and offload is not None:
+        raise ValueError('memory="graph" keeps no iterates that could be offloaded')
+
+
+def _schedule(
+    run: Run, first: Iterate, begin: int, end: int, memory: str, checkpoints: int | None, away: bool
+) -> Schedule:
+    """How steps begin … end − 1 are cut; first is the iterate before them. away: a budget counts no iterates."""
+    single = list(range(begin, end + 1))
+    if memory == "graph" or end - begin < 2:
+        return Schedule(sorted({begin, end}), 1)
+    if checkpoints is not None or memory == "iterates":
+        return Schedule(single, checkpoints or end - begin)
+    if memory == "sqrt":
+        iterate, graph, _ = run.measure(first, begin)
+        n, total = 1, 1
+        while total < end - begin:
+            total += 1 + n * iterate // graph
+            n += 1
+        room: float = n * iterate + graph
+    else:
+        iterate, graph, room = available(run, first, begin, parse_bytes(memory) or 0.0)
+        away_or_not = 0 if away else iterate
+        if _blocks(begin, end, room, away_or_not, graph) is None:
+            return Schedule(single, int((room - graph) // iterate))
+        iterate = away_or_not
+    bounds = _blocks(begin, end, room, iterate, graph) or single
+    return Schedule(bounds, len(bounds) - 1)
+
+
+def _blocks(begin: int, end: int, room: float, iterate: int, graph: int) -> list[int] | None:
+    """Boundaries of blocks: while i iterates are kept, the graph of as many steps as fit beside them. None if too few.
+
+    room = n · iterate + graph gives n blocks at most.
+    """
+    bounds = [begin]
+    while bounds[-1] < end:
+        length = int((room - len(bounds) * iterate) // graph)
+        if length < 1:
+            return None
+        bounds.append(min(bounds[-1] + length, end))
+    return bounds
+
+
+def _stride(length: int, checkpoints: int) -> int:
+    """How far to advance to the next checkpoint: Griewank and Walther 2000, with β(c, r) = C(c + r, c)."""
+    r = 1
+    while comb(checkpoints + r, r) < length:
+        r += 1
+    return min(comb(checkpoints + r - 1, r - 1), length - comb(checkpoints + r - 2, r - 1))
+
+
+def _backwards(
+    run: Run, first: Callable[[], Iterate], schedule: Schedule, store: Store
+) -> Iterator[tuple[int, int, Iterate]]:
+    """The blocks of steps, the last first, each with the iterate that it begins at.
 
     Revolve: a block is reached from the last checkpoint before it, leaving others on the way.
     """
-    bounds, checkpoints = plan
+    bounds, checkpoints = schedule
     stack = [(0, first)]
     for end in range(len(bounds) - 1, 0, -1):
-        here, fetch = stack[-1]
-        state = fetch()
-        while end - here > 1:
+        at, fetch = stack[-1]
+        iterate = fetch()
+        while end - at > 1:
             free = checkpoints - len(stack)
-            ahead = here + (stride(end - here, free + 1) if free else end - here - 1)
-            state = run.advance(state, bounds[here], bounds[ahead])
-            here = ahead
+            ahead = at + (_stride(end - at, free + 1) if free else end - at - 1)
+            iterate = run.advance(iterate, bounds[at], bounds[ahead])
+            at = ahead
             if free:
-                stack.append((here, put(state)))
-        if stack[-1][0] == here:
+                stack.append((at, store(iterate)))
+        if stack[-1][0] == at:
             stack.pop()
         del fetch
-        yield bounds[end - 1], bounds[end], state
-        del state
+        yield bounds[end - 1], bounds[end], iterate
+        del iterate
+
+
+def _pull_back(run: Run, blocks: Iterator[tuple[int, int, Iterate]]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """α where the last of these blocks begins, and ∇ through all of them."""
+    later, alpha, grads = None, [], []
+    for begin, end, iterate in blocks:
+        graph = run.record(iterate, begin, end)
+        if later is None:
+            alpha, grads = run.close([x.detach() for x in graph.outputs], graph.rebuild)
+        elif not all(map(_same, graph.outputs, later.tensors)):
+            drawn_alike = _random.equal(later.random, _random.capture(run.devices))
+            raise RuntimeError((NO_REPLAY if drawn_alike else OTHER_DRAWS).format(begin, end - 1))
+        later = iterate
+        alpha, grads = run.pull(graph, alpha, grads)
+        del graph, iterate
+    return alpha, grads
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    return torch.equal(x, y) or bool(((x == y) | ((x != x) & (y != y))).all())

@@ -2,53 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
+import optree
 import torch
 from torch import Tensor
 
-from .. import _autodiff, _graph
+from .. import _autodiff, _graph, _random
 from .._autodiff import as_scalar
 from .._solution import warn, warn_if_not_finite
+from .._torch import hooks_suspended, version_of
 from .._tree import PyTree, describe, flatten, split
 from ..implicit import check_hparams
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
+Batches: TypeAlias = "Sequence[Any] | Callable[[int], Any] | None"
 
-VERSION, KIND, LIVE = attrgetter("_version"), attrgetter("shape", "dtype", "device"), attrgetter("requires_grad")
-NOTHING = nullcontext(())
+KIND, LIVE = attrgetter("shape", "dtype", "device"), attrgetter("requires_grad")
 NODE = 512  # bytes of one node of a graph, beside the tensors it keeps
 IN_PLACE = (
     "step changed its params (or hparams) in place, and with them the iterates that the reverse pass starts from: "
     "write w = w - lr * g, not w -= lr * g or w.sub_(lr * g), and build a new container"
 )
-
 NO_SECOND = (
     "step takes a gradient with respect to its params that has no graph, so the second derivatives are lost: write "
     "create_graph=True there. If a first-order hypergradient is meant, pass allow_detached=True"
 )
-
-
-def random_state(devices: Sequence[torch.device]) -> dict[torch.device, Tensor]:
-    states = {torch.device("cpu"): torch.get_rng_state()}
-    return states | {device: torch.cuda.get_rng_state(device) for device in devices}
-
-
-def set_random_state(states: dict[torch.device, Tensor]) -> None:
-    for device, state in states.items():
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)
-
-
-def same(x: Tensor, y: Tensor) -> bool:
-    """Equal bit for bit, NaN included."""
-    return torch.equal(x, y) or bool(((x == y) | ((x != x) & (y != y))).all())
+EXHAUSTED = (
+    "an iterator that {} reads has ended at step {} (counted from 0): it must give a batch to every step, and "
+    'unroll.reverse evaluates steps twice, unless memory="graph": pass batches= as a list or a function of t'
+)
+UNUSED_PARAMS = (
+    "outer_loss does not depend on the params that it is called with{}: compute it from its argument (a module by "
+    "torch.func.functional_call(model, params, inputs)), with gradients enabled and without .item() or .detach()"
+)
 
 
 def check_whole(**numbers: tuple[Any, int]) -> None:
@@ -58,23 +49,20 @@ def check_whole(**numbers: tuple[Any, int]) -> None:
             raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
 
 
-def batch_at(batches: Any, steps: int) -> Callable[[int], Any] | None:
-    """Batches, given by index or by call, as a function of t."""
-    if batches is None or callable(batches):
-        return batches
-    if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
-        raise TypeError(
-            f"batches must be a sequence or a function of t (in reverse mode a batch is drawn again at a replay), got "
-            f"{type(batches).__name__}: pass list(...), or in forward mode lambda t: next(iterator)"
-        )
-    if len(batches) < steps:
-        raise ValueError(f"{steps} steps need as many batches, got {len(batches)}; batches may be a function of t")
-    return batches.__getitem__
+def is_continuous(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
-@dataclass(frozen=True)
-class State:
-    """An iterate, with all that the steps from here on depend on."""
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_() if is_continuous(x) else x
+
+
+def add(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [y if x is None else x if y is None else x + y for x, y in zip(xs, ys, strict=True)]
+
+
+class Iterate(NamedTuple):
+    """The tensors that are carried, with all else that the steps from here on depend on."""
 
     tensors: list[Tensor]
     rebuild: Rebuild
@@ -91,82 +79,139 @@ class Recorded(NamedTuple):
 
 
 class Run:
-    """The steps of one call: evaluates, counts and checks them."""
+    """The steps of one call: evaluates, counts and checks them, and differentiates them in reverse mode."""
 
     def __init__(
         self,
         step: Callable[..., PyTree],
+        outer_loss: Callable[[PyTree, PyTree], Tensor],
         start: PyTree,
         hparams: PyTree,
-        batches: Callable[[int], Any] | None,
+        batches: Batches,
+        steps: int,
         with_time: bool,
         allow_detached: bool,
     ):
-        self.step, self.batches, self.with_time, self.allow_detached = step, batches, with_time, allow_detached
+        self.step, self.outer_loss, self.allow_detached = step, outer_loss, allow_detached
+        self.batches = _batch_at(batches, steps)
+        self.with_time = with_time or batches is not None
+        start = list(start) if isinstance(start, Iterator) else start
         self.start, self.rebuild = split(start)
-        if any(x.is_complex() for x in self.start):
-            raise TypeError("start holds a complex tensor: pass torch.view_as_real of it")
-        if not any(x.is_floating_point() for x in self.start):
+        self.structure, self.paths = optree.tree_structure(start), _paths(start, "start")
+        if not any(map(is_continuous, self.start)):
             raise ValueError("start holds no floating point tensor")
-        self.outer, self.names, self.hparams_tree = flatten(hparams, "hparams")
-        self.differentiated = check_hparams(self.outer, self.names)
         self.kinds = list(map(KIND, self.start))
+        self.outer, self.names, self.hparams_tree = flatten(hparams, "hparams", complex=True)
         self.hparams = self.hparams_tree(self.outer)
-        self.devices = sorted({x.device for x in (*self.start, *self.outer) if x.device.type == "cuda"}, key=str)
+        self.differentiated = check_hparams(self.outer, self.names)[1]
+        for x, name in zip(self.outer, self.names, strict=True):
+            if x.is_inference():
+                raise ValueError(f"{name} was made under torch.inference_mode(): make it outside, or pass a clone()")
+        # The start that the user may use in place of the argument; not where it is one of hparams.
+        self.live = [x for x in self.start if x.requires_grad and not any(x is y for y in self.outer)]
+        self.hooked: list[Tensor] = []
+        self.devices = _random.devices_of([*self.start, *self.outer])
         self.params: PyTree = None
-        self.outer_value = torch.tensor(torch.nan)
+        self.outer_value: Any = None
         self.random_after: dict[torch.device, Tensor] = {}
         self.evaluations = 0
         self._random: dict[torch.device, Tensor] = {}
-        # What `measure` evaluated ahead: states by t, and the graph of the steps from t₀ on, as (t₀, how many, graph).
-        self._known: dict[int, State] = {}
+        # What `measure` evaluated ahead: iterates by t, and the graph of the steps from t₀ on, as (t₀, steps, graph).
+        self._known: dict[int, Iterate] = {}
         self._recorded: tuple[int, int, Recorded] | None = None
 
-    def keep(self, tensors: list[Tensor], rebuild: Rebuild) -> State:
-        """A state to go on from; the random state is shared with the last one where nothing was drawn."""
-        new = random_state(self.devices)
-        if not self._random or any(not torch.equal(new[d], self._random[d]) for d in new):
-            self._random = new
-        return State(tensors, rebuild, self._random, list(map(VERSION, tensors)))
+    @contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Gradients can be taken, and hooks of start and hparams do not act: those of hparams do once, on the total."""
+        leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with leave, torch.enable_grad(), hooks_suspended([*self.start, *self.outer]) as self.hooked:
+            for x, path in zip(self.start, self.paths, strict=True):
+                if any(x is y for y in self.hooked) and not any(x is y for y in self.outer):
+                    warn(
+                        f"the gradient hook of {path} is not called: steps go on from a copy. Apply it in step instead"
+                    )
+            yield
 
-    def restore(self, state: State) -> list[Tensor]:
-        """The leaves of a new graph at this state."""
-        if list(map(VERSION, state.tensors)) != state.versions:
+    def keep(self, tensors: list[Tensor], rebuild: Rebuild) -> Iterate:
+        """An iterate to go on from; the random state is shared with the last one where nothing was drawn."""
+        new = _random.capture(self.devices)
+        if not self._random or not _random.equal(new, self._random):
+            self._random = new
+        return Iterate(tensors, rebuild, self._random, list(map(version_of, tensors)))
+
+    def resume(self, iterate: Iterate) -> list[Tensor]:
+        """The leaves of a new graph at this iterate."""
+        if list(map(version_of, iterate.tensors)) != iterate.versions:
             raise RuntimeError(IN_PLACE)
-        set_random_state(state.random)
-        return [leaf(x) for x in state.tensors]
+        _random.restore(iterate.random)
+        return [leaf(x) for x in iterate.tensors]
 
     def evaluate(self, tensors: list[Tensor], rebuild: Rebuild, t: int) -> tuple[list[Tensor], Rebuild]:
         """Φ_t, checked: tensors like the start, with a graph, and nothing changed in place."""
-        time = (t,) if self.with_time else ()
-        batch = (self.batches(t),) if self.batches else ()
+        arguments = (t,) if self.with_time else ()
         guarded = [*tensors, *self.outer]
-        versions = list(map(VERSION, guarded))
+        versions = list(map(version_of, guarded))
         self.evaluations += 1
         watched = self.evaluations == 1 and not self.allow_detached
         try:
-            with _autodiff.gradients_taken(tensors) if watched else NOTHING as with_graph:
-                value = self.step(rebuild(tensors), self.hparams, *time, *batch)
+            if self.batches:
+                arguments = (t, self.batches(t))
+            with _autodiff.gradients_taken(tensors) if watched else nullcontext(()) as with_graph:
+                value = self.step(rebuild(tensors), self.hparams, *arguments)
+        except StopIteration:
+            raise ValueError(EXHAUSTED.format("step (or batches)", t)) from None
         except RuntimeError as error:
-            if "in-place operation" in str(error) or "inplace operation" in str(error):
-                raise RuntimeError(IN_PLACE) from error
-            raise
-        if list(map(VERSION, guarded)) != versions:
+            if "in-place operation" not in str(error) and "inplace operation" not in str(error):
+                raise
+            if list(map(version_of, guarded)) == versions and not self._writes(tensors, rebuild, arguments):
+                raise
+            raise RuntimeError(IN_PLACE) from error
+        if list(map(version_of, guarded)) != versions:
             raise RuntimeError(IN_PLACE)
         if not all(with_graph):
             warn(NO_SECOND)
-        outputs, new_rebuild = split(value)
+        outputs, new_rebuild = self._arranged(value)
         if self.evaluations == 1:
-            self.check_reached(tensors, outputs)
+            self._check_argument_used(tensors, outputs)
         elif self.evaluations == 2 and not self.allow_detached:
-            self.warn_if_cut(tensors, outputs)
+            self._warn_if_cut(tensors, outputs)
         if list(map(KIND, outputs)) != self.kinds or not all(map(LIVE, outputs)):
-            self.check_outputs(outputs)
+            self._check_outputs(outputs)
         return outputs, new_rebuild
 
-    def warn_if_cut(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
-        """Warn where a part of the state that step was given reaches nothing; not at step 0, often a case apart."""
-        lost = _graph.unreached(outputs, tensors)
+    def _writes(self, tensors: list[Tensor], rebuild: Rebuild, arguments: tuple[Any, ...]) -> bool:
+        """Whether step writes into what it is given, found by copies that may be written to: else a model does."""
+        copies = [x.clone() for x in (*tensors, *self.outer)]
+        versions = list(map(version_of, copies))
+        with suppress(Exception):
+            self.step(rebuild(copies[: len(tensors)]), self.hparams_tree(copies[len(tensors) :]), *arguments)
+        return list(map(version_of, copies)) != versions
+
+    def _arranged(self, value: PyTree) -> tuple[list[Tensor], Rebuild]:
+        """The tensors of step's result in the order of the start's, mappings being matched by key."""
+        value = list(value) if isinstance(value, Iterator) else value
+        tensors, rebuild = split(value)
+        if optree.tree_structure(value) == self.structure and len(tensors) == len(self.start):
+            return tensors, rebuild
+        own, found = self.paths, _paths(value, "start")
+        if len(own) != len(found):
+            raise ValueError(f"step must give the tensors that it gets: {len(own)}, got {len(found)}")
+        if odd := {*own} ^ {*found}:
+            raise ValueError(
+                f"step must give the structure that it gets; in one of the two only: {', '.join(sorted(odd)[:5])}"
+            )
+        order = [found.index(path) for path in own]
+        back = [order.index(i) for i in range(len(order))]
+
+        def rebuild_in_order(new: Iterable[Tensor]) -> PyTree:
+            new = list(new)
+            return rebuild([new[i] for i in back])
+
+        return [tensors[i] for i in order], rebuild_in_order
+
+    def _warn_if_cut(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
+        """Warn where a part of params that step was given reaches nothing; not at step 0, often a case apart."""
+        lost = [i for i in _graph.unreached(outputs, tensors) if tensors[i].numel()]
         if lost:
             parts = ", ".join(f"tensor {i} {describe(*KIND(tensors[i]))}" for i in lost)
             warn(
@@ -175,65 +220,62 @@ class Run:
                 f"allow_detached=True"
             )
 
-    def check_outputs(self, outputs: list[Tensor]) -> None:
+    def _check_outputs(self, outputs: list[Tensor]) -> None:
         """Raise where step's result is not like the start, or has no graph."""
-        if len(outputs) != len(self.start):
-            raise ValueError(f"step must give the tensors that it gets: {len(self.start)}, got {len(outputs)}")
         for i, (x, due) in enumerate(zip(outputs, self.kinds, strict=True)):
             if KIND(x) != due:
                 expected, got = describe(*due), describe(*KIND(x))
                 raise ValueError(
                     f"tensor {i} of step's result must be like the start's: expected {expected}, got {got}"
                 )
-            if x.is_floating_point() and not x.requires_grad and not self.allow_detached:
+            if is_continuous(x) and not x.requires_grad and not self.allow_detached:
                 raise ValueError(
                     f"tensor {i} of step's result (shape {tuple(x.shape)}) has no graph to params or hparams, so no "
                     f"gradient would pass: was it computed under no_grad, or with detach(), .data or .item()? "
                     f"If it is meant to be constant, pass allow_detached=True"
                 )
 
-    def check_reached(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
+    def _check_argument_used(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
         """Raise where step uses the live start that it closes over instead of what it is given."""
-        live = [x for x in self.start if x.requires_grad and not any(x is y for y in self.outer)]
-        floats = [x for x in tensors if x.requires_grad]
-        if live and not _graph.depends(outputs, floats) and _graph.depends(outputs, live):
+        given = [x for x in tensors if x.requires_grad]
+        if self.live and not _graph.depends(outputs, given) and _graph.depends(outputs, self.live):
             raise ValueError(
                 "step does not use the params that it is called with, but the live start: use its argument"
             )
 
-    def advance(self, state: State, begin: int, end: int) -> State:
-        """The state after steps begin … end − 1, keeping no graph; from the last known state on the way, if any."""
+    def advance(self, iterate: Iterate, begin: int, end: int) -> Iterate:
+        """The iterate after steps begin … end − 1, keeping no graph; from the last known one on the way, if any."""
         self._recorded = None
         at = max((t for t in self._known if begin < t <= end), default=begin)
-        begin, state = at, self._known.get(at, state)
+        begin, iterate = at, self._known.get(at, iterate)
         if begin == end:
-            return state
-        tensors, rebuild = self.restore(state), state.rebuild
+            return iterate
+        tensors, rebuild = self.resume(iterate), iterate.rebuild
         for t in range(begin, end):
             outputs, rebuild = self.evaluate(tensors, rebuild, t)
             tensors = [leaf(x) for x in outputs]
             del outputs
         return self.keep([x.detach() for x in tensors], rebuild)
 
-    def record(self, state: State, begin: int, end: int) -> Recorded:
+    def record(self, iterate: Iterate, begin: int, end: int) -> Recorded:
         """The graph of steps begin … end − 1; goes on from what `measure` recorded, if that is where this begins."""
         (origin, steps, graph), self._recorded = self._recorded or (-1, 0, None), None
         self._known.clear()
         if graph is None or origin != begin or steps > end - begin:
-            leaves, steps = self.restore(state), 0
-            graph = Recorded(leaves, leaves, state.rebuild)
+            leaves, steps = self.resume(iterate), 0
+            graph = Recorded(leaves, leaves, iterate.rebuild)
         leaves, outputs, rebuild = graph
         for t in range(begin + steps, end):
             inputs = [x if x.requires_grad else leaf(x) for x in outputs]
             outputs, rebuild = self.evaluate(inputs, rebuild, t)
         return Recorded(leaves, outputs, rebuild)
 
-    def measure(self, state: State, begin: int) -> tuple[int, int, Recorded]:
+    def measure(self, iterate: Iterate, begin: int) -> tuple[int, int, Recorded]:
         """Bytes of an iterate and of the graph of the second step from here, and the graph of both.
 
         `advance` and `record` do not evaluate the two again.
         """
-        leaves, middle, rebuild = self.record(state, begin, begin + 1)
+        leaves, middle, rebuild = self.record(iterate, begin, begin + 1)
         one = self.keep([x.detach() for x in middle], rebuild)
         seen: set[Any] = set()
         before = _graph.saved_bytes(middle, seen)
@@ -248,26 +290,42 @@ class Run:
         drawn = 0 if two.random is one.random else sum(x.nbytes for x in two.random.values())
         return max(sum(x.nbytes for x in two.tensors) + drawn, 1), own + NODE * max(len(seen) - nodes, 1), both
 
-    def close(
-        self, final: list[Tensor], rebuild: Rebuild, outer_loss: Callable[..., Tensor]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
+    def close(self, final: list[Tensor], rebuild: Rebuild) -> tuple[list[Tensor], list[Tensor | None]]:
         """∇₁E and ∇₂E at the final iterate; keeps E, and the random state that the user goes on with."""
         self.params = rebuild(final)
         leaves = [leaf(x) for x in final]
-        loss = as_scalar(outer_loss(rebuild(leaves), self.hparams), "outer_loss")
+        try:
+            loss = as_scalar(self.outer_loss(rebuild(leaves), self.hparams), "outer_loss")
+        except StopIteration:
+            raise ValueError(EXHAUSTED.format("outer_loss", "T")) from None
         self.outer_value = loss.detach().clone()
         inputs = [x for x in leaves if x.requires_grad]
         both = self._vjp([loss], inputs, [torch.ones_like(loss)])
+        if not self.allow_detached:
+            self._check_outer(loss, any(g is not None for g in both[: len(inputs)]))
         alpha = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, both, strict=False)]
-        self.random_after = random_state(self.devices)
+        self.random_after = _random.capture(self.devices)
         return alpha, both[len(inputs) :]
+
+    def _check_outer(self, loss: Tensor, used: bool) -> None:
+        """Raise where outer_loss uses other tensors in place of its argument; warn where it may."""
+        if used and self.live and _graph.depends([loss], self.live):
+            warn("outer_loss uses the live start beside the params that it is called with: is it meant so?")
+        if used:
+            return
+        if not loss.requires_grad:
+            raise ValueError(UNUSED_PARAMS.format(", nor on hparams"))
+        if others := _graph.undeclared_leaves([loss], self.differentiated):
+            shapes = ", ".join(str(tuple(x.shape)) for x in others[:5])
+            raise ValueError(UNUSED_PARAMS.format(f", but on tensors of shape {shapes} that it was not given"))
+        warn(f"{UNUSED_PARAMS.format(', but on hparams')}. The steps do not count in this hypergradient")
 
     def pull(
         self, graph: Recorded, alpha: list[Tensor], grads: list[Tensor | None], retain: bool = False
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """α ← ∂₁Φᵀ α and ∇ ← ∇ + ∂₂Φᵀ α over one block."""
         inputs = [x for x in graph.leaves if x.requires_grad]
-        both = self._vjp([y for y in graph.outputs if y.is_floating_point()], inputs, alpha, retain)
+        both = self._vjp(list(filter(is_continuous, graph.outputs)), inputs, alpha, retain)
         alpha = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, both, strict=False)]
         return alpha, add(grads, both[len(inputs) :])
 
@@ -280,7 +338,7 @@ class Run:
 
     def start_gradients(self, alpha: list[Tensor]) -> list[Tensor]:
         each = iter(alpha)
-        return [next(each).clone() if x.is_floating_point() else torch.zeros_like(x) for x in self.start]
+        return [next(each).clone() if is_continuous(x) else torch.zeros_like(x) for x in self.start]
 
     def through_start(self, start_grads: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
         """∇ ← ∇ + (∂w₀/∂λ)ᵀ α, where the start was computed from hparams."""
@@ -290,7 +348,7 @@ class Run:
         return add(grads, more)
 
     def hypergradient(self, grads: list[Tensor | None], complain: bool) -> PyTree:
-        """∇ in the structure of hparams, in memory of its own; unreached leaves are zero, and said so."""
+        """∇ in the structure of hparams, in memory of its own, after its hooks; unreached leaves are zero."""
         if all(g is None for g in grads):
             raise ValueError(
                 "neither step nor outer_loss depends on hparams: are they used from the argument, and as tensors (not "
@@ -303,7 +361,10 @@ class Run:
                 f"neither step nor outer_loss depends on {', '.join(lost)}, so the gradient there is zero: was it read "
                 f"as a number (.item(), float(), .data)?"
             )
-        warn_if_not_finite(g for g in grads if g is not None)
+        for i, x in enumerate(self.differentiated):
+            if grads[i] is not None and any(x is y for y in self.hooked):
+                (grads[i],) = _autodiff.grad_or_none([x], [x], [grads[i]], retain_graph=True)
+        warn_if_not_finite(torch.view_as_real(g) if g.is_complex() else g for g in grads if g is not None)
         return self.in_hparams(grads)
 
     def in_hparams(self, values: Sequence[Tensor | None]) -> PyTree:
@@ -314,9 +375,36 @@ class Run:
         return self.hparams_tree([torch.zeros_like(x) if g is None else g.clone() for g, x in zipped])
 
 
-def leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_() if x.is_floating_point() else x
+def _batch_at(batches: Batches, steps: int) -> Callable[[int], Any] | None:
+    """Batches, given by index or by call, as a function of t."""
+    if batches is None or callable(batches):
+        return batches
+    if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
+        raise TypeError(
+            f"batches must be a sequence or a function of t (in reverse mode a batch is drawn again at a replay), got "
+            f"{type(batches).__name__}: pass list(...), or in forward mode lambda t: next(iterator)"
+        )
+    if len(batches) < steps:
+        raise ValueError(f"{steps} steps need as many batches, got {len(batches)}; batches may be a function of t")
+    return batches.__getitem__
 
 
-def add(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [y if x is None else x if y is None else x + y for x, y in zip(xs, ys, strict=True)]
+def _paths(tree: PyTree, name: str) -> list[str]:
+    """Where the tensors of a tree stand. TypeError for a dataclass that holds tensors and is no pytree."""
+    paths = []
+    for keys, x in zip(optree.tree_paths(tree), optree.tree_leaves(tree), strict=True):
+        path = name + "".join(f"[{key!r}]" for key in keys)
+        if isinstance(x, Tensor):
+            paths.append(path)
+        elif _holds_tensors(x):
+            raise TypeError(
+                f"{path} is a {type(x).__name__}, a dataclass that is not registered as a pytree, so the tensors in it "
+                f"cannot be found: pass a dict of its fields, or register it by optree.register_pytree_node"
+            )
+    return paths
+
+
+def _holds_tensors(x: Any) -> bool:
+    if not dataclasses.is_dataclass(x) or isinstance(x, type):
+        return False
+    return any(isinstance(y, Tensor) for f in dataclasses.fields(x) for y in optree.tree_leaves(getattr(x, f.name)))

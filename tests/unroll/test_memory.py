@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_reverse import T, contraction, outer, setting, step, stored
 from torch.nn.functional import cross_entropy, dropout
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import hypergrad as hg
 from benchmarks.measure import peak_memory
-from hypergrad.unroll import _steps, reverse
+from hypergrad.unroll import reverse
 from hypergrad.unroll._memory import Allocated
-from test_unroll import T, contraction, outer, setting, step
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -37,18 +37,18 @@ def assert_same(result, expected):
     assert result.evaluations == expected.evaluations
 
 
-@pytest.mark.parametrize("memory", ["iterates", "sqrt", 1, 3])
+@pytest.mark.parametrize("memory", ["iterates", "sqrt", 1, 2, 3, 6])
 @pytest.mark.parametrize("truncate", [None, 0, 7])
 def test_files_give_the_same_numbers_and_are_removed(memory, truncate, tmp_path):
     """With momentum, noise, dropout, batches and an integer in the state; no more files than checkpoints."""
     start, hparams, batches = setting()
-    options = {"memory": memory, "truncate": truncate}
+    options = {**stored(memory), "truncate": truncate}
     torch.manual_seed(1)
     expected = reverse(step, start, hparams, outer, T, batches=batches, **options)
     drawn, most = torch.rand(3), []
 
     def batch(t):
-        most.append(len(list(tmp_path.rglob("*.pt"))))
+        most.append(len(list(tmp_path.rglob("*.bin"))))
         return batches[t]
 
     torch.manual_seed(1)
@@ -91,7 +91,7 @@ def test_files_are_removed_on_errors(tmp_path):
     lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.randn(5, **DOUBLE)
 
     def breaks(w, lam, t):
-        assert t < 9 or list(tmp_path.rglob("*.pt"))
+        assert t < 9 or list(tmp_path.rglob("*.bin"))
         return w * lam if t < 12 else 1 / 0
 
     with pytest.raises(ZeroDivisionError):
@@ -106,7 +106,7 @@ def test_full_disk(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(OSError, match=r"could not write an iterate of 80000 bytes .* is the disk full"):
-            reverse(contraction, start, lam, lambda w, lam: w.sum(), 20, memory=3, offload=tmp_path)
+            reverse(contraction, start, lam, lambda w, lam: w.sum(), 20, checkpoints=3, offload=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir()) and torch.equal(torch.get_rng_state(), state)
@@ -132,7 +132,7 @@ def test_bad_offload(offload, memory, kind, words):
             lam,
             lambda w, lam: w.sum(),
             20,
-            memory=memory,
+            **stored(memory),
             offload=offload,
         )
 
@@ -200,7 +200,7 @@ def test_iterates_of_another_device_wait_on_the_cpu(memory):
             return w - lam * torch.autograd.grad(loss, w, create_graph=True)[0], n + 1
 
         w = (move(start), torch.tensor(0))
-        return reverse(descend, w, away, lambda s, lam: (s[0] ** 3).sum(), 12, memory=memory, offload=offload)
+        return reverse(descend, w, away, lambda s, lam: (s[0] ** 3).sum(), 12, **stored(memory), offload=offload)
 
     here = run(lambda x: x.clone(), None)
     with Moves() as moves:
@@ -245,7 +245,7 @@ def test_no_schedule_needs_fewer_evaluations(checkpoints):
     """The search knows neither the formula nor the order of the binomial schedule."""
     lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.tensor(1.0, **DOUBLE)
     for steps in range(1, 13 - checkpoints):
-        result = reverse(contraction, start, lam, lambda w, lam: w, steps, memory=checkpoints)
+        result = reverse(contraction, start, lam, lambda w, lam: w, steps, checkpoints=checkpoints)
         r = next(r for r in range(steps) if comb(checkpoints + r, r) >= steps)
         assert result.evaluations == cheapest(steps, checkpoints)
         assert result.evaluations <= (r + 1) * steps
@@ -260,7 +260,7 @@ def counts(steps, size, memory):
         return torch.sin(w) * lam
 
     lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.ones(size, **DOUBLE)
-    result = reverse(counted, start, lam, lambda w, lam: w.sum(), steps, memory=memory, with_time=True)
+    result = reverse(counted, start, lam, lambda w, lam: w.sum(), steps, **stored(memory), with_time=True)
     assert result.evaluations == sum(seen.values())
     return list(seen.values())
 
@@ -278,7 +278,7 @@ def test_one_block_is_evaluated_once(memory):
             assert counts(steps, 5, memory) == [1] * steps
         calls = []
         lam, start = torch.tensor(0.9, **DOUBLE, requires_grad=True), torch.ones(20_000, **DOUBLE)
-        result = reverse(wide, start, lam, lambda w, lam: w[0], steps, memory=memory)
+        result = reverse(wide, start, lam, lambda w, lam: w[0], steps, **stored(memory))
         assert len(calls) == steps and abs(float(result.grads) - steps * 0.9 ** (steps - 1)) < 1e-12
 
 
@@ -366,7 +366,7 @@ def test_a_budget_holds(name):
 
     def run(memory):
         torch.manual_seed(2)
-        return reverse(step, start, hparams, outer_loss, 12, memory=memory, **options)
+        return reverse(step, start, hparams, outer_loss, 12, **stored(memory), **options)
 
     with pytest.raises(ValueError, match=r"a budget of 1 bytes is too small") as error:
         run("1 B")
@@ -409,26 +409,6 @@ def test_measuring_changes_no_random_number():
     values = []
     for memory in ("graph", "10MB", "52 KiB"):
         torch.manual_seed(3)
-        result = reverse(step, start, hparams, outer, T, memory=memory, batches=batches)
+        result = reverse(step, start, hparams, outer, T, **stored(memory), batches=batches)
         values.append((result.outer_value, torch.rand(2)))
     assert all(torch.equal(a[i], values[0][i]) for a in values for i in (0, 1))
-
-
-def test_what_was_evaluated_ahead_is_let_go(monkeypatch):
-    """The measured steps' graph where the plan is more than one block, their states once they are passed."""
-    seen = []
-    advance, pull = _steps.Run.advance, _steps.Run.pull
-
-    def advanced(self, *args):
-        result = advance(self, *args)
-        seen.append(self._recorded)
-        return result
-
-    def pulled(self, *args):
-        seen.extend([self._recorded, *self._known])
-        return pull(self, *args)
-
-    monkeypatch.setattr(_steps.Run, "advance", advanced)
-    monkeypatch.setattr(_steps.Run, "pull", pulled)
-    assert counts(200, 2000, "sqrt")[-1] == 1
-    assert len(seen) > 3 and all(x is None for x in seen)
