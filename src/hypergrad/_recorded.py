@@ -239,10 +239,10 @@ class Program:
         return held + self._factors(*ones, *[_narrow(constants[j]) for j in self._read])
 
     def function(self, backend: str | None) -> Product:
-        if backend not in self._functions:
+        source = self._functions[None]
+        if backend is not None and backend not in self._functions:
             # torch.compile's own patterns make one operation of a product and a sum, which copies the sum first.
             options: Any = {"options": {"pattern_matcher": False}} if backend == "inductor" else {}
-            source = self._functions[None]
             self._functions[backend] = torch.compile(source, backend=backend, fullgraph=True, **options)
         return self._functions[backend]
 

@@ -80,7 +80,7 @@ def _saved_names(kind: type) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_saved_")]
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
     """A mode in which every operation is done by a function."""
 
     def __init__(self, operation: Callable[[Any, Any, dict[str, Any]], Any]):
