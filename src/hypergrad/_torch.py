@@ -17,7 +17,7 @@ from torch.overrides import has_torch_function
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
 except ImportError:  # nothing is then recorded
-    TorchDispatchMode = None
+    TorchDispatchMode = object
 try:
     from torch.autograd.function import BackwardCFunction
 except ImportError:  # every node then counts as that of a torch.autograd.Function
@@ -98,7 +98,7 @@ def _saved_names(kind: type) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_saved_")]
 
 
-class _Watch(TorchDispatchMode or object):
+class _Watch(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
     """A mode in which every operation is done by a function."""
 
     def __init__(self, operation: Callable[[Any, Any, dict[str, Any]], Any]):
@@ -117,7 +117,10 @@ class _Watch(TorchDispatchMode or object):
 def watched(operation: Callable[[Any, Any, dict[str, Any]], Any]) -> Iterator[None]:
     """Every operation of the block is done by `operation(func, args, kwargs)`; none where torch cannot."""
     # A mode is of one thread.
-    with _Watch(operation) if TorchDispatchMode else nullcontext(), torch.autograd.set_multithreading_enabled(False):
+    with (
+        _Watch(operation) if TorchDispatchMode is not object else nullcontext(),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
         yield
 
 

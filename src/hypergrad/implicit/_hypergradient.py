@@ -300,8 +300,9 @@ def backward(
 
 def _fixed_steps(solver: Solver) -> int | None:
     """The number of steps of a solver that has no tolerance."""
-    fixed = isinstance(solver, IterativeSolver) and solver.rtol is None and solver.atol is None
-    return solver.max_steps if fixed else None
+    if isinstance(solver, IterativeSolver) and solver.rtol is None and solver.atol is None:
+        return solver.max_steps
+    return None
 
 
 class undisturbed(ExitStack):
