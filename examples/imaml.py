@@ -256,8 +256,8 @@ class Learner:
         if reptile:
             torch.manual_seed(seed)
         result = hg.meta.backward(
-            self.fit_some if reptile else self.inner_loss,
             None if reptile else self.query_loss,
+            self.fit_some if reptile else self.inner_loss,
             dict(self.net.named_parameters()),
             tasks,
             method=self.method,
@@ -303,7 +303,9 @@ class Learner:
             hparams = self.start()
             adapted = hg.meta.adapt(self.inner_loss, hparams, tasks, steps=self.steps, rule=self.rule)
             chunk = 1 if self.config.device == "cpu" else None  # many images a task: see hg.meta.Plan
-            parts.append(hg.meta.each(self.correct, adapted.params, hparams, tasks, chunk=chunk))
+            correct = torch.func.vmap(self.correct, in_dims=(0, None, 0), chunk_size=chunk)
+            with torch.no_grad():
+                parts.append(correct(adapted.params, hparams, tasks))
         return torch.cat(parts).cpu()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,19 @@ ATTENTION = (
     "a fused attention kernel has no second derivative: evaluate the model under "
     "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
 )
+
+
+_keep_graphs: ContextVar[bool] = ContextVar("keep_graphs", default=False)
+
+
+@contextmanager
+def graphs_kept() -> Iterator[None]:
+    """No reverse pass frees a graph meanwhile: several that follow may share what their functions close over."""
+    token = _keep_graphs.set(True)
+    try:
+        yield
+    finally:
+        _keep_graphs.reset(token)
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
@@ -82,7 +96,7 @@ def grad_or_none(
     if len(kept) < len(outputs):
         outputs = [outputs[i] for i in kept]
         cotangents = None if cotangents is None else [cotangents[i] for i in kept]
-    outputs, inputs, keep = tuple(outputs), tuple(inputs), retain_graph or create_graph
+    outputs, inputs, keep = tuple(outputs), tuple(inputs), retain_graph or create_graph or _keep_graphs.get()
     if cotangents is None and len(outputs) == 1 and outputs[0].numel() == 1:
         cotangents = (torch.ones_like(outputs[0]),)
     elif cotangents is not None:

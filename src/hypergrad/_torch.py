@@ -5,8 +5,8 @@ A new version of torch is looked at here, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError:  # nothing is then recorded
+    TorchDispatchMode = object
 try:
     from torch.autograd.function import BackwardCFunction
 except ImportError:  # every node then counts as that of a torch.autograd.Function
@@ -40,11 +44,15 @@ def reverse_pass(
 
 
 @contextmanager
-def hooks_suspended(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def hooks_suspended(tensors: Iterable[Tensor], retained: bool = True) -> Iterator[list[Tensor]]:
     """Gradient hooks of these tensors do not act meanwhile; gives the tensors that have one.
 
-    torch.autograd.grad calls the hooks of its inputs too: at each of many products, and before the total is known.
+    torch.autograd.grad calls the hooks of its inputs too: at each of many products, and before the total is known. It
+    also writes the .grad of tensors that retain it, which with `retained` is put back afterwards.
     """
+    tensors = list(tensors)
+    before = [(x, x.grad) for x in tensors if x.retains_grad] if retained else []
+    # torch holds this very dictionary, so emptying it takes the hooks away.
     found = [(x, hooks, dict(hooks)) for x in tensors if (hooks := getattr(x, "_backward_hooks", None))]
     for _, hooks, _ in found:
         hooks.clear()
@@ -53,6 +61,20 @@ def hooks_suspended(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     finally:
         for _, hooks, kept in found:
             hooks.update(kept)
+        for x, grad in before:
+            x.grad = grad
+
+
+def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor], hooked: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients after the hooks of their leaves, each called once, as torch.autograd.grad calls them."""
+    places, grads = {id(x) for x in hooked}, list(grads)
+    for i, x in enumerate(leaves):
+        if id(x) in places:
+            retained = x.grad if x.retains_grad else None
+            (grads[i],) = torch.autograd.grad(x, x, grads[i])
+            if x.retains_grad:
+                x.grad = retained
+    return grads
 
 
 def is_python_function(node: Any) -> bool:
@@ -74,3 +96,42 @@ def saved_values(node: Any) -> list[Any]:
 @lru_cache(maxsize=1024)
 def _saved_names(kind: type) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_saved_")]
+
+
+class _Watch(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
+    """A mode in which every operation is done by a function."""
+
+    def __init__(self, operation: Callable[[Any, Any, dict[str, Any]], Any]):
+        super().__init__()
+        self.operation = operation
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap the next method, which takes as long as what it does
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.operation(func, args, kwargs or {})
+
+
+@contextmanager
+def watched(operation: Callable[[Any, Any, dict[str, Any]], Any]) -> Iterator[None]:
+    """Every operation of the block is done by `operation(func, args, kwargs)`; none where torch cannot."""
+    # A mode is of one thread.
+    with (
+        _Watch(operation) if TorchDispatchMode is not object else nullcontext(),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        yield
+
+
+@lru_cache(maxsize=4096)
+def operation_traits(func: Any) -> tuple[bool, bool, Any] | None:
+    """Whether it writes, whether it gives a view, and the same without writing; None where it is random or unknown."""
+    schema, functional = getattr(func, "_schema", None), None
+    if schema is None or torch.Tag.nondeterministic_seeded in func.tags:
+        return None
+    name = schema.name.removeprefix("aten::")
+    if schema.is_mutable and name.endswith("_") and not name.endswith("__") and hasattr(torch.ops.aten, name[:-1]):
+        functional = getattr(getattr(torch.ops.aten, name[:-1]), func._overloadname, None)
+    view = name == "_unsafe_view" or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
+    return schema.is_mutable, view, functional

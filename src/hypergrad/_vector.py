@@ -47,7 +47,7 @@ def anywhere(condition: Any) -> bool:
 
 def larger(a: Scalar, b: Scalar) -> Scalar:
     """The larger one; NaN where a is NaN."""
-    return torch.maximum(a, torch.as_tensor(b, dtype=a.dtype)) if isinstance(a, Tensor) else max(a, b)
+    return torch.maximum(a, torch.as_tensor(b, dtype=a.dtype, device=a.device)) if isinstance(a, Tensor) else max(a, b)
 
 
 def square_root(a: Scalar) -> Scalar:
@@ -167,23 +167,22 @@ class Space:
 
     def stack_of(self, count: int) -> Space:
         """The space of `count` vectors of this one, stacked along a leading axis of every leaf."""
-        kinds = zip(self.shapes, self.dtypes, self.devices, strict=True)
-        leaves = [torch.zeros((), dtype=dtype, device=device).expand(count, *shape) for shape, dtype, device in kinds]
-        space = object.__new__(Space)
-        space._set(leaves, self.paths, self.unflatten, 1, places=self.places)
-        return space
+        return self._reshaped([torch.Size((count, *shape)) for shape in self.shapes], 1)
 
     @cached_property
     def one(self) -> Vector:
         """Of a batch: zeros in the space of one system."""
         if not all(self.plain):
             raise TypeError("sharded tensors cannot be stacked; solve for one right hand side after the other")
-        kinds = zip(self.shapes, self.dtypes, self.devices, strict=True)
-        leaves = [torch.zeros(shape[1:], dtype=dtype, device=device) for shape, dtype, device in kinds]
-        space = object.__new__(Space)
         # Stored in the same order: leaves that are small alone may be large in the batch.
-        space._set(leaves, self.paths, self.unflatten, 0, self.groups)
-        return space.pack(leaves)
+        return self._reshaped([shape[1:] for shape in self.shapes], 0, self.groups).zeros()
+
+    def _reshaped(self, shapes: list[torch.Size], batch_dims: int, groups: list[list[int]] | None = None) -> Space:
+        kinds = zip(shapes, self.dtypes, self.devices, strict=True)
+        leaves = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in kinds]
+        space = object.__new__(Space)
+        space._set(leaves, self.paths, self.unflatten, batch_dims, groups, self.places)
+        return space
 
     def _batch_shape(self) -> torch.Size:
         if self.batch_dims < 0:

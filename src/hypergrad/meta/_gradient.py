@@ -1,27 +1,53 @@
-"""The meta-gradient over all tasks: chunk by chunk, with the tasks that diverge found, named and left out."""
+"""The meta-gradient over all tasks, chunk by chunk, with the tasks that diverge found, named and left out."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from operator import add
+from typing import Literal
 
 import optree
 import torch
 from torch import Tensor
 
+from .. import _autodiff, _graph, _torch
 from .._random import random_state_kept_on_error
-from .._solution import OnFailure, finite
+from .._solution import OnFailure, Status, finite
 from .._tree import PyTree, flatten, split
 from ..diff_optimizers import SGD, GroupLasso, Rule
 from ..implicit import accumulate, check_hparams
-from ._methods import Implicit, Method, Part
-from ._result import Adaptation, MetaGradient, Reduction, Total, joined, report_failed, report_unsolved
-from ._tasks import Chunk, Diverged, Problem, Tasks, chunks, finite_tasks, make_plan
+from ..solvers import on_failure_of
+from ..unroll import parse_bytes
+from ._methods import Implicit, Method, Reptile
+from ._result import (
+    REMEDY,
+    Adaptation,
+    MetaGradient,
+    Piece,
+    Plan,
+    Reduction,
+    TaskError,
+    collected,
+    joined,
+    report_failed,
+    report_unreached,
+    report_unsolved,
+)
+from ._tasks import Chunk, Diverged, Loss, TaskProblem, Tasks, finite_tasks, without_penalties
+
+# Bytes that the graph of one task's loss may keep for tasks to go side by side on a CPU. Measured, one thread, 16
+# tasks, time of the loop over that of vmap: MLP 40-40 (10 KiB) 5.8, MLP 100-100 (56 KiB) 2.9, MLP 400-400 (946 KiB)
+# .9; 4 convolutions of 8 / 16 / 32 filters on 5 images (.6 / .9 / 1.6 MiB) 3.0 / 1.9 / 1.3; of 64 filters (3.2 MiB)
+# .9 to 1.0; 16 / 32 / 64 filters on 25 images (4 / 8 / 14 MiB) .9 / .7 / .6: there the arithmetic is all, and vmap's
+# grouped convolutions and big buffers do it slower.
+SMALL_TASK = 2**21
 
 
 def grad(
-    inner_loss: Callable[[PyTree, PyTree, PyTree], Tensor],
-    outer_loss: Callable[[PyTree, PyTree, PyTree], Tensor] | None,
+    outer_loss: Loss | None,
+    inner_loss: Loss,
     hparams: PyTree,
     tasks: PyTree,
     *,
@@ -30,9 +56,8 @@ def grad(
     rule: Rule | None = None,
     start: Callable[[PyTree, PyTree], PyTree] | None = None,
     reduction: Reduction = "mean",
-    batched: bool = False,
     chunk: int | None = None,
-    memory: str | int = "1GiB",
+    memory: int | str = 2**30,
     on_failure: OnFailure = "warn",
 ) -> MetaGradient:
     """Meta-gradient ∇f(λ) of f(λ) = (1/B) Σᵢ E(wᵢ(λ), λ, taskᵢ) over B tasks at once. Changes nothing of the user's.
@@ -41,21 +66,24 @@ def grad(
     many as pay, are evaluated side by side (torch.func.vmap), and their adjoint systems are solved together.
 
     Args:
+        outer_loss: E(params, hparams, task), scalar; None with `Reptile`, which needs none.
         inner_loss: g(params, hparams, task), scalar. A module enters by torch.func.functional_call or nn.functional,
             which leaves the buffers alone; buffers of each task may be part of tasks.
-        outer_loss: E(params, hparams, task), scalar; None with `Reptile`, which needs none.
-        hparams: λ, a tensor or any pytree of floating point tensors; at least one leaf requires grad.
+        hparams: λ, a tensor or any pytree of real floating point tensors; at least one leaf requires grad. Hooks on
+            them act once, on the result.
         tasks: a pytree of tensors (support and query sets, say) whose first axes count the tasks; a task is the same
-            pytree without that axis. Sets of different sizes are padded, and weighted in the losses.
+            pytree without that axis. Or tasks one by one, which may differ in size (those of one size go side by
+            side): a list of tuples or dicts, an iterator, or a DataLoader, whose batches are batches of tasks unless
+            its batch_size is None.
         method: `Implicit(solver=...)`, `Unrolled()`, `FirstOrder()` or `Reptile()`.
         steps: T ≥ 0.
         rule: inner optimiser, from hg.diff_optimizers; default SGD(lr=0.1). It sees params with their axis of tasks.
-        start: w₀(hparams, task), the params of one task; default: hparams themselves.
-        reduction: "mean" or "sum" over tasks, or "none": the gradient of each task.
-        batched: the losses and start are the user's own for any number of tasks at once: params and tasks come with
-            their leading axis, hparams without, and losses give one number a task, [B].
-        chunk: how many tasks go side by side; 1 is a loop. None: all that fit into `memory`; on a CPU one, where
-            the graph of one task's inner loss keeps more than 2 MiB (see `Plan`).
+        start: w₀(hparams, task), the params of one task; default: hparams themselves. Leaves of hparams and Parameters
+            in it with requires_grad=False are frozen: they are not adapted.
+        reduction: "mean" or "sum" over tasks, or "none": the gradient of each task, one task at a time.
+        chunk: how many tasks go side by side; 1 is a loop. None: all that fit into `memory`; on a CPU one, where the
+            graph of one task's inner loss keeps more than 2 MiB. Where vmap cannot evaluate a loss (recurrent layers,
+            .item(), masks, an if), tasks go one by one whatever is asked for: see `Plan`.
         memory: budget in bytes, or like "1GiB", that chunk is chosen for; an estimate.
         on_failure: what to do where tasks diverge: "warn" (HypergradientWarning), "raise" (TaskError), or "ignore".
 
@@ -67,8 +95,9 @@ def grad(
         TypeError, ValueError: something is not of the form above; the message says what came.
         TaskError: a task diverged and on_failure is "raise", or all tasks did.
     Warns: HypergradientWarning, with the numbers of the tasks, where tasks diverge, and (`Implicit`, by its solver's
-        on_failure) where adjoint systems or inner problems are not solved.
-    Cost: that of the method, for each task. To choose chunk, one evaluation of one task's inner loss. One device
+        on_failure) where adjoint systems or inner problems are not solved; and where nothing depends on a leaf of
+        hparams.
+    Cost: that of the method, for each task. To choose chunk, one evaluation of one task's losses. One device
         synchronisation or two a chunk. Where tasks diverge their chunk is done again without them.
 
     Example:
@@ -76,41 +105,28 @@ def grad(
 
         >>> lam, c = torch.tensor(2.0, requires_grad=True), torch.tensor([0.0, 4.0])
         >>> inner = hg.meta.biased(lambda w, lam, c: (w - c) ** 2 / 2, strength=1.0)
-        >>> result = grad(inner, lambda w, lam, c: w**2 / 2, lam, c, method=hg.meta.Implicit(), steps=100)
+        >>> result = grad(lambda w, lam, c: w**2 / 2, inner, lam, c, method=hg.meta.Implicit(), steps=100)
         >>> result.grads, result.params
         (tensor(1.0000), tensor([1.0000, 3.0000]))
     """
-    outer, names, rebuild = flatten(hparams, "hparams")
-    check_hparams(outer, names)
-    hparams = rebuild(outer)
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be Implicit(), Unrolled(), FirstOrder() or Reptile(), got {method!r}")
-    if outer_loss is None and method.needs_outer_loss:
-        raise TypeError(f"{type(method).__name__} needs an outer_loss; only Reptile does without")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    problem = _problem(inner_loss, outer_loss, start, rule, steps, batched, on_failure)
-    each_alone = reduction == "none" and (batched or problem.rule_calls)
-    given = Tasks(tasks)
-    with random_state_kept_on_error(outer):
-        plan = make_plan(problem, given, hparams, chunk, memory, method._need(steps), each_alone)
-        total = Total(given.count, reduction, hparams)
-        for index in chunks(plan, range(given.count)):
-            for some, part in _parts(method, problem, given, hparams, index, total, plan.outer_chunk == 1):
-                total.add(some, part)
-        result = total.result(plan, outer_loss is not None)
-        report_failed(result.failed, given.count, on_failure)
-        if isinstance(method, Implicit):
-            report_unsolved(result, method._on_failure)
-    return result
+    problem, hparams = _problem(outer_loss, inner_loss, start, rule, steps, on_failure), _checked_hparams(hparams)
+    return _meta_gradient(problem, hparams, Tasks(tasks), method, reduction, chunk, memory, on_failure)
 
 
 def backward(
-    inner_loss: Callable[..., Tensor],
-    outer_loss: Callable[..., Tensor] | None,
+    outer_loss: Loss | None,
+    inner_loss: Loss,
     hparams: PyTree,
     tasks: PyTree,
-    **options: Any,
+    *,
+    method: Method,
+    steps: int,
+    rule: Rule | None = None,
+    start: Callable[[PyTree, PyTree], PyTree] | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    chunk: int | None = None,
+    memory: int | str = 2**30,
+    on_failure: OnFailure = "warn",
 ) -> MetaGradient:
     """As `grad`, and adds ∇f(λ) to .grad of hparams' leaves as loss.backward() does.
 
@@ -123,31 +139,32 @@ def backward(
         >>> lam.grad
         tensor(0.)
     """
-    if options.get("reduction") == "none":
+    if reduction == "none":
         raise ValueError('backward adds one gradient to .grad: reduction must be "mean" or "sum"; grad gives each')
-    hparams = list(hparams) if isinstance(hparams, Iterator) else hparams
-    with random_state_kept_on_error(optree.tree_leaves(hparams)):
-        result = grad(inner_loss, outer_loss, hparams, tasks, **options)
-        accumulate(hparams, result.grads)
+    problem, hparams = _problem(outer_loss, inner_loss, start, rule, steps, on_failure), _checked_hparams(hparams)
+    leaves = flatten(hparams, "hparams")[0]
+    with random_state_kept_on_error(leaves):
+        result = _meta_gradient(problem, hparams, Tasks(tasks), method, reduction, chunk, memory, on_failure)
+        with _torch.hooks_suspended(leaves):  # they acted on the result
+            accumulate(hparams, result.grads)
     return result
 
 
 def adapt(
-    inner_loss: Callable[[PyTree, PyTree, PyTree], Tensor],
+    inner_loss: Loss,
     hparams: PyTree,
     tasks: PyTree,
     *,
     steps: int,
     rule: Rule | None = None,
     start: Callable[[PyTree, PyTree], PyTree] | None = None,
-    batched: bool = False,
     chunk: int | None = None,
-    memory: str | int = "1GiB",
+    memory: int | str = 2**30,
     on_failure: OnFailure = "warn",
 ) -> Adaptation:
     """w_T of each task, without a gradient: what a trained model is tested with.
 
-    Args: those of `grad`.
+    Args: those of `grad`. Where no leaf of hparams requires grad, none counts as frozen.
 
     Returns: an Adaptation.
     Raises: TypeError, ValueError as in `grad`; TaskError where a task diverged and on_failure is "raise".
@@ -159,76 +176,35 @@ def adapt(
         >>> adapt(loss, torch.tensor(2.0), torch.tensor([0.0, 4.0]), steps=1).params
         tensor([1.8000, 2.2000])
     """
-    outer, _, rebuild = flatten(hparams, "hparams")
-    hparams = rebuild([x.detach() for x in outer])
-    problem = _problem(inner_loss, None, start, rule, steps, batched, on_failure)
-    given = Tasks(tasks)
-    with random_state_kept_on_error(outer):
-        plan = make_plan(problem, given, hparams, chunk, memory, (2, 8), False)
-        pieces, failed = [], []
-        for index in chunks(plan, range(given.count)):
-            one = Chunk(problem, given, index)
-            params = one.adapt(hparams, one.start(hparams))
-            good = finite_tasks(flatten(params, "params")[0]).tolist()
-            failed += [i for i, well in zip(index, good, strict=True) if not well]
-            pieces.append((index, params))
+    problem, given = _problem(None, inner_loss, start, rule, steps, on_failure), Tasks(tasks)
+    pieces: list[tuple[Sequence[int], PyTree]] = []
+    failed: list[int] = []
+
+    def evaluate(index: list[int], plan: Plan) -> list[list[int]]:
+        some = Chunk(problem, given, index)
+        with torch.no_grad():
+            params = some.adapt(some.start(hparams), hparams)
+        failed.extend(i for i, good in zip(index, finite_tasks(params), strict=True) if not good)
+        pieces.append((index, some.rebuild(params)))
+        return []
+
+    leaves = flatten(hparams, "hparams")[0]
+    with random_state_kept_on_error(leaves):
+        plan = _each_chunk(evaluate, _plan(problem, given, hparams, chunk, memory, (2, 8)), given, leaves)
         report_failed(failed, given.count, on_failure, "they hold NaN or infinity")
-    return Adaptation(joined(pieces, given.count), failed, plan)
-
-
-def each(
-    function: Callable[[PyTree, PyTree, PyTree], PyTree],
-    params: PyTree,
-    hparams: PyTree,
-    tasks: PyTree,
-    *,
-    chunk: int | None = None,
-) -> PyTree:
-    """function(params, hparams, task) of each task, stacked: predictions or accuracies after `adapt`, say.
-
-    Args:
-        function: of one task, without derivatives; gives a tensor or a pytree of tensors.
-        params: with a leading axis of tasks, as `adapt` gives them.
-        hparams, tasks: as in `grad`.
-        chunk: how many tasks go side by side: `plan.chunk` of the adaptation, say; default: all.
-
-    Example:
-        >>> each(lambda w, lam, c: w * c, torch.tensor([1.0, 2.0]), torch.tensor(0.0), torch.tensor([3.0, 4.0]))
-        tensor([3., 8.])
-    """
-    given = Tasks(tasks)
-    problem = Problem(lambda *_: torch.empty(()), None, None, SGD(lr=0.1), 0, False)
-    pieces, (leaves, whole) = [], split(params)
-    for i, x in enumerate(leaves):
-        if not x.ndim or x.shape[0] != given.count:
-            raise ValueError(
-                f"params must have a leading axis of {given.count} tasks: tensor {i} has shape {tuple(x.shape)}"
-            )
-    plan = make_plan(problem, given, hparams, chunk or given.count, 1, (0, 0), False)
-    found: dict[str, Any] = {}
-
-    def flat(*trees: PyTree) -> list[Tensor]:
-        tensors, found["rebuild"] = split(function(*trees))
-        return tensors
-
-    with torch.no_grad():
-        for index in chunks(plan, range(given.count)):
-            own = whole([x[index[0] : index[-1] + 1] for x in leaves])
-            pieces.append(Chunk(problem, given, index).map(flat, (own, hparams), (True, False)))
-    return found["rebuild"]([torch.cat(parts) for parts in zip(*pieces, strict=True)])
+    return Adaptation(joined(pieces, given.count), sorted(failed), plan)
 
 
 def _problem(
-    inner_loss: Callable[..., Tensor],
-    outer_loss: Callable[..., Tensor] | None,
-    start: Callable[..., PyTree] | None,
+    outer_loss: Loss | None,
+    inner_loss: Loss,
+    start: Callable[[PyTree, PyTree], PyTree] | None,
     rule: Rule | None,
     steps: int,
-    batched: bool,
     on_failure: str,
-) -> Problem:
+) -> TaskProblem:
     if not (callable(inner_loss) and (outer_loss is None or callable(outer_loss))):
-        raise TypeError("inner_loss and outer_loss must be functions of (params, hparams, task)")
+        raise TypeError("outer_loss and inner_loss must be functions of (params, hparams, task)")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps must be an integer ≥ 0, got {steps!r}")
     if on_failure not in ("warn", "raise", "ignore"):
@@ -241,38 +217,169 @@ def _problem(
         raise ValueError(
             f"GroupLasso(dim={prox.dim}) would take all tasks, the first axis, for one group: count dim from the end"
         )
-    return Problem(inner_loss, outer_loss, start, rule, steps, batched)
+    return TaskProblem(outer_loss, inner_loss, start, rule, steps)
 
 
-def _parts(
+def _checked_hparams(hparams: PyTree) -> PyTree:
+    hparams = list(hparams) if isinstance(hparams, Iterator) else hparams
+    if any(isinstance(x, Tensor) and x.is_complex() for x in optree.tree_leaves(hparams)):
+        raise TypeError(
+            "hparams holds a complex tensor: pass torch.view_as_real of it, and use torch.view_as_complex in the losses"
+        )
+    leaves, names, _ = flatten(hparams, "hparams")
+    check_hparams(leaves, names)
+    return hparams
+
+
+def _meta_gradient(
+    problem: TaskProblem,
+    hparams: PyTree,
+    tasks: Tasks,
     method: Method,
-    problem: Problem,
+    reduction: Reduction,
+    chunk: int | None,
+    memory: int | str,
+    on_failure: OnFailure,
+) -> MetaGradient:
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be Implicit(), Unrolled(), FirstOrder() or Reptile(), got {method!r}")
+    if problem.outer_loss is None and not isinstance(method, Reptile):
+        raise TypeError(f"{type(method).__name__} needs an outer_loss; only Reptile does without")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    leaves, _, rebuild = flatten(hparams, "hparams")
+    pieces: list[Piece] = []
+    grads: list[tuple[list[int], list[Tensor]]] = []  # of each task with "none", else their sum
+    unreached = set(range(len(leaves)))
+
+    def evaluate(index: list[int], plan: Plan) -> list[list[int]]:
+        some = Chunk(problem, tasks, index, loop=plan.outer_chunk == 1)
+        try:
+            found = method._differentiate(some, hparams)
+        except Diverged as error:
+            return leave_out(some, error.good)
+        if not finite(found.grads):
+            return [[i] for i in index] if len(index) > 1 else leave_out(some, [False])
+        unreached.intersection_update(found.unreached)
+        statuses = found.system.solution.statuses if found.system else [Status.COMPLETED] * len(index)
+        pieces.append(Piece(index, some.params, some.values, statuses, found.system))
+        if reduction == "none":
+            grads.append((index, [g.unsqueeze(0) for g in found.grads]))
+        else:
+            grads[:] = [(index, list(map(add, grads[0][1], found.grads)) if grads else found.grads)]
+        return []
+
+    def leave_out(some: Chunk, good: list[bool]) -> list[list[int]]:
+        bad = [k for k, finite in enumerate(good) if not finite]
+        params, values = some.rows(bad)
+        pieces.append(Piece([some.index[k] for k in bad], params, values, [Status.NON_FINITE] * len(bad)))
+        rest = [i for i, finite in zip(some.index, good, strict=True) if finite]
+        return [rest] if rest else []
+
+    kept = _autodiff.graphs_kept()  # all chunks share the graphs of hparams, and of what losses close over
+    with random_state_kept_on_error(leaves), kept, _torch.hooks_suspended(leaves) as hooked:
+        need = method._need(problem.steps)
+        plan = _plan(problem, tasks, hparams, chunk, memory, need, one_by_one=reduction == "none")
+        plan = _each_chunk(evaluate, plan, tasks, leaves)
+        failed = [i for piece in pieces for i in piece.index if piece.statuses[0] is Status.NON_FINITE]
+        if len(failed) == tasks.count:
+            raise TaskError(f"all {tasks.count} tasks diverged, so there is no meta-gradient: {REMEDY}", sorted(failed))
+        report_failed(failed, tasks.count, on_failure)
+        report_unreached(unreached, hparams, type(method).__name__)
+    total = joined(grads, tasks.count) if reduction == "none" else grads[0][1]
+    if reduction == "mean":
+        total = [g / (tasks.count - len(failed)) for g in total]
+    result = collected(pieces, rebuild(_torch.with_hooks(leaves, total, hooked)), plan)
+    if isinstance(method, Implicit):
+        report_unsolved(result, on_failure_of(method.solver))
+    return result
+
+
+def _each_chunk(
+    evaluate: Callable[[list[int], Plan], list[list[int]]], plan: Plan, tasks: Tasks, leaves: list[Tensor]
+) -> Plan:
+    """Evaluate all tasks, so many at a time; one at a time from where that is not possible, which the plan then says.
+
+    evaluate: of the tasks with these numbers; gives lists of those to be evaluated again.
+    """
+    size = plan.chunk
+    waiting = deque(group[i : i + size] for group in tasks.groups for i in range(0, len(group), size))
+    while waiting:
+        index = waiting.popleft()
+        try:
+            with random_state_kept_on_error(leaves):
+                again = evaluate(index, plan)
+        except Exception as error:  # whatever it is, one task by itself shows whether it lies in vmap
+            if len(index) == 1:
+                raise
+            reason = f"one by one, for side by side there is {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            plan = replace(plan, chunk=1, outer_chunk=1, reason=reason)
+            again, waiting = [[i] for some in (index, *waiting) for i in some], deque()
+        waiting.extendleft(reversed(again))
+    return plan
+
+
+def _plan(
+    problem: TaskProblem,
     tasks: Tasks,
     hparams: PyTree,
-    index: Sequence[int],
-    total: Total,
-    loop: bool,
-) -> Iterator[tuple[Sequence[int], Part]]:
-    """The parts of the meta-gradient that are finite: of a chunk as a whole, or of those of its tasks that are."""
-    rows = total.reduction == "none" and len(index) > 1
-    chunk = Chunk(problem, tasks, index, rows, loop)
-    try:
-        part = method._take(chunk, _own_copies(hparams, len(index)) if rows else hparams)
-    except Diverged as found:
-        good = [i for i, good in zip(index, found.good.tolist(), strict=True) if good]
-        total.fail([i for i in index if i not in good], index, found.params, found.values)
-        if good:
-            yield from _parts(method, problem, tasks, hparams, good, total, loop)
-        return
-    if finite(optree.tree_leaves(part.grads)):
-        yield index, part
-    elif len(index) == 1:
-        total.fail(index, index, part.params, part.values)
-    else:
-        for i in index:
-            yield from _parts(method, problem, tasks, hparams, [i], total, loop)
+    chunk: int | None,
+    memory: int | str,
+    need: tuple[float, float],
+    one_by_one: bool = False,
+) -> Plan:
+    """The number of tasks side by side: as given, or by the size of one task's graphs, on a CPU, and the budget.
+
+    need: memory of one task, in graphs of its inner loss and in vectors of its params.
+    """
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk must be a number of tasks ≥ 1, or None to let it be chosen; got {chunk!r}")
+    budget = _in_bytes(memory)
+    most = max(map(len, tasks.groups))
+    if one_by_one:
+        return Plan(1, 1, None, 'one by one, which reduction="none" is exact with')
+    if chunk is not None:
+        return Plan(min(chunk, most), min(chunk, most), None, "given")
+    inner, outer, params = _bytes_of_a_task(problem, tasks, hparams)
+    on_cpu = flatten(hparams, "hparams")[0][0].device.type == "cpu"
+    if on_cpu and inner > SMALL_TASK:
+        kept = f"one task keeps {inner / 2**20:.1f} MiB, so arithmetic is what takes the time"
+        return Plan(1, 1, None, f"a loop: {kept}")
+    size = max(int(need[0] * inner + 3 * outer + need[1] * params), 1)
+    fit = int(min(max(budget // size, 1), most))
+    why = f"as many as fit into {budget / 2**20:.0f} MiB"
+    if fit == most:
+        why = "all at once" if len(tasks.groups) == 1 else "all of one size at once"
+    return Plan(fit, 1 if on_cpu and outer > SMALL_TASK else fit, size, f"{why}: about {size / 2**20:.2f} MiB a task")
 
 
-def _own_copies(hparams: PyTree, count: int) -> PyTree:
+def _bytes_of_a_task(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tuple[int, int, int]:
+    """Bytes that the graphs of the inner and the outer loss of a task of the largest size keep, and of its params."""
+    largest = max(tasks.groups, key=lambda group: sum(x.numel() for x in split(tasks.take(group[:1]))[0]))
+    chunk = Chunk(problem, tasks, largest[:1])
     leaves, _, rebuild = flatten(hparams, "hparams")
-    return rebuild([x.detach().expand(count, *x.shape).clone().requires_grad_(x.requires_grad) for x in leaves])
+    cuda = {x.device for x in leaves if x.device.type == "cuda"}
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+        params = [x.detach().requires_grad_() for x in chunk.start(hparams)]
+        hparams = rebuild([x.detach() for x in leaves])
+        known = [*tasks.tensors, *params, *leaves]
+        loss, outer = without_penalties(problem.inner_loss)[0], 0
+        inner = _kept(chunk.losses(loss, "inner_loss", params, hparams), known)
+        if problem.outer_loss is not None:
+            outer = _kept(chunk.losses(problem.outer_loss, "outer_loss", params, hparams), known)
+    return inner, outer, sum(x.nbytes for x in params)
+
+
+def _kept(loss: Tensor, known: list[Tensor]) -> int:
+    """Bytes that the graph of a loss keeps, beside tensors that are there anyway (tasks are views of one tensor)."""
+    sizes = _graph.saved_bytes([loss], set())
+    for x in known:
+        sizes.pop(x.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
+
+
+def _in_bytes(memory: str | int) -> float:
+    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
+        raise ValueError(f'memory must be a number of bytes > 0, or like "1GiB", got {memory!r}')
+    return budget

@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import sqrt
-from typing import Any, ClassVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, implicit, unroll
-from .._solution import NotFinite, OnFailure, Status
-from .._tree import PyTree, difference, flatten, split
-from ..solvers import CG, LinearSolver, Solver
+from .._solution import NotFinite, Status
+from .._tree import PyTree, filled, flatten
+from ..solvers import Auto, LinearSolver, Solver
 from ._tasks import Chunk, Diverged
 
 
-@dataclass(frozen=True)
-class Part:
-    """The meta-gradient Σᵢ ∇fᵢ of some tasks in hparams' structure (of each task, where it has its own hparams)."""
+class Found(NamedTuple):
+    """What a method finds for the tasks of a chunk.
 
-    grads: PyTree
-    params: PyTree
-    values: Tensor
-    hypergradient: implicit.Hypergradient | None = None
+    Attributes:
+        grads: Σᵢ ∇fᵢ, for each leaf of hparams.
+        unreached: the places of leaves that require grad, and that nothing depends on.
+        system: how the adjoint systems were solved (`Implicit`).
+    """
+
+    grads: list[Tensor]
+    unreached: set[int]
+    system: implicit.Hypergradient | None = None
 
 
 class Method(ABC):
     """How a meta-gradient is taken: `Implicit`, `Unrolled`, `FirstOrder` or `Reptile`."""
 
-    needs_outer_loss: ClassVar[bool] = True
-
     @abstractmethod
-    def _take(self, chunk: Chunk, hparams: PyTree) -> Part: ...
+    def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found: ...
 
     @abstractmethod
     def _need(self, steps: int) -> tuple[float, float]:
@@ -49,57 +50,55 @@ class Implicit(Method):
     The inner loss must hold λ itself (`biased`, features, a learned regularisation): the start and the steps drop out.
 
     Args:
-        solver: of hg.solvers; scalars are per task, and a task that is solved rests. Default: CG(). Its on_failure
+        solver: of hg.solvers; scalars are per task, and a task that is solved rests. Its on_failure
             says what to do where an adjoint system, or an inner problem, is not solved.
 
     Cost: T + 1 gradients and the solver's products of each task, whatever their number one graph at a time.
     Source: Rajeswaran, Finn, Kakade and Levine 2019.
     """
 
-    solver: Solver | None = None
+    solver: Solver = field(default_factory=Auto)
 
-    def _take(self, chunk: Chunk, hparams: PyTree) -> Part:
+    def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found:
         with torch.no_grad():
             start = chunk.start(hparams)
+        adapted = chunk.adapt(start, hparams)
+        unreached: list[set[int]] = []  # by the outer loss, and by the residual
+
+        def note(outputs: list[Tensor], hparams: PyTree) -> None:
+            unreached.append(set(_graph.unreached(outputs, flatten(hparams, "hparams")[0])))
+            if len(unreached) == 2 and set.intersection(*unreached) == _differentiated(hparams):
+                raise ValueError(
+                    "neither inner_loss nor outer_loss depends on hparams, and the start and the steps drop out of an "
+                    "implicit gradient, which would be zero: let hparams enter the inner loss (hg.meta.biased), or use "
+                    "Unrolled() or FirstOrder()"
+                )
+
+        def outer_loss(moving: list[Tensor], hparams: PyTree) -> Tensor:
+            value = chunk.outer(chunk.completed(moving, adapted), hparams)
+            note([value], hparams)
+            return value
+
+        def residual(moving: list[Tensor], hparams: PyTree) -> list[Tensor]:
+            slopes = chunk.moving(chunk.slopes(chunk.completed(moving, adapted), hparams))
+            note(slopes := _autodiff.or_zeros(slopes, moving), hparams)
+            return slopes
+
         # What went wrong is reported once, under the numbers that tasks have for the user.
-        solver = replace(self._solver, on_failure="ignore") if isinstance(self._solver, LinearSolver) else self._solver
-        outer, reached = differentiated(flatten(hparams, "hparams")[0]), []
-
-        def noting(function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
-            def evaluate(params: PyTree, hparams: PyTree) -> PyTree:
-                value = function(params, hparams)
-                reached.append(bool(reached and reached[-1]) or _graph.depends(split(value)[0], outer))
-                return value
-
-            return evaluate
-
+        solver = replace(self.solver, on_failure="ignore") if isinstance(self.solver, LinearSolver) else self.solver
         result = implicit.grad(
-            noting(chunk.outer),
-            residual=noting(chunk.slope),
-            symmetric=True,
-            params=chunk.adapt(hparams, start),
+            outer_loss,
+            residual=residual,
+            positive_definite=True,
+            params=chunk.moving(adapted),
             hparams=hparams,
             solver=solver,
             batch_dims=1,
         )
-        if not any(reached):
-            raise ValueError(
-                "neither inner_loss nor outer_loss depends on hparams, and the start and the steps drop out of an "
-                "implicit gradient, which would be zero: let hparams enter the inner loss (hg.meta.biased), or use "
-                "Unrolled() or FirstOrder()"
-            )
-        lost = result.solution.code == Status.NON_FINITE.value
-        if bool(lost.any()):  # CG rests at 0 there, which is no adjoint
-            raise Diverged(~lost, chunk.params, chunk.values)
-        return Part(result.grads, detached(chunk.params), chunk.values, result)
-
-    @property
-    def _solver(self) -> Solver:
-        return CG() if self.solver is None else self.solver
-
-    @property
-    def _on_failure(self) -> OnFailure:
-        return self._solver.on_failure if isinstance(self._solver, LinearSolver) else "warn"
+        good = [status is not Status.NON_FINITE for status in result.solution.statuses]
+        if not all(good):  # CG rests at 0 there, which is no adjoint
+            raise Diverged(good)
+        return Found(flatten(result.grads, "grads")[0], set.intersection(*unreached), result)
 
     def _need(self, steps: int) -> tuple[float, float]:
         return 4, 12
@@ -110,36 +109,36 @@ class Unrolled(Method):
     """Through the T steps: ∇f = d/dλ E(w_T(λ), λ) in reverse mode (MAML).
 
     Args:
-        memory: what is kept of the steps for the reverse pass, as in `unroll.reverse`: "graph" (each step evaluated
-            once), "iterates", "sqrt", or a number of checkpoints.
+        memory, checkpoints: what is kept of the steps for the reverse pass, as in `unroll.reverse`: "graph" (each step
+            evaluated once), "iterates", "sqrt", or a number of checkpoints with memory="sqrt".
 
-    Cost: T to 2T evaluations and T reverse passes of each task.
+    Cost: T to 2T evaluations and T reverse passes of each task, or more with checkpoints.
     Source: Finn, Abbeel and Levine 2017.
     """
 
-    memory: str | int = "graph"
+    memory: str = "graph"
+    checkpoints: int | None = None
 
-    def _take(self, chunk: Chunk, hparams: PyTree) -> Part:
-        start, rule = chunk.start(hparams), chunk.problem.rule
+    def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found:
+        start, problem = chunk.start(hparams), chunk.problem
         with warnings.catch_warnings():
-            # Said once for all tasks, under the numbers that they have for the user.
+            # Reported once for all tasks, under the numbers that they have for the user.
             warnings.simplefilter("ignore", NotFinite)
             result = unroll.reverse(
                 chunk.step,
-                (start, rule.init(start)),
+                (start, problem.rule.init(chunk.rebuild(start))),
                 hparams,
                 lambda carry, hparams: chunk.outer(carry[0], hparams),
-                chunk.problem.steps,
+                problem.steps,
                 memory=self.memory,
+                checkpoints=self.checkpoints,
             )
-        return Part(result.grads, detached(chunk.params), chunk.values)
+        return Found(flatten(result.grads, "grads")[0], set())  # unroll itself warns of hparams that are unreached
 
     def _need(self, steps: int) -> tuple[float, float]:
         if self.memory == "graph":
             return 3 + 2 * steps, 12 + 2 * steps
-        iterates = {"iterates": steps, "sqrt": 2 * sqrt(steps)}.get(str(self.memory))
-        if iterates is None:
-            iterates = self.memory if isinstance(self.memory, int) else 0
+        iterates = self.checkpoints or {"iterates": steps, "sqrt": 2 * sqrt(steps)}.get(self.memory, 0)
         return 5 + sqrt(steps) * (self.memory == "sqrt"), 14 + iterates
 
 
@@ -151,21 +150,13 @@ class FirstOrder(Method):
     Source: Finn, Abbeel and Levine 2017, section 5.2.
     """
 
-    def _take(self, chunk: Chunk, hparams: PyTree) -> Part:
+    def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found:
         start = chunk.start(hparams)
-        leaves, _, rebuild = flatten(chunk.adapt(hparams, start), "params")
-        leaves = [x.requires_grad_() for x in leaves]
-        outer, _, _ = flatten(hparams, "hparams")
-        loss = chunk.outer(rebuild(leaves), hparams)
-        if not _graph.depends([loss, *flatten(start, "start")[0]], differentiated(outer)):
-            raise ValueError(
-                "neither start nor outer_loss depends on hparams, so the first-order gradient would be zero"
-            )
-        kept = not all(x.is_leaf for x in outer)
-        both = _autodiff.grad([loss], [*leaves, *differentiated(outer)], retain_graph=kept)
-        through = pull(start, outer, both[: len(leaves)])
-        return Part(
-            in_place_of(hparams, _autodiff.add(both[len(leaves) :], through)), detached(chunk.params), chunk.values
+        adapted = [x.detach().requires_grad_() for x in chunk.adapt(start, hparams)]
+        loss = chunk.outer(adapted, hparams)
+        slopes = _autodiff.grad([loss], adapted)
+        return _pulled(
+            [loss, *start], [torch.ones_like(loss), *slopes], hparams, "neither start nor outer_loss depends"
         )
 
     def _need(self, steps: int) -> tuple[float, float]:
@@ -180,41 +171,29 @@ class Reptile(Method):
     Source: Nichol, Achiam and Schulman 2018, Algorithm 2; not divided by the step size.
     """
 
-    needs_outer_loss: ClassVar[bool] = False
-
-    def _take(self, chunk: Chunk, hparams: PyTree) -> Part:
+    def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found:
         start = chunk.start(hparams)
-        params = chunk.adapt(hparams, start)
+        adapted = chunk.adapt(start, hparams)
         with torch.no_grad():
-            chunk.outer(params, hparams)
-        first, last = (flatten(tree, "params")[0] for tree in (start, params))
-        away = [x.detach() for x in difference(first, last)]
-        message = "Reptile moves the start towards what was learnt, but start does not depend on hparams"
-        grads = pull(start, flatten(hparams, "hparams")[0], away, message)
-        return Part(in_place_of(hparams, grads), params, chunk.values)
+            chunk.outer(adapted, hparams)
+        away = [(w - x).detach() for w, x in zip(start, adapted, strict=True)]
+        return _pulled(start, away, hparams, "start does not depend")
 
     def _need(self, steps: int) -> tuple[float, float]:
         return 2, 8
 
 
-def detached(tree: PyTree) -> PyTree:
-    leaves, _, rebuild = flatten(tree, "params")
-    return rebuild([x.detach() for x in leaves])
+def _differentiated(hparams: PyTree) -> set[int]:
+    """The places of the leaves that require grad."""
+    return {i for i, x in enumerate(flatten(hparams, "hparams")[0]) if x.requires_grad}
 
 
-def differentiated(leaves: list[Tensor]) -> list[Tensor]:
-    return [x for x in leaves if x.requires_grad]
-
-
-def pull(start: PyTree, outer: list[Tensor], cotangents: Any, must_reach: str | None = None) -> list[Tensor]:
-    """(∂w₀/∂λ)ᵀ u for the hparams that require grad."""
-    leaves, _, _ = flatten(start, "start")
-    kept = not all(x.is_leaf for x in outer)
-    return _autodiff.grad(leaves, differentiated(outer), cotangents, retain_graph=kept, must_reach=must_reach)
-
-
-def in_place_of(hparams: PyTree, grads: list[Tensor]) -> PyTree:
-    """Gradients of the differentiated leaves in hparams' structure; zeros elsewhere."""
-    outer, _, rebuild = flatten(hparams, "hparams")
-    each = iter(grads)
-    return rebuild([next(each) if x.requires_grad else torch.zeros_like(x) for x in outer])
+def _pulled(outputs: list[Tensor], cotangents: list[Tensor], hparams: PyTree, lost: str) -> Found:
+    """Σᵢ cotangentᵢᵀ ∂outputᵢ/∂λ."""
+    leaves, places = flatten(hparams, "hparams")[0], sorted(_differentiated(hparams))
+    found = _autodiff.grad_or_none(outputs, [leaves[i] for i in places], cotangents)
+    unreached = {i for i, g in zip(places, found, strict=True) if g is None}
+    if len(unreached) == len(places):
+        raise ValueError(f"{lost} on hparams, so the meta-gradient would be zero")
+    grads = filled([None] * len(leaves), places, found)
+    return Found([torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)], unreached)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-import optree
 import torch
 from torch import Tensor
 
 from .._solution import NotConverged, NotFinite, OnFailure, Status, UnsolvedInnerProblem, warn
 from .._tree import PyTree, flatten, split
-from ..implicit import Hypergradient
-from ..implicit._hypergradient import UNSOLVED
-from ._methods import Part
-from ._tasks import Plan
+from ..implicit import UNSOLVED, Hypergradient
 
 Reduction = Literal["mean", "sum", "none"]
+REMEDY = (
+    "params, losses or gradients hold NaN or infinity; use a smaller lr or fewer steps, or look at the losses and the "
+    "data of these tasks"
+)
 
 
 class TaskError(ValueError):
@@ -29,16 +29,34 @@ class TaskError(ValueError):
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How many tasks go side by side, and why.
+
+    Attributes:
+        chunk: tasks at once; 1 is a loop over tasks.
+        outer_chunk: tasks at once in the outer loss: chunk, or 1 where its graph is big (many query images).
+        task_bytes: estimated memory of one task; None where nothing had to be estimated.
+        reason: in words.
+    """
+
+    chunk: int
+    outer_chunk: int
+    task_bytes: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class MetaGradient:
     """A meta-gradient and how good it is, task by task.
 
     Attributes:
         grads: ∇f(λ), in the structure of hparams; with reduction="none" each leaf has a leading axis of tasks, and rows
             of failed tasks are zero.
-        params: w_T of each task, a leading axis of tasks on every leaf; as they ended where a task diverged.
+        params: w_T of each task, a leading axis of tasks on every leaf, or a list of the params of each task where
+            their shapes differ; as they ended where a task diverged.
         outer_values: E(w_T, λ) of each task, [B]; None without an outer loss.
         statuses: how each task ended: NON_FINITE where it was left out, else that of its adjoint system (`Implicit`),
-            or CONVERGED.
+            or COMPLETED.
         adjoint_residual: ‖∇₁E − A v‖ / ‖∇₁E‖ of each task, [B], NaN where it was left out; None but for `Implicit`.
         inner_residual: ‖∇₁g‖ at w_T, likewise.
         inner_distance: estimate of the relative distance of w_T from the inner solution, likewise.
@@ -65,7 +83,7 @@ class Adaptation:
     """What `adapt` gives.
 
     Attributes:
-        params: w_T of each task, a leading axis of tasks on every leaf.
+        params: w_T of each task, as in `MetaGradient`.
         failed: tasks whose params are not finite.
         plan: how many tasks went side by side, and why.
     """
@@ -75,81 +93,49 @@ class Adaptation:
     plan: Plan
 
 
-@dataclass
-class Total:
-    """What was found so far, task by task."""
+class Piece(NamedTuple):
+    """What was found for some tasks: w_T, E (None without an outer loss), and how the adjoint systems were solved."""
 
-    count: int
-    reduction: Reduction
-    hparams: PyTree
-    failed: list[int] = field(default_factory=list)
-    pieces: list[tuple[Sequence[int], PyTree]] = field(default_factory=list)
-    values: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
-    quality: list[tuple[Sequence[int], Hypergradient]] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-
-    def fail(self, failed: Sequence[int], index: Sequence[int], params: PyTree, values: Tensor) -> None:
-        self.failed += failed
-        places = [index.index(i) for i in failed]
-        leaves, _, rebuild = flatten(params, "params")
-        self.pieces.append((failed, rebuild([x.detach()[places] for x in leaves])))
-        self.values.append((failed, values[places]))
-
-    def add(self, index: Sequence[int], part: Part) -> None:
-        self.pieces.append((index, part.params))
-        self.values.append((index, part.values))
-        if part.hypergradient is not None:
-            self.quality.append((index, part.hypergradient))
-        new = optree.tree_leaves(part.grads)
-        if self.reduction == "none":
-            leaves = flatten(self.hparams, "hparams")[0]
-            self.grads = self.grads or [x.new_zeros(self.count, *x.shape) for x in leaves]
-            for total, x in zip(self.grads, new, strict=True):
-                total[list(index)] = x.reshape(len(index), *total.shape[1:])
-        else:
-            self.grads = [a + b for a, b in zip(self.grads, new, strict=True)] if self.grads else new
-
-    def result(self, plan: Plan, has_outer: bool) -> MetaGradient:
-        left = self.count - len(self.failed)
-        if not left:
-            raise TaskError(
-                f"all {self.count} tasks diverged: their params, losses or gradients hold NaN or infinity, so there is "
-                f"no meta-gradient. Use a smaller lr, fewer steps, or look at the losses and data",
-                sorted(self.failed),
-            )
-        grads = [g / left for g in self.grads] if self.reduction == "mean" else self.grads
-        codes = torch.zeros(self.count, dtype=torch.long)
-        codes[self.failed] = Status.NON_FINITE.value
-        for index, each in self.quality:
-            codes[list(index)] = each.solution.code.cpu()
-
-        def collect(read: Callable[[Hypergradient], Tensor]) -> Tensor | None:
-            if not self.quality:
-                return None
-            parts = [(index, read(each)) for index, each in self.quality]
-            return joined(parts, self.count, torch.nan)
-
-        return MetaGradient(
-            grads=flatten(self.hparams, "hparams")[2](grads),
-            params=joined(self.pieces, self.count),
-            outer_values=joined(self.values, self.count) if has_outer else None,
-            statuses=[Status(code) for code in codes.tolist()],
-            adjoint_residual=collect(lambda h: h.solution.relative_residual),
-            inner_residual=collect(lambda h: h.inner_residual),
-            inner_distance=collect(lambda h: h.inner_distance),
-            plan=plan,
-        )
+    index: list[int]
+    params: PyTree
+    values: Tensor | None
+    statuses: list[Status]
+    system: Hypergradient | None = None
 
 
-def joined(pieces: list[tuple[Sequence[int], PyTree]], count: int, missing: float = 0.0) -> PyTree:
-    """Trees of some tasks each as one of all tasks, in their order."""
-    first = pieces[0][1]
+def collected(pieces: Sequence[Piece], grads: PyTree, plan: Plan) -> MetaGradient:
+    """The result of all tasks, from the pieces of some after others."""
+    count = sum(len(piece.index) for piece in pieces)
+    statuses = {i: status for piece in pieces for i, status in zip(piece.index, piece.statuses, strict=True)}
+    systems = [(piece.index, piece.system) for piece in pieces if piece.system is not None]
+
+    def of_systems(read: Callable[[Hypergradient], Tensor]) -> Tensor | None:
+        return joined([(index, read(system)) for index, system in systems], count, torch.nan) if systems else None
+
+    return MetaGradient(
+        grads=grads,
+        params=joined([(piece.index, piece.params) for piece in pieces], count),
+        outer_values=joined([(piece.index, piece.values) for piece in pieces], count),
+        statuses=[statuses[i] for i in range(count)],
+        adjoint_residual=of_systems(lambda system: system.solution.relative_residual),
+        inner_residual=of_systems(lambda system: system.inner_residual),
+        inner_distance=of_systems(lambda system: system.inner_distance),
+        plan=plan,
+    )
+
+
+def joined(pieces: Sequence[tuple[Sequence[int], PyTree]], count: int, missing: float = 0.0) -> PyTree:
+    """Trees of some tasks each as one of all tasks, in their order; a list of the tree of each if shapes differ."""
+    first, rebuild = split(pieces[0][1])
     if len(pieces) == 1 and len(pieces[0][0]) == count:
-        return first
-    leaves, rebuild = split(first)
-    whole = [x.new_full((count, *x.shape[1:]), missing) for x in leaves]
-    for index, tree in pieces:
-        for target, x in zip(whole, split(tree)[0], strict=True):
+        return pieces[0][1]
+    trees = [(index, *split(tree)) for index, tree in pieces]
+    if any([x.shape[1:] for x in tensors] != [x.shape[1:] for x in first] for _, tensors, _ in trees):
+        each = {i: own([x[k] for x in xs]) for index, xs, own in trees for k, i in enumerate(index)}
+        return [each[i] for i in range(count)]
+    whole = [x.new_full((count, *x.shape[1:]), missing) for x in first]
+    for index, tensors, _ in trees:
+        for target, x in zip(whole, tensors, strict=True):
             target[list(index)] = x
     return rebuild(whole)
 
@@ -160,29 +146,33 @@ def named(tasks: Sequence[int], count: int) -> str:
 
 
 def report_failed(
-    failed: list[int],
-    count: int,
-    on_failure: OnFailure,
-    fate: str = "they are left out of the meta-gradient",
+    failed: list[int], count: int, on_failure: OnFailure, fate: str = "they are left out of the meta-gradient"
 ) -> None:
     if not failed or on_failure == "ignore":
         return
-    text = (
-        f"{named(failed, count)} diverged: params, losses or gradients hold NaN or infinity, and {fate}. "
-        f"Use a smaller lr, fewer steps, or look at the losses and data of these tasks"
-    )
+    text = f"{named(failed, count)} diverged, and {fate}: {REMEDY}"
     if on_failure == "raise":
         raise TaskError(text, sorted(failed))
     warn(text, NotFinite)
 
 
+def report_unreached(unreached: set[int], hparams: PyTree, method: str) -> None:
+    if unreached:
+        names = flatten(hparams, "hparams")[1]
+        warn(
+            f"{method} gives a gradient of zero for {', '.join(names[i] for i in sorted(unreached)[:5])}, on which "
+            f"nothing that it differentiates depends: is it read as a number (.item(), float()), or does it enter only "
+            f"what this method takes for constant?"
+        )
+
+
 def report_unsolved(result: MetaGradient, on_failure: OnFailure) -> None:
-    if on_failure == "ignore":
+    """Warn of, or raise for, adjoint systems and inner problems that are not solved."""
+    if on_failure == "ignore" or result.adjoint_residual is None or result.inner_distance is None:
         return
     count = len(result.statuses)
     bad = [i for i, s in enumerate(result.statuses) if s.value > Status.COMPLETED.value and s is not Status.NON_FINITE]
     if bad:
-        assert result.adjoint_residual is not None
         worst = max(bad, key=lambda i: result.statuses[i].value)
         text = (
             f"the adjoint systems of {named(bad, count)} are not solved; task {worst}, at a relative residual of "
@@ -192,7 +182,6 @@ def report_unsolved(result: MetaGradient, on_failure: OnFailure) -> None:
         if on_failure == "raise":
             raise TaskError(text, bad)
         warn(text, NotConverged)
-    assert result.inner_distance is not None
     far = (result.inner_distance > UNSOLVED).nonzero().flatten().tolist()
     if far:
         warn(
