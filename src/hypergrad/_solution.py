@@ -39,14 +39,15 @@ class Status(enum.Enum):
     )
     DIVERGED = (
         4,
-        "the residual is larger than that of no answer at all: for a stationary iteration use a smaller step size; "
-        "else use a method that needs no contraction (GMRES or MINRES for a linear system; Anderson, Broyden or Newton "
-        "for a fixed point)",
+        "the residual is no smaller than that of no answer (x = 0): give a Krylov method more steps; in place of a "
+        "stationary iteration take a smaller step size, or a method that needs no contraction (GMRES or MINRES for a "
+        "linear system; Anderson, Broyden or Newton for a fixed point)",
     )
     NOT_POSITIVE_DEFINITE = (
         5,
         "a direction of zero or negative curvature was met (xᵀAx ≤ 0): the point is no strict minimum, or the system "
-        "is singular; use MINRES, add damping, or solve the inner problem further",
+        "is singular; use MINRES or damping, solve the inner problem further, or take operators.GaussNewton where the "
+        "loss is a convex function of a model's output",
     )
     NOT_SYMMETRIC = (
         6,
@@ -160,7 +161,8 @@ class Solution:
         trace: the method's own residual norm before each step and after the last: [steps + 1], or [steps + 1, B]; NaN
             where it did not take it. Of fixed_points without trace=True: that of the worst system, [steps + 1].
         method: the solver's name; of solvers.Auto the method that gave the value, and why it was taken.
-        curvature: the least xᵀAx / xᵀx that the method met, where it knows it (CG): 0-d, or [B].
+        curvature: the least xᵀAx / xᵀx (without the solver's damping) that the method met, where it knows it (CG);
+            after negative curvature in solvers.Auto an estimate of the least eigenvalue from below: 0-d, or [B].
     """
 
     value: Any
@@ -184,12 +186,12 @@ class Solution:
     @property
     def status(self) -> Status:
         """The worst status of all systems."""
-        return Status(max(self._codes, default=Status.CONVERGED.value))
+        return Status(max(self._codes, default=0))
 
     @property
     def ok(self) -> bool:
         """Whether every system ended as it was asked to: CONVERGED, or COMPLETED where no tolerance was given."""
-        return max(self._codes, default=Status.CONVERGED.value) <= Status.COMPLETED.value
+        return max(self._codes, default=0) <= Status.COMPLETED.value
 
     @property
     def relative_residual(self) -> Tensor:
@@ -215,14 +217,20 @@ class Solution:
     @property
     def message(self) -> str:
         """What happened, with numbers, and what to try."""
+        if not self._codes:
+            return "no system"
         bad = [i for i, code in enumerate(self._codes) if code == self.status.value]
         where = f"{len(bad)} of {len(self._codes)} systems, the first at index {bad[0]}: " if self.code.ndim else ""
         relative = float(self.relative_residual.reshape(-1)[bad[0]])
         steps = int(self.steps.reshape(-1)[bad[0]]) if isinstance(self.steps, Tensor) else self.steps
         text = f"{where}{self.status.name} after {steps} steps at a relative residual of {relative:.2e}"
         if self.status is Status.DIVERGED:
-            rate = self.growth_rate.reshape(-1)[bad[0] if self.trace.ndim > 1 else 0]
-            text += f", growing by a factor of {float(rate):.4g} a step"
+            rate = float(self.growth_rate.reshape(-1)[bad[0] if self.trace.ndim > 1 else 0])
+            text += f", growing by a factor of {rate:.4g} a step" if rate > 1 else ""
+        if self.status is Status.NOT_POSITIVE_DEFINITE and self.curvature is not None:
+            curvature = float(self.curvature.reshape(-1)[bad[0]])
+            text += f", where xᵀAx / xᵀx = {curvature:.3g}"
+            text += f" (it takes damping={-1.2 * curvature:.2g} at least)" if curvature < 0 else ""
         return f"{text}: {self.status.message}"
 
     def report(self, what: str, on_failure: OnFailure) -> None:

@@ -185,6 +185,7 @@ class Problem:
             symmetric=self.symmetric,
             positive_definite=self.positive_definite,
             batch_dims=self.batch_dims,
+            stochastic=self.stochastic,
         )
 
     def _current(self) -> Linearisation:
