@@ -19,7 +19,7 @@ import hypergrad as hg
 from implicit_cases import newton, rel
 
 FP, S, Equilibrium = hg.fixed_points, hg.solvers, hg.nn.Equilibrium
-EXACT = {"forward": FP.Anderson(rtol=1e-14, max_steps=500), "adjoint": S.GMRES(rtol=1e-13)}
+EXACT = {"forward": FP.Anderson(rtol=1e-14, max_steps=500), "backward": S.GMRES(rtol=1e-13)}
 QUIET = {"on_failure": "ignore"}
 
 
@@ -82,10 +82,10 @@ def batch_of(n: int = 6, count: int = 5, dtype: torch.dtype = torch.float64) -> 
 
 
 @pytest.mark.parametrize("forward", [FP.Picard, FP.Anderson, FP.Broyden, FP.Newton])
-@pytest.mark.parametrize("adjoint", [S.GMRES(rtol=1e-13), S.Dense(), S.FixedPoint(rtol=1e-13, max_steps=500)], ids=str)
-def test_gradients_equal_those_of_the_unrolled_iteration(forward, adjoint):
+@pytest.mark.parametrize("backward", [S.GMRES(rtol=1e-13), S.Dense(), S.FixedPoint(rtol=1e-13, max_steps=500)], ids=str)
+def test_gradients_equal_those_of_the_unrolled_iteration(forward, backward):
     cell = Cell().double()
-    layer = Equilibrium(cell, forward=forward(rtol=1e-13, max_steps=500), adjoint=adjoint)
+    layer = Equilibrium(cell, forward=forward(rtol=1e-13, max_steps=500), backward=backward)
     assert_same(gradients(layer, batch_of()), gradients(Steps(cell), batch_of()))
     assert layer.forward_info.ok and layer.backward_info.solution.ok
     assert layer.forward_info.code.shape == (5,)
@@ -114,7 +114,7 @@ def test_the_cell_is_evaluated_once_a_step_and_never_in_vain():
     cell, x = Cell().double(), batch_of().requires_grad_()
     calls = []
     cell.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    layer = Equilibrium(cell, forward=FP.Picard(max_steps=7), adjoint=S.FixedPoint(max_steps=5))
+    layer = Equilibrium(cell, forward=FP.Picard(max_steps=7), backward=S.FixedPoint(max_steps=5))
     z = layer(x)
     assert calls == [False] * 8  # seven steps, and the residual of the last
     calls.clear()
@@ -231,7 +231,7 @@ def test_the_default_tolerance_can_be_reached_in_half_precision(dtype):
 
 
 def test_a_failed_backward_pass_is_reported_at_the_line_that_called_it():
-    layer = Equilibrium(lambda z, u: torch.tanh(0.9 * z + u), adjoint=S.GMRES(max_steps=1, restart=1, rtol=1e-9))
+    layer = Equilibrium(lambda z, u: torch.tanh(0.9 * z + u), backward=S.GMRES(max_steps=1, restart=1, rtol=1e-9))
     loss = layer(batch_of().requires_grad_()).sum()
     with pytest.warns(hg.HypergradientWarning, match="MAX_STEPS") as told:
         loss.backward()
@@ -260,7 +260,7 @@ def test_start_as_option_and_as_argument():
     first = layer.forward_info.steps
     start = z.clone().requires_grad_()
     out = layer(x.requires_grad_(), start)
-    assert layer.forward_info.steps == 0 < first and rel(out, z) < 1e-15
+    assert layer.forward_info.steps == 0 < first and rel(out, cell(z, x)) < 1e-15  # the known next iterate
     out.sum().backward()
     assert start.grad is None and x.grad is not None
     learned = Equilibrium(cell, start=nn.Linear(6, 6).double(), forward=FP.Picard(rtol=1e-12, max_steps=500))
@@ -275,7 +275,7 @@ def test_warm_start_of_both_passes():
         cell,
         warm_start=True,
         forward=FP.Picard(rtol=1e-10, max_steps=500),
-        adjoint=S.FixedPoint(rtol=1e-10, max_steps=500),
+        backward=S.FixedPoint(rtol=1e-10, max_steps=500),
     )
     reference = Equilibrium(cell, **EXACT)
     steps = []
@@ -287,7 +287,7 @@ def test_warm_start_of_both_passes():
     got = gradients(layer, x[:3])  # another batch size: from the beginning
     assert_same(got, gradients(reference, x[:3]), 1e-7)
     layer.float()
-    layer.solver, layer.adjoint = FP.Picard(), S.GMRES()
+    layer.forward_solver, layer.backward_solver = FP.Picard(), S.GMRES()
     gradients(layer, x[:3].float())  # another dtype: likewise
     assert layer.forward_info.value.dtype == torch.float32
 
@@ -309,7 +309,7 @@ class Damped(Cell):
 
 def test_batch_norm_in_training_mode_couples_the_samples_and_records_once():
     cell, x = Damped(3, nn.BatchNorm1d(3, eps=1e-1)).double(), batch_of(3, 5)
-    layer = Equilibrium(cell, forward=FP.Anderson(rtol=1e-13, max_steps=300), adjoint=S.GMRES(rtol=1e-13))
+    layer = Equilibrium(cell, forward=FP.Anderson(rtol=1e-13, max_steps=300), backward=S.GMRES(rtol=1e-13))
     parameters = {name: p.detach() for name, p in cell.named_parameters()}
     z, grads = gradients(layer, x, cell.parameters())
     assert layer.forward_info.code.ndim == 0
@@ -408,7 +408,7 @@ def test_bfloat16_autocast(inject):
     """Products in bfloat16, whose noise the tolerances must allow for; gradients in float32."""
     linear = nn.Linear(6, 6) if inject else None
     cell, x = Cell(), batch_of(dtype=torch.float32)
-    loose = {"forward": FP.Anderson(rtol=2e-2), "adjoint": S.GMRES(rtol=3e-2)}
+    loose = {"forward": FP.Anderson(rtol=2e-2), "backward": S.GMRES(rtol=3e-2)}
     layer, exact = Equilibrium(cell, inject=linear, **loose), Equilibrium(cell, inject=linear)
     dtypes = []
     cell.layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
@@ -483,12 +483,12 @@ def test_failures_of_either_pass_are_reported():
     layer = Equilibrium(Cell().double(), forward=FP.Picard(rtol=1e-12, max_steps=2))
     with pytest.warns(hg.HypergradientWarning, match="Picard: 5 of 5 systems.*MAX_STEPS"):
         layer(batch_of())
-    layer = Equilibrium(Cell().double(), adjoint=S.GMRES(rtol=1e-12, max_steps=1, on_failure="raise"))
+    layer = Equilibrium(Cell().double(), backward=S.GMRES(rtol=1e-12, max_steps=1, on_failure="raise"))
     z = layer(batch_of())
     with pytest.raises(hg.SolverError, match="MAX_STEPS"):
         z.sum().backward()
     with pytest.raises(TypeError, match="CG needs a symmetric operator"):
-        Equilibrium(Cell().double(), adjoint=S.CG())(batch_of()).sum().backward()
+        Equilibrium(Cell().double(), backward=S.CG())(batch_of()).sum().backward()
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -513,7 +513,7 @@ def test_memory_does_not_depend_on_the_number_of_forward_steps():
     x = batch_of(64, 32).requires_grad_()
     used = {}
     for steps in (5, 100):
-        layer = Equilibrium(Cell(64).double(), forward=FP.Picard(max_steps=steps), adjoint=S.FixedPoint(max_steps=5))
+        layer = Equilibrium(Cell(64).double(), forward=FP.Picard(max_steps=steps), backward=S.FixedPoint(max_steps=5))
         saved = []
         before = live_bytes()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):  # noqa: B023
@@ -619,3 +619,404 @@ def test_functional_leaves_the_module_alone():
     with pytest.raises(RuntimeError):
         pure(parameters, x[:, :2])
     assert module[1].track_running_stats  # also after an error
+
+
+# --- modules that torch itself takes wrongly --------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """One submodule under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = self.first
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(0.2 * self.first(z) + 0.1 * self.second(z) + u)
+
+
+class Tied(nn.Module):
+    """One parameter and one buffer in two submodules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.first.register_buffer("shift", torch.ones(3))
+        self.second.register_buffer("shift", self.first.shift)
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(0.2 * self.first(z) + 0.1 * self.second(z) + u + self.second.shift)
+
+
+@pytest.mark.parametrize("make", [Shared, Tied])
+def test_a_tensor_under_two_names_is_trained_and_stays_the_users(make):
+    cell, x = make().double(), batch_of(3)
+    kept = dict(cell.named_parameters())
+    numbers = {name: p.detach().clone() for name, p in kept.items()}
+    layer = Equilibrium(cell, **EXACT)
+    assert_same(gradients(layer, x), gradients(Steps(cell), x))
+    pure = hg.nn.functional(cell)
+    doubled = {name: (2 * p).detach().requires_grad_() for name, p in kept.items()}
+    got = torch.autograd.grad(pure(doubled, x, x).sum(), [*doubled.values()])
+    twin = copy.deepcopy(cell)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(2)
+    expected = torch.autograd.grad(twin(x, x).sum(), [*twin.parameters()])
+    assert all(rel(a, b) < 1e-12 for a, b in zip(got, expected, strict=True))
+    assert all(p is kept[name] and torch.equal(p, numbers[name]) for name, p in cell.named_parameters())
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in kept.values())
+
+
+def gradient_penalty(module: nn.Module, x: Tensor, parameters) -> Tensor:
+    """Derivatives of ‖∂ loss/∂x‖² in the parameters: of second order."""
+    x = x.detach().requires_grad_()
+    (first,) = torch.autograd.grad(module(x).sin().sum(), x, create_graph=True)
+    grads = torch.autograd.grad((first**2).sum(), parameters)
+    return torch.cat([g.flatten() for g in grads])
+
+
+class WrittenOut(nn.Module):
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        return g * v / v.norm(dim=1, keepdim=True)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.norm(dim=1, keepdim=True), weight
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("kind", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_second_derivatives_through_weight_norm(kind):
+    """torch's own second derivative of it is wrong."""
+    cell, x = Cell(3).double(), batch_of(3)
+    reference = copy.deepcopy(cell)
+    kind(cell.layer)
+    nn.utils.parametrize.register_parametrization(reference.layer, "weight", WrittenOut())
+    layer, truth = Equilibrium(cell, **EXACT), Steps(reference)
+    assert_same(gradients(layer, x), gradients(truth, x))
+    got, expected = (gradient_penalty(m, x, list(m.cell.parameters())) for m in (layer, truth))
+    assert rel(got, expected) < 1e-8
+    loss = lambda h, f: f(h, x, x).sin().sum()  # noqa: E731
+    pure, pure_reference = hg.nn.functional(cell), hg.nn.functional(reference)
+    names = [name for name, _ in cell.named_parameters()]
+    for transform in (lambda f: jacrev(grad(f)), hessian):
+        second = transform(partial(loss, f=pure))(dict(cell.named_parameters()))
+        other = transform(partial(loss, f=pure_reference))(dict(reference.named_parameters()))
+        for a, (_, b) in zip(names, reference.named_parameters(), strict=True):
+            for c in names:
+                if a == c == "layer.bias":
+                    assert rel(second[a][c], other["layer.bias"]["layer.bias"]) < 1e-10
+        blocks = [torch.cat([x.flatten() for row in tree.values() for x in row.values()]) for tree in (second, other)]
+        assert rel(*blocks) < 1e-10
+
+
+def test_the_weight_norm_of_an_inner_loss_is_written_out():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)).double()
+    x, y = batch_of(3), batch_of(2)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def forward(w, written: bool) -> Tensor:
+        if not written:
+            return functional_call(layer, w, (x,))
+        bias, g, v = (w[name] for name in names)
+        return x @ (g * v / v.norm(dim=1, keepdim=True)).T + bias
+
+    def loss(w, h, written=False):
+        penalty = (h.exp() * torch.stack([p.square().sum() for p in w.values()])).sum()
+        return (forward(w, written) - y).square().mean() + penalty
+
+    w = {name: p.detach() for name, p in layer.named_parameters()}
+    h = torch.zeros(3).double().requires_grad_()
+    grads = []
+    for written in (False, True):
+        solution = hg.implicit.argmin(partial(loss, written=written), w, h, solver=S.Dense())
+        (g,) = torch.autograd.grad(sum(leaf.sin().sum() for leaf in solution.values()), h, create_graph=True)
+        (second,) = torch.autograd.grad(g.square().sum(), h)
+        grads.append((g.detach(), second))
+    assert rel(grads[0][0], grads[1][0]) < 1e-10 and rel(grads[0][1], grads[1][1]) < 1e-8
+
+
+class Checkpointed(Cell):
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        layer = torch.utils.checkpoint.checkpoint(self.layer, z, use_reentrant=False)
+        return torch.tanh(layer + u)
+
+
+def test_a_checkpoint_inside_a_functional_module_is_refused():
+    """It would recompute with the module's own parameters."""
+    cell, x = Checkpointed(3).double(), batch_of(3).requires_grad_()
+    parameters = {name: (2 * p).detach().requires_grad_() for name, p in cell.named_parameters()}
+    with pytest.raises(RuntimeError, match="recompute with the module's own parameters"):
+        hg.nn.functional(cell)(parameters, x, x)
+    layer = Equilibrium(cell)
+    z = layer(x)
+    with pytest.raises(RuntimeError, match="leave the checkpoint out"):
+        z.sum().backward()
+    cell(x, x).sum().backward()  # torch's hooks are on again
+
+
+class OnCpu(Cell):
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return super().forward(z, u)
+
+
+def test_other_hooks_on_saved_tensors_are_let_through():
+    cell = OnCpu().double()
+    assert_same(gradients(Equilibrium(cell, **EXACT), batch_of()), gradients(Steps(cell), batch_of()))
+    with torch.autograd.graph.save_on_cpu():
+        got = gradients(Equilibrium(cell, **EXACT), batch_of())
+    assert_same(got, gradients(Steps(cell), batch_of()))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
+def test_cached_parametrisations(inside):
+    cell, x = Cell().double(), batch_of()
+    nn.utils.parametrize.register_parametrization(cell.layer, "weight", Half())
+    layer, expected = Equilibrium(cell, **EXACT), gradients(Steps(cell), x)
+    with nn.utils.parametrize.cached():
+        cell.layer.weight  # noqa: B018  what the cache holds
+        if inside:
+            assert_same(gradients(layer, x), expected)
+        else:
+            leaf = x.clone().requires_grad_()
+            z = layer(leaf)
+    if not inside:
+        grads = torch.autograd.grad((z.sin() + z**2).sum(), [leaf, *cell.parameters()])
+        assert_same((z.detach(), grads), expected)
+
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 0.5 * weight
+
+
+# --- checkpoints around, vmap, and cells that differentiate -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_a_checkpoint_around_a_layer(kind):
+    cell, x = Cell().double(), batch_of()
+    layer = Equilibrium(cell if kind == "module" else lambda z, u: torch.tanh(0.5 * z + u), **EXACT)
+
+    class Around(nn.Module):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(lambda x: layer(2 * x).cos(), x, use_reentrant=False)
+
+    class Without(nn.Module):
+        def forward(self, x):
+            return layer(2 * x).cos()
+
+    parameters = list(layer.parameters())
+    assert_same(gradients(Around(), x, parameters), gradients(Without(), x, parameters))
+
+
+@pytest.mark.parametrize("make", [Cell, lambda: Damped(norm=nn.LayerNorm(6)), lambda: Damped(norm=nn.GroupNorm(2, 6))])
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("forward", [FP.Picard, FP.Anderson, FP.Broyden, FP.Newton])
+def test_gradients_of_each_sample_by_vmap(forward, batch_dims, make):
+    cell, x = make().double(), batch_of()
+    layer = Equilibrium(cell, forward=forward(rtol=1e-13, max_steps=500), backward=S.GMRES(rtol=1e-13))
+    layer.batch_dims = batch_dims
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, x):
+        return functional_call(layer, parameters, (x[None],)).sin().sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    assert layer.forward_info.ok and layer.forward_info.code.shape[0] == 5 and layer.backward_info.solution.ok
+    for i, one in enumerate(x):
+        z = Steps(cell)(one[None])
+        truth = torch.autograd.grad(z.sin().sum(), list(cell.parameters()))
+        for (name, _), expected in zip(cell.named_parameters(), truth, strict=True):
+            assert rel(each[f"cell.{name}"][i], expected) < 1e-10
+    assert not any(type(leaf) is not Tensor for leaf in (layer.forward_info.value, layer.forward_info.code))
+
+
+@pytest.mark.parametrize(
+    "outside",
+    [
+        lambda f: f,
+        lambda f: lambda p, b, x: grad(lambda p: f(p, b, x).sum())(p),
+        lambda f: lambda p, b, x: jacfwd(lambda p: f(p, b, x).sum())(p),
+    ],
+    ids=["value", "grad", "jacfwd"],
+)
+@pytest.mark.parametrize("norm", [nn.Identity, partial(nn.BatchNorm1d, 6)], ids=["plain", "buffers"])
+def test_an_ensemble_by_vmap(norm, outside):
+    models = [Equilibrium(Damped(norm=norm()).double(), inject=nn.Linear(6, 6).double(), **EXACT) for _ in range(3)]
+    x = batch_of()
+    for i, model in enumerate(models):
+        model(x + i)  # running statistics of their own
+        model.eval()
+    parameters, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0])
+    f = outside(lambda p, b, x: functional_call(base, (p, b), (x,)))
+    got = vmap(f, in_dims=(0, 0, None))(parameters, buffers, x)
+    for i, model in enumerate(models):
+        z = model(x)
+        if isinstance(got, Tensor):
+            assert rel(got[i], z) < 1e-10
+        else:
+            names, tensors = zip(*model.named_parameters(), strict=True)
+            truth = torch.autograd.grad(z.sum(), tensors)
+            assert all(rel(got[name][i], g) < 1e-10 for name, g in zip(names, truth, strict=True))
+
+
+def test_a_cell_that_uses_a_mapped_tensor_of_its_own_is_refused():
+    x = batch_of()
+    with pytest.raises(ValueError, match=r"pass it in hparams|Pass it in hparams"):
+        vmap(lambda w: Equilibrium(lambda z, u: torch.tanh(w * z + u))(x))(torch.tensor([0.1, 0.2]).double())
+
+
+class Energy(nn.Module):
+    """z ↦ z − ½ ∂E/∂z for E = ½‖z‖² − Σ log cosh(zW + b)/2 − ⟨z, u⟩, by torch.autograd.grad."""
+
+    def __init__(self, n: int = 6, way: str = "plain"):
+        super().__init__()
+        self.weight = nn.Parameter(0.4 * torch.linalg.qr(torch.randn(n, n))[0])
+        self.bias = nn.Parameter(torch.randn(n))
+        self.way = way
+
+    def energy(self, z: Tensor, u: Tensor) -> Tensor:
+        return 0.5 * (z * z).sum() - (z @ self.weight + self.bias).cosh().log().sum() - (z * u).sum()
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        if self.way == "func":
+            return z - 0.5 * grad(self.energy)(z, u)
+        with torch.enable_grad() if self.way == "enabled" else torch.autograd.profiler.record_function("cell"):
+            if self.way == "enabled" and not z.requires_grad:
+                z = z.requires_grad_()
+            (slope,) = torch.autograd.grad(self.energy(z, u), z, create_graph=True)
+        return z - 0.5 * slope
+
+    def explicit(self, z: Tensor, u: Tensor) -> Tensor:
+        return z - 0.5 * (z - torch.tanh(z @ self.weight + self.bias) @ self.weight.T - u)
+
+
+class Explicit(nn.Module):
+    def __init__(self, cell: Energy):
+        super().__init__()
+        self.inner = cell
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return self.inner.explicit(z, u)
+
+
+@pytest.mark.parametrize("way", ["plain", "enabled", "func"])
+@pytest.mark.parametrize("forward", [FP.Picard, FP.Anderson, FP.Broyden, FP.Newton])
+def test_a_cell_that_differentiates_an_energy(forward, way):
+    cell, x = Energy(way=way).double(), batch_of()
+    reference = Steps(Explicit(cell))
+    layer = Equilibrium(cell, forward=forward(rtol=1e-13, max_steps=500), backward=S.GMRES(rtol=1e-13))
+    assert_same(gradients(layer, x), gradients(reference, x))
+    parameters = list(cell.parameters())
+    assert rel(gradient_penalty(layer, x, parameters), gradient_penalty(reference, x, parameters)) < 1e-8
+    with torch.no_grad():
+        assert rel(layer(x), reference(x)) < 1e-10
+    f, g = (lambda x, m=m: m(x).sin().sum() for m in (layer, reference))
+    for transform in (grad, jacfwd, lambda f: jacrev(grad(f))):
+        assert rel(transform(f)(x), transform(g)(x)) < 1e-8
+
+
+# --- state, empty batches, defaults of torch --------------------------------------------------------------------------
+
+
+def trained(layer, optimiser, batches, start: int = 0) -> list[Tensor]:
+    for x in batches[start:]:
+        optimiser.zero_grad()
+        layer(x).sin().sum().backward()
+        optimiser.step()
+    return [p.detach().clone() for p in layer.parameters()]
+
+
+def warm_layer() -> tuple[Equilibrium, torch.optim.Optimizer]:
+    torch.manual_seed(3)
+    layer = Equilibrium(
+        Cell().double(),
+        warm_start=True,
+        forward=FP.Anderson(rtol=1e-4),
+        backward=S.FixedPoint(rtol=1e-4),
+    )
+    return layer, torch.optim.SGD(layer.parameters(), lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("how", ["state_dict", "pickle", "within a model"])
+def test_a_resumed_run_equals_an_uninterrupted_one(how, tmp_path):
+    batches = [batch_of() + 0.01 * i for i in range(6)]
+    truth = trained(*warm_layer(), batches)
+    layer, optimiser = warm_layer()
+    trained(layer, optimiser, batches[:3])
+    model = nn.Sequential(nn.Identity(), layer) if how == "within a model" else layer
+    torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict()}, tmp_path / "state")
+    if how == "pickle":
+        other = pickle.loads(pickle.dumps(layer))
+        again = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9)
+    else:
+        other, again = warm_layer()
+        again = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9)
+    loaded = torch.load(tmp_path / "state", weights_only=True)
+    if how != "pickle":
+        whole = nn.Sequential(nn.Identity(), other) if how == "within a model" else other
+        whole.load_state_dict(loaded["model"])
+    again.load_state_dict(loaded["optimiser"])
+    resumed = trained(other, again, batches, 3)
+    assert all(torch.equal(a, b) for a, b in zip(resumed, truth, strict=True))
+
+
+def test_a_state_dict_with_a_warm_start_fits_a_layer_without():
+    layer, _ = warm_layer()
+    layer(batch_of()).sum().backward()
+    assert any("warm_start" in name for name in layer.state_dict())
+    cold = Equilibrium(Cell().double())
+    cold.load_state_dict(layer.state_dict())
+    assert not any("warm_start" in name for name in cold.state_dict())
+    layer.load_state_dict(cold.state_dict())  # and starts anew then
+    assert not any("warm_start" in name for name in layer.state_dict())
+
+
+def test_a_warm_start_object_is_saved_and_loaded(tmp_path):
+    warm, other = hg.implicit.WarmStart(), hg.implicit.WarmStart()
+    a = torch.tensor([1.0, 4.0]).double().requires_grad_()
+    hg.implicit.root(lambda w, a: w**2 - a, a.detach().sqrt(), a, warm_start=warm).sum().backward()
+    for kept in (warm, hg.implicit.WarmStart()):
+        torch.save(kept.state_dict(), tmp_path / "warm")
+        other.load_state_dict(torch.load(tmp_path / "warm", weights_only=True))
+        assert (other.value is None) == (kept.value is None)
+    assert torch.equal(pickle.loads(pickle.dumps(warm)).value[0], warm.value[0])
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("forward", [FP.Picard, FP.Anderson, FP.Broyden, FP.Newton])
+@pytest.mark.parametrize("shape", [(0, 6), (3, 0)])
+def test_empty_batches_and_empty_states(shape, forward, batch_dims):
+    cell = Cell().double() if shape[1] else (lambda z, u: 0.5 * z + u)
+    layer = Equilibrium(cell, forward=forward(), batch_dims=batch_dims)
+    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    z = layer(x)
+    z.sum().backward()
+    assert z.shape == x.grad.shape == shape and layer.forward_info.ok
+    assert all(not p.grad.any() for p in layer.parameters())
+    assert layer.jacobian_penalty(z, x).isnan() if not z.numel() else True
+
+
+@pytest.mark.parametrize("forward", [FP.Picard, FP.Anderson, FP.Broyden, FP.Newton])
+def test_defaults_of_torch_do_not_matter(forward):
+    cell, x = Cell(), batch_of(dtype=torch.float32)
+    layer = Equilibrium(cell, forward=forward(rtol=1e-6, max_steps=500), backward=S.GMRES(rtol=1e-6))
+    truth = gradients(layer, x)
+    generator = torch.Generator().manual_seed(0)
+    penalty = layer.jacobian_penalty(x, x, generator=generator)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = gradients(layer, x)
+        again = layer.jacobian_penalty(x, x, generator=torch.Generator("cpu").manual_seed(0))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got[0], truth[0]) and all(torch.equal(a, b) for a, b in zip(got[1], truth[1], strict=True))
+    assert torch.equal(again, penalty)

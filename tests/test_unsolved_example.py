@@ -33,7 +33,7 @@ def check_numbers(results: dict) -> None:
     report = results["report"]
     assert report["settled"] and report["corrected_value"] == pytest.approx(true.value, rel=0.1)
     assert report["corrected_norm"] == pytest.approx(true.grad_norm, rel=0.1)
-    assert any("the inner problem is not solved" in line and "refine=True" in line for line in report["advice"])
+    assert any("the inner problem is not solved" in line and "refine" in line for line in report["advice"])
     best = np.array(after["hparams"])
     assert best.min() >= 1e-8
     assert min(after["loss"]) == pytest.approx(oracles.hypertorch(best).value, rel=1e-5)
@@ -46,13 +46,13 @@ def test_report_of_the_published_run():
     lam, w = torch.from_numpy(run.hparams).requires_grad_(), torch.from_numpy(run.params)
     p = problem_at("hypertorch")
     given = {"outer_loss": p.outer_loss, "params": [w], "hparams": [lam], "fp_map": p.fp_map, "symmetric": True}
-    report = hg.diagnostics.check([torch.from_numpy(run.grad)], inner_steps=100, **given)
+    report = hg.diagnostics.check([torch.from_numpy(run.grad)], **given)
     assert report.estimate.settled and relative(report.estimate.params[0], true.solution) < 0.02
     assert report.estimate.corrected_value == pytest.approx(true.value, rel=0.1)
     assert report.estimate.corrected_norm == pytest.approx(true.grad_norm, rel=0.1)
     q = 1 - 0.1 * np.linalg.eigvalsh(true.matrix)[0]
     (line,) = [line for line in report.advice if "the inner problem is not solved" in line]
-    assert f"contraction factor is {q:.5g}"[:-1] in line and "100 steps reduce the error by 0.26%" in line
+    assert f"contraction factor is {q:.5g}"[:-1] in line
     steps = int(re.search(r"about (\d+) more", line)[1])
     assert steps == pytest.approx(np.log(1e-3) / np.log(q), rel=0.03)
     assert "0.9935" in str(report)  # ρ where the example stands

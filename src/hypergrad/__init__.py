@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from . import (
     CG_torch,
+    diagnostics,
     diff_optimizers,
     fixed_points,
     hypergradients,

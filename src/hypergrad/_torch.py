@@ -5,14 +5,18 @@ A new version of torch is looked at here, and nowhere else.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
-from torch.overrides import has_torch_function
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode, has_torch_function
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -135,3 +139,170 @@ def operation_traits(func: Any) -> tuple[bool, bool, Any] | None:
         functional = getattr(getattr(torch.ops.aten, name[:-1]), func._overloadname, None)
     view = name == "_unsafe_view" or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
     return schema.is_mutable, view, functional
+
+
+_functorch: Any = getattr(torch._C, "_functorch", None)
+_weight_norm: Any = getattr(torch, "_weight_norm", None)
+
+
+def transforms_active() -> bool:
+    """Whether a transform of torch.func (grad, vjp, jvp, vmap, ...) is on."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return bool(active is not None and active())
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether x belongs to a transform of torch.func."""
+    return _functorch is not None and _functorch.is_functorch_wrapped_tensor(x)
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """The plain tensor within x, which no vmap maps."""
+    while is_wrapped(x):
+        x = _functorch.get_unwrapped(x)
+    return x
+
+
+def mapped_levels(x: Tensor) -> set[int]:
+    """The levels of vmap at which x is mapped."""
+    levels = set()
+    while is_wrapped(x):
+        if _functorch.is_batchedtensor(x):
+            levels.add(_functorch.maybe_get_level(x))
+        x = _functorch.get_unwrapped(x)
+    return levels
+
+
+def depends_on_transform(y: Tensor, mapped: set[int]) -> bool:
+    """Whether a transform differentiates y, which was made from constants, or maps it at a level not in `mapped`."""
+    if not is_wrapped(y):
+        return False
+    if _functorch.is_batchedtensor(y):
+        depends = _functorch.maybe_get_level(y) not in mapped
+    else:
+        depends = y.requires_grad or torch.autograd.forward_ad.unpack_dual(y).tangent is not None
+    if depends:
+        return True
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    with retrieve_current_functorch_interpreter().lower():
+        return depends_on_transform(_functorch.get_unwrapped(y), mapped)
+
+
+def forward_mode_levels() -> int:
+    """How many transforms of forward mode (jvp, jacfwd) are on."""
+    stack = [] if _functorch is None else _functorch.get_interpreter_stack() or []
+    return sum(level.key() == _functorch.TransformType.Jvp for level in stack)
+
+
+def is_of_ended_transform(error: RuntimeError) -> bool:
+    """Whether torch failed on a tensor of a transform that is not on."""
+    text = str(error)
+    return ("INTERNAL ASSERT" in text and "functorch" in text) or "escaped from inside a function being vmapped" in text
+
+
+@contextmanager
+def _requires_grad_allowed() -> Iterator[None]:
+    """x.requires_grad_() may be called under a transform, where torch.func does the same for its own inputs."""
+    allowed = getattr(_functorch, "get_inplace_requires_grad_allowed", None)
+    if allowed is None or not transforms_active():
+        yield
+        return
+    before = allowed()
+    _functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        yield
+    finally:
+        _functorch.set_inplace_requires_grad_allowed(before)
+
+
+def tracked(x: Tensor) -> Tensor:
+    """x as a tensor that requires grad, connected with x where that requires grad itself."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return x.view_as(x)
+    with _requires_grad_allowed():
+        return x.detach().requires_grad_()
+
+
+def taking_derivatives(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """function(w, λ) on leaves, which may call torch.autograd.grad with respect to w itself.
+
+    Where that fails because w requires no grad, the function is called again with a w that does: at a level of its own
+    under a transform. From then on it is called so at once.
+    """
+    alone = True
+
+    def evaluate(w: tuple[Tensor, ...], h: Any) -> Any:
+        nonlocal alone
+        if alone:
+            try:
+                return function(w, h)
+            except RuntimeError as error:
+                if not any(text in str(error) for text in ("does not require grad", "requires_grad_()")):
+                    raise
+        if transforms_active():
+            with _requires_grad_allowed():
+                values = torch.func.vjp(lambda *w: tuple(function(w, h)), *w)[0]
+        else:
+            with torch.enable_grad():
+                values = function(tuple(map(tracked, w)), h)
+        alone = False
+        return values
+
+    return evaluate
+
+
+class _WeightNormWrittenOut(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not _weight_norm:
+            return func(*args, **(kwargs or {}))
+        v, g, dim = (*args, 0)[:3]
+        axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim] if dim != -1 else None
+        return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=axes is not None))
+
+
+_inside: ContextVar[bool] = ContextVar("inside", default=False)  # whether differentiated_rightly is on
+
+
+@contextmanager
+def differentiated_rightly() -> Iterator[None]:
+    """A map evaluated inside has right derivatives of every order.
+
+    torch._weight_norm, whose second derivative is wrong in torch 2.13, is written out as g v / ‖v‖, and
+    parametrize.cached() is off: the cached weight belongs to other parameters, or to no graph.
+    """
+    if _inside.get():
+        yield
+        return
+    cached = getattr(parametrize, "_cache_enabled", 0)
+    token = _inside.set(True)
+    try:
+        if cached:
+            parametrize._cache_enabled = 0  # pyright: ignore[reportAttributeAccessIssue]
+        with _WeightNormWrittenOut() if torch.is_grad_enabled() else nullcontext():
+            yield
+    finally:
+        _inside.reset(token)
+        if cached:
+            parametrize._cache_enabled = cached  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def refusing_checkpoints(call: Callable[[], Any], message: str) -> Any:
+    """call(), or RuntimeError with this message where it enters a non-reentrant torch.utils.checkpoint.
+
+    Other hooks on saved tensors (save_on_cpu) are let through, by a second call.
+    """
+    if not torch.is_grad_enabled() or transforms_active():  # no checkpoint then, or torch's own error
+        return call()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(message))
+        except RuntimeError:  # hooks outside are on already
+            return call()
+        try:
+            return call()
+        except RuntimeError as error:
+            frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+            if message not in str(error) or torch.utils.checkpoint.__file__ in frames:
+                raise
+    return call()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 PyTree: TypeAlias = Any
 Unflatten: TypeAlias = "Callable[[Iterable[Tensor]], PyTree]"
+UNREGISTERED = "register this dataclass as a pytree (optree.dataclasses.dataclass), or pass a dict of its fields"
 
 
 class Paths(Sequence[str]):
@@ -77,9 +78,14 @@ def _hint(leaf: Any) -> str:
         return "; pass its parameters()"
     if isinstance(leaf, str):
         return "; give named_parameters() as a dict"
-    if dataclasses.is_dataclass(leaf):
-        return "; register this dataclass as a pytree (optree.dataclasses.dataclass), or pass a dict of its fields"
-    return ""
+    return f"; {UNREGISTERED}" if dataclasses.is_dataclass(leaf) else ""
+
+
+def _refuse_dataclasses(leaves: Iterable[Any]) -> None:
+    """Raise TypeError for a dataclass with tensors that optree takes for a leaf: its tensors would be passed over."""
+    for leaf in leaves:
+        if dataclasses.is_dataclass(leaf) and any(isinstance(x, Tensor) for x in vars(leaf).values()):
+            raise TypeError(f"{type(leaf).__name__} holds tensors and is no pytree: {UNREGISTERED}")
 
 
 def split(tree: PyTree) -> tuple[list[Tensor], Unflatten]:
@@ -91,6 +97,7 @@ def split(tree: PyTree) -> tuple[list[Tensor], Unflatten]:
     leaves, spec = optree.tree_flatten(tree)
     if all(isinstance(leaf, Tensor) for leaf in leaves):
         return leaves, spec.unflatten
+    _refuse_dataclasses(leaves)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in places]
     for i in places:  # the function must not keep their memory, nor their graph
@@ -118,18 +125,13 @@ def arranged(tree: PyTree, like: Paths, name: str) -> tuple[list[Tensor], Sequen
     return (leaves, paths) if order is None else ([leaves[i] for i in order], [paths[i] for i in order])
 
 
-def matching(tree: PyTree, like: Sequence[Tensor], name: str, paths: Paths | None = None) -> list[Tensor]:
-    """The leaves of a tree that must have the structure, shapes and dtypes of these: nothing is broadcast silently."""
-    if paths is None:
-        leaves, names, _ = flatten(tree, name)
-        if len(leaves) != len(like):
-            raise ValueError(f"{name} must have the structure of the solution: {len(like)} leaves, got {len(leaves)}")
-    else:
-        leaves, names = arranged(tree, paths, name)
-    for leaf, path, expected in zip(leaves, names, like, strict=True):
-        if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
+def matching(tree: PyTree, paths: Paths, like: Sequence[Tensor], name: str) -> list[Tensor]:
+    """The leaves of a tree that must have these paths, shapes, dtypes and devices: nothing is broadcast silently."""
+    leaves, names = arranged(tree, paths, name)
+    for i, (leaf, expected) in enumerate(zip(leaves, like, strict=True)):
+        if leaf.shape != expected.shape or leaf.dtype != expected.dtype or leaf.device != expected.device:
             one, other = (describe(x.shape, x.dtype, x.device) for x in (expected, leaf))
-            raise ValueError(f"{path} must be like the solution: expected {one}, got {other}")
+            raise ValueError(f"{names[i]} must be like {paths[i]}: expected {one}, got {other}")
     return leaves
 
 

@@ -356,7 +356,7 @@ class Vector:
         """Standard normal numbers like this one, from a generator on the CPU."""
 
         def draw(chunk: Tensor) -> Tensor:
-            return torch.randn(chunk.shape, generator=generator, dtype=chunk.dtype).to(chunk.device)
+            return torch.randn(chunk.shape, generator=generator, dtype=chunk.dtype, device="cpu").to(chunk.device)
 
         return self._map(draw)
 

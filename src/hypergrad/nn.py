@@ -9,22 +9,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from . import _autodiff
-from ._implicit_function import Info, WarmStart
+from . import _autodiff, _torch
+from ._modules import couples_samples, records_statistics
 from ._solution import Solution
-from ._solution_maps import fixed_point
 from ._tree import PyTree, flatten, split
-from .fixed_points import Anderson, FixedPointSolver
+from .fixed_points import Anderson, FixedPointSolver, solved
+from .implicit import Info, WarmStart, fixed_point
 from .solvers import GMRES, Solver
+
+CHECKPOINT = (
+    "a non-reentrant torch.utils.checkpoint inside a module would recompute with the module's own parameters, not with "
+    "those it was called with, and the gradient would be wrong without a word: leave the checkpoint out inside the "
+    "module; one around an hg.nn.Equilibrium is right"
+)
 
 
 def functional(module: nn.Module) -> Callable[..., Any]:
     """A module as a pure function of its parameters: (parameters, *args) ↦ module(*args).
 
-    Parameters come as a dict like dict(module.named_parameters()). Buffers are copied at each call, and BatchNorm in
-    training mode uses its batch's statistics without recording them.
+    Parameters come as a dict like dict(module.named_parameters()); buffers may be among them, and are copied at each
+    call. A tensor that stands under several names goes by its first. BatchNorm in training mode uses its batch's
+    statistics without recording them. weight_norm is written out and parametrize.cached() is off inside, so that
+    derivatives of all orders are right.
+
+    Raises: RuntimeError for a non-reentrant checkpoint inside the module: it would recompute with other parameters.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -32,51 +41,80 @@ def functional(module: nn.Module) -> Callable[..., Any]:
         >>> f(dict(layer.named_parameters()), torch.ones(2)).shape
         torch.Size([1])
     """
+    further_names = _further_names(module)
 
     def function(parameters: dict[str, Tensor], *args: Any) -> Any:
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        with _nothing_recorded(module):
-            return torch.func.functional_call(module, {**parameters, **buffers}, args)
+        buffers = dict(module.named_buffers())
+        given = {name: x for name, x in parameters.items() if name not in buffers}
+        tensors = given | {name: _copied(name, parameters.get(name, x)) for name, x in buffers.items()}
+        tensors |= {name: tensors[first] for name, first in further_names.items() if name not in tensors}
+
+        def call() -> Any:
+            # tie_weights=True would leave the given tensors in a module that holds one submodule under two names.
+            with _nothing_recorded(module), _torch.differentiated_rightly():
+                return torch.func.functional_call(module, tensors, args, tie_weights=False)
+
+        return _torch.refusing_checkpoints(call, CHECKPOINT)
 
     return function
+
+
+def _copied(name: str, buffer: Tensor) -> Tensor:
+    """A buffer that may be written into. Of running statistics torch has no derivative, and takes none that needs one."""
+    constant = name.rpartition(".")[2] in ("running_mean", "running_var")
+    return buffer.detach().clone() if constant else buffer.clone()
+
+
+def _further_names(module: nn.Module) -> dict[str, str]:
+    """For the further names of a tensor of different submodules, the one that named_parameters() tells."""
+    first: dict[int, str] = {}
+    further: dict[str, str] = {}
+    for prefix, part in module.named_modules():
+        own = [*part.named_parameters(prefix, recurse=False), *part.named_buffers(prefix, recurse=False)]
+        for name, tensor in own:
+            if first.setdefault(id(tensor), name) != name:
+                further[name] = first[id(tensor)]
+    return further
 
 
 @contextlib.contextmanager
 def _nothing_recorded(module: nn.Module) -> Iterator[None]:
     """Normalisation in training mode writes no running statistics: under vmap it could not."""
-    recording = [m for m in module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
-    for m in recording:
-        m.track_running_stats = False
+    recording: list[Any] = [part for part in module.modules() if records_statistics(part)]
+    for part in recording:
+        part.track_running_stats = False
     try:
         yield
     finally:
-        for m in recording:
-            m.track_running_stats = True
+        for part in recording:
+            part.track_running_stats = True
 
 
 class Equilibrium(nn.Module):
     """z* = cell(z*, x) as a layer: any forward solver, gradients by the implicit function theorem.
 
     The memory does not depend on the number of forward steps. Each sample (first axis of each leaf of z) converges by
-    itself, forward and backward, unless the samples are coupled (batch_dims=0).
+    itself, forward and backward, unless the samples are coupled (batch_dims=0). It may stand under torch.func (also
+    vmap: per-sample gradients, ensembles), in a non-reentrant checkpoint, and its cell may call torch.autograd.grad.
 
     Args:
         cell: a Module or a function (z, u) ↦ z; u = x, or inject(x). A function may use no tensor that requires grad.
         forward: solver from hg.fixed_points; default Anderson().
-        adjoint: linear solver of (I − ∂₁cellᵀ) v = z̄; default GMRES().
+        backward: linear solver of (I − ∂₁cellᵀ) v = z̄; default GMRES().
         inject: a Module or a function of x for all that does not depend on z (xB + c): evaluated once a call, not at
             every step, and differentiated as usual.
         start: x ↦ the first z, or None for zeros like inject(x), or like x.
         batch_dims: 1 where the first axis of each leaf of z counts independent samples, 0 where the samples are coupled
             (a graph network); None: 1, or 0 while the cell has a BatchNorm that uses the batch's statistics.
         warm_start: start from the last call's z*, and each backward pass from the last v, while shapes stay the same.
+            Both are part of the state_dict and of pickles: a resumed run goes on as if it had not been interrupted.
 
     Attributes:
         forward_info: the Solution of the last forward solve.
         backward_info: the Info of the last backward pass.
 
-    Cost: forward one evaluation of cell a step, one more to record BatchNorm's statistics (once, at z*); backward one
-        evaluation and the adjoint's products.
+    Cost: forward one evaluation of cell a step, one more to record BatchNorm's statistics (once, at z*; not under
+        torch.func); backward one evaluation and the products of the linear solver.
     Source: Bai, Kolter and Koltun 2019.
 
     Example:
@@ -90,7 +128,7 @@ class Equilibrium(nn.Module):
         cell: Callable[..., PyTree],
         *,
         forward: FixedPointSolver | None = None,
-        adjoint: Solver | None = None,
+        backward: Solver | None = None,
         inject: Callable[..., PyTree] | None = None,
         start: Callable[..., PyTree] | None = None,
         batch_dims: int | None = None,
@@ -100,37 +138,34 @@ class Equilibrium(nn.Module):
         self.cell = cell
         self.inject = inject
         self.start = start
-        self.solver = forward or Anderson()
-        self.adjoint = adjoint or GMRES()
+        self.forward_solver = forward or Anderson()
+        self.backward_solver = backward or GMRES()
         self.batch_dims = batch_dims
         self.warm_start = warm_start
         self.forward_info: Solution | None = None
         self.backward_info = Info()
-        self._adjoint_start = WarmStart()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and files hold the layer without what its last call left: infos and warm starts."""
-        return self.__dict__ | {"forward_info": None, "backward_info": Info(), "_adjoint_start": WarmStart()}
+        self._last_state: list[Tensor] = []
+        self._last_adjoint = WarmStart()
 
     def forward(self, x: PyTree, start: PyTree | None = None) -> PyTree:
         """z* for inputs x, from `start` if given."""
         u = x if self.inject is None else self.inject(x)
         z = self._start(x, u) if start is None else start
-        hparams = (self._cell_parameters(), u)
+        hparams = (self._cell_tensors(), u)
         batch_dims = self._batch_dims()
         step = self._step(z)
-        solver = _with_batch(self.solver, batch_dims)
-        with torch.no_grad():
-            self.forward_info = solver(step, z, hparams)
-            self._record_statistics(self.forward_info.value, u)
+        solution, self.forward_info = solved(replace(self.forward_solver, batch_dims=batch_dims), step, z, hparams)
+        if self.warm_start:
+            self._last_state = split(self.forward_info.value)[0]
+        self._record_statistics(solution.value, u)
         return fixed_point(
             step,
-            self.forward_info.value,
+            solution.value,
             hparams,
-            adjoint=self.adjoint,
+            solver=self.backward_solver,
             batch_dims=batch_dims,
             info=self.backward_info,
-            warm_start=self._adjoint_start if self.warm_start else None,
+            warm_start=self._last_adjoint if self.warm_start else None,
         )
 
     def jacobian_penalty(
@@ -141,7 +176,7 @@ class Equilibrium(nn.Module):
         Args:
             z: the state to take it at, usually the layer's output; it is detached.
             probes: normal vectors averaged.
-            generator: of the probes.
+            generator: of the probes, on any device.
 
         Source: Bai, Koltun and Kolter 2021, equation 5.
         """
@@ -149,10 +184,10 @@ class Equilibrium(nn.Module):
         leaves, _, rebuild = flatten(z, "z")
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         with torch.enable_grad():
-            outputs = flatten(self._step(z)(rebuild(leaves), (self._cell_parameters(), u)), "cell(z, x)")[0]
+            outputs = flatten(self._step(z)(rebuild(leaves), (self._cell_tensors(), u)), "cell(z, x)")[0]
             total = outputs[0].new_zeros(())
             for _ in range(probes):
-                v = [torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device) for y in outputs]
+                v = [_normal_like(y, generator) for y in outputs]
                 rows = _autodiff.grad(outputs, leaves, v, create_graph=True)
                 total = total + sum((row**2).sum() for row in rows)
         return total / (probes * sum(leaf.numel() for leaf in leaves))
@@ -161,58 +196,83 @@ class Equilibrium(nn.Module):
         leaves, rebuild = split(u)
         zeros = rebuild([torch.zeros_like(leaf, requires_grad=False) for leaf in leaves])
         first = zeros if self.start is None else self.start(x)
-        if not self.warm_start or self.forward_info is None:
-            self._adjoint_start.value = None
+        if not self.warm_start:
             return first
-        old = self.forward_info.value
-        if _kinds(old) == _kinds(first):
-            return old
-        self._adjoint_start.value = None
+        leaves, rebuild = split(first)
+        if _kinds(leaves) == _kinds(self._last_state):
+            return rebuild(self._last_state)
+        self._last_adjoint = WarmStart()
         return first
 
     def _step(self, z: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
-        """(z, (parameters, u)) ↦ cell(z, u) in z's dtype, under the autocast of this call also when differentiated."""
+        """(z, (tensors, u)) ↦ cell(z, u) in z's dtype, under the autocast of this call also when differentiated."""
+        dtypes = [leaf.dtype for leaf in split(z)[0]]
         device = split(z)[0][0].device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        cell = functional(self.cell) if isinstance(self.cell, nn.Module) else _without_parameters(self.cell)
+        cell = functional(self.cell) if isinstance(self.cell, nn.Module) else _without_tensors(self.cell)
 
         def step(z: PyTree, hparams: PyTree) -> PyTree:
-            parameters, u = hparams
+            tensors, u = hparams
             with torch.autocast(device, dtype=dtype, enabled=enabled):
-                new = cell(parameters, z, u)
+                new = cell(tensors, z, u)
             if not enabled:
                 return new
             leaves, rebuild = split(new)
-            return rebuild([leaf.to(old.dtype) for leaf, old in zip(leaves, split(z)[0], strict=True)])
+            return rebuild([leaf.to(old) for leaf, old in zip(leaves, dtypes, strict=True)])
 
         return step
 
-    def _cell_parameters(self) -> dict[str, Tensor]:
-        return dict(self.cell.named_parameters()) if isinstance(self.cell, nn.Module) else {}
+    def _cell_tensors(self) -> dict[str, Tensor]:
+        """The cell's parameters, and copies of its buffers: later calls may write into them before the backward pass."""
+        if not isinstance(self.cell, nn.Module):
+            return {}
+        buffers = {name: buffer.clone() for name, buffer in self.cell.named_buffers()}
+        return buffers | dict(self.cell.named_parameters())
 
     def _batch_dims(self) -> int:
         if self.batch_dims is not None:
             return self.batch_dims
         modules = self.cell.modules() if isinstance(self.cell, nn.Module) else []
-        coupled = any(isinstance(m, _BatchNorm) and (m.training or not m.track_running_stats) for m in modules)
-        return 0 if coupled else 1
+        return 0 if any(map(couples_samples, modules)) else 1
 
     def _record_statistics(self, z: PyTree, u: PyTree) -> None:
         """One evaluation at z* with the real buffers, so that running statistics count each batch once."""
-        if isinstance(self.cell, nn.Module) and self.cell.training and any(True for _ in self.cell.buffers()):
-            self.cell(z, u)
+        if _torch.transforms_active() or not isinstance(self.cell, nn.Module) or not self.cell.training:
+            return
+        if any(True for _ in self.cell.buffers()):
+            with torch.no_grad():
+                self.cell(z, u)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold the layer without the infos of its last call."""
+        return self.__dict__ | {"forward_info": None, "backward_info": Info()}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for kind, leaves in (("state", self._last_state), ("adjoint", self._last_adjoint.value or [])):
+            destination |= {f"{prefix}warm_start.{kind}.{i}": leaf.detach() for i, leaf in enumerate(leaves)}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        kept: dict[str, list[Tensor]] = {"state": [], "adjoint": []}
+        for kind, leaves in kept.items():
+            while (key := f"{prefix}warm_start.{kind}.{len(leaves)}") in state_dict:
+                leaves.append(state_dict.pop(key).clone())
+        if self.warm_start:
+            self._last_state, self._last_adjoint = kept["state"], WarmStart(kept["adjoint"] or None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _without_parameters(cell: Callable[..., PyTree]) -> Callable[..., PyTree]:
+def _without_tensors(cell: Callable[..., PyTree]) -> Callable[..., PyTree]:
     return lambda _, z, u: cell(z, u)
 
 
-def _kinds(tree: PyTree) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
-    return [(leaf.shape, leaf.dtype, leaf.device) for leaf in split(tree)[0]]
+def _kinds(leaves: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+    return [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
 
 
-def _with_batch(solver: FixedPointSolver, batch_dims: int) -> FixedPointSolver:
-    return solver if solver.batch_dims == batch_dims else replace(solver, batch_dims=batch_dims)
+def _normal_like(y: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = y.device if generator is None else generator.device
+    return torch.randn(y.shape, generator=generator, dtype=y.dtype, device=device).to(y.device)
 
 
 def project_spectral_(weight: Tensor, radius: float) -> Tensor:

@@ -1,11 +1,12 @@
 """How wrong a hypergradient is, and why: an estimate, a bound, finite differences, what its problem is like."""
 
-from ._bound import Constants, Truncation, bound, truncation
+from ._bound import Constants, bound
 from ._choice import SolverChoice, solver_choice
 from ._differences import Differences, finite_differences
-from ._error import Estimate, estimate
-from ._findings import Finding, findings
-from ._plots import plot_convergence, plot_differences, plot_report, plot_spectrum
+from ._error import Estimate
+from ._findings import findings
+from ._maps import Finding
+from ._plots import plot_convergence, plot_report, plot_spectrum
 from ._report import Report, check
 from ._structure import Structure, operator_structure, structure
 
@@ -14,12 +15,9 @@ __all__ = [
     "Report",
     # the error, estimated
     "Estimate",
-    "estimate",
     # the error, bounded by declared constants
     "Constants",
     "bound",
-    "Truncation",
-    "truncation",
     # the error, by finite differences
     "Differences",
     "finite_differences",
@@ -35,6 +33,5 @@ __all__ = [
     # pictures
     "plot_convergence",
     "plot_spectrum",
-    "plot_differences",
     "plot_report",
 ]

@@ -1,137 +1,140 @@
-"""From numbers to sentences: what is wrong with a hypergradient, and what to do."""
+"""From numbers to sentences: the verdict on a hypergradient, and what to do."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from .._solution import Status
-from ..implicit import Problem
-from ._bound import Constants
-from ._choice import rate_of, steps_needed
+from .._solution import Solution, Status
+from ..solvers import rate_of, steps_needed
+from ._choice import solver_choice
 from ._differences import Differences
 from ._error import Estimate
+from ._maps import Finding
 from ._structure import Structure
 
 GOOD = 1e-3  # relative error of a hypergradient about which there is nothing to say
-Rate = tuple[float, str]  # a contraction factor, and whose it is
+POOR = 0.1  # relative residual of the adjoint system that is a finding
+FLOOR = "rounding floor"  # the one finding that does no more than bound the accuracy
 
 
-def contraction(problem: Problem, structure: Structure | None, constants: Constants | None) -> Rate | None:
-    """The factor by which a step of the inner solver reduces the error: declared, or found; None where unknown."""
-    if constants is not None and constants.q is not None:
-        return constants.q, "its declared contraction factor"
-    if structure is None:
-        return None
-    if problem.fixed_point:
-        return structure.radius, "its contraction factor"
-    if structure.definiteness == "positive definite":
-        return rate_of(structure.condition), "the contraction factor of gradient descent, at its best step size,"
-    return None
-
-
-def advice(
-    e: Estimate,
-    problem: Problem,
-    differences: Differences | None,
-    before: float | None,
-    rate: Rate | None,
-    inner_steps: int | None,
-) -> Iterator[str]:
-    """The sentences at the end of a report. before: ‖F‖ when the hypergradient was computed."""
+def verdict(e: Estimate, findings: Sequence[Finding]) -> tuple[bool, str]:
+    """Whether the hypergradient can be used as it is, and the sentence that says so. Every finding enters."""
     if not math.isfinite(e.error):
-        yield "the residuals or the hypergradient hold NaN or infinity: look at the losses at this point"
-        return
-    if before is not None and _differs(e, before):
-        yield (
-            f"the inner residual is {e.inner_residual:.2e} now and was {before:.2e} when the hypergradient was "
-            f"computed: the inner problem is random, or its data or buffers changed, or params or hparams "
-            f"did (by .data)"
+        return False, "the residuals or the hypergradient hold NaN or infinity: look at the losses at this point"
+    floor = max([0.0, *(f.numbers["distance"] for f in findings if f.name == FLOOR)])
+    doubts = list(dict.fromkeys(f.name for f in findings if f.name != FLOOR or floor > GOOD))
+    if not e.settled and "indefinite" in doubts:
+        start = f"params are no minimum of the inner problem; to first order the hypergradient is off by {_size(e)}"
+    elif not e.settled:
+        start = (
+            f"the error cannot be estimated: after {e.newton_steps} Newton steps the estimate is {_size(e)} and still "
+            f"changes by {e.uncertainty:.0%}"
         )
-    if e.status is not Status.CONVERGED:
-        yield (
-            f"a linear system behind the estimate ended as {e.status.name}: {e.status.message}. Until then the "
-            f"estimate may be off; what solves these systems is check's solver="
-        )
-    if not e.settled:
-        yield (
-            f"the error cannot be estimated: after {e.newton_steps} Newton steps the estimate still changes by "
-            f"{e.uncertainty:.0%}. The inner problem is far from solved, or has no solution near by: run its solver "
-            f"much longer, or use another"
-        )
-    if e.settled and e.relative_error <= GOOD:
-        yield f"the hypergradient is right to about {max(e.relative_error, 1e-16):.0e}; nothing needs to be done"
+    elif e.relative_error > GOOD:
+        start = f"the hypergradient is off by about {_size(e)}"
+    elif doubts:
+        start = f"the residuals alone say that the hypergradient is right to about {max(e.relative_error, 1e-16):.0e}"
     else:
-        yield from _remedies(e, rate, inner_steps)
-    if differences is not None and differences.flat:
-        yield (
-            "finite differences are all zero: solve gives an outer value that does not depend on hparams. Does it use "
-            "its argument?"
+        right = max(e.relative_error, floor, 1e-16)
+        return True, f"the hypergradient is right to about {right:.0e}; nothing needs to be done"
+    return False, start + (f", but see: {', '.join(doubts)}" if doubts else "")
+
+
+def findings_about_the_check(
+    e: Estimate, differences: Differences | None, before: float | None, left_out: Sequence[str], better: str
+) -> Iterator[Finding]:
+    """What is wrong with the result, or stands in the way of the estimate.
+
+    Args:
+        before: ‖F‖ when the hypergradient was computed.
+        left_out: what max_products left no room for.
+        better: see `better_solver`.
+    """
+    relative = e.adjoint_relative_residual
+    if relative > POOR:
+        worse = ", more than v = 0 leaves" if relative >= 1 else ""
+        text = f"the adjoint system has a relative residual of {relative:.2g}{worse}{better}"
+        yield Finding("adjoint unsolved", text, {"relative residual": relative})
+    apart = before is not None and abs(before - e.inner_residual) > 1e-3 * max(before, e.inner_residual)
+    if apart and e.distance > 1e-10:
+        text = (
+            f"the inner residual is {e.inner_residual:.2e} now and was {before:.2e} when the hypergradient was "
+            f"computed: the inner problem is random, or its data, buffers, params or hparams changed (by .data)"
         )
-    elif differences is not None and not differences.agrees:
-        explained = e.relative_error >= differences.relative_error / 2
+        yield Finding("problem changed", text)
+    if math.isfinite(e.error) and e.status.value > Status.COMPLETED.value:
+        text = f"a linear system behind it ended as {e.status.name}: {e.status.message}. check's solver= takes another"
+        yield Finding("estimate unsolved", text)
+    if left_out:
+        yield Finding("max_products", f"there was no room for {' and '.join(dict.fromkeys(left_out))}")
+    if differences is not None and not differences.agrees and differences.relative_error > GOOD:
+        error, own = differences.relative_error, differences.uncertainty
+        text = f"they disagree by {error:.1e}, more than their own uncertainty {own:.1e}"
+        if not any(differences.derivatives):
+            text = "they are all zero: does solve use its argument, and outer_loss what solve gives?"
+        elif e.relative_error >= error / 2:
+            text += ", which the estimated error explains"
+        yield Finding("finite differences", text, {"relative error": error})
+
+
+def better_solver(structure: Structure | None, solution: Solution | None) -> str:
+    """Why the solver of the hypergradient does not fit its system, and one that does."""
+    if structure is None:
+        return ""
+    every = solver_choice(structure)
+    name = "" if solution is None else solution.method.partition(":")[0]
+    against = next((f"; {name} does not fit: {c.against}" for c in every if c.solver == name and c.against), "")
+    bounded = [c for c in every if c.products and c.solver != "Auto"]
+    return against + (f"; {bounded[0].solver} needs at most {bounded[0].products:.0f} products" if bounded else "")
+
+
+def remedies(e: Estimate, there: Structure | None, fixed_point: bool, better: str) -> Iterator[str]:
+    """What to do about the error; there: the structure at the estimated inner solution."""
+    if not math.isfinite(e.error) or (e.settled and e.relative_error <= GOOD):
+        return
+    most = max(e.from_inner, e.from_adjoint, e.from_damping)
+    if e.from_inner >= most or not e.settled:
+        away = f"{e.distance:.1%} of their norm away from" if math.isfinite(e.distance) else "not 0, which seems to be"
+        kink = "" if e.settled else ". Or a kink (an L1 term, relu, max) lies between params and the solution"
         yield (
-            f"finite differences disagree by {differences.relative_error:.1e}, more than their own uncertainty "
-            f"{differences.uncertainty:.1e}{', which the estimated error explains' if explained else ''}"
+            f"the inner problem is not solved: {_pace(e.relative_error, there, fixed_point)}params are {away} its "
+            f"solution. Run its solver longer, or use a faster one (a second-order method for a loss, Anderson or "
+            f"Newton for a map), or implicit.refine, which solves both as far as the hypergradient needs, or "
+            f"implicit.polish, which squares the error; or expect an error of {_size(e)}{kink}"
         )
-
-
-def _differs(e: Estimate, before: float) -> bool:
-    """Whether the inner residual is another one now, by more than rounding."""
-    apart = abs(before - e.inner_residual) > 1e-3 * max(before, e.inner_residual)
-    return apart and e.inner_relative_residual > 1e-10
-
-
-def _remedies(e: Estimate, rate: Rate | None, inner_steps: int | None) -> Iterator[str]:
-    if e.from_inner >= e.from_adjoint or not e.settled:
+    if e.from_damping > 0.1 * most:
         yield (
-            f"the inner problem is not solved: {_pace(e.relative_error, rate, inner_steps)}params are "
-            f"{_away(e)} its solution. Run its solver longer, or use a faster one (a "
-            f"second-order method for a loss, Anderson or Newton for a map), or refine=True with hypergradient_rtol, "
-            f"or polish=True, which squares the error; or expect an error of {_size(e)}"
+            f"the adjoint system was solved with a damping of about {e.damping:.2g}, which changes the hypergradient "
+            f"by about {e.from_damping:.2g}: take less, as far as the system allows; check(solver=) with that damping "
+            f"judges the damped problem instead"
         )
-    if e.from_adjoint > 0.1 * e.from_inner:
+    if e.from_adjoint > 0.1 * most and e.adjoint_relative_residual <= POOR:
         yield (
             f"the adjoint system is not solved: its relative residual is {e.adjoint_relative_residual:.1e}. Give its "
-            f"solver more steps or a smaller rtol, or a preconditioner"
+            f"solver more steps or a smaller rtol, or a preconditioner{better}"
         )
-    if e.settled and min(e.from_inner, e.from_adjoint) < 0.1 * max(e.from_inner, e.from_adjoint):
-        names = ("inner problem", "adjoint system")
-        ahead, behind = names if e.from_inner < e.from_adjoint else names[::-1]
-        yield f"inner and adjoint steps are out of balance: {_balance(e, ahead, behind, rate)}"
+    pair = sorted([(e.from_inner, "inner problem"), (e.from_adjoint, "adjoint system")])
+    if e.settled and pair[0][0] < 0.1 * pair[1][0] and most == pair[1][0]:
+        yield (
+            f"inner and adjoint steps are out of balance: the {pair[0][1]} is solved further than the {pair[1][1]} "
+            f"deserves, so spend its steps there"
+        )
 
 
-def _pace(error: float, rate: Rate | None, inner_steps: int | None) -> str:
+def _pace(error: float, s: Structure | None, fixed_point: bool) -> str:
     """What the contraction factor says of the inner solver."""
-    if rate is None:
+    if s is None or not (fixed_point or s.definiteness == "positive definite"):
         return ""
-    q, whose = rate
+    q = s.radius if fixed_point else rate_of(s.condition)
+    whose = "its contraction factor" if fixed_point else "the contraction factor of gradient descent, at its best step,"
     if q >= 1:
         return f"{whose} is {q:.6g}, no less than 1, so its steps need not converge; "
-    taken = "" if inner_steps is None else f", {inner_steps} steps reduce the error {_reduction(q**inner_steps)}"
     more = steps_needed(q, GOOD, max(error, GOOD)) if math.isfinite(error) else None
-    enough = "" if more is None else f", about {more} more would bring that of the hypergradient to {GOOD:.1%}"
-    return f"{whose} is {q:.6g}{taken}{enough}; "
-
-
-def _away(e: Estimate) -> str:
-    return f"{e.distance:.1%} of their norm away from" if math.isfinite(e.distance) else "not 0, which seems to be"
+    enough = "" if more is None else f", about {more} more steps would bring the hypergradient's error to {GOOD:.1%}"
+    return f"{whose} is {q:.6g}{enough}; "
 
 
 def _size(e: Estimate) -> str:
     finite = math.isfinite(e.relative_error)
-    return f"{e.relative_error:.1%}" if finite else f"{e.error:.2g} where the true hypergradient is 0"
-
-
-def _reduction(left: float) -> str:
-    """What is left of an error, in words that say something near 0 and near 1."""
-    return f"by {100 * (1 - left):.2g}%" if left > 0.01 else f"to {left:.1e} of itself"
-
-
-def _balance(e: Estimate, ahead: str, behind: str, rate: Rate | None) -> str:
-    text = f"the {ahead} is solved further than the {behind} deserves, so spend its steps there"
-    share = min(e.from_inner, e.from_adjoint) / max(e.from_inner, e.from_adjoint)
-    if rate is None or behind != "inner problem" or not 0 < rate[0] < 1 or share < 1e-12:
-        return text
-    steps = math.ceil(math.log(share) / math.log(rate[0]))
-    return f"{text} (at a contraction factor of {rate[0]:.6g} a step, {steps} of them make up for it)"
+    return f"{e.relative_error:.2%}" if finite else f"{e.error:.2g} where the true hypergradient is 0"

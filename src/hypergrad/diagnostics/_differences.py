@@ -1,4 +1,4 @@
-"""A hypergradient against finite differences of the whole map λ ↦ E(w*(λ), λ): slow, and independent."""
+"""A hypergradient against finite differences of λ ↦ E(w*(λ), λ), the inner problem solved anew: slow, independent."""
 
 from __future__ import annotations
 
@@ -10,31 +10,23 @@ import torch
 
 from .._tree import PyTree
 from .._vector import Vector
-from ..implicit._problem import Problem
+from ..implicit import Problem
 from ._error import ratio
+from ._structure import seeded
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Finite differences of the whole map λ ↦ E(w*(λ), λ) along random directions of length 1.
-
-    Attributes:
-        derivatives: by central differences at t and t/2, extrapolated (Richardson).
-        errors: their own errors, as estimated from the two steps.
-        given: ⟨h, u⟩ of the hypergradient along the same directions.
-        step: t.
-    """
+    """Derivatives along random directions u by `finite_differences`, with their own estimated errors, and ⟨h, u⟩."""
 
     derivatives: tuple[float, ...]
     errors: tuple[float, ...]
     given: tuple[float, ...]
-    step: float
 
     @property
     def relative_error(self) -> float:
         """‖derivatives − given‖ / ‖derivatives‖."""
-        difference = math.hypot(*(d - g for d, g in zip(self.derivatives, self.given, strict=True)))
-        return ratio(difference, math.hypot(*self.derivatives))
+        return ratio(self._difference, math.hypot(*self.derivatives))
 
     @property
     def uncertainty(self) -> float:
@@ -42,14 +34,13 @@ class Differences:
         return ratio(math.hypot(*self.errors), math.hypot(*self.derivatives))
 
     @property
-    def flat(self) -> bool:
-        """Whether all derivatives are 0, beside a hypergradient that is not."""
-        return not any(self.derivatives) and any(self.given)
-
-    @property
     def agrees(self) -> bool:
         """Whether the difference is no larger than the differences' own error."""
-        return self.relative_error <= self.uncertainty
+        return self._difference <= math.hypot(*self.errors)
+
+    @property
+    def _difference(self) -> float:
+        return math.hypot(*(d - g for d, g in zip(self.derivatives, self.given, strict=True)))
 
 
 def finite_differences(
@@ -59,7 +50,7 @@ def finite_differences(
     *,
     directions: int = 3,
     step: float | None = None,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
 ) -> Differences:
     """The hypergradient against D(t) = (f(λ + tu) − f(λ − tu)) / 2t, each f(λ) with the inner problem solved anew.
 
@@ -74,22 +65,22 @@ def finite_differences(
         solve: hparams ↦ params, any code, run without autograd of this function: the inner problem solved from scratch.
         directions: the number of random u.
         step: t (default: eps^(1/5) · max(‖λ‖, 1)); hparams that must stay positive need a smaller one.
-        seed: of the directions.
+        generator: of the directions, on the CPU (default: one with a seed of its own).
 
     Cost: four solves and evaluations of outer_loss for each direction.
     """
-    variables = problem.variables
-    outer = variables.outer_space
-    here = outer.pack([x.detach() for x in variables.differentiated])
-    given = variables.differentiated_of(grads, "the hypergradient")
+    problem = problem.again()
+    outer = problem.outer_space
+    here = outer.pack([x.detach() for x in problem.differentiated])
+    given = problem.vector_of(grads, "the hypergradient")
     t = outer.eps**0.2 * max(float(here.norm()), 1.0) if step is None else step
     if not t > 0 or directions < 1:
         raise ValueError(f"step must be positive and directions ≥ 1, got {step!r} and {directions!r}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(generator)
 
     def value(hparams: Vector) -> float:
-        tree = variables.hparams_with(hparams.copy().leaves)
-        params = variables.space.vector(solve(tree), "the value of solve").tree
+        tree = problem.hparams_with(hparams.copy().leaves)
+        params = problem.with_params(problem.space.vector(solve(tree), "the value of solve"))
         with torch.no_grad():
             return float(problem.outer_loss(params, tree))
 
@@ -102,4 +93,4 @@ def finite_differences(
         derivatives.append(narrow + (narrow - wide) / 3)
         errors.append(abs(narrow - wide) / 3 + 10 * outer.eps * max(abs(x) for pair in values for x in pair) / t)
         along.append(float(given.dot(u)))
-    return Differences(tuple(derivatives), tuple(errors), tuple(along), t)
+    return Differences(tuple(derivatives), tuple(errors), tuple(along))

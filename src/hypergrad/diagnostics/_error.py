@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from .._solution import Status
 from .._tree import PyTree
 from .._vector import Vector
-from ..implicit._correction import Correction, correct, newton_step
-from ..implicit._problem import Point, Problem
-from ..solvers import GMRES, MINRES, Dense, Solver, solve
+from ..implicit import Correction, Problem, correct, newton_step
+from ..solvers import GMRES, MINRES, Dense, LinearSolver, Nystrom, OneStep, Solver, solve
+from ._budget import Budget
 
 DENSE = 200  # unknowns of a system up to which it is solved by factors
 LINEAR = 0.003  # estimated relative error up to which the first-order estimate is taken as it is
 SETTLED = 0.01  # what the last Newton step may change of the estimate, and of the corrected hypergradient
 NEGLIGIBLE = 1e-3  # what it may change of the estimate in any case
+NEWTON_STEPS = 20
 
 
 @dataclass(frozen=True)
 class Estimate:
     """An estimate of the error of a hypergradient h at (w, v), against the exact ∇f(λ) at the inner solution w*.
 
+    The first-order correction dh (see `implicit.polish`) at the given w and v is a first estimate. Where the effect of
+    the inner residual in it exceeds 0.3 % of the hypergradient, or δ a tenth of w, it is no longer small, so w takes a
+    Newton step, halved until ‖F‖ falls, v is solved for again, and the correction there is added; until one adds less
+    than 1 % to the whole, and to the hypergradient. The estimate is the difference between h and the hypergradient
+    where that ends.
+
     Attributes:
         inner_residual: ‖F‖ = ‖∇₁g‖ or ‖w − Φ(w)‖.
-        inner_relative_residual: ‖F‖ / ‖A w‖.
         distance: estimate of ‖w − w*‖ / ‖w*‖.
-        adjoint_residual: ‖r_v‖ = ‖∇₁E − Aᵀv‖, computed anew.
+        damping: γ where v solves a damped system, (Aᵀ + γI)v = ∇₁E, as its residuals show; else 0.
+        adjoint_residual: ‖r_v‖ = ‖∇₁E − (Aᵀ + γI)v‖, computed anew.
         adjoint_relative_residual: ‖r_v‖ / ‖∇₁E‖.
         adjoint_norm: ‖v‖.
         hypergradient_norm: ‖h‖ as given.
         mismatch: ‖h − (∇₂E − ∂₂Fᵀv)‖: rounding, if h was computed from this v; else its distance from what v gives.
         error: estimate of ‖h − ∇f(λ)‖.
         relative_error: the same relative to the corrected hypergradient.
-        from_inner, from_adjoint: the first-order effects of the residual F (with v following w) and of r_v, as norms.
-        uncertainty: how far `error` may be off, relative: the share of the last Newton step; the estimated relative
-            error itself where the first-order estimate was enough.
+        from_inner, from_adjoint, from_damping: the first-order effects of the residual F (with v following w), of r_v,
+            and of γ, as norms.
+        uncertainty: how far `error` may be off, relative: the share of the last Newton step; `from_inner` relative to
+            the hypergradient where the first-order estimate was enough.
         settled: whether that is small. If not, the estimate is not to be trusted.
         newton_steps: Newton steps of the inner problem that the estimate took.
         status: the worst status of the linear systems behind the estimate.
@@ -44,12 +53,11 @@ class Estimate:
         corrected_norm: norm of the corrected hypergradient.
         corrected: the corrected hypergradient, in hparams' structure.
         params: the estimate of w*: w after the Newton steps, and one more.
-        products: with A and Aᵀ, beside the two reverse passes of each correction.
     """
 
     inner_residual: float
-    inner_relative_residual: float
     distance: float
+    damping: float
     adjoint_residual: float
     adjoint_relative_residual: float
     adjoint_norm: float
@@ -59,6 +67,7 @@ class Estimate:
     relative_error: float
     from_inner: float
     from_adjoint: float
+    from_damping: float
     uncertainty: float
     settled: bool
     newton_steps: int
@@ -68,125 +77,173 @@ class Estimate:
     corrected_norm: float
     corrected: PyTree
     params: PyTree
-    products: int
-
-
-def default_solver(point: Point) -> Solver:
-    """Factors for small systems; else MINRES where A is symmetric, which need not be definite, and GMRES."""
-    space = point.b.space
-    if space.length <= DENSE and all(space.plain):
-        return Dense(on_failure="ignore")
-    return MINRES(on_failure="ignore") if point.problem.symmetric else GMRES(on_failure="ignore")
 
 
 def estimate(
-    problem: Problem, grads: PyTree, adjoint: PyTree | None, solver: Solver | None = None, newton_steps: int = 20
+    problem: Problem,
+    grads: PyTree,
+    adjoint: PyTree | None,
+    solver: Solver | None,
+    budget: Budget,
+    *,
+    solved: float = math.inf,
+    follow: bool = True,
 ) -> Estimate:
-    """The error of grads, as a hypergradient of the problem.
-
-    The first-order correction dh (see `implicit.grad`, polish) at the given params and adjoint is a first estimate.
-    Where it exceeds 0.3 % of the hypergradient, or δ a tenth of w, it is no longer small, so w takes a Newton step,
-    halved until ‖F‖ falls, v is solved for again, and the correction there is added; until one adds less than 1 % to
-    the whole, and to the hypergradient. The estimate is the difference between grads and the hypergradient where that
-    ends.
+    """The error of grads, as a hypergradient of the problem, which is deterministic.
 
     Args:
-        problem: deterministic, its losses callables.
-        grads: what is to be judged, in hparams' structure.
         adjoint: v; None solves for it first, and then grads may come from anywhere.
         solver: of the linear systems (default: Dense up to 200 unknowns, else MINRES where A is symmetric, or GMRES).
-        newton_steps: at most; 0 for the first-order estimate alone.
+        solved: the residual of the adjoint system when v was computed, with its damping.
+        follow: whether Newton steps are taken; if not, the estimate is of first order.
 
     Cost: the graphs of both losses and three systems; each Newton step the same again.
     """
-    point = Point(problem, problem.variables)
-    solver = default_solver(point) if solver is None else solver
-    space = point.variables.space
-    given = point.variables.differentiated_of(grads, "the hypergradient")
-    w = space.pack([x.detach() for x in point.variables.given])
-    v = _adjoint(point, solver, None) if adjoint is None else space.vector(adjoint, "the adjoint")
-
-    residual, b, outer_value = norm(point.residual), norm(point.b), float(point.outer.detach())
-    stretch = norm(point.op.T(w))
-    first = correct(point, v, solver)
-    from_adjoint = _adjoint_part(point, first.adjoint_residual, solver)
-    end = _followed(point, first, given, solver, newton_steps)
-    last, moved = end.last, end.moved
-
-    r_v, error, size = norm(first.adjoint_residual), norm(last.corrected - given), norm(last.corrected)
+    systems = _Systems(problem, solver, budget)
+    first_problem, space = systems.problem, systems.problem.space
+    given, w = first_problem.vector_of(grads, "the hypergradient"), first_problem.point
+    v = systems.adjoint() if adjoint is None else space.vector(adjoint, "the adjoint")
+    b, outer_value = norm(first_problem.b), float(first_problem.outer_value.detach())
+    first = systems.correct(v)
+    damping = _damping(first.adjoint_residual, v, solved)
+    r_v = first.adjoint_residual - v * damping
+    from_adjoint = systems.effect(r_v)
+    from_damping = systems.effect(v * damping) if damping else from_adjoint * 0.0
+    from_inner = first.change - from_adjoint - from_damping
+    end = _followed(systems, first, from_inner, given, NEWTON_STEPS if follow else 0)
+    moved = systems.problem.point + end.last.step
+    if budget.tight and end.status is Status.MAX_STEPS:
+        budget.left_out.append("solving the systems behind the estimate to their tolerance")
+    error, size = norm(end.last.corrected - given), norm(end.last.corrected)
     return Estimate(
-        inner_residual=residual,
-        inner_relative_residual=ratio(residual, stretch),
+        inner_residual=norm(first_problem.residual),
         distance=ratio(norm(moved - w), norm(moved)),
-        adjoint_residual=r_v,
-        adjoint_relative_residual=ratio(r_v, b),
+        damping=damping,
+        adjoint_residual=norm(r_v),
+        adjoint_relative_residual=ratio(norm(r_v), b),
         adjoint_norm=norm(v),
         hypergradient_norm=norm(given),
         mismatch=norm(first.hypergradient - given),
         error=error,
         relative_error=ratio(error, size),
-        from_inner=norm(first.change - from_adjoint),
+        from_inner=norm(from_inner),
         from_adjoint=norm(from_adjoint),
+        from_damping=norm(from_damping),
         uncertainty=end.uncertainty,
         settled=end.settled,
         newton_steps=end.steps,
         status=end.status,
         outer_value=outer_value,
-        corrected_value=float(last.value),
+        corrected_value=float(end.last.value),
         corrected_norm=size,
-        corrected=point.variables.outer_grads(last.corrected.leaves),
-        params=moved.tree,
-        products=end.products,
+        corrected=first_problem.tree_of(end.last.corrected.leaves),
+        params=first_problem.with_params(moved),
     )
 
 
-@dataclass(frozen=True)
-class _End:
-    """Where Newton's method ended: its last correction, the estimate of w*, and how far to trust it."""
+class _Systems:
+    """The linear systems at a point that Newton's method moves, solved within the budget."""
+
+    def __init__(self, problem: Problem, solver: Solver | None, budget: Budget):
+        self.budget, self.chosen = budget, solver
+        self._take(problem.again())
+
+    def _take(self, problem: Problem) -> None:
+        problem.evaluate(keep=True)
+        self.op = self.budget.counted(problem.operator())
+        self.problem, self.before = problem, self.budget.done
+
+    def solver(self, systems: int) -> Solver:
+        """The solver for one of so many systems to come."""
+        space, chosen = self.problem.space, self.chosen
+        if chosen is None:
+            few = 0 < space.length <= min(DENSE, self.budget.left / systems) and all(space.plain)
+            krylov = MINRES if self.problem.symmetric else GMRES
+            chosen = Dense(on_failure="ignore") if few else krylov(on_failure="ignore")
+        return self.budget.limited(chosen, systems, space.rtol)
+
+    def adjoint(self, start: Vector | None = None) -> Vector:
+        return solve(self.solver(4), self.op, self.problem.b.copy(), start).value
+
+    def correct(self, v: Vector) -> Correction:
+        return correct(self.problem, v, self.solver(3), self.op)
+
+    def effect(self, r: Vector) -> Vector:
+        """−∂₂Fᵀ A⁻ᵀ r: what r in the right hand side of the adjoint system changes of the hypergradient."""
+        solve(self.solver(2), self.op, r.copy(), None, self.problem.last_product)
+        return self.problem.cross_vector().copy()
+
+    def newton_step(self, step: Vector) -> bool:
+        """Go on to w + tδ; False where ‖F‖ falls at no t, or where that cannot be paid for."""
+        if self.budget.left < max(self.budget.done - self.before, 3):
+            self.budget.left_out.append("Newton steps of the inner problem")
+            return False
+        new = newton_step(self.problem, step)
+        if new is not None:
+            self._take(new)
+        return new is not None
+
+
+class _End(NamedTuple):
+    """Where Newton's method ended: its last correction, and how far to trust it."""
 
     last: Correction
-    moved: Vector
     steps: int
+    status: Status
     settled: bool
     uncertainty: float
-    status: Status
-    products: int
 
 
-def _followed(point: Point, last: Correction, given: Vector, solver: Solver, newton_steps: int) -> _End:
+def _followed(systems: _Systems, last: Correction, from_inner: Vector, given: Vector, most: int) -> _End:
     """Newton steps from a point and its correction until one changes the estimate no more."""
-    ops, steps, status = [point.op], 0, last.status
-    settled, uncertainty = _settled(last, given, steps)
-    while not settled and steps < newton_steps:
-        new = newton_step(point, last.step)
-        if new is None:
-            break
-        point, steps = new, steps + 1
-        ops.append(point.op)
-        last = correct(point, _adjoint(point, solver, last.adjoint + last.adjoint_step), solver)
-        status = max(status, last.status, key=lambda s: s.value)
-        settled, uncertainty = _settled(last, given, steps)
-    moved = point.b.space.pack([x.detach() for x in point.variables.given]) + last.step
-    return _End(last, moved, steps, settled, uncertainty, status, sum(op.products for op in ops))
+    # h is linear in v, so that only what w changes has an error of second order.
+    uncertainty = ratio(norm(from_inner), norm(last.corrected))
+    end = _End(last, 0, last.status, uncertainty <= LINEAR and bool(last.holds), uncertainty)
+    while not end.settled and end.steps < most and systems.newton_step(end.last.step):
+        last = systems.correct(systems.adjoint(end.last.adjoint + end.last.adjoint_step))
+        status = max(end.status, last.status, key=lambda s: s.value)
+        end = _End(last, end.steps + 1, status, *_settled(last, given))
+    return end
 
 
-def _adjoint(point: Point, solver: Solver, start: Vector | None) -> Vector:
-    return solve(solver, point.op, point.b.copy(), start).value
+def _damping(r_v: Vector, v: Vector, solved: float) -> float:
+    """γ where r_v = γv + r with ‖r‖ no larger than the residual that the system had when it was solved, else 0."""
+    size = norm(v)
+    gamma = float(r_v.dot(v).sum()) / size**2 if size else 0.0
+    rounding = 10 * r_v.space.eps * norm(r_v)
+    damped = gamma > 0 and solved <= norm(r_v) / 2 and norm(r_v - v * gamma) <= 1.01 * solved + rounding
+    return gamma if damped else 0.0
 
 
-def _adjoint_part(point: Point, r_v: Vector, solver: Solver) -> Vector:
-    """−∂₂Fᵀ A⁻ᵀ r_v: what solving the adjoint system further would change."""
-    last = point.last_product(retain_graph=True)
-    solve(solver, point.op, r_v.copy(), None, last)
-    return point.variables.outer_space.pack(last.cross)
+def damped(problem: Problem, damping: float) -> Problem:
+    """The problem with A + γI in A's place, w and F being the same: γ/2 ‖w − w₀‖² is added, w₀ being its params."""
+    kind, given, space = problem.kind, problem.inner, problem.again().space
+    start = problem.again().point.leaves
+
+    def with_damping(params: Any, hparams: Any) -> Any:
+        value, moved = given(params, hparams), space.check(params, "params")
+        away = [damping * (x - x0) for x, x0 in zip(moved, start, strict=True)]
+        if kind == "inner_loss":
+            return value + sum((d * d).sum() for d in away) / (2 * damping)
+        sign = -1 if kind == "fp_map" else 1
+        leaves = space.check(value, f"the value of {kind}")
+        return space.unflatten([y + sign * d for y, d in zip(leaves, away, strict=True)])
+
+    return problem.again(inner=with_damping)
 
 
-def _settled(last: Correction, given: Vector, steps: int) -> tuple[bool, float]:
-    """Whether the estimate is good, and its relative uncertainty."""
+def without_damping(solver: Solver | None) -> tuple[Solver | None, float]:
+    """The solver for the system that it sees with its damping in it, and that damping."""
+    if isinstance(solver, (Nystrom, OneStep)):
+        raise TypeError(f"check's solver must solve its systems, and {type(solver).__name__} approximates")
+    if not isinstance(solver, LinearSolver) or not solver.damping:
+        return solver, 0.0
+    return replace(solver, damping=0.0), solver.damping
+
+
+def _settled(last: Correction, given: Vector) -> tuple[bool, float]:
+    """Whether the estimate is good after a Newton step, and its relative uncertainty."""
     change, size = norm(last.change), norm(last.corrected)
-    if not steps:
-        uncertainty = ratio(change, size)
-        return uncertainty <= LINEAR and bool(last.holds), uncertainty
     # The corrected hypergradient is to be right too, where it is much smaller than the error: but it may be zero.
     uncertainty = ratio(change, norm(last.corrected - given))
     return uncertainty <= SETTLED and (change <= SETTLED * size or uncertainty <= NEGLIGIBLE), uncertainty

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ._differences import Differences
 from ._report import Report
 from ._structure import Structure
 
@@ -31,10 +30,13 @@ def _figure(size: tuple[float, float]) -> Figure:
     return Figure(figsize=size, layout="constrained")
 
 
-def _tidy(axes: Axes) -> None:
+def _finish(axes: Axes, heading: str = "", **legend: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
+    axes.set_title(heading, fontsize=10)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, **legend)
 
 
 def plot_convergence(curves: Mapping[str, Any], *, tolerance: float | None = None, xlabel: str = "step") -> Figure:
@@ -65,29 +67,22 @@ def _convergence(axes: Axes, curves: Mapping[str, Any], tolerance: float | None,
     colours = (BLUE, ORANGE, GREEN, RED, GREY)
     for i, (label, given) in enumerate(curves.items()):
         pairs = [(x, y) for x, y in _points(label, given) if 0 < y < math.inf]
-        if not pairs:
-            continue
         xs, ys = ([pair[k] for pair in pairs] for k in (0, 1))
         every = max(1, len(xs) // MARKERS)
         axes.semilogy(xs, ys, color=colours[i % 5], marker="os^Dv"[i % 5], markevery=every, ms=4, lw=1.6, label=label)
     if tolerance:
         axes.axhline(tolerance, color=GREY, lw=1, ls="--", label=f"tolerance {tolerance:.0e}")
     axes.set_xlabel(xlabel)
-    axes.legend(frameon=False, fontsize=8)
-    _tidy(axes)
+    _finish(axes)
 
 
 def _points(label: str, given: Any) -> Iterable[tuple[float, float]]:
-    steps, values = given if isinstance(given, tuple) and len(given) == 2 and not _number(given[0]) else (None, given)
-    values = _numbers(values)
-    steps = range(len(values)) if steps is None else _numbers(steps)
+    pair = isinstance(given, tuple) and len(given) == 2 and hasattr(given[0], "__len__")
+    values = _numbers(given[1] if pair else given)
+    steps = _numbers(given[0]) if pair else range(len(values))
     if len(steps) != len(values):
         raise ValueError(f"{label}: {len(steps)} steps, but {len(values)} values")
     return zip(steps, values, strict=True)
-
-
-def _number(x: Any) -> bool:
-    return isinstance(x, (int, float)) or (isinstance(x, Tensor) and not x.ndim)
 
 
 def _numbers(values: Any) -> list[float]:
@@ -100,8 +95,7 @@ def _numbers(values: Any) -> list[float]:
 def plot_spectrum(structure: Structure) -> Figure:
     """The Ritz values of A with their errors: in rising order where A is symmetric, else those of I − A in the plane.
 
-    In the plane the solid circle is the unit circle, inside which a map contracts in the long run, and the dashed ones
-    have the radii ρ(I − A) and ‖I − A‖.
+    In the plane the circle is the unit circle, inside which a map contracts in the long run.
 
     Args:
         structure: from `structure` or `operator_structure`.
@@ -109,102 +103,42 @@ def plot_spectrum(structure: Structure) -> Figure:
     Returns: a matplotlib Figure.
     Raises: ImportError without matplotlib.
     """
-    figure = _figure((5.6, 4.2) if structure.symmetric else (5.2, 5.2))
+    figure = _figure((5.4, 4.6))
     _spectrum(figure.add_subplot(), structure)
     return figure
 
 
 def _spectrum(axes: Axes, s: Structure) -> None:
-    if s.symmetric:
-        _eigenvalues_in_order(axes, s)
-    else:
-        _eigenvalues_in_the_plane(axes, s)
     seen = f"all {s.n} eigenvalues" if s.exact else f"{s.steps} Ritz values, n = {s.n}"
-    axes.set_title(f"{'A' if s.symmetric else 'I − A'}: {seen}", fontsize=10)
-    _tidy(axes)
-
-
-def _eigenvalues_in_order(axes: Axes, s: Structure) -> None:
-    values = [float(x.real) for x in s.eigenvalues]
-    zero = s.tolerance
-    kinds = [("positive", BLUE, lambda x: x > zero), ("zero to rounding", ORANGE, lambda x: abs(x) <= zero)]
-    kinds += [("negative", RED, lambda x: x < -zero)]
-    for label, colour, belongs in kinds:
-        picked = [i for i, x in enumerate(values) if belongs(x)]
-        if picked:
-            errors = [s.eigenvalue_errors[i] for i in picked]
-            at = [i + 1 for i in picked], [values[i] for i in picked]
-            axes.errorbar(*at, yerr=errors, fmt="o", ms=4, color=colour, elinewidth=1, label=f"{label}: {len(picked)}")
-    if min(values) > zero:
-        axes.set_yscale("log", nonpositive="clip")
-    elif max(values) < -zero:
-        axes.set_yscale("symlog", linthresh=max(-max(values), 1e-300))
+    about = f"condition number {'' if s.exact else '≥ '}{s.condition:.3g}"
+    if s.symmetric:
+        values = [float(x.real) for x in s.eigenvalues]
+        signs = [(x > s.tolerance) - (x < -s.tolerance) for x in values]
+        counts = ((1, "positive"), (0, "zero to rounding"), (-1, "negative"))
+        label = ", ".join(f"{name}: {signs.count(sign)}" for sign, name in counts if sign in signs)
+        steps, style = list(range(1, len(values) + 1)), {"fmt": "o", "ms": 4, "elinewidth": 1, "color": BLUE}
+        axes.errorbar(steps, values, yerr=s.eigenvalue_errors, label=label, **style)
+        least = min((abs(x) for x in values if abs(x) > s.tolerance), default=1.0)
+        scale = {"value": "log", "nonpositive": "clip"} if min(signs) > 0 else {"value": "symlog", "linthresh": least}
+        axes.set_yscale(**scale)
+        axes.set_xlabel("in rising order")
     else:
-        least = min((abs(x) for x in values if abs(x) > zero), default=1.0)
-        axes.set_yscale("symlog", linthresh=least)
-        axes.axhline(0, color=GREY, lw=0.8)
-    axes.set_xlabel("in rising order")
-    axes.legend(frameon=False, title=f"condition number {'' if s.exact else '≥ '}{s.condition:.3g}", fontsize=8)
+        turn = [2 * math.pi * i / 200 for i in range(201)]
+        axes.plot([math.cos(t) for t in turn], [math.sin(t) for t in turn], color=BLUE, lw=1, label="unit circle")
+        values = [1 - x for x in s.eigenvalues]
+        label = f"ρ = {s.radius:.4g}, norm {'' if s.exact else '≥ '}{s.contraction[0]:.4g}"
+        axes.plot([x.real for x in values], [x.imag for x in values], "o", ms=4, color=ORANGE, label=label)
+        axes.set_aspect("equal")
+    _finish(axes, f"{'A' if s.symmetric else 'I − A'}: {seen}", title=about, title_fontsize=8)
 
 
-def _eigenvalues_in_the_plane(axes: Axes, s: Structure) -> None:
-    turn = [2 * math.pi * i / 200 for i in range(201)]
-    circles = [(1.0, BLUE, "-", "unit circle"), (s.radius, RED, "--", f"ρ = {s.radius:.4g}")]
-    norm = s.contraction[0]
-    if norm < 4 * max(1.0, s.radius):  # else it would hide the others
-        circles.append((norm, GREY, ":", f"norm {'' if s.exact else '≥ '}{norm:.4g}"))
-    for radius, colour, style, label in circles:
-        at = [radius * math.cos(t) for t in turn], [radius * math.sin(t) for t in turn]
-        axes.plot(*at, color=colour, ls=style, lw=1, label=label)
-    values = [1 - x for x in s.eigenvalues]
-    axes.plot([x.real for x in values], [x.imag for x in values], "o", ms=4, color=ORANGE)
-    axes.set_aspect("equal")
-    axes.set_xlabel("real part")
-    axes.set_ylabel("imaginary part")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def plot_differences(differences: Differences) -> Figure:
-    """The hypergradient along random directions against finite differences of the whole map, with their own errors.
-
-    Points on the line agree.
-
-    Args:
-        differences: `Report.differences`, or from `finite_differences`.
-
-    Returns: a matplotlib Figure.
-    Raises: ImportError without matplotlib.
-    """
-    figure = _figure((4.8, 4.6))
-    _differences(figure.add_subplot(), differences)
-    return figure
-
-
-def _differences(axes: Axes, d: Differences) -> None:
-    ends = min([*d.derivatives, *d.given]), max([*d.derivatives, *d.given])
-    room = 0.1 * (ends[1] - ends[0] or abs(ends[0]) or 1.0)
-    line = [ends[0] - room, ends[1] + room]
-    axes.plot(line, line, color=GREY, lw=1, ls="--", label="agreement")
-    label = f"relative difference {d.relative_error:.1e}"
-    axes.errorbar(
-        d.derivatives, d.given, xerr=d.errors, fmt="o", ms=5, color=BLUE, elinewidth=1, capsize=2, label=label
-    )
-    axes.set_xlabel("finite difference")
-    axes.set_ylabel("⟨hypergradient, direction⟩")
-    axes.set_title(f"{len(d.given)} random directions", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-    _tidy(axes)
-
-
-def _budget(axes: Axes, report: Report) -> None:
+def _norms(axes: Axes, report: Report) -> None:
     """Where the error comes from, beside the hypergradient itself."""
     e = report.estimate
     bars = [("by the adjoint residual", e.from_adjoint, GREEN), ("by the inner residual", e.from_inner, ORANGE)]
     bars += [("estimated error", e.error, RED), ("given hypergradient", e.hypergradient_norm, GREY)]
     bars += [("corrected hypergradient", e.corrected_norm, BLUE)]
-    if report.bound is not None:
-        bars.insert(2, ("guaranteed bound", report.bound, "#c9a0a0"))
-    sizes = [size if math.isfinite(size) and size > 0 else 0.0 for _, size, _ in bars]
+    sizes = [size if math.isfinite(size) else 0.0 for _, size, _ in bars]
     floor = 1e-17 * max([*sizes, 1e-300])
     for i, ((_, true, colour), size) in enumerate(zip(bars, sizes, strict=True)):
         axes.plot([floor / 3, max(size, floor)], [i, i], color=colour, lw=1.5, alpha=0.5)
@@ -213,18 +147,15 @@ def _budget(axes: Axes, report: Report) -> None:
         axes.annotate(f"{true:.2g}", (max(size, floor), i), **at)
     axes.set_xscale("log")
     axes.locator_params(axis="x", numticks=4)
-    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
-    axes.set_ylim(-0.6, len(bars) - 0.4)
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
     axes.set_xlim(floor / 3, 300 * max([*sizes, floor]))
-    axes.set_title("norms", fontsize=10)
-    axes.tick_params(axis="y", labelsize=8)
-    _tidy(axes)
+    _finish(axes, "norms")
 
 
 def plot_report(
     report: Report, *, curves: Mapping[str, Any] | None = None, title: str = "Hypergradient report"
 ) -> Figure:
-    """One page: the table, where the error comes from, spectrum, differences, convergence, and the advice.
+    """One page: the table, where the error comes from, spectrum, convergence, and the advice.
 
     Panels for which the report has nothing are left out.
 
@@ -237,12 +168,9 @@ def plot_report(
     Raises: ImportError without matplotlib.
     """
     structure = report.structure
-    panels: list[Any] = [lambda axes: _budget(axes, report)]
+    panels: list[Any] = [lambda axes: _norms(axes, report)]
     if structure is not None:
         panels.append(lambda axes: _spectrum(axes, structure))
-    if report.differences is not None:
-        shown = report.differences
-        panels.append(lambda axes: _differences(axes, shown))
     if curves:
         panels.append(lambda axes: _convergence(axes, curves, None, "step"))
     table = str(report).removesuffix("\n".join(f"- {line}" for line in report.advice)).rstrip()

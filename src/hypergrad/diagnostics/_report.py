@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from optree import tree_leaves
 from torch import Tensor
 
 from .._tree import PyTree
 from ..implicit import Hypergradient, Problem
-from ..implicit._problem import InnerProblem
+from ..operators import GaussNewton
 from ..solvers import Solver
 from ..unroll import ForwardResult, ReverseResult, check_whole
-from ._advice import advice, contraction
-from ._bound import Constants, bound
+from ._advice import better_solver, findings_about_the_check, remedies, verdict
+from ._budget import Budget
 from ._choice import solver_choice, solver_rows
 from ._differences import Differences, finite_differences
-from ._error import Estimate, estimate
-from ._findings import Finding, findings_of
-from ._structure import Structure, structure_of
+from ._error import Estimate, damped, estimate, without_damping
+from ._findings import findings_of
+from ._maps import Finding
+from ._structure import Structure, require_real, structure_of
 
 UNROLLED = (ReverseResult, ForwardResult)
+STEPS = 50  # of the Krylov spaces of a structure
 
 
 @dataclass(frozen=True)
@@ -31,39 +32,46 @@ class Report:
     """What is known of the error of a hypergradient. print(report) shows it as a table that ends in advice.
 
     Attributes:
+        ok: whether the hypergradient can be used as it is.
+        verdict: why, in one sentence; everything below enters.
         estimate: of the error, with the residuals it comes from.
-        bound: guaranteed by the declared constants; None without them.
-        looseness: bound / estimated error.
         differences: finite differences of the whole map; None if not asked for.
-        structure: of A; None if not asked for.
+        structure: of A; None where max_products did not allow it.
         findings: what is recognised as wrong with the problem.
-        advice: what to do, in sentences.
+        advice: the verdict, the findings, and what to do, in sentences.
+        products: with A and Aᵀ, beside the two reverse passes of each correction.
+        left_out: what was not done because max_products were.
     """
 
+    ok: bool
+    verdict: str
     estimate: Estimate
-    bound: float | None
     differences: Differences | None
     structure: Structure | None
     findings: tuple[Finding, ...]
     advice: tuple[str, ...]
-
-    @property
-    def looseness(self) -> float | None:
-        return None if self.bound is None or not self.estimate.error else self.bound / self.estimate.error
+    products: int
+    left_out: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers, texts, lists and dicts (no tensors), for a file."""
+        """Everything as numbers, texts, lists and dicts (no tensors), for a file; complex numbers as pairs."""
         skipped = {"corrected", "params", "status"}
         numbers = {f.name: getattr(self.estimate, f.name) for f in fields(self.estimate) if f.name not in skipped}
+        structure = None
+        if self.structure is not None:
+            structure = asdict(self.structure) | {"definiteness": self.structure.definiteness}
+            pairs = [z if isinstance(z, float) else (z.real, z.imag) for z in self.structure.eigenvalues]
+            structure["eigenvalues"] = pairs
         return numbers | {
+            "ok": self.ok,
             "status": self.estimate.status.name,
-            "bound": self.bound,
-            "looseness": self.looseness,
             "differences": None if self.differences is None else asdict(self.differences),
-            "structure": None if self.structure is None else self.structure.to_dict(),
+            "structure": structure,
             "solvers": None if self.structure is None else [asdict(each) for each in solver_choice(self.structure)],
             "findings": [asdict(each) for each in self.findings],
             "advice": list(self.advice),
+            "products": self.products,
+            "left_out": list(self.left_out),
         }
 
     def __str__(self) -> str:
@@ -76,23 +84,22 @@ class Report:
 
 def _rows(report: Report) -> Iterator[tuple[str, str]]:
     e = report.estimate
-    yield "inner residual", f"{e.inner_residual:.3e}  (relative {e.inner_relative_residual:.1e})"
-    yield "distance from the inner solution", f"{e.distance:.2e} of its norm, estimated"
-    yield "adjoint residual", f"{e.adjoint_residual:.3e}  (relative {e.adjoint_relative_residual:.1e})"
+    yield "inner residual", f"{e.inner_residual:.3e}  (w is {e.distance:.1e} of its norm off, estimated)"
+    damping = f", with a damping of {e.damping:.2g}" if e.damping else ""
+    yield "adjoint residual", f"{e.adjoint_residual:.3e}  (relative {e.adjoint_relative_residual:.1e}{damping})"
     yield "adjoint norm", f"{e.adjoint_norm:.3e}"
     yield "hypergradient norm", f"{e.hypergradient_norm:.6g}  (corrected {e.corrected_norm:.6g})"
     doubt = f"± {e.uncertainty:.0%}" if e.settled else "not settled"
     yield "estimated error", f"{e.error:.3e}  (relative {e.relative_error:.1e}, {doubt})"
     yield "  by the inner residual", f"{e.from_inner:.3e}  (first order)"
     yield "  by the adjoint residual", f"{e.from_adjoint:.3e}  (first order)"
-    if report.bound is not None:
-        times = "" if report.looseness is None else f"  ({report.looseness:.2g} times the estimate)"
-        yield "guaranteed bound", f"{report.bound:.3e}{times}"
+    if e.damping:
+        yield "  by the damping", f"{e.from_damping:.3e}  (first order)"
     yield "outer value", f"{e.outer_value:.8g}  (corrected {e.corrected_value:.8g})"
     if report.differences is not None:
         d = report.differences
         yield "against finite differences", f"{d.relative_error:.1e}  (± {d.uncertainty:.1e})"
-    yield "products", f"{e.products}, {e.newton_steps} Newton steps"
+    yield "products", f"{report.products}, {e.newton_steps} Newton steps"
 
 
 def check(
@@ -104,16 +111,11 @@ def check(
     residual: Callable[[PyTree, PyTree], PyTree] | None = None,
     params: PyTree | None = None,
     hparams: PyTree | None = None,
-    adjoint: PyTree | None = None,
     symmetric: bool = False,
     solver: Solver | None = None,
-    newton_steps: int = 20,
-    constants: Constants | None = None,
     solve: Callable[[PyTree], PyTree] | None = None,
-    directions: int = 3,
-    step: float | None = None,
-    structure: bool = True,
-    inner_steps: int | None = None,
+    max_products: int = 3000,
+    progress: bool | None = None,
 ) -> Report:
     """How wrong a hypergradient is, and why. Changes nothing of the user's.
 
@@ -126,23 +128,22 @@ def check(
         result: a Hypergradient, a result of `unroll`, or the gradients themselves in hparams' structure (HyperTorch's
             lists).
         outer_loss, inner_loss, fp_map, residual, params, hparams, symmetric: as in `implicit.grad`; functions.
-        adjoint: v of a result that does not hold it; solved for if None.
         solver: of the linear systems behind the estimate (default: Dense up to 200 unknowns, else MINRES where A is
-            symmetric and GMRES where it is not).
-        newton_steps: that the estimate may take; 0 for the first-order estimate (see Estimate).
-        constants: Constants, declared, for the guaranteed bound. There is no bound without them.
+            symmetric and GMRES where it is not). With a damping γ, the hypergradient is judged as that of the inner
+            problem with γ/2 ‖w − w₀‖² added, w₀ being params, whose system is A + γI.
         solve: hparams ↦ params, solving the inner problem from scratch: asks for finite differences.
-        directions, step: see `finite_differences`.
-        structure: also find the structure of A, and what is wrong with the problem (`structure`, `findings`).
-        inner_steps: T, the steps that the inner solver took, for the advice.
+        max_products: with A and Aᵀ, about: what is left out for it is said. Finite differences are apart.
+        progress: True shows a bar (by tqdm), None after three seconds where there are a terminal and tqdm, False never.
 
     Returns:
         A Report.
 
     Raises:
         ValueError: params or hparams changed since, or the problem is stochastic.
-        TypeError: a part of the problem is missing, or the result is that of `implicit.jacobian`.
-    Cost: see `estimate`, `structure` and `findings`; with solve four solves for each direction.
+        TypeError: a part of the problem is missing or complex, or the result is that of `implicit.jacobian`.
+        ImportError: progress=True without tqdm.
+    Cost: see `structure`, `findings` and Estimate: three linear systems, and three more for each Newton step; with
+        solve four solves for each of three directions.
 
     Example:
         w minimises ½(w − λ)², so f(λ) = ½λ² and ∇f(λ) = λ, but w was taken 1 % off.
@@ -155,97 +156,124 @@ def check(
         ...     hparams=lam,
         ... )
         >>> report = check(result)
-        >>> round(report.estimate.relative_error, 6), report.estimate.corrected
-        (0.01, tensor(3.))
+        >>> print(report.verdict)
+        the hypergradient is off by about 1.00%
+        >>> report.estimate.corrected
+        tensor(3.)
     """
-    check_whole(newton_steps=(newton_steps, 0), inner_steps=(inner_steps, 0))
+    check_whole(max_products=(max_products, 1))
     for name, value in (("solver", solver), ("solve", solve)):
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be a function, got {value!r}")
-    if constants is not None and not isinstance(constants, Constants):
-        raise TypeError(f"constants must be a hg.diagnostics.Constants, got {constants!r}")
-    given = {"inner_loss": inner_loss, "fp_map": fp_map, "residual": residual}
-    problem = _problem(result, outer_loss, given, params, hparams, symmetric)
-    known = isinstance(result, Hypergradient)
+    given = {"outer_loss": outer_loss, "params": params, "hparams": hparams}
+    inner = {"inner_loss": inner_loss, "fp_map": fp_map, "residual": residual}
+    problem = _problem(result, given, inner, symmetric)
+    known = result if isinstance(result, Hypergradient) else None
     grads = result.grads if isinstance(result, (Hypergradient, *UNROLLED)) else result
-    if adjoint is None and known:
-        adjoint = result.adjoint
-    found = estimate(problem, grads, adjoint, solver, newton_steps)
-    guaranteed = None
-    if constants is not None:
-        guaranteed = bound(constants, found.inner_residual, found.adjoint_residual, found.adjoint_norm)
-        guaranteed += found.mismatch
-    differences = None
-    if solve is not None:
-        differences = finite_differences(problem, grads, solve, directions=directions, step=step)
-    system, there, wrong = None, None, ()
-    if structure and math.isfinite(found.error):
-        system = structure_of(problem)
-        wrong = findings_of(problem, found=system)
-        moved = found.settled and found.newton_steps
+    solver, damping = without_damping(solver)
+    if damping:
+        problem = damped(problem, damping)
+    budget = Budget(max_products, progress)
+    try:
+        return _report(problem, grads, known, solver, solve, damping, budget)
+    finally:
+        budget.close()
+
+
+def _report(
+    problem: Problem,
+    grads: PyTree,
+    known: Hypergradient | None,
+    solver: Any,
+    solve: Any,
+    damping: float,
+    budget: Budget,
+) -> Report:
+    solution = None if known is None else known.solution
+    solved = math.inf if solution is None else float(solution.residual_norm.square().sum().sqrt())
+    before = None if known is None else float(known.inner_residual.square().sum().sqrt())
+    system = there = _structure(problem, budget)
+    minimum = problem.kind != "inner_loss" or system is None or system.definiteness != "indefinite"
+    adjoint = None if known is None else known.adjoint
+    found = estimate(problem, grads, adjoint, solver, budget, solved=solved, follow=minimum)
+    differences = None if solve is None else finite_differences(problem, grads, solve)
+    better = better_solver(system, solution)
+    wrong = [*findings_about_the_check(found, differences, before, budget.left_out, better)]
+    if math.isfinite(found.error):
+        wrong = [*findings_of(problem, system), *wrong]
+    if found.settled and found.newton_steps:
         # How fast the inner solver is on its way depends on A where the way ends.
-        there = structure_of(replace(problem, params=found.params)) if moved else system
-    before = float(result.inner_residual.square().sum().sqrt()) if known else None
-    rate = contraction(problem, there, constants)
-    lines = advice(found, problem, differences, before, rate, inner_steps)
-    every = (*(str(each) for each in wrong), *lines)
-    return Report(found, guaranteed, differences, system, wrong, every)
+        there = _structure(problem.again(found.params), budget)
+    ok, sentence = verdict(found, wrong)
+    lines = [sentence, *map(str, wrong)]
+    if damping:
+        lines.append(f"all of this is of the problem with a damping of {damping:.3g}, as check's solver has it")
+    lines += remedies(found, there, problem.fixed_point, better)
+    left_out = tuple(dict.fromkeys(budget.left_out))
+    return Report(ok, sentence, found, differences, system, tuple(wrong), tuple(lines), budget.done, left_out)
 
 
-def _problem(
-    result: Any, outer_loss: Any, inner: dict[str, Any], params: PyTree, hparams: PyTree, symmetric: bool
-) -> Problem:
+def _structure(problem: Problem, budget: Budget) -> Structure | None:
+    """The structure of A from a third of what may still be spent, at most; None where that does not suffice."""
+    steps = min(STEPS, (budget.left // 3 - 6) // (1 if problem.kind == "inner_loss" else 2))
+    if steps < 1:
+        budget.left_out.append("the structure of A")
+        return None
+    try:
+        return structure_of(problem, steps, counted=budget.counted)
+    except ValueError:  # of products that are not finite the estimate tells
+        return None
+
+
+def _problem(result: Any, given: dict[str, Any], inner: dict[str, Any], symmetric: bool) -> Problem:
     """The problem that the result knows, with what was passed anew in its places."""
     known = result.problem if isinstance(result, Hypergradient) else None
-    if known is not None and tree_leaves(result.adjoint)[0].ndim > tree_leaves(known.params)[0].ndim:
-        raise TypeError(
-            f"check takes one hypergradient, and a result of implicit.jacobian holds {len(result.outer_value)}: pass "
-            f"row i of its grads in hparams' structure, row i of its adjoint as adjoint=, and outer_loss=, params=, "
-            f"hparams= and the inner problem as keywords"
-        )
-    if params is None and isinstance(result, UNROLLED):
-        params = result.params
     if known is not None:
-        changed = [name for name, new in (("params", params), ("hparams", hparams)) if new is None]
-        changed = [name for name in changed if name in known.changed]
-        if changed:
-            names = " and ".join(changed)
-            raise ValueError(
-                f"{names} changed since the hypergradient was computed (an optimizer's step?): check before that, or "
-                f"pass {'= and '.join(changed)}= as they were"
-            )
-    if any(value is not None for value in inner.values()):
-        form = InnerProblem.of(**inner)
-    else:
-        form = InnerProblem("inner_loss (or fp_map, or residual)", None) if known is None else known.inner
-    parts = {
-        "outer_loss": outer_loss or (known and known.outer_loss),
-        form.kind: form.given,
-        "params": known.params if params is None and known is not None else params,
-        "hparams": known.hparams if hparams is None and known is not None else hparams,
-    }
-    missing = [name for name, value in parts.items() if value is None]
+        _check_known(result, [name for name in ("params", "hparams") if given[name] is None])
+    before = {name: getattr(known or result, name, None) for name in given}
+    forms = {kind: value for kind, value in inner.items() if value is not None}
+    if not forms and known is not None:
+        forms = {known.kind: known.inner}
+    parts = {name: before[name] if value is None else value for name, value in given.items()}
+    form = forms or {"inner_loss (or fp_map, or residual)": None}
+    missing = [name for name, value in {"outer_loss": parts["outer_loss"], **form, **parts}.items() if value is None]
     if missing:
         why = "it was given evaluated, and its graph is gone" if known is not None else "the result does not know it"
         raise TypeError(
             f"check needs {', '.join(missing)} ({why}): pass it as a keyword, losses and maps as functions of (params, "
             f"hparams), which for a live module go through torch.func.functional_call"
         )
-    for name in ("outer_loss", form.kind):
-        if not callable(parts[name]):
-            raise TypeError(f"{name} must be a function of (params, hparams), got {type(parts[name]).__name__}")
-    if known is not None and known.stochastic:
+    for name, value in (("outer_loss", parts["outer_loss"]), *forms.items()):
+        if not callable(value):
+            raise TypeError(f"{name} must be a function of (params, hparams), got {type(value).__name__}")
+    require_real(params=parts["params"], hparams=parts["hparams"])
+    # The error is that against the Hessian, where a Gauss–Newton matrix stands in for it.
+    forms = {kind: value.__call__ if isinstance(value, GaussNewton) else value for kind, value in forms.items()}
+    tags: dict[str, Any] = {"symmetric": symmetric}
+    if known is not None:
+        tags["batch_dims"] = known.batch_dims
+    if known is not None and known.kind in forms:
+        tags |= {"symmetric": symmetric or known.symmetric, "positive_definite": known.positive_definite}
+    return Problem(parts.pop("outer_loss"), **parts, **forms, **tags)
+
+
+def _check_known(result: Hypergradient, used: list[str]) -> None:
+    """Raise where a result cannot be checked at what it knows."""
+    problem = result.problem
+    if result.outer_value.ndim:
+        raise TypeError(
+            f"check takes one hypergradient, and a result of implicit.jacobian holds {len(result.outer_value)}: pass "
+            f"row i of its grads in hparams' structure, and outer_loss=, params=, hparams= and the inner problem as "
+            f"keywords"
+        )
+    changed = [name for name in used if name in problem.changed]
+    if changed:
+        raise ValueError(
+            f"{' and '.join(changed)} changed since the hypergradient was computed (an optimizer's step?): check "
+            f"before that, or pass {'= and '.join(changed)}= as they were"
+        )
+    if problem.stochastic:
         raise ValueError(
             "the inner problem is drawn anew at every product, so it has no one residual: pass a hypergradient of one "
             "fixed draw"
         )
-    first = known or Problem(None, form, None, None)
-    return replace(
-        first,
-        outer_loss=parts["outer_loss"],
-        inner=form.exact,
-        compile=False,
-        params=parts["params"],
-        hparams=parts["hparams"],
-        symmetric=first.symmetric or symmetric or form.kind == "inner_loss",
-    )

@@ -1,6 +1,4 @@
-"""Krylov processes whose small matrices show what an operator is like: Arnoldi for eigenvalues, Golub–Kahan for
-singular values. Both go on with a new random vector where the Krylov space is exhausted, so that n steps see all of A.
-"""
+"""Processes whose small numbers show what an operator is like: Arnoldi's, and powers."""
 
 from __future__ import annotations
 
@@ -12,7 +10,6 @@ from torch import Tensor
 
 from .._basis import Basis
 from .._vector import Vector
-from ..operators import LinearOperator
 
 Product = Callable[[Vector], Vector]
 
@@ -22,7 +19,8 @@ FAILURE = 1e-6  # the probability, over the random start, with which an upper bo
 def arnoldi(product: Product, like: Vector, steps: int, generator: torch.Generator) -> Tensor:
     """H [m + 1, m] (or [B, m + 1, m]) of A V_m = V_{m+1} H for m = steps ≤ n; the last row is 0 for m = n.
 
-    Gram–Schmidt twice, against all vectors.
+    Gram–Schmidt twice, against all vectors. Where the Krylov space is exhausted it goes on with a new random vector, so
+    that n steps see all of A.
 
     Cost: m products; m + 1 vectors.
     """
@@ -36,32 +34,6 @@ def arnoldi(product: Product, like: Vector, steps: int, generator: torch.Generat
         if j + 1 < like.space.length:
             basis[j + 1] = next_vector(w, norm, basis, j + 1, generator)
     return h
-
-
-def golub_kahan(op: LinearOperator, like: Vector, steps: int, generator: torch.Generator, contract: bool) -> Tensor:
-    """R [m, m] (or [B, m, m]) of A V_m = U_m R, V_m a basis of the Krylov space of AᵀA. contract: I − A in A's place.
-
-    The singular values of R lie between the least and the largest of A.
-
-    Cost: 2m − 1 products, m of them with A; 2m vectors.
-    """
-    forward, backward = (op.contract, op.T.contract) if contract else (op, op.T)
-    left, right = Basis(like, steps), Basis(like, steps)
-    first = like.random(generator)
-    right[0] = first / first.norm()
-    r = like.space.scalar(0.0)[..., None, None].repeat(*[1] * like.space.batch_dims, steps, steps)
-    for j in range(steps):
-        u = forward(right[j])
-        if j:
-            u, r[..., :j, j], norm = orthogonalised(u, left, j)
-        else:
-            norm = u.norm()
-        r[..., j, j] = norm
-        left[j] = next_vector(u, norm, left, j, generator)
-        if j + 1 < steps:
-            v, _, norm = orthogonalised(backward(left[j]), right, j + 1)
-            right[j + 1] = next_vector(v, norm, right, j + 1, generator)
-    return r
 
 
 def growth(product: Product, like: Vector, steps: int, generator: torch.Generator) -> Tensor:
@@ -88,11 +60,10 @@ def orthogonalised(w: Vector, basis: Basis, count: int) -> tuple[Vector, Tensor,
 
     A rest that is rounding has norm 0.
     """
-    size, components = w.norm(), torch.zeros(())
-    for again in (False, True):
+    size, components = w.norm(), torch.zeros_like(basis.coefficients(w, count))
+    for _ in range(2):
         part = basis.coefficients(w, count)
-        w = w - basis.combine(part)
-        components = components + part if again else part
+        w, components = w - basis.combine(part), components + part
     norm = w.norm()
     return w, components, torch.where(norm <= 100 * w.space.eps * size, 0.0, norm)
 
@@ -103,11 +74,8 @@ def next_vector(w: Vector, norm: Tensor, basis: Basis, count: int, generator: to
     if not bool(spent.any()):
         return w / norm
     other = w.random(generator)
-    if count:
-        for _ in range(3):
-            other = other - basis.combine(basis.coefficients(other, count))
-            other = other / other.norm()
-    else:
+    for _ in range(3):
+        other = other - basis.combine(basis.coefficients(other, count))
         other = other / other.norm()
     return other.where(spent, w / torch.where(spent, 1.0, norm))
 
@@ -115,10 +83,9 @@ def next_vector(w: Vector, norm: Tensor, basis: Basis, count: int, generator: to
 def unseen(n: int, steps: int) -> float:
     """ε such that the largest eigenvalue λ of a symmetric positive semi-definite matrix is at most θ / (1 − ε).
 
-    θ is the largest Ritz value after so many steps from a random start; the statement fails with probability FAILURE.
-    No less than 0, which all n steps reach; 1 where the steps say nothing.
+        P(λ − θ > ελ) ≤ 1.648 √n exp(−√ε (2m − 1)) = FAILURE
 
-        P(λ − θ > ελ) ≤ 1.648 √n exp(−√ε (2m − 1))
+    θ is the largest Ritz value after m steps from a random start.
 
     Source: Kuczyński and Woźniakowski 1992, Theorem 4.2.
     """

@@ -5,16 +5,16 @@
 with F = ∇₁g for an inner loss g, and F = w − Φ for a fixed point map Φ.
 """
 
-from .._implicit_function import Info, WarmStart
-from .._solution_maps import argmin, fixed_point, linear_solve, root, solver
 from ._correction import Correction as Correction
 from ._correction import correct as correct
 from ._correction import newton_step as newton_step
 from ._correction import polish, refine
+from ._function import Info, WarmStart
 from ._hypergradient import UNSOLVED as UNSOLVED
 from ._hypergradient import Hypergradient, backward, grad
 from ._hypergradient import accumulate as accumulate
 from ._jacobian import jacobian
+from ._maps import argmin, fixed_point, linear_solve, root, solver
 from ._problem import NO_HPARAMS as NO_HPARAMS
 from ._problem import Problem
 from ._problem import check_hparams as check_hparams

@@ -22,7 +22,7 @@ from .. import _autodiff
 from .._solution import InaccurateHypergradient, Solution, SolverError, Status, warn
 from .._tree import PyTree
 from .._vector import Vector, norm, ratio, read
-from ..operators import GaussNewton
+from ..operators import GaussNewton, LinearOperator
 from ..solvers import Auto, LinearSolver, Solver, on_failure_of, solve
 from ._hypergradient import Hypergradient, result_of, undisturbed
 from ._problem import Problem
@@ -79,7 +79,7 @@ class Correction:
         return max((solution.status for solution in self.solutions), key=lambda status: status.value)
 
 
-def correct(problem: Problem, v: Vector, solver: Solver) -> Correction:
+def correct(problem: Problem, v: Vector, solver: Solver, operator: LinearOperator | None = None) -> Correction:
     """The correction at (w, v) of a problem that was evaluated with keep. Its graphs stay.
 
     Cost: the solver's products for two systems, one with A and one with Aᵀ; a gradient of E and one product with
@@ -89,7 +89,7 @@ def correct(problem: Problem, v: Vector, solver: Solver) -> Correction:
     assert problem.linearisation is not None
     space, outer, n = problem.space, problem.outer_space, len(problem.leaves)
     inputs = [*problem.leaves, *problem.differentiated]
-    operator, f = problem.operator(), problem.residual
+    operator, f = operator or problem.operator(), problem.residual
 
     # L up to vᵀw: (E, −F) or, at a fixed point, (E, Φ) pulled back by (1, v).
     outputs = [problem.outer_value, *problem.linearisation.outputs]
@@ -102,16 +102,12 @@ def correct(problem: Problem, v: Vector, solver: Solver) -> Correction:
     delta = solve(solver, operator.T, -f, None)
     along = _autodiff.grad(gradient[:n], inputs, delta.value.leaves, retain_graph=True)
     dv = solve(solver, operator, r_v + space.pack(along[:n]), None, problem.last_product)
-    change = outer.pack(_filled_up(_autodiff.add_or_none(along[n:], problem.cross), problem))
+    change = outer.pack(along[n:]) + problem.cross_vector()
     value = problem.outer_value.detach() - v.dot(f).sum()
     there = problem.point + delta.value
     squares = [x.norm().square().sum() for x in (delta.value, there)]
     distance = space.tensor(ratio(*map(read, squares))).sqrt().nan_to_num(0.0)
     return Correction(h, change, value, r_v, v, delta.value, dv.value, distance, (delta, dv))
-
-
-def _filled_up(grads: list[Tensor | None], problem: Problem) -> list[Tensor]:
-    return _autodiff.or_zeros(grads, problem.differentiated)
 
 
 def _detached(tensors: list[Tensor]) -> list[Tensor]:

@@ -78,7 +78,9 @@ class Problem:
         self._places = trained or list(range(len(given)))
         self._chosen = [given[i] for i in self._places]
         self.space = Space.of(given, names, rebuild, self.batch_dims, self._places)
-        self.live = not (callable(self.outer_loss) and callable(self.inner))  # losses evaluated on the user's tensors
+        self.live = not (
+            callable(self.outer_loss or callable) and callable(self.inner)
+        )  # losses evaluated on the user's tensors
         if self.live and not trained:
             raise ValueError(f"{names[0]} does not require grad, so no evaluated loss has a derivative in it")
         self.leaves = self._chosen if self.live else [leaf.detach().requires_grad_() for leaf in self._chosen]
@@ -125,6 +127,7 @@ class Problem:
         return [x for x in hooked if id(x) in outer]
 
     expected_products: int | None = None  # with Aᵀ, where it is known how many will be taken
+    linearisation: Linearisation | None = None
 
     def evaluate(self, keep: bool = False, outer: Callable[[Problem, bool], Any] | None = None) -> None:
         """Evaluate the inner problem and the outer loss, once.
@@ -136,7 +139,8 @@ class Problem:
             differentiated hparams (None where E does not depend on one).
         """
         self.keep, self.residual_norm = keep, None
-        self.linearisation = None if self.stochastic else self.linearise()
+        if not self.stochastic and self.linearisation is None:
+            self.linearisation = self.linearise()
         if self.linearisation is not None:
             self.residual_norm = self.residual.norm()
             self.at_kink = self._at_kink()
@@ -223,6 +227,10 @@ class Problem:
         total = _autodiff.add_or_none(self.direct, self.cross)
         return [torch.zeros_like(x) if g is None else g for g, x in zip(total, self.differentiated, strict=True)]
 
+    def cross_vector(self) -> Vector:
+        """−∂₂Fᵀv of the last product, as a vector of the hypergradient's space."""
+        return self.outer_space.pack(_autodiff.or_zeros(self.cross, self.differentiated))
+
     def tree_of(self, grads: Sequence[Tensor], count: int | None = None) -> PyTree:
         """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad.
 
@@ -241,16 +249,24 @@ class Problem:
         """hparams with other tensors for the differentiated leaves, without a graph."""
         return self._rebuild_outer(filled(self._outer, self._outer_places, leaves))
 
-    def again(self, params: PyTree | None = None, inner: Any = None) -> Problem:
-        """The same problem, not evaluated yet, at other params or with another inner problem of the same kind."""
+    def again(self, params: PyTree | None = None, hparams: PyTree | None = None, inner: Any = None) -> Problem:
+        """The same problem, not evaluated yet, at another point or with another inner problem of the same kind."""
         options: dict[str, Any] = {self.kind: self.inner if inner is None else inner}
-        for name in ("hparams", "symmetric", "positive_definite", "batch_dims", "compile"):
+        for name in ("symmetric", "positive_definite", "batch_dims", "compile"):
             options[name] = getattr(self, name)
-        return Problem(self.outer_loss, params=self.params if params is None else params, **options)
+        options["params"] = self.params if params is None else params
+        return Problem(self.outer_loss, hparams=self.hparams if hparams is None else hparams, **options)
 
     def with_params(self, vector: Vector) -> PyTree:
-        """The tree of params whose differentiated leaves are those of a vector."""
-        return self._rebuild(filled([x.detach() for x in self._given], self._places, vector.leaves))
+        """The tree of params whose differentiated leaves are those of a vector; the others stay frozen."""
+        leaves = vector.leaves
+        if len(leaves) < len(self._given):
+            leaves = [x.detach().clone().requires_grad_() for x in leaves]
+        return self._rebuild(filled([x.detach() for x in self._given], self._places, leaves))
+
+    def vector_of(self, grads: PyTree, name: str) -> Vector:
+        """A tree in hparams' structure as a vector of those leaves that are differentiated."""
+        return self.outer_space.vector(grads, name)
 
     def without_graphs(self) -> Problem:
         """The same to be kept with a result: a description, in the user's memory; None for what was given evaluated."""

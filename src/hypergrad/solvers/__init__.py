@@ -17,6 +17,8 @@ from ._solver import solve as solve
 from ._stationary import FixedPoint, Neumann, OneStep
 from ._stochastic import Optimizer
 from ._symmetric import CG, MINRES
+from ._theory import rate_of as rate_of
+from ._theory import steps_needed as steps_needed
 
 __all__ = [
     # the choice made by what is known of the system

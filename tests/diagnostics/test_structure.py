@@ -1,20 +1,16 @@
 """The structure of a linear system against dense eigen- and singular value decompositions in NumPy."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-import hypergrad as hg
 from helpers import dense_system, nothing_changed, problem_at
 from hypergrad.diagnostics import operator_structure, solver_choice, structure
-from hypergrad.diagnostics._choice import rate_of, solver_rows, steps_needed
-from hypergrad.diagnostics._spectrum import unseen
 from hypergrad.operators import LinearOperator, function, matrix
 from problems import PROBLEMS
-from systems import EPS, GRID, System, orthogonal, with_singular_values, with_spectrum
+from systems import EPS, GRID, orthogonal, with_singular_values, with_spectrum
 from test_oracles import forms
 
 SINGLE = [name for name, s in GRID.items() if s.a.ndim == 2 and np.isfinite(s.a).all() and s.b.ndim]
@@ -24,7 +20,10 @@ BATCHED = [name for name, s in GRID.items() if s.a.ndim == 3 and np.isfinite(s.a
 def of(a: np.ndarray, steps: int = 50, seed: int = 0, **tags: bool):
     """The structure of a matrix."""
     return operator_structure(
-        matrix(torch.tensor(a), **tags), torch.zeros(a.shape[-1]).double(), steps=steps, seed=seed
+        matrix(torch.tensor(a), **tags),
+        torch.zeros(a.shape[-1]).double(),
+        steps=steps,
+        generator=torch.Generator().manual_seed(seed),
     )
 
 
@@ -113,9 +112,13 @@ def test_ranges_of_large_matrices(seed):
 
 
 def test_random_start_bound():
-    assert unseen(50, 50) == 0 and unseen(10_000, 3) == 1
-    expected = (math.log(1.648 * 100 / 1e-6) / 119) ** 2
-    assert unseen(10_000, 60) == pytest.approx(expected, rel=1e-12)
+    """ε = (ln(1.648 √n / δ) / (2m − 1))² of the spread lies outside of the Ritz values at most."""
+    values = torch.linspace(1, 2, 10_000, dtype=torch.float64)
+    found = operator_structure(function(lambda v: values * v, symmetric=True), values, steps=60)
+    epsilon = (math.log(1.648 * 100 / 1e-6) / 119) ** 2
+    low, high = found.eigenvalues[0], found.eigenvalues[-1]
+    assert low - found.lowest[0] == pytest.approx(epsilon / (1 - 2 * epsilon) * (high - low), rel=1e-9)
+    assert operator_structure(function(lambda v: values * v, symmetric=True), values, steps=3).lowest[0] == -math.inf
 
 
 def test_what_is_proven():
@@ -147,7 +150,7 @@ def test_contracting_in_the_long_run_alone(n):
     assert found.radius == pytest.approx(0.5, abs=0.05) and (n > 3 or found.radius_range[1] < 1)
     assert found.contraction[0] == pytest.approx(np.linalg.norm(j, 2), rel=1e-12) and found.contraction[0] > 1
     choice = {c.solver: c for c in solver_choice(found)}["FixedPoint"]
-    assert choice.valid and "ρ(J)" in choice.why and "‖J‖" in choice.why
+    assert choice.valid and choice.products == math.ceil(math.log(1e-6) / math.log(found.radius))
 
 
 def test_nilpotent_of_large_norm():
@@ -229,7 +232,7 @@ def test_without_a_transposed_product():
 
 
 def test_trees_and_cost():
-    """The same numbers of a tree of tensors; products as documented; a seed of its own decides."""
+    """The same numbers of a tree of tensors; products as documented; a generator of its own decides."""
     a = with_singular_values(np.linspace(1, 2, 12))
 
     def as_tree(m):
@@ -239,12 +242,12 @@ def test_trees_and_cost():
 
     op, like = function(as_tree(a), as_tree(a.T)), {"x": torch.zeros(2, 2).double(), "y": torch.zeros(8).double()}
     state = torch.get_rng_state()
-    found = operator_structure(op, like, probes=2)
+    found = operator_structure(op, like)
     assert torch.equal(state, torch.get_rng_state())
     check_against_dense(found, a)
-    assert found.products == op.products == 2 * 2 + 12 + 2 * (2 * 12 - 1) + 50
-    again = operator_structure(op, like, probes=2)
-    assert again == found and operator_structure(op, like, probes=2, seed=1) != found
+    assert found.products == op.products == 2 * 3 + 12 + 50
+    assert operator_structure(op, like) == found
+    assert operator_structure(op, like, generator=torch.Generator().manual_seed(1)) != found
     sym = matrix(torch.tensor(a + a.T), symmetric=True)
     assert operator_structure(sym, torch.zeros(12).double(), steps=5).products == 2 * 3 + 5
 
@@ -260,18 +263,16 @@ def test_float32():
 
 
 @pytest.mark.parametrize("name", ["spd 1e3", "nonsymmetric 1e3", "singular consistent", "zero"])
-def test_to_dict_and_print(name):
+def test_print(name):
     s = GRID[name]
     found = operator_structure(s.operator(), s.rhs(), steps=10)
-    numbers = json.loads(json.dumps(found.to_dict()))
-    assert numbers["n"] == 20 and numbers["steps"] == 10 and len(numbers["eigenvalues"]) == 10
-    assert numbers["definiteness"] == found.definiteness and numbers["exact"] is False
+    assert found.n == 20 and found.steps == 10 == len(found.eigenvalues) and not found.exact
     assert "condition number" in str(found) and "nan" not in str(found)
 
 
 def test_bad_input():
     op = matrix(torch.eye(3))
-    for options in ({"steps": 0}, {"steps": 2.5}, {"probes": 0}):
+    for options in ({"steps": 0}, {"steps": 2.5}):
         with pytest.raises(ValueError, match="must be an integer ≥ 1"):
             operator_structure(op, torch.zeros(3), **options)
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -281,103 +282,3 @@ def test_bad_input():
         structure(params=w.requires_grad_(), hparams=lam, inner_loss=(w * lam).sum())
     with pytest.raises(TypeError, match="exactly one of"):
         structure(params=w, hparams=lam)
-    for accuracy in (0.0, 1.0, 2.0):
-        with pytest.raises(ValueError, match="between 0 and 1"):
-            solver_choice(operator_structure(op, torch.zeros(3)), accuracy)
-
-
-# --- which solvers, and how many steps --------------------------------------------------------------------------------
-
-ABSTRACT = (hg.solvers.LinearSolver, hg.solvers.IterativeSolver)
-SOLVERS = [
-    name
-    for name, kind in vars(hg.solvers).items()
-    if isinstance(kind, type)
-    and issubclass(kind, ABSTRACT)
-    and kind not in (*ABSTRACT, hg.solvers.Auto, hg.solvers.Refined, hg.solvers.BlockCG)
-]
-BOUNDED = ("CG", "MINRES", "GMRES", "NormalCG", "LSQR", "FixedPoint", "Neumann", "OneStep", "Dense")
-REAL = {
-    "spd 10": GRID["spd 10"],
-    "spd 100": System("spd 100", with_spectrum(np.logspace(-2, 0, 20), 1), GRID["spd 10"].b),
-    "poisson": GRID["poisson 1d"],
-    "indefinite": GRID["symmetric indefinite"],
-    "contraction": GRID["contraction .8"],
-    "nonsymmetric": System("nonsymmetric", with_singular_values(np.logspace(-2, 0, 20), 2), GRID["spd 10"].b),
-    "identity": GRID["identity"],
-    "large": System("large", with_spectrum(np.linspace(0.05, 1, 200)), np.random.default_rng(0).standard_normal(200)),
-    "large indefinite": System(
-        "large indefinite",
-        with_spectrum(np.r_[np.linspace(-1, -0.1, 100), np.linspace(0.1, 1, 100)]),
-        np.random.default_rng(0).standard_normal(200),
-    ),
-}
-
-
-def test_every_solver_has_a_line():
-    assert sorted(c.solver for c in solver_choice(of(np.eye(3)))) == sorted(SOLVERS)
-
-
-def test_table():
-    text = solver_rows(of(with_spectrum(np.r_[-1.0, np.linspace(0.1, 1, 19)]), symmetric=True))
-    assert (
-        "products for 1e-06    GMRES 20, Dense 20, MINRES 146, " in text
-        and "no bound              BiCGStab, Optimizer" in text
-    )
-    assert "not valid             CG, FixedPoint, Neumann, OneStep, Nystrom" in text
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_steps_suffice(name):
-    """Each bounded solver reaches the accuracy in the steps that its bound names, in the norm that it is for."""
-    s, accuracy = REAL[name], 1e-5
-    found = operator_structure(s.operator(), s.rhs(), steps=200)
-    x, size = s.solutions[0], np.linalg.norm(s.b)
-    for c in solver_choice(found, accuracy):
-        if not c.valid or c.steps is None:
-            continue
-        assert c.solver in BOUNDED
-        options = {"GMRES": {"restart": 200}, "Neumann": {"step_size": step_size(c.why)}}.get(c.solver, {})
-        if c.solver not in ("OneStep", "Dense"):
-            options |= {"max_steps": c.steps}
-        op = s.operator()
-        got = getattr(hg.solvers, c.solver)(on_failure="ignore", **options)(op, s.rhs())
-        error = got.value.numpy() - x
-        if c.solver in ("MINRES", "GMRES", "NormalCG", "LSQR", "Dense"):
-            reached = np.linalg.norm(s.a @ error) / size
-        elif c.solver == "CG":
-            reached = math.sqrt(error @ s.a @ error / (x @ s.a @ x))
-        else:
-            reached = np.linalg.norm(error) / np.linalg.norm(x)
-        assert reached <= accuracy * (1 + 1e-6), (c, reached)
-        assert op.products - 1 <= c.products + 1  # one is for the true residual
-
-
-def step_size(why: str) -> float:
-    return float(why.split("step_size = ")[1].split()[0].rstrip(":")) if "step_size" in why else 1.0
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_what_is_not_valid_fails(name):
-    s = REAL[name]
-    found = operator_structure(s.operator(), s.rhs(), steps=200)
-    valid = {c.solver: c.valid for c in solver_choice(found, 1e-5)}
-    assert valid["CG"] == s.definite[0] and valid["MINRES"] == s.symmetric[0] and valid["GMRES"] and valid["NormalCG"]
-    rho = np.abs(np.linalg.eigvals(np.eye(s.n) - s.a)).max()
-    assert valid["FixedPoint"] == (rho < 1)
-    for solver in ("CG", "FixedPoint"):
-        if not valid[solver] and (solver != "CG" or s.symmetric[0]):
-            assert not getattr(hg.solvers, solver)(rtol=1e-5, on_failure="ignore")(s.operator(), s.rhs()).ok
-
-
-def test_singular_systems():
-    s = GRID["singular symmetric consistent"]
-    valid = {c.solver: c for c in solver_choice(operator_structure(s.operator(), s.rhs()))}
-    assert not valid["CG"].valid and valid["MINRES"].valid and valid["MINRES"].steps is None
-    assert "least-squares" in valid["MINRES"].why and not valid["BiCGStab"].valid
-
-
-def test_formulas():
-    assert steps_needed(0.5, 0.25) == 2 and steps_needed(0.5, 0.25, 2.0) == 3 and steps_needed(0.0, 0.1) == 1
-    assert steps_needed(1.0, 0.1) is None and steps_needed(math.inf, 0.1) is None
-    assert rate_of(3.0) == 0.5 and rate_of(math.inf) == 1.0

@@ -11,7 +11,7 @@ from torch import nn
 import hypergrad as hg
 from helpers import nothing_changed, problem_at
 from hypergrad.diagnostics import findings
-from hypergrad.diagnostics._modules import visible_modules
+from hypergrad.diagnostics._modules import modules_of
 from problems import PROBLEMS, elastic_net
 from systems import with_singular_values, with_spectrum
 from test_oracles import forms
@@ -237,7 +237,7 @@ def test_functional_dropout_is_only_seen_to_draw():
     assert names(outer, inner_loss=loss, **given) == ["stochastic"]
 
 
-def test_visible_modules():
+def test_modules_of():
     model, other = network(0.1), nn.Linear(2, 2)
 
     def closure(w):
@@ -246,11 +246,11 @@ def test_visible_modules():
     def default(w, net=other):
         return net
 
-    assert visible_modules(closure) == [model] and visible_modules(default) == [other]
-    assert set(visible_modules(functools.partial(default, net=model))) == {model, other}
-    assert visible_modules(lambda w: GLOBAL(w)) == [GLOBAL] and visible_modules(torch.sin, 3) == []
-    assert visible_modules({"a": [Loss(model)]}) == [model]
-    assert visible_modules([model] * 2000) == [] and visible_modules(lambda: used_by_name()) == [GLOBAL]
+    assert modules_of(closure) == [model] and modules_of(default) == [other]
+    assert set(modules_of(functools.partial(default, net=model))) == {model, other}
+    assert modules_of(lambda w: GLOBAL(w)) == [GLOBAL] and modules_of(torch.sin, 3) == []
+    assert modules_of({"a": [Loss(model)]}) == [model]
+    assert modules_of([model] * 2000) == [] and modules_of(lambda: used_by_name()) == [GLOBAL]
 
 
 GLOBAL = nn.Linear(2, 2)
@@ -403,7 +403,8 @@ def test_outer_loss_ignores_params():
     given = quadratic(with_spectrum(np.linspace(0.1, 1, N)))
     (found,) = findings(lambda w, lam: lam.square().sum(), **given)
     assert found.name == "outer loss ignores params"
-    assert names(lambda w, lam: w.detach().square().sum() + lam.sum(), **given) == ["outer loss ignores params"]
+    detached = names(lambda w, lam: w.detach().square().sum() + lam.sum(), **given)
+    assert detached == ["outer loss ignores params", "wrong derivative"]
     assert names(lambda w, lam: (w * lam).sum(), **given) == []
 
 
@@ -417,8 +418,129 @@ def test_hyperparameter_reaches_nothing():
            {"used": [1.0] * N, "apart": 2.0, "detached": 3.0, "outer": 1.0}.items()}  # fmt: skip
     lam["constant"] = torch.tensor(1.0)
     found = findings(lambda w, lam: outer(w, lam) * lam["outer"], params=rand(N), hparams=lam, inner_loss=loss)
-    assert [each.name for each in found] == ["hyperparameter reaches nothing"] * 2
+    assert [each.name for each in found] == ["hyperparameter reaches nothing"] * 2 + ["wrong derivative"]
     assert "hparams['apart']" in found[0].message and "hparams['detached']" in found[1].message
+
+
+@pytest.mark.parametrize("reads", ["item", "float", "detach", "other"])
+def test_nothing_reaches_hparams(reads):
+    m, other = torch.tensor(with_spectrum(np.linspace(0.1, 1, N))), torch.tensor(2.0, dtype=torch.float64)
+    ways = {"item": lambda h: h.item(), "float": lambda h: float(h.detach()), "other": lambda h: other}
+    read = ways.get(reads, lambda h: h.detach())
+    lam = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    found = findings(outer, params=rand(N), hparams=lam, inner_loss=lambda w, h: 0.5 * read(h) * w @ m @ w - w.sum())
+    wrong = [] if reads == "other" else ["wrong derivative"]
+    assert [each.name for each in found] == ["hyperparameter reaches nothing", *wrong]
+    assert "neither ∇₁ of inner_loss nor outer_loss depends on hparams" in found[0].message
+
+
+# --- derivatives that are not those of the values ---------------------------------------------------------------------
+
+
+def weighting(detached: bool, dtype: torch.dtype = torch.float64):
+    """A loss whose samples are weighted by a function of their own losses."""
+    x, y = rand(40, N, dtype=dtype), rand(40, seed=1, dtype=dtype)
+
+    def loss(w, lam):
+        losses = (x @ w - y).square()
+        weights = torch.sigmoid(lam[0] * (losses.detach() if detached else losses) + lam[1])
+        return (weights * losses).mean() + 0.1 * w.square().sum()
+
+    given = {"params": rand(N, seed=2, dtype=dtype), "hparams": torch.tensor([-0.3, 0.2], dtype=dtype)}
+    given["hparams"].requires_grad_()
+    return loss, given
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("form", ["inner_loss", "residual", "fp_map"])
+@pytest.mark.parametrize("detached", [False, True])
+def test_weights_that_are_detached_from_params(detached, form, dtype):
+    loss, given = weighting(detached, dtype)
+
+    def gradient(w, lam):
+        w = w if w.requires_grad else w.detach().requires_grad_()
+        return torch.autograd.grad(loss(w, lam), w, create_graph=True)[0]
+
+    maps = {"inner_loss": loss, "residual": gradient, "fp_map": lambda w, lam: w - 0.1 * gradient(w, lam)}
+    found = findings(outer, **{form: maps[form]}, **given)
+    wrong = [each for each in found if each.name == "wrong derivative"]
+    assert len(wrong) == detached
+    assert all("direction of params" in each.message and each.numbers["difference"] > 0.01 for each in wrong)
+
+
+@pytest.mark.parametrize("name", ["hparams", "params"])
+def test_part_of_a_loss_that_is_detached(name):
+    """In the inner loss from hparams, in the outer loss from params, each beside a part that is not."""
+    m = torch.tensor(with_spectrum(np.linspace(0.1, 1, N)))
+    given = {"params": rand(N), "hparams": rand(N, seed=1).requires_grad_()}
+    inner = lambda w, lam: 0.5 * w @ m @ w - w @ (lam if name == "params" else 0.9 * lam + 0.1 * lam.detach())  # noqa: E731
+    target = lambda w, lam: outer(w, lam) + (0.1 * w.detach() @ w if name == "params" else 0.0)  # noqa: E731
+    (found,) = findings(target, inner_loss=inner, **given)
+    assert found.name == "wrong derivative" and f"direction of {name}" in found.message
+    assert ("outer_loss" in found.message) == (name == "params")
+
+
+def test_a_custom_backward_that_is_wrong():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, g):
+            (x,) = ctx.saved_tensors
+            return 1.9 * x * g
+
+    given = {"params": rand(N), "hparams": rand(N, seed=1).requires_grad_()}
+    wrong = names(outer, residual=lambda w, lam: w + 0.1 * Square.apply(w) - lam, **given)
+    assert wrong == ["wrong derivative"]
+    assert names(outer, residual=lambda w, lam: w + 0.1 * w * w - lam, **given) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU])
+def test_networks_whose_losses_are_only_read_have_right_derivatives(activation, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 50), activation(), nn.Linear(50, 1)).to(dtype)
+    x, y, log = rand(500, 3, dtype=dtype), rand(500, seed=1, dtype=dtype), []
+
+    def loss(w, lam):
+        value = (torch.func.functional_call(model, w, (x,))[:, 0] - y).square().mean()
+        log.append(value.item())
+        return value + lam.exp() * sum(v.square().sum() for v in w.values())
+
+    given = {"params": {k: v.detach() for k, v in model.named_parameters()}}
+    given["hparams"] = torch.tensor(0.0, dtype=dtype, requires_grad=True)
+    assert "wrong derivative" not in names(lambda w, lam: w["0.weight"].square().sum(), inner_loss=loss, **given)
+
+
+def test_an_l1_term_in_a_smooth_loss():
+    """At the solution of lasso regression, where two weights are 0; the proximal map is smooth there."""
+    x = rand(60, 4)
+    target, strength = torch.tensor([1.0, 0.01, -0.5, 0.0], dtype=torch.float64), 0.1
+    lam = torch.tensor(strength, dtype=torch.float64, requires_grad=True)
+
+    def gradient(w):
+        return x.mT @ (x @ (w - target)) / 60
+
+    def loss(w, lam):
+        return (x @ (w - target)).square().sum() / 120 + lam * w.abs().sum()
+
+    def proximal(w, lam):
+        z = w - 0.3 * gradient(w)
+        return z.sign() * (z.abs() - 0.3 * lam).clamp_min(0)
+
+    w = torch.zeros(4, dtype=torch.float64)
+    for _ in range(2000):
+        w = proximal(w, lam.detach())
+    assert (w == 0).sum() == 2
+    result = hg.implicit.grad(outer, inner_loss=loss, params=w, hparams=lam, solver=hg.solvers.Dense())
+    report = hg.diagnostics.check(result)
+    assert [each.name for each in report.findings] == ["kink"] and "fp_map" in report.findings[0].message
+    assert not report.ok and "kink" in report.verdict
+    right = hg.implicit.grad(outer, fp_map=proximal, params=w, hparams=lam, solver=hg.solvers.GMRES(rtol=1e-10))
+    assert hg.diagnostics.check(right).ok and (right.grads - result.grads).abs() > 0.01 * right.grads.abs()
 
 
 def test_several_at_once():

@@ -1,6 +1,5 @@
 """The guaranteed bound is never violated: random problems whose constants are known by construction, in NumPy."""
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as log_loss
 import hypergrad as hg
 import oracles
 from helpers import S
-from hypergrad.diagnostics import Constants, bound, truncation
+from hypergrad.diagnostics import Constants, bound
 from oracles import sigmoid
 
 # max |d²tanh| = 4 / (3√3), max |σ''| = 1 / (6√3)
@@ -246,38 +245,32 @@ def test_a_wrong_declaration_is_found_out(name):
     assert any(violated(seed) for seed in range(2000))
 
 
-@pytest.mark.parametrize("polish", [False, True])
-def test_check_gives_the_bound_of_declared_constants_alone(polish):
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-6])
+def test_the_bound_from_a_report(size):
     """The ℓ₂ term of breast-cancer logistic regression as μ."""
     o = oracles.logistic()
     x, y, xv, yv = (torch.as_tensor(o.data[k]) for k in ("x", "y", "xv", "yv"))
     strength = np.exp(-3.0)
     theta = torch.full((30,), -3.0, dtype=torch.float64, requires_grad=True)
-    for size in (1e-1, 1e-3, 1e-6):
-        w = torch.as_tensor(o.solution) * (1 + size)
-        result = hg.implicit.grad(
-            lambda w, h: log_loss(xv @ w, yv),
-            inner_loss=lambda w, h: log_loss(x @ w, y) + 0.5 * (h.exp() * w * w).sum(),
-            params=w,
-            hparams=theta,
-            solver=S.CG(rtol=1e-8, on_failure="ignore"),
-            polish=polish,
-        )
-        constants = Constants(
-            mu=strength,
-            B=float(strength * w.abs().max()),
-            L_B=strength,
-            L_A=float(SIGMOID_BEND * x.norm(dim=1).pow(3).mean()),
-            L_E=spectral(o.data["xv"]) ** 2 / (4 * len(yv)),
-            L_lambda=0.0,
-        )
-        report = hg.diagnostics.check(result, constants=constants)
-        true = float(np.linalg.norm(result.grads.numpy() - o.grads[0]))
-        assert true <= report.bound
-        assert report.looseness == report.bound / report.estimate.error
-        assert "guaranteed bound" in str(report) and json.loads(json.dumps(report.to_dict()))["bound"] == report.bound
-    assert hg.diagnostics.check(result).bound is None
-    assert "guaranteed" not in str(hg.diagnostics.check(result))
+    w = torch.as_tensor(o.solution) * (1 + size)
+    result = hg.implicit.grad(
+        lambda w, h: log_loss(xv @ w, yv),
+        inner_loss=lambda w, h: log_loss(x @ w, y) + 0.5 * (h.exp() * w * w).sum(),
+        params=w,
+        hparams=theta,
+        solver=S.CG(rtol=1e-8, on_failure="ignore"),
+    )
+    constants = Constants(
+        mu=strength,
+        B=float(strength * w.abs().max()),
+        L_B=strength,
+        L_A=float(SIGMOID_BEND * x.norm(dim=1).pow(3).mean()),
+        L_E=spectral(o.data["xv"]) ** 2 / (4 * len(yv)),
+        L_lambda=0.0,
+    )
+    e = hg.diagnostics.check(result).estimate
+    true = float(np.linalg.norm(result.grads.numpy() - o.grads[0]))
+    assert true <= bound(constants, e.inner_residual, e.adjoint_residual, e.adjoint_norm) + e.mismatch
 
 
 @pytest.mark.parametrize(
@@ -294,65 +287,6 @@ def test_check_gives_the_bound_of_declared_constants_alone(polish):
 def test_constants_that_cannot_be(wrong, message):
     with pytest.raises(ValueError, match=message):
         Constants(**({"B": 1.0, "L_B": 0.0, "L_A": 0.0, "L_E": 1.0, "L_lambda": 0.0} | wrong))
-
-
-def unrolled(case: Case, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """w_T of w ← Φ(w) from 0, and its derivative in λ."""
-    w = np.zeros_like(case.w)
-    tangent = np.zeros((len(w), case.cross(w).shape[1]))
-    for _ in range(steps):
-        tangent = tangent - case.a(w) @ tangent - case.cross(w)
-        w = w - case.residual(w)
-    return w, tangent
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_truncation_bounds_hold_for_both_kinds_of_differentiation(seed):
-    """Grazzi et al. 2020, Theorems 2.1 and 2.2, on tanh contractions."""
-    rng = np.random.default_rng(seed)
-    n, m = rng.integers(1, 6, 2)
-    case = contraction(rng, n, m)
-    true = case.hypergradient(case.w, case.adjoint(case.w))
-    start = np.zeros(n)
-    path = [unrolled(case, t)[0] for t in range(0, 60, 3)] + [case.w]
-    here = case.constants(start)
-    constants = Constants(
-        q=here.q,
-        B=max(case.constants(w).B for w in path) + here.L_B * 0.1,
-        L_B=here.L_B,
-        L_A=here.L_A,
-        L_E=here.L_E,
-        L_lambda=here.L_lambda,
-    )
-    size = {
-        "distance": float(np.linalg.norm(case.w)),
-        "outer_gradient": max(float(np.linalg.norm(case.outer_1(w))) for w in path) * 1.1,
-    }
-    for inner_steps, adjoint_steps in ((1, 1), (5, 20), (20, 5), (60, 60)):
-        w, tangent = unrolled(case, inner_steps)
-        itd = case.outer_2(w) + tangent.T @ case.outer_1(w)
-        v = np.zeros(n)
-        for _ in range(adjoint_steps):
-            v = v - case.a(w).T @ v + case.outer_1(w)
-        aid = case.hypergradient(w, v)
-        found = truncation(constants, inner_steps, adjoint_steps, **size)
-        assert np.linalg.norm(itd - true) <= found.unrolled + 1e-12
-        assert np.linalg.norm(aid - true) <= found.implicit + 1e-12
-        at_balance = truncation(constants, inner_steps, found.balanced, **size)
-        assert at_balance.from_adjoint <= at_balance.from_inner * (1 + 1e-9)
-        if found.balanced:
-            before = truncation(constants, inner_steps, found.balanced - 1, **size)
-            assert before.from_adjoint >= before.from_inner * (1 - 1e-9)
-
-
-def test_truncation_needs_a_contraction_factor_and_steps():
-    constants = {"B": 1.0, "L_B": 0.0, "L_A": 0.0, "L_E": 1.0, "L_lambda": 0.0}
-    with pytest.raises(ValueError, match="contraction factor"):
-        truncation(Constants(mu=1.0, **constants), 1, 1, distance=1.0, outer_gradient=1.0)
-    with pytest.raises(ValueError, match="must be ≥ 0"):
-        truncation(Constants(q=0.5, **constants), -1, 1, distance=1.0, outer_gradient=1.0)
-    exact = truncation(Constants(q=0.0, **constants), 1, 1, distance=1.0, outer_gradient=1.0)
-    assert exact.unrolled == exact.implicit == 0.0
 
 
 def test_sigmoid_and_tanh_bend_no_more_than_declared():

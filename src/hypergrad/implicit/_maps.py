@@ -1,0 +1,343 @@
+"""Solutions of inner problems as differentiable values: root, fixed_point, argmin, linear_solve, the solver decorator.
+
+Each form of inner problem becomes one function F on leaves, and one Root carries all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from .._autodiff import as_scalar
+from .._modules import name_of
+from .._tree import Paths, PyTree, flatten, matching, split
+from ..operators import GaussNewton, LinearOperator
+from ..solvers import CG, GMRES, Recycled, Solver
+from ._function import Equation, Function, Info, Leaves, LinearSolve, Root, WarmStart, pull
+
+# solver, symmetric, positive_definite, batch_dims, info, warm_start: the keywords that all forms share
+Settings: TypeAlias = "tuple[Solver | None, bool, bool, int, Info | None, WarmStart | Recycled | None]"
+VALUES = {"residual": "the residual", "fixed_point": "the value of the fixed point map"}
+
+
+@dataclass
+class Structure:
+    """The container of a solution: paths of its leaves, and the inverse of flattening."""
+
+    paths: Paths
+    rebuild: Callable[..., PyTree]
+
+
+def _on_leaves(form: str, user: Callable[..., Any], structure: Callable[[], Structure], arguments: Any) -> Function:
+    """F (or Φ) on the leaves of w and λ; `arguments` makes the user's arguments after w of the leaves of λ."""
+
+    def value(w: Leaves, h: Leaves) -> Leaves:
+        given = structure()
+        return tuple(matching(user(given.rebuild(w), *arguments(h)), given.paths, w, VALUES[form]))
+
+    def gradient(w: Leaves, h: Leaves) -> Leaves:
+        def loss(leaves: Leaves) -> Leaves:
+            tree = structure().rebuild(leaves[: len(w)])
+            return (as_scalar(user(tree, *arguments(leaves[len(w) :])), "inner_loss").reshape(()),)
+
+        return pull(loss, (*w, *h), (torch.ones((), dtype=w[0].dtype, device=w[0].device),), range(len(w)))
+
+    if isinstance(user, GaussNewton):
+        raise TypeError("GaussNewton is for implicit.grad; a minimiser as a differentiable value has its Hessian")
+    return gradient if form == "argmin" else _torch.taking_derivatives(value)
+
+
+def _attach(form: str, user: Callable[..., Any], solution: PyTree, hparams: PyTree, settings: Settings) -> PyTree:
+    leaves, paths, rebuild = flatten(solution, "solution")
+    given, rebuild_hparams = split(hparams)
+    structure = Structure(paths, rebuild)
+    function = _on_leaves(form, user, lambda: structure, lambda h: (rebuild_hparams(h),))
+    problem = _problem(form, user, function, len(leaves), settings)
+    w = [leaf.detach() for leaf in leaves]
+    problem.check_declared(w, given)
+    return rebuild(Root.apply(problem, None, *w, *given))
+
+
+def _problem(form: str, user: Any, function: Function, count: int, settings: Settings) -> Equation:
+    solver, symmetric, positive_definite, batch_dims, info, warm_start = settings
+    symmetric = symmetric or positive_definite or form == "argmin"
+    return Equation(
+        function,
+        count,
+        solver or (CG() if symmetric else GMRES()),
+        fixed_point=form == "fixed_point",
+        symmetric=symmetric,
+        positive_definite=positive_definite,
+        batch_dims=batch_dims,
+        info=info or Info(),
+        warm=warm_start,
+        name=lambda leaf: name_of(leaf, user),
+    )
+
+
+def root(
+    residual: Callable[[PyTree, PyTree], PyTree],
+    solution: PyTree,
+    hparams: PyTree,
+    *,
+    solver: Solver | None = None,
+    symmetric: bool = False,
+    positive_definite: bool = False,
+    batch_dims: int = 0,
+    info: Info | None = None,
+    warm_start: WarmStart | Recycled | None = None,
+) -> PyTree:
+    """The solution of F(w, λ) = 0 as a differentiable function of λ: the same numbers, with derivatives attached.
+
+        dw/dλ = −(∂₁F)⁻¹ ∂₂F
+
+    To any order, under torch.autograd and torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap), also where F
+    holds implicit functions itself; forward mode inside forward mode raises. Where F holds an affine normalisation
+    layer in training mode, torch's own jacrev(jacrev), hessian and jacrev(jacfwd) are wrong, with this function or
+    without; jacrev(grad) and jacfwd(grad) are right.
+
+    Args:
+        residual: F(params, hparams), of params' structure. It may use no tensor that requires grad but these two.
+        solution: w, any pytree of floating point tensors. Its own derivatives are ignored.
+        hparams: λ, any pytree; its floating point tensors are differentiated.
+        solver: linear solver of Aᵀv = w̄, and of Aẇ = b in forward mode; default CG() if symmetric, else GMRES().
+            `solvers.OneStep()` and `solvers.Neumann(max_steps=...)` are cheap approximations.
+        symmetric: ∂₁F is symmetric.
+        positive_definite: ∂₁F is symmetric and positive definite: `solvers.Dense` takes Cholesky's factors then.
+        batch_dims: 1 where the first axis of each leaf of w counts independent problems.
+        info: an Info that each derivative fills in.
+        warm_start: a WarmStart that keeps v from one backward pass to the next, or a `solvers.Recycled`.
+
+    Returns:
+        w in solution's structure; it requires grad exactly where a tensor of hparams does.
+
+    Raises: ValueError, when differentiated, for an undeclared tensor, naming its shape (and name in a module) and how
+        to pass it; SolverError, likewise, under on_failure="raise".
+    Warns: HypergradientWarning, when differentiated, for a linear system that was not solved.
+    Cost: forward nothing, or one evaluation of F under a transform and where nothing requires grad (to find undeclared
+        tensors); backward one evaluation of F, the solver's products, and a last one with respect to w and λ
+        together. Second derivatives: one more linear system each.
+    Source: the implicit function theorem; Blondel et al. 2022, section 2.
+
+    Example:
+        >>> a = torch.tensor(4.0, requires_grad=True)
+        >>> w = root(lambda w, a: w**2 - a, torch.tensor(2.0), a)
+        >>> torch.autograd.grad(w, a)
+        (tensor(0.2500),)
+    """
+    settings = (solver, symmetric, positive_definite, batch_dims, info, warm_start)
+    return _attach("residual", residual, solution, hparams, settings)
+
+
+def fixed_point(
+    fp_map: Callable[[PyTree, PyTree], PyTree],
+    solution: PyTree,
+    hparams: PyTree,
+    *,
+    solver: Solver | None = None,
+    symmetric: bool = False,
+    positive_definite: bool = False,
+    batch_dims: int = 0,
+    info: Info | None = None,
+    warm_start: WarmStart | Recycled | None = None,
+) -> PyTree:
+    """The solution of w = Φ(w, λ) as a differentiable function of λ: dw/dλ = (I − ∂₁Φ)⁻¹ ∂₂Φ.
+
+    Args:
+        fp_map: Φ(params, hparams), of params' structure.
+        Others: as in `root`, with A = I − ∂₁Φ.
+
+    Returns, Raises, Warns, Cost: as in `root`.
+
+    Example:
+        >>> a = torch.tensor(1.0, requires_grad=True)
+        >>> w = fixed_point(lambda w, a: (w + a) / 2, torch.tensor(1.0), a)
+        >>> torch.autograd.grad(w, a)
+        (tensor(1.),)
+    """
+    settings = (solver, symmetric, positive_definite, batch_dims, info, warm_start)
+    return _attach("fixed_point", fp_map, solution, hparams, settings)
+
+
+def argmin(
+    inner_loss: Callable[[PyTree, PyTree], Tensor],
+    solution: PyTree,
+    hparams: PyTree,
+    *,
+    solver: Solver | None = None,
+    positive_definite: bool = False,
+    batch_dims: int = 0,
+    info: Info | None = None,
+    warm_start: WarmStart | Recycled | None = None,
+) -> PyTree:
+    """The minimiser of g(w, λ) as a differentiable function of λ: dw/dλ = −(∇²₁₁g)⁻¹ ∇²₁₂g.
+
+    The system is symmetric; it counts as positive definite only with positive_definite=True.
+
+    Args:
+        inner_loss: g(params, hparams), scalar.
+        Others: as in `root`, with A = ∇²₁₁g; default solver: CG().
+
+    Returns, Raises, Warns, Cost: as in `root`.
+
+    Example:
+        >>> a = torch.tensor(1.0, requires_grad=True)
+        >>> w = argmin(lambda w, a: (w - 3 * a) ** 2, torch.tensor(3.0), a)
+        >>> torch.autograd.grad(w, a)
+        (tensor(3.),)
+    """
+    settings = (solver, True, positive_definite, batch_dims, info, warm_start)
+    return _attach("argmin", inner_loss, solution, hparams, settings)
+
+
+def linear_solve(op: LinearOperator, b: PyTree, solver: Solver | None = None, *, info: Info | None = None) -> PyTree:
+    """x = A⁻¹ b, differentiable to any order in b and in the tensors that A declares.
+
+        b̄ = A⁻ᵀ x̄,   Ā = −b̄ xᵀ
+
+    Args:
+        op: an operator from `operators.matrix`, or from `operators.function` with `tensors=` what it depends on.
+        b: right hand side, any pytree.
+        solver: a linear solver; default CG() if op is symmetric, else GMRES().
+        info: an Info, filled in by each solve.
+
+    Returns: x in b's structure.
+    Raises, Warns: as in `root`, and at once for the solve itself.
+    Cost: the solver's products, and one more solve for each derivative.
+
+    Example:
+        >>> a = torch.tensor([[2.0, 0.0], [0.0, 4.0]], requires_grad=True)
+        >>> x = linear_solve(hg.operators.matrix(a, symmetric=True), torch.tensor([2.0, 4.0]))
+        >>> x.sum().backward()
+        >>> a.grad
+        tensor([[-0.5000, -0.5000],
+                [-0.2500, -0.2500]])
+    """
+    if op.declared is None:
+        raise TypeError(
+            "linear_solve needs what operators.matrix or operators.function gave, not .T or .damped() of it"
+        )
+    product, tensors = op.declared
+    leaves, paths, rebuild = flatten(b, "b")
+    theta, rebuild_theta = split(tensors)
+
+    def function(v: Leaves, h: Leaves) -> Leaves:
+        return tuple(matching(product(rebuild(v), *rebuild_theta(h)), paths, v, "the operator's product"))
+
+    settings = (solver, op.symmetric, op.positive_definite, op.batch_dims, info, None)
+    problem = _problem("linear system", product, function, len(leaves), settings)
+    zeros = [torch.zeros_like(leaf) for leaf in leaves]
+    problem.check_declared(leaves, theta)
+    return rebuild(LinearSolve.apply(problem, *leaves, *zeros, *theta))
+
+
+def solver(
+    *,
+    argmin: Callable[..., Tensor] | None = None,
+    fixed_point: Callable[..., PyTree] | None = None,
+    residual: Callable[..., PyTree] | None = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    solver: Solver | None = None,
+    symmetric: bool = False,
+    positive_definite: bool = False,
+    batch_dims: int = 0,
+    info: Info | None = None,
+    warm_start: WarmStart | Recycled | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make any code that computes a solution a differentiable function of its hparams.
+
+    The decorated function is run on plain tensors, detached from every graph and outside of every transform: it may use
+    torch.optim, SciPy or a compiled solver. Under vmap it runs once for each entry.
+
+    Args:
+        argmin, fixed_point, residual: what the returned w solves, exactly one: g(w, *hparams) → scalar, Φ(w, *hparams),
+            or F(w, *hparams).
+        argnums: which positional arguments of the decorated function are the hparams, in the order in which the form
+            takes them. Nothing else is differentiated, a start for instance.
+        has_aux: the function returns (solution, aux); so does the decorated one, with aux untouched.
+        solver, symmetric, positive_definite, batch_dims, info, warm_start: as in `root`.
+
+    Returns: a decorator.
+    Raises: TypeError for none or several forms, or a function called without its hparams; else as `root`.
+
+    Example:
+        >>> @solver(residual=lambda w, a: w**2 - a, solver=hg.solvers.Dense())
+        ... def square_root(a):
+        ...     return a.sqrt()
+        >>> torch.func.grad(square_root)(torch.tensor(4.0))
+        tensor(0.2500)
+    """
+    forms = {"argmin": argmin, "fixed_point": fixed_point, "residual": residual}
+    given = {name: user for name, user in forms.items() if user is not None}
+    if len(given) != 1:
+        raise TypeError(f"pass exactly one of argmin, fixed_point and residual; got {list(given) or 'none'}")
+    form, user = given.popitem()
+    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if min(chosen, default=-1) < 0:
+        raise ValueError(f"argnums must be one or more integers ≥ 0, got {argnums!r}")
+    settings = (solver, symmetric, positive_definite, batch_dims, info, warm_start)
+
+    def decorate(compute: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(compute)
+        def differentiable(*args: Any, **kwargs: Any) -> Any:
+            if max(chosen) >= len(args):
+                raise TypeError(
+                    f"{compute.__name__}: hparams are positional arguments {chosen}, got {len(args)} of them"
+                )
+            return _computed(form, user, compute, chosen, has_aux, args, kwargs, settings)
+
+        return differentiable
+
+    return decorate
+
+
+def _computed(
+    form: str,
+    user: Callable[..., Any],
+    compute: Callable[..., Any],
+    chosen: tuple[int, ...],
+    has_aux: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    settings: Settings,
+) -> Any:
+    """What `compute` returns, with derivatives in the arguments in `chosen`."""
+    args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
+    held = tuple(a if i in chosen else _detached(a) for i, a in enumerate(args))
+    leaves, rebuild = split((held, _detached(kwargs)))
+    found: list[tuple[Structure, Any]] = []
+
+    def find(tensors: Leaves) -> Leaves:
+        with torch.enable_grad():
+            plain_args, plain_kwargs = rebuild([t.detach() for t in tensors])
+            result = compute(*plain_args, **plain_kwargs)
+        if has_aux and found:
+            raise NotImplementedError("has_aux under vmap: each entry has its own aux; map without has_aux")
+        result, aux = result if has_aux else (result, None)
+        what = f"the result of {compute.__name__}"
+        new, paths, unflatten = flatten(result, what)
+        found[:] = [(Structure(paths, unflatten), aux)]
+        return tuple(leaf.detach().clone() for leaf in new)
+
+    def arguments(tensors: Leaves) -> tuple[PyTree, ...]:
+        return tuple(rebuild(tensors)[0][i] for i in chosen)
+
+    function = _on_leaves(form, user, lambda: found[0][0], arguments)
+    problem = _problem(form, user, function, 0, settings)
+    outputs = Root.apply(problem, find, *leaves)
+    structure, aux = found[0]
+    replace(problem, count=len(outputs)).check_declared(outputs, leaves)
+    solution = structure.rebuild(outputs)
+    return (solution, aux) if has_aux else solution
+
+
+def _detached(tree: PyTree) -> PyTree:
+    leaves, rebuild = split(tree)
+    return rebuild([leaf.detach() for leaf in leaves])
