@@ -6,12 +6,14 @@ A new version of torch is looked at here, and nowhere else.
 from __future__ import annotations
 
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+import optree
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
@@ -139,6 +141,55 @@ def operation_traits(func: Any) -> tuple[bool, bool, Any] | None:
         functional = getattr(getattr(torch.ops.aten, name[:-1]), func._overloadname, None)
     view = name == "_unsafe_view" or (not schema.is_mutable and any(r.alias_info is not None for r in schema.returns))
     return schema.is_mutable, view, functional
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether anything is registered to run before or after step(); False where torch does not tell."""
+    return any(getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
+
+
+class Allocated(TorchDispatchMode or nullcontext):  # pyright: ignore[reportGeneralTypeIssues]
+    """Bytes of the tensors made in the block that are alive: `now`, and at most (`peak`).
+
+    By what operations return; what a kernel takes and gives back inside is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x._cdata for x in _storages((args, kwargs))}
+        for storage in _storages(result):
+            place, size = storage._cdata, storage.nbytes()
+            if place not in given and place not in self._alive:
+                self._alive[place] = weakref.ref(storage, partial(self._free, place, size))
+                self.now += size
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, place: int, size: int, _: object) -> None:
+        del self._alive[place]
+        self.now -= size
+
+    def taken(self, call: Callable[[], object]) -> int:
+        """The most bytes beyond those alive before that the call had alive at once."""
+        before, self.peak = self.now, self.now
+        call()
+        return self.peak - before
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs as it does without this mode, for it must give the same numbers at a replay."""
+        return True
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    leaves: list[Any] = [x for x in optree.tree_leaves(tree) if isinstance(x, Tensor) and x.layout is torch.strided]
+    # Of a sharded tensor this rank's part.
+    return [(x.detach().to_local() if hasattr(x, "to_local") else x).untyped_storage() for x in leaves]
 
 
 _functorch: Any = getattr(torch._C, "_functorch", None)

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import hypergrad as hg
 from benchmarks.measure import peak_memory
+from hypergrad._torch import Allocated
 from hypergrad.unroll import reverse
-from hypergrad.unroll._memory import Allocated
 
 DOUBLE = {"dtype": torch.float64}
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import has_step_hooks
 from ._hyperparameters import PerLeaf, is_zero
 from ._rule import Rule, State
 from ._rules import SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop
@@ -69,11 +70,6 @@ def from_torch(optimizer: torch.optim.Optimizer) -> Twin:
     rule = TWINS[type(optimizer)](frozen=frozen, **_options(optimizer, TWINS[type(optimizer)]))
     params = [p.detach().clone().requires_grad_(p.requires_grad) for p in leaves]
     return Twin(rule, params, _state(optimizer, rule, leaves))
-
-
-def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether anything is registered to run before or after step(); False where torch does not tell."""
-    return any(getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
 
 
 def _options(optimizer: torch.optim.Optimizer, kind: type[Rule]) -> dict[str, Any]:

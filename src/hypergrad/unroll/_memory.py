@@ -13,13 +13,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import optree
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _random
-from .._torch import version_of
+from .._torch import Allocated, version_of
 from ._steps import Iterate, Run, is_continuous
 
 Store: TypeAlias = Callable[
@@ -119,7 +117,8 @@ def available(run: Run, first: Iterate, begin: int, budget: float) -> tuple[int,
         alpha = [torch.zeros_like(y) for y in both.outputs if is_continuous(y)]
         run.pull(both, alpha, [torch.zeros_like(x) for x in run.differentiated], retain=True)
 
-    with Allocated() as allocated:
+    allocated = Allocated()
+    with allocated:
         iterate, graph, both = run.measure(first, begin)
         random = _random.capture(run.devices)
         after, most = allocated.now, allocated.peak
@@ -134,47 +133,3 @@ def available(run: Run, first: Iterate, begin: int, budget: float) -> tuple[int,
     if budget < least:
         raise ValueError(f"a budget of {budget:.0f} bytes is too small: one step needs about {least:.0f}")
     return iterate, graph, budget - working
-
-
-class Allocated(TorchDispatchMode):
-    """Bytes of the tensors made in the block that are alive: `now`, and at most (`peak`).
-
-    By what operations return; what a kernel takes and gives back inside is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {x._cdata for x in _storages((args, kwargs))}
-        for storage in _storages(result):
-            place, size = storage._cdata, storage.nbytes()
-            if place not in given and place not in self._alive:
-                self._alive[place] = weakref.ref(storage, partial(self._free, place, size))
-                self.now += size
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _free(self, place: int, size: int, _: object) -> None:
-        del self._alive[place]
-        self.now -= size
-
-    def taken(self, call: Callable[[], object]) -> int:
-        """The most bytes beyond those alive before that the call had alive at once."""
-        before, self.peak = self.now, self.now
-        call()
-        return self.peak - before
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled code runs as it does without this mode, for it must give the same numbers at a replay."""
-        return True
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    leaves: list[Any] = [x for x in optree.tree_leaves(tree) if isinstance(x, Tensor) and x.layout is torch.strided]
-    # Of a sharded tensor this rank's part.
-    return [(x.detach().to_local() if hasattr(x, "to_local") else x).untyped_storage() for x in leaves]
