@@ -148,7 +148,7 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     return any(getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
 
 
-class Allocated(TorchDispatchMode or nullcontext):  # pyright: ignore[reportGeneralTypeIssues]
+class Allocated(TorchDispatchMode if TorchDispatchMode is not object else nullcontext):  # pyright: ignore[reportGeneralTypeIssues]
     """Bytes of the tensors made in the block that are alive: `now`, and at most (`peak`).
 
     By what operations return; what a kernel takes and gives back inside is not seen.
