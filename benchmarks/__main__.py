@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import hypergrad as hg
 
-from . import accuracy, blocks, checks, counts, equal, products, report, scaling, tasks, unrolled
+from . import accuracy, blocks, checks, counts, equal, report, scaling, tasks, unrolled
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SECTIONS = {
@@ -23,7 +23,6 @@ SECTIONS = {
     "blocks": blocks.SECTION,
     "unrolled": unrolled.SECTION,
     "tasks": tasks.SECTION,
-    "products": products.SECTION,
     "checks": checks.SECTION,
     "scaling": scaling.SECTION,
 }

@@ -38,11 +38,11 @@ ARITHMETIC = {WIDE: 0.03, "tiny": 1.0}  # where it is measured, with the limit
 CALLS = 15
 ROUNDS = {"mlp": 7, "logistic": 20, "equilibrium": 10, "tiny": 40, WIDE: 5}
 CHECKS = (
-    (_problem, "inner_residual"),
-    (_hypergradient, "inner_distance"),
+    (_problem.Problem, "_residual_of"),
+    (_hypergradient, "_inner_distance"),
     (hg.Hypergradient, "check_finite"),
     (hg.Hypergradient, "warn_if_unsolved"),
-    (_problem.Problem, "kept"),
+    (_problem.Problem, "without_graphs"),
 )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -113,7 +114,9 @@ def betty(problem: Problem, name: str, **config: Any) -> Tensors:
     upper = Level(problem.hparams, None)
     loss = problem.outer_loss(params, problem.hparams)
     grads = torch.autograd.grad(loss, [*params, *problem.hparams], allow_unused=True)
-    cross = function(grads[: len(params)], lower, upper)
+    # Newer versions can add to .grad themselves.
+    options = {"sync": False} if "sync" in signature(function).parameters else {}
+    cross = function(grads[: len(params)], lower, upper, **options)
     direct = grads[len(params) :]
     return [c if d is None else c + d for c, d in zip(cross, direct, strict=True)]
 

@@ -111,6 +111,10 @@ class System:
             sizes = [s[0] * norm(x) + norm(b) for s, x, b in systems]
             return 2 * self.n * EPS * np.array(sizes)
 
+    def stacked(self) -> System:
+        """The same system as a batch of one."""
+        return self if self.a.ndim == 3 else replace(self, a=self.a[None], b=self.b.reshape(1, -1))
+
     def damped(self, gamma: float) -> System:
         """A + γI."""
         return replace(self, a=self.a + gamma * np.eye(self.n)) if gamma else self

@@ -163,6 +163,8 @@ VARIABLES = [
     ("one hparam twice", shared("hparams"), ValueError, ["hparams[0] and hparams[1] are the same tensor"]),
     ("one hparam from another", one_from_the_other, ValueError, ["hparams[1] was computed from hparams[0]", "twice"]),
 ]
+# To HyperTorch's functions, which take lists for maps, [w, w] are two variables.
+LISTS = ("fixed_point", "neumann", "CG", "CG_normaleq", "stoch_AID")
 ONE_PARAM_TWICE = ("one param twice", shared("params"), ValueError, ["params[0] and params[1] are the same tensor"])
 
 
@@ -209,7 +211,7 @@ def test_inner_losses(door, inner_loss, error, words):
 
 
 @pytest.mark.parametrize(
-    ("door", "change", "error", "words"), [*through(VARIABLES), *through([ONE_PARAM_TWICE], extra=("reverse",))]
+    ("door", "change", "error", "words"), [*through(VARIABLES), *through([ONE_PARAM_TWICE], extra=("reverse", *LISTS))]
 )
 def test_params_and_hparams(door, change, error, words):
     case = good()
@@ -289,9 +291,6 @@ OPTIONS = [
     ("start of integers", {"x0": [rand(3), torch.tensor(1)]}, TypeError, ["x0[1]", "int64"]),
     ("batch_dims", {"batch_dims": 2}, ValueError, ["batch_dims", "2"]),
     ("no batch axis", {"batch_dims": 1}, ValueError, ["batch_dims=1", "params[0]", "(3,)", "params[1]", "()"]),
-    ("draws", {"final_draws": 2}, ValueError, ["final_draws must be 1", "stochastic=True", "2"]),
-    ("no draws", {"final_draws": 0, "stochastic": True}, ValueError, ["final_draws", "0"]),
-    ("stochastic value", {"fp_map": [rand(3), rand()], "stochastic": True}, TypeError, ["drawn anew", "callable"]),
     ("wrong structure", {"solver": lambda op, b, x0: b.leaves[:1]}, ValueError, ["solver's result", "1 leaves"]),
     ("wrong shape", {"solver": lambda op, b, x0: [b.leaves[0], rand(2)]}, ValueError, ["result[1]", "(2,)", "()"]),
     ("wrong dtype", {"solver": lambda op, b, x0: [b.leaves[0].float(), rand()]}, ValueError, ["result[0]", "float32"]),
@@ -308,9 +307,17 @@ def test_options(options, error, words):
         refuses(call, case, error, words)
 
 
+def test_bad_draws():
+    for draws in (0, 1.5, "2"):
+        with pytest.raises(ValueError, match="draws must be an integer ≥ 1"):
+            hg.operators.Stochastic(lambda w, h: w, draws)
+    with pytest.raises(TypeError, match="is no callable"):
+        hg.operators.Stochastic([rand(3)])
+
+
 def test_a_vector_of_another_space_from_the_users_solver():
     case = good()
-    other = hg.implicit.Variables([rand(7)], case.hparams).space.zeros()
+    other = hg.Vector(hg._vector.Space([rand(7)], "params"), [rand(7)])
     for call in implicit(case, solver=lambda op, b, x0: other):
         refuses(call, case, ValueError, ["solver's result", "structure"])
 
@@ -543,7 +550,7 @@ def test_hooks_that_fail_leave_grad_alone():
             hg.fixed_point(
                 [(leaf + out).detach()],
                 [leaf, out],
-                3,
+                30,
                 noisy(lambda w, h: [0.5 * (w[0] + h[0] + h[1])]),
                 lambda w, h: w[0].sum(),
             )
@@ -875,7 +882,7 @@ def test_functional_interface_tells_of_failures():
             )
         assert told[0].filename == __file__
     p = as_lists(problem_at("ridge"))
-    hg.CG(p.params, p.hparams, 2, p.fp_map, p.outer_loss, set_grad=False)
+    hg.CG(p.params, p.hparams, 4, p.fp_map, p.outer_loss, set_grad=False)
 
 
 def test_an_inner_problem_that_is_not_solved():

@@ -25,7 +25,6 @@ from benchmarks import (
     measure,
     peers,
     problems,
-    products,
     report,
     scaling,
     tasks,
@@ -242,7 +241,7 @@ def test_peers_answer() -> None:
             if method.library not in ("floor", "hypergrad", "HyperTorch") and method.fits(row(name)):
                 found[name, method.name] = row(name).system.error(method.run(row(name)), method.truth or "")
     wrong = {name for (_, name), error in found.items() if not error < 1e-6}
-    assert wrong == {"Betty CG"} and len(found) > 10
+    assert wrong <= {"Betty CG"} and len(found) > 10  # right since 0.2.1
 
 
 def test_batched_passes_count_as_many() -> None:
@@ -294,21 +293,6 @@ def test_vector_arithmetic_costs_little_beside_the_products(name: str, limit: fl
     found = checks.arithmetic(checks.row(name), calls=3)
     print(f"{name}: {found.middle:.2%}")
     assert 0 < found.middle <= limit
-
-
-def test_ways_of_a_product(tmp_path, monkeypatch):
-    """Forward agrees with reverse; a way that is wrong gets no time; the section writes what it has."""
-    ways = {"reverse": {}, "forward": {"products": "forward"}, "compiled": {"compile": "aot_eager"}, "bfloat16": {}}
-    monkeypatch.setattr(products, "WAYS", ways)
-    results, settings = products.measure(["tiny"], None, 1)
-    assert [r.method for r in results] == list(ways) and settings[0]["parameters"] == 20
-    assert max(r.error for r in results[:3]) < 1e-5 and all(r.ratio for r in results)
-    monkeypatch.setattr(products, "WRONG", -1.0)
-    wrong, _ = products.measure(["tiny"], ["forward"], 1)
-    assert [(r.method, r.ratio) for r in wrong] == [("forward", None)]
-    assert "wrong: no time" in products.table(wrong)
-    products.draw(results + wrong, tmp_path / "products.png")
-    assert (tmp_path / "products.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_batched_tasks(tmp_path):

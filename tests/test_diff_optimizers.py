@@ -78,6 +78,55 @@ def test_signatures_are_hypertorchs(name):
     assert getattr(hg.diff_optimizers, name) is getattr(hg, name)
 
 
+METHODS = {
+    "get_opt_params": ["self", "params"],
+    "step": ["self", "params", "hparams", "create_graph"],
+    "__call__": ["self", "params", "hparams", "create_graph"],
+    "get_loss": ["self", "params", "hparams"],
+}
+
+
+@pytest.mark.parametrize("name", ["DifferentiableOptimizer", *RULES])
+def test_methods_are_hypertorchs(name):
+    """A subclass of the user's may define step and call get_loss."""
+    kind = getattr(hg, name)
+    for method, parameters in METHODS.items():
+        assert list(inspect.signature(getattr(kind, method)).parameters) == parameters
+    assert inspect.signature(kind.__call__).parameters["create_graph"].default is True
+
+    class Signs(hg.DifferentiableOptimizer):
+        def step(self, params, hparams, create_graph):
+            grads = torch.autograd.grad(self.get_loss(params, hparams), params, create_graph=create_graph)
+            return [w - 0.1 * g.sign() for w, g in zip(params, grads, strict=True)]
+
+    params, hparams = case()
+    new = Signs(loss_f, 1)(params, hparams)
+    assert (
+        max(
+            errors(
+                [w.detach() for w in new],
+                [w.detach() - 0.1 * g.sign() for w, g in zip(params, slopes(params, hparams), strict=True)],
+            )
+        )
+        < 1e-14
+    )
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_params_in_lists_in_lists(name):
+    """The state is nested as params are; the numbers are those of flat lists."""
+    params, hparams = case()
+    flat_optimizer = make(name)
+    nested_optimizer = make(name, loss=lambda w, h: loss_f([w[0][0], w[1]], h))
+    state = flat_optimizer.get_opt_params(params)
+    nested = nested_optimizer.get_opt_params([(params[0],), params[1]])
+    for _ in range(3):
+        state, nested = flat_optimizer(state, hparams), nested_optimizer(nested, hparams)
+    assert torch.equal(nested[0][0], state[0]) and torch.equal(nested[1], state[1])
+    if name != "GradientDescent":
+        assert torch.equal(nested[2][0], state[2]) and torch.equal(nested[3], state[3])
+
+
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("name", RULES)
 def test_a_step_is_its_formula(name, requires_grad):

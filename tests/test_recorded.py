@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo import register_backend
 from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -495,6 +496,26 @@ def test_a_backend_that_is_not_there():
     with pytest.warns(hg.NotCompiled, match="no_such_backend"):
         result = hypergradient(p, "inner_loss", S.CG(rtol=1e-13, on_failure="ignore"), compile="no_such_backend")
     assert_agrees(p, result.grads)
+
+
+@register_backend(name="fails_later")  # pyright: ignore[reportCallIssue]
+def fails_later(graph, inputs):
+    calls = []
+
+    def run(*given):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("no memory left")
+        return graph.forward(*given)
+
+    return run
+
+
+def test_a_backend_whose_code_fails_later():
+    given = linear_problem(lambda v: A @ v + v) | {"solver": S.FixedPoint(max_steps=MANY, on_failure="ignore")}
+    with pytest.warns(hg.NotCompiled, match="done by reverse passes: RuntimeError: no memory left"):
+        result = hg.implicit.grad(compile="fails_later", **given)
+    torch.testing.assert_close(result.grads, hg.implicit.grad(**given).grads, rtol=1e-12, atol=0)
 
 
 def test_an_error_of_the_users_own_passes_through():

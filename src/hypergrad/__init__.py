@@ -2,7 +2,18 @@
 
 from importlib.metadata import version
 
-from . import diff_optimizers, fixed_points, implicit, nn, operators, solvers, unroll
+from . import (
+    CG_torch,
+    diff_optimizers,
+    fixed_points,
+    hypergradients,
+    implicit,
+    meta,
+    nn,
+    operators,
+    solvers,
+    unroll,
+)
 from ._recorded import NotCompiled
 from ._solution import (
     HypergradientWarning,
@@ -23,6 +34,24 @@ from .diff_optimizers import (
     gd_step,
     heavy_ball_step,
     torch_momentum_step,
+)
+from .hypergradients import (
+    CG,
+    CG_normaleq,
+    cat_list_to_tensor,
+    exact,
+    fixed_point,
+    get_outer_gradients,
+    grad_unused_zero,
+    grd,
+    jvp,
+    list_dot,
+    neumann,
+    reverse,
+    reverse_unroll,
+    stoch_AID,
+    torch_grad,
+    update_tensor_grads,
 )
 from .implicit import Hypergradient
 
@@ -62,6 +91,15 @@ __all__ = [
     "CG_normaleq",
     "stoch_AID",
     "exact",
+    "CG_torch",
+    "cat_list_to_tensor",
+    "get_outer_gradients",
+    "grad_unused_zero",
+    "grd",
+    "jvp",
+    "list_dot",
+    "torch_grad",
+    "update_tensor_grads",
     # iterative differentiation: through the steps of an inner optimiser
     "unroll",
     # differentiable optimisers

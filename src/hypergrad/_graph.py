@@ -68,7 +68,7 @@ def computed_from(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     return None
 
 
-def undeclared_leaves(outputs: Sequence[Tensor], declared: Sequence[Tensor]) -> list[Tensor]:
+def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequence[Tensor]) -> list[Tensor]:
     """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors."""
     known = {id(x) for x in declared}
     seen = {_edge(x)[0] for x in declared if x.requires_grad}  # what declared tensors were computed from is not entered

@@ -31,7 +31,8 @@ Product = Callable[..., list[Tensor]]
 # ("=", x) for x itself.
 Ref = tuple
 
-FEWEST = 16  # products, below which recording one does not pay
+# Recording a product takes as long as five to seven small ones, and repeating it about half of one.
+FEWEST = 16  # products, below which one is not recorded
 WAIT = 10  # products before one is recorded, where their number is not known
 aten = torch.ops.aten
 
@@ -238,18 +239,16 @@ class Program:
         return held + self._factors(*ones, *[_narrow(constants[j]) for j in self._read])
 
     def function(self, backend: str | None) -> Product:
-        if backend not in self._functions:
+        source = self._functions[None]
+        if backend is not None and backend not in self._functions:
             # torch.compile's own patterns make one operation of a product and a sum, which copies the sum first.
             options: Any = {"options": {"pattern_matcher": False}} if backend == "inductor" else {}
-            source = self._functions[None]
             self._functions[backend] = torch.compile(source, backend=backend, fullgraph=True, **options)
         return self._functions[backend]
 
 
-@lru_cache(maxsize=256)
-def _program(steps: tuple[Step, ...], results: tuple[Ref, ...], inputs: int) -> Program:
-    """The program of these operations, which later recordings of them need not build, compile or compare again."""
-    return Program(steps, results, inputs)
+# Later recordings of the same operations need not build, compile or compare again.
+_program = lru_cache(maxsize=256)(Program)
 
 
 def _chains(steps: Sequence[Step]) -> tuple[dict[int, int], dict[int, int]]:
@@ -360,7 +359,7 @@ class Recorder:
 
     def _write(self, func: Any, functional: Any, args: Any, kwargs: Any) -> Any:
         """An operation in place, on a tensor made here that has no views, is written down as one that is not."""
-        target = args[0] if args else None
+        target: Any = args[0] if args else None
         _, ref, memory = self._note(target)
         # In place the result has the target's dtype.
         wider = any(isinstance(x, Tensor) and torch.result_type(target, x) != target.dtype for x in args[1:])

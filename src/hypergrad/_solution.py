@@ -39,14 +39,15 @@ class Status(enum.Enum):
     )
     DIVERGED = (
         4,
-        "the residual is larger than that of no answer at all: for a stationary iteration use a smaller step size; "
-        "else use a method that needs no contraction (GMRES or MINRES for a linear system; Anderson, Broyden or Newton "
-        "for a fixed point)",
+        "the residual is no smaller than that of no answer (x = 0): give a Krylov method more steps; in place of a "
+        "stationary iteration take a smaller step size, or a method that needs no contraction (GMRES or MINRES for a "
+        "linear system; Anderson, Broyden or Newton for a fixed point)",
     )
     NOT_POSITIVE_DEFINITE = (
         5,
         "a direction of zero or negative curvature was met (xᵀAx ≤ 0): the point is no strict minimum, or the system "
-        "is singular; use MINRES, add damping, or solve the inner problem further",
+        "is singular; use MINRES or damping, solve the inner problem further, or take operators.GaussNewton where the "
+        "loss is a convex function of a model's output",
     )
     NOT_SYMMETRIC = (
         6,
@@ -91,7 +92,7 @@ class UnsolvedInnerProblem(HypergradientWarning):
 
 
 class InaccurateHypergradient(HypergradientWarning):
-    """A hypergradient that misses the accuracy asked for (hypergradient_rtol)."""
+    """A hypergradient with an estimated error above 10 % (too few steps), or above the rtol that `refine` aims at."""
 
 
 class SolverError(ValueError):
@@ -160,7 +161,8 @@ class Solution:
         trace: the method's own residual norm before each step and after the last: [steps + 1], or [steps + 1, B]; NaN
             where it did not take it. Of fixed_points without trace=True: that of the worst system, [steps + 1].
         method: the solver's name; of solvers.Auto the method that gave the value, and why it was taken.
-        curvature: the least xᵀAx / xᵀx that the method met, where it knows it (CG): 0-d, or [B].
+        curvature: the least xᵀAx / xᵀx (without the solver's damping) that the method met, where it knows it (CG);
+            after negative curvature in solvers.Auto an estimate of the least eigenvalue from below: 0-d, or [B].
     """
 
     value: Any
@@ -184,12 +186,12 @@ class Solution:
     @property
     def status(self) -> Status:
         """The worst status of all systems."""
-        return Status(max(self._codes))
+        return Status(max(self._codes, default=0))
 
     @property
     def ok(self) -> bool:
         """Whether every system ended as it was asked to: CONVERGED, or COMPLETED where no tolerance was given."""
-        return max(self._codes) <= Status.COMPLETED.value
+        return max(self._codes, default=0) <= Status.COMPLETED.value
 
     @property
     def relative_residual(self) -> Tensor:
@@ -215,14 +217,20 @@ class Solution:
     @property
     def message(self) -> str:
         """What happened, with numbers, and what to try."""
+        if not self._codes:
+            return "no system"
         bad = [i for i, code in enumerate(self._codes) if code == self.status.value]
         where = f"{len(bad)} of {len(self._codes)} systems, the first at index {bad[0]}: " if self.code.ndim else ""
         relative = float(self.relative_residual.reshape(-1)[bad[0]])
         steps = int(self.steps.reshape(-1)[bad[0]]) if isinstance(self.steps, Tensor) else self.steps
         text = f"{where}{self.status.name} after {steps} steps at a relative residual of {relative:.2e}"
         if self.status is Status.DIVERGED:
-            rate = self.growth_rate.reshape(-1)[bad[0] if self.trace.ndim > 1 else 0]
-            text += f", growing by a factor of {float(rate):.4g} a step"
+            rate = float(self.growth_rate.reshape(-1)[bad[0] if self.trace.ndim > 1 else 0])
+            text += f", growing by a factor of {rate:.4g} a step" if rate > 1 else ""
+        if self.status is Status.NOT_POSITIVE_DEFINITE and self.curvature is not None:
+            curvature = float(self.curvature.reshape(-1)[bad[0]])
+            text += f", where xᵀAx / xᵀx = {curvature:.3g}"
+            text += f" (it takes damping={-1.2 * curvature:.2g} at least)" if curvature < 0 else ""
         return f"{text}: {self.status.message}"
 
     def report(self, what: str, on_failure: OnFailure) -> None:
@@ -233,3 +241,43 @@ class Solution:
         if on_failure == "raise":
             raise SolverError(text, self)
         warn(text, NotConverged)
+
+
+def remaining(solution: Solution) -> list[tuple[float, float]]:
+    """(θ, ρ) of each system: θ = ‖A⁻¹r‖ / ‖x‖, what would be added to x, had its iteration gone on at its own rate ρ.
+
+    The steps of an iteration add up to x, and are in proportion to the residuals before them. If these fall
+    geometrically in each half of the steps, from ‖b‖ to ‖r_h‖ by ρ₁ and from there to ‖r‖ by ρ a step,
+
+        θ = ‖r‖/(1 − ρ) / [(‖b‖ − ‖r_h‖)/(1 − ρ₁) + (‖r_h‖ − ‖r‖)/(1 − ρ)]
+
+    With one rate that is ‖r‖ / (‖b‖ − ‖r‖), which also stands where the residual no longer falls. Residuals below a
+    thousandth of ‖b‖, at rounding level or not finite count as 0.
+
+    Cost: no product. The trace is read from the device where a residual is above that.
+    """
+    relative = solution.relative_residual.nan_to_num(0.0, math.inf).reshape(-1).tolist()
+    if not any(1e-3 < q < math.inf for q in relative):
+        return [(0.0, 0.0)] * len(relative)
+    rhs = solution.rhs_norm
+    traces = (solution.trace / rhs).reshape(len(solution.trace), -1).T.tolist()
+    stretches = (solution.value / rhs).norm().reshape(-1).tolist()
+    rounding = 1000 * solution.value.space.eps
+    return [
+        _remaining(q, trace) if max(1e-3, rounding * (1 + stretch)) < q < math.inf else (0.0, 0.0)
+        for q, stretch, trace in zip(relative, stretches, traces, strict=True)
+    ]
+
+
+def _remaining(q: float, trace: list[float]) -> tuple[float, float]:
+    """(θ, ρ) of one system, from its residual norms in units of ‖b‖: the last, and those on the way."""
+    known = [(k, size) for k, size in enumerate(trace) if math.isfinite(size) and size > 0]
+    if len(known) < 2:
+        known = [(0, 1.0), (1, q)]
+    (_, first), (half, middle), (last, _) = known[0], known[(len(known) - 1) // 2], known[-1]
+    rate = (q / middle) ** (1 / (last - half))
+    if not (q < 1 and rate < 1):
+        return (q / (1 - q) if q < 1 else math.inf), 1.0
+    early = (middle / first) ** (1 / half) if half else rate
+    head = (1 - middle) / (1 - early) if early < 1 and middle <= 1 else half
+    return q / (1 - rate) / (head + (middle - q) / (1 - rate)), rate

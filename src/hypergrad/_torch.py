@@ -17,7 +17,7 @@ from torch.overrides import has_torch_function
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
 except ImportError:  # nothing is then recorded
-    TorchDispatchMode = None
+    TorchDispatchMode = object
 try:
     from torch.autograd.function import BackwardCFunction
 except ImportError:  # every node then counts as that of a torch.autograd.Function
@@ -44,11 +44,15 @@ def reverse_pass(
 
 
 @contextmanager
-def hooks_suspended(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def hooks_suspended(tensors: Iterable[Tensor], retained: bool = True) -> Iterator[list[Tensor]]:
     """Gradient hooks of these tensors do not act meanwhile; gives the tensors that have one.
 
-    torch.autograd.grad calls the hooks of its inputs too: at each of many products, and before the total is known.
+    torch.autograd.grad calls the hooks of its inputs too: at each of many products, and before the total is known. It
+    also writes the .grad of tensors that retain it, which with `retained` is put back afterwards.
     """
+    tensors = list(tensors)
+    before = [(x, x.grad) for x in tensors if x.retains_grad] if retained else []
+    # torch holds this very dictionary, so emptying it takes the hooks away.
     found = [(x, hooks, dict(hooks)) for x in tensors if (hooks := getattr(x, "_backward_hooks", None))]
     for _, hooks, _ in found:
         hooks.clear()
@@ -57,6 +61,20 @@ def hooks_suspended(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     finally:
         for _, hooks, kept in found:
             hooks.update(kept)
+        for x, grad in before:
+            x.grad = grad
+
+
+def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor], hooked: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients after the hooks of their leaves, each called once, as torch.autograd.grad calls them."""
+    places, grads = {id(x) for x in hooked}, list(grads)
+    for i, x in enumerate(leaves):
+        if id(x) in places:
+            retained = x.grad if x.retains_grad else None
+            (grads[i],) = torch.autograd.grad(x, x, grads[i])
+            if x.retains_grad:
+                x.grad = retained
+    return grads
 
 
 def is_python_function(node: Any) -> bool:
@@ -80,7 +98,7 @@ def _saved_names(kind: type) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_saved_")]
 
 
-class _Watch(TorchDispatchMode or object):
+class _Watch(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
     """A mode in which every operation is done by a function."""
 
     def __init__(self, operation: Callable[[Any, Any, dict[str, Any]], Any]):
@@ -99,7 +117,10 @@ class _Watch(TorchDispatchMode or object):
 def watched(operation: Callable[[Any, Any, dict[str, Any]], Any]) -> Iterator[None]:
     """Every operation of the block is done by `operation(func, args, kwargs)`; none where torch cannot."""
     # A mode is of one thread.
-    with _Watch(operation) if TorchDispatchMode else nullcontext(), torch.autograd.set_multithreading_enabled(False):
+    with (
+        _Watch(operation) if TorchDispatchMode is not object else nullcontext(),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
         yield
 
 

@@ -1,7 +1,8 @@
-"""HyperTorch's functional interface: the same names, arguments and defaults; lists of tensors in, a list out.
+"""HyperTorch, whole: its functions and helpers with their names, arguments, defaults and results.
 
-What is different from HyperTorch: `tol` is relative to ‖∇₁E‖ (there it was absolute), CG returns its last iterate
-(there the one before), unused params and hparams count as zero everywhere, and a system that was not solved is said so.
+Its defects are not kept. `tol` is relative to ‖∇₁E‖ (there it was absolute), CG returns its last iterate (there the one
+before), unused params and hparams count as zero everywhere, params may hold one tensor twice, containers may be nested,
+and what is known to be wrong is an error or a warning. Its optimisers stand in `diff_optimizers`, `cg` in `CG_torch`.
 """
 
 from __future__ import annotations
@@ -11,172 +12,178 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import grad as torch_grad
 
-from . import _autodiff, _random, implicit, solvers
+from . import _autodiff, _torch, implicit, operators, solvers
 from ._autodiff import Linearisation, as_scalar
-from ._solution import Solution, Status, warn_if_not_finite
-from ._tree import flatten
+from ._random import random_state_kept_on_error
+from ._solution import Status, warn_if_not_finite
+from ._tree import filled, flatten
 
 Loss = Callable[[Any, Any], Tensor]
 Map = Callable[[Any, Any], Any]
+Tensors = Sequence[Any]
 
 
-def _list(tensors: Any, name: str) -> list[Tensor]:
+def _list(tensors: Any, name: str) -> list[Any]:
     """A list of what the caller gave as one; a bare tensor would fall apart into its rows."""
     if isinstance(tensors, (Tensor, dict)):
-        raise TypeError(
-            f"{name} must be a list of tensors, got {type(tensors).__name__}; implicit.grad takes any pytree"
-        )
+        kind = type(tensors).__name__
+        raise TypeError(f"{name} must be a list of tensors, got {kind}; implicit.grad takes any pytree")
     return list(tensors)
 
 
-def _deliver(hparams: Sequence[Tensor], grads: Sequence[Tensor], set_grad: bool) -> list[Tensor]:
-    """The list of gradients, added to .grad if asked."""
-    if set_grad:
-        implicit.accumulate(hparams, grads)
-    return list(grads)
-
-
 def _backpropagated(
-    evaluate: Callable[[list[Tensor]], Tensor], hparams: Sequence[Tensor], set_grad: bool, retain_graph: bool
-) -> list[Tensor]:
+    evaluate: Callable[[list[Any]], Tensor], hparams: Tensors, set_grad: bool, retain_graph: bool
+) -> tuple[Any, ...]:
     """∇ of an outer loss whose graph reaches hparams, in memory of its own."""
-    leaves, names, _ = flatten(_list(hparams, "hparams"), "hparams")
-    needed = implicit.check_hparams(leaves, names)
-    with _random.random_state_kept_on_error(leaves):
+    leaves, names, rebuild = flatten(_list(hparams, "hparams"), "hparams")
+    places, needed = implicit.check_hparams(leaves, names)
+    with random_state_kept_on_error(leaves):
         with torch.enable_grad():
-            loss = as_scalar(evaluate(leaves), "outer_loss")
-        each = iter(_autodiff.grad([loss], needed, retain_graph=retain_graph))
-        grads = [next(each).clone() if leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
+            loss = as_scalar(evaluate(rebuild(leaves)), "outer_loss")
+        with _torch.hooks_suspended(leaves) as hooked:
+            found = _autodiff.grad([loss], needed, retain_graph=retain_graph, must_reach=implicit.NO_HPARAMS)
+        found = _torch.with_hooks(needed, [g.clone() for g in found], hooked)
+        grads = filled([torch.zeros_like(leaf) for leaf in leaves], places, found)
         warn_if_not_finite(grads)
-        return _deliver(leaves, grads, set_grad)
-
-
-def _as_asked(solution: Solution) -> bool:
-    """Whether a solve short of tol did its K steps, or all that the dtype allows: ‖b − Av‖ ≤ 10 ε (‖b‖ + ‖v‖)."""
-    if solution.status is not Status.STAGNATED:
-        return solution.status is Status.MAX_STEPS
-    stretch = (solution.value / solution.rhs_norm).norm()
-    return bool(solution.relative_residual <= 10 * solution.value.space.eps * (1 + stretch))
+        if set_grad:
+            implicit.accumulate(leaves, grads)
+    return tuple(rebuild(grads))
 
 
 def _implicit(
-    params: Sequence[Tensor],
-    hparams: Sequence[Tensor],
-    solver: solvers.LinearSolver,
-    fp_map: Map,
+    params: Tensors,
+    hparams: Tensors,
     outer_loss: Loss,
+    solver: solvers.LinearSolver,
     set_grad: bool,
-    stochastic: bool = False,
+    *,
+    fp_map: Map | None = None,
+    inner_loss: Loss | None = None,
+    draws: int = 0,
     symmetric: bool = False,
-) -> list[Tensor]:
-    """implicit.grad on lists; warns of a failed solve, but not of what the caller asked for: see `_as_asked`."""
-    params, hparams = _list(params, "params"), _list(hparams, "hparams")
-    with _random.random_state_kept_on_error(params):
+    start: Tensors | None = None,
+    fatal: tuple[Status, ...] = (),
+) -> implicit.Hypergradient:
+    """implicit.grad on lists, where K steps are what was asked for: to miss tol is no failure, to be far off is.
+
+    draws: how often the inner problem is drawn at the last product, and once at each before; 0: it is always the same.
+    fatal: statuses that are an error.
+    """
+    # Of a map [w, w] are two variables, the state of HeavyBall at a fixed point.
+    params, hparams = _detached(params), _list(hparams, "hparams")
+    noisy = (lambda form: form and operators.Stochastic(form, draws)) if draws else (lambda form: form)
+    with random_state_kept_on_error(params):
         result = implicit.grad(
             outer_loss,
             params=params,
             hparams=hparams,
-            fp_map=fp_map,
+            fp_map=noisy(fp_map),
+            inner_loss=noisy(inner_loss),
             solver=solver,
-            stochastic=stochastic,
+            x0=start,
             symmetric=symmetric,
         )
-        if not _as_asked(result.solution):
-            result.solution.report("the adjoint system of the hypergradient", "warn")
+        if (status := result.solution.status).value > Status.STAGNATED.value:
+            result.solution.report("the adjoint system of the hypergradient", "raise" if status in fatal else "warn")
         result.check_finite()
-        if not stochastic:
+        if not draws:
             result.warn_if_unsolved()
-        return _deliver(hparams, result.grads, set_grad)
+            result.warn_if_inaccurate()
+        if set_grad:
+            implicit.accumulate(hparams, result.grads)
+    return result
 
 
-def reverse_unroll(
-    params: Sequence[Tensor], hparams: Sequence[Tensor], outer_loss: Loss, set_grad: bool = True
-) -> list[Tensor]:
+def reverse_unroll(params: Tensors, hparams: Tensors, outer_loss: Loss, set_grad=True) -> tuple[Any, ...]:
     """Hypergradient by backpropagation through the graph that params bring along.
 
     Args:
         params: w_T(λ), as an inner loop with create_graph=True leaves it.
         hparams: λ, the tensors that loop started from.
         outer_loss: E(params, hparams), scalar.
-        set_grad: add the result to hparams' .grad, as backward() does.
+        set_grad: add the result to hparams' .grad, as backward() does. Hooks of hparams act once.
 
-    Returns: ∇f(λ) of f(λ) = E(w_T(λ), λ), a list like hparams.
-    Raises: ValueError where outer_loss is no scalar.
+    Returns: ∇f(λ) of f(λ) = E(w_T(λ), λ), a tuple like hparams.
+    Raises: ValueError where outer_loss is no scalar, or depends on none of hparams.
     Cost: one reverse pass through all steps, whose graph is kept.
     Source: Grazzi et al. 2020, section 2.1 (ITD).
 
     Example:
         >>> lam = torch.tensor([3.0], requires_grad=True)
         >>> reverse_unroll([lam / 2], [lam], lambda w, lam: (w[0] ** 2).sum())
-        [tensor([1.5000])]
+        (tensor([1.5000]),)
     """
     params = _list(params, "params")
     return _backpropagated(lambda hparams: outer_loss(params, hparams), hparams, set_grad, retain_graph=True)
 
 
 def reverse(
-    params_history: Sequence[Sequence[Tensor]],
-    hparams: Sequence[Tensor],
-    update_map_history: Sequence[Map],
-    outer_loss: Loss,
-    set_grad: bool = True,
-) -> list[Tensor]:
+    params_history: Sequence[Any], hparams: Tensors, update_map_history: Sequence[Map], outer_loss: Loss, set_grad=True
+) -> list[Any]:
     """Hypergradient by reverse mode through stored iterates, one step's graph at a time.
 
         α ← ∇₁E(w_T, λ);   for t = T … T − K + 1:   ∇ ← ∇ + ∂₂Φ_tᵀ α,   α ← ∂₁Φ_tᵀ α
 
     Args:
         params_history: the last K + 1 iterates, w_{T−K} … w_T.
-        hparams: λ.
         update_map_history: the maps between them, the last of which gave w_T; at least K.
-        outer_loss: E(params, hparams), scalar.
-        set_grad: add the result to hparams' .grad, as backward() does.
+        hparams, outer_loss, set_grad: as in `reverse_unroll`.
 
     Returns: ∇f(λ), through the last K steps, a list like hparams.
     Raises: ValueError for fewer maps than steps, or a map whose result is not like its argument.
     Cost: K evaluations of the map and K reverse passes; the memory of one step beside the iterates.
     Source: Grazzi et al. 2020, Algorithm 1 (reverse); Franceschi et al. 2017.
-
-    Example:
-        >>> lam = torch.tensor([3.0], requires_grad=True)
-        >>> step = lambda w, lam: [w[0] / 2 + lam[0]]
-        >>> history = [[torch.tensor([0.0])], [torch.tensor([3.0])], [torch.tensor([4.5])]]
-        >>> reverse(history, [lam], [step, step], lambda w, lam: w[0].sum())
-        [tensor([1.5000])]
     """
-    hparams = _list(hparams, "hparams")
-    steps = len(params_history) - 1
+    hparams, steps = _list(hparams, "hparams"), len(params_history) - 1
     if steps < 0:
         raise ValueError("params_history holds no iterate; it needs w_T at least")
     if len(update_map_history) < steps:
         raise ValueError(f"{steps + 1} iterates need {steps} maps, got {len(update_map_history)}")
-    variables = implicit.Variables(_list(params_history[-1], "params"), hparams)
-    with _random.random_state_kept_on_error(variables.given):
-        _, alpha, direct = implicit.outer_gradients(outer_loss, variables)
-        total = [g.clone() for g in _autodiff.or_zeros(direct, variables.differentiated)]
+    leaves = flatten(hparams, "hparams")[0]
+    with random_state_kept_on_error(leaves), _torch.hooks_suspended(leaves) as hooked:
+        problem = _at(params_history[-1], hparams, outer_loss, _identity)
+        _, alpha, total = implicit.outer_gradients(problem, keep=False)
         for t in range(steps):
-            variables = implicit.Variables(_list(params_history[-2 - t], "params"), hparams)
+            step = update_map_history[-1 - t]
+            problem = _at(params_history[-2 - t], hparams, outer_loss, step)
             with torch.enable_grad():
-                value = update_map_history[-1 - t](variables.params, variables.hparams)
-            outputs = alpha.space.check(value, "the value of the update map")
-            step = Linearisation(outputs, variables.leaves, variables.differentiated)
-            pulled, cross = step.vjp_both(alpha.leaves, retain_graph=False)
-            alpha, total = variables.space.pack(pulled), _autodiff.add(total, cross)
-        warn_if_not_finite(total)
-        return _deliver(hparams, variables.outer_grads(total), set_grad)
+                outputs = alpha.space.check(step(*problem.arguments), "the value of the update map")
+            linearisation = Linearisation(outputs, problem.leaves, problem.differentiated)
+            pulled, cross = linearisation.vjp_both(alpha.leaves, retain_graph=False)
+            if linearisation.params_unreached:
+                problem.check_uses_arguments(outputs, "the update map")
+            alpha, total = problem.space.pack(pulled), _autodiff.add_or_none(total, cross)
+    if all(g is None for g in total):
+        raise ValueError(implicit.NO_HPARAMS)
+    found = [
+        torch.zeros_like(x) if g is None else g.clone() for g, x in zip(total, problem.differentiated, strict=True)
+    ]
+    grads = problem.tree_of(_torch.with_hooks(problem.differentiated, found, hooked))
+    warn_if_not_finite(found)
+    if set_grad:
+        implicit.accumulate(hparams, grads)
+    return grads
+
+
+def _identity(params: Any, hparams: Any) -> Any:
+    return params
+
+
+def _at(params: Any, hparams: Tensors, outer_loss: Loss, step: Map) -> implicit.Problem:
+    return implicit.Problem(outer_loss, params=_detached(params), hparams=hparams, fp_map=step)
+
+
+def _detached(params: Any) -> list[Any]:
+    """Iterates as points: all of their tensors are variables, whichever of them have a graph."""
+    leaves, _, rebuild = flatten(_list(params, "params"), "params")
+    return rebuild([leaf.detach() for leaf in leaves])
 
 
 def fixed_point(
-    params: Sequence[Tensor],
-    hparams: Sequence[Tensor],
-    K: int,
-    fp_map: Map,
-    outer_loss: Loss,
-    tol: float = 1e-10,
-    set_grad: bool = True,
-    stochastic: bool = False,
-) -> list[Tensor]:
+    params: Tensors, hparams: Tensors, K: int, fp_map: Map, outer_loss: Loss, tol=1e-10, set_grad=True, stochastic=False
+) -> list[Any]:
     """Hypergradient by K steps of v ← ∂₁Φᵀv + ∇₁E from zero: reverse mode through K steps at the solution.
 
     Args:
@@ -186,54 +193,40 @@ def fixed_point(
         fp_map: Φ(params, hparams), a list like params.
         outer_loss: E(params, hparams), scalar.
         tol: stop earlier once ‖∇₁E − Aᵀv‖ ≤ tol · ‖∇₁E‖, looked at every fifth step.
-        set_grad: add the result to hparams' .grad, as backward() does.
+        set_grad: add the result to hparams' .grad, as backward() does. Hooks of hparams act once.
         stochastic: fp_map is drawn anew at every product.
 
     Returns: ∇f(λ) ≈ ∇₂E + ∂₂Φᵀv, a list like hparams.
-    Raises, Warns: as `implicit.grad`; fewer steps than tol would need are no failure.
+    Raises, Warns: as `implicit.grad`. Fewer steps than tol would need are no failure; an estimated error above 10 % is.
     Cost: K products, the last with respect to params and hparams together.
     Source: Grazzi et al. 2020, section 2.2 (AID-FP).
 
     Example:
         >>> lam = torch.tensor([3.0], requires_grad=True)
-        >>> fixed_point(
-        ...     [lam.detach()], [lam], 20, lambda w, lam: [(w[0] + lam[0]) / 2], lambda w, lam: w[0].sum() ** 2 / 2
-        ... )
+        >>> phi = lambda w, lam: [(w[0] + lam[0]) / 2]
+        >>> fixed_point([lam.detach()], [lam], 20, phi, lambda w, lam: w[0].sum() ** 2 / 2)
         [tensor([3.0000])]
     """
-    solver = solvers.FixedPoint(max_steps=K, rtol=tol, check_every=5, on_failure="ignore")
-    return _implicit(params, hparams, solver, fp_map, outer_loss, set_grad, stochastic=stochastic)
+    every = max(1, min(5, K // 3))  # of few steps enough are looked at to see their rate
+    solver = solvers.FixedPoint(max_steps=K, rtol=tol, check_every=every, on_failure="ignore")
+    return _implicit(params, hparams, outer_loss, solver, set_grad, fp_map=fp_map, draws=int(stochastic)).grads
 
 
 def neumann(
-    params: Sequence[Tensor],
-    hparams: Sequence[Tensor],
-    K: int,
-    fp_map: Map,
-    outer_loss: Loss,
-    tol: float = 1e-10,
-    set_grad: bool = True,
-) -> list[Tensor]:
+    params: Tensors, hparams: Tensors, K: int, fp_map: Map, outer_loss: Loss, tol=1e-10, set_grad=True
+) -> list[Any]:
     """Hypergradient by K + 1 terms of the Neumann series: what `fixed_point` gives with K + 1 steps.
 
     Args: those of `fixed_point`.
     Cost: K products and the last.
     Source: Lorraine, Vicol and Duvenaud 2020; Liao et al. 2018.
     """
-    solver = solvers.Neumann(max_steps=K, rtol=tol, check_every=5, on_failure="ignore")
-    return _implicit(params, hparams, solver, fp_map, outer_loss, set_grad)
+    return fixed_point(params, hparams, K + 1, fp_map, outer_loss, tol, set_grad)
 
 
 def CG(
-    params: Sequence[Tensor],
-    hparams: Sequence[Tensor],
-    K: int,
-    fp_map: Map,
-    outer_loss: Loss,
-    tol: float = 1e-10,
-    set_grad: bool = True,
-    stochastic: bool = False,
-) -> list[Tensor]:
+    params: Tensors, hparams: Tensors, K: int, fp_map: Map, outer_loss: Loss, tol=1e-10, set_grad=True, stochastic=False
+) -> list[Any]:
     """Hypergradient by K steps of conjugate gradients on (I − ∂₁Φᵀ) v = ∇₁E.
 
     Calling this declares I − ∂₁Φ symmetric positive definite, as it is for a gradient step on a strongly convex loss.
@@ -244,19 +237,13 @@ def CG(
     Cost: K products and the last.
     Source: Pedregosa 2016; Grazzi et al. 2020, section 2.2 (AID-CG).
     """
-    solver = solvers.CG(max_steps=K, rtol=tol, on_failure="ignore")
-    return _implicit(params, hparams, solver, fp_map, outer_loss, set_grad, stochastic=stochastic, symmetric=True)
+    solver, draws = solvers.CG(max_steps=K, rtol=tol, on_failure="ignore"), int(stochastic)
+    return _implicit(params, hparams, outer_loss, solver, set_grad, fp_map=fp_map, draws=draws, symmetric=True).grads
 
 
 def CG_normaleq(
-    params: Sequence[Tensor],
-    hparams: Sequence[Tensor],
-    K: int,
-    fp_map: Map,
-    outer_loss: Loss,
-    tol: float = 1e-10,
-    set_grad: bool = True,
-) -> list[Tensor]:
+    params: Tensors, hparams: Tensors, K: int, fp_map: Map, outer_loss: Loss, tol=1e-10, set_grad=True
+) -> list[Any]:
     """Hypergradient by K steps of conjugate gradients on the normal equations, for any Φ.
 
     Args: those of `fixed_point`.
@@ -264,31 +251,39 @@ def CG_normaleq(
     Source: Grazzi et al. 2020, section 2.2.
     """
     solver = solvers.NormalCG(max_steps=K, rtol=tol, on_failure="ignore")
-    return _implicit(params, hparams, solver, fp_map, outer_loss, set_grad)
+    return _implicit(params, hparams, outer_loss, solver, set_grad, fp_map=fp_map).grads
+
+
+def exact(opt_params_f: Callable[[Any], Any], hparams: Tensors, outer_loss: Loss, set_grad=True) -> tuple[Any, ...]:
+    """Hypergradient by backpropagation through λ ↦ w(λ), a closed form (opt_params_f) of the inner solution.
+
+    Args, Returns, Raises: as `reverse_unroll`.
+    Cost: one evaluation and one reverse pass.
+    """
+    return _backpropagated(lambda hparams: outer_loss(opt_params_f(hparams), hparams), hparams, set_grad, False)
 
 
 def stoch_AID(
-    params: Sequence[Tensor],
-    hparams: Sequence[Tensor],
+    params: Tensors,
+    hparams: Tensors,
     outer_loss: Loss,
     K: int,
     J_inner: int = 1,
     J_outer: int = 1,
     fp_map: Map | None = None,
     inner_loss: Loss | None = None,
-    linsys_start: Sequence[Tensor] | None = None,
+    linsys_start: Tensors | None = None,
     stoch_outer: bool = False,
     stoch_inner: bool = False,
     optim_build: Callable[..., Any] | None = None,
     opt_params: dict[str, Any] | None = None,
     set_grad: bool = True,
     verbose: bool = True,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Any], list[Any]]:
     """Stochastic hypergradient: K steps of a torch optimizer on the linear system, a new draw at each.
 
     Args:
-        params, hparams, outer_loss, set_grad: as in `fixed_point`.
-        K: steps of the optimizer.
+        params, hparams, outer_loss, K, set_grad: as in `fixed_point`; K counts steps of the optimizer.
         J_inner: draws of the inner problem over which the last product is averaged (1 unless stoch_inner).
         J_outer: draws of outer_loss that are averaged (1 unless stoch_outer).
         fp_map, inner_loss: Φ, or g; exactly one.
@@ -303,59 +298,85 @@ def stoch_AID(
     Cost: J_outer evaluations of outer_loss, K products, J_inner last products.
     Source: Grazzi, Pontil and Salzo 2021, Algorithm 1.
     """
-    params, hparams = _list(params, "params"), _list(hparams, "hparams")
-    for name, draws, flag, noisy in (
-        ("J_inner", J_inner, "stoch_inner", stoch_inner),
-        ("J_outer", J_outer, "stoch_outer", stoch_outer),
-    ):
-        if draws < 1 or (draws > 1 and not noisy):
+    named = {"J_inner": (J_inner, "stoch_inner", stoch_inner), "J_outer": (J_outer, "stoch_outer", stoch_outer)}
+    for name, (draws, flag, drawn_anew) in named.items():
+        if draws < 1 or (draws > 1 and not drawn_anew):
             raise ValueError(f"{name} must be 1, or more with {flag}=True; got {draws}")
 
     def averaged_loss(params: Any, hparams: Any) -> Tensor:
         return torch.stack([as_scalar(outer_loss(params, hparams), "outer_loss") for _ in range(J_outer)]).mean()
 
     build = optim_build or (lambda tensors: torch.optim.SGD(tensors, lr=1.0))
-    solver = solvers.Optimizer(
-        max_steps=K, build=lambda tensors: build(tensors, **(opt_params or {})), on_failure="ignore"
+    result = _implicit(
+        params,
+        hparams,
+        averaged_loss,
+        solvers.Optimizer(max_steps=K, build=lambda tensors: build(tensors, **(opt_params or {})), on_failure="ignore"),
+        set_grad,
+        fp_map=fp_map,
+        inner_loss=inner_loss,
+        draws=J_inner if stoch_inner else 0,
+        start=linsys_start,
+        fatal=(Status.NON_FINITE,),
     )
-    with _random.random_state_kept_on_error(params):
-        result = implicit.grad(
-            averaged_loss,
-            params=params,
-            hparams=hparams,
-            fp_map=fp_map,
-            inner_loss=inner_loss,
-            solver=solver,
-            x0=linsys_start,
-            stochastic=stoch_inner,
-            final_draws=J_inner,
-        )
-        if verbose:
-            for k in range(0, K + 1, max(K // 5, 1)):
-                print(f"k={k}: linear system, ‖b − Av‖ = {float(result.solution.trace[k]):.3e}")
-        if result.solution.status is Status.NON_FINITE:
-            raise ValueError(f"the linear system of the hypergradient: {result.solution.message}")
-        result.check_finite()
-        if not stoch_inner:
-            result.warn_if_unsolved()
-        return _deliver(hparams, result.grads, set_grad), list(result.adjoint)
+    if verbose:
+        for k in range(0, K + 1, max(K // 5, 1)):
+            print(f"k={k}: linear system, ‖b − Av‖ = {float(result.solution.trace[k]):.3e}")
+    return result.grads, list(result.adjoint)
 
 
-def exact(
-    opt_params_f: Callable[[Any], Any], hparams: Sequence[Tensor], outer_loss: Loss, set_grad: bool = True
-) -> list[Tensor]:
-    """Hypergradient by backpropagation through a closed form of the inner solution.
+def grd(a: Any, b: Any) -> tuple[Tensor, ...]:
+    """∇ of a with respect to the tensors b, with a graph."""
+    return torch_grad(a, b, create_graph=True, retain_graph=True)
 
-    Args:
-        opt_params_f: λ ↦ w(λ), differentiable.
-        hparams, outer_loss, set_grad: as in `fixed_point`.
 
-    Returns: ∇f(λ), a list like hparams.
-    Cost: one evaluation and one reverse pass.
+def list_dot(l1: Sequence[Tensor], l2: Sequence[Tensor]) -> Tensor:
+    """⟨l1, l2⟩ of two lists of tensors."""
+    return torch.stack([(a * b).sum() for a, b in zip(l1, l2, strict=True)]).sum()
 
-    Example:
-        >>> lam = torch.tensor([3.0], requires_grad=True)
-        >>> exact(lambda lam: [2 * lam[0]], [lam], lambda w, lam: w[0].sum())
-        [tensor([2.])]
-    """
-    return _backpropagated(lambda hparams: outer_loss(opt_params_f(hparams), hparams), hparams, set_grad, False)
+
+def jvp(fp_map: Callable[[Any], Any], params: Sequence[Tensor], vs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """∂fp_map(params) · vs, with a graph, from one evaluation of fp_map."""
+    value = fp_map(params)
+    cotangents = [torch.ones_like(y).requires_grad_() for y in value]
+    pulled = grad_unused_zero(list_dot(value, cotangents), params, create_graph=True)
+    return grad_unused_zero(list_dot(vs, pulled), cotangents, create_graph=True)
+
+
+def get_outer_gradients(
+    outer_loss: Tensor, params: Sequence[Tensor], hparams: Sequence[Tensor], retain_graph=True
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """∇₁E and ∇₂E of an evaluated outer loss; zeros for what it does not depend on."""
+    params = list(params)
+    grads = grad_unused_zero(outer_loss, [*params, *hparams], retain_graph=retain_graph)
+    return grads[: len(params)], grads[len(params) :]
+
+
+def cat_list_to_tensor(list_tx: Sequence[Tensor]) -> Tensor:
+    """All entries as one vector."""
+    return torch.cat([x.reshape(-1) for x in list_tx])
+
+
+def update_tensor_grads(hparams: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add gradients to .grad as they are: no hook runs, and nothing is passed on behind hparams."""
+    pairs = list(zip(hparams, grads, strict=True))
+    for h, g in pairs:
+        if g is not None and g.shape != h.shape:
+            raise ValueError(f"a gradient must have the shape of its tensor, {tuple(h.shape)}, got {tuple(g.shape)}")
+    for h, g in pairs:
+        h.grad = torch.zeros_like(h) if h.grad is None else h.grad
+        if g is not None:
+            h.grad += g
+
+
+def grad_unused_zero(
+    output: Any,
+    inputs: Sequence[Tensor],
+    grad_outputs: Any = None,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    """torch.autograd.grad with zeros for inputs that output does not depend on."""
+    outputs, cotangents = ([x] if isinstance(x, Tensor) else x for x in (output, grad_outputs))
+    flags: Any = {"retain_graph": retain_graph, "create_graph": create_graph}
+    return tuple(_autodiff.grad(outputs, list(inputs), cotangents, **flags))

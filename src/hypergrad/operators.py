@@ -39,6 +39,7 @@ class LinearOperator:
         many: A applied to a Basis at once, if that is cheaper than one product after another.
         many_transpose: likewise for Aᵀ.
         contraction: v ↦ v − A v, if that is cheaper than A v (for A = I − Jᵀ it is Jᵀv).
+        stochastic: every product is that of a new draw of A: solvers compare no two of them.
 
     Attributes:
         declared: (product, tensors) where the operator says which tensors it depends on, else None.
@@ -58,10 +59,11 @@ class LinearOperator:
         many: Callable[[Basis], Basis] | None = None,
         many_transpose: Callable[[Basis], Basis] | None = None,
         contraction: Product | None = None,
+        stochastic: bool = False,
     ):
         self.symmetric = symmetric or positive_definite
         self.positive_definite = positive_definite
-        self.batch_dims = batch_dims
+        self.batch_dims, self.stochastic = batch_dims, stochastic
         self.damping = 0.0
         self.declared: tuple[Callable[..., PyTree], tuple[Any, ...]] | None = None
         self.each: LinearOperator | None = None
@@ -170,9 +172,9 @@ class LinearOperator:
 
             return apply
 
-        tags: Any = {"symmetric": self.symmetric, "positive_definite": self.positive_definite, "batch_dims": 1}
+        tags: Any = {name: getattr(self, name) for name in ("symmetric", "positive_definite", "stochastic")}
         transposed = product(self.T) if self.has_transpose and not self.symmetric else None
-        new = LinearOperator(product(self), transposed, **tags)
+        new = LinearOperator(product(self), transposed, batch_dims=1, **tags)
         new.each = self
         return new
 
@@ -242,13 +244,14 @@ def adjoint(
     symmetric: bool = False,
     positive_definite: bool = False,
     batch_dims: int = 0,
+    stochastic: bool = False,
 ) -> LinearOperator:
     """Aᵀ of a residual F (A = ∂₁F), or of a fixed point map Φ (A = I − ∂₁Φ), by automatic differentiation.
 
     Args:
         linearise: gives the Linearisation that a product uses: always the same one, or a new draw for each product.
         fixed_point: whether it is that of Φ.
-        symmetric, positive_definite, batch_dims: see LinearOperator.
+        symmetric, positive_definite, batch_dims, stochastic: see LinearOperator.
     """
 
     def contraction(v: Vector) -> Vector:
@@ -278,6 +281,7 @@ def adjoint(
         many=many,
         many_transpose=many_transpose,
         contraction=contraction if fixed_point else None,
+        stochastic=stochastic,
     )
 
 

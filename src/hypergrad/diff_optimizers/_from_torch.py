@@ -12,17 +12,9 @@ from ._hyperparameters import PerLeaf, is_zero
 from ._rule import Rule, State
 from ._rules import SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop
 
-TWINS: dict[type[torch.optim.Optimizer], type[Rule]] = {
-    torch.optim.SGD: SGD,
-    torch.optim.Adam: Adam,
-    torch.optim.AdamW: Adam,
-    torch.optim.RMSprop: RMSprop,
-    torch.optim.Adagrad: Adagrad,
-    torch.optim.Adadelta: Adadelta,
-    torch.optim.Adamax: Adamax,
-    torch.optim.NAdam: NAdam,
-    torch.optim.RAdam: RAdam,
-}
+RULES: tuple[type[Rule], ...] = (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam)
+TWINS: dict[type, type[Rule]] = {getattr(torch.optim, rule.__name__): rule for rule in RULES}
+TWINS[torch.optim.AdamW] = Adam
 FLAGS = ("maximize", "nesterov", "amsgrad", "centered", "decoupled_weight_decay")
 
 

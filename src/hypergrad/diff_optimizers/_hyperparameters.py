@@ -66,11 +66,12 @@ class PerLeaf:
 
     def in_order(self, paths: Paths, name: str) -> list[Any]:
         """The values in the order of params' leaves."""
-        if isinstance(self.values, (list, tuple)) and optree.tree_structure(self.values) != paths.spec:
-            if len(self.values) != len(paths):
-                raise ValueError(f"{name}: PerLeaf holds {len(self.values)} values, but params has {len(paths)} leaves")
-            return list(self.values)
-        return aligned(self.values, paths, f"{name}: PerLeaf")
+        values, spec = self.values, optree.tree_structure(self.values)
+        if not isinstance(values, (list, tuple)) or spec == paths.spec:
+            return aligned(values, paths, f"{name}: PerLeaf")
+        if len(values) != len(paths):
+            raise ValueError(f"{name}: PerLeaf holds {len(values)} values, but params has {len(paths)} leaves")
+        return list(values)
 
 
 Hyper: TypeAlias = "float | Tensor | PerStep | PerLeaf | Callable[[Any], float | Tensor | PerStep | PerLeaf]"
@@ -152,6 +153,8 @@ class Values:
         return self._resolved(config, name, value)
 
     def _resolved(self, config: Any, name: str, value: Any) -> Number:
+        if type(value) is float:  # the most frequent case by far
+            return value
         name, per_leaf = f"{type(config).__name__}: {name}", False
         if callable(value) or isinstance(value, PerLeaf):
             if name not in self.known:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Any, TypeAlias
 
+import optree
 import torch
 from torch import Tensor
 
@@ -13,22 +14,28 @@ from .. import _autodiff
 from .._autodiff import as_scalar
 from .._random import random_state_kept_on_error
 from .._solution import warn
+from .._tree import flatten
 
-Params: TypeAlias = "list[Tensor]"
-Coefficient: TypeAlias = "float | Tensor | Callable[[Any], float | Tensor]"
+Params: TypeAlias = Any  # a list of tensors, or of lists of them
+Number: TypeAlias = "float | Tensor"
+Coefficient: TypeAlias = "Number | Callable[[Any], Number]"
+UNREACHED = "the inner loss does not depend on params; was it computed under no_grad, or from other tensors?"
 
 
-def _gradient(loss: Tensor, params: Params, create_graph: bool) -> Params:
+def _gradient(params: Params, loss: Tensor, create_graph: bool) -> tuple[Params, Params]:
+    """params as a list, and ∇g in its structure; hooks of params act on it, as in training."""
     as_scalar(loss, "the inner loss")
-    message = "the inner loss does not depend on params; was it computed under no_grad, or from other tensors?"
-    return _autodiff.grad([loss], params, create_graph=create_graph, must_reach=message)
+    params = list(params)
+    leaves, _, rebuild = flatten(params, "params")
+    grads = _autodiff.grad([loss], leaves, create_graph=create_graph, must_reach=UNREACHED)
+    return params, rebuild(grads)
 
 
-def gd_step(params: Params, loss: Tensor, step_size: float | Tensor, create_graph: bool = True) -> Params:
+def gd_step(params: Params, loss: Tensor, step_size: Number, create_graph: bool = True) -> Params:
     """Gradient descent, w ← w − η ∇g.
 
     Args:
-        params: w, a list of tensors that loss was computed from.
+        params: w, a list of tensors (or of lists of them) that loss was computed from.
         loss: g(w), scalar.
         step_size: η.
         create_graph: whether the result can be differentiated (through the gradient as well).
@@ -42,52 +49,34 @@ def gd_step(params: Params, loss: Tensor, step_size: float | Tensor, create_grap
         >>> gd_step([w], (w**2).sum() / 2, 0.1)[0].detach()
         tensor([0.9000, 1.8000])
     """
-    return [w - step_size * g for w, g in zip(params, _gradient(loss, params, create_graph), strict=True)]
+    params, grads = _gradient(params, loss, create_graph)
+    return optree.tree_map(lambda w, g: w - step_size * g, params, grads)
 
 
 def heavy_ball_step(
-    params: Params,
-    aux_params: Params,
-    loss: Tensor,
-    step_size: float | Tensor,
-    momentum: float | Tensor,
-    create_graph: bool = True,
+    params: Params, aux_params: Params, loss: Tensor, step_size: Number, momentum: Number, create_graph: bool = True
 ) -> tuple[Params, Params]:
-    """Heavy ball, w₊ ← w − η ∇g(w) + μ (w − w₋).
+    """Heavy ball (Polyak 1964), w₊ ← w − η ∇g(w) + μ (w − w₋), with aux_params w₋.
 
-    Args:
-        params, loss, step_size, create_graph: as in `gd_step`.
-        aux_params: w₋, the params before.
-        momentum: μ.
-
-    Returns: (w₊, w).
-    Source: Polyak 1964.
+    Returns (w₊, w); else as `gd_step`.
     """
-    grads = _gradient(loss, params, create_graph)
-    new = [w - step_size * g + momentum * (w - v) for g, w, v in zip(grads, params, aux_params, strict=True)]
+    params, grads = _gradient(params, loss, create_graph)
+    aux: Params = list(aux_params)
+    new = optree.tree_map(lambda w, v, g: w - step_size * g + momentum * (w - v), params, aux, grads)
     return new, params
 
 
 def torch_momentum_step(
-    params: Params,
-    aux_params: Params,
-    loss: Tensor,
-    step_size: float | Tensor,
-    momentum: float | Tensor,
-    create_graph: bool = True,
+    params: Params, aux_params: Params, loss: Tensor, step_size: Number, momentum: Number, create_graph: bool = True
 ) -> tuple[Params, Params]:
-    """Momentum as torch.optim.SGD has it, v₊ ← μ v + ∇g(w), w₊ ← w − η v₊.
+    """Momentum of torch.optim.SGD, v₊ ← μ v + ∇g(w), w₊ ← w − η v₊, with aux_params v, zeros at the start.
 
-    Args:
-        params, loss, step_size, create_graph: as in `gd_step`.
-        aux_params: v, zeros at the start.
-        momentum: μ.
-
-    Returns: (w₊, v₊).
+    Returns (w₊, v₊); else as `gd_step`.
     """
-    grads = _gradient(loss, params, create_graph)
-    buffers = [momentum * v + g for v, g in zip(aux_params, grads, strict=True)]
-    return [w - step_size * v for w, v in zip(params, buffers, strict=True)], buffers
+    params, grads = _gradient(params, loss, create_graph)
+    aux: Params = list(aux_params)
+    buffers = optree.tree_map(lambda v, g: momentum * v + g, aux, grads)
+    return optree.tree_map(lambda w, v: w - step_size * v, params, buffers), buffers
 
 
 class DifferentiableOptimizer:
@@ -113,18 +102,14 @@ class DifferentiableOptimizer:
     def get_opt_params(self, params: Any) -> Params:
         """The optimiser's whole state at the start: params, then a zero like each for each buffer."""
         params = list(params)
-        return params + [torch.zeros_like(p) for p in params for _ in range(self.dim_mult - 1)]
+        return params + [optree.tree_map(torch.zeros_like, p) for p in params for _ in range(self.dim_mult - 1)]
 
     def step(self, params: Params, hparams: Any, create_graph: bool) -> Params:
         """The new state; defined by each optimiser."""
         raise NotImplementedError(f"{type(self).__name__} defines no step")
 
     def __call__(self, params: Any, hparams: Any, create_graph: bool = True) -> Params:
-        """The state after one step, with a graph back to params and hparams if create_graph.
-
-        Raises: ValueError for a state of another length than get_opt_params gives (a multiple of dim_mult).
-        Warns: HypergradientWarning where hparams is an iterator (model.parameters()): it is empty at the second use.
-        """
+        """The state after one step, with a graph back to params and hparams if create_graph."""
         params = list(params)
         if len(params) % self.dim_mult:
             raise ValueError(
@@ -132,9 +117,10 @@ class DifferentiableOptimizer:
             )
         if isinstance(hparams, Iterator):
             warn("hparams is an iterator, which is empty after its first use; pass list(...)")
-        with random_state_kept_on_error(params), torch.enable_grad():
-            needing = [w if w.requires_grad else w.detach().requires_grad_() for w in params]
-            return self.step(needing, hparams, create_graph)
+        leaves, _, rebuild = flatten(params, "params")
+        with random_state_kept_on_error(leaves), torch.enable_grad():
+            needing = [w if w.requires_grad else w.detach().requires_grad_() for w in leaves]
+            return self.step(rebuild(needing), hparams, create_graph)
 
     def get_loss(self, params: Params, hparams: Any) -> Tensor:
         """loss_f at params, with the next data if there are any; kept as curr_loss."""
@@ -143,64 +129,44 @@ class DifferentiableOptimizer:
         return self.curr_loss
 
 
-def _coefficient(value: Coefficient) -> Callable[[Any], float | Tensor]:
-    return value if callable(value) else lambda hparams: value
-
-
 class GradientDescent(DifferentiableOptimizer):
-    """Gradient descent, see `gd_step`.
-
-    Args:
-        loss_f, data_or_iter: see DifferentiableOptimizer.
-        step_size: η, or a callable of hparams.
-    """
+    """Gradient descent, see `gd_step`; step_size is η, or a callable of hparams."""
 
     def __init__(self, loss_f: Callable[..., Tensor], step_size: Coefficient, data_or_iter: Any = None):
         super().__init__(loss_f, dim_mult=1, data_or_iter=data_or_iter)
-        self.step_size_f = _coefficient(step_size)
+        self.step_size_f = step_size if callable(step_size) else lambda hparams: step_size
 
     def step(self, params: Params, hparams: Any, create_graph: bool) -> Params:
-        loss = self.get_loss(params, hparams)
-        return gd_step(params, loss, self.step_size_f(hparams), create_graph)
+        return gd_step(params, self.get_loss(params, hparams), self.step_size_f(hparams), create_graph)
 
 
 class _WithBuffer(DifferentiableOptimizer):
-    """Momentum methods, whose state is params and one more tensor for each."""
+    """State: params and one more tensor for each. step_size and momentum are η and μ, or callables of hparams."""
+
+    rule: Any
 
     def __init__(
         self, loss_f: Callable[..., Tensor], step_size: Coefficient, momentum: Coefficient, data_or_iter: Any = None
     ):
         super().__init__(loss_f, dim_mult=2, data_or_iter=data_or_iter)
-        self.step_size_f = _coefficient(step_size)
-        self.momentum_f = _coefficient(momentum)
+        self.step_size_f = step_size if callable(step_size) else lambda hparams: step_size
+        self.momentum_f = momentum if callable(momentum) else lambda hparams: momentum
 
-    def _advance(self, rule: Callable[..., tuple[Params, Params]], state: Params, hparams: Any, graph: bool) -> Params:
-        half = len(state) // 2
-        params, aux = state[:half], state[half:]
+    def step(self, params: Params, hparams: Any, create_graph: bool) -> Params:
+        half = len(params) // 2
+        params, aux = params[:half], params[half:]
         loss = self.get_loss(params, hparams)
-        new, new_aux = rule(params, aux, loss, self.step_size_f(hparams), self.momentum_f(hparams), graph)
+        new, new_aux = self.rule(params, aux, loss, self.step_size_f(hparams), self.momentum_f(hparams), create_graph)
         return [*new, *new_aux]
 
 
 class HeavyBall(_WithBuffer):
-    """Heavy ball, see `heavy_ball_step`. As in HyperTorch the state starts from w₋ = 0 (get_opt_params).
+    """Heavy ball, see `heavy_ball_step`. As in HyperTorch the state starts from w₋ = 0 (get_opt_params)."""
 
-    Args:
-        loss_f, data_or_iter: see DifferentiableOptimizer.
-        step_size, momentum: η and μ, or callables of hparams.
-    """
-
-    def step(self, params: Params, hparams: Any, create_graph: bool) -> Params:
-        return self._advance(heavy_ball_step, params, hparams, create_graph)
+    rule = staticmethod(heavy_ball_step)
 
 
 class Momentum(_WithBuffer):
-    """Momentum as torch.optim.SGD has it, see `torch_momentum_step`.
+    """Momentum as torch.optim.SGD has it, see `torch_momentum_step`."""
 
-    Args:
-        loss_f, data_or_iter: see DifferentiableOptimizer.
-        step_size, momentum: η and μ, or callables of hparams.
-    """
-
-    def step(self, params: Params, hparams: Any, create_graph: bool) -> Params:
-        return self._advance(torch_momentum_step, params, hparams, create_graph)
+    rule = staticmethod(torch_momentum_step)

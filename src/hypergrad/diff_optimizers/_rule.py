@@ -24,7 +24,8 @@ class Rule(ABC):
     """What all update rules share: (w, s) ← U(w, s, g; hyperparameters), a pure function. Nothing is written in place.
 
     Every hyperparameter that is not a bool may be a number, a 0-d tensor (with a graph, if it is to be learned),
-    `PerStep`, `PerLeaf`, or a callable of hparams that gives one of these; `betas` is a pair of them.
+    `PerStep`, `PerLeaf`, or a callable of hparams that gives one of these; `betas` is a pair of them. In the formulas
+    η is lr, λ weight_decay, μ momentum, (β₁, β₂) betas, ε eps, α alpha, ρ rho, t the number of the update from 1.
 
     Args:
         maximize: step up the gradient instead of down.
@@ -75,7 +76,7 @@ class Rule(ABC):
         leaves, _, unflatten = flatten(params, "params")
         dtype = torch.promote_types(leaves[0].dtype, torch.float32)
         state: State = {"step": torch.zeros((), dtype=dtype, device="cpu")}
-        if self._counts:
+        if self._counts and self._slots():
             state["missed"] = torch.zeros(len(leaves), dtype=dtype, device="cpu")
         return state | {name: unflatten([new(w) for w in leaves]) for name, new in self._slots().items()}
 
@@ -181,8 +182,10 @@ class Rule(ABC):
                         "instead of from its argument?"
                     )
                 found: dict[int, Any] = dict(zip(moved, grads, strict=True))
-                slopes = unflatten([found.get(i) for i in range(len(leaves))])
-                return self.update(unflatten(leaves), carry[1], slopes, hparams if self.needs_hparams else None)
+                every: list[Any] = [found.get(i) for i in range(len(leaves))]
+                return self.update(
+                    unflatten(leaves), carry[1], unflatten(every), hparams if self.needs_hparams else None
+                )
 
         return step
 

@@ -1,7 +1,8 @@
 """Update rules, side by side, each its formula in the order in which torch.optim computes it.
 
-λ is the weight decay, η the learning rate, t the number of the update from 1. Unless a rule says otherwise the first
-line of each is g ← ∇g(w) + λw. Fields and buffers have torch.optim's names.
+In the formulas η is lr, λ weight_decay, μ momentum, (β₁, β₂) betas, ε eps, α alpha, ρ rho, and t the number of the
+update from 1. Unless a rule says otherwise the first line of each is g ← ∇g(w) + λw. Fields and buffers have
+torch.optim's names.
 """
 
 from __future__ import annotations
@@ -92,11 +93,7 @@ class SGD(Rule):
         b ← μb + (1 − τ)g        (t > 1)
         w ← w − ηb               (nesterov: w − η(g + μb))
 
-    Where momentum is the number 0 the state holds no b and w ← w − ηg.
-
-    Args:
-        lr, momentum, dampening, weight_decay: η, μ, τ, λ.
-        nesterov: whether to look ahead.
+    Where momentum is the number 0 the state holds no b and w ← w − ηg. τ is the dampening.
 
     Source: torch.optim.SGD; Sutskever et al., ICML 2013.
 
@@ -137,9 +134,6 @@ class SGD(Rule):
 class Polyak(Rule):
     """Polyak's heavy ball, w₊ ← w − ηg + μ(w − w₋), from w₋ = w. (HyperTorch's `HeavyBall` starts from w₋ = 0.)
 
-    Args:
-        lr, momentum, weight_decay: η, μ, λ.
-
     Source: Polyak 1964. With constant η and μ it takes SGD's steps; with other values at each step it does not.
     """
 
@@ -163,12 +157,7 @@ class Adam(Rule):
         w ← w − η/(1 − β₁ᵗ) · m / (√v/√(1 − β₂ᵗ) + ε)
 
     with max(v₁, …, v_t) in v's place under amsgrad, and w ← (1 − ηλ)w first, λ nowhere else, under
-    decoupled_weight_decay.
-
-    Args:
-        lr, betas, eps, weight_decay: η, (β₁, β₂), ε, λ.
-        amsgrad: whether the second moment never falls.
-        decoupled_weight_decay: whether the decay leaves the moments alone (AdamW).
+    decoupled_weight_decay (AdamW).
 
     Source: Kingma & Ba, ICLR 2015; Reddi et al., ICLR 2018; Loshchilov & Hutter, ICLR 2019; as in torch.optim.Adam.
 
@@ -212,10 +201,7 @@ class RMSprop(Rule):
         a ← αa + (1 − α)g,    d = √(v − a²) + ε        (centered; otherwise d = √v + ε)
         b ← μb + g/d,         w ← w − ηb               (with momentum; otherwise w ← w − ηg/d)
 
-    Args:
-        lr, alpha, eps, weight_decay: η, α, ε, λ.
-        momentum: μ; where it is the number 0 the state holds no b.
-        centered: whether to divide by the standard deviation instead of the second moment.
+    Where momentum is the number 0 the state holds no b.
 
     Source: Hinton's lectures 2012; Graves 2013 (centred); as in torch.optim.RMSprop. Where rounding makes v − a²
         negative, its root is 0 here and NaN in torch.
@@ -250,9 +236,7 @@ class RMSprop(Rule):
 class Adagrad(Rule):
     """Adagrad, v ← v + g², w ← w − η/(1 + (t − 1)δ) · g / (√v + ε).
 
-    Args:
-        lr, lr_decay, eps, weight_decay: η, δ, ε, λ.
-        initial_accumulator_value: v at the start: a number or a 0-d tensor.
+    with δ the lr_decay, from v = initial_accumulator_value, a number or a 0-d tensor.
 
     Source: Duchi et al., JMLR 2011; as in torch.optim.Adagrad.
     """
@@ -280,9 +264,7 @@ class Adadelta(Rule):
 
         v ← ρv + (1 − ρ)g²,    d = g √(u + ε)/√(v + ε),    u ← ρu + (1 − ρ)d²,    w ← w − ηd
 
-    Args:
-        lr, rho, weight_decay: η, ρ, λ.
-        eps: ε, positive.
+    with ε > 0.
 
     Source: Zeiler 2012; as in torch.optim.Adadelta.
     """
@@ -305,11 +287,7 @@ class Adadelta(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Adamax(Rule):
-    """Adamax, m ← β₁m + (1 − β₁)g, u ← max(β₂u, |g| + ε), w ← w − η/(1 − β₁ᵗ) · m/u.
-
-    Args:
-        lr, betas, weight_decay: η, (β₁, β₂), λ.
-        eps: ε, positive.
+    """Adamax, m ← β₁m + (1 − β₁)g, u ← max(β₂u, |g| + ε), w ← w − η/(1 − β₁ᵗ) · m/u, with ε > 0.
 
     Source: Kingma & Ba, ICLR 2015, section 7.1; as in torch.optim.Adamax.
     """
@@ -337,9 +315,7 @@ class NAdam(Rule):
         μ_t = β₁(1 − ½ 0.96^(tψ)),    π_t = μ₁ ⋯ μ_t
         w ← w − η [ (1 − μ_t)/(1 − π_t) g + μ_{t+1}/(1 − π_t μ_{t+1}) m ] / (√(v/(1 − β₂ᵗ)) + ε)
 
-    Args:
-        lr, betas, eps, weight_decay, momentum_decay: η, (β₁, β₂), ε, λ, ψ.
-        decoupled_weight_decay: whether the decay leaves the moments alone.
+    with ψ the momentum_decay and decoupled_weight_decay as in `Adam`.
 
     Source: Dozat 2016; as in torch.optim.NAdam.
     """
@@ -353,7 +329,7 @@ class NAdam(Rule):
     decoupled_weight_decay: bool = False
 
     def _slots(self) -> Slots:
-        return zeros("exp_avg", "exp_avg_sq") | {"mu_product": one}  # π has the graph of β₁: it is part of the state
+        return {**zeros("exp_avg", "exp_avg_sq"), "mu_product": one}  # π has the graph of β₁: it is part of the state
 
     def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
         w, g = decoupled(self, w, g, value)
@@ -375,9 +351,7 @@ class RAdam(Rule):
         ρ_∞ = 2/(1 − β₂) − 1,    ρ = ρ_∞ − 2tβ₂ᵗ/(1 − β₂ᵗ),    r² = (ρ − 4)(ρ − 2)ρ_∞ / ((ρ_∞ − 4)(ρ_∞ − 2)ρ)
         w ← w − η/(1 − β₁ᵗ) · m · r √(1 − β₂ᵗ)/(√v + ε)        (ρ > 5; otherwise w − η/(1 − β₁ᵗ) · m)
 
-    Args:
-        lr, betas, eps, weight_decay: η, (β₁, β₂), ε, λ.
-        decoupled_weight_decay: whether the decay leaves the moments alone.
+    with decoupled_weight_decay as in `Adam`.
 
     Source: Liu et al., ICLR 2020; as in torch.optim.RAdam. The step is not continuous in β₂ where ρ = 5.
     """

@@ -14,10 +14,11 @@ from ._correction import polish, refine
 from ._hypergradient import UNSOLVED as UNSOLVED
 from ._hypergradient import Hypergradient, backward, grad
 from ._hypergradient import accumulate as accumulate
-from ._hypergradient import with_hooks as with_hooks
 from ._jacobian import jacobian
+from ._problem import NO_HPARAMS as NO_HPARAMS
 from ._problem import Problem
 from ._problem import check_hparams as check_hparams
+from ._problem import outer_gradients as outer_gradients
 
 __all__ = [
     # the hypergradient at a solution

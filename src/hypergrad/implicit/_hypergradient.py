@@ -18,12 +18,24 @@ from torch import Tensor
 
 from .. import _autodiff, _torch
 from .._random import random_state_kept_on_error
-from .._solution import NOT_FINITE, NotFinite, Solution, SolverError, Status, UnsolvedInnerProblem, finite, warn
+from .._solution import (
+    NOT_FINITE,
+    InaccurateHypergradient,
+    NotFinite,
+    Solution,
+    SolverError,
+    Status,
+    UnsolvedInnerProblem,
+    finite,
+    remaining,
+    warn,
+)
 from .._tree import PyTree, flatten
-from .._vector import Scalar, Vector, anywhere, norm, ratio, read, squares_are_exact, where
+from .._vector import Vector, anywhere, full, norm, ratio, read, squares_are_exact
 from ..solvers import Auto, IterativeSolver, Recycled, Solver, on_failure_of, solve
 from ._problem import Problem
 
+INACCURATE = 0.1  # estimated relative error of a hypergradient at which a warning is due
 UNSOLVED = 0.1  # estimated relative distance from the inner solution at which a warning is due
 KINK = 0.9  # share of ‖∇₁g‖ in the entries of w that are 0 from which on it is taken for that of a nonsmooth loss
 
@@ -45,6 +57,7 @@ class Hypergradient:
         relative_error: of `polish` and `refine`: an estimate of ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖; else None. Of `polish` it is
             the square of that of the uncorrected hypergradient, which tells the order of magnitude only.
         compiled: with compile, how the products were done, and why.
+        direct: ∇₂E(w, λ), a part of grads, for their leaves in order; None stands for zeros, and so does an empty list.
     """
 
     grads: PyTree
@@ -56,6 +69,7 @@ class Hypergradient:
     problem: Problem = field(repr=False)
     relative_error: Tensor | None = None
     compiled: str | None = None
+    direct: list[Tensor | None] = field(default_factory=list, repr=False)
 
     def check_finite(self, on_failure: str = "warn") -> None:
         """Warn of, or raise for, a hypergradient that is not finite though the adjoint is."""
@@ -67,8 +81,9 @@ class Hypergradient:
 
     def warn_if_unsolved(self) -> None:
         """UnsolvedInnerProblem where params are too far from the inner solution for the result to mean much."""
-        worst = read(self.inner_distance) * _unfinished(self.solution)
-        worst = float(worst.max() if isinstance(worst, Tensor) else worst)
+        thetas = [theta if theta < math.inf else 0.0 for theta, _ in remaining(self.solution)]
+        longer = 1 + torch.tensor(thetas, dtype=torch.float64)
+        worst = float((self.inner_distance.reshape(-1).cpu() * longer).max())
         if worst > UNSOLVED:
             away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
             warn(
@@ -77,6 +92,57 @@ class Hypergradient:
                 f"differentiate its steps instead (unroll.reverse); hg.diagnostics.check estimates the error",
                 UnsolvedInnerProblem,
             )
+
+    def adjoint_error(self) -> tuple[float, float]:
+        """Estimated ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from the residual that the solver left, and its rate (see `remaining`).
+
+        The error of v is taken to be θv, so that of grads is θ times their implicit part −∂₂Fᵀv.
+        """
+        pairs = remaining(self.solution)
+        theta = math.hypot(*(theta for theta, _ in pairs)) / len(pairs) ** 0.5
+        rate = max(rate for _, rate in pairs)
+        if theta in (0.0, math.inf):
+            return theta, rate
+        grads: list[Tensor] = optree.tree_leaves(self.grads)
+        direct = self.direct or [None] * len(grads)
+        cross = [g if d is None else g - d for g, d in zip(grads, direct, strict=True)]
+        top = max(float(full(x.abs().sum())) for x in [*grads, *cross]) or 1.0  # squares of small numbers vanish
+        change = theta * _length([c / top for c in cross])
+        size = _length([(g + theta * c) / top for g, c in zip(grads, cross, strict=True)])
+        return (change / size if size else math.inf if change else 0.0), rate
+
+    def warn_if_inaccurate(self) -> None:
+        """InaccurateHypergradient where a solver did its steps, and these were too few.
+
+        One that stagnated is reported where half the digits of the dtype are not reached: less than that is no failure.
+        """
+        solution = self.solution
+        enough = solution.value.space.eps**0.5
+        if solution.status is Status.STAGNATED and bool((solution.relative_residual > enough).any()):
+            solution.report("the adjoint system of the hypergradient", "warn")
+        if solution.status not in (Status.COMPLETED, Status.MAX_STEPS):
+            return
+        error, rate = self.adjoint_error()
+        if not error > INACCURATE:
+            return
+        steps = int(torch.as_tensor(solution.steps).max())
+        text = (
+            f"the hypergradient is off by an estimated {error:.0%}: {solution.method} left a relative residual of "
+            f"{float(solution.relative_residual.max()):.1e} after {steps} steps"
+        )
+        if 0 < rate < 1 and error < math.inf:
+            needed = steps + math.ceil(math.log(INACCURATE / error) / math.log(rate))
+            text += (
+                f", which falls by a factor of {rate:.6g} a step: about {needed} steps (K, max_steps) would bring the "
+                f"error to {INACCURATE:.0%}, fewer with a solver that converges faster"
+            )
+        else:
+            text += ", which does not fall; take another solver"
+        warn(text, InaccurateHypergradient)
+
+
+def _length(tensors: list[Tensor]) -> float:
+    return math.hypot(*(float(full(x.norm())) for x in tensors))
 
 
 def grad(
@@ -169,7 +235,7 @@ def grad(
         operator = problem.operator()
         solution = solve(solver, operator, problem.b, x0, problem.last_product)
         grads = problem.grads()
-    result = result_of(problem, solution, with_hooks(problem.differentiated, grads, hooked))
+    result = result_of(problem, solution, _torch.with_hooks(problem.differentiated, grads, hooked))
     on_failure = on_failure_of(solver)
     solution.report("the adjoint system of the hypergradient", on_failure)
     if on_failure != "ignore":
@@ -177,6 +243,8 @@ def grad(
         if not problem.stochastic and not _warned_of_kink(problem, result):
             # One draw's residual does not say whether the mean is solved.
             result.warn_if_unsolved()
+            if solution.ok:
+                result.warn_if_inaccurate()
     return result
 
 
@@ -232,8 +300,9 @@ def backward(
 
 def _fixed_steps(solver: Solver) -> int | None:
     """The number of steps of a solver that has no tolerance."""
-    fixed = isinstance(solver, IterativeSolver) and solver.rtol is None and solver.atol is None
-    return solver.max_steps if fixed else None
+    if isinstance(solver, IterativeSolver) and solver.rtol is None and solver.atol is None:
+        return solver.max_steps
+    return None
 
 
 class undisturbed(ExitStack):
@@ -252,19 +321,13 @@ class undisturbed(ExitStack):
         return self.problem.split_hooked(hooked) if hooked else []
 
 
-def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor], hooked: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients after the hooks of their leaves, each called once, as torch.autograd.grad calls them."""
-    places = {id(x) for x in hooked}
-    return [torch.autograd.grad(x, x, g)[0] if id(x) in places else g for x, g in zip(leaves, grads, strict=True)]
-
-
 def accumulate(hparams: PyTree, grads: PyTree) -> None:
     """Add grads to .grad of hparams' leaves, or of what these were computed from, as backward() does.
 
     The hooks of hparams do not act: they did when the gradients were taken.
     """
     leaves = flatten(hparams, "hparams", complex=True)[0]
-    with _torch.hooks_suspended(leaves):
+    with _torch.hooks_suspended(leaves, retained=False):
         _autodiff.backward(leaves, flatten(grads, "grads", complex=True)[0])
 
 
@@ -281,22 +344,8 @@ def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor], cou
         outer_value=problem.outer_value.detach(),
         problem=problem.without_graphs(),
         compiled=None if compiled is None else compiled.report,
+        direct=problem.beside_hparams(problem.direct),
     )
-
-
-def _unfinished(solution: Solution) -> Scalar:
-    """‖A⁻¹b‖ / ‖v‖ where a solve stopped early, by going on at its own rate: 1 + ρ / (1 − ρ) · ‖r‖ / ‖v‖.
-
-    Few steps on an ill-conditioned system leave a short v, which says nothing of ‖A⁻¹‖; their slow progress does.
-    """
-    left, size = read(solution.residual_norm), read(solution.rhs_norm)
-    if not anywhere(left > 0.01 * size):
-        return 1.0  # what is left would make v about a hundredth longer
-    rate = solution._growth
-    # A rate that rounding does not tell from 1 (or that of no step at all) says nothing.
-    told = rate < 1 - 100 * solution.value.space.eps
-    rest = ratio(rate * left, (1 - rate) * norm(solution.value), told)
-    return 1 + where(told & (rest < math.inf), rest, 0.0)
 
 
 def _inner_distance(residual: Tensor, solution: Solution, point: Vector) -> Tensor:

@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _autodiff, _torch
 from .._tree import PyTree
 from .._vector import Vector
 from ..solvers import GMRES, BlockCG, Recycled, Solver, on_failure_of, solve
-from ._hypergradient import Hypergradient, result_of, undisturbed, with_hooks
+from ._hypergradient import Hypergradient, result_of, undisturbed
 from ._problem import Problem
 
 
@@ -85,7 +85,7 @@ def jacobian(
         grads = problem.grads()
     values = problem.outer_value
     if hooked:
-        rows = [with_hooks(problem.differentiated, row, hooked) for row in zip(*grads, strict=True)]
+        rows = [_torch.with_hooks(problem.differentiated, row, hooked) for row in zip(*grads, strict=True)]
         grads = [torch.stack(parts) for parts in zip(*rows, strict=True)]
     result = result_of(problem, solution, grads, len(values))
     on_failure = on_failure_of(solver)

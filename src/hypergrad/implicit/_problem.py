@@ -17,6 +17,10 @@ from .._tree import PyTree, check_distinct, filled, flatten
 from .._vector import Space, Vector
 from ..operators import GaussNewton, LinearOperator, Stochastic
 
+NO_HPARAMS = (
+    "neither outer_loss nor the inner problem depends on any of hparams, so the hypergradient would be zero: are they "
+    "read as numbers (.item(), float()), detached, or other tensors than those that the losses use?"
+)
 UNREACHED = (
     "inner_loss does not depend on params; was it computed under no_grad, or from other tensors (a live model's)?"
 )
@@ -181,6 +185,7 @@ class Problem:
             symmetric=self.symmetric,
             positive_definite=self.positive_definite,
             batch_dims=self.batch_dims,
+            stochastic=self.stochastic,
         )
 
     def _current(self) -> Linearisation:
@@ -203,7 +208,7 @@ class Problem:
         linearisation = self._current()
         pulled, cross = linearisation.vjp_both(v.leaves, retain_graph=self.keep)
         if linearisation.params_unreached and callable(self.inner):
-            self._check_uses_arguments(linearisation.outputs, self.kind)
+            self.check_uses_arguments(linearisation.outputs, self.kind)
         if self.linearisation is None:  # that of the last draw
             self.residual_norm = self._residual_of(linearisation).norm()
         return v.space.pack(pulled), cross
@@ -214,11 +219,7 @@ class Problem:
         Raises: ValueError where neither loss depends on any of them.
         """
         if all(g is None for g in (*self.direct, *self.cross)):
-            raise ValueError(
-                f"neither outer_loss nor {self.kind} depends on any of hparams, so the hypergradient is zero for lack "
-                f"of a graph: do they use the hparams that they are called with (not .item(), float() or .detach() of "
-                f"them, nor other tensors)?"
-            )
+            raise ValueError(NO_HPARAMS)
         total = _autodiff.add_or_none(self.direct, self.cross)
         return [torch.zeros_like(x) if g is None else g for g, x in zip(total, self.differentiated, strict=True)]
 
@@ -231,6 +232,10 @@ class Problem:
         differentiated = {*self._outer_places}
         others = [None if i in differentiated else x.new_zeros((*lead, *x.shape)) for i, x in enumerate(self._outer)]
         return self._rebuild_outer(filled(others, self._outer_places, grads))
+
+    def beside_hparams(self, values: Sequence[Any]) -> list[Any]:
+        """One value for each leaf of hparams, None for those that are not differentiated."""
+        return filled([None] * len(self._outer), self._outer_places, values)
 
     def hparams_with(self, leaves: Iterable[Tensor]) -> PyTree:
         """hparams with other tensors for the differentiated leaves, without a graph."""
@@ -283,20 +288,27 @@ class Problem:
         if any(g is not None for g in slopes):
             return
         if callable(self.outer_loss):
-            self._check_uses_arguments(losses, "outer_loss")
-        if not callable(self.outer_loss) or all(g is None for g in direct):
+            self.check_uses_arguments(losses, "outer_loss")
+        else:
             raise ValueError(
-                "outer_loss does not depend on params; was it computed from other tensors (a live model's parameters "
-                "instead of its argument), or under no_grad?"
+                "outer_loss does not depend on params; was it computed from other tensors, or under no_grad?"
             )
 
-    def _check_uses_arguments(self, values: Sequence[Tensor], name: str) -> None:
-        """Raise where a callable used the live params that it closes over instead of those that it was given."""
-        live = [leaf for leaf in self._given if leaf.requires_grad]
-        if live and not _graph.depends(values, self.leaves) and _graph.depends(values, live):
+    def check_uses_arguments(self, values: Sequence[Any], name: str) -> None:
+        """Raise where a callable used other tensors than those that it was given, or nothing that is differentiated."""
+        if _graph.depends(values, self.leaves):
+            return
+        declared = [*self.leaves, *self.differentiated]
+        if _graph.undeclared_leaves(values, declared) or _graph.depends(values, self._given):
             raise ValueError(
-                f"{name} does not use the params that it is called with, but the live ones, so its derivative would "
-                f"count as zero: use its argument (torch.func.functional_call), or pass evaluated losses"
+                f"{name} does not use the params that it is called with, but the live ones, or others that require "
+                f"grad, so its derivative would count as zero: use its argument (torch.func.functional_call), or pass "
+                f"evaluated losses"
+            )
+        if name == "outer_loss" and not _graph.depends(values, self.differentiated):
+            raise ValueError(
+                f"{name} depends neither on params nor on hparams: is it computed under no_grad or inference_mode, "
+                f"from detached tensors, or from numbers (.item())?"
             )
 
     def _warn_of_others(self, losses: list[Tensor]) -> None:

@@ -4,11 +4,11 @@ from .._solution import HypergradientWarning, Solution, SolverError, Status
 from ._auto import Auto
 from ._block import BlockCG
 from ._direct import Dense
+from ._kept import Recycled, Reused
 from ._krylov import GMRES, BiCGStab
 from ._lowrank import Nystrom
 from ._normal import LSQR, NormalCG
-from ._preconditioners import Diagonal, Reused
-from ._recycled import Recycled
+from ._preconditioners import Diagonal
 from ._solver import IterativeSolver, LinearSolver
 from ._solver import Solver as Solver
 from ._solver import check_options as check_options

@@ -13,8 +13,9 @@ from ..operators import LinearOperator
 from ._direct import Dense
 from ._krylov import GMRES
 from ._normal import LSQR
-from ._solver import IterativeSolver, LinearSolver, Outcome, System, check_options, continued, event
+from ._solver import IterativeSolver, LinearSolver, Outcome, System, check_options, continued, divide, event
 from ._symmetric import CG, MINRES
+from ._theory import SystemStructure
 
 LANCZOS_STEPS = 40  # products for the least eigenvalue of a system that turned out to be indefinite
 
@@ -29,10 +30,10 @@ class Auto(IterativeSolver):
     | symmetric | CG | MINRES, where A is singular or indefinite; GMRES, where A is not symmetric after all |
     | any | GMRES | LSQR, where GMRES stagnates and Aᵀ is known |
 
-    Where A is positive definite, as that of an inner loss is at a minimum, negative curvature says that the point is no
-    minimum: then it stops there, at CG's last iterate, and `Solution.curvature` is an estimate of the least eigenvalue.
-    MINRES starts from x0, or zero, and gives the least-squares solution where A is singular. The next method has
-    max_steps of its own. Without a tolerance the first method does exactly max_steps, and no other follows.
+    Where A is declared positive definite, as that of an inner loss is at a minimum, negative curvature shows that the
+    point is no minimum: Auto ends there as NOT_POSITIVE_DEFINITE, and `Solution.curvature` is an estimate of the least
+    eigenvalue. MINRES starts from x0, or zero, and gives a least-squares solution where A is singular. The next method
+    has max_steps of its own. Without a tolerance the first method does exactly max_steps, and no other follows.
     `Solution.method` says which method gave the value, and why.
 
     Args:
@@ -85,25 +86,35 @@ class Auto(IterativeSolver):
         if isinstance(method, CG) and worst in (Status.NOT_POSITIVE_DEFINITE, Status.DIVERGED):
             if not (system.op.positive_definite and _is_negative(outcome)):
                 return MINRES()
-            outcome.curvature = least_eigenvalue(system.op, system.b)
+            if all(system.b.space.plain):
+                outcome.curvature = least_eigenvalue(system.op, system.b)
         transposable = system.op.has_transpose and not system.op.symmetric
         if isinstance(method, GMRES) and worst in (Status.STAGNATED, Status.DIVERGED) and transposable:
             return LSQR()
         return None
 
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        """As the method that gives the answer."""
+        if structure.n <= self.dense:
+            return structure.n
+        if not structure.symmetric:
+            return GMRES().products_needed(structure, rtol)
+        definite = structure.definiteness == "positive definite"
+        return (CG() if definite else MINRES()).products_needed(structure, rtol)
+
 
 def _is_negative(outcome: Outcome) -> bool:
     """Whether CG met a curvature that is negative beyond rounding, for any system."""
-    curvature = torch.as_tensor(0.0 if outcome.curvature is None else outcome.curvature)
-    largest = torch.as_tensor(0.0 if outcome.steepest is None else outcome.steepest).abs()
-    return bool((curvature < -(outcome.x.space.eps**0.75) * largest).any())
+    if outcome.curvature is None or outcome.steepest is None:
+        return False
+    rounding = outcome.x.space.eps**0.75 * torch.as_tensor(outcome.steepest).abs()
+    return bool((torch.as_tensor(outcome.curvature) < -rounding).any())
 
 
 def least_eigenvalue(op: LinearOperator, b: Vector, steps: int = LANCZOS_STEPS) -> torch.Tensor:
     """An estimate of the least eigenvalue of a symmetric A from below: that of Lanczos less its error bound."""
     steps = min(steps, b.space.length)
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    q = b.random(generator)
+    q = b.random(torch.Generator(device="cpu").manual_seed(0))
     basis = Basis(b, steps + 1)
     basis[0] = q / q.norm()
     tridiagonal = b.space.scalar(0.0)[..., None, None].repeat(*[1] * b.space.batch_dims, steps, steps)
@@ -115,7 +126,7 @@ def least_eigenvalue(op: LinearOperator, b: Vector, steps: int = LANCZOS_STEPS) 
             w = w - basis.combine(projection)
             tridiagonal[..., j, j] += projection[..., j]
         size = w.norm()
-        basis[j + 1] = w * torch.where(size > 0, 1 / size, 0.0)
+        basis[j + 1] = w * divide(1.0, size)
         if j + 1 < steps:
             tridiagonal[..., j, j + 1] = tridiagonal[..., j + 1, j] = size
     values, vectors = torch.linalg.eigh(tridiagonal)

@@ -13,6 +13,8 @@ from .._basis import Basis
 from .._solution import Status
 from .._vector import Space, Vector
 from ._solver import IterativeSolver, Outcome, System, event
+from ._symmetric import CG
+from ._theory import SystemStructure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,8 @@ class BlockCG(IterativeSolver):
         solution = hg.solvers.BlockCG(rtol=1e-8)(op.stacked(), b)           # b: [k, ...] in every leaf
 
     `implicit.jacobian` uses it for several outer losses. Status, steps and residual are those of each right hand side.
-    A bad curvature ends it for all: NOT_POSITIVE_DEFINITE, at the last iterate before. NaN in one right hand side is
-    kept from the others. It takes no preconditioner; CG(preconditioner=...) on op.stacked() does.
+    Curvature that is not positive ends it for all: NOT_POSITIVE_DEFINITE, at the last iterate before. NaN in one right
+    hand side is kept from the others. It takes no preconditioner; CG(preconditioner=...) on op.stacked() does.
 
     Raises: TypeError for an operator of independent systems that is not `stacked()`, or for sharded tensors.
     Cost: a step takes k products, vectorised, and about 6k² vector operations; 5k vectors.
@@ -59,7 +61,7 @@ class BlockCG(IterativeSolver):
                 break
             w = product(p)
             g = p.mT @ w
-            if k < 2:
+            if k < 2 and not system.op.stochastic:
                 skew = asymmetric(g, g, w, w, space.eps)
                 skew = skew | asymmetric(p_old.mT @ w, p.mT @ w_old, w, w_old, space.eps) if k else skew
                 code = event(code, skew & definite, Status.NOT_SYMMETRIC)
@@ -78,9 +80,16 @@ class BlockCG(IterativeSolver):
         code = None if code is None else code.expand(shape)
         return Outcome(vector(start + x, space), torch.stack(trace).reshape(-1, *shape), len(trace) - 1, code)
 
+    def valid_for(self, structure: SystemStructure) -> str | None:
+        return CG().valid_for(structure)
+
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        """As CG for each right hand side, at most."""
+        return CG().products_needed(structure, rtol)
+
 
 def products(system: System) -> Callable[[Tensor], Tensor]:
-    """P ↦ AP for any number of columns."""
+    """P ↦ AP for any number of columns, in memory of its own."""
     op, like = system.op, system.b
     if op.batch_dims:
         if op.each is None:
@@ -89,7 +98,7 @@ def products(system: System) -> Callable[[Tensor], Tensor]:
                 "batch axis; independent systems have no Krylov space in common, so use CG"
             )
         op, like = op.each.damped(op.damping), like.space.one
-    return lambda p: op.many(Basis.from_rows(like, p.mT)).matrix().mT
+    return lambda p: op.many(Basis.from_rows(like, p.mT)).matrix().clone().mT
 
 
 def vector(x: Tensor, space: Space) -> Vector:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +13,26 @@ from .._solution import Status
 from .._vector import Vector
 from ..operators import LinearOperator
 from ._solver import LinearSolver, Outcome, System, event, require_symmetric
+from ._theory import SystemStructure
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(LinearSolver):
     """A, materialised and factorised: Cholesky where A is declared positive definite, else LU.
 
-    A singular A (pivots below n · eps) gets the least-squares solution of least norm and BREAKDOWN. A Cholesky factor
-    that does not exist gives NOT_POSITIVE_DEFINITE, and a declared symmetry that is not there NOT_SYMMETRIC, unless LU,
-    from which the value then comes, reaches the tolerance. Without a tolerance, rtol is 1e-6 in float64 and 1e-4 in
-    float32.
+    Where LU does not reach the tolerance, or a pivot is below 10 n eps, x is the least-squares solution of least norm;
+    if that does not either, it ends as BREAKDOWN: A is singular. A Cholesky factor that does not exist gives
+    NOT_POSITIVE_DEFINITE, and a declared symmetry that is not there NOT_SYMMETRIC, unless the value, which is then that
+    of LU, reaches the tolerance. Without a tolerance, rtol is 1e-6 in float64 and 1e-4 in float32.
 
-    It is also a preconditioner, the exact inverse of an A of before, for sequences in which A changes slowly:
-    CG(preconditioner=Reused(Dense())). There an A that is not positive definite is replaced by |A| = V|Λ|Vᵀ, with which
-    MINRES needs two steps.
+    It is also a preconditioner, the inverse of |A| = V|Λ|Vᵀ of a system before, for sequences in which A changes
+    slowly: CG(preconditioner=Reused(Dense())), or MINRES where A is indefinite.
 
     Args:
         batch_size: columns computed at once (default: as many as fit 2²⁴ numbers).
 
-    Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation.
-        As a preconditioner likewise, once.
+    Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation, whatever
+        on_failure is. As a preconditioner likewise, once.
     Raises: TypeError for sharded tensors.
     """
 
@@ -41,20 +40,32 @@ class Dense(LinearSolver):
 
     def _iterate(self, system: System) -> Outcome:
         x, r = system.start()
-        a = materialise(system.op, r, self.batch_size)
-        inverse, code = factorise(a, system.op.positive_definite)
-        rhs = r.flat()
-        y = inverse(rhs)
-        y = y + inverse(rhs - apply(a, y))
-        trace = torch.stack([r.norm(), torch.linalg.vector_norm(rhs - apply(a, y), dim=-1)])
-        return Outcome(x + x.space.from_flat(y), trace, 1, code)
+        a, rhs, limit = materialise(system.op, r, self.batch_size), r.flat(), system.stop
+        y, code = factorised(a, rhs, system.op.positive_definite)
+        norm = residual(a, y, rhs)
+        if bool((~(norm <= limit) & torch.isfinite(a).all((-2, -1))).any()):
+            z = apply(torch.linalg.pinv(torch.nan_to_num(a), rtol=rounding(a)), rhs)
+            least = residual(a, z, rhs)
+            better = ~(norm <= limit) & ~(norm <= least)
+            y, norm = torch.where(better.unsqueeze(-1), z, y), torch.where(better, least, norm)
+            code = event(code, better, Status.BREAKDOWN)
+        return Outcome(x + x.space.from_flat(y), torch.stack([r.norm(), norm]), 1, code)
 
-    def preconditioner(self, op: LinearOperator, like: Vector) -> Callable[[Vector], Vector]:
-        """r ↦ |A|⁻¹r for this operator; n products now, none later."""
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        return structure.n
+
+    def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
+        """V and |Λ|⁻¹ of this operator."""
         require_symmetric(op, "Dense as a preconditioner")
-        a = materialise(op, like, self.batch_size)
-        inverse = absolute_inverse((a + a.mT) / 2)
-        return lambda r: r.space.from_flat(inverse(r.flat()))
+        a = torch.nan_to_num(materialise(op, like, self.batch_size), 0.0, 0.0, 0.0)  # the residual will tell of NaN
+        values, vectors = torch.linalg.eigh((a + a.mT) / 2)
+        floor = a.shape[-1] * like.space.eps * values.abs().amax(-1, keepdim=True)
+        return [vectors, torch.where(floor > 0, 1 / torch.maximum(values.abs(), floor), 1.0)]
+
+    def apply(self, factors: list[Tensor], r: Vector) -> Vector:
+        """|A|⁻¹r."""
+        vectors, weights = factors
+        return r.space.from_flat(apply(vectors, weights * apply(vectors.mT, r.flat())))
 
 
 def apply(a: Tensor, x: Tensor) -> Tensor:
@@ -66,45 +77,35 @@ def materialise(op: LinearOperator, like: Vector, batch_size: int | None = None)
     space = like.space
     n = space.length
     size = batch_size or max(1, min(n, 2**24 // max(n, 1)))
-    columns = []
+    columns = torch.empty(*space.batch_shape, n, n, dtype=space.dtype, device=space.device)
     for start in range(0, n, size):
-        count = min(size, n - start)
-        rows = torch.zeros(count, n, dtype=space.dtype, device=space.device)
+        rows = torch.zeros(min(size, n - start), n, dtype=space.dtype, device=space.device)
         rows.diagonal(start).fill_(1.0)
-        columns.append(op.many(Basis.from_rows(like, rows)).matrix())
-    return torch.cat(columns, -2).mT
+        columns[..., start : start + size, :] = op.many(Basis.from_rows(like, rows)).matrix()
+    return columns.mT
 
 
-def absolute_inverse(a: Tensor) -> Callable[[Tensor], Tensor]:
-    """b ↦ |A|⁻¹b of a symmetric A, by Cholesky where A is positive definite."""
-    factor, info = torch.linalg.cholesky_ex(a)
-    if not bool(info.any()):
-        return lambda b: torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
-    # eigh raises for NaN; the residual will tell of it.
-    values, vectors = torch.linalg.eigh(torch.nan_to_num(a, 0.0, 0.0, 0.0))
-    floor = a.shape[-1] * torch.finfo(a.dtype).eps * values.abs().amax(-1, keepdim=True)
-    size = torch.where(floor > 0, torch.maximum(values.abs(), floor), 1.0)
-    return lambda b: apply(vectors, apply(vectors.mT, b) / size)
+def residual(a: Tensor, x: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(b - apply(a, x), dim=-1)
 
 
-def factorise(a: Tensor, positive_definite: bool) -> tuple[Any, Tensor | None]:
-    """b ↦ A⁻¹b and what was wrong with A. Factors and solves by torch.linalg, never torch.linalg.solve."""
+def rounding(a: Tensor) -> float:
+    return 10 * a.shape[-1] * torch.finfo(a.dtype).eps
+
+
+def factorised(a: Tensor, b: Tensor, positive_definite: bool) -> tuple[Tensor, Tensor | None]:
+    """A⁻¹b, refined once, and what was wrong with A; NaN where A is singular. Never by torch.linalg.solve."""
     code: Any = None
     if positive_definite:
         skew = (a - a.mT).abs().amax((-2, -1)) > torch.finfo(a.dtype).eps ** 0.5 * a.abs().amax((-2, -1))
         factor, info = torch.linalg.cholesky_ex(a)
         code = event(event(None, skew, Status.NOT_SYMMETRIC), info > 0, Status.NOT_POSITIVE_DEFINITE)
         if not bool(code.any()):
-            return lambda b: torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1), code
+            y = torch.cholesky_solve(b.unsqueeze(-1), factor)
+            return (y + torch.cholesky_solve(b.unsqueeze(-1) - a @ y, factor)).squeeze(-1), code
     lu, pivots, _ = torch.linalg.lu_factor_ex(a)
+    y = torch.linalg.lu_solve(lu, pivots, b.unsqueeze(-1))
+    y = (y + torch.linalg.lu_solve(lu, pivots, b.unsqueeze(-1) - a @ y)).squeeze(-1)
     diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
-    singular = diagonal.amin(-1) <= a.shape[-1] * torch.finfo(a.dtype).eps * diagonal.amax(-1)
-    if bool((singular & torch.isfinite(diagonal.amax(-1))).any()):
-        pinv = torch.linalg.pinv(torch.nan_to_num(a), rtol=a.shape[-1] * torch.finfo(a.dtype).eps)
-
-        def least_squares(b: Tensor) -> Tensor:
-            regular = torch.linalg.lu_solve(lu, pivots, b.unsqueeze(-1)).squeeze(-1)
-            return torch.where(singular.unsqueeze(-1), apply(pinv, b), regular)
-
-        return least_squares, event(code, singular, Status.BREAKDOWN)
-    return lambda b: torch.linalg.lu_solve(lu, pivots, b.unsqueeze(-1)).squeeze(-1), code
+    singular = diagonal.amin(-1) <= rounding(a) * diagonal.amax(-1)
+    return torch.where(singular.unsqueeze(-1), torch.nan, y), code

@@ -1,4 +1,4 @@
-"""Krylov methods for any A, side by side. Every scalar is per system; a solved system rests while others go on.
+"""Krylov methods for any A, side by side. Scalars are those of each system; solved systems are at rest.
 
 Letters are those of the papers. A step reads from the device only where the system asks whether it is finished.
 """
@@ -6,22 +6,26 @@ Letters are those of the papers. A step reads from the device only where the sys
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._basis import Basis
 from .._solution import Status
-from .._vector import Vector
-from ._solver import IterativeSolver, Outcome, System, divide, event
+from .._vector import Vector, where
+from ._solver import IterativeSolver, Outcome, System, check_options, divide, event
+from ._symmetric import MINRES
+from ._theory import SystemStructure, steps_needed
 
 
 @dataclass(frozen=True, kw_only=True)
 class GMRES(IterativeSolver):
     """Generalised minimal residuals for any A, restarted: the usual choice where A is not symmetric.
 
-    Arnoldi with Gram–Schmidt done twice: A V_m = V_{m+1} H, then min_y ‖βe₁ − Hy‖, x ← x + V_m y. A whole cycle that
-    gains less than a thousandth ends it as STAGNATED.
+    Arnoldi with Gram–Schmidt done twice: A V_m = V_{m+1} H, then min_y ‖βe₁ − Hy‖, x ← x + V_m y. A cycle of m steps,
+    or of fewer where A takes their space into itself, that gains less than a thousandth ends it as STAGNATED. On a
+    singular A the residual may then be above that of the least-squares solution, which LSQR finds.
 
     Args:
         restart: m, steps after which the basis is thrown away.
@@ -34,86 +38,107 @@ class GMRES(IterativeSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.restart, int) or self.restart < 1:
-            raise ValueError(f"GMRES: restart must be an integer ≥ 1, got {self.restart!r}")
+        check_options(self, integers={"restart": 1})
 
     def _iterate(self, system: System) -> Outcome:
         x, r = system.start()
         beta = r.norm()
-        going, code = beta > system.stop, None
+        going, code, size = beta > system.stop, None, system.size(x, r)
         trace, steps, cycle = [beta.unsqueeze(0)], 0, -1
         while steps < system.max_steps and cycle and not system.finished(steps, going):
             rest = min(self.restart, system.max_steps - steps)
-            basis, h, cycle = self._arnoldi(system, r, beta, going, rest, steps)
+            basis, h, closed, size = self._arnoldi(system, r, going, rest, steps, size)
+            cycle = h.shape[-1]
             if not cycle:
                 break
-            q, triangle, norms = hessenberg_qr(h, beta)
-            y = triangular_solve(triangle, q[..., 0, :] * beta.unsqueeze(-1))
+            q, triangle, norms = hessenberg_qr(h, beta, negligible(size, closed))
+            y = triangular_solve(triangle, q[..., 0, :] * beta.unsqueeze(-1), negligible(size, closed))
             y = torch.where(going.unsqueeze(-1), y, 0.0)
             x = x + basis.combine(y)
             left = -(h @ y.unsqueeze(-1)).squeeze(-1)
             left[..., 0] += beta
             r = basis.combine(left)
             trace.append(torch.where(going, norms, beta))
-            stuck = (norms[-1] > 0.999 * beta) & going if cycle == self.restart else going & False
-            code = event(code, stuck, Status.STAGNATED)
+            stuck = (norms[-1] > 0.999 * beta) & (closed | (cycle == self.restart))
             beta = r.norm()
-            going = going & ~stuck & (beta > system.stop)
+            going = going & (beta > system.stop)
+            code = event(code, going & stuck, Status.STAGNATED)
+            going = going & ~stuck
             steps += cycle
             del basis  # before the next one is there
         return Outcome(x, torch.cat(trace), steps, code)
 
     def _arnoldi(
-        self, system: System, r: Vector, beta: Tensor, going: Tensor, most: int, before: int
-    ) -> tuple[Basis, Tensor, int]:
-        """The basis, the Hessenberg matrix [steps + 1, steps] (or [B, …]) and the steps done."""
-        basis = Basis(r, most + 1)
-        basis[0] = r * divide(torch.ones_like(beta), beta)
+        self, system: System, r: Vector, going: Tensor, most: int, before: int, size: Tensor
+    ) -> tuple[Basis, Tensor, Tensor, Tensor]:
+        """The basis, the Hessenberg matrix [steps + 1, steps] (or [B, …]), and whether A takes the space into itself.
+
+        size: the largest ‖Av‖ / ‖v‖ of the cycles before; returned with those of this one.
+        """
+        basis, beta = Basis(r, most + 1), r.norm()
+        basis[0] = r * divide(1.0, beta)
         h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
         # ‖βe₁ − Hy‖ is least at β|n₀|, n the unit vector orthogonal to H's columns: one rotation for each new column.
-        null, largest, least = torch.ones_like(beta).unsqueeze(-1), torch.zeros_like(beta), beta
+        null, least = torch.ones_like(beta).unsqueeze(-1), beta
         for j in range(most):
             w = system.op(basis[j])
+            norm = w.norm()
+            size = torch.maximum(size, norm)
+            if not j:  # where r is that of a least-squares solution, A r holds nothing but rounding
+                closed = norm <= negligible(size, True)
             for _ in range(2):
                 projection = basis.coefficients(w, j + 1)
                 w = w - basis.combine(projection)
                 h[..., : j + 1, j] += projection
             norm = w.norm()
+            closed = closed | (norm <= negligible(size))
+            norm = torch.where(closed, 0.0, norm)
             h[..., j + 1, j] = norm
-            basis[j + 1] = w * divide(torch.ones_like(norm), norm)
+            basis[j + 1] = w * divide(1.0, norm)
             if system.goal is not None:
                 a = torch.linalg.vecdot(null, h[..., : j + 1, j])
-                size = torch.hypot(a, norm)
-                largest = torch.maximum(largest, size)
-                dead = size <= negligible(largest)
-                s, c = torch.where(dead, 1.0, norm / size), torch.where(dead, 0.0, a / size)
+                length = torch.hypot(a, norm)
+                void = length <= negligible(size, closed)
+                s, c = torch.where(void, 1.0, norm / length), torch.where(void, 0.0, a / length)
                 null = torch.cat([null * s.unsqueeze(-1), -c.unsqueeze(-1)], -1)
                 least = least * s
-                if system.finished(before + j + 1, going & (least > system.stop)):
-                    return basis, h[..., : j + 2, : j + 1], j + 1
-        return basis, h, most
+                if system.finished(before + j + 1, going & ~closed & (least > system.stop)):
+                    return basis, h[..., : j + 2, : j + 1], closed, size
+        return basis, h, closed, size
+
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        """As MINRES where A is symmetric, else ‖I − A‖^k, and n at most; all without restarts (Saad 2003, 6.11)."""
+        if structure.singular:
+            return None
+        if structure.symmetric:
+            steps = MINRES().products_needed(structure, rtol)
+        else:
+            steps = steps_needed(structure.contraction[0], rtol)
+        return structure.n if steps is None else min(steps, structure.n)
 
 
-def hessenberg_qr(h: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def hessenberg_qr(h: Tensor, beta: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q, R of a Hessenberg matrix [m + 1, m], and the least residual norms ‖βe₁ − H_j y‖ for j = 1 … m: [m, …]."""
     q, triangle = torch.linalg.qr(h)
     diagonal = triangle.diagonal(dim1=-2, dim2=-1).abs()
     below = h.diagonal(offset=-1, dim1=-2, dim2=-1)
-    dead = diagonal <= negligible(diagonal.amax(-1, keepdim=True))
-    sines = torch.where(dead, 1.0, below / diagonal).clamp_max(1.0)
+    sines = torch.where(diagonal <= rounding.unsqueeze(-1), 1.0, below / diagonal).clamp_max(1.0)
     norms = beta.unsqueeze(-1) * sines.cumprod(-1)
     return q, triangle, norms.movedim(-1, 0)
 
 
-def negligible(largest: Tensor) -> Tensor:
-    """The size below which a diagonal entry of R is rounding."""
-    return 10 * torch.finfo(largest.dtype).eps * largest
+def negligible(size: Tensor, closed: Any = False) -> Tensor:
+    """The size below which a number among others of this size is rounding.
+
+    The last column of a space that A takes into itself is a difference of the others, and holds their rounding too.
+    """
+    eps = torch.finfo(size.dtype).eps
+    return where(closed, eps ** (2 / 3), 10 * eps) * size
 
 
-def triangular_solve(triangle: Tensor, rhs: Tensor) -> Tensor:
-    """R⁻¹ rhs, leaving out directions in which R is zero to rounding."""
-    diagonal = triangle.diagonal(dim1=-2, dim2=-1).abs()
-    dead = diagonal <= negligible(diagonal.amax(-1, keepdim=True))
+def triangular_solve(triangle: Tensor, rhs: Tensor, rounding: Tensor) -> Tensor:
+    """R⁻¹ rhs, leaving out directions in which the diagonal of R is no larger than rounding."""
+    dead = triangle.diagonal(dim1=-2, dim2=-1).abs() <= rounding.unsqueeze(-1)
     eye = torch.eye(triangle.shape[-1], dtype=triangle.dtype, device=triangle.device)
     safe = torch.where(dead.unsqueeze(-1), eye, triangle)
     right = torch.where(dead, 0.0, rhs).unsqueeze(-1)
@@ -124,7 +149,7 @@ def triangular_solve(triangle: Tensor, rhs: Tensor) -> Tensor:
 class BiCGStab(IterativeSolver):
     """Stabilised biconjugate gradients for any A, in constant memory.
 
-    Its residual is not monotone, and ρ = r̂ᵀr, r̂ᵀv or ω may vanish: BREAKDOWN, at the last iterate before.
+    Its residual is not monotone, and ρ = r̂ᵀr, r̂ᵀv or ω may vanish, to rounding: BREAKDOWN, at the last iterate before.
 
     Cost: two products a step; seven vectors beside b.
     Source: van der Vorst 1992.
@@ -133,7 +158,7 @@ class BiCGStab(IterativeSolver):
     def _iterate(self, system: System) -> Outcome:
         op, stop, eps = system.op, system.stop, system.b.space.eps
         x, r = system.start()
-        shadow, p, v = r.copy(), r.copy(), r.zeros()
+        shadow, p = r.copy(), r.copy()
         rho = r.dot(r)
         norm = rho.sqrt()
         shadow_norm = norm
@@ -141,9 +166,9 @@ class BiCGStab(IterativeSolver):
         for k in range(system.max_steps):
             if system.finished(k, going):
                 break
-            v = op(p)
+            v = op(p).copy()  # the next product may be written into the same memory
             along = shadow.dot(v)
-            broke = (along.abs() <= eps * eps * shadow_norm * v.norm()) | (rho.abs() <= eps * shadow_norm * norm)
+            broke = (along.abs() <= eps * shadow_norm * v.norm()) | (rho.abs() <= eps * shadow_norm * norm)
             code = event(code, going & broke, Status.BREAKDOWN)
             going = going & ~broke
             alpha = torch.where(going, divide(rho, along), 0.0)
@@ -160,4 +185,9 @@ class BiCGStab(IterativeSolver):
             stuck = going & (omega == 0)
             code = event(code, stuck, Status.BREAKDOWN)
             going = going & ~stuck
+        if system.goal is not None:
+            code = event(code, going & (norm >= system.rhs_norm), Status.BREAKDOWN)
         return Outcome(x, torch.stack(trace), len(trace) - 1, code)
+
+    def valid_for(self, structure: SystemStructure) -> str | None:
+        return "A is singular" if structure.singular else super().valid_for(structure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +12,8 @@ from .._basis import Basis
 from .._solution import Status
 from .._vector import Vector
 from ..operators import LinearOperator
-from ._solver import LinearSolver, Outcome, System, event, require_symmetric
+from ._solver import LinearSolver, Outcome, System, check_options, event, require_symmetric
+from ._theory import SystemStructure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Nystrom(LinearSolver):
         as a solver:           x = U(Λ + ρI)⁻¹Uᵀb + (b − UUᵀb)/ρ                    ≈ (A + ρI)⁻¹ b
         as preconditioner:     M⁻¹r = (λ_k + ρ) U(Λ + ρI)⁻¹Uᵀr + (r − UUᵀr)         CG(preconditioner=Nystrom(...))
 
-    As a solver it is an approximation: without a tolerance it succeeds, and its residual tells how good it is.
+    As a solver it is an approximation: without a tolerance it ends as COMPLETED, and its residual tells how good it is.
 
     Args:
         rank: k ≥ 1, the number of products in the sketch.
@@ -43,8 +43,7 @@ class Nystrom(LinearSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"Nystrom: rank must be an integer ≥ 1, got {self.rank!r}")
+        check_options(self, integers={"rank": 1})
         if not self.damping > 0:
             raise ValueError(f"Nystrom: damping must be > 0, for the inverse outside the sketch, got {self.damping!r}")
 
@@ -56,24 +55,33 @@ class Nystrom(LinearSolver):
         x.add_(r, 1 / self.damping).add_(u.combine(weights))
         return Outcome(x, r.norm().unsqueeze(0), 1, event(None, indefinite, Status.NOT_POSITIVE_DEFINITE))
 
-    def preconditioner(self, op: LinearOperator, like: Vector) -> Callable[[Vector], Vector]:
-        """r ↦ M⁻¹r for this operator; k products now, none later."""
+    def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
+        """U as rows, and (λ_k + ρ)/(Λ + ρ) − 1, for this operator."""
         require_symmetric(op, "Nystrom")
         u, eigenvalues, _ = self._sketch(op, like, -op.damping)
-        smallest = eigenvalues[..., -1:] + self.damping
+        return [u.matrix(), (eigenvalues[..., -1:] + self.damping) / (eigenvalues + self.damping) - 1]
 
-        def precondition(r: Vector) -> Vector:
-            inside = u.coefficients(r, u.m)
-            return r + u.combine(inside * smallest / (eigenvalues + self.damping) - inside)
+    def apply(self, factors: list[Tensor], r: Vector) -> Vector:
+        """M⁻¹r."""
+        u = Basis.from_rows(r, factors[0])
+        return r + u.combine(u.coefficients(r, u.m) * factors[1])
 
-        return precondition
+    def valid_for(self, structure: SystemStructure) -> str | None:
+        if not structure.definiteness.startswith("positive"):
+            return super().valid_for(structure) or f"A is {structure.definiteness}, not positive semidefinite"
+        if self.rank < structure.n:
+            return f"an approximation, exact for a rank of n = {structure.n}; take it as the preconditioner of CG"
+        return None
+
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        return min(self.rank, structure.n)
 
     def _sketch(self, op: LinearOperator, like: Vector, shift: float) -> tuple[Basis, Tensor, Tensor]:
         """U as rows, Λ in falling order, and whether A + shift · I is indefinite on the sketch."""
         space = like.space
         k = min(self.rank, space.length)
-        generator = torch.Generator().manual_seed(self.seed)
-        draw = torch.randn(space.length, k, generator=generator, dtype=space.dtype)
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        draw = torch.randn(space.length, k, generator=generator, dtype=space.dtype, device="cpu")
         omega = torch.linalg.qr(draw.to(space.device))[0]
         test = Basis.from_rows(like, omega.mT)
         y = op.many(test).plus(test, shift).matrix().mT

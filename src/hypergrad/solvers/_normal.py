@@ -8,6 +8,7 @@ import torch
 
 from .._solution import Status
 from ._solver import IterativeSolver, Outcome, System, divide, event
+from ._theory import SystemStructure, doubled, rate_of, steps_needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +32,17 @@ class NormalCG(IterativeSolver):
             return Outcome(x, rr.sqrt().unsqueeze(0), 0)
         s = transposed(r)
         p = s.copy()
-        ss, zero, flat = s.dot(s), torch.zeros_like(rr), torch.zeros_like(going)
+        ss, code = s.dot(s), None
         least = (10 * eps) ** 2 * ss
-        del s
         for k in range(system.max_steps):
             if k and system.finished(k, going):
                 break
-            steep = ss > least
-            flat = flat | (going & ~steep)
-            going = going & steep
+            code = event(code, going & (ss <= least), Status.STAGNATED)
+            going = going & (ss > least)
             q = op(p)
-            alpha = torch.where(going, divide(ss, q.dot(q)), zero)
+            alpha = torch.where(going, divide(ss, q.dot(q)), 0.0)
             x.add_(p, alpha)
             r.add_(q, alpha, -1.0)
-            del q
             rr = r.dot(r)
             trace.append(rr)
             going = going & (rr > stop2)
@@ -52,8 +50,11 @@ class NormalCG(IterativeSolver):
                 s = transposed(r)
                 ss, old = s.dot(s), ss
                 p.scale_add_(divide(ss, old), s)
-                del s
-        return Outcome(x, torch.stack(trace).sqrt(), len(trace) - 1, event(None, flat, Status.STAGNATED))
+        return Outcome(x, torch.stack(trace).sqrt(), len(trace) - 1, code)
+
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        """2 ((κ − 1)/(κ + 1))^k of the residual, the condition number being squared."""
+        return doubled(steps_needed(rate_of(structure.condition), rtol, 2.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +76,10 @@ class LSQR(IterativeSolver):
         going, code, trace = beta > stop, None, [beta]
         if not system.max_steps or system.finished(0, going):
             return Outcome(x, beta.unsqueeze(0), 0)
-        one = torch.ones_like(beta)
-        u.scale_(divide(one, beta))
+        u.scale_(divide(1.0, beta))
         v = transposed(u).copy()
         alpha = v.norm()
-        v.scale_(divide(one, alpha))
+        v.scale_(divide(1.0, alpha))
         w = v.copy()
         rho_bar, phi_bar, size = alpha, beta, alpha
         flat = alpha == 0
@@ -90,7 +90,7 @@ class LSQR(IterativeSolver):
             going = going & ~flat
             u.scale_add_(-alpha, op(v))
             beta = u.norm()
-            u.scale_(divide(one, beta))
+            u.scale_(divide(1.0, beta))
             rho = torch.hypot(rho_bar, beta)
             c, s = divide(rho_bar, rho), divide(beta, rho)
             x.add_(w, torch.where(going, divide(c * phi_bar, rho), 0.0))
@@ -100,9 +100,13 @@ class LSQR(IterativeSolver):
             if k + 1 < system.max_steps:
                 v.scale_add_(-beta, transposed(u))
                 alpha = v.norm()
-                v.scale_(divide(one, alpha))
+                v.scale_(divide(1.0, alpha))
                 w.scale_add_(-divide(s * alpha, rho), v)
                 rho_bar = -c * alpha
                 size = torch.maximum(size, torch.hypot(alpha, beta))
                 flat = alpha * c.abs() <= 10 * eps * size
         return Outcome(x, torch.stack(trace), len(trace) - 1, code)
+
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        """As NormalCG, with which it agrees in exact arithmetic (Paige and Saunders 1982)."""
+        return doubled(steps_needed(rate_of(structure.condition), rtol, 2.0))

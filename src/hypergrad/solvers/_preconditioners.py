@@ -1,24 +1,26 @@
-"""Preconditioners for CG and MINRES beside `Nystrom`: recipes with preconditioner(op, like) → (r ↦ M⁻¹r)."""
+"""Preconditioners for CG and MINRES, beside `Nystrom` and `Dense`.
+
+A recipe builds one from A: factors(op, like) → tensors, once for a system, and apply(factors, r) → M⁻¹r.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._basis import Basis
 from .._vector import Vector
 from ..operators import LinearOperator, function
-from ._solver import System, require_symmetric
-
-Precondition = Callable[[Vector], Vector]
+from ._solver import System, check_options, require_symmetric
 
 
 def is_recipe(thing: Any) -> bool:
     """Whether it builds a preconditioner from an operator; a class in the place of its object does not."""
-    return hasattr(thing, "preconditioner") and not isinstance(thing, type)
+    return hasattr(thing, "factors") and hasattr(thing, "apply") and not isinstance(thing, type)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,95 +50,41 @@ class Diagonal:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.probes, int) or self.probes < 2:
-            raise ValueError(f"Diagonal: probes must be an integer ≥ 2, got {self.probes!r}")
+        check_options(self, integers={"probes": 2})
         if not isinstance(self.seed, int):
             raise ValueError(f"Diagonal: seed must be an integer, got {self.seed!r}")
 
-    def preconditioner(self, op: LinearOperator, like: Vector) -> Precondition:
-        """r ↦ M⁻¹r for this operator; m products now, none later."""
+    def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
+        """The diagonal of this operator, [n] or [B, n]."""
         require_symmetric(op, "Diagonal")
         space, m = like.space, self.probes
-        generator = torch.Generator().manual_seed(self.seed)
-        signs = torch.randint(0, 2, (m, space.length), generator=generator).to(space.device, space.dtype) * 2 - 1
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        signs = torch.randint(0, 2, (m, space.length), generator=generator, device="cpu") * 2 - 1
+        signs = signs.to(space.device, space.dtype)
         samples = signs * op.many(Basis.from_rows(like, signs)).matrix()
         error, mean = torch.std_mean(samples, -2)
         diagonal = torch.maximum(mean, error / m**0.5)
         # A row of zeros, and NaN: no scale is better than a wrong one, and the residual will tell of NaN.
-        diagonal = torch.where(diagonal > 0, diagonal, 1.0)
-        return lambda r: r.space.from_flat(r.flat() / diagonal)
+        return [torch.where(diagonal > 0, diagonal, 1.0)]
 
-
-@dataclass(eq=False)
-class Reused:
-    """A preconditioner that is kept from one system to the next, and built anew when that pays.
-
-    As A moves away from the system it was built for, solves take more steps s. Once the steps lost since then,
-    Σ (s − min s), are as many as the products that building it took, it is built for the system at hand. One object for
-    each sequence of systems:
-
-        precondition = hg.solvers.Reused(hg.solvers.Nystrom(rank=50, damping=1e-3))
-        for ...: hg.implicit.backward(..., solver=hg.solvers.CG(rtol=1e-6, preconditioner=precondition), x0=adjoint)
-
-    Args:
-        recipe: what builds it: `Nystrom`, `Diagonal`, `Dense`, or any object with preconditioner(op, like).
-
-    Attributes:
-        builds: how often it was built.
-        steps: those of each solve since, the one at hand last. Solves without a step do not count for the choice.
-
-    Raises: TypeError for a recipe of another form. At a solve ValueError where the solver has no tolerance: with a
-        fixed number of steps nothing shows that the preconditioner has aged.
-    """
-
-    recipe: Any
-    builds: int = field(default=0, init=False)
-    steps: list[int] = field(default_factory=list, init=False)
-    _precondition: Precondition | None = field(default=None, init=False, repr=False)
-    _cost: int = field(default=0, init=False, repr=False)
-    _kind: Any = field(default=None, init=False, repr=False)
-    _applied: bool = field(default=False, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not is_recipe(self.recipe):
-            raise TypeError(f"Reused needs a recipe such as Nystrom(...) or Diagonal(...), got {self.recipe!r}")
-
-    def preconditioner(self, op: LinearOperator, like: Vector) -> Precondition:
-        """r ↦ M⁻¹r, built for this operator or for one before."""
-        space = like.space
-        kind = (space.shapes, space.dtypes, space.devices, space.batch_dims)
-        steps = [s for s in self.steps if s]  # a start that was good enough says nothing
-        lost = sum(steps) - len(steps) * min(steps, default=0)
-        if self._precondition is None or kind != self._kind or lost >= max(self._cost, 1):
-            before = op.products
-            self._precondition = self.recipe.preconditioner(op, like)
-            self._cost, self._kind, self.steps = op.products - before, kind, []
-            self.builds += 1
-        self._applied = False
-        return self._counted
-
-    def _counted(self, r: Vector) -> Vector:
-        assert self._precondition is not None
-        if self._applied:
-            self.steps[-1] += 1
-        else:  # before the first step
-            self.steps.append(0)
-            self._applied = True
-        return self._precondition(r)
+    def apply(self, factors: list[Tensor], r: Vector) -> Vector:
+        """M⁻¹r."""
+        return r.space.from_flat(r.flat() / factors[0])
 
 
 def build_preconditioner(preconditioner: Any, system: System) -> Callable[[Vector], Vector] | None:
     """r ↦ M⁻¹ r from what the user gave: None, an operator, a function of pytrees, or a recipe such as Nystrom."""
     if preconditioner is None or isinstance(preconditioner, LinearOperator):
         return preconditioner
-    if isinstance(preconditioner, Reused) and system.goal is None:
+    if getattr(preconditioner, "needs_tolerance", False) and system.goal is None:
         raise ValueError(
             "Reused needs a solver with a tolerance (rtol or atol): a fixed number of steps does not show that the "
             "preconditioner has aged"
         )
     if is_recipe(preconditioner):
         if system.precondition is None:
-            system.precondition = preconditioner.preconditioner(system.op, system.b)
+            factors = preconditioner.factors(system.op, system.b)
+            system.precondition = lambda r: preconditioner.apply(factors, r)
         return system.precondition
     if not callable(preconditioner) or isinstance(preconditioner, type):
         raise TypeError(

@@ -25,6 +25,7 @@ from .._vector import (
     where,
 )
 from ..operators import LinearOperator
+from ._theory import SystemStructure
 
 # A solver is anything of this form; a plain function may return the bare value.
 Solver: TypeAlias = Callable[..., Any]
@@ -38,17 +39,18 @@ class System:
     b: Vector
     x0: Vector | None
     max_steps: int
-    stop: Scalar  # a system rests once ‖r‖ ≤ stop: the tolerance or, without one, rounding level
+    stop: Scalar  # a system is at rest once ‖r‖ ≤ stop: the tolerance or, without one, rounding level
     goal: Scalar | None  # the tolerance itself; None runs max_steps without reading a residual
     check_every: int
     rhs_norm: Scalar  # ‖b‖ in scaled units
     scale: Scalar  # power of two that one scaled unit is worth in the user's units
-    precondition: Callable[[Vector], Vector] | None = None  # built from op once, however often the system is taken up
+    precondition: Callable[[Vector], Vector] | None = None  # built from op once, however often the iteration restarts
     residual: Vector | None = None  # b − A x0 where it is known
 
     def __post_init__(self) -> None:
         space, checks = self.b.space, self.goal is not None and self.check_every == 1
         self.reads = not space.batch_dims and (checks or space.device.type in FREE_TO_READ)
+        self.stop, self.goal, self.rhs_norm = map(self.number, (self.stop, self.goal, self.rhs_norm))
 
     def start(self) -> tuple[Vector, Vector]:
         """x and r = b − A x in memory of their own; no product where there is no x0."""
@@ -56,8 +58,12 @@ class System:
             return self.b.zeros(), self.b.copy()
         return self.x0.copy(), self.b - self.op(self.x0) if self.residual is None else self.residual.copy()
 
+    def size(self, x: Vector, r: Vector) -> Tensor:
+        """‖Ax‖ / ‖x‖ of a start, which tells what in further products is rounding; 0 without one."""
+        return self.b.space.scalar(0.0) if self.x0 is None else divide((self.b - r).norm(), x.norm())
+
     def finished(self, step: int, going: Tensor | bool) -> bool:
-        """Whether no system goes on, read from the device every check_every steps; never in fixed-step mode."""
+        """Whether all systems are at rest, read from the device every check_every steps; never in fixed-step mode."""
         if self.goal is None or step % self.check_every:
             return False
         return not anywhere(going)
@@ -66,12 +72,8 @@ class System:
         """A scalar to compute with: a number where there is one system and reading is free, or done anyway."""
         return scalar.item() if self.reads and isinstance(scalar, Tensor) else scalar
 
-    def stack(self, scalars: list[Scalar]) -> Tensor | list[float]:
-        """Scalars of an iteration as one tensor: [steps], or [steps, B]; numbers stay a list."""
-        return torch.stack(scalars) if isinstance(scalars[0], Tensor) else scalars
 
-
-def divide(a: Tensor, b: Tensor) -> Tensor:
+def divide(a: Tensor | float, b: Tensor) -> Tensor:
     """a / b, and 0 where b is 0: a direction that has vanished takes no further step."""
     return torch.where(b == 0, 0.0, a / b)
 
@@ -100,10 +102,11 @@ class LinearSolver(ABC):
     """Configuration of a solver of (A + damping · I) x = b, called as solver(op, b, x0=None) → Solution.
 
     Args:
-        rtol, atol: solved when ‖b − Ax‖ ≤ max(atol, rtol · ‖b‖). With neither given, the method runs as far as it is
-            told to and that is success.
+        rtol, atol: solved when ‖b − Ax‖ ≤ max(atol, rtol · ‖b‖). With neither given, the method does all its steps and
+            ends as COMPLETED.
         damping: γ ≥ 0, added to the diagonal; residuals are those of the damped system.
-        on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore" (reads nothing from the device).
+        on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore": the status is not read from the
+            device, and with a fixed number of steps nothing is (`Dense` and, with a tolerance, every method read).
     """
 
     rtol: float | None = None
@@ -117,6 +120,9 @@ class LinearSolver(ABC):
     @final
     def __call__(self, op: LinearOperator, b: Any, x0: Any = None) -> Solution:
         """Solve for x.
+
+        A method that finds that it does not apply (NOT_POSITIVE_DEFINITE, NOT_SYMMETRIC, BREAKDOWN) returns its last
+        sound iterate, or x = 0 where that has the smaller residual.
 
         Args:
             op: the operator A.
@@ -138,6 +144,25 @@ class LinearSolver(ABC):
     _runs_to_tolerance: ClassVar[bool] = True  # False: an approximation, successful without a tolerance
     _needs_symmetric: ClassVar[bool] = False
 
+    def valid_for(self, structure: SystemStructure) -> str | None:
+        """Why this method does not apply to a system; None where it does.
+
+        Args:
+            structure: a `diagnostics.Structure` of the system that is solved (with the damping in it).
+        """
+        return "A is not symmetric" if self._needs_symmetric and not structure.symmetric else None
+
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        """Products with A and Aᵀ that are enough for a relative accuracy, by theory; None where no bound is known.
+
+        Bounds are often far from sharp: a clustered spectrum needs fewer products, and rounding may ask for more.
+
+        Args:
+            structure: as in `valid_for`, which must hold.
+            rtol: in (0, 1), of the error or of the residual, as the method's bound has it.
+        """
+        return None
+
     @abstractmethod
     def _iterate(self, system: System) -> Outcome:
         """Run the method. The residual is recomputed afterwards, by whoever called."""
@@ -151,8 +176,8 @@ class IterativeSolver(LinearSolver):
         max_steps: the number of steps: exact where neither rtol nor atol is given, else the most that are done
             (default: 10 n, at most 1,000). With max_steps, rtol and atol all left out, rtol is 1e-6 in float64 and
             1e-4 in float32 (4 eps in half precision).
-        check_every: steps between two looks at the residual, each a device synchronisation (default: 1 on the CPU,
-            where looking is free, 5 elsewhere). Without a tolerance it is never looked at.
+        check_every: steps between two reads of the residual, each a device synchronisation (default: 1 on the CPU,
+            where reading is free, 5 elsewhere). Without a tolerance it is never read.
     """
 
     max_steps: int | None = None
@@ -211,7 +236,7 @@ def solve(
         solver: a LinearSolver, or a plain function (op, b, x0) → Vector, pytree or Solution.
         x0: start, a Vector or a pytree like b, or what finds one and keeps the solution (`Recycled`).
         last_product: v ↦ A v, where the caller needs that product anyway; it replaces the product for the residual,
-            and the iteration is then not taken up again when the recursion was too optimistic.
+            and the iteration does not go on where its own residual was too optimistic.
     """
     with torch.no_grad():
         start = x0 if x0 is None or isinstance(x0, Vector) or keeps_starts(x0) else b.space.vector(x0, "x0")
@@ -230,9 +255,10 @@ def _run(solver: LinearSolver, op: LinearOperator, b: Vector, start: Any, last_p
     op, space = op.damped(solver.damping), b.space
     scale, rhs_norm = _scaled(b)
     system = _system(solver, op, b, start / scale if isinstance(start, Vector) else None, scale, rhs_norm)
-    if keeps_starts(start):
+    if keeps_starts(start) and space.length:
         system.x0, system.residual = start.start(op, b) or (None, None)
-    outcome, x, residual, code = _verified(solver, system, last_product)
+    outcome = solver._iterate(system) if space.length else Outcome(b, space.scalar(0.0)[None], 0)
+    outcome, x, residual, code = _verified(solver, system, outcome, last_product)
     trace = space.tensor(outcome.trace)
     solution = Solution(
         x,
@@ -242,28 +268,36 @@ def _run(solver: LinearSolver, op: LinearOperator, b: Vector, start: Any, last_p
         space.tensor(system.rhs_norm * scale),
         trace if isinstance(scale, float) and scale == 1 else trace * scale,
         outcome.method or type(solver).__name__,
-        None if outcome.curvature is None else space.tensor(outcome.curvature),
+        None if outcome.curvature is None else space.tensor(outcome.curvature - solver.damping),
     )
     if not isinstance(code, Tensor):  # known without another read
         vars(solution)["_codes"] = [code]
     return solution
 
 
-def _verified(solver: LinearSolver, system: System, last_product: Any) -> tuple[Outcome, Vector, Scalar, Scalar]:
+def _verified(
+    solver: LinearSolver, system: System, outcome: Outcome, last_product: Any
+) -> tuple[Outcome, Vector, Scalar, Scalar]:
     """The outcome, x in the user's units, its true residual and the Status value.
 
-    Where the recursion was too optimistic, the iteration is taken up again from x, up to twice.
+    Where the residual of the recursion was too optimistic, the iteration goes on from x, up to twice.
     """
-    outcome = solver._iterate(system)
     for refinements_left in (2, 1, 0):
+        if len(outcome.trace) > outcome.steps:
+            _give_up(outcome, outcome.trace[-1], system)
         x = outcome.x.scale_(system.scale)
-        image = system.op(x) if last_product is None else _damped(last_product(x), x, solver.damping)
+        image = system.op(x) if last_product is None else last_product(x)
+        if last_product is not None and solver.damping:
+            image = image + x * solver.damping
         left = system.max_steps - outcome.steps
         last = last_product is not None or system.goal is None or not refinements_left or left <= 0
         r = (system.b if last else system.b.copy()).add_(image, 1 / system.scale, -1.0)
         residual = norm(r, system.number)
         if len(outcome.trace) == outcome.steps:
-            outcome.trace = _extended(outcome.trace, residual, r.space)
+            outcome.trace = torch.cat([r.space.tensor(outcome.trace), r.space.tensor(residual)[None]])
+        if last_product is None:
+            residual = _give_up(outcome, residual, system)
+            x = outcome.x
         code = _judge(outcome, residual, system)
         if last:
             break
@@ -278,8 +312,21 @@ def _verified(solver: LinearSolver, system: System, last_product: Any) -> tuple[
     return outcome, x, residual, code
 
 
-def _extended(trace: Any, residual: Scalar, space: Space) -> Any:
-    return [*trace, residual] if isinstance(trace, list) else torch.cat([trace, space.tensor(residual)[None]])
+def _give_up(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
+    """x = 0 in place of an answer that its method gave up and whose residual is no smaller; the residual after that.
+
+    What a method computes by definition (K steps of a stationary iteration that diverges) is left as it is.
+    """
+    if outcome.code is None:
+        return residual
+    worse = (residual >= system.rhs_norm) & (residual < math.inf)
+    given_up = (system.number(outcome.code) > Status.DIVERGED.value) & worse
+    if isinstance(given_up, Tensor):
+        outcome.x = outcome.x.zeros().where(given_up, outcome.x)
+    elif given_up:
+        outcome.x = outcome.x.zeros()
+    outcome.trace[-1] = where(given_up, system.rhs_norm, outcome.trace[-1])
+    return where(given_up, system.rhs_norm, residual)
 
 
 def _scaled(b: Vector) -> tuple[Scalar, Scalar]:
@@ -293,10 +340,6 @@ def _scaled(b: Vector) -> tuple[Scalar, Scalar]:
     scale = 1.0 if near else 2.0 ** round(math.log2(norm2) / 2)
     b.scale_(1 / scale)
     return scale, math.sqrt(norm2) / scale
-
-
-def _damped(image: Vector, x: Vector, damping: float) -> Vector:
-    return image + x * damping if damping else image
 
 
 def _system(
@@ -322,38 +365,39 @@ def _system(
 
 def _judge(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
     """The Status values that the true residual and the events on the way lead to; read only where that is free."""
-    norm = system.number(outcome.trace[-1])
+    own = system.number(outcome.trace[-1])
     code = 0 if outcome.code is None else system.number(outcome.code)
-    worse_than_none = (residual >= system.rhs_norm) & (system.rhs_norm > 0)
-    if system.goal is None:
-        ended = where(worse_than_none, Status.DIVERGED.value, Status.COMPLETED.value)
-        code = where(code > 0, code, ended)
-        finite = (residual < math.inf) & (norm < math.inf)
+    if system.goal is None:  # what rounding leaves is solved, and STAGNATED is no failure
+        ended = done = Status.COMPLETED.value
+        goal = system.b.space.eps**0.75 * system.rhs_norm
+        code = where(code == Status.STAGNATED.value, 0, code)
     else:
-        ended = where(norm <= system.stop, Status.STAGNATED.value, Status.MAX_STEPS.value)
-        ended = where(worse_than_none, Status.DIVERGED.value, ended)
-        code = where(code > 0, code, ended)
-        solved = (residual <= system.goal) & (code != Status.BREAKDOWN.value)
-        code = where(solved, Status.CONVERGED.value, code)
-        finite = (residual < math.inf) & ((norm < math.inf) | (code == Status.CONVERGED.value))
-    return where(finite, code, Status.NON_FINITE.value)
+        ended = where(own <= system.stop, Status.STAGNATED.value, Status.MAX_STEPS.value)
+        done, goal = Status.CONVERGED.value, system.goal
+    worse_than_none = (residual >= system.rhs_norm) & (system.rhs_norm > 0)
+    ended = where(worse_than_none, Status.DIVERGED.value, ended)
+    solved = residual <= goal
+    code = where(solved, done, where(code > 0, code, ended))
+    return where((residual < math.inf) & ((own < math.inf) | solved), code, Status.NON_FINITE.value)
 
 
 def continued(first: Outcome, second: Outcome, again: Scalar) -> Outcome:
     """One outcome of two that followed each other: the second worked on the systems in `again` alone."""
     code = where(again, 0 if second.code is None else second.code, 0 if first.code is None else first.code)
     before, after = (first.x.space.tensor(outcome.trace) for outcome in (first, second))
-    # Those at rest keep the norm that they were put to rest with: taken anew it may stand above the limit by rounding.
+    # Systems at rest keep the norm that they came to rest with: taken anew it may lie above the limit by rounding.
     trace = torch.cat([before, where(again, after[1:], before[-1])])
     curvature = first.curvature if second.curvature is None else second.curvature
     return Outcome(second.x, trace, first.steps + second.steps, code, second.method, curvature)
 
 
 def _steps(outcome: Outcome, system: System) -> int | Tensor:
-    """Steps done; for batched systems those before each rested."""
+    """Steps done; for batched systems those before each came to rest, where there is a tolerance."""
     if isinstance(outcome.trace, list) or outcome.trace.ndim == 1:
         return outcome.steps
-    return (outcome.trace[:-1] > system.stop).sum(0)
+    if system.goal is None:
+        return torch.full(system.b.space.batch_shape, outcome.steps, device=outcome.trace.device)
+    return (~(outcome.trace[:-1] <= system.stop)).sum(0)
 
 
 def _run_function(function: Solver, op: LinearOperator, b: Vector, start: Any, last_product: Any) -> Solution:

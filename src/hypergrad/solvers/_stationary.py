@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from .._solution import Status
 from .._vector import Scalar, Vector, norm
 from ._solver import IterativeSolver, LinearSolver, Outcome, System, event
+from ._theory import SystemStructure, steps_needed
 
 HOPELESS = 1e8  # growth of the residual at which the iteration is given up
 
@@ -25,27 +27,29 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
     b, most, number, tolerant = system.b, system.max_steps, system.number, system.goal is not None
     measured = range(0, most, system.check_every) if tolerant else {0, (most + 1) // 2, most - 1}
     masks, unknown = tolerant and bool(b.space.batch_dims), system.stop * torch.nan
-    stop, hopeless, going = number(system.stop), torch.inf, True
+    hopeless, going = torch.inf, True
     norms, trace, steps = [], [], 0
     for k in range(most):
-        # The next x with η = 1, else the residual.
         if x is None:
             new = b.copy()
+        elif step_size == 1:
+            new = system.op.contract(x) + b  # the next x
         else:
-            new = system.op.contract(x) + b if step_size == 1 else b - system.op(x)
+            new = b - system.op(x)  # the residual
         trace.append(unknown)
         if k in measured:
             size = trace[-1] = norm(new - x if x is not None and step_size == 1 else new, number)
             norms.append(size)
             if tolerant:
-                going = going & (size > stop) & (size <= hopeless)
+                going = going & (size > system.stop) & (size <= hopeless)
                 hopeless = HOPELESS * size if k == 0 else hopeless
         if system.finished(k, going):
             break
         x = _advanced(x, new, step_size, going if masks else None)
         steps += 1
     code = event(None, _diverged(norms), Status.DIVERGED) if norms else None
-    return Outcome(b.zeros() if x is None else x, system.stack(trace or [b.norm()])[: len(trace)], steps, code)
+    sizes: Any = torch.stack(trace) if trace and isinstance(trace[0], Tensor) else trace
+    return Outcome(b.zeros() if x is None else x, sizes, steps, code)
 
 
 def _advanced(x: Vector | None, new: Vector, step_size: float, going: Any) -> Vector:
@@ -74,6 +78,14 @@ class FixedPoint(IterativeSolver):
     def _iterate(self, system: System) -> Outcome:
         return richardson(system, system.x0, 1.0)
 
+    def valid_for(self, structure: SystemStructure) -> str | None:
+        return None if structure.radius < 1 else f"ρ(I − A) = {structure.radius:.6g} ≥ 1: it does not converge"
+
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        """‖I − A‖^k of the error where that norm is below 1, else about ρ(I − A)^k; the error may grow at first."""
+        norm = structure.contraction[0]
+        return steps_needed(norm if norm < 1 else structure.radius, rtol)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Neumann(IterativeSolver):
@@ -99,6 +111,28 @@ class Neumann(IterativeSolver):
         del r  # a vector less
         return richardson(system, x, self.step_size)
 
+    def valid_for(self, structure: SystemStructure) -> str | None:
+        rate, values = self._rate(structure), structure.eigenvalues
+        if rate is None or rate < 1:
+            return None
+        best = f"; step_size={2 / abs(values[0] + values[-1]):.4g} converges"
+        definite = structure.definiteness == "positive definite"
+        return f"ρ(I − ηA) = {rate:.6g} ≥ 1: it does not converge{best if definite else ''}"
+
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        """One more than ρ(I − ηA)^k of the error asks for; as FixedPoint where A is not symmetric and η = 1."""
+        rate, norm = self._rate(structure), structure.contraction[0]
+        if rate is not None and not structure.symmetric and norm < 1:
+            rate = norm
+        steps = None if rate is None else steps_needed(rate, rtol)
+        return None if steps is None else steps + 1
+
+    def _rate(self, structure: SystemStructure) -> float | None:
+        """ρ(I − ηA), where it is known."""
+        if structure.symmetric:
+            return max(abs(1 - self.step_size * value) for value in structure.eigenvalues)
+        return structure.radius if self.step_size == 1 else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class OneStep(LinearSolver):
@@ -114,3 +148,10 @@ class OneStep(LinearSolver):
 
     def _iterate(self, system: System) -> Outcome:
         return richardson(replace(system, max_steps=1, goal=None), system.x0, 1.0)
+
+    def valid_for(self, structure: SystemStructure) -> str | None:
+        norm = structure.contraction[0]
+        return None if norm <= 1e-6 else f"an approximation: v = b is up to ‖I − A‖ = {norm:.2g} of ‖v‖ off"
+
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        return 0 if structure.contraction[0] <= rtol else None

@@ -13,6 +13,11 @@ from .._vector import Vector
 from ._solver import IterativeSolver, Outcome, System
 
 
+def gradient_descent(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """SGD(lr=1)."""
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(IterativeSolver):
     """Any torch.optim optimizer on the linear system, with A x − b in place of the gradient.
@@ -29,7 +34,7 @@ class Optimizer(IterativeSolver):
     Source: Grazzi, Pontil and Salzo 2021, Algorithm 1 (step 2).
     """
 
-    build: Callable[[list[Tensor]], Any] = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
+    build: Callable[[list[Tensor]], Any] = gradient_descent
 
     def _iterate(self, system: System) -> Outcome:
         start = system.b if system.x0 is None else system.x0
@@ -39,13 +44,13 @@ class Optimizer(IterativeSolver):
         optimizer, scheduler = built if isinstance(built, tuple) else (built, None)
         going, trace, first = system.b.norm() > system.stop, [], True
 
-        def here() -> Vector:
+        def current() -> Vector:
             return space.pack([p.detach() for p in parameters])
 
         def closure() -> Tensor:
             nonlocal first
             with torch.no_grad():
-                x = here()
+                x = current()
                 gradient = system.op(x) - b
                 if first:
                     trace.append((gradient / system.scale).norm())
@@ -62,4 +67,4 @@ class Optimizer(IterativeSolver):
             going = trace[-1] > system.stop
             steps += 1
         norms = torch.stack(trace) if trace else system.b.norm().unsqueeze(0)[:0]
-        return Outcome(here() / system.scale, norms, steps)
+        return Outcome(current() / system.scale, norms, steps)

@@ -1,11 +1,11 @@
-"""Krylov methods for a symmetric A, side by side. Every scalar is per system; a solved system rests while others go on.
+"""Krylov methods for a symmetric A, side by side. Scalars are those of each system; solved systems are at rest.
 
 Letters are those of the papers. A step reads from the device only where the system asks whether it is finished.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,25 +16,29 @@ from .._solution import Status
 from .._vector import Scalar, Vector, larger, norm, ratio, square_root
 from ._preconditioners import build_preconditioner
 from ._solver import IterativeSolver, Outcome, System, divide, event
+from ._theory import SystemStructure, doubled, rate_of, steps_needed
+
+ROUNDING = 10  # multiples of eps that count as rounding
+IDLE = 10  # steps of MINRES without a gain after which it has stagnated; in exact arithmetic every other step gains
 
 
 class SymmetryCheck:
-    """Whether xᵀ(Ay) = yᵀ(Ax) for the first two vectors that a method multiplies: false for no symmetric A."""
+    """Whether xᵀ(Ay) ≠ yᵀ(Ax) for the first two vectors that a method multiplies: false for every symmetric A."""
 
-    def __init__(self, number: Callable[[Tensor], Scalar]):
-        self.number = number
+    def __init__(self, system: System):
+        self.number, self.drawn_anew = system.number, system.op.stochastic
         self.first: tuple[Vector, Vector] | None = None
-        self.forward: tuple[Scalar, Scalar] | None = None
 
-    def fails(self, x: Vector, ax: Vector) -> Scalar:
-        """Take in a product; whether it shows that A is not symmetric."""
+    def fails(self, step: int, x: Vector, ax: Vector) -> Scalar:
+        """Take in the product of a step; whether it shows that A is not symmetric."""
+        if step > 1 or self.drawn_anew:
+            return False
         if self.first is None:
             self.first = x.copy(), ax.copy()
             return False
-        (y, ay), eps = self.first, x.space.eps
-        self.first = None
+        (y, ay), self.first = self.first, None
         sizes = norm(x, self.number) * norm(ay, self.number) + norm(y, self.number) * norm(ax, self.number)
-        return abs(self.number(x.dot(ay)) - self.number(y.dot(ax))) > eps**0.5 * sizes
+        return abs(self.number(x.dot(ay)) - self.number(y.dot(ax))) > x.space.eps**0.5 * sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +48,8 @@ class CG(IterativeSolver):
         α = rᵀz / pᵀAp,   x ← x + αp,   r ← r − αAp,   z = M⁻¹r,   β = (rᵀz)₊ / rᵀz,   p ← z + βp
 
     Curvature pᵀAp that is negative, or zero to rounding, ends it with NOT_POSITIVE_DEFINITE at the iterate before
-    (Steihaug's rule); `Solution.curvature` holds the least quotient pᵀAp / pᵀMp met. The first two products are
-    compared, so that an A that is not symmetric after all is found (NOT_SYMMETRIC).
+    (Steihaug's rule); `Solution.curvature` holds the least quotient pᵀAp / pᵀp. The first two products are compared,
+    which finds an A that is not symmetric after all (NOT_SYMMETRIC).
 
     Args:
         preconditioner: r ↦ M⁻¹r, symmetric positive definite: a LinearOperator, a function of pytrees like b, or
@@ -64,29 +68,27 @@ class CG(IterativeSolver):
     _needs_symmetric: ClassVar[bool] = True
 
     def _iterate(self, system: System) -> Outcome:
-        op, number, stop2 = system.op, system.number, system.number(system.stop * system.stop)
+        op, number, stop2 = system.op, system.number, system.stop * system.stop
         precondition = build_preconditioner(self.preconditioner, system)
         x, r = system.start()
         z = r if precondition is None else precondition(r)
         p = z.copy()
         rz = number(r.dot(z))
         rr = rz if precondition is None else number(r.dot(r))
-        going, code, trace, curvatures = rr > stop2, None, [rr], []
-        rounding = system.stop if system.goal is not None else p.space.eps**0.75 * system.rhs_norm
-        noise2 = number(rounding * rounding)
-        pp, steepest, symmetry = rz, 0.0 * rz, SymmetryCheck(number)  # pp = pᵀMp: z and the last p are M-orthogonal
+        going, code, trace, curvatures, symmetry = rr > stop2, None, [rr], [], SymmetryCheck(system)
+        pp, steepest = rz, 0.0 * rz  # pp = pᵀMp: z and the last p are orthogonal in M
         for k in range(system.max_steps):
             if system.finished(k, going):
                 break
             ap = op(p)
-            if k < 2:
-                code = event(code, going & symmetry.fails(p, ap), Status.NOT_SYMMETRIC)
+            code = event(code, going & symmetry.fails(k, p, ap), Status.NOT_SYMMETRIC)
             curvature = number(p.dot(ap))
-            curvatures.append(ratio(curvature, pp, going))
-            steepest = larger(steepest, curvatures[-1])
-            flat = going & (curvature <= p.space.eps * steepest * pp)
-            code = event(code, flat & (rr > noise2), Status.NOT_POSITIVE_DEFINITE)
-            going = going & (curvature > p.space.eps * steepest * pp)
+            quotient = ratio(curvature, pp, going)
+            curvatures.append(quotient if precondition is None else ratio(curvature, number(p.dot(p)), going))
+            steepest = larger(steepest, quotient)
+            flat = ROUNDING * p.space.eps * steepest * pp
+            code = event(code, going & (curvature <= flat), Status.NOT_POSITIVE_DEFINITE)
+            going = going & (curvature > flat)
             alpha = ratio(rz, curvature, going)
             x.add_(p, alpha)
             r.add_(ap, alpha, -1.0)
@@ -99,9 +101,20 @@ class CG(IterativeSolver):
             pp = rz + beta * beta * pp
             p.scale_add_(beta, z)
             del ap
-        norms2 = system.stack(trace)
-        norms = norms2.sqrt() if isinstance(norms2, Tensor) else [square_root(norm2) for norm2 in norms2]
-        return Outcome(x, norms, len(trace) - 1, code, curvature=_least(curvatures), steepest=steepest)
+        return Outcome(x, _roots(trace), len(trace) - 1, code, "", _least(curvatures), steepest)
+
+    def valid_for(self, structure: SystemStructure) -> str | None:
+        definite = structure.definiteness == "positive definite"
+        wrong = None if definite else f"A is {structure.definiteness}, not positive definite"
+        return super().valid_for(structure) or wrong
+
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        """2 ((√κ − 1)/(√κ + 1))^k of the error in the norm of A (Saad 2003, section 6.11.4)."""
+        return steps_needed(rate_of(math.sqrt(structure.condition)), rtol, 2.0)
+
+
+def _roots(squares: list[Scalar]) -> Any:
+    return torch.stack(squares).sqrt() if isinstance(squares[0], Tensor) else [square_root(a) for a in squares]
 
 
 def _least(curvatures: list[Scalar]) -> Scalar | None:
@@ -114,66 +127,91 @@ def _least(curvatures: list[Scalar]) -> Scalar | None:
 class MINRES(IterativeSolver):
     """Minimal residuals for a symmetric A, which may be indefinite or singular.
 
-    Lanczos vectors v (and z = M⁻¹v), one Givens rotation (c, s) a step, ‖r‖ = |η| never grows. On an inconsistent
-    singular system it ends as STAGNATED at a least-squares solution, if rounding lets ‖Ar‖ fall to nothing; if not it
-    goes on to MAX_STEPS and x grows along the null space: take LSQR there.
+    Lanczos vectors v (and z = M⁻¹v), one Givens rotation (c, s) a step, ‖r‖ = |η| never grows. A step that would gain
+    less than its rounding, c² |η| ≤ 10 eps ‖A‖ |cη| ‖w‖, is left out. Ten of them in succession end it as STAGNATED, and
+    so does a space that A takes into itself: on an inconsistent singular system at a least-squares solution.
 
     Args:
         preconditioner: r ↦ M⁻¹r, symmetric positive definite, as in CG.
 
     Cost: one product a step; seven vectors beside b (two more with a preconditioner).
-    Source: Paige and Saunders 1975; letters as in Elman, Silvester and Wathen, Algorithm 6.1.
+    Source: Paige and Saunders 1975; letters as in Elman, Silvester and Wathen, Algorithm 6.1. The end is our own: the
+        rounding of x grows along the null space, and does not show in η.
     """
 
     preconditioner: Any = None
     _needs_symmetric: ClassVar[bool] = True
 
     def _iterate(self, system: System) -> Outcome:
-        op, stop = system.op, system.stop
+        op, rounding, closed = system.op, ROUNDING * system.b.space.eps, system.b.space.eps**0.75
         precondition = build_preconditioner(self.preconditioner, system)
         x, r = system.start()
         v = r.copy()
         z = v if precondition is None else precondition(v)
         v_old, w, w_old = v.zeros(), v.zeros(), v.zeros()
         gamma = v.dot(z).clamp_min(0).sqrt()
-        gamma_old = torch.ones_like(gamma)
-        eta, norm = gamma, r.norm()
-        c, c_old, s, s_old, size = gamma * 0 + 1, gamma * 0 + 1, gamma * 0, gamma * 0, gamma * 0
-        going, code, trace = norm > stop, None, [norm]
-        symmetry, least = SymmetryCheck(lambda scalar: scalar), max(100 * v.space.eps, v.space.eps**0.75)
+        eta, norm, rotation = gamma, r.norm(), Rotation(gamma)
+        gamma_old, idle, code, trace, size = 1 + 0 * gamma, 0 * gamma, None, [norm], system.size(x, r)
+        going, symmetry = norm > system.stop, SymmetryCheck(system)
         for k in range(system.max_steps):
             if system.finished(k, going):
                 break
-            z = z * divide(torch.ones_like(gamma), gamma)
+            z = z * divide(1.0, gamma)
             az = op(z)
-            if k < 2:
-                code = event(code, going & symmetry.fails(z, az), Status.NOT_SYMMETRIC)
+            code = event(code, going & symmetry.fails(k, z, az), Status.NOT_SYMMETRIC)
             delta = az.dot(z)
+            size = torch.maximum(size, az.norm() if precondition is None else divide(az.norm(), z.norm()))
             v_new = az - v * divide(delta, gamma)
             v_new.add_(v_old, divide(gamma, gamma_old), -1.0)
             z_new = v_new if precondition is None else precondition(v_new)
             gamma_new = v_new.dot(z_new).clamp_min(0).sqrt()
-            a0 = c * delta - c_old * s * gamma
-            a1 = torch.hypot(a0, gamma_new)
-            a2 = s * delta + c_old * c * gamma
-            a3 = s_old * gamma
-            # ‖A r‖ / ‖r‖ of the iterate before this step: where it vanishes, that is a least-squares solution.
-            size = torch.maximum(size, torch.hypot(delta, torch.hypot(gamma_new, gamma * (k > 0))))
-            flat = torch.hypot(a0, c * gamma_new) <= least * size
-            code = event(code, going & flat, Status.STAGNATED)
-            going = going & ~flat
-            c_old, s_old = c, s
-            c, s = divide(a0, a1), divide(gamma_new, a1)
-            w_new = (z - w_old * a3 - w * a2) * divide(torch.ones_like(a1), a1)
-            x.add_(w_new, torch.where(going, c * eta, 0.0))
+            a1, a2, a3 = rotation.turn(delta, gamma, gamma_new)
+            c, s = rotation.c, rotation.s
+            w_new = (z - w_old * a3 - w * a2) * divide(1.0, a1)
+            step = c * eta
+            gains = going & (c * c * norm > rounding * size * step.abs() * w_new.norm())
+            idle = torch.where(gains, 0.0, idle + 1)
+            stuck = (idle >= IDLE) | (a1 <= closed * size)
+            code = event(code, going & stuck, Status.STAGNATED)
+            going = going & ~stuck
+            x.add_(w_new, torch.where(gains & going, step, 0.0))
+            c, s = torch.where(gains, c, 0.0), torch.where(gains, s, 1.0)
             eta = torch.where(going, -s * eta, eta)
             if precondition is None:
                 norm = eta.abs()
             else:
                 r = r * torch.where(going, s * s, 1.0) + v_new * torch.where(going, divide(c * eta, gamma_new), 0.0)
                 norm = r.norm()
-            going = going & (norm > stop)
+            going = going & (norm > system.stop)
             trace.append(norm)
             v_old, v, z, w_old, w = v, v_new, z_new, w, w_new
             gamma_old, gamma = gamma, gamma_new
         return Outcome(x, torch.stack(trace), len(trace) - 1, code)
+
+    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+        """2 ((√κ − 1)/(√κ + 1))^k of the residual where A is definite, else 2 ((κ − 1)/(κ + 1))^⌊k/2⌋.
+
+        Source: Elman, Silvester and Wathen 2014, section 2.4.
+        """
+        if structure.singular:
+            return None
+        if structure.definiteness == "indefinite":
+            return doubled(steps_needed(rate_of(structure.condition), rtol, 2.0))
+        return steps_needed(rate_of(math.sqrt(structure.condition)), rtol, 2.0)
+
+
+class Rotation:
+    """The last two Givens rotations (c, s) of MINRES."""
+
+    def __init__(self, like: Tensor):
+        self.c, self.c_old, self.s, self.s_old = 1 + 0 * like, 1 + 0 * like, 0 * like, 0 * like
+
+    def turn(self, delta: Tensor, gamma: Tensor, gamma_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The column (γ, δ, γ₊) of the Lanczos matrix after the rotations: its entries, the diagonal first."""
+        a0 = self.c * delta - self.c_old * self.s * gamma
+        a1 = torch.hypot(a0, gamma_new)
+        a2 = self.s * delta + self.c_old * self.c * gamma
+        a3 = self.s_old * gamma
+        self.c_old, self.s_old = self.c, self.s
+        self.c, self.s = divide(a0, a1), divide(gamma_new, a1)
+        return a1, a2, a3

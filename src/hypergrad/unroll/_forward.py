@@ -22,7 +22,6 @@ from .._vector import full
 from ._steps import KIND, Batches, Run, add, check_whole, leaf
 
 PASS = 2**20  # numbers in the tangents of one vectorised pass; measured: above it one at a time is as fast
-CPU = {"device": "cpu"}
 COMPLEX = (
     "forward mode takes no complex tensors: use unroll.reverse, or pass torch.view_as_real(x) and use "
     "torch.view_as_complex in step"
@@ -62,9 +61,9 @@ class Directions:
         """These columns of U: [len(rows), *shape] for each leaf."""
         if self.signs is not None:
             return [placed(signs[rows], x, 1) for signs, x in zip(self.signs, self.like, strict=True)]
-        kind = {"dtype": self.like[0].dtype, "device": self.like[0].device}
-        unit = torch.zeros(len(rows), self.count, **kind)
-        unit[torch.arange(len(rows), device=kind["device"]), rows.to(kind["device"])] = 1
+        dtype, device = self.like[0].dtype, self.like[0].device
+        unit = torch.zeros(len(rows), self.count, dtype=dtype, device=device)
+        unit[torch.arange(len(rows), device=device), rows.to(device)] = 1
         parts = zip(unit.split(self.sizes, 1), self.like, strict=True)
         return [placed(part.reshape(len(rows), *x.shape), x, 1) for part, x in parts]
 
@@ -73,7 +72,7 @@ class Directions:
         hit = []
         for g, size in zip(pulled, self.sizes, strict=True):
             if g is None or half:  # in half precision an entry could be 0 by chance
-                hit.append(torch.full((size,), g is not None, **CPU))
+                hit.append(torch.full((size,), g is not None, device="cpu"))
             else:
                 hit.append(full(g.detach() != 0).reshape(-1).cpu())
         entries = torch.cat(hit)
@@ -100,8 +99,9 @@ def placed(values: Tensor, like: Tensor, lead: int = 0) -> Tensor:
         return values
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    placements = [Shard(p.dim + lead) if isinstance(p, Shard) else Replicate() for p in like.placements]
-    return distribute_tensor(values, like.device_mesh, placements)
+    sharded: Any = like
+    placements = [Shard(p.dim + lead) if isinstance(p, Shard) else Replicate() for p in sharded.placements]
+    return distribute_tensor(values, sharded.device_mesh, placements)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ForwardResult:
 
     Attributes:
         grads: ∇f(λ), in the structure of hparams; zeros for a leaf that does not require grad or reaches nothing.
-        params: w_t, as step gave it.
+        params: w_t, in the start's structure.
         outer_value: E(w_t, λ).
         evaluations: how often this call called step.
         steps: t, the steps since the start, in this call and those before.
@@ -168,14 +168,12 @@ def forward(
     drawn once and in order, and what no replay could repeat (an iterator, a simulator) may be used in step. In the
     inner gradient write create_graph=True: without it second derivatives are lost, with a warning.
 
-    Online: a result is also a start. `forward(step, result, hparams, outer_loss, more)` goes on where it ended, with t
-    counted on, and hparams may be updated in between (real-time mode). The tangents are kept through such an update:
-    Z_t is the derivative of w_t with respect to a shift δ of all that λ has been, and grads is the derivative at δ = 0
-    of E(w_t(λ₀+δ, …, λ_{t−1}+δ), λ_t+δ).
+    Online: a result is also a start. `forward(step, result, hparams, outer_loss, more)` goes on where it ended, and
+    hparams may be updated in between (real-time mode). The tangents are kept through such an update: grads is then the
+    derivative at δ = 0 of E(w_t(λ₀+δ, …, λ_{t−1}+δ), λ_t+δ), for a shift δ of all that λ has been.
 
-    Sharing: a schedule with one value for each window of steps, λ[t // length], has few hyperparameters however many
-    steps there are, and the tangent of a hyperparameter costs nothing before the first step that depends on it. In an
-    update rule write `PerStep(λ.repeat_interleave(length))`.
+    Sharing: a schedule with one value for each window of steps, `PerStep(λ.repeat_interleave(length))`, has few
+    hyperparameters however many steps there are; a tangent costs nothing before the first step that depends on it.
 
     Many hyperparameters: with `directions=k`, h = Zᵀ∇₁E is estimated along k vectors u of random signs,
 
@@ -196,20 +194,15 @@ def forward(
     Returns:
         A ForwardResult.
 
-    Raises:
-        TypeError, ValueError: as in `reverse`.
-        RuntimeError: step changed its arguments in place; or an operation in it cannot be differentiated as often as
-            forward mode needs, once more than `reverse`.
-
-    Warns: as `reverse`.
+    Raises, Warns: as `reverse`; RuntimeError too where an operation in step cannot be differentiated as often as
+        forward mode needs, once more than `reverse`.
     Cost: for each step its evaluation, a reverse pass with a graph, and a reverse pass through that for each tangent
         (vectorised over a chunk): measured, 2.3 + 1.5k times the step alone for k tangents of an MLP's 270,000
         weights. Memory: three iterates a tangent, the graph of one step, and `chunk` times the working memory of its
         reverse pass. While some hyperparameters have reached nothing yet, one device synchronisation a step. At t = 0,
         1, 2, 4, 8, … the derivative is compared with its transpose.
     Source: Franceschi et al. 2017, section 3.2 (forward-HG) and 3.3 (real-time, RTHO); Micaelli and Storkey 2021
-        (sharing over windows, FDS; they divide the result by the length of the window, here it is the gradient);
-        Baydin et al. 2022 and Silver et al. 2022 (random directions).
+        (sharing over windows, FDS); Baydin et al. 2022 and Silver et al. 2022 (random directions).
 
     Example:
         w ← w / 2 + λ from 0 gives w₃ = 1.75 λ, and three steps later w₆ = 1.96875 λ.
@@ -279,18 +272,18 @@ class _Push:
         self.kept: tuple[Tensor, list[Tensor]] | None = None
         # Its own generator, for the user's random numbers must be those of a plain run.
         draw = torch.Generator("cpu").manual_seed(0)
-        self.probe = [placed(torch.randn(x.shape, generator=draw, **CPU), x) for x in self.floats]
+        self.probe = [placed(torch.randn(x.shape, generator=draw, device="cpu"), x) for x in self.floats]
 
     def start(self, directions: int | None, generator: torch.Generator | None) -> Tangents:
         """Z₀ = ∂w₀/∂λ U."""
         like, signs = [x.detach() for x in self.hparams], None
         if directions:
-            draws = [torch.randint(0, 2, (directions, *x.shape), generator=generator, **CPU) for x in like]
+            draws = [torch.randint(0, 2, (directions, *x.shape), generator=generator, device="cpu") for x in like]
             signs = [(2 * draw - 1).to(dtype=x.dtype, device=x.device) for draw, x in zip(draws, like, strict=True)]
         tangents = Tangents(
             directions=Directions(like, signs),
-            rows=torch.zeros(0, dtype=torch.long, **CPU),
-            leaves=[placed(torch.zeros(0, *x.shape, **CPU), x, 1) for x in self.floats],
+            rows=torch.zeros(0, dtype=torch.long, device="cpu"),
+            leaves=[placed(torch.zeros(0, *x.shape, device="cpu"), x, 1) for x in self.floats],
             reached=[False] * len(like),
         )
         if not _graph.depends(self.start_leaves, self.hparams):

@@ -175,6 +175,6 @@ class Allocated(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    leaves = [x for x in optree.tree_leaves(tree) if isinstance(x, Tensor) and x.layout is torch.strided]
+    leaves: list[Any] = [x for x in optree.tree_leaves(tree) if isinstance(x, Tensor) and x.layout is torch.strided]
     # Of a sharded tensor this rank's part.
     return [(x.detach().to_local() if hasattr(x, "to_local") else x).untyped_storage() for x in leaves]

@@ -43,7 +43,7 @@ class ReverseResult:
         grads: ∇f(λ), in the structure of hparams; zeros for a leaf that does not require grad or reaches nothing.
         start_grads: the gradient with respect to the start, in its structure, zeros where a tensor is of integers;
             None if truncated.
-        params: w_T, as step gave it.
+        params: w_T, in the start's structure.
         outer_value: E(w_T, λ).
         evaluations: how often step was called.
     """
@@ -89,43 +89,37 @@ def reverse(
             must change nothing in place. Φ(params, hparams, t) with with_time; Φ(params, hparams, t, batch) with
             batches.
         start: w₀, any pytree of tensors, an optimiser's state included. Integer tensors are carried along.
-        hparams: λ, likewise of floating point or complex tensors; at least one requires grad. If start was computed
-            from hparams, or is one of them, what passes through start is included. Gradient hooks of hparams act once,
-            on the total gradient.
+        hparams: λ, a pytree of floating point or complex tensors; at least one requires grad. start may be computed
+            from them, or be one of them. Their gradient hooks act once, on the total gradient.
         outer_loss: E(params, hparams), scalar.
         steps: T.
         memory: what is kept for the reverse pass, I being the bytes of an iterate, G those of the graph of a step:
             "graph", all graphs: T evaluations, T G;
-            "iterates", all iterates: 2T − 1 evaluations (w_T is known from the first pass), T I + G;
-            "sqrt", n iterates and the graph of one block of steps, the longer the fewer iterates are left: less than
-            2T evaluations, n I + G with n ≈ √(2TG/I);
+            "iterates", all iterates: 2T − 1 evaluations, T I + G;
+            "sqrt", n ≈ √(2TG/I) iterates and the graph of one block of steps: less than 2T evaluations, n I + G;
             a budget such as "64MiB": the graph if it fits, else blocks as in "sqrt", else checkpoints.
         checkpoints: c, instead of memory: so many iterates, the start included (revolve), c I + G and
-            T + rT − C(c+r, r−1) evaluations, with r the smallest for which C(c+r, c) ≥ T; no schedule with c iterates
-            needs fewer.
-        offload: where iterates are kept: None, where they are; "cpu", on the CPU while steps run elsewhere, in pinned
-            memory beside CUDA; a folder as pathlib.Path, in files of a new folder in it, removed in the end and on an
-            error. A budget counts none of them then.
+            T + rT − C(c+r, r−1) evaluations, with r the smallest for which C(c+r, c) ≥ T, the fewest there are.
+        offload: where iterates are kept: None, where they are; "cpu", on the CPU while steps run elsewhere; a folder as
+            pathlib.Path, in files that are removed in the end and on an error. A budget counts none of them then.
         truncate: k, differentiate the last k steps only, the iterate before them taken as constant.
         batches: batch t for step t, by index or by call; drawn again at a replay.
         with_time: pass t to step.
-        allow_detached: take tensors in step's result that have no graph for constants, and accept that a tensor of
-            params reaches nothing, that outer_loss does not use its params, or that the inner gradient has no graph.
+        allow_detached: accept tensors in step's result that have no graph, a part of params that reaches nothing, an
+            outer_loss that does not use its params, and an inner gradient without a graph.
 
     Returns:
         A ReverseResult.
 
     Raises:
         TypeError, ValueError: something is not of the form above, nothing reaches hparams, or a budget is too small;
-            also where step's result has no graph, or where step or outer_loss uses a live start or model instead of its
-            argument.
+            step's result has no graph; step or outer_loss uses a live start or model instead of its argument.
         RuntimeError: step changed its arguments in place, or did not replay.
         OSError: a folder for offload cannot be written, or its disk is full.
 
-    Warns: HypergradientWarning where a leaf of hparams is reached by nothing (a learning rate read with .item(), say),
-        where at the second step a tensor of params reaches nothing (a momentum detached between steps), where the
-        first step takes a gradient without a graph, where start has gradient hooks, which are not called, and where
-        the result is not finite.
+    Warns: HypergradientWarning where a leaf of hparams is reached by nothing, where at the second step a part of params
+        reaches nothing (a momentum detached between steps), where the first step takes a gradient without a graph,
+        where start has gradient hooks, which are not called, and where the result is not finite.
     Cost: the evaluations above and T reverse passes. Beside what memory says, five iterates, hparams, and the working
         memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget measure I
         and G at the first two steps, a budget the working memory as well, by one more reverse pass and call of
@@ -197,14 +191,13 @@ def _schedule(
         while total < end - begin:
             total += 1 + n * iterate // graph
             n += 1
-        room: float = n * iterate + graph
+        bounds = _blocks(begin, end, n * iterate + graph, iterate, graph)
     else:
         iterate, graph, room = available(run, first, begin, parse_bytes(memory) or 0.0)
-        away_or_not = 0 if away else iterate
-        if _blocks(begin, end, room, away_or_not, graph) is None:
+        bounds = _blocks(begin, end, room, 0 if away else iterate, graph)
+        if bounds is None:
             return Schedule(single, int((room - graph) // iterate))
-        iterate = away_or_not
-    bounds = _blocks(begin, end, room, iterate, graph) or single
+    bounds = bounds or single
     return Schedule(bounds, len(bounds) - 1)
 
 

@@ -16,7 +16,7 @@ from .. import _autodiff, _graph, _random
 from .._autodiff import as_scalar
 from .._solution import warn, warn_if_not_finite
 from .._torch import hooks_suspended, version_of
-from .._tree import PyTree, describe, flatten, split
+from .._tree import Paths, PyTree, describe, flatten, split
 from ..implicit import check_hparams
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
@@ -96,8 +96,10 @@ class Run:
         self.batches = _batch_at(batches, steps)
         self.with_time = with_time or batches is not None
         start = list(start) if isinstance(start, Iterator) else start
+        self.leaves, spec = optree.tree_flatten(start)
+        self.paths = Paths("start", spec)
+        _check_containers(self.leaves, self.paths)
         self.start, self.rebuild = split(start)
-        self.structure, self.paths = optree.tree_structure(start), _paths(start, "start")
         if not any(map(is_continuous, self.start)):
             raise ValueError("start holds no floating point tensor")
         self.kinds = list(map(KIND, self.start))
@@ -108,7 +110,7 @@ class Run:
             if x.is_inference():
                 raise ValueError(f"{name} was made under torch.inference_mode(): make it outside, or pass a clone()")
         # The start that the user may use in place of the argument; not where it is one of hparams.
-        self.live = [x for x in self.start if x.requires_grad and not any(x is y for y in self.outer)]
+        self.live = [x for x in self.start if x.requires_grad and not _among(x, self.outer)]
         self.hooked: list[Tensor] = []
         self.devices = _random.devices_of([*self.start, *self.outer])
         self.params: PyTree = None
@@ -125,10 +127,10 @@ class Run:
         """Gradients can be taken, and hooks of start and hparams do not act: those of hparams do once, on the total."""
         leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
         with leave, torch.enable_grad(), hooks_suspended([*self.start, *self.outer]) as self.hooked:
-            for x, path in zip(self.start, self.paths, strict=True):
-                if any(x is y for y in self.hooked) and not any(x is y for y in self.outer):
+            for i, x in enumerate(self.leaves if self.hooked else ()):
+                if _among(x, self.hooked) and not _among(x, self.outer):
                     warn(
-                        f"the gradient hook of {path} is not called: steps go on from a copy. Apply it in step instead"
+                        f"the gradient hook of {self.paths[i]} is not called: steps go on from a copy. Move it to step"
                     )
             yield
 
@@ -188,26 +190,17 @@ class Run:
         return list(map(version_of, copies)) != versions
 
     def _arranged(self, value: PyTree) -> tuple[list[Tensor], Rebuild]:
-        """The tensors of step's result in the order of the start's, mappings being matched by key."""
+        """The tensors of step's result, put into the start's containers: mappings are matched by key."""
         value = list(value) if isinstance(value, Iterator) else value
+        leaves, spec = optree.tree_flatten(value)
+        if spec != self.paths.spec:
+            order = self.paths.order(Paths("step's result", spec))
+            value = self.paths.spec.unflatten(leaves if order is None else [leaves[i] for i in order])
         tensors, rebuild = split(value)
-        if optree.tree_structure(value) == self.structure and len(tensors) == len(self.start):
-            return tensors, rebuild
-        own, found = self.paths, _paths(value, "start")
-        if len(own) != len(found):
-            raise ValueError(f"step must give the tensors that it gets: {len(own)}, got {len(found)}")
-        if odd := {*own} ^ {*found}:
-            raise ValueError(
-                f"step must give the structure that it gets; in one of the two only: {', '.join(sorted(odd)[:5])}"
-            )
-        order = [found.index(path) for path in own]
-        back = [order.index(i) for i in range(len(order))]
-
-        def rebuild_in_order(new: Iterable[Tensor]) -> PyTree:
-            new = list(new)
-            return rebuild([new[i] for i in back])
-
-        return [tensors[i] for i in order], rebuild_in_order
+        if len(tensors) != len(self.start):
+            kind = type(value).__name__
+            raise ValueError(f"step must give the {len(self.start)} tensors that it gets: {len(tensors)} in a {kind}")
+        return tensors, rebuild
 
     def _warn_if_cut(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
         """Warn where a part of params that step was given reaches nothing; not at step 0, often a case apart."""
@@ -361,9 +354,9 @@ class Run:
                 f"neither step nor outer_loss depends on {', '.join(lost)}, so the gradient there is zero: was it read "
                 f"as a number (.item(), float(), .data)?"
             )
-        for i, x in enumerate(self.differentiated):
-            if grads[i] is not None and any(x is y for y in self.hooked):
-                (grads[i],) = _autodiff.grad_or_none([x], [x], [grads[i]], retain_graph=True)
+        for i, (x, total) in enumerate(zip(self.differentiated, grads, strict=True)):
+            if total is not None and _among(x, self.hooked):
+                grads[i] = _autodiff.grad_or_none([x], [x], [total], retain_graph=True)[0]
         warn_if_not_finite(torch.view_as_real(g) if g.is_complex() else g for g in grads if g is not None)
         return self.in_hparams(grads)
 
@@ -373,6 +366,10 @@ class Run:
         full = [next(each) if x.requires_grad else None for x in self.outer]
         zipped = zip(full, self.outer, strict=True)
         return self.hparams_tree([torch.zeros_like(x) if g is None else g.clone() for g, x in zipped])
+
+
+def _among(x: Any, tensors: Sequence[Tensor]) -> bool:
+    return any(x is y for y in tensors)
 
 
 def _batch_at(batches: Batches, steps: int) -> Callable[[int], Any] | None:
@@ -389,22 +386,11 @@ def _batch_at(batches: Batches, steps: int) -> Callable[[int], Any] | None:
     return batches.__getitem__
 
 
-def _paths(tree: PyTree, name: str) -> list[str]:
-    """Where the tensors of a tree stand. TypeError for a dataclass that holds tensors and is no pytree."""
-    paths = []
-    for keys, x in zip(optree.tree_paths(tree), optree.tree_leaves(tree), strict=True):
-        path = name + "".join(f"[{key!r}]" for key in keys)
-        if isinstance(x, Tensor):
-            paths.append(path)
-        elif _holds_tensors(x):
+def _check_containers(leaves: Sequence[Any], paths: Paths) -> None:
+    """TypeError for a dataclass that holds tensors and is no pytree."""
+    for i, x in enumerate(leaves):
+        if dataclasses.is_dataclass(x) and any(isinstance(y, Tensor) for y in getattr(x, "__dict__", {}).values()):
             raise TypeError(
-                f"{path} is a {type(x).__name__}, a dataclass that is not registered as a pytree, so the tensors in it "
+                f"{paths[i]} is a {type(x).__name__}, a dataclass that is not registered as a pytree, so its tensors "
                 f"cannot be found: pass a dict of its fields, or register it by optree.register_pytree_node"
             )
-    return paths
-
-
-def _holds_tensors(x: Any) -> bool:
-    if not dataclasses.is_dataclass(x) or isinstance(x, type):
-        return False
-    return any(isinstance(y, Tensor) for f in dataclasses.fields(x) for y in optree.tree_leaves(getattr(x, f.name)))

@@ -1,15 +1,11 @@
 """Every solver on every system of `systems.GRID`: a right value or a status that says so; then each promise by itself.
 
-A new solver is one row of ROWS.
+A new solver is one row of `solver_rows.ROWS`.
 """
 
 import dataclasses
-import functools
 import itertools
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,200 +13,26 @@ import optree
 import pytest
 import scipy.sparse.linalg
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypergrad as hg
 from hypergrad import solvers as S
 from hypergrad.solvers import Status
-from hypergrad.solvers._solver import System as SolverSystem
-from systems import GRID, System, logspace, norm, side, with_singular_values, with_spectrum
-
-RTOL, LIMIT = 1e-10, 80
-ETA = 0.3  # Neumann's step size
-
-
-def conditioned(limit: float) -> Callable[[System], list[bool]]:
-    return lambda s: [r and c <= 1.01 * limit for r, c in zip(s.regular, s.condition, strict=True)]
-
-
-def definite(limit: float) -> Callable[[System], list[bool]]:
-    return lambda s: [d and c for d, c in zip(s.definite, conditioned(limit)(s), strict=True)]
-
-
-def symmetric(limit: float) -> Callable[[System], list[bool]]:
-    """Symmetric and well enough conditioned, or singular and consistent."""
-    rows = lambda s: zip(s.symmetric, conditioned(limit)(s), s.finite, s.consistent, s.regular, strict=True)  # noqa: E731
-    return lambda s: [sym and (c or (f and con and not reg)) for sym, c, f, con, reg in rows(s)]
-
-
-def contracts(step: float, steps: int = LIMIT) -> Callable[[System], list[bool]]:
-    """Whether these steps of x ← x + η (b − Ax) are enough, by ‖I − ηA‖."""
-    return lambda s: [
-        bool(f and min(q, 1) ** steps <= 1e-13) for q, f in zip(s.contraction(step), s.finite, strict=True)
-    ]
-
-
-def either(*facts: Callable[[System], list[bool]]) -> Callable[[System], list[bool]]:
-    return lambda s: [any(row) for row in zip(*(fact(s) for fact in facts), strict=True)]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A solver and what is promised of it.
-
-    `products(K, n)` are the products of K steps on n unknowns, without that for the residual; `solves` tells of each
-    system of a `System` whether it must be solved; `tag` is declared of every operator, true or not.
-    """
-
-    make: Callable[..., S.LinearSolver]
-    products: Callable[[int, int], int]
-    solves: Callable[[System], list[bool]]
-    tag: str | None = None
-    dampings: tuple[float, float] = (0.0, 0.3)
-    limit: int = LIMIT
-
-    @property
-    def iterative(self) -> bool:
-        return hasattr(self.make(), "max_steps")
-
-    def solver(self, max_steps: int | None = None, **options: Any) -> S.LinearSolver:
-        return self.make(**options, **({"max_steps": max_steps} if self.iterative else {}))
-
-
-def low_rank(rank: int) -> Callable[..., S.Nystrom]:
-    """Nystrom's damping has no zero; 0.01 stands for it."""
-    return lambda damping=0.01, **options: S.Nystrom(rank=rank, damping=damping, **options)
-
-
-ROWS = {
-    "CG": Row(S.CG, lambda k, n: k, definite(1e6), tag="symmetric"),
-    "MINRES": Row(S.MINRES, lambda k, n: k, symmetric(1e6), tag="symmetric"),
-    "GMRES(5)": Row(partial(S.GMRES, restart=5), lambda k, n: k, either(definite(10), contracts(1))),
-    "GMRES(60)": Row(partial(S.GMRES, restart=60), lambda k, n: k, either(conditioned(1e6), symmetric(1e6))),
-    "BiCGStab": Row(S.BiCGStab, lambda k, n: 2 * k, either(definite(1e3), contracts(1))),
-    "LSQR": Row(S.LSQR, lambda k, n: 2 * k, either(conditioned(1e3), symmetric(1e3))),
-    "NormalCG": Row(S.NormalCG, lambda k, n: 2 * k, either(conditioned(1e3), symmetric(1e3))),
-    "FixedPoint": Row(S.FixedPoint, lambda k, n: max(k - 1, 0), contracts(1)),
-    "Neumann": Row(partial(S.Neumann, step_size=ETA), lambda k, n: k, contracts(ETA)),
-    "OneStep": Row(S.OneStep, lambda k, n: 0, lambda s: [bool(q == 0) for q in s.contraction(1)]),
-    "Dense": Row(S.Dense, lambda k, n: n, conditioned(1e6)),
-    "Dense, Cholesky": Row(S.Dense, lambda k, n: n, conditioned(1e6), tag="positive_definite"),
-    "Nystrom(10)": Row(
-        low_rank(10), lambda k, n: 10, lambda s: [s.n <= 10 and d for d in s.definite], "symmetric", (0.01, 0.3)
-    ),
-    "Nystrom(40)": Row(low_rank(40), lambda k, n: n, definite(1e3), "symmetric", (0.01, 0.3)),
-    "Auto": Row(partial(S.Auto, dense=1), lambda k, n: k, either(conditioned(1e3), contracts(1))),
-    "Auto, symmetric": Row(partial(S.Auto, dense=1), lambda k, n: k, symmetric(1e6), tag="symmetric"),
-    "Auto, dense": Row(S.Auto, lambda k, n: k, conditioned(1e6)),
-    "Optimizer": Row(S.Optimizer, lambda k, n: k, contracts(1, 40), limit=40),
-}
-KRYLOV = ("CG", "MINRES", "GMRES(5)", "GMRES(60)", "BiCGStab", "LSQR", "NormalCG")
-LAZY = (*KRYLOV, "FixedPoint", "Neumann", "OneStep", "Auto", "Auto, symmetric")
-BATCHES = [name for name, system in GRID.items() if system.a.ndim == 3]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A Solution with NumPy's own view of it; arrays have one entry a system."""
-
-    name: str
-    system: System  # damped
-    solution: S.Solution
-    cold: bool  # started from zero
-
-    @functools.cached_property
-    def x(self) -> np.ndarray:
-        return self.solution.value.numpy().astype(np.float64).reshape(self.system.sides.shape)
-
-    @functools.cached_property
-    def residual(self) -> np.ndarray:
-        return self.system.residuals(self.x)
-
-    @functools.cached_property
-    def reported(self) -> np.ndarray:
-        return self.solution.residual_norm.numpy().astype(np.float64).reshape(-1)
-
-    @property
-    def statuses(self) -> list[Status]:
-        return self.solution.statuses
-
-    @functools.cached_property
-    def right(self) -> list[bool]:
-        """‖b − Ax‖ ≤ rtol ‖b‖ up to rounding and, where A⁻¹ exists, ‖x − A⁻¹b‖ ≤ ‖A⁻¹‖ times that."""
-        out = []
-        rounding = self.system.rounding(self.x)
-        for i, (x, truth) in enumerate(zip(self.x, self.system.solutions, strict=True)):
-            bound = RTOL * norm(self.system.sides[i]) + rounding[i]
-            good = bool(self.residual[i] <= bound)
-            if self.system.regular[i]:
-                good = good and bool(norm(x - truth) <= (bound + rounding[i]) / self.system.singular_values[i][-1])
-            out.append(good)
-        return out
-
-    def systems(self, bad: list[bool]) -> list[str]:
-        """Names for a report of the systems where `bad` holds."""
-        names = zip(bad, self.statuses, self.residual, self.reported, strict=True)
-        return [f"{self.name}[{i}]: {st.name} {r:.1e} {s:.1e}" for i, (no, st, r, s) in enumerate(names) if no]
-
-    def silent(self) -> list[str]:
-        """Said to be solved and not right."""
-        return self.systems([s is Status.CONVERGED and not ok for s, ok in zip(self.statuses, self.right, strict=True)])
-
-    def unsolved(self, due: list[bool]) -> list[str]:
-        """Not solved though due."""
-        return self.systems([d and s is not Status.CONVERGED for d, s in zip(due, self.statuses, strict=True)])
-
-    def misreported(self) -> list[str]:
-        """The reported residual is not the true one, beyond rounding; where not finite, nothing is reported."""
-        slack = self.system.rounding(self.x) + 1e-12 * self.residual
-        lost = [status is Status.NON_FINITE for status in self.statuses]
-        last = self.solution.trace[-1].reshape(-1).numpy()
-        with np.errstate(invalid="ignore"):
-            near = np.abs(self.reported - self.residual) <= slack
-        return self.systems(list(np.where(lost, np.isfinite(self.reported) & np.isfinite(last), ~near)))
-
-    def misnamed(self) -> list[str]:
-        """NaN or infinity without NON_FINITE, or NON_FINITE for a sane system beside an insane one."""
-        lost = [status is Status.NON_FINITE for status in self.statuses]
-        insane = not all(self.system.finite)
-        return self.systems([insane and f == n for f, n in zip(self.system.finite, lost, strict=True)])
-
-    def mistraced(self) -> list[str]:
-        """The trace is not one longer than the steps, or does not begin with ‖b‖."""
-        steps = self.solution.steps
-        exact = isinstance(steps, int)
-        bad = [steps + 1 != len(self.solution.trace) if exact else int(steps.max()) + 1 > len(self.solution.trace)]
-        if self.cold and all(self.system.finite):
-            norms = np.array([norm(b) for b in self.system.sides])
-            bad.append(bool(np.any(np.abs(self.solution.trace[0].reshape(-1).numpy() - norms) > 1e-13 * norms)))
-        return [self.name] if any(bad) else []
-
-
-@functools.cache
-def answer(row: str, system: str, started: bool = False, gamma: float = 0.0) -> Answer:
-    """A solver to RTOL on a system of the grid, from x0 = 0 or a random x0."""
-    given = GRID[system]
-    solver = ROWS[row].solver(max_steps=ROWS[row].limit, rtol=RTOL, damping=gamma, on_failure="ignore")
-    solution = solver(given.operator(ROWS[row].tag), given.rhs(), given.start() if started else None)
-    name = f"{row} / {system} / x0 {'random' if started else 'none'} / damping {gamma}"
-    return Answer(name, given.damped(gamma), solution, not started and row not in ("Neumann", "Optimizer"))
-
-
-def answers(row: str) -> list[Answer]:
-    return [answer(row, *case) for case in itertools.product(GRID, (False, True), ROWS[row].dampings)]
-
-
-def agree(value: Any, truth: Any, tolerance: float) -> None:
-    """‖value − truth‖ ≤ tolerance ‖truth‖."""
-    value, truth = np.asarray(value, dtype=np.float64), np.asarray(truth, dtype=np.float64)
-    assert value.shape == truth.shape
-    assert norm(value - truth) <= tolerance * norm(truth), f"{norm(value - truth) / norm(truth):.2e} > {tolerance:.1e}"
-
-
-def count(every: list[Answer]) -> str:
-    statuses = Counter(status.name for a in every for status in a.statuses)
-    silent = sum(len(a.silent()) for a in every)
-    return f"{sum(statuses.values())} answers, {dict(statuses)}; silent failures: {silent}"
+from solver_rows import (
+    BATCHES,
+    ETA,
+    KRYLOV,
+    LAZY,
+    LIMIT,
+    ROWS,
+    Reads,
+    agree,
+    answer,
+    answers,
+    count,
+    krylov,
+    reads,
+)
+from systems import GRID, logspace, norm, side, with_spectrum
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -248,9 +70,19 @@ def test_b_zero_gives_zero_from_any_start(row, system):
         assert not a.x.any() and a.reported == 0 and a.solution.relative_residual == 0
 
 
+def fixed(solution: S.Solution, converged: bool = False) -> Status:
+    """How a fixed number of steps ends: the answer may be worse than none."""
+    if solution.relative_residual >= 1:
+        return Status.DIVERGED
+    return Status.CONVERGED if converged else Status.COMPLETED
+
+
 INCONSISTENT = ("singular symmetric inconsistent", "singular indefinite inconsistent", "zero")
+
+
 INCONSISTENT_TOO = ("singular inconsistent", "nilpotent")
-SINGULAR = ("singular symmetric consistent", "singular consistent", *INCONSISTENT, *INCONSISTENT_TOO)
+
+
 EXPECTED = [
     (
         "CG",
@@ -272,10 +104,11 @@ EXPECTED = [
     ("FixedPoint", Status.MAX_STEPS, ("spd 1e3", "A = 1e-3 I")),
     ("Neumann", Status.DIVERGED, ("negative definite", "few eigenvalues")),
     ("OneStep", Status.MAX_STEPS, ("spd 10", "contraction .8")),
-    ("Dense", Status.BREAKDOWN, SINGULAR),
+    ("Dense", Status.BREAKDOWN, INCONSISTENT + INCONSISTENT_TOO),
+    ("Dense", Status.CONVERGED, ("singular symmetric consistent", "singular consistent")),
     ("Dense, Cholesky", Status.NOT_POSITIVE_DEFINITE, INCONSISTENT),
     ("Dense, Cholesky", Status.NOT_SYMMETRIC, ("nonsymmetric 1e8",)),
-    ("Nystrom(10)", Status.MAX_STEPS, ("spd 10", "poisson 1d")),
+    ("Nystrom(10)", Status.DIVERGED, ("spd 10", "poisson 1d")),
     ("Nystrom(10)", Status.NOT_POSITIVE_DEFINITE, ("symmetric indefinite", "negative definite", "1×1 negative")),
 ]
 
@@ -308,16 +141,6 @@ def test_least_squares_solution_of_an_inconsistent_system(row, system, started):
         agree(a.x[0], a.system.solutions[0], 1e-8)
 
 
-@pytest.mark.parametrize("options", [{"rtol": 1e-6}, {"max_steps": 10}, {"max_steps": 60}])
-@pytest.mark.parametrize(("factor", "make"), [(3.0, lambda q: 4 * np.eye(20)), (1.5, lambda q: np.eye(20) - 1.5 * q)])
-def test_diverged_tells_the_growth_rate(factor, make, options):
-    q = with_singular_values(np.ones(20), 3)
-    system = System("", make(q), side(20))
-    with pytest.warns(hg.solvers.HypergradientWarning, match=f"DIVERGED after .* growing by a factor of {factor:g} a"):
-        solution = S.FixedPoint(**options)(system.operator(), system.rhs())
-    agree(solution.growth_rate, factor, 1e-9)
-
-
 @pytest.mark.parametrize(
     ("trace", "factor"),
     [
@@ -347,17 +170,6 @@ def test_an_operator_that_is_not_declared_symmetric_is_refused(make):
 def test_an_operator_without_transpose_is_refused(make):
     with pytest.raises(TypeError, match="pass transpose="):
         make()(hg.operators.function(lambda v: 2 * v), torch.ones(3))
-
-
-def krylov(a: np.ndarray, r: np.ndarray, steps: int) -> np.ndarray:
-    """An orthonormal basis of span{r, Ar, …, A^{K−1} r}: [n, K]."""
-    basis = np.zeros((len(r), 0))
-    for _ in range(steps):
-        v = r if not basis.shape[1] else a @ basis[:, -1]
-        for _ in range(2):
-            v = v - basis @ (basis.T @ v)
-        basis = np.column_stack([basis, v / norm(v)])
-    return basis
 
 
 def least_residual(space: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -395,6 +207,8 @@ def scipy_bicgstab(a: np.ndarray, b: np.ndarray, x0: np.ndarray | None, steps: i
 
 
 SPACE_OF_NORMAL_EQUATIONS = lambda a, r, steps: krylov(a.T @ a, a.T @ r, steps)  # noqa: E731
+
+
 STEPS = {  # what K steps compute, by dense linear algebra, and on which system
     "CG": (least_energy, "spd 10"),
     "MINRES": (least_residual(krylov), "symmetric indefinite"),
@@ -415,8 +229,9 @@ STEPS = {  # what K steps compute, by dense linear algebra, and on which system
 def test_value_of_k_steps(row, steps, started, gamma):
     oracle, system = STEPS[row][0], GRID[STEPS[row][1]]
     x0 = system.start() if started else None
-    solution = ROWS[row].solver(max_steps=steps, damping=gamma)(system.operator(), system.rhs(), x0)
-    assert solution.status is Status.CONVERGED
+    solver = ROWS[row].solver(max_steps=steps, damping=gamma, on_failure="ignore")
+    solution = solver(system.operator(), system.rhs(), x0)
+    assert solution.status is fixed(solution)
     truth = oracle(system.damped(gamma).a, system.b, None if x0 is None else x0.numpy(), steps)
     agree(solution.value, truth, 1e-11)
 
@@ -427,11 +242,12 @@ def test_fixed_steps_cost_what_they_say_and_are_success(row, started):
     system = GRID["spd 10"]
     for steps in (0, 1, 3, 7) if ROWS[row].iterative else (1,):
         op = system.operator(ROWS[row].tag)
-        solution = ROWS[row].solver(max_steps=steps)(op, system.rhs(), system.start() if started else None)
+        solver = ROWS[row].solver(max_steps=steps, on_failure="ignore")
+        solution = solver(op, system.rhs(), system.start() if started else None)
         # The residual of x0 is one more; Optimizer has its own in each step, FixedPoint's first step is free from zero.
         first = started and row != "Optimizer" and not (row == "FixedPoint" and steps == 0)
         assert op.products == ROWS[row].products(steps, system.n) + 1 + first
-        assert solution.status is Status.CONVERGED and solution.ok
+        assert solution.status is fixed(solution, converged=row.startswith("Dense"))
         assert solution.steps == steps and len(solution.trace) == steps + 1
         damped = system.damped(ROWS[row].dampings[0])
         residual, slack = damped.residuals(solution.value.numpy())[0], damped.rounding(solution.value.numpy())[0]
@@ -446,51 +262,20 @@ def test_no_steps_give_the_start(row):
     system = GRID["spd 10"]
     op, b, x0 = system.operator(), system.rhs(), system.start()
     nothing = {"Neumann": ETA * b, "Optimizer": b}.get(row, torch.zeros_like(b))
-    agree(ROWS[row].solver(max_steps=0)(op, b).value, nothing, 1e-15)
+    solver = ROWS[row].solver(max_steps=0, on_failure="ignore")
+    agree(solver(op, b).value, nothing, 1e-15)
     start = x0 + ETA * (b - op(x0)) if row == "Neumann" else x0
-    agree(ROWS[row].solver(max_steps=0)(op, b, x0).value, start, 1e-15)
+    agree(solver(op, b, x0).value, start, 1e-15)
 
 
-def test_one_step_is_b_or_a_step_from_x0():
-    system = GRID["spd 10"]
-    op, b, x0 = system.operator(), system.rhs(), system.start()
-    assert torch.equal(S.OneStep()(op, b).value, b)
-    agree(S.OneStep()(op, b, x0).value, x0 + b - op(x0), 1e-15)
-
-
-class Reads(TorchDispatchMode):
-    """Counts what would wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waiting = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
-        self.count += func.overloadpacket.__name__ in waiting
-        return func(*args, **(kwargs or {}))
-
-
-def reads(solver: S.LinearSolver, system: System, x0: torch.Tensor | None = None) -> tuple[int, S.Solution]:
-    op, b = system.operator(), system.rhs()
-    with Reads() as counted:
-        solution = solver(op, b, x0)
-    return counted.count, solution
-
-
-@pytest.fixture
-def accelerator(monkeypatch):
-    """As if the tensors stood on a device that a read has to wait for."""
-    monkeypatch.setattr("hypergrad.solvers._solver.FREE_TO_READ", ())
-
-
-@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("system", ["spd 10", "batch spd", "NaN in A"])
 @pytest.mark.parametrize("row", LAZY)
 def test_fixed_steps_never_read_from_the_device(row, system):
+    """Systems with a batch axis compute with tensors on the CPU too, as one system does where a read has to wait."""
     solver = ROWS[row].solver(max_steps=7, on_failure="ignore")
-    for x0 in (None, GRID[system].start()):
-        count, solution = reads(solver, GRID[system], x0)
+    given = GRID[system].stacked()
+    for x0 in (None, given.start()):
+        count, solution = reads(solver, given, x0)
         assert count == 0
         with Reads() as counted:
             bool(solution.code.any())
@@ -511,16 +296,18 @@ def test_fixed_steps_run_on_the_meta_device_where_every_read_raises(row, batch_s
 @pytest.mark.parametrize("options", [{"max_steps": 7}, {"max_steps": 300, "rtol": 1e-9}])
 @pytest.mark.parametrize("system", ["spd 10", "spd 1e6", "NaN in A", "symmetric indefinite", "b = 0", "1×1", "A = 4I"])
 @pytest.mark.parametrize("row", ["CG", "FixedPoint", "Neumann"])
-def test_numbers_on_the_cpu_and_tensors_elsewhere_give_the_same(row, system, options, monkeypatch):
-    solver = ROWS[row].solver(on_failure="ignore", check_every=1, **options)
-    op, b = GRID[system].operator(), GRID[system].rhs()
-    numbers = solver(op, b)
-    monkeypatch.setattr("hypergrad.solvers._solver.FREE_TO_READ", ())
-    monkeypatch.setattr(SolverSystem, "look", lambda self, scalar: scalar)
-    tensors = solver(op, b)
-    assert (numbers.status, numbers.steps) == (tensors.status, tensors.steps)
-    torch.testing.assert_close(numbers.value, tensors.value, rtol=1e-12, atol=0.0, equal_nan=True)
-    torch.testing.assert_close(numbers.trace, tensors.trace, rtol=1e-12, atol=0.0, equal_nan=True)
+def test_numbers_for_one_system_and_tensors_for_a_batch_give_the_same(row, system, options):
+    solver, given = ROWS[row].solver(on_failure="ignore", check_every=1, **options), GRID[system]
+    numbers = solver(given.operator(), given.rhs())
+    tensors = solver(given.stacked().operator(), given.stacked().rhs())
+    assert numbers.status is tensors.status
+    if "rtol" in options and numbers.ok:  # rounding, which grows with the condition number, decides the last step
+        agree(numbers.value, tensors.value[0], 1e-8 * GRID[system].condition[0])
+    else:
+        assert numbers.steps == int(tensors.steps)
+        size = numbers.trace.nan_to_num().max() if numbers.trace.isfinite().any() else 1.0
+        torch.testing.assert_close(numbers.value, tensors.value[0], rtol=1e-9, atol=1e-9 * size, equal_nan=True)
+        torch.testing.assert_close(numbers.trace, tensors.trace[:, 0], rtol=1e-9, atol=1e-9 * size, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -547,25 +334,6 @@ def test_the_size_of_b_changes_nothing_but_the_size_of_x(row, dtype, rtol, sizes
         assert solution.residual_norm == one.residual_norm * 2.0**k and solution.rhs_norm == one.rhs_norm * 2.0**k
 
 
-@pytest.mark.parametrize("system", ["nonsymmetric 10", "nonsymmetric 1e3", "contraction .8", "spd 1e3"])
-def test_gmres_stops_at_the_first_step_that_is_good_enough(system):
-    """What it tracks by rotations is the least residual, by dense least squares over the Krylov space."""
-    system = GRID[system]
-    op, b = system.operator(), system.rhs()
-    rtol, krylov, wanted = 1e-3, [b / b.norm()], 0
-    stop = 0.9 * rtol * b.norm()
-    while True:
-        image = torch.stack([op(v) for v in krylov], -1)
-        least = (image @ (torch.linalg.pinv(image) @ b) - b).norm()
-        wanted += 1
-        if least <= stop:
-            break
-        q, _ = torch.linalg.qr(torch.stack([*krylov, op(krylov[-1])], -1))
-        krylov = list(q.unbind(-1))
-    assert wanted > 3
-    assert S.GMRES(restart=200, rtol=rtol)(op, b).steps == wanted
-
-
 def test_a_step_that_float32_cannot_hold_is_reported():
     """‖A‖ = 1e-39: the step is 1e39, beyond float32, and so is the solution."""
     op = hg.operators.matrix(1e-39 * torch.eye(3), symmetric=True)
@@ -574,10 +342,9 @@ def test_a_step_that_float32_cannot_hold_is_reported():
         assert solution.status is Status.NON_FINITE
 
 
-@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("row", [*KRYLOV, "FixedPoint", "Neumann", "Optimizer"])
 def test_check_every_saves_reads_and_changes_no_answer(row):
-    system = GRID["contraction .8" if row not in ("CG", "MINRES") else "spd 10"]
+    system = GRID["contraction .8" if row not in ("CG", "MINRES") else "spd 10"].stacked()
     (often, one), (seldom, five) = (
         reads(ROWS[row].solver(max_steps=300, rtol=1e-10, on_failure="ignore", check_every=every), system)
         for every in (1, 5)
@@ -591,7 +358,7 @@ def test_check_every_saves_reads_and_changes_no_answer(row):
         "Neumann",
         "Optimizer",
     ):  # these use the steps until the next look
-        assert five.residual_norm <= 1e-10 * norm(system.b)
+        assert five.residual_norm <= 1e-10 * norm(system.b[0])
         agree(five.value, one.value, 2e-10 * system.condition[0])
     else:
         agree(five.value, one.value, 1e-14)
@@ -619,31 +386,13 @@ def test_warm_start_nearby_saves_steps(row):
 @pytest.mark.parametrize("row", ROWS)
 def test_damping_is_a_system_with_a_larger_diagonal(row):
     given = GRID["spd 1e3"]
-    for started in (False, True):
+    steps = {"max_steps": 5, "on_failure": "ignore"}
+    for started in (False, True) if not row.startswith("Nystrom") else ():
         x0 = given.start() if started else None
-        damped = ROWS[row].solver(max_steps=5, damping=0.3)(given.operator(ROWS[row].tag), given.rhs(), x0)
-        if row.startswith("Nystrom"):
-            continue
-        plain = ROWS[row].solver(max_steps=5)(given.damped(0.3).operator(ROWS[row].tag), given.rhs(), x0)
+        damped = ROWS[row].solver(damping=0.3, **steps)(given.operator(ROWS[row].tag), given.rhs(), x0)
+        plain = ROWS[row].solver(**steps)(given.damped(0.3).operator(ROWS[row].tag), given.rhs(), x0)
         agree(damped.value, plain.value, 1e-12)
         assert abs(damped.residual_norm - plain.residual_norm) <= 1e-12 * norm(given.b)
-
-
-@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("Nystrom")])
-def test_nystrom_of_full_rank_is_the_damped_inverse(row):
-    n = 10
-    system = System("", with_spectrum(logspace(1e3, n), 3), side(n)).damped(0.3)
-    solution = ROWS[row].solver(damping=0.3)(System("", system.a - 0.3 * np.eye(n), system.b).operator(), system.rhs())
-    agree(solution.value, system.solutions[0], 1e-11)
-
-
-def test_nystrom_of_an_exactly_low_rank_operator_is_the_damped_inverse():
-    n = 30
-    a = with_spectrum(np.r_[np.linspace(1, 5, 8), np.zeros(n - 8)], 3)
-    system = System("", a, side(n)).damped(0.1)
-    solution = S.Nystrom(rank=10, damping=0.1)(hg.operators.matrix(torch.tensor(a), symmetric=True), system.rhs())
-    agree(solution.value, system.solutions[0], 1e-11)
-    assert solution.relative_residual < 1e-11
 
 
 @pytest.mark.parametrize("system", BATCHES)
@@ -730,88 +479,10 @@ def test_inputs_and_random_state_are_left_alone():
     b, x0 = system.rhs().requires_grad_(), system.start().requires_grad_()
     before, state = (b.detach().clone(), x0.detach().clone()), torch.get_rng_state()
     for row in ROWS.values():
-        solution = row.solver(max_steps=3)(system.operator(row.tag), b, x0)
+        solution = row.solver(max_steps=3, on_failure="ignore")(system.operator(row.tag), b, x0)
         assert not solution.value.requires_grad and solution.value.data_ptr() not in (b.data_ptr(), x0.data_ptr())
     assert torch.equal(b, before[0]) and torch.equal(x0, before[1]) and b.grad is None
     assert torch.equal(torch.get_rng_state(), state)
-
-
-WIDE = System("", with_spectrum(logspace(1e2, 30), 12) * np.outer(*2 * [np.logspace(0, 3, 30)]), side(30))
-DIAGONAL = torch.tensor(1 / np.diag(WIDE.a))
-PRECONDITIONERS = {
-    "operator": hg.operators.matrix(torch.diag(DIAGONAL), positive_definite=True),
-    "function": lambda r: DIAGONAL * r,
-}
-
-
-def preconditioned_space(a: np.ndarray, r: np.ndarray, steps: int) -> np.ndarray:
-    m = DIAGONAL.numpy()
-    return krylov(m[:, None] * a, m * r, steps)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5])
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS.values(), ids=PRECONDITIONERS)
-def test_value_of_k_preconditioned_steps(preconditioner, steps):
-    """CG has the least error in the norm of A over K(M⁻¹A, M⁻¹b), MINRES the least residual in that of M⁻¹."""
-    a, b, v = WIDE.a, WIDE.b, preconditioned_space(WIDE.a, WIDE.b, steps)
-    cg = S.CG(max_steps=steps, preconditioner=preconditioner)(WIDE.operator(), WIDE.rhs())
-    agree(cg.value, v @ np.linalg.solve(v.T @ a @ v, v.T @ b), 1e-9)
-    minres = S.MINRES(max_steps=steps, preconditioner=preconditioner)(WIDE.operator(), WIDE.rhs())
-    root = np.sqrt(DIAGONAL.numpy())
-    agree(minres.value, v @ np.linalg.lstsq(root[:, None] * (a @ v), root * b, rcond=None)[0], 1e-9)
-
-
-@pytest.mark.parametrize("make", [S.CG, S.MINRES])
-@pytest.mark.parametrize(
-    "preconditioner", [*PRECONDITIONERS.values(), S.Nystrom(rank=10)], ids=[*PRECONDITIONERS, "Nystrom"]
-)
-def test_preconditioned_trace_is_the_true_residual(make, preconditioner):
-    for k in range(8):
-        solution = make(max_steps=k, preconditioner=preconditioner)(WIDE.operator(), WIDE.rhs())
-        traced = make(max_steps=8, preconditioner=preconditioner)(WIDE.operator(), WIDE.rhs()).trace[k]
-        agree(traced, WIDE.residuals(solution.value.numpy())[0], 1e-8)
-
-
-@pytest.mark.parametrize("make", [S.CG, S.MINRES])
-def test_a_preconditioner_saves_steps_and_keeps_the_answer(make):
-    plain = make(rtol=1e-8)(WIDE.operator(), WIDE.rhs())
-    for preconditioner in PRECONDITIONERS.values():
-        solution = make(rtol=1e-8, preconditioner=preconditioner)(WIDE.operator(), WIDE.rhs())
-        assert solution.status is Status.CONVERGED and solution.steps < plain.steps / 2
-        assert WIDE.residuals(solution.value.numpy()) <= 1e-8 * norm(WIDE.b) + WIDE.rounding(solution.value.numpy())
-    exact = torch.tensor(np.linalg.inv(WIDE.a))
-    once = make(rtol=1e-8, preconditioner=lambda r: exact @ r)(WIDE.operator(), WIDE.rhs())
-    assert once.status is Status.CONVERGED and once.steps <= 2
-
-
-def test_a_preconditioner_may_take_pytrees_and_batches():
-    system, trees = GRID["batch spd"], (lambda r: {"x": 2 * r["x"]})
-    op = hg.operators.function(
-        lambda v: {"x": (torch.tensor(system.a) @ v["x"][..., None])[..., 0]}, symmetric=True, batch_dims=1
-    )
-    solution = S.CG(rtol=1e-10, preconditioner=trees)(op, {"x": system.rhs()})
-    plain = S.CG(rtol=1e-10)(op, {"x": system.rhs()})
-    agree(solution.value["x"], plain.value["x"], 1e-10)
-
-
-@pytest.mark.parametrize("make", [S.CG, S.MINRES])
-def test_nystrom_preconditioner_beats_plain_by_orders_of_magnitude(make):
-    """Eigenvalues 10^(−j/3), damping 10⁻³: five steps with a sketch of rank 10 against five plain ones."""
-    n, gamma = 200, 1e-3
-    system = System("", with_spectrum(10.0 ** (-np.arange(n) / 3), 13), side(n))
-    truth = system.damped(gamma).solutions[0]
-
-    def error(preconditioner: Any) -> float:
-        op = system.operator()
-        value = make(max_steps=5, damping=gamma, preconditioner=preconditioner)(op, system.rhs()).value.numpy()
-        assert op.products == 6 + 10 * (preconditioner is not None)
-        return norm(value - truth) / norm(truth)
-
-    assert error(S.Nystrom(rank=10, damping=gamma)) < error(None) / 300
-    # Here damping is part of A, so that the sketch sees it too.
-    op = system.damped(gamma).operator()
-    inside = make(max_steps=5, preconditioner=S.Nystrom(rank=10, damping=gamma))(op, system.rhs()).value.numpy()
-    assert norm(inside - truth) / norm(truth) < error(None) / 3
 
 
 @pytest.mark.parametrize(
@@ -953,8 +624,8 @@ def test_pytrees_come_back_as_they_went_in(row, tree):
 
     tags = {ROWS[row].tag: True} if ROWS[row].tag else {}
     op = hg.operators.function(product(a), product(a.T), **tags)
-    solution = ROWS[row].solver(max_steps=5)(op, b, x0)
-    plain = ROWS[row].solver(max_steps=5)(hg.operators.matrix(a, **tags), flat(b), flat(x0))
+    solver = ROWS[row].solver(max_steps=5, on_failure="ignore")
+    solution, plain = solver(op, b, x0), solver(hg.operators.matrix(a, **tags), flat(b), flat(x0))
     assert optree.tree_structure(solution.value) == spec
     for value, leaf in zip(optree.tree_leaves(solution.value), leaves, strict=True):
         assert value.shape == leaf.shape and value.dtype == leaf.dtype
@@ -979,78 +650,6 @@ def test_two_batch_axes(row):
     assert square.residual_norm.shape == square.code.shape == (2, 3) and len(square.statuses) == 6
 
 
-@pytest.mark.parametrize("size", [1, 7, 20, 100])
-def test_dense_takes_columns_in_batches(size):
-    system = GRID["nonsymmetric 10"]
-    agree(S.Dense(batch_size=size)(system.operator(), system.rhs()).value, system.solutions[0], 1e-12)
-
-
-OPTIMIZERS = {
-    "SGD with a schedule": lambda p: (o := torch.optim.SGD(p, lr=0.5), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)),
-    "Adam": lambda p: torch.optim.Adam(p, lr=0.1),
-    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=3),
-}
-
-
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
-@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_optimizer_steps_in_the_users_own_units(build, size):
-    """The same numbers as the optimizer run by hand on ½xᵀAx − bᵀx, whose learning rates know no scaling."""
-    system = GRID["spd 10"]
-    a, b = torch.tensor(system.a), size * system.rhs()
-    solution = S.Optimizer(max_steps=6, build=build)(system.operator(), b)
-    x = b.clone().requires_grad_()
-    built = build([x])
-    optimizer, scheduler = built if isinstance(built, tuple) else (built, None)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = 0.5 * x @ a @ x - b @ x
-        loss.backward()
-        return loss
-
-    for _ in range(6):
-        optimizer.step(closure)
-        if scheduler is not None:
-            scheduler.step()
-    agree(solution.value, x.detach(), 1e-10)
-    assert solution.steps == 6 and len(solution.trace) == 7
-    agree(solution.trace[0], system.residuals(b.numpy() / size)[0] * size, 1e-12)
-
-
-def test_lbfgs_solves_a_system_it_can():
-    system = GRID["spd 10"]
-    solution = S.Optimizer(
-        max_steps=60, rtol=1e-8, build=lambda p: torch.optim.LBFGS(p, tolerance_grad=0, tolerance_change=0)
-    )(system.operator(), system.rhs())
-    assert solution.status is Status.CONVERGED
-    agree(solution.value, system.solutions[0], 1e-7)
-
-
-def test_refinement_reaches_the_tolerance_where_the_recursion_alone_does_not():
-    """MINRES's own residual is too hopeful at condition 10⁶; the rest of a batch is left as it was."""
-    hard, easy = GRID["spd 1e6"], GRID["spd 10"]
-    failing = GRID["symmetric indefinite"]
-    together = System("", np.stack([hard.a, easy.a, failing.a]), np.stack([hard.b, easy.b, failing.b]))
-    for make, last in ((S.MINRES, Status.CONVERGED), (S.CG, Status.NOT_POSITIVE_DEFINITE)):
-        solution = make(rtol=1e-10, max_steps=300, on_failure="ignore")(together.operator(), together.rhs())
-        assert solution.statuses == [Status.CONVERGED, Status.CONVERGED, last]
-        alone = make(rtol=1e-10, max_steps=300, on_failure="ignore")(failing.operator(), failing.rhs())
-        agree(solution.value[2], alone.value, 1e-9)
-    once = S.MINRES(max_steps=73)(hard.operator(), hard.rhs())
-    assert once.residual_norm > 1e-9 * once.rhs_norm  # so the refinement was needed
-
-
-@pytest.mark.parametrize("row", ["FixedPoint", "Neumann"])
-def test_a_diverging_system_in_a_batch_is_named(row):
-    n = 5
-    a = np.stack([np.eye(n), -4 * np.eye(n), 0.9 * np.eye(n)])
-    system = System("", a, np.stack([side(n, i) for i in range(3)]))
-    for options in ({"max_steps": 40}, {"max_steps": 60, "rtol": 1e-6}):
-        solution = ROWS[row].solver(**options, on_failure="ignore")(system.operator(), system.rhs())
-        assert solution.statuses == [Status.CONVERGED, Status.DIVERGED, Status.CONVERGED]
-
-
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "Optimizer"])
 def test_a_start_far_out_is_not_believed(row):
     """x0 of size 1 for b of size 1e-25: what is left of x0 by rounding is larger than b."""
@@ -1060,20 +659,6 @@ def test_a_start_far_out_is_not_believed(row):
     solution = ROWS[row].solver(max_steps=40, rtol=1e-6, on_failure="ignore")(given.operator(), given.rhs(), x0)
     residual = given.damped(ROWS[row].dampings[0]).residuals(solution.value.numpy())[0]
     assert solution.status is not Status.CONVERGED or residual <= 1e-6 * norm(given.b)
-
-
-@pytest.mark.parametrize("system", ["nonsymmetric 1e8", "spd 1e6", "wide scale", "triangular, far from normal"])
-def test_a_whole_cycle_of_gmres_is_backward_stable(system):
-    """n steps leave what rounding does: the basis stays orthogonal where A is badly conditioned."""
-    given = GRID[system]
-    x = S.GMRES(max_steps=given.n, restart=given.n)(given.operator(), given.rhs()).value.numpy()
-    assert given.residuals(x) <= given.rounding(x)
-
-
-@pytest.mark.parametrize("system", ["cyclic shift", "skew-symmetric"])
-def test_bicgstab_keeps_the_iterate_before_a_breakdown(system):
-    solution = answer("BiCGStab", system).solution
-    assert solution.status is Status.BREAKDOWN and not solution.value.any()
 
 
 def test_a_system_at_rest_counts_no_steps_of_others():

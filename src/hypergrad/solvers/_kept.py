@@ -1,0 +1,181 @@
+"""What is kept along a sequence of systems: a start in the span of the last solutions, and a preconditioner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._basis import Basis
+from .._vector import Space, Vector
+from ..operators import LinearOperator
+from ._direct import apply
+from ._krylov import triangular_solve
+from ._preconditioners import is_recipe
+
+
+class Kept:
+    """Objects whose state is tensors and numbers: they pickle, and a resumed sequence equals an uninterrupted one."""
+
+    _state: ClassVar[tuple[str, ...]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, for torch.save; torch.load(weights_only=True) reads it."""
+        values = {name: getattr(self, f"_{name}") for name in self._state}
+        return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state_dict. Raises ValueError for one of another kind of object."""
+        if {*state} != {*self._state}:
+            raise ValueError(f"{type(self).__name__}: a state_dict holds {[*self._state]}, this one {[*state]}")
+        for name, value in state.items():
+            setattr(self, f"_{name}", list(value) if isinstance(value, list) else value)
+
+
+def kind(space: Space) -> tuple[Any, ...]:
+    """What another system must share for what is kept to serve it."""
+    return space.shapes, space.dtypes, space.batch_dims
+
+
+@dataclass(eq=False)
+class Recycled(Kept):
+    """The span of the last m solutions as a start: pass it as x0 to every solve of a sequence.
+
+        Y = (x₁, …, x_m) = QR,   AQ = CR',   CᵀC = I,      x₀ = Q R'⁻¹Cᵀb,   r₀ = b − CCᵀb
+
+    x₀ has the least residual in the span, so it is never a worse start than the last solution (or zero). Along a smooth
+    sequence the solutions are smooth in t as well, and combinations of them come nearer by orders: it extrapolates,
+    and learns how from A and b. One object for each sequence; it goes with every solver and preconditioner:
+
+        recycled = hg.solvers.Recycled(4)
+        for ...: hg.implicit.backward(..., solver=hg.solvers.CG(rtol=1e-6), x0=recycled)
+
+    Where b jumps from one system to the next (minibatches of the outer loss) there is nothing to extrapolate, and its m
+    products are lost.
+
+    Args:
+        size: m ≥ 1, the number of solutions that are kept.
+
+    Attributes:
+        kept: how many there are now. Another shape, dtype or device starts anew.
+
+    Raises: TypeError at a solve with sharded tensors, which cannot be stacked.
+    Cost: m products a solve, vectorised; m vectors, two times m more meanwhile; nothing is read from the device.
+    Source: Fischer 1998, Method 1, with AQ made anew for each system, for A changes (as in GCRO-DR, Parks et al. 2006).
+
+    Example:
+        >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, 2.0, 3.0])), symmetric=True)
+        >>> recycled = Recycled(2)
+        >>> [hg.solvers.CG(rtol=1e-4)(op, torch.tensor([1.0, t, t]), x0=recycled).steps for t in (1.0, 2.0, 3.0)]
+        [3, 3, 0]
+    """
+
+    size: int = 4
+    _solutions: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    _kind: Any = field(default=None, init=False, repr=False)
+    _state: ClassVar[tuple[str, ...]] = ("solutions", "kind")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"Recycled: size must be an integer ≥ 1, got {self.size!r}")
+
+    @property
+    def kept(self) -> int:
+        return len(self._solutions)
+
+    def _serves(self, space: Space) -> bool:
+        return bool(self._solutions) and self._kind == kind(space) and self._solutions[0].device == space.device
+
+    def start(self, op: LinearOperator, b: Vector) -> tuple[Vector, Vector] | None:
+        """x₀ and b − A x₀; None where nothing is kept for such a b."""
+        if not self._serves(b.space):
+            return None
+        q = Basis.from_rows(b, torch.linalg.qr(torch.stack(self._solutions, -1))[0].mT)
+        c, triangle = torch.linalg.qr(op.many(q).matrix().mT)
+        size = triangle.diagonal(dim1=-2, dim2=-1).abs()
+        # What A takes to next to nothing would come in with a large factor, and with more rounding than it is worth.
+        void = b.space.eps**0.5 * size.amax(-1)
+        triangle = torch.where((size <= void.unsqueeze(-1)).unsqueeze(-1), 0.0, triangle)
+        weights = triangular_solve(triangle, apply(c.mT, b.flat()), void)
+        image = apply(c, apply(triangle, weights))
+        return q.combine(weights), b - b.space.from_flat(image)
+
+    def keep(self, x: Vector) -> None:
+        """Take a solution into the span, and the oldest out of it; NaN and infinity add nothing."""
+        if not self._serves(x.space):
+            self._solutions, self._kind = [], kind(x.space)
+        x = x / x.scale()
+        size = x.norm()
+        usable = (size > 0) & (size < torch.inf)
+        unit = (x / torch.where(usable, size, 1.0)).where(usable, x.zeros())
+        self._solutions = [unit.flat(), *self._solutions][: self.size]
+
+
+@dataclass(eq=False)
+class Reused(Kept):
+    """A preconditioner that is kept from one system to the next, and built anew when that pays.
+
+    As A moves away from the system it was built for, solves take more steps s. Once the steps lost since then,
+    Σ (s − min s), are as many as the products that building it took, it is built for the system at hand. One object for
+    each sequence of systems:
+
+        precondition = hg.solvers.Reused(hg.solvers.Nystrom(rank=50, damping=1e-3))
+        for ...: hg.implicit.backward(..., solver=hg.solvers.CG(rtol=1e-6, preconditioner=precondition), x0=adjoint)
+
+    Args:
+        recipe: what builds it: `Nystrom`, `Diagonal`, `Dense`, or any object with factors(op, like) → list of tensors
+            and apply(factors, r) → M⁻¹r.
+
+    Attributes:
+        builds: how often it was built.
+        steps: those of each solve since, the one at hand last. Solves without a step do not count for the choice.
+
+    Raises: TypeError for a recipe of another form. At a solve ValueError where the solver has no tolerance: with a
+        fixed number of steps nothing shows that the preconditioner has aged.
+    """
+
+    recipe: Any
+    _builds: int = field(default=0, init=False)
+    _steps: list[int] = field(default_factory=list, init=False)
+    _factors: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    _cost: int = field(default=0, init=False, repr=False)
+    _kind: Any = field(default=None, init=False, repr=False)
+    _applied: bool = field(default=False, init=False, repr=False)
+    _state: ClassVar[tuple[str, ...]] = ("builds", "steps", "factors", "cost", "kind")
+    needs_tolerance: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not is_recipe(self.recipe):
+            raise TypeError(f"Reused needs a recipe such as Nystrom(...) or Diagonal(...), got {self.recipe!r}")
+
+    @property
+    def builds(self) -> int:
+        return self._builds
+
+    @property
+    def steps(self) -> list[int]:
+        return self._steps
+
+    def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
+        """Those of the recipe, for this operator or for one before."""
+        steps = [s for s in self._steps if s]  # a start that was good enough shows nothing
+        lost = sum(steps) - len(steps) * min(steps, default=0)
+        serves = self._kind == kind(like.space) and all(x.device == like.space.device for x in self._factors)
+        if not serves or lost >= max(self._cost, 1):
+            before = op.products
+            self._factors = self.recipe.factors(op, like)
+            self._cost, self._kind, self._steps = op.products - before, kind(like.space), []
+            self._builds += 1
+        self._applied = False
+        return self._factors
+
+    def apply(self, factors: list[Tensor], r: Vector) -> Vector:
+        """M⁻¹r, counted: the first is before the first step."""
+        if self._applied:
+            self._steps[-1] += 1
+        else:
+            self._steps.append(0)
+            self._applied = True
+        return self.recipe.apply(factors, r)

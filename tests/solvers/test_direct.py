@@ -1,0 +1,73 @@
+"""Dense, as a solver and as a preconditioner."""
+
+import numpy as np
+import pytest
+import torch
+
+import hypergrad as hg
+from hypergrad import solvers as S
+from solver_rows import (
+    DECAY,
+    N,
+    agree,
+    drifting,
+    solved,
+)
+from systems import GRID, logspace, side, with_spectrum
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 100])
+def test_dense_takes_columns_in_batches(size):
+    system = GRID["nonsymmetric 10"]
+    agree(S.Dense(batch_size=size)(system.operator(), system.rhs()).value, system.solutions[0], 1e-12)
+
+
+def test_dense_preconditions_with_the_exact_inverse():
+    op = hg.operators.matrix(torch.tensor(DECAY), symmetric=True)
+    solution = S.CG(max_steps=1, preconditioner=S.Dense())(op, torch.tensor(side(N)))
+    np.testing.assert_allclose(solution.value, np.linalg.solve(DECAY, side(N)), rtol=1e-9)
+    assert op.products == N + 2
+    for make in (S.CG, S.MINRES):
+        assert solved(DECAY, make(rtol=1e-9, preconditioner=S.Dense()))[0].steps <= 2
+
+
+def test_dense_preconditions_an_indefinite_system_with_its_absolute_value():
+    values = np.append(-logspace(10, 30), logspace(1e3, N - 30))
+    a, b = with_spectrum(values, 3), torch.tensor(side(N))
+    assert solved(a, S.MINRES(rtol=1e-9, preconditioner=S.Dense()))[0].steps <= 3
+    absolute = with_spectrum(abs(values), 3)
+    step = np.linalg.solve(absolute, side(N))  # M⁻¹b with M = |A|, and the step along it that MINRES takes
+    length = side(N) @ np.linalg.solve(absolute, a @ step) / (a @ step @ np.linalg.solve(absolute, a @ step))
+    once = S.MINRES(max_steps=1, preconditioner=S.Dense(), on_failure="ignore")(
+        hg.operators.matrix(torch.tensor(a), symmetric=True), b
+    )
+    np.testing.assert_allclose(once.value, length * step, rtol=1e-9)
+    with pytest.warns(hg.HypergradientWarning, match="NOT_POSITIVE_DEFINITE"):
+        S.CG(rtol=1e-9, preconditioner=S.Dense())(hg.operators.matrix(torch.tensor(a), symmetric=True), b)
+
+
+def test_dense_preconditions_each_system_of_a_batch():
+    system = GRID["batch spd, one indefinite"]
+    solution = S.MINRES(rtol=1e-10, preconditioner=S.Dense())(system.operator("symmetric"), system.rhs())
+    assert solution.ok and int(solution.steps.max()) <= 3
+    np.testing.assert_allclose(solution.value.numpy(), system.solutions, rtol=1e-6, atol=1e-8)
+    system = GRID["batch spd, one NaN"]
+    solution = S.CG(rtol=1e-10, preconditioner=S.Dense(), on_failure="ignore")(
+        system.operator("symmetric"), system.rhs()
+    )
+    assert solution.statuses == [S.Status.CONVERGED, S.Status.NON_FINITE, S.Status.CONVERGED]
+
+
+def test_dense_reused_along_a_sequence_saves_nearly_all_steps():
+    pre = S.Reused(S.Dense())
+    solver, steps = S.CG(rtol=1e-8, preconditioner=pre), []
+    for t in np.linspace(0, 0.003, 10):
+        steps.append(int(solved(drifting(t), solver)[0].steps))
+    plain = [int(solved(drifting(t), S.CG(rtol=1e-8))[0].steps) for t in np.linspace(0, 0.003, 10)]
+    assert pre.builds == 1 and steps[0] <= 2 and sum(steps) < 0.2 * sum(plain)
+
+
+def test_dense_is_no_preconditioner_of_what_is_not_symmetric():
+    op = hg.operators.matrix(torch.tensor(np.roll(np.eye(N), 1, axis=0)))
+    with pytest.raises(TypeError, match="Dense as a preconditioner needs a symmetric operator"):
+        S.Dense().factors(op, hg._vector.Space(torch.ones(N), "b").zeros())
