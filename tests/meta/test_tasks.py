@@ -103,9 +103,13 @@ def test_a_hook_on_hparams_that_a_network_computes_acts_once(name):
 
 
 @every_method
-def test_under_no_grad(name):
+def test_under_no_grad_and_beside_retained_gradients(name):
+    made = {key: 1 * x for key, x in start_of().items()}
+    for x in made.values():
+        x.retain_grad()
     with torch.no_grad():
-        results = [grad(name, start_of(), chunk=chunk) for chunk in CHUNKS]
+        results = [grad(name, made, chunk=chunk) for chunk in CHUNKS]
+    assert all(x.grad is None for x in made.values())
     assert all(relative(flat(result.grads), plain(name)) < 1e-10 for result in results)
 
 

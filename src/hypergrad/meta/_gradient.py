@@ -17,7 +17,7 @@ from .._random import random_state_kept_on_error
 from .._solution import OnFailure, Status, finite
 from .._tree import PyTree, flatten, split
 from ..diff_optimizers import SGD, GroupLasso, Rule
-from ..implicit import accumulate, check_hparams, with_hooks
+from ..implicit import accumulate, check_hparams
 from ..solvers import on_failure_of
 from ..unroll import parse_bytes
 from ._methods import Found, Implicit, Method, Reptile
@@ -280,7 +280,7 @@ def _meta_gradient(
         report_unreached(unreached, hparams, type(method).__name__)
     if reduction == "mean":
         grads = [([], [g / (tasks.count - len(failed)) for g in grads[0][1]])]
-    grads = [(index, with_hooks(leaves, own, hooked)) for index, own in grads]
+    grads = [(index, _torch.with_hooks(leaves, own, hooked)) for index, own in grads]
     if reduction == "none":
         total = joined([(index, [g.unsqueeze(0) for g in own]) for index, own in grads], tasks.count)
     else:
