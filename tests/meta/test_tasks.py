@@ -81,6 +81,9 @@ def test_a_hook_on_hparams_acts_once_on_the_whole_gradient(name, chunk):
     result = meta.backward(outer, inner, hparams, TASKS, method=METHODS[name], steps=3, reduction="sum", chunk=chunk)
     assert relative(flat([x.grad for x in hparams.values()]), due) < 1e-10
     assert relative(flat(result.grads), due) < 1e-10
+    rows = grad(name, hparams, reduction="none", chunk=chunk).grads
+    truth = grad(name, start_of(), reduction="none").grads
+    assert relative(flat(rows), hook(flat(truth))) < 1e-10
     for handle in calls:  # they are there as before
         handle.remove()
     assert relative(flat(grad(name, hparams, reduction="sum", chunk=chunk).grads), plain(name, "sum")) < 1e-10
@@ -97,6 +100,17 @@ def test_a_hook_on_hparams_that_a_network_computes_acts_once(name):
     due = -2 * torch.dot(plain(name), flat(start_of())) / 0.5
     assert relative(root.grad, due.detach()) < 1e-10
     assert len(seen) == 2
+
+
+@every_method
+def test_under_no_grad_and_beside_retained_gradients(name):
+    made = {key: 1 * x for key, x in start_of().items()}
+    for x in made.values():
+        x.retain_grad()
+    with torch.no_grad():
+        results = [grad(name, made, chunk=chunk) for chunk in CHUNKS]
+    assert all(x.grad is None for x in made.values())
+    assert all(relative(flat(result.grads), plain(name)) < 1e-10 for result in results)
 
 
 @pytest.mark.parametrize("name", ["implicit", "unrolled", "checkpointed"])

@@ -20,7 +20,7 @@ from ..diff_optimizers import SGD, GroupLasso, Rule
 from ..implicit import accumulate, check_hparams
 from ..solvers import on_failure_of
 from ..unroll import parse_bytes
-from ._methods import Implicit, Method, Reptile
+from ._methods import Found, Implicit, Method, Reptile
 from ._result import (
     REMEDY,
     Adaptation,
@@ -83,7 +83,7 @@ def grad(
         reduction: "mean" or "sum" over tasks, or "none": the gradient of each task, one task at a time.
         chunk: how many tasks go side by side; 1 is a loop. None: all that fit into `memory`; on a CPU one, where the
             graph of one task's inner loss keeps more than 2 MiB. Where vmap cannot evaluate a loss (recurrent layers,
-            .item(), masks, an if), tasks go one by one whatever is asked for: see `Plan`.
+            .item(), masks, an if) it is 1 whatever is asked for, and `plan` of the result says so.
         memory: budget in bytes, or like "1GiB", that chunk is chosen for; an estimate.
         on_failure: what to do where tasks diverge: "warn" (HypergradientWarning), "raise" (TaskError), or "ignore".
 
@@ -231,6 +231,15 @@ def _checked_hparams(hparams: PyTree) -> PyTree:
     return hparams
 
 
+def _check_method(method: Method, problem: TaskProblem, reduction: Reduction) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be Implicit(), Unrolled(), FirstOrder() or Reptile(), got {method!r}")
+    if problem.outer_loss is None and not isinstance(method, Reptile):
+        raise TypeError(f"{type(method).__name__} needs an outer_loss; only Reptile does without")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+
+
 def _meta_gradient(
     problem: TaskProblem,
     hparams: PyTree,
@@ -241,12 +250,7 @@ def _meta_gradient(
     memory: int | str,
     on_failure: OnFailure,
 ) -> MetaGradient:
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be Implicit(), Unrolled(), FirstOrder() or Reptile(), got {method!r}")
-    if problem.outer_loss is None and not isinstance(method, Reptile):
-        raise TypeError(f"{type(method).__name__} needs an outer_loss; only Reptile does without")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    _check_method(method, problem, reduction)
     leaves, _, rebuild = flatten(hparams, "hparams")
     pieces: list[Piece] = []
     grads: list[tuple[list[int], list[Tensor]]] = []  # of each task with "none", else their sum
@@ -254,30 +258,18 @@ def _meta_gradient(
 
     def evaluate(index: list[int], plan: Plan) -> list[list[int]]:
         some = Chunk(problem, tasks, index, loop=plan.outer_chunk == 1)
-        try:
-            found = method._differentiate(some, hparams)
-        except Diverged as error:
-            return leave_out(some, error.good)
-        if not finite(found.grads):
-            return [[i] for i in index] if len(index) > 1 else leave_out(some, [False])
-        unreached.intersection_update(found.unreached)
-        statuses = found.system.solution.statuses if found.system else [Status.COMPLETED] * len(index)
-        pieces.append(Piece(index, some.params, some.values, statuses, found.system))
-        if reduction == "none":
-            grads.append((index, [g.unsqueeze(0) for g in found.grads]))
-        else:
-            grads[:] = [(index, list(map(add, grads[0][1], found.grads)) if grads else found.grads)]
-        return []
-
-    def leave_out(some: Chunk, good: list[bool]) -> list[list[int]]:
-        bad = [k for k, finite in enumerate(good) if not finite]
-        params, values = some.rows(bad)
-        pieces.append(Piece([some.index[k] for k in bad], params, values, [Status.NON_FINITE] * len(bad)))
-        rest = [i for i, finite in zip(some.index, good, strict=True) if finite]
-        return [rest] if rest else []
+        ended, found, again = _differentiated(method, some, hparams)
+        pieces.extend(ended)
+        if found is not None:
+            unreached.intersection_update(found.unreached)
+            if reduction == "none" or not grads:
+                grads.append((index, found.grads))
+            else:
+                grads[0] = (index, list(map(add, grads[0][1], found.grads)))
+        return again
 
     kept = _autodiff.graphs_kept()  # all chunks share the graphs of hparams, and of what losses close over
-    with random_state_kept_on_error(leaves), kept, _torch.hooks_suspended(leaves) as hooked:
+    with random_state_kept_on_error(leaves), torch.enable_grad(), kept, _torch.hooks_suspended(leaves) as hooked:
         need = method._need(problem.steps)
         plan = _plan(problem, tasks, hparams, chunk, memory, need, one_by_one=reduction == "none")
         plan = _each_chunk(evaluate, plan, tasks, leaves)
@@ -286,13 +278,37 @@ def _meta_gradient(
             raise TaskError(f"all {tasks.count} tasks diverged, so there is no meta-gradient: {REMEDY}", sorted(failed))
         report_failed(failed, tasks.count, on_failure)
         report_unreached(unreached, hparams, type(method).__name__)
-    total = joined(grads, tasks.count) if reduction == "none" else grads[0][1]
     if reduction == "mean":
-        total = [g / (tasks.count - len(failed)) for g in total]
-    result = collected(pieces, rebuild(_torch.with_hooks(leaves, total, hooked)), plan)
+        grads = [([], [g / (tasks.count - len(failed)) for g in grads[0][1]])]
+    grads = [(index, _torch.with_hooks(leaves, own, hooked)) for index, own in grads]
+    if reduction == "none":
+        total = joined([(index, [g.unsqueeze(0) for g in own]) for index, own in grads], tasks.count)
+    else:
+        total = grads[0][1]
+    result = collected(pieces, rebuild(total), plan)
     if isinstance(method, Implicit):
         report_unsolved(result, on_failure_of(method.solver))
     return result
+
+
+def _differentiated(method: Method, some: Chunk, hparams: PyTree) -> tuple[list[Piece], Found | None, list[list[int]]]:
+    """What is known of these tasks, their meta-gradient, and the numbers of those to be evaluated again."""
+    index = some.index
+    try:
+        found = method._differentiate(some, hparams)
+    except Diverged as error:
+        good = error.good
+    else:
+        if finite(found.grads):
+            statuses = found.statuses or [Status.COMPLETED] * len(index)
+            return [Piece(index, some.params, some.values, statuses, found.residuals)], found, []
+        if len(index) > 1:
+            return [], None, [[i] for i in index]
+        good = [False]
+    bad = [k for k, finite in enumerate(good) if not finite]
+    rest = [i for i, finite in zip(index, good, strict=True) if finite]
+    piece = Piece([index[k] for k in bad], *some.rows(bad), [Status.NON_FINITE] * len(bad))
+    return [piece], None, [rest] if rest else []
 
 
 def _each_chunk(

@@ -24,12 +24,14 @@ class Found(NamedTuple):
     Attributes:
         grads: Σᵢ ∇fᵢ, for each leaf of hparams.
         unreached: the places of leaves that require grad, and that nothing depends on.
-        system: how the adjoint systems were solved (`Implicit`).
+        statuses, residuals: of each task's adjoint system, and its adjoint residual, inner residual and inner distance;
+            None but for `Implicit`.
     """
 
     grads: list[Tensor]
     unreached: set[int]
-    system: implicit.Hypergradient | None = None
+    statuses: list[Status] | None = None
+    residuals: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class Method(ABC):
@@ -95,10 +97,11 @@ class Implicit(Method):
             solver=solver,
             batch_dims=1,
         )
-        good = [status is not Status.NON_FINITE for status in result.solution.statuses]
-        if not all(good):  # CG rests at 0 there, which is no adjoint
-            raise Diverged(good)
-        return Found(flatten(result.grads, "grads")[0], set.intersection(*unreached), result)
+        statuses = result.solution.statuses
+        if Status.NON_FINITE in statuses:  # CG rests at 0 there, which is no adjoint
+            raise Diverged([status is not Status.NON_FINITE for status in statuses])
+        residuals = (result.solution.relative_residual, result.inner_residual, result.inner_distance)
+        return Found(flatten(result.grads, "grads")[0], set.intersection(*unreached), statuses, residuals)
 
     def _need(self, steps: int) -> tuple[float, float]:
         return 4, 12

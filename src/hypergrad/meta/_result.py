@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._solution import NotConverged, NotFinite, OnFailure, Status, UnsolvedInnerProblem, warn
 from .._tree import PyTree, flatten, split
-from ..implicit import UNSOLVED, Hypergradient
+from ..implicit import UNSOLVED
 
 Reduction = Literal["mean", "sum", "none"]
 REMEDY = (
@@ -94,32 +94,29 @@ class Adaptation:
 
 
 class Piece(NamedTuple):
-    """What was found for some tasks: w_T, E (None without an outer loss), and how the adjoint systems were solved."""
+    """What was found for some tasks: w_T, E (None without an outer loss), how each ended, and `Found.residuals`."""
 
     index: list[int]
     params: PyTree
     values: Tensor | None
     statuses: list[Status]
-    system: Hypergradient | None = None
+    residuals: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 def collected(pieces: Sequence[Piece], grads: PyTree, plan: Plan) -> MetaGradient:
     """The result of all tasks, from the pieces of some after others."""
     count = sum(len(piece.index) for piece in pieces)
     statuses = {i: status for piece in pieces for i, status in zip(piece.index, piece.statuses, strict=True)}
-    systems = [(piece.index, piece.system) for piece in pieces if piece.system is not None]
-
-    def of_systems(read: Callable[[Hypergradient], Tensor]) -> Tensor | None:
-        return joined([(index, read(system)) for index, system in systems], count, torch.nan) if systems else None
-
+    systems = [(piece.index, piece.residuals) for piece in pieces if piece.residuals is not None]
+    residuals = joined(systems, count, torch.nan) if systems else (None, None, None)
     return MetaGradient(
         grads=grads,
         params=joined([(piece.index, piece.params) for piece in pieces], count),
         outer_values=joined([(piece.index, piece.values) for piece in pieces], count),
         statuses=[statuses[i] for i in range(count)],
-        adjoint_residual=of_systems(lambda system: system.solution.relative_residual),
-        inner_residual=of_systems(lambda system: system.inner_residual),
-        inner_distance=of_systems(lambda system: system.inner_distance),
+        adjoint_residual=residuals[0],
+        inner_residual=residuals[1],
+        inner_distance=residuals[2],
         plan=plan,
     )
 

@@ -116,8 +116,10 @@ def _batches(tasks: PyTree) -> list[PyTree]:
     """The tasks as trees whose tensors have a first axis of tasks."""
     if isinstance(tasks, list):
         return list(map(_batch_of_one, tasks)) if _is_list_of_tasks(tasks) else [tasks]
-    container = isinstance(tasks, (Tensor, str, Mapping)) or hasattr(tasks, "__array__")
-    if container or not isinstance(tasks, Iterable) or not optree.tree_is_leaf(tasks):
+    container = (
+        not optree.tree_is_leaf(tasks) or isinstance(tasks, (Tensor, str, Mapping)) or hasattr(tasks, "__array__")
+    )
+    if container or not isinstance(tasks, Iterable):
         return [tasks]
     if getattr(tasks, "batch_sampler", None) is None:  # an iterator, or a DataLoader that gives one task after another
         return list(map(_batch_of_one, tasks))
@@ -134,7 +136,7 @@ def _is_list_of_tasks(tasks: list[Any]) -> bool:
     """Whether this is no container of one batch, such as the [inputs, targets] that default_collate makes of tuples."""
     if not all(isinstance(task, (Tensor, list)) for task in tasks):
         return True
-    lengths = {len(x) if x.ndim else None for x in optree.tree_leaves(tasks) if isinstance(x, Tensor)}
+    lengths = {len(x) if x.ndim else None for x in split(tasks)[0]}
     if len(lengths) == 1 and len(tasks) > 1 and all(isinstance(task, list) for task in tasks):
         raise ValueError(
             "tasks is a list of lists whose tensors all have the same length, so it may be a list of tasks or one "
