@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "hypergrad"
 ORDER = (
     "_torch",
     "_tree",
+    "_scalar",
     "_vector",
     "_basis",
     "_graph",

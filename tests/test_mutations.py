@@ -17,8 +17,8 @@ from helpers import EXACT, S, as_lists, assert_agrees, dense_system, hypergradie
 from hypergrad import _autodiff
 from hypergrad._autodiff import Linearisation
 from hypergrad.implicit import _hypergradient
-from hypergrad.solvers._direct import materialise
 from hypergrad.solvers import solve
+from hypergrad.solvers._direct import materialise
 from problems import PROBLEMS
 from test_oracles import flat, forms, relative
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import hypergrad as hg
 from hypergrad import _vector
 from hypergrad._basis import Basis
-from hypergrad._vector import Space, Vector
 from hypergrad._tree import check_distinct, flatten
+from hypergrad._vector import Space, Vector
 
 F64 = torch.float64
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _torch
+from ._tree import check_distinct
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
 
@@ -92,3 +93,26 @@ def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
                     x = x.detach().to_local() if hasattr(x, "to_local") else x  # of a sharded tensor, this rank's part
                     sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return sizes
+
+
+def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> tuple[list[int], list[Tensor]]:
+    """The leaves that require grad, and their places.
+
+    Raises: ValueError for none, for one tensor twice, for one computed from another.
+    """
+    check_distinct(leaves, names)
+    check_independent(leaves, names)
+    places = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+    if not places:
+        raise ValueError("none of hparams requires grad; call requires_grad_() on those to differentiate")
+    return places, [leaves[i] for i in places]
+
+
+def check_independent(leaves: list[Tensor], names: Sequence[str]) -> None:
+    pair = computed_from(leaves)
+    if pair is not None:
+        late, early = (names[i] for i in pair)
+        raise ValueError(
+            f"{late} was computed from {early}, so what reaches {early} through {late} would be counted twice: detach "
+            f"{late} (before evaluating the losses), or leave {early} out"
+        )

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ._vector import full
+from ._tree import full
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
 

@@ -151,3 +151,9 @@ def check_distinct(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
 
 def describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
     return f"shape {tuple(shape)}, {str(dtype).removeprefix('torch.')} on {device}"
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole tensor of a sharded one."""
+    gather = getattr(x, "full_tensor", None)
+    return x if gather is None else gather()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad as torch_grad
 
-from . import _autodiff, _torch, implicit, operators, solvers
+from . import _autodiff, _graph, _torch, implicit, operators, solvers
 from ._autodiff import Linearisation, as_scalar
 from ._random import random_state_kept_on_error
 from ._solution import Status, warn_if_not_finite
@@ -38,7 +38,7 @@ def _backpropagated(
 ) -> tuple[Any, ...]:
     """∇ of an outer loss whose graph reaches hparams, in memory of its own."""
     leaves, names, rebuild = flatten(_list(hparams, "hparams"), "hparams")
-    places, needed = implicit.check_hparams(leaves, names)
+    places, needed = _graph.check_hparams(leaves, names)
     with random_state_kept_on_error(leaves):
         with torch.enable_grad():
             loss = as_scalar(evaluate(rebuild(leaves)), "outer_loss")

@@ -17,7 +17,6 @@ from ._jacobian import jacobian
 from ._maps import argmin, fixed_point, linear_solve, root, solver
 from ._problem import NO_HPARAMS as NO_HPARAMS
 from ._problem import Problem
-from ._problem import check_hparams as check_hparams
 from ._problem import outer_gradients as outer_gradients
 
 __all__ = [

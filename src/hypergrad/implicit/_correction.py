@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff
+from .._scalar import ratio, read
 from .._solution import InaccurateHypergradient, Solution, SolverError, Status, warn
 from .._tree import PyTree
-from .._vector import Vector, norm, ratio, read
+from .._vector import Vector, norm
 from ..operators import GaussNewton, LinearOperator
 from ..solvers import Auto, LinearSolver, Solver, on_failure_of, solve
 from ._hypergradient import Hypergradient, result_of, undisturbed

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import _autodiff, _torch
 from .._random import random_state_kept_on_error
+from .._scalar import anywhere, ratio, read
 from .._solution import (
     NOT_FINITE,
     InaccurateHypergradient,
@@ -30,8 +31,8 @@ from .._solution import (
     remaining,
     warn,
 )
-from .._tree import PyTree, flatten
-from .._vector import Vector, anywhere, full, norm, ratio, read, squares_are_exact
+from .._tree import PyTree, flatten, full
+from .._vector import Vector, norm, squares_are_exact
 from ..solvers import Auto, IterativeSolver, Recycled, Solver, on_failure_of, solve
 from ._problem import Problem
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation, as_scalar
+from .._graph import check_hparams, check_independent
 from .._recorded import Recorded
 from .._solution import warn
 from .._tree import PyTree, check_distinct, filled, flatten
@@ -95,7 +96,7 @@ class Problem:
             return
         if {id(leaf) for leaf in self._given} & {id(leaf) for leaf in outer}:
             raise ValueError("with evaluated losses no tensor may be in params and in hparams; pass callables")
-        _check_independent([*self._given, *outer], [*self._names, *names])
+        check_independent([*self._given, *outer], [*self._names, *names])
 
     @property
     def arguments(self) -> tuple[PyTree, PyTree]:
@@ -352,29 +353,6 @@ def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[
     slopes, direct = grads[: len(leaves)], grads[len(leaves) :]
     problem.check_outer_depends([loss], slopes, direct)
     return loss, problem.space.pack(_autodiff.or_zeros(slopes, leaves)).copy(), direct
-
-
-def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> tuple[list[int], list[Tensor]]:
-    """The leaves that require grad, and their places.
-
-    Raises: ValueError for none, for one tensor twice, for one computed from another.
-    """
-    check_distinct(leaves, names)
-    _check_independent(leaves, names)
-    places = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-    if not places:
-        raise ValueError("none of hparams requires grad; call requires_grad_() on those to differentiate")
-    return places, [leaves[i] for i in places]
-
-
-def _check_independent(leaves: list[Tensor], names: Sequence[str]) -> None:
-    pair = None if all(leaf.is_leaf for leaf in leaves) else _graph.computed_from(leaves)
-    if pair is not None:
-        late, early = (names[i] for i in pair)
-        raise ValueError(
-            f"{late} was computed from {early}, so what reaches {early} through {late} would be counted twice: detach "
-            f"{late} (before evaluating the losses), or leave {early} out"
-        )
 
 
 def _one_of(**forms: Any) -> tuple[str, Any]:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, _torch
+from .._graph import check_hparams
 from .._random import random_state_kept_on_error
 from .._solution import OnFailure, Status, finite
 from .._tree import PyTree, flatten, split
 from ..diff_optimizers import SGD, GroupLasso, Rule
-from ..implicit import accumulate, check_hparams
+from ..implicit import accumulate
 from ..solvers import on_failure_of
 from ..unroll import parse_bytes
 from ._methods import Found, Implicit, Method, Reptile

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from .._basis import Basis
+from .._scalar import where
 from .._solution import Status
-from .._vector import Vector, where
+from .._vector import Vector
 from ..operators import LinearOperator
 from ._direct import Dense
 from ._krylov import GMRES

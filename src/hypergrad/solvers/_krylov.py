@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .._basis import Basis
+from .._scalar import where
 from .._solution import Status
-from .._vector import Vector, where
+from .._vector import Vector
 from ._solver import IterativeSolver, Outcome, System, check_options, divide, event
 from ._symmetric import MINRES
 from ._theory import SystemStructure, steps_needed

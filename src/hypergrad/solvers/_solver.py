@@ -11,19 +11,9 @@ from typing import Any, ClassVar, TypeAlias, final
 import torch
 from torch import Tensor
 
+from .._scalar import FREE_TO_READ, Scalar, anywhere, larger, read, where
 from .._solution import OnFailure, Solution, Status
-from .._vector import (
-    FREE_TO_READ,
-    Scalar,
-    Space,
-    Vector,
-    anywhere,
-    larger,
-    norm,
-    read,
-    squares_are_exact,
-    where,
-)
+from .._vector import Space, Vector, norm, squares_are_exact
 from ..operators import LinearOperator
 from ._theory import SystemStructure
 

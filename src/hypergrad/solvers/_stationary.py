@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._scalar import Scalar
 from .._solution import Status
-from .._vector import Scalar, Vector, norm
+from .._vector import Vector, norm
 from ._solver import IterativeSolver, LinearSolver, Outcome, System, event
 from ._theory import SystemStructure, steps_needed
 

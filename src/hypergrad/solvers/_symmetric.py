@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._scalar import Scalar, larger, ratio, square_root
 from .._solution import Status
-from .._vector import Scalar, Vector, larger, norm, ratio, square_root
+from .._vector import Vector, norm
 from ._preconditioners import build_preconditioner
 from ._solver import IterativeSolver, Outcome, System, divide, event
 from ._theory import SystemStructure, doubled, rate_of, steps_needed

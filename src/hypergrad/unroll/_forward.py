@@ -17,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .. import _graph
 from .._autodiff import Linearisation
 from .._random import random_state_kept_on_error
-from .._tree import PyTree, describe
-from .._vector import full
+from .._tree import PyTree, describe, full
 from ._steps import KIND, Batches, Run, add, check_whole, leaf
 
 PASS = 2**20  # numbers in the tangents of one vectorised pass; measured: above it one at a time is as fast

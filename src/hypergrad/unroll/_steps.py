@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .. import _autodiff, _graph, _random
 from .._autodiff import as_scalar
+from .._graph import check_hparams
 from .._solution import warn, warn_if_not_finite
 from .._torch import hooks_suspended, version_of
 from .._tree import Paths, PyTree, describe, flatten, split
-from ..implicit import check_hparams
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
 Batches: TypeAlias = "Sequence[Any] | Callable[[int], Any] | None"
