@@ -60,7 +60,7 @@ def functional(module: nn.Module) -> Callable[..., Any]:
 
 
 def _copied(name: str, buffer: Tensor) -> Tensor:
-    """A buffer that may be written into. Of running statistics torch has no derivative, and takes none that needs one."""
+    """A buffer that may be written into; torch has no derivative of running statistics, and refuses to take one."""
     constant = name.rpartition(".")[2] in ("running_mean", "running_var")
     return buffer.detach().clone() if constant else buffer.clone()
 
@@ -223,7 +223,7 @@ class Equilibrium(nn.Module):
         return step
 
     def _cell_tensors(self) -> dict[str, Tensor]:
-        """The cell's parameters, and copies of its buffers: later calls may write into them before the backward pass."""
+        """The cell's parameters, and copies of its buffers, into which later calls may write before the backward pass."""
         if not isinstance(self.cell, nn.Module):
             return {}
         buffers = {name: buffer.clone() for name, buffer in self.cell.named_buffers()}

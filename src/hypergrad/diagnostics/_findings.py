@@ -72,7 +72,7 @@ def findings(
         >>> [each.name for each in every]
         ['singular']
     """
-    require_real(params=params, hparams=hparams)
+    require_real(params, hparams)
     problem = Problem(
         outer_loss,
         params=params,

@@ -137,7 +137,7 @@ def structure(
         >>> found.definiteness, [round(x, 4) for x in found.eigenvalues]
         ('indefinite', [-3.0, 1.0])
     """
-    require_real(params=params, hparams=hparams)
+    require_real(params, hparams)
     problem = Problem(
         None,
         params=params,
@@ -232,9 +232,9 @@ def operator_structure(
     return max(found, key=lambda s: (s.negligible, s.condition))
 
 
-def require_real(**trees: Any) -> None:
+def require_real(params: Any, hparams: Any) -> None:
     """Raise for complex tensors, naming where they are."""
-    for name, tree in trees.items():
+    for name, tree in (("params", params), ("hparams", hparams)):
         if any(isinstance(x, Tensor) and x.is_complex() for x in optree.tree_leaves(tree)):
             raise TypeError(f"diagnostics take real tensors, and {name} holds a complex one: use torch.view_as_real")
 

@@ -62,8 +62,9 @@ Evaluate: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # Φ on th
 class Goal:
     """The tolerance: ‖Φ(w) − w‖ ≤ max(atol, rtol · ‖Φ(w)‖), where growth of ‖Φ(w)‖ alone is no convergence.
 
-    ‖Φ(w)‖ counts at most as `limit`, a multiple of what the start had. Of a w beyond it (an extrapolation may throw one
-    to 1e16, where the residual rounds to 0) the residual counts as no smaller than its rounding, and in proportion more.
+    ‖Φ(w)‖ counts at most as `limit`, a multiple of what the start had. An extrapolation may throw w far beyond it, to
+    1e16 say, where the residual rounds to 0: there the residual counts as no smaller than its rounding, and as larger
+    in proportion to ‖Φ(w)‖.
     """
 
     def __init__(self, rtol: float, atol: float, eps: float, start: Iterate):
