@@ -223,7 +223,7 @@ class Equilibrium(nn.Module):
         return step
 
     def _cell_tensors(self) -> dict[str, Tensor]:
-        """The cell's parameters, and copies of its buffers, into which later calls may write before the backward pass."""
+        """The cell's parameters, and copies of its buffers, into which later calls may write before backward."""
         if not isinstance(self.cell, nn.Module):
             return {}
         buffers = {name: buffer.clone() for name, buffer in self.cell.named_buffers()}

@@ -72,7 +72,8 @@ def findings(
         >>> [each.name for each in every]
         ['singular']
     """
-    require_real(params, hparams)
+    require_real(params, "params")
+    require_real(hparams, "hparams")
     problem = Problem(
         outer_loss,
         params=params,

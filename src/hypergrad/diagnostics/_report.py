@@ -246,7 +246,8 @@ def _problem(result: Any, given: dict[str, Any], inner: dict[str, Any], symmetri
     for name, value in (("outer_loss", parts["outer_loss"]), *forms.items()):
         if not callable(value):
             raise TypeError(f"{name} must be a function of (params, hparams), got {type(value).__name__}")
-    require_real(parts["params"], parts["hparams"])
+    require_real(parts["params"], "params")
+    require_real(parts["hparams"], "hparams")
     # The error is that against the Hessian, where a Gauss–Newton matrix stands in for it.
     forms = {kind: value.__call__ if isinstance(value, GaussNewton) else value for kind, value in forms.items()}
     tags: dict[str, Any] = {"symmetric": symmetric}

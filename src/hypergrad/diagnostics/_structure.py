@@ -137,7 +137,8 @@ def structure(
         >>> found.definiteness, [round(x, 4) for x in found.eigenvalues]
         ('indefinite', [-3.0, 1.0])
     """
-    require_real(params, hparams)
+    require_real(params, "params")
+    require_real(hparams, "hparams")
     problem = Problem(
         None,
         params=params,
@@ -207,7 +208,7 @@ def operator_structure(
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer ≥ 1, got {steps!r}")
-    require_real(like=like.leaves if isinstance(like, Vector) else like)
+    require_real(like.leaves if isinstance(like, Vector) else like, "like")
     vector = like if isinstance(like, Vector) else Space(like, "like", op.batch_dims).vector(like, "like")
     space, before, generator = vector.space, op.products, seeded(generator)
     if not space.length or not vector.norm().numel():
@@ -232,11 +233,10 @@ def operator_structure(
     return max(found, key=lambda s: (s.negligible, s.condition))
 
 
-def require_real(params: Any, hparams: Any) -> None:
-    """Raise for complex tensors, naming where they are."""
-    for name, tree in (("params", params), ("hparams", hparams)):
-        if any(isinstance(x, Tensor) and x.is_complex() for x in optree.tree_leaves(tree)):
-            raise TypeError(f"diagnostics take real tensors, and {name} holds a complex one: use torch.view_as_real")
+def require_real(tree: Any, name: str) -> None:
+    """Raise for complex tensors."""
+    if any(isinstance(x, Tensor) and x.is_complex() for x in optree.tree_leaves(tree)):
+        raise TypeError(f"diagnostics take real tensors, and {name} holds a complex one: use torch.view_as_real")
 
 
 def seeded(generator: torch.Generator | None) -> torch.Generator:
