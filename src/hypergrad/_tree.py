@@ -64,7 +64,10 @@ def flatten(tree: PyTree, name: str) -> tuple[list[Tensor], Paths, Unflatten]:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{paths[i]} must be a floating point tensor, got {type(leaf).__name__}{_hint(leaf)}")
         if not leaf.is_floating_point():
-            raise TypeError(f"{paths[i]} must be a floating point tensor, got one of dtype {leaf.dtype}")
+            hint = (
+                "; pass torch.view_as_real of it, and view it as complex in your functions" if leaf.is_complex() else ""
+            )
+            raise TypeError(f"{paths[i]} must be a floating point tensor, got one of dtype {leaf.dtype}{hint}")
     if not leaves:
         raise ValueError(f"{name} holds no tensor: {tree!r}")
     return leaves, paths, spec.unflatten
