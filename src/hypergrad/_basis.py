@@ -77,7 +77,7 @@ class Basis:
         """The basis of these tensors of shape [m, *shape] in leaf order."""
         chunks = []
         for group in self.space.groups:
-            rows = [leaves[i].reshape(self.m, *self.space.row_shape) for i in group]
+            rows = [leaves[i].reshape(self.m, *self.space.row_shapes[i]) for i in group]
             chunks.append(rows[0] if len(rows) == 1 else torch.cat(rows, -1))
         return self._like(chunks)
 

@@ -112,13 +112,13 @@ class Space:
         self.devices = [leaf.device for leaf in leaves]
         self.batch_dims = batch_dims
         self.batch_shape = self._batch_shape() if batch_dims else torch.Size()
-        self.row_shape = (*self.batch_shape, -1)
         self.rows = [len(shape) == batch_dims + 1 for shape in self.shapes]  # leaves that are stored as they are
         self.device = self.devices[0]
         dtypes = frozenset(self.dtypes)
         self.dtype, self.tiny, self.largest, self.eps, self.rtol = _numbers(dtypes)
         self.groups = _groups(leaves) if groups is None else groups
         lengths = [math.prod(shape[batch_dims:]) for shape in self.shapes]
+        self.row_shapes = [(*self.batch_shape, length) for length in lengths]
         self.sizes = [[lengths[i] for i in group] for group in self.groups]
         self.length = sum(lengths)
         self.plain = [is_plain(leaves[group[0]]) for group in self.groups]
@@ -165,7 +165,7 @@ class Space:
         chunks = []
         for group, plain in zip(self.groups, self.plain, strict=True):
             if plain:
-                flat = [leaves[i] if self.rows[i] else leaves[i].reshape(self.row_shape) for i in group]
+                flat = [leaves[i] if self.rows[i] else leaves[i].reshape(self.row_shapes[i]) for i in group]
                 chunks.append(flat[0] if len(flat) == 1 else torch.cat(flat, -1))
             else:
                 chunks.append(leaves[group[0]])
@@ -356,8 +356,8 @@ class Vector:
         """self for the systems where mask (0-d, or [B]) holds, other elsewhere."""
         chunks = []
         for x, y, plain in zip(self.chunks, other.chunks, self.space.plain, strict=True):
-            shaped = mask.to(x.device).reshape(*mask.shape, *[1] * (1 if plain else x.ndim - mask.ndim))
-            chunks.append(torch.where(shaped, x, y))
+            shape = (*mask.shape, *[1] * (1 if plain else x.ndim - mask.ndim)) if mask.ndim else ()
+            chunks.append(torch.where(mask.to(x.device).reshape(shape), x, y))
         return Vector(self.space, chunks)
 
     def dot(self, other: Vector) -> Tensor:

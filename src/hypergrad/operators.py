@@ -114,6 +114,8 @@ class LinearOperator:
 
     def many(self, basis: Basis) -> Basis:
         """A V for a stack of vectors V."""
+        if not basis.m:
+            return basis
         if self._many is None:
             result = Basis(basis[0], basis.m)
             for j in range(basis.m):

@@ -1,5 +1,8 @@
 """Auto: which method it takes, when it goes on to another, and what the default gives."""
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from hypergrad.solvers import Status
 from solver_rows import (
     N,
 )
-from systems import logspace, side, with_spectrum
+from systems import System, logspace, side, with_spectrum
 
 
 def auto(a: np.ndarray, tag: bool, **options) -> S.Solution:
@@ -103,3 +106,106 @@ def test_auto_starts_anew_where_the_iterates_of_cg_are_lost():
     assert lost.status is Status.NOT_SYMMETRIC and lost.trace[-2] > 1e3 and not lost.value.any()
     assert solution.steps - lost.steps == S.GMRES(rtol=1e-9)(op, b).steps
     np.testing.assert_allclose(solution.value.numpy(), np.linalg.solve(a, side(N)), rtol=1e-6, atol=1e-8)
+
+
+def embedding(h: torch.Tensor):
+    """Ridge regression of the first four weights; the last row of the outer loss's weights is in no inner term."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 4, generator=draw).double(), torch.randn(30, generator=draw).double()
+    outer = torch.randn(6, generator=draw).double()
+
+    def inner_loss(w, h):
+        return ((x @ w[:4] - y) ** 2).mean() / 2 + (h.exp() * w[:4] ** 2).sum() / 2
+
+    a = x.T @ x / 30 + torch.diag(h.detach().exp())
+    w = torch.cat([torch.linalg.inv(a) @ x.T @ y / 30, torch.ones(2).double()])
+    truth = -h.detach().exp() * w[:4] * (torch.linalg.inv(a) @ outer[:4])
+    return (lambda w, h: outer @ w), inner_loss, w, truth
+
+
+@pytest.mark.parametrize("solver", [None, S.Auto(dense=100), S.MINRES(rtol=1e-10), S.Dense(), S.LSQR(rtol=1e-10)])
+def test_weights_that_only_the_outer_loss_uses(solver):
+    """A singular inconsistent system whose least-squares solution gives the right hypergradient."""
+    h = torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True)
+    outer_loss, inner_loss, w, truth = embedding(h)
+    with pytest.warns(hg.HypergradientWarning, match="STAGNATED|BREAKDOWN|NOT_POSITIVE_DEFINITE"):
+        result = hg.implicit.grad(outer_loss, inner_loss=inner_loss, params=w, hparams=h, solver=solver)
+    torch.testing.assert_close(result.grads, truth, rtol=1e-5 if solver is None else 1e-8, atol=0)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_fixed_steps_of_cg_there_warn(steps):
+    h = torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True)
+    outer_loss, inner_loss, w, _ = embedding(h)
+    with pytest.warns(hg.HypergradientWarning, match="NOT_POSITIVE_DEFINITE"):
+        result = hg.implicit.grad(outer_loss, inner_loss=inner_loss, params=w, hparams=h, solver=S.CG(max_steps=steps))
+    assert result.solution.relative_residual <= 1
+
+
+def test_interpolation_with_more_weights_than_samples():
+    """Weights of samples that are all fitted exactly change nothing: ∇f = 0, whatever lies in the null space."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(10, 20, generator=draw).double(), torch.randn(10, generator=draw).double()
+    outer = torch.randn(20, generator=draw).double()
+    h = torch.zeros(10, dtype=torch.float64, requires_grad=True)
+    given = {
+        "inner_loss": lambda w, h: (torch.sigmoid(h) * (x @ w - y) ** 2).mean(),
+        "params": torch.linalg.pinv(x) @ y,
+        "hparams": h,
+    }
+    for solver in (None, S.CG(max_steps=20), S.MINRES(rtol=1e-9), S.Dense()):
+        with pytest.warns(hg.HypergradientWarning):
+            result = hg.implicit.grad(lambda w, h: outer @ w, solver=solver, **given)
+        assert result.grads.abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_default_gives_least_squares_solutions(dtype, batched):
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        a = with_spectrum(np.r_[np.zeros(4), logspace(10, 16)], seed)
+        system = System("", a, rng.standard_normal(20))
+        system = system.stacked() if batched else system
+        for tag in ("symmetric", "positive_definite"):
+            solution = S.Auto(on_failure="ignore")(system.operator(tag, dtype), system.rhs(dtype))
+            least = system.residuals(system.solutions)[0]
+            assert solution.status is Status.STAGNATED and solution.method.startswith("MINRES: CG ended with")
+            residual = system.residuals(solution.value.double().numpy())[0]
+            assert residual <= least * (1 + (1e-6 if dtype is torch.float64 else 1e-3))
+
+
+def test_a_network_in_mid_training_is_told_the_damping_that_it_needs():
+    """Tens of negative eigenvalues: the message names the curvature and a damping with which CG converges."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 5, generator=draw).double(), torch.randn(40, 3, generator=draw).double()
+    shapes = [(5, 12), (12,), (12, 3), (3,)]
+    w = [0.7 * torch.randn(shape, generator=draw).double() for shape in shapes]
+    h = torch.tensor(-6.0, dtype=torch.float64, requires_grad=True)
+
+    def inner_loss(w, h):
+        hidden = torch.tanh(x @ w[0] + w[1])
+        return ((hidden @ w[2] + w[3] - y) ** 2).mean() + h.exp() * sum((p**2).sum() for p in w)
+
+    def flat_loss(v):
+        return inner_loss([p.reshape(s) for p, s in zip(v.split([60, 12, 36, 3]), shapes, strict=True)], h.detach())
+
+    hessian = torch.autograd.functional.hessian(flat_loss, torch.cat([p.reshape(-1) for p in w]))
+    values = torch.linalg.eigvalsh(hessian)
+    assert int((values < 0).sum()) > 20
+    given = {"inner_loss": inner_loss, "params": w, "hparams": h}
+    with pytest.warns(hg.HypergradientWarning) as caught:
+        result = hg.implicit.grad(lambda w, h: (w[2] ** 2).sum(), **given)
+    assert result.solution.status is Status.NOT_POSITIVE_DEFINITE and result.solution.relative_residual <= 1
+    message = next(str(w.message) for w in caught if "NOT_POSITIVE_DEFINITE" in str(w.message))
+    damping = float(re.search(r"damping=(\S+) at least", message).group(1))
+    assert -values[0] < damping < 2 * -values[0] and "GaussNewton" in message
+    solver = S.CG(rtol=1e-8, damping=damping, max_steps=5000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hg.UnsolvedInnerProblem)
+        damped = hg.implicit.grad(lambda w, h: (w[2] ** 2).sum(), **given, solver=solver)
+    assert damped.solution.status is Status.CONVERGED
+    b = torch.cat([(2 * p if i == 2 else 0 * p).reshape(-1) for i, p in enumerate(w)])
+    v = torch.linalg.inv(hessian + damping * torch.eye(len(b))) @ b
+    truth = -sum((2 * h.detach().exp() * p.reshape(-1)) @ q for p, q in zip(w, v.split([60, 12, 36, 3]), strict=True))
+    torch.testing.assert_close(damped.grads, truth, rtol=1e-6, atol=0)

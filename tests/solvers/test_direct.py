@@ -6,6 +6,7 @@ import torch
 
 import hypergrad as hg
 from hypergrad import solvers as S
+from hypergrad.solvers import Status
 from solver_rows import (
     DECAY,
     N,
@@ -13,7 +14,7 @@ from solver_rows import (
     drifting,
     solved,
 )
-from systems import GRID, logspace, side, with_spectrum
+from systems import GRID, logspace, norm, side, with_spectrum
 
 
 @pytest.mark.parametrize("size", [1, 7, 20, 100])
@@ -71,3 +72,29 @@ def test_dense_is_no_preconditioner_of_what_is_not_symmetric():
     op = hg.operators.matrix(torch.tensor(np.roll(np.eye(N), 1, axis=0)))
     with pytest.raises(TypeError, match="Dense as a preconditioner needs a symmetric operator"):
         S.Dense().factors(op, hg._vector.Space(torch.ones(N), "b").zeros())
+
+
+@pytest.mark.parametrize("positive_definite", [False, True])
+def test_redundant_constraints_are_no_failure(positive_definite):
+    """A KKT matrix with one constraint twice: singular, consistent, solved with the least norm."""
+    q, c = np.diag([1.0, 2.0, 3.0]), np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    a = np.block([[q, c.T], [c, np.zeros((2, 2))]])
+    b = np.r_[1.0, 2.0, 3.0, 4.0, 4.0]
+    op = hg.operators.matrix(torch.tensor(a), symmetric=True, positive_definite=positive_definite)
+    for solver in (S.Dense(), S.Auto(dense=100), S.MINRES(rtol=1e-10), S.GMRES(rtol=1e-10), S.LSQR(rtol=1e-10)):
+        solution = solver(op, torch.tensor(b))
+        assert solution.status is Status.CONVERGED
+        np.testing.assert_allclose(solution.value[:3], (np.linalg.pinv(a) @ b)[:3], rtol=1e-8)
+    np.testing.assert_allclose(S.Dense()(op, torch.tensor(b)).value, np.linalg.pinv(a) @ b, rtol=1e-10)
+
+
+def test_singular_to_rounding():
+    """No pivot need be small: what LU does not solve is solved in the least-squares sense, and said to be singular."""
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(2, 12))
+        a, b = rng.standard_normal((n, n - 1)) @ rng.standard_normal((n - 1, n)), rng.standard_normal(n)
+        solution = S.Dense(on_failure="ignore")(hg.operators.matrix(torch.tensor(a)), torch.tensor(b))
+        least = norm(b - a @ np.linalg.lstsq(a, b, rcond=1e-12)[0])
+        assert solution.status is Status.BREAKDOWN
+        assert norm(b - a @ solution.value.numpy()) <= least * (1 + 1e-9)

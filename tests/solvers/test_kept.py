@@ -1,5 +1,8 @@
-"""Recycled: the start that it finds, what it costs and saves, and that no answer depends on what it remembers."""
+"""Recycled and Reused: what they find, cost and save, that no answer depends on what is kept, and their state."""
 
+import copy
+import io
+import pickle
 from typing import NamedTuple
 
 import numpy as np
@@ -468,3 +471,65 @@ def test_reused_after_an_error():
     assert (pre.builds, pre.steps) == (1, [])
     fails = False
     assert solver(op, b).ok and (pre.builds, pre.steps) == (1, [1])
+
+
+def sequence(kept, solver: S.LinearSolver, ts) -> list[torch.Tensor]:
+    """The solutions of a sequence of systems, with a `Recycled` as its start or a `Reused` in the solver."""
+    values = []
+    for t in ts:
+        op = hg.operators.matrix(torch.tensor(drifting(float(t))), symmetric=True)
+        start = kept if isinstance(kept, S.Recycled) else None
+        values.append(solver(op, torch.tensor(side(N) + t * side(N, 1)), start).value)
+    return values
+
+
+def saved(state):
+    """A state after torch.save and torch.load(weights_only=True)."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+RECIPES = {"Nystrom": S.Nystrom(rank=40, damping=1e-4), "Diagonal": S.Diagonal(probes=5), "Dense": S.Dense()}
+
+
+@pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
+@pytest.mark.parametrize("kind", ["Recycled", *RECIPES])
+def test_a_resumed_sequence_equals_an_uninterrupted_one(kind, how):
+    """Bit for bit, also where a preconditioner is built anew later."""
+
+    def make():
+        return S.Recycled(3) if kind == "Recycled" else S.Reused(RECIPES[kind])
+
+    def solver(kept) -> S.LinearSolver:
+        return S.CG(rtol=1e-8, max_steps=4000, preconditioner=None if kind == "Recycled" else kept)
+
+    ts = np.linspace(0, 0.6, 12)
+    whole, first = make(), make()
+    truth = sequence(whole, solver(whole), ts)
+    sequence(first, solver(first), ts[:5])
+    if how == "state_dict":
+        resumed = make()
+        resumed.load_state_dict(saved(first.state_dict()))
+    else:
+        resumed = pickle.loads(pickle.dumps(first)) if how == "pickle" else copy.deepcopy(first)
+    sequence(first, solver(first), ts[5:8])  # the first one going on does not change what was taken from it
+    values = sequence(resumed, solver(resumed), ts[5:])
+    assert all(torch.equal(a, b) for a, b in zip(values, truth[5:], strict=True))
+    if kind != "Recycled":
+        assert (resumed.builds, resumed.steps) == (whole.builds, whole.steps)
+
+
+def test_a_state_of_another_kind_is_named():
+    with pytest.raises(ValueError, match="Recycled: a state_dict holds"):
+        S.Recycled().load_state_dict(S.Reused(S.Nystrom()).state_dict())
+    empty = S.Recycled(2)
+    empty.load_state_dict(saved(empty.state_dict()))
+    assert empty.kept == 0
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_solvers_pickle(row):
+    solver = ROWS[row].make(rtol=1e-3)
+    assert pickle.loads(pickle.dumps(solver)) == solver

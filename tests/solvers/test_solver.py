@@ -680,3 +680,135 @@ def test_going_on_has_all_the_steps_that_are_left():
     free = S.CG(rtol=1e-11, max_steps=5000, on_failure="ignore")(op, b)
     bound = S.CG(rtol=1e-11, max_steps=int(free.steps), on_failure="ignore")(op, b)
     assert bound.steps == free.steps and torch.equal(bound.value, free.value)
+
+
+class OneBuffer:
+    """A as an operator that writes every product, of one vector or several, into the same memory, and hands it out."""
+
+    def __init__(self, a: torch.Tensor, **tags: bool):
+        self.memory: dict[tuple[int, ...], torch.Tensor] = {}
+        self.a, self.tags = a, tags
+
+    def into(self, value: torch.Tensor) -> torch.Tensor:
+        return self.memory.setdefault(tuple(value.shape), torch.empty_like(value)).copy_(value)
+
+    def operator(self) -> hg.operators.LinearOperator:
+        def one(a: torch.Tensor):
+            return lambda v: v.space.pack([self.into(a @ v.leaves[0])])
+
+        def several(a: torch.Tensor):
+            return lambda basis: basis.with_leaves([self.into(basis.leaves()[0] @ a.T)])
+
+        many = {"many": several(self.a), "many_transpose": several(self.a.T)}
+        eye = torch.eye(len(self.a), dtype=self.a.dtype)
+        return hg.operators.LinearOperator(
+            one(self.a), one(self.a.T), contraction=one(eye - self.a), **many, **self.tags
+        )
+
+
+@pytest.mark.parametrize("row", [*ROWS, "BlockCG", "CG, Nystrom", "CG, operator", "CG, Recycled"])
+def test_products_that_share_memory(row):
+    """A backward pass may hand out one buffer for all its results: what is kept over a product is copied."""
+    system = GRID["spd 10"]
+    a, b, tag = torch.tensor(system.a), system.rhs(), {"symmetric": True}
+    options = {"max_steps": 6, "on_failure": "ignore"}
+    inverse = torch.diag(1 / torch.diag(a))
+    makes = {
+        "BlockCG": lambda op: S.BlockCG(**options)(op, b),
+        "CG, Nystrom": lambda op: S.CG(preconditioner=S.Nystrom(rank=3), **options)(op, b),
+        "CG, Recycled": lambda op: [S.CG(**options)(op, c, x0=recycled) for c in (b, 2 * b + 1, b**2)][-1],
+    }
+    for started in (False, True):
+        values = []
+        for shared in (False, True):
+            recycled = S.Recycled(2)
+            op = OneBuffer(a, **tag).operator() if shared else hg.operators.matrix(a, **tag)
+            pre = OneBuffer(inverse, **tag).operator() if shared else hg.operators.matrix(inverse, **tag)
+            if row in ROWS:
+                tags = {ROWS[row].tag: True} if ROWS[row].tag else {}
+                op = OneBuffer(a, **tags).operator() if shared else hg.operators.matrix(a, **tags)
+                solution = ROWS[row].solver(**options)(op, b, system.start() if started else None)
+            elif row == "CG, operator":
+                solution = S.CG(preconditioner=pre, **options)(op, b)
+            else:
+                solution = makes[row](op)
+            values.append(solution.value.clone())
+        agree(values[1], values[0], 1e-12)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("row", [row for row in ROWS if ROWS[row].iterative])
+def test_the_trace_holds_the_residuals_of_fewer_steps(row, batched):
+    """With a fixed number of steps, where it is taken; so the growth rate is that of the iterates."""
+    system = GRID["contraction .8" if ROWS[row].tag is None else "spd 10"]
+    system = system.stacked() if batched else system
+    steps = 9
+
+    def run(k: int) -> S.Solution:
+        return ROWS[row].solver(max_steps=k, on_failure="ignore")(system.operator(ROWS[row].tag), system.rhs())
+
+    solution = run(steps)
+    trace = solution.trace.reshape(steps + 1)
+    assert int(torch.as_tensor(solution.steps).max()) == steps
+    for k in range(steps + 1):
+        residual = float(run(k).residual_norm)
+        assert trace[k].isnan() or abs(float(trace[k]) - residual) <= 1e-10 * norm(system.sides[0])
+    known = [k for k in range(steps + 1) if not trace[k].isnan()]
+    last, half = known[-1], known[(len(known) - 1) // 2]
+    agree(solution.growth_rate.reshape(()), (trace[last] / trace[half]) ** (1 / (last - half)), 1e-12)
+
+
+EMPTY = {"no unknowns": (0,), "no unknowns, batched": (3, 0), "no systems": (0, 4)}
+
+
+@pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize("row", [*ROWS, "BlockCG"])
+def test_empty_systems(row, shape):
+    b = torch.zeros(shape, dtype=torch.float64)
+    if row == "BlockCG":
+        solver = S.BlockCG()
+        op = hg.operators.matrix(torch.eye(shape[-1], dtype=torch.float64), symmetric=True)
+        op = op.stacked() if len(shape) == 2 else op
+    else:
+        solver, tags = ROWS[row].make(), {ROWS[row].tag: True} if ROWS[row].tag else {}
+        op = hg.operators.matrix(torch.zeros(*shape, shape[-1], dtype=torch.float64), **tags)
+    solution = solver(op, b)
+    assert solution.value.shape == b.shape and solution.ok and solution.status in (Status.CONVERGED, Status.COMPLETED)
+    assert solution.code.shape == b.shape[:-1] and solution.relative_residual.shape == b.shape[:-1]
+    assert solution.message
+    recycled = S.Recycled()
+    for _ in range(2):
+        assert solver(op, b, recycled).ok
+
+
+@pytest.mark.parametrize("default", [{"device": "meta"}, {"dtype": torch.float16}, {"dtype": torch.float32}])
+@pytest.mark.parametrize("system", ["spd 10", "batch spd", "symmetric indefinite", "0-d"])
+@pytest.mark.parametrize("row", [*ROWS, "CG, Nystrom", "MINRES, Diagonal"])
+def test_default_device_and_dtype_change_nothing(row, system, default):
+    """A default device that holds no numbers, or a default dtype in which a tolerance rounds to 0."""
+    given, tag = GRID[system], "symmetric" if "," in row and row not in ROWS else ROWS[row].tag
+    preconditioners = {"CG, Nystrom": S.Nystrom(rank=3), "MINRES, Diagonal": S.Diagonal()}
+    if row in preconditioners:
+        make = S.CG if row.startswith("CG") else S.MINRES
+        solver = make(rtol=1e-8, max_steps=60, preconditioner=preconditioners[row], on_failure="ignore")
+    else:
+        solver = ROWS[row].solver(max_steps=60, rtol=1e-8, on_failure="ignore")
+    op, b, x0 = given.operator(tag), given.rhs(), given.start()
+    plain = solver(op, b, x0)
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    try:
+        torch.set_default_device(default.get("device", device))
+        torch.set_default_dtype(default.get("dtype", dtype))
+        other = solver(op, b, x0)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+    assert other.statuses == plain.statuses and other.value.dtype == plain.value.dtype
+    assert torch.equal(other.value, plain.value) and torch.equal(other.residual_norm, plain.residual_norm)
+
+
+def test_complex_numbers_are_refused_with_what_to_do():
+    op = hg.operators.function(lambda v: 2 * v)
+    for b, x0 in ((torch.ones(3, dtype=torch.complex128), None), (torch.ones(3), torch.ones(3, dtype=torch.complex64))):
+        with pytest.raises(TypeError, match=r"must be a floating point tensor, got .*complex.*torch\.view_as_real"):
+            S.GMRES()(op, b, x0)

@@ -112,3 +112,113 @@ def test_refinement_reaches_the_tolerance_where_the_recursion_alone_does_not():
         agree(solution.value[2], alone.value, 1e-9)
     once = S.MINRES(max_steps=73)(hard.operator(), hard.rhs())
     assert once.residual_norm > 1e-9 * once.rhs_norm  # so the refinement was needed
+
+
+def inconsistent(condition: float, tail: float, signs: bool, seed: int, dtype: torch.dtype = torch.float64) -> System:
+    """Five zero eigenvalues among 50, and the part `tail` of b in their space, which is the least residual."""
+    rng = np.random.default_rng(seed)
+    values = np.r_[np.zeros(5), logspace(condition, 45) * (rng.choice([-1, 1], 45) if signs else 1)]
+    a = with_spectrum(values, seed)
+    vectors = np.linalg.eigh(a)[1]
+    null = vectors[:, np.argsort(abs(np.linalg.eigvalsh(a)))[:5]]
+    b = rng.standard_normal(50)
+    inside = null @ (null.T @ b)
+    b = (b - inside) / norm(b - inside) + tail * inside / norm(inside)
+    return System("", a, b)
+
+
+@pytest.mark.parametrize("steps", [100, 200, 500, 1000])
+@pytest.mark.parametrize("tail", [1.0, 0.002])
+@pytest.mark.parametrize("signs", [False, True])
+@pytest.mark.parametrize("condition", [1e1, 1e3])
+def test_minres_ends_at_the_least_residual_of_an_inconsistent_system(condition, signs, tail, steps):
+    """What it keeps of rounding in the null space must not show, however many steps are allowed."""
+    systems = [inconsistent(condition, tail, signs, seed) for seed in range(3)]
+    together = System("", np.stack([s.a for s in systems]), np.stack([s.b for s in systems]))
+    due = steps >= (100 if not signs else 200)
+    for options in ({"rtol": 1e-10, "max_steps": steps}, {"max_steps": steps}):
+        solution = S.MINRES(on_failure="ignore", **options)(together.operator(), together.rhs())
+        for i, system in enumerate(systems):
+            alone = S.MINRES(on_failure="ignore", **options)(system.operator(), system.rhs())
+            for value in (alone.value, solution.value[i]):
+                residual = system.residuals(value.numpy())[0]
+                assert residual <= tail * (1 + 1e-6) or not due
+                assert residual <= norm(system.b)
+            if due and "rtol" in options:
+                assert alone.status is Status.STAGNATED
+
+
+def test_minres_in_float32_ends_near_the_least_residual():
+    for seed in range(4):
+        system = inconsistent(10.0, 0.1, bool(seed % 2), seed)
+        solution = S.MINRES(rtol=1e-6, max_steps=1000, on_failure="ignore")(
+            system.operator(dtype=torch.float32), system.rhs(torch.float32)
+        )
+        assert system.residuals(solution.value.double().numpy())[0] <= 0.1 * (1 + 1e-3)
+
+
+def test_a_start_at_a_least_squares_solution_is_kept():
+    for seed in range(5):
+        system = inconsistent(1e3, 0.5, True, seed)
+        for make in (S.MINRES, S.GMRES):
+            solution = make(rtol=1e-10, on_failure="ignore")(
+                system.operator(), system.rhs(), torch.tensor(system.solutions[0])
+            )
+            assert solution.status is Status.STAGNATED and solution.steps <= 40
+            assert system.residuals(solution.value.numpy())[0] <= 0.5 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"max_steps": 20}, {"max_steps": 60}])
+def test_cg_on_a_semidefinite_inconsistent_system_is_no_worse_than_none(options, dtype, batched):
+    """Rows that b alone has, and 20 unknowns from 10 samples: no NaN, no large number under a good status."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((10, 20)) if seed % 2 else rng.standard_normal((30, 20)) * (np.arange(20) < 16)
+        system = System("", x.T @ x / len(x), rng.standard_normal(20))
+        system = system.stacked() if batched else system
+        solution = S.CG(on_failure="ignore", **options)(system.operator("symmetric", dtype), system.rhs(dtype))
+        assert solution.status in (Status.NOT_POSITIVE_DEFINITE, Status.DIVERGED)
+        assert system.residuals(solution.value.double().numpy())[0] <= norm(system.sides[0]) * (1 + 1e-5)
+
+
+def test_k_steps_of_cg_on_a_definite_system_are_those_of_the_textbook_though_the_residual_is_larger_than_b():
+    system = System("", with_spectrum(logspace(1e5, 40), 2), side(40))
+    for steps in (3, 8):
+        solution = S.CG(max_steps=steps, on_failure="ignore")(system.operator(), system.rhs())
+        assert solution.status is Status.DIVERGED and solution.relative_residual > 1
+        v = krylov(system.a, system.b, steps)
+        agree(solution.value, v @ np.linalg.solve(v.T @ system.a @ v, v.T @ system.b), 1e-8)
+        assert "growing" not in solution.message or float(solution.growth_rate) > 1
+
+
+@pytest.mark.parametrize("preconditioner", [None, lambda r: DIAGONAL[:20] * r], ids=["plain", "preconditioned"])
+@pytest.mark.parametrize("gamma", [0.0, 0.01])
+def test_curvature_is_the_least_quotient_met(gamma, preconditioner):
+    """It lies between the least eigenvalue (of A without damping) and 0, and the message names a damping above it."""
+    system = GRID["symmetric indefinite"]
+    solution = S.CG(damping=gamma, preconditioner=preconditioner, on_failure="ignore")(system.operator(), system.rhs())
+    curvature, least = float(solution.curvature), np.linalg.eigvalsh(system.a)[0]
+    assert solution.status is Status.NOT_POSITIVE_DEFINITE and least <= curvature < 0
+    assert f"xᵀAx / xᵀx = {curvature:.3g} (it takes damping={-1.2 * curvature:.2g} at least)" in solution.message
+    assert "GaussNewton" in solution.message
+    if preconditioner is None and not gamma:  # the first direction is b
+        first = S.CG(max_steps=1)(GRID["spd 10"].operator(), GRID["spd 10"].rhs())
+        b = GRID["spd 10"].b
+        agree(first.curvature, b @ GRID["spd 10"].a @ b / (b @ b), 1e-12)
+
+
+@pytest.mark.parametrize("make", [S.CG, S.MINRES, S.BlockCG])
+def test_products_that_are_drawn_anew_are_not_compared(make):
+    draw = torch.Generator().manual_seed(0)
+
+    def product(v):
+        noise = torch.randn(5, 5, generator=draw, dtype=v.space.dtype)
+        return v.space.pack([v.leaves[0] * 2 + 0.1 * (noise + noise.T) @ v.leaves[0]])
+
+    b = torch.ones(5, dtype=torch.float64)
+    for stochastic, status in ((False, Status.NOT_SYMMETRIC), (True, Status.COMPLETED)):
+        op = hg.operators.LinearOperator(product, symmetric=True, stochastic=stochastic)
+        assert op.damped(0.5).stochastic is stochastic and op.stacked().stochastic is stochastic
+        assert make(max_steps=3, on_failure="ignore")(op, b).status is status

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .._basis import Basis
-from .._scalar import where
+from .._scalar import anywhere, where
 from .._solution import Status
 from .._vector import Vector
 from ..operators import LinearOperator
@@ -55,12 +55,12 @@ class Auto(IterativeSolver):
         method, why = self._first(system)
         outcome = method._iterate(system)
         while system.goal is not None:
-            last = torch.as_tensor(outcome.trace[-1])
+            last = system.b.space.tensor(outcome.trace[-1])
             code = torch.as_tensor(0 if outcome.code is None else outcome.code, device=last.device)
             if not isinstance(method, Dense):
-                code = event(code, last >= torch.as_tensor(system.rhs_norm), Status.DIVERGED)
+                code = event(code, last >= system.rhs_norm, Status.DIVERGED)
             again = (code > 0) & ~(last <= system.stop)  # where the last is NaN too
-            worst = Status(int(torch.where(again, code, 0).max()))
+            worst = Status(int((code * again).max()))
             following = self._after(method, worst, outcome, system)
             if following is None:
                 break
@@ -108,8 +108,8 @@ def _is_negative(outcome: Outcome) -> bool:
     """Whether CG met a curvature that is negative beyond rounding, for any system."""
     if outcome.curvature is None or outcome.steepest is None:
         return False
-    rounding = outcome.x.space.eps**0.75 * torch.as_tensor(outcome.steepest).abs()
-    return bool((torch.as_tensor(outcome.curvature) < -rounding).any())
+    rounding = outcome.x.space.eps**0.75 * abs(outcome.steepest)
+    return anywhere(outcome.curvature < -rounding)
 
 
 def least_eigenvalue(op: LinearOperator, b: Vector, steps: int = LANCZOS_STEPS) -> torch.Tensor:

@@ -245,9 +245,12 @@ def _run(solver: LinearSolver, op: LinearOperator, b: Vector, start: Any, last_p
     op, space = op.damped(solver.damping), b.space
     scale, rhs_norm = _scaled(b)
     system = _system(solver, op, b, start / scale if isinstance(start, Vector) else None, scale, rhs_norm)
-    if keeps_starts(start) and space.length:
-        system.x0, system.residual = start.start(op, b) or (None, None)
-    outcome = solver._iterate(system) if space.length else Outcome(b, space.scalar(0.0)[None], 0)
+    if not space.length or 0 in space.batch_shape:  # nothing to solve for
+        outcome = Outcome(b, space.scalar(0.0)[None], 0)
+    else:
+        if keeps_starts(start):
+            system.x0, system.residual = start.start(op, b) or (None, None)
+        outcome = solver._iterate(system)
     outcome, x, residual, code = _verified(solver, system, outcome, last_product)
     trace = space.tensor(outcome.trace)
     solution = Solution(
@@ -309,6 +312,7 @@ def _give_up(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
     """
     if outcome.code is None:
         return residual
+    residual = system.number(residual)
     worse = (residual >= system.rhs_norm) & (residual < math.inf)
     given_up = (system.number(outcome.code) > Status.DIVERGED.value) & worse
     if isinstance(given_up, Tensor):

@@ -129,8 +129,9 @@ class MINRES(IterativeSolver):
     """Minimal residuals for a symmetric A, which may be indefinite or singular.
 
     Lanczos vectors v (and z = M⁻¹v), one Givens rotation (c, s) a step, ‖r‖ = |η| never grows. A step that would gain
-    less than its rounding, c² |η| ≤ 10 eps ‖A‖ |cη| ‖w‖, is left out. Ten of them in succession end it as STAGNATED, and
-    so does a space that A takes into itself: on an inconsistent singular system at a least-squares solution.
+    less than its rounding, c² |η| ≤ 10 eps ‖A‖ |cη| ‖w‖, is left out. It ends as STAGNATED after ten of
+    them in succession, or where A takes the space into itself: on an inconsistent singular system at a least-squares
+    solution.
 
     Args:
         preconditioner: r ↦ M⁻¹r, symmetric positive definite, as in CG.
