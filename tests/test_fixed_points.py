@@ -1,5 +1,9 @@
 """Forward solvers of w = Φ(w) against independent solutions: values, statuses, counts, batches, configuration."""
 
+import dataclasses
+from collections import OrderedDict
+from functools import cache
+
 import numpy as np
 import optree
 import pytest
@@ -431,3 +435,222 @@ def test_the_users_tensors_and_graphs_are_left_alone(name):
     assert not start.detach().any() and torch.equal(h.detach(), CASE.hparams)
     solution.value.add_(1.0)  # in memory of its own
     assert not start.detach().any()
+
+
+# --- scale ------------------------------------------------------------------------------------------------------------
+
+SCALES = [(torch.float32, 1e-30), (torch.float32, 1e-24), (torch.float32, 1e25), (torch.float32, 1e34)]
+SCALES += [(torch.float64, 1e-200), (torch.float64, 1e-290), (torch.float64, 1e200), (torch.bfloat16, 1e-30)]
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=str)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_map_at_any_scale_is_solved_as_at_scale_one(name, dtype, scale, batch_dims):
+    """Squares of its numbers leave the range of the dtype."""
+    m, c, truth = affine(6, 0.6)
+    c, m, shape = c.expand(3, -1) if batch_dims else c, m.to(dtype), (3, 6) if batch_dims else (6,)
+    shift = (c * scale).to(dtype)
+    options = {"rtol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4}
+    solution = SOLVERS[name](batch_dims=batch_dims, max_steps=400, **options)(
+        lambda w, c: w @ m.T + c, torch.zeros(shape, dtype=dtype), shift
+    )
+    assert solution.ok and solution.steps > 0
+    assert rel(solution.value.double() / scale, truth.expand(shape)) < (0.2 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_samples_of_very_different_scale(name):
+    m, c, truth = affine(6, 0.6)
+    scales = torch.tensor([1e-30, 1.0, 1e25], dtype=torch.float64)[:, None]
+    shift = (c * scales).float()
+    solution = SOLVERS[name](batch_dims=1, rtol=1e-4, max_steps=400)(
+        lambda w, c: w @ m.float().T + c, torch.zeros(3, 6), shift
+    )
+    assert solution.ok
+    for i in range(3):
+        assert rel(solution.value[i].double() / scales[i], truth) < 1e-3
+
+
+# --- proximal steps ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def proximal(kind: str, seed: int) -> tuple:
+    """A proximal gradient step on least squares with 3, 6 or 12 rows for 6 unknowns, and its fixed point."""
+    rng = np.random.default_rng(seed)
+    rows = (3, 6, 12)[seed % 3]
+    x, y = torch.from_numpy(rng.standard_normal((rows, 6))), torch.from_numpy(rng.standard_normal(rows))
+    step = 1 / torch.linalg.matrix_norm(x, 2) ** 2
+    strength = 0.3 * (x.T @ y).abs().max()
+
+    def project(u: Tensor) -> Tensor:
+        if kind == "soft thresholding":
+            return u.sign() * torch.clamp_min(u.abs() - (step * strength).to(u.dtype), 0)
+        if kind == "box":
+            return u.clamp(-0.1, 0.1)
+        if kind == "non-negative":
+            return u.clamp_min(0)
+        return u / torch.clamp_min(u.norm(), 0.3) * 0.3  # a ball
+
+    def phi(w: Tensor) -> Tensor:
+        a, b = x.to(w.dtype), y.to(w.dtype)
+        return project(w - step.to(w.dtype) * (a.T @ (a @ w - b)))
+
+    truth = torch.zeros(6).double()
+    for _ in range(3_000):
+        truth = phi(truth)
+    return phi, truth
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["soft thresholding", "box", "non-negative", "ball"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_proximal_map_never_counts_as_solved_far_away(name, kind, dtype):
+    """Where Φ(w) − w rounds to 0 at |w| = 1e16, and ‖Φ(w) − w‖ ≤ rtol ‖Φ(w)‖ holds by growth alone."""
+    for seed in range(6):
+        phi, truth = proximal(kind, seed)
+        start = torch.zeros(6, dtype=dtype)
+        solution = SOLVERS[name](max_steps=200, rtol=1e-6 if dtype == torch.float64 else 1e-4, **QUIET)(phi, start)
+        assert solution.value.norm() < 20 * (truth.norm() + 0.1)
+        if solution.ok and seed % 3:  # elsewhere the fixed point is not unique, or ill-conditioned
+            assert rel(solution.value, truth) < 0.05
+        if name.startswith("Anderson") and kind != "soft thresholding":
+            assert solution.ok
+
+
+@pytest.mark.parametrize("seed", [0, 3, 9, 12, 15])
+def test_anderson_solves_soft_thresholding(seed):
+    phi, truth = proximal("soft thresholding", seed)
+    solution = FP.Anderson(rtol=1e-9, max_steps=3000)(phi, torch.zeros(6).double())
+    assert solution.ok and rel(solution.value, truth) < 1e-3
+
+
+# --- containers -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Unregistered:
+    w: Tensor
+
+
+def tangled(w):
+    """Two leaves of one shape, so that an exchange would not be noticed by shapes."""
+    return {"b": 0.5 * w["b"] + w["a"] / 4 + 1, "a": 0.25 * w["a"] - 2}
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_mappings_are_matched_by_key(name, batch_dims):
+    zeros = torch.zeros(2, 1).double()
+    truth = {"a": double([[-8 / 3], [-8 / 3]]), "b": double([[2 / 3], [2 / 3]])}
+    for start in ({"b": zeros, "a": zeros}, OrderedDict(b=zeros, a=zeros), OrderedDict(a=zeros, b=zeros)):
+        for kind in (dict, OrderedDict, lambda new: OrderedDict(reversed(new.items()))):
+            phi = lambda w, kind=kind: kind(tangled(w))  # noqa: E731
+            solution = SOLVERS[name](rtol=1e-12, max_steps=500, batch_dims=batch_dims)(phi, start)
+            assert type(solution.value) is type(start)
+            assert all(rel(solution.value[key], truth[key]) < 1e-9 for key in truth)
+
+
+def test_an_unregistered_dataclass_is_named():
+    w = torch.ones(2)
+    with pytest.raises(TypeError, match="start holds a dataclass Unregistered, which is not registered"):
+        FP.Picard()(lambda w: w, Unregistered(w))
+    with pytest.raises(TypeError, match="the value of the fixed point map holds a dataclass Unregistered"):
+        FP.Picard()(lambda w: Unregistered(w), w)
+
+
+# --- torch.func, maps that differentiate, empty -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"rtol": 1e-11, "max_steps": 400}, {"max_steps": 6}, {}], ids=str)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_vmap_is_one_solve_of_all_entries(name, options):
+    h, _ = batch()
+    start = torch.zeros(12).double()
+    if name == "Newton":
+        options = options | {"solver": S.Dense(on_failure="ignore")}
+    together = SOLVERS[name](batch_dims=1, trace=True, **options)(batched_phi, start.expand(4, -1), h)
+    seen = []
+
+    def solve(h: Tensor) -> tuple[Tensor, ...]:
+        solution = SOLVERS[name](trace=True, **options)(CASE.user, start, h)
+        seen.append(solution.steps)
+        return solution.value, solution.residual_norm, solution.rhs_norm, solution.code, solution.trace
+
+    value, _, rhs_norm, code, trace = torch.func.vmap(solve, out_dims=(0, 0, 0, 0, 1))(h)
+    assert seen == [together.steps] and torch.equal(code, together.code)
+    assert rel(value, together.value) < 1e-12 and rel(rhs_norm, together.rhs_norm) < 1e-12
+    assert trace.shape == together.trace.shape
+    twice = torch.func.vmap(torch.func.vmap(solve, out_dims=(0, 0, 0, 0, 1)), out_dims=(0, 0, 0, 0, 1))(
+        h.reshape(2, 2, -1)
+    )
+    assert rel(twice[0].reshape(4, -1), together.value) < 1e-12
+    columns = torch.func.vmap(lambda h: solve(h)[0], in_dims=1)(h.T)
+    assert rel(columns, together.value) < 1e-12
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.func.jacrev, torch.func.hessian])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solve_under_a_transform_is_a_constant(name, transform):
+    seen = []
+
+    def f(h: Tensor) -> Tensor:
+        solution = SOLVERS[name](rtol=1e-11, max_steps=400)(CASE.user, torch.zeros(12).double(), h)
+        assert solution.ok and solution.status is Status.CONVERGED
+        seen.append(solution.value)
+        return (h.sin() * solution.value.sum()).sum()
+
+    got = transform(f)(CASE.hparams)
+    total = CASE.solution.sum()
+    truth = transform(lambda h: (h.sin() * total).sum())(CASE.hparams)
+    assert rel(got, truth) < 1e-9
+
+
+def test_a_mapped_tensor_that_was_not_passed():
+    with pytest.raises(ValueError, match="pass it in hparams"):
+        torch.func.vmap(lambda c: FP.Picard()(lambda w: 0.5 * w + c, torch.zeros(2)).value)(torch.ones(3))
+    # one that a gradient is taken in may be used
+    f = lambda c: c * FP.Picard(rtol=1e-12)(lambda w: 0.5 * w + c, torch.zeros(()).double()).value  # noqa: E731
+    assert abs(torch.func.grad(f)(torch.tensor(3.0).double()) - 6.0) < 1e-9
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("container", [lambda w: w, lambda w: {"w": w}])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_map_that_takes_a_gradient_itself(name, container, batch_dims):
+    m, c, _ = affine(6, 0.6)
+    a, c = m @ m.T + torch.eye(6).double(), c.expand(3, -1)
+    truth = torch.from_numpy(np.linalg.solve(a.numpy(), c.numpy().T).T.copy())
+
+    def phi(w):
+        w = w if isinstance(w, Tensor) else w["w"]
+        (slope,) = torch.autograd.grad((0.5 * (w @ a) * w - c * w).sum(), w, create_graph=True)
+        return container(w - 0.5 * slope)
+
+    solution = SOLVERS[name](rtol=1e-11, max_steps=500, batch_dims=batch_dims)(
+        phi, container(torch.zeros(3, 6).double())
+    )
+    value = solution.value if isinstance(solution.value, Tensor) else solution.value["w"]
+    assert rel(value, truth) < 1e-9 and not value.requires_grad
+    each = torch.func.vmap(
+        lambda c: SOLVERS[name](rtol=1e-11, max_steps=500)(energy_step(a), torch.zeros(6).double(), c).value
+    )
+    assert rel(each(c), truth) < 1e-9
+
+
+def energy_step(a: Tensor):
+    def phi(w: Tensor, c: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(0.5 * (w @ a) @ w - c @ w, w, create_graph=True)
+        return w - 0.5 * slope
+
+    return phi
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps": 3}, {"atol": 1e-3}], ids=str)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_empty_starts(name, options):
+    for shape, batch_dims in (((0, 6), 1), ((0, 6), 0), ((3, 0), 1), ((0,), 0)):
+        solution = SOLVERS[name](batch_dims=batch_dims, **options)(lambda w: 0.5 * w, torch.zeros(shape).double())
+        assert solution.ok and solution.value.shape == shape
+        assert solution.code.shape == ((shape[0],) if batch_dims else ())

@@ -12,13 +12,7 @@ from ._structure import Structure
 
 @dataclass(frozen=True)
 class SolverChoice:
-    """What theory says of one solver on one system.
-
-    Attributes:
-        solver: its name in hg.solvers.
-        products: with A and Aᵀ, for the accuracy asked for, at most; None where no bound is known.
-        against: why it does not apply; None where it does.
-    """
+    """The name of a solver, the products that it needs (None: no bound is known), and why it does not apply, if so."""
 
     solver: str
     products: float | None
@@ -32,14 +26,9 @@ class SolverChoice:
 def solver_choice(structure: Structure, rtol: float = 1e-6) -> tuple[SolverChoice, ...]:
     """For each solver of hg.solvers, with its default options, whether it applies to a system, and at what cost.
 
-    By `valid_for` and `products_needed` of the solvers, which name the bounds. κ and ‖I − A‖ are those of the
-    Structure: unless it is `exact` they may be larger in truth, and so may the numbers of products.
+    By `valid_for` and `products_needed` of the solvers, which name the bounds; unless the structure is `exact`, more
+    products may be needed. The valid ones come first, by their products.
 
-    Args:
-        structure: of A.
-        rtol: in (0, 1), the accuracy.
-
-    Returns: a tuple of SolverChoice: the valid ones first, by their products.
     Raises: ValueError for an rtol outside (0, 1).
 
     Example:

@@ -103,7 +103,6 @@ def estimate(
     first_problem, space = systems.problem, systems.problem.space
     given, w = first_problem.vector_of(grads, "the hypergradient"), first_problem.point
     v = systems.adjoint() if adjoint is None else space.vector(adjoint, "the adjoint")
-    b, outer_value = norm(first_problem.b), float(first_problem.outer_value.detach())
     first = systems.correct(v)
     damping = _damping(first.adjoint_residual, v, solved)
     r_v = first.adjoint_residual - v * damping
@@ -120,7 +119,7 @@ def estimate(
         distance=ratio(norm(moved - w), norm(moved)),
         damping=damping,
         adjoint_residual=norm(r_v),
-        adjoint_relative_residual=ratio(norm(r_v), b),
+        adjoint_relative_residual=ratio(norm(r_v), norm(first_problem.b)),
         adjoint_norm=norm(v),
         hypergradient_norm=norm(given),
         mismatch=norm(first.hypergradient - given),
@@ -133,7 +132,7 @@ def estimate(
         settled=end.settled,
         newton_steps=end.steps,
         status=end.status,
-        outer_value=outer_value,
+        outer_value=float(first_problem.outer_value.detach()),
         corrected_value=float(end.last.value),
         corrected_norm=size,
         corrected=first_problem.tree_of(end.last.corrected.leaves),

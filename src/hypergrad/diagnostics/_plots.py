@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, RED, GREY = "#3b6fb6", "#d9822b", "#3d8f5f", "#b5403c", "#777777"
 WIDTH, LINE = 8.27, 0.165  # of a page, and the height of a line of its text, in inches
 TEXT: dict[str, Any] = {"fontsize": 8.2, "va": "top", "linespacing": 1.35}
-MARKERS = 12  # on a curve
 
 
 def _figure(size: tuple[float, float]) -> Figure:
@@ -30,13 +28,13 @@ def _figure(size: tuple[float, float]) -> Figure:
     return Figure(figsize=size, layout="constrained")
 
 
-def _finish(axes: Axes, heading: str = "", **legend: Any) -> None:
+def _finish(axes: Axes, heading: str = "", legend: bool = True) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.set_title(heading, fontsize=10)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8, **legend)
+    if legend:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def plot_convergence(curves: Mapping[str, Any], *, tolerance: float | None = None, xlabel: str = "step") -> Figure:
@@ -64,14 +62,12 @@ def plot_convergence(curves: Mapping[str, Any], *, tolerance: float | None = Non
 def _convergence(axes: Axes, curves: Mapping[str, Any], tolerance: float | None, xlabel: str) -> None:
     if not curves:
         raise ValueError("no curve to plot")
-    colours = (BLUE, ORANGE, GREEN, RED, GREY)
-    for i, (label, given) in enumerate(curves.items()):
+    for label, given in curves.items():
         pairs = [(x, y) for x, y in _points(label, given) if 0 < y < math.inf]
         xs, ys = ([pair[k] for pair in pairs] for k in (0, 1))
-        every = max(1, len(xs) // MARKERS)
-        axes.semilogy(xs, ys, color=colours[i % 5], marker="os^Dv"[i % 5], markevery=every, ms=4, lw=1.6, label=label)
+        axes.semilogy(xs, ys, marker="o", markevery=max(1, len(xs) // 12), ms=4, lw=1.6, label=label)
     if tolerance:
-        axes.axhline(tolerance, color=GREY, lw=1, ls="--", label=f"tolerance {tolerance:.0e}")
+        axes.axhline(tolerance, color="grey", lw=1, ls="--", label=f"tolerance {tolerance:.0e}")
     axes.set_xlabel(xlabel)
     _finish(axes)
 
@@ -110,46 +106,43 @@ def plot_spectrum(structure: Structure) -> Figure:
 
 def _spectrum(axes: Axes, s: Structure) -> None:
     seen = f"all {s.n} eigenvalues" if s.exact else f"{s.steps} Ritz values, n = {s.n}"
-    about = f"condition number {'' if s.exact else '≥ '}{s.condition:.3g}"
+    at_least = "" if s.exact else "≥ "
     if s.symmetric:
         values = [float(x.real) for x in s.eigenvalues]
         signs = [(x > s.tolerance) - (x < -s.tolerance) for x in values]
         counts = ((1, "positive"), (0, "zero to rounding"), (-1, "negative"))
         label = ", ".join(f"{name}: {signs.count(sign)}" for sign, name in counts if sign in signs)
-        steps, style = list(range(1, len(values) + 1)), {"fmt": "o", "ms": 4, "elinewidth": 1, "color": BLUE}
-        axes.errorbar(steps, values, yerr=s.eigenvalue_errors, label=label, **style)
+        axes.errorbar(range(1, len(values) + 1), values, yerr=s.eigenvalue_errors, fmt="o", ms=4, label=label)
         least = min((abs(x) for x in values if abs(x) > s.tolerance), default=1.0)
-        scale = {"value": "log", "nonpositive": "clip"} if min(signs) > 0 else {"value": "symlog", "linthresh": least}
-        axes.set_yscale(**scale)
+        axes.set_yscale("symlog", linthresh=least)
         axes.set_xlabel("in rising order")
     else:
         turn = [2 * math.pi * i / 200 for i in range(201)]
-        axes.plot([math.cos(t) for t in turn], [math.sin(t) for t in turn], color=BLUE, lw=1, label="unit circle")
+        axes.plot([math.cos(t) for t in turn], [math.sin(t) for t in turn], lw=1, label="unit circle")
         values = [1 - x for x in s.eigenvalues]
-        label = f"ρ = {s.radius:.4g}, norm {'' if s.exact else '≥ '}{s.contraction[0]:.4g}"
-        axes.plot([x.real for x in values], [x.imag for x in values], "o", ms=4, color=ORANGE, label=label)
+        label = f"ρ = {s.radius:.4g}, norm {at_least}{s.contraction[0]:.4g}"
+        axes.plot([x.real for x in values], [x.imag for x in values], "o", ms=4, label=label)
         axes.set_aspect("equal")
-    _finish(axes, f"{'A' if s.symmetric else 'I − A'}: {seen}", title=about, title_fontsize=8)
+    _finish(axes, f"{'A' if s.symmetric else 'I − A'}: {seen}, condition number {at_least}{s.condition:.3g}")
 
 
 def _norms(axes: Axes, report: Report) -> None:
     """Where the error comes from, beside the hypergradient itself."""
     e = report.estimate
-    bars = [("by the adjoint residual", e.from_adjoint, GREEN), ("by the inner residual", e.from_inner, ORANGE)]
-    bars += [("estimated error", e.error, RED), ("given hypergradient", e.hypergradient_norm, GREY)]
-    bars += [("corrected hypergradient", e.corrected_norm, BLUE)]
-    sizes = [size if math.isfinite(size) else 0.0 for _, size, _ in bars]
-    floor = 1e-17 * max([*sizes, 1e-300])
-    for i, ((_, true, colour), size) in enumerate(zip(bars, sizes, strict=True)):
-        axes.plot([floor / 3, max(size, floor)], [i, i], color=colour, lw=1.5, alpha=0.5)
-        axes.plot([max(size, floor)], [i], "o", ms=8, color=colour)
-        at = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-        axes.annotate(f"{true:.2g}", (max(size, floor), i), **at)
+    norms = {
+        "by the adjoint residual": e.from_adjoint,
+        "by the inner residual": e.from_inner,
+        "estimated error": e.error,
+        "given hypergradient": e.hypergradient_norm,
+        "corrected hypergradient": e.corrected_norm,
+    }
+    sizes = [size if math.isfinite(size) else 0.0 for size in norms.values()]
+    least = 1e-17 * max([*sizes, 1e-300])
+    bars = axes.barh(list(norms), [max(size, least) for size in sizes], height=0.4)
+    axes.bar_label(bars, [f" {size:.2g}" for size in norms.values()], fontsize=8)
     axes.set_xscale("log")
-    axes.locator_params(axis="x", numticks=4)
-    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
-    axes.set_xlim(floor / 3, 300 * max([*sizes, floor]))
-    _finish(axes, "norms")
+    axes.set_xlim(least, 1e4 * max([*sizes, least]))
+    _finish(axes, "norms", legend=False)
 
 
 def plot_report(
@@ -175,16 +168,12 @@ def plot_report(
         panels.append(lambda axes: _convergence(axes, curves, None, "step"))
     table = str(report).removesuffix("\n".join(f"- {line}" for line in report.advice)).rstrip()
     words = "\n".join(textwrap.fill(f"• {line}", 128, subsequent_indent="   ") for line in report.advice)
-    rows = math.ceil(len(panels) / 2)
-    heights = [0.5 + LINE * (table.count("\n") + 1), 2.9 * rows, 0.2 + LINE * (words.count("\n") + 1)]
+    heights = [0.5 + LINE * (table.count("\n") + 1), 2.6 * len(panels), 0.2 + LINE * (words.count("\n") + 1)]
     figure = _figure((WIDTH, sum(heights)))
     parts: Any = figure.subfigures(3, 1, height_ratios=heights)
-    top, middle, bottom = parts
-    top.text(0.02, 1 - 0.15 / heights[0], title, fontsize=14, fontweight="bold", va="top")
-    top.text(0.02, 1 - 0.5 / heights[0], table, family="monospace", **TEXT)
-    grid = middle.add_gridspec(rows, 2)
-    for i, draw in enumerate(panels):
-        alone = len(panels) % 2 and i == len(panels) - 1
-        draw(middle.add_subplot(grid[i // 2, :] if alone else grid[i // 2, i % 2]))
-    bottom.text(0.02, 1 - 0.05 / heights[2], words, **TEXT)
+    parts[0].text(0.02, 1 - 0.15 / heights[0], title, fontsize=14, fontweight="bold", va="top")
+    parts[0].text(0.02, 1 - 0.5 / heights[0], table, family="monospace", **TEXT)
+    for draw, axes in zip(panels, parts[1].subplots(len(panels), squeeze=False)[:, 0], strict=True):
+        draw(axes)
+    parts[2].text(0.02, 1 - 0.05 / heights[2], words, **TEXT)
     return figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -55,24 +55,13 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, texts, lists and dicts (no tensors), for a file; complex numbers as pairs."""
-        skipped = {"corrected", "params", "status"}
-        numbers = {f.name: getattr(self.estimate, f.name) for f in fields(self.estimate) if f.name not in skipped}
-        structure = None
+        found = asdict(replace(self, estimate=replace(self.estimate, corrected=None, params=None)))
+        numbers = found.pop("estimate") | {"status": self.estimate.status.name}
         if self.structure is not None:
-            structure = asdict(self.structure) | {"definiteness": self.structure.definiteness}
             pairs = [z if isinstance(z, float) else (z.real, z.imag) for z in self.structure.eigenvalues]
-            structure["eigenvalues"] = pairs
-        return numbers | {
-            "ok": self.ok,
-            "status": self.estimate.status.name,
-            "differences": None if self.differences is None else asdict(self.differences),
-            "structure": structure,
-            "solvers": None if self.structure is None else [asdict(each) for each in solver_choice(self.structure)],
-            "findings": [asdict(each) for each in self.findings],
-            "advice": list(self.advice),
-            "products": self.products,
-            "left_out": list(self.left_out),
-        }
+            found["structure"] |= {"eigenvalues": pairs, "definiteness": self.structure.definiteness}
+            found["solvers"] = [asdict(each) for each in solver_choice(self.structure)]
+        return numbers | found
 
     def __str__(self) -> str:
         rows = list(_rows(self))
@@ -215,7 +204,7 @@ def _report(
 
 def _structure(problem: Problem, budget: Budget) -> Structure | None:
     """The structure of A from a third of what may still be spent, at most; None where that does not suffice."""
-    steps = min(STEPS, (budget.left // 3 - 6) // (1 if problem.kind == "inner_loss" else 2))
+    steps = min(STEPS, budget.left // 3 - 6)
     if steps < 1:
         budget.left_out.append("the structure of A")
         return None

@@ -1,4 +1,4 @@
-"""Processes whose small numbers show what an operator is like: Arnoldi's, and powers."""
+"""Arnoldi's process, whose small matrix shows what an operator is like."""
 
 from __future__ import annotations
 
@@ -34,25 +34,6 @@ def arnoldi(product: Product, like: Vector, steps: int, generator: torch.Generat
         if j + 1 < like.space.length:
             basis[j + 1] = next_vector(w, norm, basis, j + 1, generator)
     return h
-
-
-def growth(product: Product, like: Vector, steps: int, generator: torch.Generator) -> Tensor:
-    """(‖Jᵏx‖ / ‖J^{k/2}x‖)^{2/k} for a random x: how fast powers of J grow, which tends to its spectral radius.
-
-    A complex pair makes ‖Jᵏx‖ swing; half of the steps average over that.
-
-    Cost: k products.
-    """
-    x = like.random(generator)
-    x = x / x.norm()
-    log, half = like.space.scalar(0.0), steps // 2
-    for k in range(steps):
-        x = product(x)
-        norm = x.norm()
-        x = x / torch.where(norm == 0, 1.0, norm)
-        if k >= half:
-            log = log + norm.log()
-    return (log / (steps - half)).exp()
 
 
 def orthogonalised(w: Vector, basis: Basis, count: int) -> tuple[Vector, Tensor, Tensor]:

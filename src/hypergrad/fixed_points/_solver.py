@@ -179,10 +179,10 @@ class FixedPointSolver(ABC):
         at = Iterate(w, phi(w)).measure()
         goal = Goal(space.rtol if default else self.rtol or 0.0, self.atol or 0.0, space.eps, at)
         best, going, guard = at, goal.unsolved(at), Guard(*self._patience, at) if self._patience else None
-        first = before = at.norm  # before: at the last power of two, to see growth by
+        first = before = at.merit  # before: at the last power of two, to see growth by
         trace, steps = [self._traced(at.norm)], 0
         while steps < most and (fixed or steps % every or bool(going.any())):
-            before = before if steps & (steps - 1) else at.norm
+            before = before if steps & (steps - 1) else at.merit
             new = propose(at) if fixed or guard is None else guard.next(propose, at, best, steps % every == 0)
             new = new if fixed or not self.batch_dims else new.where(going, at.w)
             steps += 1
@@ -194,8 +194,8 @@ class FixedPointSolver(ABC):
             going = going & goal.unsolved(at)
         failed = torch.zeros_like(best.norm, dtype=torch.bool) if fixed else goal.unsolved(best)
         code = torch.where(failed, Status.MAX_STEPS.value, (Status.COMPLETED if fixed else Status.CONVERGED).value)
-        grown = (at.norm > first) & (at.norm > before) & (steps > 1)
-        grown = grown & ~(at.norm <= 100 * space.eps * best.size)  # at rounding level nothing is growth
+        grown = (at.merit > first) & ((at.merit > before) | (at.size > goal.limit)) & (steps > 1)
+        grown = grown & ~(at.merit <= 100 * space.eps * best.size)  # at rounding level nothing is growth
         code = torch.where(grown & (failed | fixed), Status.DIVERGED.value, code)
         finite = torch.isfinite(best.norm) & (torch.isfinite(at.norm) | ~failed)
         code = torch.where(finite, code, Status.NON_FINITE.value)
