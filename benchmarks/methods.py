@@ -206,7 +206,7 @@ def layer(problem: Problem, forward_steps: int | None = None) -> Tensors:
         inject=lambda x: x @ b + c,
         start=lambda x: problem.params[0],
         forward=hg.fixed_points.Picard(max_steps=steps, on_failure="ignore"),
-        adjoint=hg.solvers.FixedPoint(max_steps=problem.steps, on_failure="ignore"),
+        backward=hg.solvers.FixedPoint(max_steps=problem.steps, on_failure="ignore"),
     )
     z = equilibrium(problem.data["x"])
     loss = problem.outer_loss([z], problem.hparams)

@@ -98,7 +98,7 @@ def equilibrium(data: Graph, adjacency: Tensor, config: Config) -> nn.Module:
         Cell(adjacency, config.states, config.radius),
         inject=nn.Linear(features, config.states),
         forward=hg.fixed_points.Anderson(rtol=config.rtol),
-        adjoint=hg.solvers.GMRES(rtol=config.rtol),
+        backward=hg.solvers.GMRES(rtol=config.rtol),
         batch_dims=0,  # the nodes are coupled: one system, not one for each row of Z
     )
     classifier = nn.Linear(config.states, classes)

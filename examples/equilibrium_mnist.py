@@ -73,7 +73,7 @@ class Model(nn.Module):
             Cell(states),
             inject=nn.Linear(pixels, states),
             forward=hg.fixed_points.Anderson(rtol=rtol, max_steps=200),
-            adjoint=hg.solvers.GMRES(rtol=rtol, restart=15),
+            backward=hg.solvers.GMRES(rtol=rtol, restart=15),
         )
         self.classifier = nn.Linear(states, 10)
         for parameter in self.parameters():

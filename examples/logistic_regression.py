@@ -81,7 +81,7 @@ class Problem:
         self.xt, self.yt = torch.from_numpy(xt), torch.from_numpy(yt.astype(float))
         self.config, self.features = config, features
         self.step = hg.GradientDescent(self.inner_loss, config.inner_lr)
-        self.solve = hg.implicit.solver(argmin=self.inner_loss, adjoint=hg.solvers.Dense())(self.newton)
+        self.solve = hg.implicit.solver(argmin=self.inner_loss, solver=hg.solvers.Dense())(self.newton)
 
     def inner_loss(self, params: Any, hparams: Any) -> Tensor:
         (w,), (lam,) = params, hparams

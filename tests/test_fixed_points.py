@@ -554,7 +554,7 @@ def test_mappings_are_matched_by_key(name, batch_dims):
 
 def test_an_unregistered_dataclass_is_named():
     w = torch.ones(2)
-    with pytest.raises(TypeError, match="start holds a dataclass Unregistered, which is not registered"):
+    with pytest.raises(TypeError, match="got Unregistered; register this dataclass"):
         FP.Picard()(lambda w: w, Unregistered(w))
     with pytest.raises(TypeError, match="the value of the fixed point map holds a dataclass Unregistered"):
         FP.Picard()(lambda w: Unregistered(w), w)

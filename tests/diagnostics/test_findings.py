@@ -10,8 +10,8 @@ from torch import nn
 
 import hypergrad as hg
 from helpers import nothing_changed, problem_at
+from hypergrad._modules import modules_of
 from hypergrad.diagnostics import findings
-from hypergrad.diagnostics._modules import modules_of
 from problems import PROBLEMS, elastic_net
 from systems import with_singular_values, with_spectrum
 from test_oracles import forms

@@ -250,7 +250,7 @@ def test_an_outer_loss_that_does_not_use_its_params(ridge, door):
             return ridge.outer(w, theta)
 
     for outer in (live, graphless, lambda w, theta: torch.tensor(1.0, dtype=torch.float64)):
-        with pytest.raises(ValueError, match="outer_loss d(oes not|epends neither)"):
+        with pytest.raises(ValueError, match=r"outer_loss d(oes not|epends neither)"):
             doors(outer, ridge.inner, params, ridge.theta)[door]()
     assert all(x.grad is None for x in (*params.values(), ridge.theta))
 

@@ -274,7 +274,7 @@ def test_as_the_warm_start_of_a_solution_map():
     steps = []
     for _ in range(3):
         outer, inner, w, lam, truth = ridge(0)
-        value = hg.implicit.argmin(inner, w, lam, adjoint=S.CG(rtol=1e-10), warm_start=recycled, info=info)
+        value = hg.implicit.argmin(inner, w, lam, solver=S.CG(rtol=1e-10), warm_start=recycled, info=info)
         (got,) = torch.autograd.grad(outer(value, lam), lam)
         torch.testing.assert_close(got, truth, rtol=1e-6, atol=1e-8 * float(truth.abs().max()))
         steps.append(info.solution.steps)

@@ -263,11 +263,11 @@ class Held:
 def test_an_unregistered_dataclass_is_named(run):
     lam = torch.ones(2, **DOUBLE, requires_grad=True)
     for start in (Held(lam.detach()), {"w": lam.detach(), "more": [Held(lam.detach())]}):
-        with pytest.raises(TypeError, match=r"start.* is a Held, a dataclass that is not registered as a pytree"):
+        with pytest.raises(TypeError, match="Held holds tensors and is no pytree"):
             run(lambda s, h: s, start, lam, lambda s, h: h.sum())
     with pytest.raises(TypeError, match="Held"):
         run(lambda s, h: s * h[0].w, lam.detach(), [Held(lam)], lambda s, h: s.sum())
-    with pytest.raises(ValueError, match="the 1 tensors that it gets: 0 in a Held"):
+    with pytest.raises(TypeError, match="Held holds tensors and is no pytree"):
         run(lambda s, h: Held(s * h), lam.detach(), lam, lambda s, h: s.sum())
 
 

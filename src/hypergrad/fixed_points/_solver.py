@@ -48,9 +48,9 @@ class Iterate:
 def _norm(v: Vector) -> Tensor:
     """‖v‖ of each system, also where squares leave the range of the dtype."""
     space, squared = v.space, v.dot(v)
-    if space.uniform and space.device.type == "cpu":  # where looking is free
-        if bool(((squared > space.tiny**0.5) & (squared < space.tiny**-0.5)).all()):
-            return squared.sqrt()
+    exact = (squared > space.tiny**0.5) & (squared < space.tiny**-0.5)
+    if space.uniform and space.device.type == "cpu" and bool(exact.all()):  # where reading is free
+        return squared.sqrt()
     scale = v.scale()
     return (v / scale).norm() * scale
 

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff
+from .._random import random_state_kept_on_error
 from .._scalar import ratio, read
 from .._solution import InaccurateHypergradient, Solution, SolverError, Status, warn
 from .._tree import PyTree
 from .._vector import Vector, norm
 from ..operators import GaussNewton, LinearOperator
 from ..solvers import Auto, LinearSolver, Solver, on_failure_of, solve
-from ._hypergradient import Hypergradient, result_of, undisturbed
+from ._hypergradient import Hypergradient, result_of
 from ._problem import Problem
 
 NEAR = 0.1  # relative distance from the inner solution up to which a first-order estimate is believed
@@ -147,7 +148,7 @@ def polish(result: Hypergradient, solver: Solver | None = None) -> Hypergradient
     """
     solver = Auto() if solver is None else solver
     problem = _again(result, "polish")
-    with undisturbed(problem):
+    with random_state_kept_on_error(problem.leaves), problem.hooks_suspended():
         problem.evaluate(keep=True)
         correction = correct(problem, problem.space.vector(result.adjoint, "result.adjoint"), solver)
     polished = replace(
@@ -212,7 +213,7 @@ def refine(
     rough = at_tolerance(solver, ROUGH)
     problem, start, updates = _again(result, "refine"), result.adjoint, 0
     while True:
-        with undisturbed(problem):
+        with random_state_kept_on_error(problem.leaves), problem.hooks_suspended():
             problem.evaluate(keep=True)
             solution = _adjoint_to(rtol, problem, solver, start)
             grads = problem.grads()
@@ -262,11 +263,11 @@ def newton_step(problem: Problem, step: Vector, halvings: int = 20) -> Problem |
 
     Cost: one evaluation of the inner problem for each t.
     """
-    size = read(norm(problem.residual))
+    size = norm(problem.residual)
     for k in range(halvings):
         better = problem.again(problem.with_params(problem.point + step * 0.5**k))
         better.linearisation = better.linearise()
-        if bool(torch.as_tensor(read(norm(better.residual)) < size).all()):
+        if bool(torch.as_tensor(norm(better.residual) < size).all()):
             return better
     return None
 

@@ -386,7 +386,9 @@ def adjoint(problem: Equation, leaves: Leaves, w_bar: Leaves, wanted: Sequence[i
     cross: list[Tensor] = []
 
     def last(v: Vector) -> Vector:
-        image, cross[:] = linearisation.vjp_both(v.leaves, retain_graph=False)
+        image, found = linearisation.vjp_both(v.leaves, retain_graph=False)
+        pairs = zip(found, wanted, strict=True)
+        cross[:] = [torch.zeros_like(leaves[i]) if x is None else x for x, i in pairs]
         return v - space.pack(image) if problem.fixed_point else space.pack(image)
 
     problem.run(linearisation, space.pack(list(w_bar)).copy(), last)

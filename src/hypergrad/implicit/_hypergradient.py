@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import optree
@@ -231,22 +230,28 @@ def grad(
     )
     solver = Auto() if solver is None else solver
     problem.expected_products = _fixed_steps(solver)
-    with undisturbed(problem) as hooked:
-        problem.evaluate()
-        operator = problem.operator()
-        solution = solve(solver, operator, problem.b, x0, problem.last_product)
-        grads = problem.grads()
-    result = result_of(problem, solution, _torch.with_hooks(problem.differentiated, grads, hooked))
-    on_failure = on_failure_of(solver)
-    solution.report("the adjoint system of the hypergradient", on_failure)
-    if on_failure != "ignore":
-        result.check_finite(on_failure)
-        if not problem.stochastic and not _warned_of_kink(problem, result):
-            # One draw's residual does not say whether the mean is solved.
-            result.warn_if_unsolved()
-            if solution.ok:
-                result.warn_if_inaccurate()
+    with random_state_kept_on_error(problem.leaves):
+        with problem.hooks_suspended() as hooked:
+            problem.evaluate()
+            operator = problem.operator()
+            solution = solve(solver, operator, problem.b, x0, problem.last_product)
+            grads = problem.grads()
+        result = result_of(problem, solution, _torch.with_hooks(problem.differentiated, grads, hooked))
+        _report(problem, result, on_failure_of(solver))
     return result
+
+
+def _report(problem: Problem, result: Hypergradient, on_failure: str) -> None:
+    """Warn of, or raise for, what makes a result doubtful."""
+    result.solution.report("the adjoint system of the hypergradient", on_failure)
+    if on_failure == "ignore":
+        return
+    result.check_finite(on_failure)
+    # One draw's residual does not say whether the mean is solved.
+    if not problem.stochastic and not _warned_of_kink(problem, result):
+        result.warn_if_unsolved()
+        if result.solution.ok:
+            result.warn_if_inaccurate()
 
 
 def backward(
@@ -304,22 +309,6 @@ def _fixed_steps(solver: Solver) -> int | None:
     if isinstance(solver, IterativeSolver) and solver.rtol is None and solver.atol is None:
         return solver.max_steps
     return None
-
-
-class undisturbed(ExitStack):
-    """While a hypergradient is taken, gradient hooks do not act, and an error leaves the random state as it was.
-
-    Entering gives the hparams that have hooks, and warns of params that have.
-    """
-
-    def __init__(self, problem: Problem):
-        super().__init__()
-        self.problem = problem
-
-    def __enter__(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.enter_context(random_state_kept_on_error(self.problem.leaves))
-        hooked = self.enter_context(_torch.hooks_suspended(self.problem.hooked))
-        return self.problem.split_hooked(hooked) if hooked else []
 
 
 def accumulate(hparams: PyTree, grads: PyTree) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _torch
+from .._random import random_state_kept_on_error
 from .._tree import PyTree
 from .._vector import Vector
 from ..solvers import GMRES, BlockCG, Recycled, Solver, on_failure_of, solve
-from ._hypergradient import Hypergradient, result_of, undisturbed
+from ._hypergradient import Hypergradient, result_of
 from ._problem import Problem
 
 
@@ -79,7 +80,7 @@ def jacobian(
         raise TypeError("jacobian takes all its products at one draw, so it has no Stochastic inner problem")
     if solver is None:
         solver = BlockCG() if problem.symmetric else GMRES()
-    with undisturbed(problem) as hooked:
+    with random_state_kept_on_error(problem.leaves), problem.hooks_suspended() as hooked:
         problem.evaluate(outer=_outer_gradients)
         solution = solve(solver, problem.operator().stacked(), problem.b, x0, partial(_last_product, problem))
         grads = problem.grads()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -80,7 +81,7 @@ class Problem:
         self._chosen = [given[i] for i in self._places]
         self.space = Space.of(given, names, rebuild, self.batch_dims, self._places)
         self.live = not (
-            callable(self.outer_loss or callable) and callable(self.inner)
+            (self.outer_loss is None or callable(self.outer_loss)) and callable(self.inner)
         )  # losses evaluated on the user's tensors
         if self.live and not trained:
             raise ValueError(f"{names[0]} does not require grad, so no evaluated loss has a derivative in it")
@@ -111,12 +112,16 @@ class Problem:
     def stochastic(self) -> bool:
         return isinstance(self.inner, Stochastic)
 
-    @property
-    def hooked(self) -> list[Tensor]:
-        """The user's tensors that are differentiated: their gradient hooks must not act on products."""
-        return [*self._chosen, *self._outer]
+    @contextmanager
+    def hooks_suspended(self) -> Iterator[list[Tensor]]:
+        """Gradient hooks of params and hparams do not act on products; gives the hparams that have one.
 
-    def split_hooked(self, hooked: Sequence[Tensor]) -> list[Tensor]:
+        Warns of hooks on params of evaluated losses: they are left out for good.
+        """
+        with _torch.hooks_suspended([*self._chosen, *self._outer]) as hooked:
+            yield self._hooked_hparams(hooked) if hooked else []
+
+    def _hooked_hparams(self, hooked: Sequence[Tensor]) -> list[Tensor]:
         """Of tensors with gradient hooks those of hparams; warns of those of params by name."""
         outer = {id(leaf) for leaf in self._outer}
         names = [name for name, leaf in zip(self._names, self._given, strict=True) if any(leaf is x for x in hooked)]

@@ -24,22 +24,24 @@ IDLE = 10  # steps of MINRES without a gain after which it has stagnated; in exa
 
 
 class SymmetryCheck:
-    """Whether xᵀ(Ay) ≠ yᵀ(Ax) for the first two vectors that a method multiplies: false for every symmetric A."""
+    """Whether yᵀ(Ax) ≠ xᵀ(Ay) for the first two vectors x and y that a method multiplies: false for every symmetric A."""
 
-    def __init__(self, system: System):
-        self.number, self.drawn_anew = system.number, system.op.stochastic
-        self.first: tuple[Vector, Vector] | None = None
+    def __init__(self, system: System, first: Vector):
+        self.number, self.drawn_anew, self.first = system.number, system.op.stochastic, first
+        self.pairing: tuple[Scalar, Scalar] | None = None
 
-    def fails(self, step: int, x: Vector, ax: Vector) -> Scalar:
-        """Take in the product of a step; whether it shows that A is not symmetric."""
-        if step > 1 or self.drawn_anew:
+    def take(self, step: int, y: Vector, ax: Vector) -> None:
+        """Take in y and the product Ax, after step 0; neither is kept."""
+        if step == 0 and not self.drawn_anew:
+            self.pairing = self.number(y.dot(ax)), norm(y, self.number) * norm(ax, self.number)
+
+    def fails(self, step: int, ay: Vector) -> Scalar:
+        """Whether Ay, the product of step 1, shows that A is not symmetric."""
+        if step != 1 or self.pairing is None:
             return False
-        if self.first is None:
-            self.first = x.copy(), ax.copy()
-            return False
-        (y, ay), self.first = self.first, None
-        sizes = norm(x, self.number) * norm(ay, self.number) + norm(y, self.number) * norm(ax, self.number)
-        return abs(self.number(x.dot(ay)) - self.number(y.dot(ax))) > x.space.eps**0.5 * sizes
+        value, size = self.pairing
+        size = size + norm(self.first, self.number) * norm(ay, self.number)
+        return abs(value - self.number(self.first.dot(ay))) > ay.space.eps**0.5 * size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +78,14 @@ class CG(IterativeSolver):
         p = z.copy()
         rz = number(r.dot(z))
         rr = rz if precondition is None else number(r.dot(r))
-        going, code, trace, curvatures, symmetry = rr > stop2, None, [rr], [], SymmetryCheck(system)
+        going, code, trace, curvatures = rr > stop2, None, [rr], []
+        symmetry = SymmetryCheck(system, system.b if precondition is None and system.x0 is None else p.copy())
         pp, steepest = rz, 0.0 * rz  # pp = pᵀMp: z and the last p are orthogonal in M
         for k in range(system.max_steps):
             if system.finished(k, going):
                 break
             ap = op(p)
-            code = event(code, going & symmetry.fails(k, p, ap), Status.NOT_SYMMETRIC)
+            code = event(code, going & symmetry.fails(k, ap), Status.NOT_SYMMETRIC)
             curvature = number(p.dot(ap))
             quotient = ratio(curvature, pp, going)
             curvatures.append(quotient if precondition is None else ratio(curvature, number(p.dot(p)), going))
@@ -101,6 +104,7 @@ class CG(IterativeSolver):
             beta = ratio(rz, old, going)
             pp = rz + beta * beta * pp
             p.scale_add_(beta, z)
+            symmetry.take(k, p, ap)
             del ap
         return Outcome(x, _roots(trace), len(trace) - 1, code, "", _least(curvatures), steepest)
 
@@ -154,13 +158,15 @@ class MINRES(IterativeSolver):
         gamma = v.dot(z).clamp_min(0).sqrt()
         eta, norm, rotation = gamma, r.norm(), Rotation(gamma)
         gamma_old, idle, code, trace, size = 1 + 0 * gamma, 0 * gamma, None, [norm], system.size(x, r)
-        going, symmetry = norm > system.stop, SymmetryCheck(system)
+        going, az, symmetry = norm > system.stop, v, None
         for k in range(system.max_steps):
             if system.finished(k, going):
                 break
             z = z * divide(1.0, gamma)
+            symmetry = symmetry or SymmetryCheck(system, z)
+            symmetry.take(k - 1, z, az)
             az = op(z)
-            code = event(code, going & symmetry.fails(k, z, az), Status.NOT_SYMMETRIC)
+            code = event(code, going & symmetry.fails(k, az), Status.NOT_SYMMETRIC)
             delta = az.dot(z)
             size = torch.maximum(size, az.norm() if precondition is None else divide(az.norm(), z.norm()))
             v_new = az - v * divide(delta, gamma)

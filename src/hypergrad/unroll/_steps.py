@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from operator import attrgetter
@@ -98,7 +97,6 @@ class Run:
         start = list(start) if isinstance(start, Iterator) else start
         self.leaves, spec = optree.tree_flatten(start)
         self.paths = Paths("start", spec)
-        _check_containers(self.leaves, self.paths)
         self.start, self.rebuild = split(start)
         if not any(map(is_continuous, self.start)):
             raise ValueError("start holds no floating point tensor")
@@ -384,13 +382,3 @@ def _batch_at(batches: Batches, steps: int) -> Callable[[int], Any] | None:
     if len(batches) < steps:
         raise ValueError(f"{steps} steps need as many batches, got {len(batches)}; batches may be a function of t")
     return batches.__getitem__
-
-
-def _check_containers(leaves: Sequence[Any], paths: Paths) -> None:
-    """TypeError for a dataclass that holds tensors and is no pytree."""
-    for i, x in enumerate(leaves):
-        if dataclasses.is_dataclass(x) and any(isinstance(y, Tensor) for y in getattr(x, "__dict__", {}).values()):
-            raise TypeError(
-                f"{paths[i]} is a {type(x).__name__}, a dataclass that is not registered as a pytree, so its tensors "
-                f"cannot be found: pass a dict of its fields, or register it by optree.register_pytree_node"
-            )
