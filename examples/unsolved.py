@@ -134,9 +134,9 @@ def published(problem: Problem, config: Config) -> tuple[dict[str, list[float]],
 # %% [markdown]
 # ## What the report says, and the remedy
 #
-# The report takes Newton steps from w until its estimate settles. Its remedy is to let `implicit.refine` do so as far as
-# the hypergradient needs. With such hypergradients L-BFGS-B goes on in log λ
-# from where the example ended, within the same bound λ ≥ 1e-8.
+# The report takes Newton steps from w until its estimate settles. Its remedy is to let `implicit.refine` do so as far
+# as the hypergradient needs. With such hypergradients L-BFGS-B goes on in log λ from where the example ended, within
+# the same bound λ ≥ 1e-8.
 
 
 # %%

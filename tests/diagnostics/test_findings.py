@@ -535,7 +535,8 @@ def test_an_l1_term_in_a_smooth_loss():
     for _ in range(2000):
         w = proximal(w, lam.detach())
     assert (w == 0).sum() == 2
-    result = hg.implicit.grad(outer, inner_loss=loss, params=w, hparams=lam, solver=hg.solvers.Dense())
+    with pytest.warns(hg.UnsolvedInnerProblem, match="an L1 term"):
+        result = hg.implicit.grad(outer, inner_loss=loss, params=w, hparams=lam, solver=hg.solvers.Dense())
     report = hg.diagnostics.check(result)
     assert [each.name for each in report.findings] == ["kink"] and "fp_map" in report.findings[0].message
     assert not report.ok and "kink" in report.verdict

@@ -66,12 +66,13 @@ def test_a_list_without_its_problem_is_an_error(keywords, message):
 
 def test_a_stochastic_problem_has_no_error_estimate():
     p = plain("logistic")
-    result = hypergradient(p, "fp_map", S.GMRES(max_steps=3), stochastic=True)
+    noisy = replace(p, fp_map=hg.operators.Stochastic(p.fp_map))
+    result = hypergradient(noisy, "fp_map", S.GMRES(max_steps=3))
     with pytest.raises(ValueError, match="drawn anew"):
         check(result)
-    for option in ({"polish": True}, {"hypergradient_rtol": 0.1}):
-        with pytest.raises(ValueError, match="drawn anew"):
-            hypergradient(p, "fp_map", S.GMRES(), stochastic=True, **option)
+    for call in (hg.implicit.polish, lambda result: hg.implicit.refine(result, 0.1)):
+        with pytest.raises(TypeError, match="one fixed problem, not a Stochastic"):
+            call(result)
 
 
 def test_a_problem_that_changed_without_a_trace_is_noticed():
@@ -91,6 +92,7 @@ def test_nan_is_said_and_nothing_is_estimated():
     json.dumps(report.to_dict())
 
 
+@pytest.mark.filterwarnings("ignore::hypergrad.InaccurateHypergradient")
 def test_the_report_is_a_table_that_ends_in_advice_and_a_dict_of_numbers():
     p = moved(plain("logistic"), 0.3)
     with pytest.warns(hg.UnsolvedInnerProblem):

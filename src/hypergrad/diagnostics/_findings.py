@@ -74,6 +74,10 @@ def findings(
     """
     require_real(params, "params")
     require_real(hparams, "hparams")
+    forms = {"inner_loss": inner_loss, "fp_map": fp_map, "residual": residual}
+    for name, given in (("outer_loss", outer_loss), *forms.items()):
+        if not callable(given) and (given is not None or name == "outer_loss"):
+            raise TypeError(f"{name} must be a callable of (params, hparams), got {type(given).__name__}")
     problem = Problem(
         outer_loss,
         params=params,
@@ -85,9 +89,6 @@ def findings(
         positive_definite=positive_definite,
         batch_dims=batch_dims,
     )
-    for name, given in (("outer_loss", outer_loss), (problem.kind, problem.inner)):
-        if not callable(given):
-            raise TypeError(f"{name} must be a callable of (params, hparams), got {type(given).__name__}")
     if structure is None:
         structure = structure_of(problem, generator=generator)
     return findings_of(problem, structure, generator)

@@ -221,6 +221,8 @@ def _problem(result: Any, given: dict[str, Any], inner: dict[str, Any], symmetri
         _check_known(result, [name for name in ("params", "hparams") if given[name] is None])
     before = {name: getattr(known or result, name, None) for name in given}
     forms = {kind: value for kind, value in inner.items() if value is not None}
+    if len(forms) > 1:
+        raise TypeError(f"pass exactly one of inner_loss, fp_map and residual; got {list(forms)}")
     if not forms and known is not None:
         forms = {known.kind: known.inner}
     parts = {name: before[name] if value is None else value for name, value in given.items()}

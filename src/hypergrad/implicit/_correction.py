@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _autodiff
 from .._random import random_state_kept_on_error
-from .._scalar import ratio, read
+from .._scalar import anywhere, ratio, read
 from .._solution import InaccurateHypergradient, Solution, SolverError, Status, warn
 from .._tree import PyTree
 from .._vector import Vector, norm
@@ -251,7 +251,7 @@ def _adjoint_to(rtol: float, problem: Problem, solver: LinearSolver, start: Any)
         inner = at_tolerance(solver, tolerance)
         solution = solve(inner, operator, problem.b.copy(), start, problem.last_product)
         h = outer.pack(problem.grads())
-        went = bool(torch.as_tensor(solution.steps).max() > 0)  # a stage without a step shows nothing
+        went = anywhere(solution.steps > 0)  # a stage without a step shows nothing
         settled = went and before is not None and bool((h - before).norm() <= rtol * h.norm())
         if settled or not solution.ok or tolerance <= 10 * problem.space.eps:
             return solution
@@ -267,7 +267,8 @@ def newton_step(problem: Problem, step: Vector, halvings: int = 20) -> Problem |
     for k in range(halvings):
         better = problem.again(problem.with_params(problem.point + step * 0.5**k))
         better.linearisation = better.linearise()
-        if bool(torch.as_tensor(norm(better.residual) < size).all()):
+        fell = norm(better.residual) < size
+        if bool(fell.all() if isinstance(fell, Tensor) else fell):
             return better
     return None
 

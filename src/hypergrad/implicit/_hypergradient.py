@@ -82,7 +82,7 @@ class Hypergradient:
     def warn_if_unsolved(self) -> None:
         """UnsolvedInnerProblem where params are too far from the inner solution for the result to mean much."""
         thetas = [theta if theta < math.inf else 0.0 for theta, _ in remaining(self.solution)]
-        longer = 1 + torch.tensor(thetas, dtype=torch.float64)
+        longer = 1 + torch.tensor(thetas, dtype=torch.float64, device="cpu")
         worst = float((self.inner_distance.reshape(-1).cpu() * longer).max())
         if worst > UNSOLVED:
             away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
@@ -125,7 +125,7 @@ class Hypergradient:
         error, rate = self.adjoint_error()
         if not error > INACCURATE:
             return
-        steps = int(torch.as_tensor(solution.steps).max())
+        steps = int(solution.steps.max()) if isinstance(solution.steps, Tensor) else solution.steps
         text = (
             f"the hypergradient is off by an estimated {error:.0%}: {solution.method} left a relative residual of "
             f"{float(solution.relative_residual.max()):.1e} after {steps} steps"

@@ -34,6 +34,7 @@ class NormalCG(IterativeSolver):
         p = s.copy()
         ss, code = s.dot(s), None
         least = (10 * eps) ** 2 * ss
+        del s  # a vector less
         for k in range(system.max_steps):
             if k and system.finished(k, going):
                 break
@@ -43,6 +44,7 @@ class NormalCG(IterativeSolver):
             alpha = torch.where(going, divide(ss, q.dot(q)), 0.0)
             x.add_(p, alpha)
             r.add_(q, alpha, -1.0)
+            del q
             rr = r.dot(r)
             trace.append(rr)
             going = going & (rr > stop2)
@@ -50,6 +52,7 @@ class NormalCG(IterativeSolver):
                 s = transposed(r)
                 ss, old = s.dot(s), ss
                 p.scale_add_(divide(ss, old), s)
+                del s
         return Outcome(x, torch.stack(trace).sqrt(), len(trace) - 1, code)
 
     def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:

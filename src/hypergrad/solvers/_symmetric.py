@@ -24,7 +24,7 @@ IDLE = 10  # steps of MINRES without a gain after which it has stagnated; in exa
 
 
 class SymmetryCheck:
-    """Whether yᵀ(Ax) ≠ xᵀ(Ay) for the first two vectors x and y that a method multiplies: false for every symmetric A."""
+    """Whether yᵀ(Ax) ≠ xᵀ(Ay) for the first two vectors that a method multiplies: false for every symmetric A."""
 
     def __init__(self, system: System, first: Vector):
         self.number, self.drawn_anew, self.first = system.number, system.op.stochastic, first
