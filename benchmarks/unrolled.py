@@ -170,13 +170,14 @@ def hypertorch(descent: Descent, steps: int) -> Tensors:
 def library(storage: Callable[[Descent], Any]) -> Callable[[Descent, int], Tensors]:
     def run(descent: Descent, steps: int) -> Tensors:
         kept = storage(descent)
+        policy: Any = {"checkpoints": kept} if isinstance(kept, int) else {"memory": kept}
         result = hg.unroll.reverse(
             descent.step,
             descent.start,
             descent.hparams,
             descent.outer_loss,
             steps,
-            **({"checkpoints": kept} if isinstance(kept, int) else {"memory": kept}),
+            **policy,
             with_time=True,
         )
         return result.grads

@@ -220,7 +220,7 @@ def main() -> None:
     w, grads = approximate(problem, lam.clone().requires_grad_(), config)
     at = {"outer_loss": problem.outer_loss, "params": [w], "hparams": [lam.clone().requires_grad_()]}
     gradient_step = hg.GradientDescent(problem.inner_loss, config.step_size)
-    report = hg.diagnostics.check(grads, fp_map=gradient_step, symmetric=True, inner_steps=config.inner_steps, **at)
+    report = hg.diagnostics.check(grads, fp_map=gradient_step, symmetric=True, **at)
     after = remedy(problem, lam, config)
     results = {"hparams": lam.tolist(), "curves": curves, "report": report.to_dict(), "remedy": after}
     shown = table(curves, report, after)

@@ -224,8 +224,9 @@ class Linearisation:
 
     def vjp_many(self, vs: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v for a stack [m, *shape] of v: one vectorised pass, or a loop where torch has none."""
-        if self.curvature is not None:
-            return many(self.vjp, lambda vs: self.curvature(vs, True), vs)
+        curvature = self.curvature
+        if curvature is not None:
+            return many(self.vjp, lambda vs: curvature(vs, True), vs)
         return stacked(self.outputs, self.params, vs)
 
     def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor | None]]:

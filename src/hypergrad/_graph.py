@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _torch
-from ._tree import check_distinct
+from ._tree import check_distinct, local
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
 
@@ -90,7 +90,7 @@ def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
         for value in _torch.saved_values(node):
             for x in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(x, Tensor) and x.layout is torch.strided:
-                    x = x.detach().to_local() if hasattr(x, "to_local") else x  # of a sharded tensor, this rank's part
+                    x = local(x)
                     sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return sizes
 

@@ -242,7 +242,9 @@ def depends_on_transform(y: Tensor, mapped: set[int]) -> bool:
 
 def forward_mode_levels() -> int:
     """How many transforms of forward mode (jvp, jacfwd) are on."""
-    stack = [] if _functorch is None else _functorch.get_interpreter_stack() or []
+    if _functorch is None:
+        return 0
+    stack = _functorch.get_interpreter_stack() or []
     return sum(level.key() == _functorch.TransformType.Jvp for level in stack)
 
 
@@ -307,7 +309,7 @@ class _WeightNormWrittenOut(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _weight_norm:
             return func(*args, **(kwargs or {}))
-        v, g, dim = (*args, 0)[:3]
+        v, g, dim = args if len(args) > 2 else (*args, 0)
         axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim] if dim != -1 else None
         return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=axes is not None))
 

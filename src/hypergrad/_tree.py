@@ -157,3 +157,9 @@ def full(x: Tensor) -> Tensor:
     """The whole tensor of a sharded one."""
     gather = getattr(x, "full_tensor", None)
     return x if gather is None else gather()
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor."""
+    part = getattr(x.detach(), "to_local", None)
+    return x if part is None else part()

@@ -120,4 +120,4 @@ def test_gauss_newton_is_judged_by_the_hessian():
     assert true > 1e-3 * float(start.grads.abs()) and 0.95 < e.error / true < 1.05
     assert e.from_adjoint > 100 * e.from_inner
     with pytest.raises(TypeError, match="GaussNewton"):
-        hg.implicit.grad(lambda w, lam: w.square().sum(), inner_loss=g, polish=True, **options)
+        hg.implicit.polish(rough)

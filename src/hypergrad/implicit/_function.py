@@ -177,7 +177,7 @@ class Equation:
         constants = tuple(leaf.detach() for leaf in (*w, *hparams))
         if _torch.transforms_active():
             mapped = set().union(*map(_torch.mapped_levels, constants))
-            outputs, _ = torch.func.vjp(lambda *w: self.evaluate((*w, *constants[count:])), *constants[:count])
+            outputs = torch.func.vjp(lambda *w: self.evaluate((*w, *constants[count:])), *constants[:count])[0]
             if any(_torch.depends_on_transform(y, mapped) for y in outputs):
                 raise undeclared(OUTSIDE)
         elif torch.is_grad_enabled() and (

@@ -22,6 +22,7 @@ from .._solution import (
     NOT_FINITE,
     InaccurateHypergradient,
     NotFinite,
+    OnFailure,
     Solution,
     SolverError,
     Status,
@@ -71,7 +72,7 @@ class Hypergradient:
     compiled: str | None = None
     direct: list[Tensor | None] = field(default_factory=list, repr=False)
 
-    def check_finite(self, on_failure: str = "warn") -> None:
+    def check_finite(self, on_failure: OnFailure = "warn") -> None:
         """Warn of, or raise for, a hypergradient that is not finite though the adjoint is."""
         if finite(optree.tree_leaves(self.grads)) or self.solution.status is Status.NON_FINITE:
             return
@@ -241,7 +242,7 @@ def grad(
     return result
 
 
-def _report(problem: Problem, result: Hypergradient, on_failure: str) -> None:
+def _report(problem: Problem, result: Hypergradient, on_failure: OnFailure) -> None:
     """Warn of, or raise for, what makes a result doubtful."""
     result.solution.report("the adjoint system of the hypergradient", on_failure)
     if on_failure == "ignore":
@@ -349,7 +350,7 @@ def _inner_distance(residual: Tensor, solution: Solution, point: Vector) -> Tens
 
 def _warned_of_kink(problem: Problem, result: Hypergradient) -> bool:
     """Warn of a gradient that is left only where params are exactly 0: it is that of a nonsmooth term, as L1 is."""
-    if problem.at_kink is None:
+    if problem.at_kink is None or problem.residual_norm is None:
         return False
     part, whole = read(problem.at_kink), read(problem.residual_norm)
     significant = read(result.inner_distance) > problem.space.eps**0.5

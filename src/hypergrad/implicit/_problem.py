@@ -134,6 +134,7 @@ class Problem:
 
     expected_products: int | None = None  # with Aᵀ, where it is known how many will be taken
     linearisation: Linearisation | None = None
+    _versions: Sequence[int] = ()
 
     def evaluate(self, keep: bool = False, outer: Callable[[Problem, bool], Any] | None = None) -> None:
         """Evaluate the inner problem and the outer loss, once.

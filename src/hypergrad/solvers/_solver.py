@@ -229,7 +229,7 @@ def solve(
             and the iteration does not go on where its own residual was too optimistic.
     """
     with torch.no_grad():
-        start = x0 if x0 is None or isinstance(x0, Vector) or keeps_starts(x0) else b.space.vector(x0, "x0")
+        start: Any = x0 if x0 is None or isinstance(x0, Vector) or keeps_starts(x0) else b.space.vector(x0, "x0")
         if isinstance(solver, LinearSolver):
             solution = _run(solver, op, b, start, last_product)
         else:
