@@ -274,10 +274,12 @@ def _remaining(q: float, trace: list[float]) -> tuple[float, float]:
     known = [(k, size) for k, size in enumerate(trace) if math.isfinite(size) and size > 0]
     if len(known) < 2:
         known = [(0, 1.0), (1, q)]
-    (_, first), (half, middle), (last, _) = known[0], known[(len(known) - 1) // 2], known[-1]
+    if known[0][1] < 0.99:  # a first step was taken before the trace begins
+        known = [(known[0][0] - 1, 1.0), *known]
+    (begin, first), (half, middle), (last, _) = known[0], known[(len(known) - 1) // 2], known[-1]
     rate = (q / middle) ** (1 / (last - half))
     if not (q < 1 and rate < 1):
         return (q / (1 - q) if q < 1 else math.inf), 1.0
-    early = (middle / first) ** (1 / half) if half else rate
-    head = (1 - middle) / (1 - early) if early < 1 and middle <= 1 else half
+    early = (middle / first) ** (1 / (half - begin)) if half > begin else rate
+    head = (1 - middle) / (1 - early) if early < 1 and middle <= 1 else half - begin
     return q / (1 - rate) / (head + (middle - q) / (1 - rate)), rate
