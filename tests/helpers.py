@@ -7,6 +7,7 @@ from functools import cache, partial
 
 import numpy as np
 import optree
+import pytest
 import torch
 
 import hypergrad as hg
@@ -191,3 +192,9 @@ def noisy(f):
         return f(*args, **kwargs)
 
     return draws_first
+
+
+def share_buffers(patch: pytest.MonkeyPatch, small: int, total: int) -> None:
+    """Leaves up to `small` entries share a buffer, and so do all of a problem with at most `total`."""
+    patch.setattr("hypergrad._vector.SMALL", small)
+    patch.setattr("hypergrad._vector.SMALL_TOTAL", total)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hypergrad as hg
-from hypergrad import _vector
+from helpers import share_buffers
 from hypergrad._basis import Basis
 from hypergrad._tree import check_distinct, flatten
 from hypergrad._vector import Space, Vector
@@ -72,8 +72,7 @@ LAYOUTS = {
 def layout(request, monkeypatch) -> Layout:
     chosen = LAYOUTS[request.param]
     if chosen.small is not None:
-        monkeypatch.setattr(_vector, "SMALL", chosen.small)
-        monkeypatch.setattr(_vector, "SMALL_TOTAL", chosen.small)
+        share_buffers(monkeypatch, chosen.small, chosen.small)
     return chosen
 
 
@@ -256,8 +255,7 @@ def test_any_storage_holds_the_same_numbers(shapes, small, total, data):
     dtypes = data.draw(st.lists(st.sampled_from([F64, torch.float32]), min_size=len(shapes), max_size=len(shapes)))
     tree = [draw(*s, seed=i, dtype=d) for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_vector, "SMALL", small)
-        patch.setattr(_vector, "SMALL_TOTAL", total)
+        share_buffers(patch, small, total)
         v = Space(tree, "b").vector(tree, "b")
     a = dense(tree, ())
     assert np.array_equal(numbers(v), a)

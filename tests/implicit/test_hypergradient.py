@@ -26,6 +26,7 @@ from helpers import (
     errors,
     hypergradient,
     problem_at,
+    share_buffers,
     solvers_for,
     tensors_in,
     untouched,
@@ -1313,8 +1314,7 @@ class Stop(torch.autograd.Function):
 )
 def test_a_buffer_that_a_backward_hands_out_is_not_written_into(solver, leaves, how, monkeypatch):
     """Φ = λ + a constant as torch sees it: A = I. Leaves are stored one by one, as large ones are."""
-    monkeypatch.setattr(hg._vector, "SMALL", 0)
-    monkeypatch.setattr(hg._vector, "SMALL_TOTAL", 0)
+    share_buffers(monkeypatch, 0, 0)
     lam, zeros = DRAWS[0].clone().requires_grad_(), torch.zeros(6, dtype=torch.float64)
     w = [lam.detach() + 1 + i for i in range(leaves)]
 
@@ -1346,8 +1346,7 @@ SHARING += [("residual", swapped, solver) for solver in ("MINRES", "GMRES")]
 @pytest.mark.parametrize(("form", "function", "solver"), SHARING)
 def test_products_that_share_memory(form, function, solver, monkeypatch):
     """Leaves that are stored one by one, as large ones are: what a product gives may be written to."""
-    monkeypatch.setattr(hg._vector, "SMALL", 0)
-    monkeypatch.setattr(hg._vector, "SMALL_TOTAL", 0)
+    share_buffers(monkeypatch, 0, 0)
     lam = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     given = {form: function, "params": DRAWS[2:], "hparams": lam, "symmetric": function is swapped}
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import hypergrad as hg
+from helpers import share_buffers
 from hypergrad import solvers as S
 from hypergrad.solvers import Status
 from solver_rows import (
@@ -211,8 +212,7 @@ def test_several_leaves_of_mixed_dtypes():
 @pytest.mark.parametrize("tolerance", [{"rtol": 1e-10}, {"max_steps": 20}])
 def test_leaves_that_are_small_alone_and_large_in_the_batch(tolerance, monkeypatch):
     """A batch stores its large leaves apart, so that its leaves may come in another order than those of one system."""
-    monkeypatch.setattr("hypergrad._vector.SMALL", 8)
-    monkeypatch.setattr("hypergrad._vector.SMALL_TOTAL", 30)
+    share_buffers(monkeypatch, 8, 30)
     a, sizes = with_spectrum(logspace(1e2, 13), 3), {"a": 2, "b": 9, "c": 2}
 
     def product(v):
