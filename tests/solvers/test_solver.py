@@ -736,6 +736,24 @@ def test_products_that_share_memory(row):
         agree(values[1], values[0], 1e-12)
 
 
+@pytest.mark.parametrize("row", [*KRYLOV, "Neumann", "Auto, symmetric", "Optimizer"])
+def test_products_that_are_their_argument(row):
+    """A exchanges two leaves so large that each is stored by itself: the product shares the memory of its argument."""
+    n = 2**19 + 1
+    draw = torch.Generator().manual_seed(0)
+    b = [torch.randn(n, generator=draw, dtype=torch.float64) for _ in range(2)]
+    values = []
+
+    def exchanged(v):
+        return v.space.pack([v.leaves[1], v.leaves[0]])
+
+    for product in (exchanged, lambda v: exchanged(v).copy()):
+        op = hg.operators.LinearOperator(product, symmetric=True)
+        values.append(ROWS[row].solver(max_steps=3, damping=1.5, on_failure="ignore")(op, b).value)
+    for x, y in zip(*values, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("row", [row for row in ROWS if ROWS[row].iterative])
 def test_the_trace_holds_the_residuals_of_fewer_steps(row, batched):

@@ -166,7 +166,7 @@ class BiCGStab(IterativeSolver):
         for k in range(system.max_steps):
             if system.finished(k, going):
                 break
-            v = op(p).copy()  # the next product may be written into the same memory
+            v = op(p).copy()  # kept over the next product
             along = shadow.dot(v)
             broke = (along.abs() <= eps * shadow_norm * v.norm()) | (rho.abs() <= eps * shadow_norm * norm)
             code = event(code, going & broke, Status.BREAKDOWN)
@@ -176,7 +176,7 @@ class BiCGStab(IterativeSolver):
             t = op(s)
             omega = torch.where(going, divide(t.dot(s), t.dot(t)), 0.0)
             x.add_(p, alpha).add_(s, omega)
-            r = s.add_(t, omega, -1.0)
+            r = s - t * omega
             rho, old = shadow.dot(r), rho
             p.add_(v, omega, -1.0).scale_add_(divide(rho, old) * divide(alpha, omega), r)
             norm = r.norm()

@@ -12,18 +12,7 @@ import torch
 from torch import Tensor
 
 from .._solution import OnFailure, Solution, Status
-from .._vector import (
-    FREE_TO_READ,
-    Scalar,
-    Space,
-    Vector,
-    anywhere,
-    larger,
-    norm,
-    read,
-    squares_are_exact,
-    where,
-)
+from .._vector import FREE_TO_READ, Scalar, Space, Vector, anywhere, larger, norm, read, squares_are_exact, where
 from ..operators import LinearOperator
 from ._theory import SystemStructure
 
@@ -145,21 +134,14 @@ class LinearSolver(ABC):
     _needs_symmetric: ClassVar[bool] = False
 
     def valid_for(self, structure: SystemStructure) -> str | None:
-        """Why this method does not apply to a system; None where it does.
-
-        Args:
-            structure: a `diagnostics.Structure` of the system that is solved (with the damping in it).
-        """
+        """Why this method does not apply to a system of this structure (with the damping in it); None where it does."""
         return "A is not symmetric" if self._needs_symmetric and not structure.symmetric else None
 
     def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
-        """Products with A and Aᵀ that are enough for a relative accuracy, by theory; None where no bound is known.
+        """Products with A and Aᵀ that are enough where the method is valid, by theory; None where no bound is known.
 
-        Bounds are often far from sharp: a clustered spectrum needs fewer products, and rounding may ask for more.
-
-        Args:
-            structure: as in `valid_for`, which must hold.
-            rtol: in (0, 1), of the error or of the residual, as the method's bound has it.
+        Bounds are often far from sharp: a clustered spectrum needs fewer products, and rounding may ask for more. rtol
+        is that of the error or of the residual, as the method's bound has it.
         """
         return None
 
@@ -189,13 +171,7 @@ class IterativeSolver(LinearSolver):
 
 
 def check_options(solver: Any, numbers: tuple[str, ...] = (), integers: dict[str, int] | None = None) -> None:
-    """Raise ValueError for an option of a solver that is out of range.
-
-    Args:
-        solver: the configuration whose attributes are checked; its on_failure is checked always.
-        numbers: names of those that must be finite and ≥ 0, or None.
-        integers: names of those that must be integers, or None, with the least value of each.
-    """
+    """Raise ValueError for on_failure, numbers (finite and ≥ 0, or None) or integers (≥ this, or None) out of range."""
     kind = type(solver).__name__
     for name in numbers:
         value = getattr(solver, name)
@@ -273,8 +249,8 @@ def _run(solver: LinearSolver, op: LinearOperator, b: Vector, start: Any, last_p
         outcome.method or type(solver).__name__,
         None if outcome.curvature is None else space.tensor(outcome.curvature - solver.damping),
     )
-    if not isinstance(code, Tensor):  # known without another read
-        vars(solution)["_codes"] = [code]
+    if not isinstance(code, Tensor):
+        vars(solution)["_codes"] = [code]  # known without another read
     return solution
 
 
@@ -350,8 +326,7 @@ def _system(
     solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | None, scale: Scalar, norm: Scalar
 ) -> System:
     rtol, atol = solver.rtol, solver.atol
-    limits = (solver.max_steps, solver.check_every) if isinstance(solver, IterativeSolver) else (None, None)
-    max_steps, every = limits
+    max_steps, every = (getattr(solver, name, None) for name in ("max_steps", "check_every"))
     if rtol is None and atol is None and max_steps is None and solver._runs_to_tolerance:
         rtol = b.space.rtol
     stop, goal = b.space.eps * norm, None
@@ -388,7 +363,7 @@ def _judge(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
 def continued(first: Outcome, second: Outcome, again: Scalar) -> Outcome:
     """One outcome of two that followed each other: the second worked on the systems in `again` alone."""
     code = where(again, 0 if second.code is None else second.code, 0 if first.code is None else first.code)
-    before, after = (first.x.space.tensor(outcome.trace) for outcome in (first, second))
+    before, after = map(first.x.space.tensor, (first.trace, second.trace))
     # Systems at rest keep the norm that they came to rest with: taken anew it may lie above the limit by rounding.
     trace = torch.cat([before, where(again, after[1:], before[-1])])
     curvature = first.curvature if second.curvature is None else second.curvature
@@ -415,10 +390,11 @@ def _run_function(function: Solver, op: LinearOperator, b: Vector, start: Any, l
     own = isinstance(value, Vector) and value.space is b.space
     x = value if own else b.space.vector(tree, "the solver's result")
     residual, rhs_norm = (b - last_product(x)).norm(), b.norm()
-    worse_than_none = (residual >= rhs_norm) & (rhs_norm > 0)
-    code = torch.where(worse_than_none, Status.DIVERGED.value, Status.COMPLETED.value)
-    code = result.code if isinstance(result, Solution) else code
+    if isinstance(result, Solution):
+        code, steps, trace = result.code, result.steps, result.trace
+    else:
+        worse_than_none = (residual >= rhs_norm) & (rhs_norm > 0)
+        code = torch.where(worse_than_none, Status.DIVERGED.value, Status.COMPLETED.value)
+        steps, trace = op.products - before, torch.stack([residual])
     code = torch.where(torch.isfinite(residual), code, Status.NON_FINITE.value)
-    steps = result.steps if isinstance(result, Solution) else op.products - before
-    trace = result.trace if isinstance(result, Solution) else torch.stack([residual])
     return Solution(x, code, steps, residual, rhs_norm, trace, getattr(function, "__name__", type(function).__name__))
