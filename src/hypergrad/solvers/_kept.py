@@ -152,7 +152,7 @@ class Reused(Kept):
 
     def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
         """Those of the recipe, for this operator or for one before."""
-        steps = [s for s in self.steps if s]  # a start that was good enough shows nothing
+        steps = [s for s in self.steps if s]  # a solve without a step shows nothing
         lost = sum(steps) - len(steps) * min(steps, default=0)
         serves = self._kind == kind(like.space) and all(x.device == like.space.device for x in self._factors)
         if not serves or lost >= max(self._cost, 1):

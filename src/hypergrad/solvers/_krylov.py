@@ -1,4 +1,4 @@
-"""Krylov methods for any A, side by side. Scalars are those of each system; solved systems are at rest.
+"""Krylov methods for any A, side by side. Scalars are those of each system; converged systems are frozen.
 
 Letters are those of the papers. A step reads from the device only where the system asks whether it is finished.
 """
@@ -79,7 +79,7 @@ class GMRES(IterativeSolver):
         basis[0] = r * divide(1.0, beta)
         h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
         # ‖βe₁ − Hy‖ is least at β|n₀|, n the unit vector orthogonal to H's columns: one rotation for each new column.
-        null, least = torch.ones_like(beta).unsqueeze(-1), beta
+        null, least, closed = torch.ones_like(beta).unsqueeze(-1), beta, beta == 0
         for j in range(most):
             w = system.op(basis[j])
             norm = w.norm()

@@ -28,7 +28,7 @@ class System:
     b: Vector
     x0: Vector | None
     max_steps: int
-    stop: Scalar  # a system is at rest once ‖r‖ ≤ stop: the tolerance or, without one, rounding level
+    stop: Scalar  # a system is frozen once ‖r‖ ≤ stop: the tolerance or, without one, rounding level
     goal: Scalar | None  # the tolerance itself; None runs max_steps without reading a residual
     check_every: int
     rhs_norm: Scalar  # ‖b‖ in scaled units
@@ -52,10 +52,8 @@ class System:
         return self.b.space.scalar(0.0) if self.x0 is None else divide((self.b - r).norm(), x.norm())
 
     def finished(self, step: int, going: Tensor | bool) -> bool:
-        """Whether all systems are at rest, read from the device every check_every steps; never in fixed-step mode."""
-        if self.goal is None or step % self.check_every:
-            return False
-        return not anywhere(going)
+        """Whether all systems are frozen, read from the device every check_every steps; never in fixed-step mode."""
+        return self.goal is not None and step % self.check_every == 0 and not anywhere(going)
 
     def number(self, scalar: Any) -> Scalar:
         """A scalar to compute with: a number where there is one system and reading is free, or done anyway."""
@@ -212,10 +210,11 @@ def solve(
         solver: a LinearSolver, or a plain function (op, b, x0) → Vector, pytree or Solution.
         x0: start, a Vector or a pytree like b, or what finds one and keeps the solution (`Recycled`).
         last_product: v ↦ A v, where the caller needs that product anyway; it replaces the product for the residual,
-            and the iteration does not go on where its own residual was too optimistic.
+            and the iteration is then not started again where its own residual was too optimistic.
     """
     with torch.no_grad():
-        start = x0 if x0 is None or isinstance(x0, Vector) or keeps_starts(x0) else b.space.vector(x0, "x0")
+        ready = x0 is None or isinstance(x0, Vector) or keeps_starts(x0)
+        start: Any = x0 if ready else b.space.vector(x0, "x0")
         if isinstance(solver, LinearSolver):
             solution = _run(solver, op, b, start, last_product)
         else:
@@ -259,7 +258,7 @@ def _verified(
 ) -> tuple[Outcome, Vector, Scalar, Scalar]:
     """The outcome, x in the user's units, its true residual and the Status value.
 
-    Where the residual of the recursion was too optimistic, the iteration goes on from x, up to twice.
+    Where the residual of the recursion was too optimistic, the iteration is started again from x, up to twice.
     """
     for refinements_left in (2, 1, 0):
         if len(outcome.trace) > outcome.steps:
@@ -364,14 +363,14 @@ def continued(first: Outcome, second: Outcome, again: Scalar) -> Outcome:
     """One outcome of two that followed each other: the second worked on the systems in `again` alone."""
     code = where(again, 0 if second.code is None else second.code, 0 if first.code is None else first.code)
     before, after = map(first.x.space.tensor, (first.trace, second.trace))
-    # Systems at rest keep the norm that they came to rest with: taken anew it may lie above the limit by rounding.
+    # Frozen systems keep the norm that they were frozen with: computed again it may exceed the limit by rounding.
     trace = torch.cat([before, where(again, after[1:], before[-1])])
     curvature = first.curvature if second.curvature is None else second.curvature
     return Outcome(second.x, trace, first.steps + second.steps, code, second.method, curvature)
 
 
 def _steps(outcome: Outcome, system: System) -> int | Tensor:
-    """Steps done; for batched systems those before each came to rest, where there is a tolerance."""
+    """Steps done; for batched systems those before each was frozen, where there is a tolerance."""
     if isinstance(outcome.trace, list) or outcome.trace.ndim == 1:
         return outcome.steps
     if system.goal is None:
