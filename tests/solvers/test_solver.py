@@ -671,7 +671,7 @@ def test_a_system_at_rest_counts_no_steps_of_others():
         for i in range(2):
             alone = solver(hg.operators.matrix(torch.tensor(a[i]), symmetric=True), torch.tensor(b[i]))
             if alone.ok and together.statuses[i] is Status.CONVERGED:
-                assert abs(int(together.steps[i]) - alone.steps) <= 3
+                assert int(together.steps[i]) <= 1.2 * alone.steps + 10  # those of the others are hundreds
 
 
 def test_going_on_has_all_the_steps_that_are_left():

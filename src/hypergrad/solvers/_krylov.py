@@ -47,7 +47,7 @@ class GMRES(IterativeSolver):
         trace, steps, cycle = [beta.unsqueeze(0)], 0, -1
         while steps < system.max_steps and cycle and not system.finished(steps, going):
             rest = min(self.restart, system.max_steps - steps)
-            basis, h, closed, size = self._arnoldi(system, r, going, rest, steps, size)
+            basis, h, closed, size = arnoldi(system, r, going, rest, steps, size)
             cycle = h.shape[-1]
             if not cycle:
                 break
@@ -68,44 +68,6 @@ class GMRES(IterativeSolver):
             del basis  # before the next one is there
         return Outcome(x, torch.cat(trace), steps, code)
 
-    def _arnoldi(
-        self, system: System, r: Vector, going: Tensor, most: int, before: int, size: Tensor
-    ) -> tuple[Basis, Tensor, Tensor, Tensor]:
-        """The basis, the Hessenberg matrix [steps + 1, steps] (or [B, …]), and whether A takes the space into itself.
-
-        size: the largest ‖Av‖ / ‖v‖ of the cycles before; returned with those of this one.
-        """
-        basis, beta = Basis(r, most + 1), r.norm()
-        basis[0] = r * divide(1.0, beta)
-        h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
-        # ‖βe₁ − Hy‖ is least at β|n₀|, n the unit vector orthogonal to H's columns: one rotation for each new column.
-        null, least, closed = torch.ones_like(beta).unsqueeze(-1), beta, beta == 0
-        for j in range(most):
-            w = system.op(basis[j])
-            norm = w.norm()
-            size = torch.maximum(size, norm)
-            if not j:  # where r is that of a least-squares solution, A r holds nothing but rounding
-                closed = norm <= negligible(size, True)
-            for _ in range(2):
-                projection = basis.coefficients(w, j + 1)
-                w = w - basis.combine(projection)
-                h[..., : j + 1, j] += projection
-            norm = w.norm()
-            closed = closed | (norm <= negligible(size))
-            norm = torch.where(closed, 0.0, norm)
-            h[..., j + 1, j] = norm
-            basis[j + 1] = w * divide(1.0, norm)
-            if system.goal is not None:
-                a = torch.linalg.vecdot(null, h[..., : j + 1, j])
-                length = torch.hypot(a, norm)
-                void = length <= negligible(size, closed)
-                s, c = torch.where(void, 1.0, norm / length), torch.where(void, 0.0, a / length)
-                null = torch.cat([null * s.unsqueeze(-1), -c.unsqueeze(-1)], -1)
-                least = least * s
-                if system.finished(before + j + 1, going & ~closed & (least > system.stop)):
-                    return basis, h[..., : j + 2, : j + 1], closed, size
-        return basis, h, closed, size
-
     def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
         """As MINRES where A is symmetric, else ‖I − A‖^k, and n at most; all without restarts (Saad 2003, 6.11)."""
         if structure.singular:
@@ -115,6 +77,45 @@ class GMRES(IterativeSolver):
         else:
             steps = steps_needed(structure.contraction[0], rtol)
         return structure.n if steps is None else min(steps, structure.n)
+
+
+def arnoldi(
+    system: System, r: Vector, going: Tensor | bool, most: int, before: int, size: Tensor
+) -> tuple[Basis, Tensor, Tensor, Tensor]:
+    """The basis, the Hessenberg matrix [steps + 1, steps] (or [B, …]), and whether A takes the space into itself.
+
+    size: the largest ‖Av‖ / ‖v‖ of the cycles before; returned with those of this one.
+    """
+    basis, beta = Basis(r, most + 1), r.norm()
+    basis[0] = r * divide(1.0, beta)
+    h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
+    # ‖βe₁ − Hy‖ is least at β|n₀|, n the unit vector orthogonal to H's columns: one rotation for each new column.
+    null, least, closed = torch.ones_like(beta).unsqueeze(-1), beta, beta == 0
+    for j in range(most):
+        w = system.op(basis[j])
+        norm = w.norm()
+        size = torch.maximum(size, norm)
+        if not j:  # where r is that of a least-squares solution, A r holds nothing but rounding
+            closed = norm <= negligible(size, True)
+        for _ in range(2):
+            projection = basis.coefficients(w, j + 1)
+            w = w - basis.combine(projection)
+            h[..., : j + 1, j] += projection
+        norm = w.norm()
+        closed = closed | (norm <= negligible(size))
+        norm = torch.where(closed, 0.0, norm)
+        h[..., j + 1, j] = norm
+        basis[j + 1] = w * divide(1.0, norm)
+        if system.goal is not None:
+            a = torch.linalg.vecdot(null, h[..., : j + 1, j])
+            length = torch.hypot(a, norm)
+            void = length <= negligible(size, closed)
+            s, c = torch.where(void, 1.0, norm / length), torch.where(void, 0.0, a / length)
+            null = torch.cat([null * s.unsqueeze(-1), -c.unsqueeze(-1)], -1)
+            least = least * s
+            if system.finished(before + j + 1, going & ~closed & (least > system.stop)):
+                return basis, h[..., : j + 2, : j + 1], closed, size
+    return basis, h, closed, size
 
 
 def hessenberg_qr(h: Tensor, beta: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias, final
+from typing import Any, ClassVar, TypeAlias, TypeGuard, final
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ def on_failure_of(solver: Solver) -> OnFailure:
     return solver.on_failure if isinstance(solver, LinearSolver) else "warn"
 
 
-def keeps_starts(x0: Any) -> bool:
+def keeps_starts(x0: Any) -> TypeGuard[Any]:
     """Whether x0 finds a start for each system and learns from its solution, as `Recycled` does."""
     return all(callable(getattr(x0, name, None)) for name in ("start", "keep")) and not isinstance(x0, type)
 
