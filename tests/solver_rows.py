@@ -92,7 +92,7 @@ ROWS = {
     "Nystrom(10)": Row(
         low_rank(10), lambda k, n: 10, lambda s: [s.n <= 10 and d for d in s.definite], "symmetric", (0.01, 0.3)
     ),
-    "Nystrom(40)": Row(low_rank(40), lambda k, n: n, definite(1e3), "symmetric", (0.01, 0.3)),
+    "Nystrom(40)": Row(low_rank(40), lambda k, n: n, definite(1e2), "symmetric", (0.01, 0.3)),
     "Auto": Row(S.Auto, lambda k, n: k, either(conditioned(1e3), contracts(1))),
     "Auto, symmetric": Row(S.Auto, lambda k, n: k, symmetric(1e6), tag="symmetric"),
     "Auto, dense": Row(partial(S.Auto, dense=100), lambda k, n: k, conditioned(1e6)),

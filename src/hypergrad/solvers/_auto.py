@@ -6,15 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .._basis import Basis
 from .._scalar import anywhere, where
 from .._solution import Status
-from .._vector import Vector
-from ..operators import LinearOperator
 from ._direct import Dense
-from ._krylov import GMRES
+from ._krylov import GMRES, arnoldi
 from ._normal import LSQR
-from ._solver import IterativeSolver, LinearSolver, Outcome, System, check_options, continued, divide, event
+from ._solver import IterativeSolver, LinearSolver, Outcome, System, check_options, continued, event
 from ._symmetric import CG, MINRES
 from ._theory import SystemStructure
 
@@ -88,7 +85,7 @@ class Auto(IterativeSolver):
             if not (system.op.positive_definite and _is_negative(outcome)):
                 return MINRES()
             if all(system.b.space.plain):
-                outcome.curvature = least_eigenvalue(system.op, system.b)
+                outcome.curvature = least_eigenvalue(system)
         transposable = system.op.has_transpose and not system.op.symmetric
         if isinstance(method, GMRES) and worst in (Status.STAGNATED, Status.DIVERGED) and transposable:
             return LSQR()
@@ -112,23 +109,10 @@ def _is_negative(outcome: Outcome) -> bool:
     return anywhere(outcome.curvature < -rounding)
 
 
-def least_eigenvalue(op: LinearOperator, b: Vector, steps: int = LANCZOS_STEPS) -> torch.Tensor:
+def least_eigenvalue(system: System, steps: int = LANCZOS_STEPS) -> torch.Tensor:
     """An estimate of the least eigenvalue of a symmetric A from below: that of Lanczos less its error bound."""
-    steps = min(steps, b.space.length)
-    q = b.random(torch.Generator(device="cpu").manual_seed(0))
-    basis = Basis(b, steps + 1)
-    basis[0] = q / q.norm()
-    tridiagonal = b.space.scalar(0.0)[..., None, None].repeat(*[1] * b.space.batch_dims, steps, steps)
-    size = b.space.scalar(0.0)
-    for j in range(steps):
-        w = op(basis[j])
-        for _ in range(2):
-            projection = basis.coefficients(w, j + 1)
-            w = w - basis.combine(projection)
-            tridiagonal[..., j, j] += projection[..., j]
-        size = w.norm()
-        basis[j + 1] = w * divide(1.0, size)
-        if j + 1 < steps:
-            tridiagonal[..., j, j + 1] = tridiagonal[..., j + 1, j] = size
-    values, vectors = torch.linalg.eigh(tridiagonal)
-    return values[..., 0] - size * vectors[..., -1, 0].abs()
+    steps, zero = min(steps, system.b.space.length), system.b.space.scalar(0.0)
+    start = system.b.random(torch.Generator(device="cpu").manual_seed(0))
+    h = arnoldi(replace(system, goal=None), start, True, steps, 0, zero)[1]
+    values, vectors = torch.linalg.eigh((h[..., :-1, :] + h[..., :-1, :].mT) / 2)
+    return values[..., 0] - h[..., -1, -1] * vectors[..., -1, 0].abs()

@@ -57,7 +57,7 @@ class Dense(LinearSolver):
     def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
         """V and |Λ|⁻¹ of this operator."""
         require_symmetric(op, "Dense as a preconditioner")
-        a = torch.nan_to_num(materialise(op, like, self.batch_size), 0.0, 0.0, 0.0)  # the residual will tell of NaN
+        a = torch.nan_to_num(materialise(op, like, self.batch_size), 0.0, 0.0, 0.0)  # NaN shows in the residual
         values, vectors = torch.linalg.eigh((a + a.mT) / 2)
         floor = a.shape[-1] * like.space.eps * values.abs().amax(-1, keepdim=True)
         return [vectors, torch.where(floor > 0, 1 / torch.maximum(values.abs(), floor), 1.0)]

@@ -23,7 +23,7 @@ class Kept:
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept, for torch.save; torch.load(weights_only=True) reads it."""
-        values = {name: getattr(self, f"_{name}") for name in self._state}
+        values = {name: getattr(self, name) for name in self._state}
         return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -31,7 +31,7 @@ class Kept:
         if {*state} != {*self._state}:
             raise ValueError(f"{type(self).__name__}: a state_dict holds {[*self._state]}, this one {[*state]}")
         for name, value in state.items():
-            setattr(self, f"_{name}", list(value) if isinstance(value, list) else value)
+            setattr(self, name, list(value) if isinstance(value, list) else value)
 
 
 def kind(space: Space) -> tuple[Any, ...]:
@@ -75,7 +75,7 @@ class Recycled(Kept):
     size: int = 4
     _solutions: list[Tensor] = field(default_factory=list, init=False, repr=False)
     _kind: Any = field(default=None, init=False, repr=False)
-    _state: ClassVar[tuple[str, ...]] = ("solutions", "kind")
+    _state: ClassVar[tuple[str, ...]] = ("_solutions", "_kind")
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, int) or self.size < 1:
@@ -137,45 +137,37 @@ class Reused(Kept):
     """
 
     recipe: Any
-    _builds: int = field(default=0, init=False)
-    _steps: list[int] = field(default_factory=list, init=False)
+    builds: int = field(default=0, init=False)
+    steps: list[int] = field(default_factory=list, init=False)
     _factors: list[Tensor] = field(default_factory=list, init=False, repr=False)
     _cost: int = field(default=0, init=False, repr=False)
     _kind: Any = field(default=None, init=False, repr=False)
     _applied: bool = field(default=False, init=False, repr=False)
-    _state: ClassVar[tuple[str, ...]] = ("builds", "steps", "factors", "cost", "kind")
+    _state: ClassVar[tuple[str, ...]] = ("builds", "steps", "_factors", "_cost", "_kind")
     needs_tolerance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not is_recipe(self.recipe):
             raise TypeError(f"Reused needs a recipe such as Nystrom(...) or Diagonal(...), got {self.recipe!r}")
 
-    @property
-    def builds(self) -> int:
-        return self._builds
-
-    @property
-    def steps(self) -> list[int]:
-        return self._steps
-
     def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
         """Those of the recipe, for this operator or for one before."""
-        steps = [s for s in self._steps if s]  # a start that was good enough shows nothing
+        steps = [s for s in self.steps if s]  # a solve without a step shows nothing
         lost = sum(steps) - len(steps) * min(steps, default=0)
         serves = self._kind == kind(like.space) and all(x.device == like.space.device for x in self._factors)
         if not serves or lost >= max(self._cost, 1):
             before = op.products
             self._factors = self.recipe.factors(op, like)
-            self._cost, self._kind, self._steps = op.products - before, kind(like.space), []
-            self._builds += 1
+            self._cost, self._kind, self.steps = op.products - before, kind(like.space), []
+            self.builds += 1
         self._applied = False
         return self._factors
 
     def apply(self, factors: list[Tensor], r: Vector) -> Vector:
         """M⁻¹r, counted: the first is before the first step."""
         if self._applied:
-            self._steps[-1] += 1
+            self.steps[-1] += 1
         else:
-            self._steps.append(0)
+            self.steps.append(0)
             self._applied = True
         return self.recipe.apply(factors, r)

@@ -1,4 +1,4 @@
-"""Krylov methods for any A, side by side. Scalars are those of each system; solved systems are at rest.
+"""Krylov methods for any A, side by side. Scalars are those of each system; converged systems are frozen.
 
 Letters are those of the papers. A step reads from the device only where the system asks whether it is finished.
 """
@@ -48,7 +48,7 @@ class GMRES(IterativeSolver):
         trace, steps, cycle = [beta.unsqueeze(0)], 0, -1
         while steps < system.max_steps and cycle and not system.finished(steps, going):
             rest = min(self.restart, system.max_steps - steps)
-            basis, h, closed, size = self._arnoldi(system, r, going, rest, steps, size)
+            basis, h, closed, size = arnoldi(system, r, going, rest, steps, size)
             cycle = h.shape[-1]
             if not cycle:
                 break
@@ -69,44 +69,6 @@ class GMRES(IterativeSolver):
             del basis  # before the next one is there
         return Outcome(x, torch.cat(trace), steps, code)
 
-    def _arnoldi(
-        self, system: System, r: Vector, going: Tensor, most: int, before: int, size: Tensor
-    ) -> tuple[Basis, Tensor, Tensor, Tensor]:
-        """The basis, the Hessenberg matrix [steps + 1, steps] (or [B, …]), and whether A takes the space into itself.
-
-        size: the largest ‖Av‖ / ‖v‖ of the cycles before; returned with those of this one.
-        """
-        basis, beta = Basis(r, most + 1), r.norm()
-        basis[0] = r * divide(1.0, beta)
-        h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
-        # ‖βe₁ − Hy‖ is least at β|n₀|, n the unit vector orthogonal to H's columns: one rotation for each new column.
-        null, least, closed = torch.ones_like(beta).unsqueeze(-1), beta, beta == 0
-        for j in range(most):
-            w = system.op(basis[j])
-            norm = w.norm()
-            size = torch.maximum(size, norm)
-            if not j:  # where r is that of a least-squares solution, A r holds nothing but rounding
-                closed = norm <= negligible(size, True)
-            for _ in range(2):
-                projection = basis.coefficients(w, j + 1)
-                w = w - basis.combine(projection)
-                h[..., : j + 1, j] += projection
-            norm = w.norm()
-            closed = closed | (norm <= negligible(size))
-            norm = torch.where(closed, 0.0, norm)
-            h[..., j + 1, j] = norm
-            basis[j + 1] = w * divide(1.0, norm)
-            if system.goal is not None:
-                a = torch.linalg.vecdot(null, h[..., : j + 1, j])
-                length = torch.hypot(a, norm)
-                void = length <= negligible(size, closed)
-                s, c = torch.where(void, 1.0, norm / length), torch.where(void, 0.0, a / length)
-                null = torch.cat([null * s.unsqueeze(-1), -c.unsqueeze(-1)], -1)
-                least = least * s
-                if system.finished(before + j + 1, going & ~closed & (least > system.stop)):
-                    return basis, h[..., : j + 2, : j + 1], closed, size
-        return basis, h, closed, size
-
     def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
         """As MINRES where A is symmetric, else ‖I − A‖^k, and n at most; all without restarts (Saad 2003, 6.11)."""
         if structure.singular:
@@ -116,6 +78,45 @@ class GMRES(IterativeSolver):
         else:
             steps = steps_needed(structure.contraction[0], rtol)
         return structure.n if steps is None else min(steps, structure.n)
+
+
+def arnoldi(
+    system: System, r: Vector, going: Tensor | bool, most: int, before: int, size: Tensor
+) -> tuple[Basis, Tensor, Tensor, Tensor]:
+    """The basis, the Hessenberg matrix [steps + 1, steps] (or [B, …]), and whether A takes the space into itself.
+
+    size: the largest ‖Av‖ / ‖v‖ of the cycles before; returned with those of this one.
+    """
+    basis, beta = Basis(r, most + 1), r.norm()
+    basis[0] = r * divide(1.0, beta)
+    h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
+    # ‖βe₁ − Hy‖ is least at β|n₀|, n the unit vector orthogonal to H's columns: one rotation for each new column.
+    null, least, closed = torch.ones_like(beta).unsqueeze(-1), beta, beta == 0
+    for j in range(most):
+        w = system.op(basis[j])
+        norm = w.norm()
+        size = torch.maximum(size, norm)
+        if not j:  # where r is that of a least-squares solution, A r holds nothing but rounding
+            closed = norm <= negligible(size, True)
+        for _ in range(2):
+            projection = basis.coefficients(w, j + 1)
+            w = w - basis.combine(projection)
+            h[..., : j + 1, j] += projection
+        norm = w.norm()
+        closed = closed | (norm <= negligible(size))
+        norm = torch.where(closed, 0.0, norm)
+        h[..., j + 1, j] = norm
+        basis[j + 1] = w * divide(1.0, norm)
+        if system.goal is not None:
+            a = torch.linalg.vecdot(null, h[..., : j + 1, j])
+            length = torch.hypot(a, norm)
+            void = length <= negligible(size, closed)
+            s, c = torch.where(void, 1.0, norm / length), torch.where(void, 0.0, a / length)
+            null = torch.cat([null * s.unsqueeze(-1), -c.unsqueeze(-1)], -1)
+            least = least * s
+            if system.finished(before + j + 1, going & ~closed & (least > system.stop)):
+                return basis, h[..., : j + 2, : j + 1], closed, size
+    return basis, h, closed, size
 
 
 def hessenberg_qr(h: Tensor, beta: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +168,7 @@ class BiCGStab(IterativeSolver):
         for k in range(system.max_steps):
             if system.finished(k, going):
                 break
-            v = op(p).copy()  # the next product may be written into the same memory
+            v = op(p).copy()  # kept over the next product
             along = shadow.dot(v)
             broke = (along.abs() <= eps * shadow_norm * v.norm()) | (rho.abs() <= eps * shadow_norm * norm)
             code = event(code, going & broke, Status.BREAKDOWN)
@@ -177,7 +178,7 @@ class BiCGStab(IterativeSolver):
             t = op(s)
             omega = torch.where(going, divide(t.dot(s), t.dot(t)), 0.0)
             x.add_(p, alpha).add_(s, omega)
-            r = s.add_(t, omega, -1.0)
+            r = s - t * omega
             rho, old = shadow.dot(r), rho
             p.add_(v, omega, -1.0).scale_add_(divide(rho, old) * divide(alpha, omega), r)
             norm = r.norm()

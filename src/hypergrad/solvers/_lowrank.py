@@ -85,7 +85,7 @@ class Nystrom(LinearSolver):
         omega = torch.linalg.qr(draw.to(space.device))[0]
         test = Basis.from_rows(like, omega.mT)
         y = op.many(test).plus(test, shift).matrix().mT
-        y = torch.where(torch.isfinite(y), y, 0.0)  # eigh and svd raise for NaN; the residual will tell of it
+        y = torch.where(torch.isfinite(y), y, 0.0)  # eigh and svd raise for NaN, which shows in the residual
         core = omega.mT @ y
         values, vectors = torch.linalg.eigh((core + core.mT) / 2)
         floor = 10 * space.eps * values.abs().amax(-1, keepdim=True)

@@ -64,7 +64,7 @@ class Diagonal:
         samples = signs * op.many(Basis.from_rows(like, signs)).matrix()
         error, mean = torch.std_mean(samples, -2)
         diagonal = torch.maximum(mean, error / m**0.5)
-        # A row of zeros, and NaN: no scale is better than a wrong one, and the residual will tell of NaN.
+        # A row of zeros, and NaN: no scale is better than a wrong one, and NaN shows in the residual.
         return [torch.where(diagonal > 0, diagonal, 1.0)]
 
     def apply(self, factors: list[Tensor], r: Vector) -> Vector:

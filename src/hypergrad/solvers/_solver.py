@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias, final
+from typing import Any, ClassVar, TypeAlias, TypeGuard, final
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class System:
     b: Vector
     x0: Vector | None
     max_steps: int
-    stop: Scalar  # a system is at rest once ‖r‖ ≤ stop: the tolerance or, without one, rounding level
+    stop: Scalar  # a system is frozen once ‖r‖ ≤ stop: the tolerance or, without one, rounding level
     goal: Scalar | None  # the tolerance itself; None runs max_steps without reading a residual
     check_every: int
     rhs_norm: Scalar  # ‖b‖ in scaled units
@@ -53,10 +53,8 @@ class System:
         return self.b.space.scalar(0.0) if self.x0 is None else divide((self.b - r).norm(), x.norm())
 
     def finished(self, step: int, going: Tensor | bool) -> bool:
-        """Whether all systems are at rest, read from the device every check_every steps; never in fixed-step mode."""
-        if self.goal is None or step % self.check_every:
-            return False
-        return not anywhere(going)
+        """Whether all systems are frozen, read from the device every check_every steps; never in fixed-step mode."""
+        return self.goal is not None and step % self.check_every == 0 and not anywhere(going)
 
     def number(self, scalar: Any) -> Scalar:
         """A scalar to compute with: a number where there is one system and reading is free, or done anyway."""
@@ -135,21 +133,14 @@ class LinearSolver(ABC):
     _needs_symmetric: ClassVar[bool] = False
 
     def valid_for(self, structure: SystemStructure) -> str | None:
-        """Why this method does not apply to a system; None where it does.
-
-        Args:
-            structure: a `diagnostics.Structure` of the system that is solved (with the damping in it).
-        """
+        """Why this method does not apply to a system of this structure (with the damping in it); None where it does."""
         return "A is not symmetric" if self._needs_symmetric and not structure.symmetric else None
 
     def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
-        """Products with A and Aᵀ that are enough for a relative accuracy, by theory; None where no bound is known.
+        """Products with A and Aᵀ that are enough where the method is valid, by theory; None where no bound is known.
 
-        Bounds are often far from sharp: a clustered spectrum needs fewer products, and rounding may ask for more.
-
-        Args:
-            structure: as in `valid_for`, which must hold.
-            rtol: in (0, 1), of the error or of the residual, as the method's bound has it.
+        Bounds are often far from sharp: a clustered spectrum needs fewer products, and rounding may ask for more. rtol
+        is that of the error or of the residual, as the method's bound has it.
         """
         return None
 
@@ -179,13 +170,7 @@ class IterativeSolver(LinearSolver):
 
 
 def check_options(solver: Any, numbers: tuple[str, ...] = (), integers: dict[str, int] | None = None) -> None:
-    """Raise ValueError for an option of a solver that is out of range.
-
-    Args:
-        solver: the configuration whose attributes are checked; its on_failure is checked always.
-        numbers: names of those that must be finite and ≥ 0, or None.
-        integers: names of those that must be integers, or None, with the least value of each.
-    """
+    """Raise ValueError for on_failure, numbers (finite and ≥ 0, or None) or integers (≥ this, or None) out of range."""
     kind = type(solver).__name__
     for name in numbers:
         value = getattr(solver, name)
@@ -204,7 +189,7 @@ def on_failure_of(solver: Solver) -> OnFailure:
     return solver.on_failure if isinstance(solver, LinearSolver) else "warn"
 
 
-def keeps_starts(x0: Any) -> bool:
+def keeps_starts(x0: Any) -> TypeGuard[Any]:
     """Whether x0 finds a start for each system and learns from its solution, as `Recycled` does."""
     return all(callable(getattr(x0, name, None)) for name in ("start", "keep")) and not isinstance(x0, type)
 
@@ -226,10 +211,11 @@ def solve(
         solver: a LinearSolver, or a plain function (op, b, x0) → Vector, pytree or Solution.
         x0: start, a Vector or a pytree like b, or what finds one and keeps the solution (`Recycled`).
         last_product: v ↦ A v, where the caller needs that product anyway; it replaces the product for the residual,
-            and the iteration does not go on where its own residual was too optimistic.
+            and the iteration is then not started again where its own residual was too optimistic.
     """
     with torch.no_grad():
-        start: Any = x0 if x0 is None or isinstance(x0, Vector) or keeps_starts(x0) else b.space.vector(x0, "x0")
+        ready = x0 is None or isinstance(x0, Vector) or keeps_starts(x0)
+        start: Any = x0 if ready else b.space.vector(x0, "x0")
         if isinstance(solver, LinearSolver):
             solution = _run(solver, op, b, start, last_product)
         else:
@@ -263,8 +249,8 @@ def _run(solver: LinearSolver, op: LinearOperator, b: Vector, start: Any, last_p
         outcome.method or type(solver).__name__,
         None if outcome.curvature is None else space.tensor(outcome.curvature - solver.damping),
     )
-    if not isinstance(code, Tensor):  # known without another read
-        vars(solution)["_codes"] = [code]
+    if not isinstance(code, Tensor):
+        vars(solution)["_codes"] = [code]  # known without another read
     return solution
 
 
@@ -273,7 +259,7 @@ def _verified(
 ) -> tuple[Outcome, Vector, Scalar, Scalar]:
     """The outcome, x in the user's units, its true residual and the Status value.
 
-    Where the residual of the recursion was too optimistic, the iteration goes on from x, up to twice.
+    Where the residual of the recursion was too optimistic, the iteration is started again from x, up to twice.
     """
     for refinements_left in (2, 1, 0):
         if len(outcome.trace) > outcome.steps:
@@ -340,8 +326,7 @@ def _system(
     solver: LinearSolver, op: LinearOperator, b: Vector, x0: Vector | None, scale: Scalar, norm: Scalar
 ) -> System:
     rtol, atol = solver.rtol, solver.atol
-    limits = (solver.max_steps, solver.check_every) if isinstance(solver, IterativeSolver) else (None, None)
-    max_steps, every = limits
+    max_steps, every = (getattr(solver, name, None) for name in ("max_steps", "check_every"))
     if rtol is None and atol is None and max_steps is None and solver._runs_to_tolerance:
         rtol = b.space.rtol
     stop, goal = b.space.eps * norm, None
@@ -378,15 +363,15 @@ def _judge(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
 def continued(first: Outcome, second: Outcome, again: Scalar) -> Outcome:
     """One outcome of two that followed each other: the second worked on the systems in `again` alone."""
     code = where(again, 0 if second.code is None else second.code, 0 if first.code is None else first.code)
-    before, after = (first.x.space.tensor(outcome.trace) for outcome in (first, second))
-    # Systems at rest keep the norm that they came to rest with: taken anew it may lie above the limit by rounding.
+    before, after = map(first.x.space.tensor, (first.trace, second.trace))
+    # Frozen systems keep the norm that they were frozen with: computed again it may exceed the limit by rounding.
     trace = torch.cat([before, where(again, after[1:], before[-1])])
     curvature = first.curvature if second.curvature is None else second.curvature
     return Outcome(second.x, trace, first.steps + second.steps, code, second.method, curvature)
 
 
 def _steps(outcome: Outcome, system: System) -> int | Tensor:
-    """Steps done; for batched systems those before each came to rest, where there is a tolerance."""
+    """Steps done; for batched systems those before each was frozen, where there is a tolerance."""
     if isinstance(outcome.trace, list) or outcome.trace.ndim == 1:
         return outcome.steps
     if system.goal is None:
@@ -405,10 +390,11 @@ def _run_function(function: Solver, op: LinearOperator, b: Vector, start: Any, l
     own = isinstance(value, Vector) and value.space is b.space
     x = value if own else b.space.vector(tree, "the solver's result")
     residual, rhs_norm = (b - last_product(x)).norm(), b.norm()
-    worse_than_none = (residual >= rhs_norm) & (rhs_norm > 0)
-    code = torch.where(worse_than_none, Status.DIVERGED.value, Status.COMPLETED.value)
-    code = result.code if isinstance(result, Solution) else code
+    if isinstance(result, Solution):
+        code, steps, trace = result.code, result.steps, result.trace
+    else:
+        worse_than_none = (residual >= rhs_norm) & (rhs_norm > 0)
+        code = torch.where(worse_than_none, Status.DIVERGED.value, Status.COMPLETED.value)
+        steps, trace = op.products - before, torch.stack([residual])
     code = torch.where(torch.isfinite(residual), code, Status.NON_FINITE.value)
-    steps = result.steps if isinstance(result, Solution) else op.products - before
-    trace = result.trace if isinstance(result, Solution) else torch.stack([residual])
     return Solution(x, code, steps, residual, rhs_norm, trace, getattr(function, "__name__", type(function).__name__))

@@ -1,4 +1,4 @@
-"""Krylov methods for a symmetric A, side by side. Scalars are those of each system; solved systems are at rest.
+"""Krylov methods for a symmetric A, side by side. Scalars are those of each system; converged systems are frozen.
 
 Letters are those of the papers. A step reads from the device only where the system asks whether it is finished.
 """
