@@ -23,6 +23,7 @@ ORDER = (
     "operators",
     "solvers",
     "_recorded",
+    "_below",
     "fixed_points",
     "implicit",
     "unroll",

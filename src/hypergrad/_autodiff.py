@@ -181,6 +181,7 @@ class Linearisation:
         compile: makes v ↦ ∂₁Fᵀv, by other means, of that by a retained reverse pass.
 
     Attributes:
+        residual_norm: ‖F‖ at the point, where its owner measured it.
         params_unreached: whether `vjp_both` found that no output depends on any of params.
     """
 
@@ -203,6 +204,7 @@ class Linearisation:
         plain = partial(_retained, self.outputs, params)
         self.compiled = None if compile is None else compile(plain)
         self.params_unreached = False
+        self.residual_norm: Tensor | None = None
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def drop_values(self) -> None:

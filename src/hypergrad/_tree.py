@@ -161,5 +161,5 @@ def full(x: Tensor) -> Tensor:
 
 def local(x: Tensor) -> Tensor:
     """This rank's part of a sharded tensor."""
-    part = getattr(x.detach(), "to_local", None)
-    return x if part is None else part()
+    sharded: Any = x
+    return sharded.detach().to_local() if hasattr(x, "to_local") else x

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from . import _autodiff, _torch
 from ._modules import couples_samples, records_statistics
 from ._solution import Solution
 from ._tree import PyTree, flatten, split
-from .fixed_points import Anderson, FixedPointSolver, solved
+from .fixed_points import Anderson, FixedPointSolver
 from .implicit import Info, WarmStart, fixed_point
 from .solvers import GMRES, Solver
 
@@ -60,7 +59,7 @@ def functional(module: nn.Module) -> Callable[..., Any]:
 
 
 def _copied(name: str, buffer: Tensor) -> Tensor:
-    """A buffer that may be written into; torch has no derivative of running statistics, and refuses to take one."""
+    """A buffer to write into. torch has no derivative in running statistics, and takes none that require one."""
     constant = name.rpartition(".")[2] in ("running_mean", "running_var")
     return buffer.detach().clone() if constant else buffer.clone()
 
@@ -154,7 +153,7 @@ class Equilibrium(nn.Module):
         hparams = (self._cell_tensors(), u)
         batch_dims = self._batch_dims()
         step = self._step(z)
-        solution, self.forward_info = solved(replace(self.forward_solver, batch_dims=batch_dims), step, z, hparams)
+        solution, self.forward_info = self.forward_solver.solve_below(step, z, hparams, batch_dims)
         if self.warm_start:
             self._last_state = split(self.forward_info.value)[0]
         self._record_statistics(solution.value, u)
@@ -223,7 +222,7 @@ class Equilibrium(nn.Module):
         return step
 
     def _cell_tensors(self) -> dict[str, Tensor]:
-        """The cell's parameters, and copies of its buffers, into which later calls may write before backward."""
+        """The cell's parameters, and copies of its buffers, which may be written into before the backward pass."""
         if not isinstance(self.cell, nn.Module):
             return {}
         buffers = {name: buffer.clone() for name, buffer in self.cell.named_buffers()}

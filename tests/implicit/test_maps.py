@@ -1153,7 +1153,7 @@ def test_cg_on_a_map_that_is_not_symmetric_is_refused(solver):
 def test_a_false_declaration_is_found():
     h = SMALL.hparams.clone().requires_grad_()
     with pytest.warns(hg.HypergradientWarning, match="NOT_SYMMETRIC"):
-        SMALL.value(SMALL.solution, h, symmetric=True).backward()
+        SMALL.value(SMALL.solution, h, symmetric=True, solver=S.CG()).backward()
     a = double([1.0, 1.0]).requires_grad_()
     saddle = implicit.argmin(lambda w, a: (a * w).sum() + w[0] ** 2 - w[1] ** 2, double([-0.5, 0.5]), a)
     with pytest.warns(hg.HypergradientWarning, match="NOT_POSITIVE_DEFINITE"):
@@ -1356,3 +1356,22 @@ def test_one_step_takes_the_map_for_its_own_derivative():
     left = jacobian.T @ grad(case.outer)(w, case.hparams)
     assert rel(info.solution.residual_norm, left.norm()) < 1e-13  # it says how far off it is
     assert rel(jacfwd(partial(case.value, w, solver=S.OneStep()))(case.hparams), truth) < 1e-13
+
+
+@pytest.mark.parametrize("door", ["argmin", "root", "fixed_point", "solver"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_point_that_is_no_solution_is_said(door, create_graph):
+    """w minimises (w − a)² / 2 at a = 3; 2 is given."""
+    a, w = double(3.0).requires_grad_(), double(2.0)
+    loss, slope = (lambda w, a: (w - a) ** 2 / 2), (lambda w, a: w - a)
+    doors = {
+        "argmin": lambda w: implicit.argmin(loss, w, a),
+        "root": lambda w: implicit.root(slope, w, a),
+        "fixed_point": lambda w: implicit.fixed_point(lambda w, a: (w + a) / 2, w, a),
+        "solver": lambda w: implicit.solver(residual=slope)(lambda a: w)(a),
+    }
+    value = doors[door](w)
+    with pytest.warns(hg.UnsolvedInnerProblem, match="the inner problem is not solved"):
+        torch.autograd.grad(value, a, create_graph=create_graph)
+    (grad,) = torch.autograd.grad(doors[door](double(3.0)), a, create_graph=create_graph)
+    assert abs(float(grad) - 1) < 1e-12

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation
+from .._below import Leaves, lead_axes
 from .._solution import Solution
 from .._tree import difference
 from .._vector import Space, Vector
-from ..fixed_points import lead_axes
 from ..solvers import LinearSolver, Recycled, Solver, solve
+from ._hypergradient import inner_distance, warn_if_unsolved
 
-Leaves: TypeAlias = "tuple[Tensor, ...]"
 Function: TypeAlias = "Callable[[Leaves, Leaves], Leaves]"  # F(w, λ) on leaves
 
 _within_a_map: ContextVar[bool] = ContextVar("within_a_map", default=False)  # whether a Equation is being evaluated
@@ -163,6 +163,8 @@ class Equation:
         if others:
             raise undeclared(", ".join(self.name(leaf) for leaf in others[:3]))
         linearisation = Linearisation(outputs, w, list(wanted))
+        residual = [x.detach() for x in (difference(w, outputs) if self.fixed_point else outputs)]
+        linearisation.residual_norm = Space(list(w), "w", self.batch_dims).pack(residual).norm()
         linearisation.drop_values()
         return linearisation
 
@@ -187,6 +189,8 @@ class Equation:
 
     def run(self, linearisation: Linearisation, b: Vector, last: Any = None) -> Vector:
         """Solve with A or Aᵀ, reporting a failure and filling in Info."""
+        if not b.space.length or 0 in b.space.batch_shape:  # nothing to solve for
+            return b if last is None else last(b)
         op = operators.adjoint(
             lambda: linearisation,
             fixed_point=self.fixed_point,
@@ -202,6 +206,9 @@ class Equation:
             warm.keep(solution)
         policy = self.solver.on_failure if isinstance(self.solver, LinearSolver) else "warn"
         solution.report("the linear system of an implicit derivative", policy)
+        if policy != "ignore" and linearisation.residual_norm is not None:
+            point = b.space.pack([leaf.detach() for leaf in linearisation.params])
+            warn_if_unsolved(inner_distance(linearisation.residual_norm, solution, point), linearisation.residual_norm)
         return solution.value
 
 

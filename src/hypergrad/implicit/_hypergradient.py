@@ -84,15 +84,7 @@ class Hypergradient:
         """UnsolvedInnerProblem where params are too far from the inner solution for the result to mean much."""
         thetas = [theta if theta < math.inf else 0.0 for theta, _ in remaining(self.solution)]
         longer = 1 + torch.tensor(thetas, dtype=torch.float64, device="cpu")
-        worst = float((self.inner_distance.reshape(-1).cpu() * longer).max())
-        if worst > UNSOLVED:
-            away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
-            warn(
-                f"the inner problem is not solved: its residual is {float(self.inner_residual.max()):.2e}, and params "
-                f"are {away} the solution, so the hypergradient means little. Run the inner solver longer, or "
-                f"differentiate its steps instead (unroll.reverse); hg.diagnostics.check estimates the error",
-                UnsolvedInnerProblem,
-            )
+        warn_if_unsolved(self.inner_distance.reshape(-1).cpu() * longer, self.inner_residual)
 
     def adjoint_error(self) -> tuple[float, float]:
         """Estimated ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from the residual that the solver left, and its rate (see `remaining`).
@@ -331,7 +323,7 @@ def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor], cou
         adjoint=solution.value.tree,
         solution=solution,
         inner_residual=problem.residual_norm,
-        inner_distance=_inner_distance(problem.residual_norm, solution, problem.point),
+        inner_distance=inner_distance(problem.residual_norm, solution, problem.point),
         outer_value=problem.outer_value.detach(),
         problem=problem.without_graphs(),
         compiled=None if compiled is None else compiled.report,
@@ -339,7 +331,20 @@ def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor], cou
     )
 
 
-def _inner_distance(residual: Tensor, solution: Solution, point: Vector) -> Tensor:
+def warn_if_unsolved(distance: Tensor, residual: Tensor) -> None:
+    """UnsolvedInnerProblem for an estimated relative distance from the inner solution above a tenth."""
+    worst = float(distance.max())
+    if worst > UNSOLVED:
+        away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
+        warn(
+            f"the inner problem is not solved: its residual is {float(residual.max()):.2e}, and params are {away} the "
+            f"solution, so the hypergradient means little. Run the inner solver longer, or differentiate its steps "
+            f"instead (unroll.reverse); hg.diagnostics.check estimates the error",
+            UnsolvedInnerProblem,
+        )
+
+
+def inner_distance(residual: Tensor, solution: Solution, point: Vector) -> Tensor:
     space, f, size = solution.value.space, read(residual), norm(point)
     norm2, b = read(solution.value.dot(solution.value)), read(solution.rhs_norm)
     exact = squares_are_exact(norm2, space) and b

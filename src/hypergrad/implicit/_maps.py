@@ -18,7 +18,7 @@ from .._autodiff import as_scalar
 from .._modules import name_of
 from .._tree import Paths, PyTree, flatten, matching, split
 from ..operators import GaussNewton, LinearOperator
-from ..solvers import CG, GMRES, Recycled, Solver
+from ..solvers import Auto, Recycled, Solver
 from ._function import Equation, Function, Info, Leaves, LinearSolve, Root, WarmStart, pull
 
 # solver, symmetric, positive_definite, batch_dims, info, warm_start: the keywords that all forms share
@@ -70,10 +70,10 @@ def _problem(form: str, user: Any, function: Function, count: int, settings: Set
     return Equation(
         function,
         count,
-        solver or (CG() if symmetric else GMRES()),
+        solver or Auto(),
         fixed_point=form == "fixed_point",
         symmetric=symmetric,
-        positive_definite=positive_definite,
+        positive_definite=positive_definite or form == "argmin",
         batch_dims=batch_dims,
         info=info or Info(),
         warm=warm_start,
@@ -106,7 +106,7 @@ def root(
         residual: F(params, hparams), of params' structure. It may use no tensor that requires grad but these two.
         solution: w, any pytree of floating point tensors. Its own derivatives are ignored.
         hparams: λ, any pytree; its floating point tensors are differentiated.
-        solver: linear solver of Aᵀv = w̄, and of Aẇ = b in forward mode; default CG() if symmetric, else GMRES().
+        solver: linear solver of Aᵀv = w̄, and of Aẇ = b in forward mode; default `solvers.Auto()`.
             `solvers.OneStep()` and `solvers.Neumann(max_steps=...)` are cheap approximations.
         symmetric: ∂₁F is symmetric.
         positive_definite: ∂₁F is symmetric and positive definite: `solvers.Dense` takes Cholesky's factors then.
@@ -182,7 +182,7 @@ def argmin(
 
     Args:
         inner_loss: g(params, hparams), scalar.
-        Others: as in `root`, with A = ∇²₁₁g; default solver: CG().
+        Others: as in `root`, with A = ∇²₁₁g.
 
     Returns, Raises, Warns, Cost: as in `root`.
 

@@ -28,20 +28,20 @@ class SymmetryCheck:
 
     def __init__(self, system: System, first: Vector):
         self.number, self.drawn_anew, self.first = system.number, system.op.stochastic, first
-        self.pairing: tuple[Scalar, Scalar] | None = None
+        self.before: tuple[Scalar, Scalar] | None = None
 
-    def take(self, step: int, y: Vector, ax: Vector) -> None:
-        """Take in y and the product Ax, after step 0; neither is kept."""
+    def take(self, step: int, value: Scalar, ax: Vector) -> None:
+        """Take in yᵀ(Ax) and Ax after step 0, where Ax is still what it was; it is not kept."""
         if step == 0 and not self.drawn_anew:
-            self.pairing = self.number(y.dot(ax)), norm(y, self.number) * norm(ax, self.number)
+            self.before = value, norm(ax, self.number)
 
-    def fails(self, step: int, ay: Vector) -> Scalar:
+    def fails(self, step: int, y: Vector, ay: Vector) -> Scalar:
         """Whether Ay, the product of step 1, shows that A is not symmetric."""
-        if step != 1 or self.pairing is None:
+        if step != 1 or self.before is None:
             return False
-        value, size = self.pairing
-        size = size + norm(self.first, self.number) * norm(ay, self.number)
-        return abs(value - self.number(self.first.dot(ay))) > ay.space.eps**0.5 * size
+        value, size = self.before
+        sizes = size * norm(y, self.number) + norm(self.first, self.number) * norm(ay, self.number)
+        return abs(value - self.number(self.first.dot(ay))) > ay.space.eps**0.5 * sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class CG(IterativeSolver):
             if system.finished(k, going):
                 break
             ap = op(p)
-            code = event(code, going & symmetry.fails(k, ap), Status.NOT_SYMMETRIC)
+            code = event(code, going & symmetry.fails(k, p, ap), Status.NOT_SYMMETRIC)
             curvature = number(p.dot(ap))
             quotient = ratio(curvature, pp, going)
             curvatures.append(quotient if precondition is None else ratio(curvature, number(p.dot(p)), going))
@@ -103,8 +103,9 @@ class CG(IterativeSolver):
             trace.append(rr)
             beta = ratio(rz, old, going)
             pp = rz + beta * beta * pp
+            if k == 0:  # before p is overwritten, whose memory the product may share
+                symmetry.take(k, beta * curvature + number(z.dot(ap)), ap)
             p.scale_add_(beta, z)
-            symmetry.take(k, p, ap)
             del ap
         return Outcome(x, _roots(trace), len(trace) - 1, code, "", _least(curvatures), steepest)
 
@@ -164,9 +165,9 @@ class MINRES(IterativeSolver):
                 break
             z = z * divide(1.0, gamma)
             symmetry = symmetry or SymmetryCheck(system, z)
-            symmetry.take(k - 1, z, az)
+            symmetry.take(k - 1, z.dot(az), az)
             az = op(z)
-            code = event(code, going & symmetry.fails(k, az), Status.NOT_SYMMETRIC)
+            code = event(code, going & symmetry.fails(k, z, az), Status.NOT_SYMMETRIC)
             delta = az.dot(z)
             size = torch.maximum(size, az.norm() if precondition is None else divide(az.norm(), z.norm()))
             v_new = az - v * divide(delta, gamma)

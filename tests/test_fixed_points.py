@@ -526,6 +526,24 @@ def test_anderson_solves_soft_thresholding(seed):
     assert solution.ok and rel(solution.value, truth) < 1e-3
 
 
+@pytest.mark.parametrize(("seed", "unknowns", "rows", "history"), [(2, 10, 5, 10), (25, 5, 2, 10), (50, 10, 5, 10)])
+def test_a_residual_that_rounds_to_zero_is_no_solution(seed, unknowns, rows, history):
+    """Anderson extrapolates soft thresholding to |w| > 1e13, where Φ(w) − w is 0 to rounding."""
+    rng = np.random.default_rng(seed)
+    x, y = torch.from_numpy(rng.standard_normal((rows, unknowns))), torch.from_numpy(rng.standard_normal(rows))
+    step = 1 / torch.linalg.matrix_norm(x, 2) ** 2
+    strength = {2: 0.02, 25: 0.3, 50: 0.02}[seed] * (x.T @ y).abs().max()
+    step = step * {2: 1.0, 25: 1.0, 50: 0.1}[seed]
+
+    def phi(w: Tensor) -> Tensor:
+        u = w - step * (x.T @ (x @ w - y))
+        return u.sign() * torch.clamp_min(u.abs() - step * strength, 0)
+
+    solution = FP.Anderson(history=history, atol=1e-10, max_steps=2000, **QUIET)(phi, torch.zeros(unknowns).double())
+    assert solution.value.norm() < 100
+    assert not solution.ok or (phi(solution.value) - solution.value).norm() < 1e-10
+
+
 # --- containers -------------------------------------------------------------------------------------------------------
 
 
@@ -554,7 +572,7 @@ def test_mappings_are_matched_by_key(name, batch_dims):
 
 def test_an_unregistered_dataclass_is_named():
     w = torch.ones(2)
-    with pytest.raises(TypeError, match="got Unregistered; register this dataclass"):
+    with pytest.raises(TypeError, match="start must be .*got Unregistered; register"):
         FP.Picard()(lambda w: w, Unregistered(w))
     with pytest.raises(TypeError, match="the value of the fixed point map must be .*got Unregistered; register"):
         FP.Picard()(lambda w: Unregistered(w), w)

@@ -1,0 +1,418 @@
+"""Forward solvers of w = Φ(w, λ), side by side: frozen configuration, called as solver(fp_map, start, hparams).
+
+Nothing here is differentiated: `implicit.fixed_point` attaches derivatives to what comes out. With batch_dims=1 each
+sample converges by itself and then rests.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from . import _torch, operators
+from ._autodiff import Linearisation
+from ._basis import Basis
+from ._below import Call, Leaves, solved
+from ._solution import OnFailure, Solution, Status
+from ._tree import PyTree, flatten, matching, split
+from ._vector import Space, Vector
+from .solvers import GMRES, LinearSolver, solve
+from .solvers._solver import check_options
+
+
+class Iterate:
+    """w with Φ(w), and what is taken of them when it is first asked for; norms are NaN until they are measured."""
+
+    def __init__(self, w: Vector, image: Vector, unknown: Tensor):
+        self.w, self.image = w, image
+        self.norm = self.size = self.merit = unknown  # ‖Φ(w) − w‖, ‖Φ(w)‖, what is compared
+
+    @cached_property
+    def residual(self) -> Vector:
+        """r = Φ(w) − w."""
+        return self.image - self.w
+
+    def measure(self) -> Iterate:
+        self.norm = self.merit = _norm(self.residual)
+        self.size = _norm(self.image)
+        return self
+
+    def where(self, mask: Tensor, other: Iterate) -> Iterate:
+        """This one for the samples where the mask holds, the other elsewhere."""
+        if mask.device.type == "cpu":
+            if bool(mask.all()):
+                return self
+            if not bool(mask.any()):
+                return other
+        new = Iterate(self.w.where(mask, other.w), self.image.where(mask, other.image), self.norm)
+        for name in ("norm", "size", "merit"):
+            setattr(new, name, torch.where(mask, getattr(self, name), getattr(other, name)))
+        return new
+
+
+def _norm(v: Vector) -> Tensor:
+    """‖v‖ of each system, also where squares leave the range of the dtype."""
+    space, squared = v.space, v.dot(v)
+    if space.uniform and squared.device.type == "cpu" and squared.numel():  # where looking is free
+        low, high = torch.aminmax(squared)
+        if low.item() > space.tiny**0.5 and high.item() < space.tiny**-0.5:
+            return squared.sqrt()
+    scale = v.scale()
+    return (v / scale).norm() * scale
+
+
+Propose: TypeAlias = Callable[[Iterate], Vector]  # what a method makes the next w of
+Evaluate: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # Φ on the leaves of w
+
+
+class Goal:
+    """The tolerance: ‖Φ(w) − w‖ ≤ max(atol, rtol · ‖Φ(w)‖), where growth of ‖Φ(w)‖ alone is no convergence.
+
+    ‖Φ(w)‖ counts at most as `limit`, a multiple of what the start had. Beyond it (an extrapolation may throw w to 1e16,
+    where the residual rounds to 0) a residual counts as no smaller than its rounding, and as more in proportion.
+    """
+
+    def __init__(self, rtol: float, atol: float, eps: float, start: Iterate):
+        self.rtol, self.atol, self.eps = rtol, atol, eps
+        factor = min(max(10.0, 1e-3 / rtol), 1e6) if rtol else 1e6
+        self.limit = factor * torch.maximum(start.norm, start.size)
+
+    def measure(self, at: Iterate) -> None:
+        at.measure()
+        beyond = at.size > self.limit
+        if beyond.device.type != "cpu" or bool(beyond.any()):
+            counted = torch.maximum(at.norm, self.eps * at.size) * (at.size / self.limit)
+            at.merit = torch.where(beyond, counted, at.norm)
+
+    def unsolved(self, at: Iterate) -> Tensor:
+        return ~(at.merit <= torch.clamp_min(self.rtol * torch.minimum(at.size, self.limit), self.atol))
+
+
+class Guard:
+    """Back to Φ(best) where the residual has not fallen for a while, and on from there by plain steps.
+
+    An accelerated method may wander off for good where Φ is no contraction (around the kinks of a proximal step); the
+    plain iteration does not. The plain steps are as many as the method remembers iterates, twice as many the next time.
+    """
+
+    def __init__(self, memory: int, start: Iterate):
+        self.patience, self.length, self.left = 10 + memory, memory, 0
+        self.before = start.merit
+        self.stalled = torch.zeros_like(start.merit, dtype=torch.bool)
+
+    def next(self, propose: Propose, at: Iterate, best: Iterate, going: Tensor, step: int) -> Vector:
+        """The next w; read from the device once in `patience` steps."""
+        if self.left:
+            self.left -= 1
+        elif step and step % self.patience == 0:
+            self.stalled, self.before = going & ~(best.merit < self.before), best.merit
+            if bool(self.stalled.any()):
+                self.left, self.length = self.length - 1, 2 * self.length
+                at = best.where(self.stalled, at)
+                return at.image.where(self.stalled, propose(at))
+        new = propose(at)
+        return at.image.where(self.stalled, new) if self.left else new
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPointSolver(ABC):
+    """What all forward solvers share. A step evaluates Φ once, at w, and is done when ‖Φ(w) − w‖ is small.
+
+    Args:
+        max_steps: steps at most; exactly that many where neither rtol nor atol is given. The residual of the last w
+            takes one evaluation more.
+        rtol, atol: solved when ‖Φ(w) − w‖ ≤ max(atol, rtol · ‖Φ(w)‖), where ‖Φ(w)‖ counts at most as 1e-3 / rtol times
+            (10 to 1e6 times) that of the start. With max_steps, rtol and atol all left out, rtol is 1e-6 in float64 and
+            1e-4 in float32 (4 eps in half precision), and max_steps 200.
+        batch_dims: 1 where the first axis of each leaf counts independent samples.
+        on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore".
+        check_every: steps between two looks at the residual (default: 1 on the CPU, 5 elsewhere).
+        trace: keep the residual norm of each sample at each step, [steps + 1, B]; else that of the worst, [steps + 1],
+            and without a tolerance only at steps 1, 2, 4, … and the last (NaN in between).
+    """
+
+    max_steps: int | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    batch_dims: int = 0
+    on_failure: OnFailure = "warn"
+    check_every: int | None = None
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        check_options(self, numbers=("rtol", "atol"), integers={"max_steps": 0, "check_every": 1})
+
+    @abstractmethod
+    def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
+        """The method's step, with what it remembers between steps."""
+
+    @final
+    def __call__(self, fp_map: Callable[..., PyTree], start: PyTree, hparams: PyTree = None) -> Solution:
+        """Solve w = Φ(w, λ).
+
+        Args:
+            fp_map: Φ(params, hparams), or Φ(params) where hparams is None; of params' structure and shapes. It may call
+                torch.autograd.grad itself (the step of an energy model).
+            start: the first w, any pytree of floating point tensors.
+            hparams: λ. Under torch.func.vmap all that is mapped must be in start or hparams; all entries are one solve.
+
+        Returns: Solution whose value is w in start's structure, with residual_norm ‖Φ(w) − w‖ and rhs_norm ‖Φ(w)‖. With
+            a tolerance it is the best w met; without one the last. Picard() returns Φ(w) for a w within the tolerance.
+        Raises: ValueError where Φ changes structure, shape, dtype or device, and for a mapped tensor that was not
+            passed; SolverError under on_failure="raise".
+        """
+        return self.solve_below(fp_map, start, hparams)[0]
+
+    def solve_below(
+        self, fp_map: Callable[..., PyTree], start: PyTree, hparams: PyTree, batch_dims: int | None = None
+    ) -> tuple[Solution, Solution]:
+        """The Solution in terms of the transforms of torch.func that are on, and the same on plain tensors."""
+        leaves, paths, unflatten = flatten(start, "start")
+        given, rebuild = split(hparams)
+
+        @_torch.taking_derivatives
+        def function(w: Leaves, h: Leaves) -> Sequence[Tensor]:
+            tree = unflatten(w)
+            value = fp_map(tree) if hparams is None else fp_map(tree, rebuild(h))
+            return matching(value, paths, w, "the value of the fixed point map")
+
+        call = Call(self._solve, function, unflatten, self.batch_dims if batch_dims is None else batch_dims)
+        return solved(call, tuple(leaves), tuple(given))
+
+    def _solve(self, start: PyTree, evaluate: Evaluate, batch_dims: int) -> Solution:
+        space = Space(start, "start", batch_dims)
+
+        def phi(w: Vector) -> Vector:
+            return space.pack([leaf.detach() for leaf in evaluate([leaf.detach() for leaf in w.leaves])])
+
+        with torch.no_grad():
+            w = space.vector(start, "start").copy()
+            solution = self._run(phi, w, self._method(w, evaluate))
+        solution.report(type(self).__name__, self.on_failure)
+        return solution
+
+    def _run(self, phi: Callable[[Vector], Vector], w: Vector, propose: Propose) -> Solution:
+        space = w.space
+        default = self.rtol is None and self.atol is None and self.max_steps is None
+        fixed = self.rtol is None and self.atol is None and not default
+        most = 200 if self.max_steps is None else self.max_steps
+        every = self.check_every or (1 if space.device.type == "cpu" else 5)
+        unknown = space.scalar(torch.nan)
+        at = Iterate(w, phi(w), unknown).measure()
+        goal = Goal(space.rtol if default else self.rtol or 0.0, self.atol or 0.0, space.eps, at)
+        guard = None if isinstance(self, Picard) else Guard(getattr(self, "history", 5), at)
+        best, going = at, goal.unsolved(at)
+        first = before = at.merit  # before: at the last power of two, to see growth by
+        trace, steps = [self._traced(at.norm)], 0
+        while steps < most and (fixed or steps % every or bool(going.any())):
+            before = before if steps & (steps - 1) else at.merit
+            new = propose(at) if fixed or guard is None else guard.next(propose, at, best, going, steps)
+            new = new if fixed or not space.batch_dims else new.where(going, at.w)
+            steps += 1
+            at = Iterate(new, phi(new), unknown)
+            if not fixed or self.trace or not steps & (steps - 1) or steps == most:
+                goal.measure(at)
+            trace.append(self._traced(at.norm))
+            best = at if fixed else at.where(at.merit < best.merit, best)  # what is not finite never wins
+            going = going if fixed else going & goal.unsolved(at)
+        failed = torch.zeros_like(best.norm, dtype=torch.bool) if fixed else goal.unsolved(best)
+        code = torch.where(failed, Status.MAX_STEPS.value, (Status.COMPLETED if fixed else Status.CONVERGED).value)
+        grown = (at.merit > first) & ((at.merit > before) | (at.size > goal.limit)) & (steps > 1)
+        grown = grown & ~(at.merit <= 100 * space.eps * best.size)  # at rounding level nothing is growth
+        code = torch.where(grown & (failed | fixed), Status.DIVERGED.value, code)
+        finite = torch.isfinite(best.norm) & (torch.isfinite(at.norm) | ~failed)
+        code = torch.where(finite, code, Status.NON_FINITE.value)
+        plain = isinstance(self, Picard) and self.mixing == 1 and not fixed
+        value = best.image.where(~failed, best.w) if plain else best.w
+        return Solution(value.tree, code, steps, best.norm, best.size, torch.stack(trace), type(self).__name__)
+
+    def _traced(self, norm: Tensor) -> Tensor:
+        return norm.amax() if norm.ndim and norm.numel() and not self.trace else norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picard(FixedPointSolver):
+    """w ← (1 − τ) w + τ Φ(w): the error falls by the contraction factor of Φ a step.
+
+    With mixing=1 the value of a solve to a tolerance is Φ(w), which is known: one contraction closer than w. Its
+    residual is not known: residual_norm is that of w, an upper bound where Φ contracts.
+
+    Args:
+        mixing: τ in (0, 1]; 1 is the plain iteration.
+
+    Cost: one evaluation a step; two vectors.
+
+    Example:
+        >>> Picard(rtol=1e-6)(lambda w: w.cos(), torch.tensor(1.0, dtype=torch.float64)).value
+        tensor(0.7391, dtype=torch.float64)
+    """
+
+    mixing: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_mixing(self)
+
+    def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
+        return lambda at: at.image if self.mixing == 1 else at.w + at.residual * self.mixing
+
+
+def _check_mixing(solver: Picard | Anderson) -> None:
+    if not 0 < solver.mixing <= 1:
+        raise ValueError(f"{type(solver).__name__}: mixing must be in (0, 1], got {solver.mixing!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anderson(FixedPointSolver):
+    """Anderson acceleration: w ← Σᵢ αᵢ (wᵢ + β rᵢ) over the last m iterates, with Σα = 1 and ‖Σᵢ αᵢ rᵢ‖ least.
+
+    Args:
+        history: m ≥ 1, iterates remembered.
+        regularisation: of the least squares problem, relative to its largest diagonal entry.
+        mixing: β in (0, 1].
+
+    Cost: one evaluation a step; 2m + 2 vectors.
+    Source: Anderson 1965; Walker and Ni 2011.
+
+    Example:
+        >>> Anderson(rtol=1e-10)(lambda w: w.cos(), torch.tensor(1.0, dtype=torch.float64)).value
+        tensor(0.7391, dtype=torch.float64)
+    """
+
+    history: int = 5
+    regularisation: float = 1e-12
+    mixing: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self, numbers=("regularisation",), integers={"history": 1})
+        _check_mixing(self)
+
+    def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
+        space, m = start.space, self.history
+        iterates, residuals = Basis(start, m), Basis(start, m)  # residuals in units of the first one
+        gram = torch.zeros(*space.batch_shape, m, m, dtype=torch.float64, device=space.device)
+        # Residuals may be dependent to the last bit: some regularisation there must be, in the Gram matrix's dtype.
+        regularisation = max(self.regularisation, 1e2 * space.eps**2, 4 * torch.finfo(gram.dtype).eps)
+        seen, unit = 0, None
+
+        def propose(at: Iterate) -> Vector:
+            nonlocal seen, unit
+            unit = _unit(at.residual) if unit is None else unit
+            slot, seen = seen % m, seen + 1
+            count = min(seen, m)
+            r = at.residual if isinstance(unit, float) else at.residual / unit
+            iterates[slot], residuals[slot] = at.w, r
+            row = residuals.coefficients(r, count).double()
+            gram[..., slot, :count] = row
+            gram[..., :count, slot] = row
+            alpha = _affine_least_squares(gram[..., :count, :count], regularisation).to(space.dtype)
+            weights = alpha * self.mixing
+            weights = weights * unit.unsqueeze(-1) if isinstance(unit, Tensor) else weights
+            return iterates.combine(alpha) + residuals.combine(weights)
+
+        return propose
+
+
+def _unit(r: Vector) -> float | Tensor:
+    """A power of two for each system in which the squares of r, and of what it falls to, are numbers of its dtype."""
+    unit = r.scale()
+    if unit.device.type == "cpu" and bool(((unit > 2.0**-32) & (unit < 2.0**32)).all()):
+        return 1.0
+    return unit
+
+
+def _affine_least_squares(gram: Tensor, regularisation: float) -> Tensor:
+    """argmin αᵀGα subject to Σα = 1, by G⁻¹1 scaled: [..., m]."""
+    top = gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    scaled = gram / torch.where(top > 0, top, 1.0) + regularisation * eye
+    lu, pivots, _ = torch.linalg.lu_factor_ex(scaled)
+    solution = torch.linalg.lu_solve(lu, pivots, torch.ones_like(gram[..., :1])).squeeze(-1)
+    return solution / solution.sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broyden(FixedPointSolver):
+    """Broyden's good method in limited memory, on r(w) = Φ(w) − w.
+
+        B = −I + Σᵢ uᵢ vᵢᵀ ≈ (∂r)⁻¹,   w ← w − B r,   v = Bᵀ Δw,   u = (Δw − B Δr) / vᵀΔr
+
+    Args:
+        history: rank-one updates kept; the method starts anew from −I when it is full.
+
+    Cost: one evaluation a step; 2 · history + 4 vectors.
+    Source: Broyden 1965; Bai, Kolter and Koltun 2019, section 3.1.4.
+    """
+
+    history: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self, integers={"history": 1})
+
+    def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
+        us, vs = Basis(start, self.history), Basis(start, self.history)
+        count = 0
+        before: Iterate | None = None
+
+        def times(x: Vector) -> Vector:
+            return us.combine(vs.coefficients(x, count)) - x if count else -x
+
+        def transposed(x: Vector) -> Vector:
+            return vs.combine(us.coefficients(x, count)) - x if count else -x
+
+        def propose(at: Iterate) -> Vector:
+            nonlocal count, before
+            if before is not None:
+                if count == self.history:
+                    count = 0
+                dw, dr = at.w - before.w, at.residual - before.residual
+                size = dw.scale()  # u vᵀ is the same for Δw and Δr in any unit
+                dw, dr = dw / size, dr / size
+                v = transposed(dw)
+                curvature = v.dot(dr)
+                usable = curvature.abs() > start.space.eps * v.norm() * dr.norm()
+                u = (dw - times(dr)) * torch.where(usable, 1 / curvature, 0.0)
+                us[count], vs[count] = u, v
+                count += 1
+            before = at
+            return at.w - times(at.residual)
+
+        return propose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newton(FixedPointSolver):
+    """Newton's method, matrix-free: (I − ∂₁Φ(w)) δ = Φ(w) − w, w ← w + δ.
+
+    Args:
+        solver: the linear solver for δ; a loose tolerance is enough far from the solution.
+
+    Cost: a step evaluates Φ twice (once with its graph) and does the linear solver's products with I − ∂₁Φ.
+    Source: Dembo, Eisenstat and Steihaug 1982 (inexact Newton).
+    """
+
+    solver: LinearSolver = field(default_factory=lambda: GMRES(rtol=1e-4, max_steps=100, on_failure="ignore"))
+
+    def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
+        def propose(at: Iterate) -> Vector:
+            leaves = [_torch.tracked(leaf.detach()) for leaf in at.w.leaves]
+            with torch.enable_grad():
+                linearisation = Linearisation(evaluate(leaves), leaves, [])
+            op = operators.adjoint(
+                lambda: linearisation,
+                fixed_point=True,
+                symmetric=False,
+                positive_definite=False,
+                batch_dims=start.space.batch_dims,
+            )
+            return at.w + solve(self.solver, op.T, at.residual.copy(), None).value
+
+        return propose
