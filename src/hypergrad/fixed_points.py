@@ -22,8 +22,7 @@ from ._below import Call, Leaves, solved
 from ._solution import OnFailure, Solution, Status
 from ._tree import PyTree, flatten, matching, split
 from ._vector import Space, Vector
-from .solvers import GMRES, LinearSolver, solve
-from .solvers._solver import check_options
+from .solvers import GMRES, LinearSolver, check_options, solve
 
 
 class Iterate:
