@@ -572,9 +572,9 @@ def test_mappings_are_matched_by_key(name, batch_dims):
 
 def test_an_unregistered_dataclass_is_named():
     w = torch.ones(2)
-    with pytest.raises(TypeError, match="start must be .*got Unregistered; register"):
+    with pytest.raises(TypeError, match=r"start must be .*got Unregistered; register"):
         FP.Picard()(lambda w: w, Unregistered(w))
-    with pytest.raises(TypeError, match="the value of the fixed point map must be .*got Unregistered; register"):
+    with pytest.raises(TypeError, match=r"the value of the fixed point map must be .*got Unregistered; register"):
         FP.Picard()(lambda w: Unregistered(w), w)
 
 

@@ -382,9 +382,7 @@ def test_mappings_are_matched_by_key(door, returned, given):
 def test_a_solution_and_a_value_of_different_keys_are_refused():
     h = LAMBDA[0].clone().requires_grad_()
     w = implicit.fixed_point(lambda w, h: {"a": w["a"] * h, "c": h}, {"a": double(1.0), "b": double(1.0)}, h)
-    with pytest.raises(
-        ValueError, match=r"structure of solution: 2 leaves instead of 2.*\['b'\], \['c'\]"
-    ):
+    with pytest.raises(ValueError, match=r"structure of solution: 2 leaves instead of 2.*\['b'\], \['c'\]"):
         w["a"].backward()
 
 
@@ -401,7 +399,7 @@ def test_a_solution_and_a_value_of_different_keys_are_refused():
     ],
 )
 def test_an_unregistered_dataclass_is_named(call):
-    with pytest.raises(TypeError, match="Unregistered.* register this dataclass as a pytree"):
+    with pytest.raises(TypeError, match=r"Unregistered.* register this dataclass as a pytree"):
         call(double(1.0).requires_grad_())
 
 
