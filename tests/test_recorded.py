@@ -467,7 +467,8 @@ def test_independent_systems_in_any_memory(solver, transposed, begun):
     w, lam = draw(3, 4), draw(4, seed=5).requires_grad_()
     w = w.t().contiguous().t() if transposed else w
     options = {"params": w, "hparams": lam, "inner_loss": in_other_memory, "batch_dims": 1}
-    options |= {"solver": solver(max_steps=4, on_failure="ignore"), "x0": draw(3, 4, seed=7) if begun else None}
+    steps = 2 if solver is S.BiCGStab else 4  # of four unknowns: beyond their end rounding is divided by itself
+    options |= {"solver": solver(max_steps=steps, on_failure="ignore"), "x0": draw(3, 4, seed=7) if begun else None}
 
     def outer_loss(w, lam):
         return (w.t() @ draw(3, 3, seed=3)).sin().sum()
