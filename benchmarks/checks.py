@@ -39,9 +39,12 @@ CALLS = 15
 ROUNDS = {"mlp": 7, "logistic": 20, "equilibrium": 10, "tiny": 40, WIDE: 5}
 CHECKS = (
     (_problem.Problem, "_residual_of"),
-    (_hypergradient, "_inner_distance"),
+    (_hypergradient, "inner_distance"),
     (hg.Hypergradient, "check_finite"),
     (hg.Hypergradient, "warn_if_unsolved"),
+    (hg.Hypergradient, "warn_if_inaccurate"),
+    (_hypergradient, "_warned_of_kink"),
+    (_problem.Problem, "_at_kink"),
     (_problem.Problem, "without_graphs"),
 )
 
