@@ -192,7 +192,7 @@ def fixed_point(
         K: steps.
         fp_map: Φ(params, hparams), a list like params.
         outer_loss: E(params, hparams), scalar.
-        tol: stop earlier once ‖∇₁E − Aᵀv‖ ≤ tol · ‖∇₁E‖, looked at every fifth step.
+        tol: stop earlier once ‖∇₁E − Aᵀv‖ ≤ tol · ‖∇₁E‖, which is measured at every fifth step.
         set_grad: add the result to hparams' .grad, as backward() does. Hooks of hparams act once.
         stochastic: fp_map is drawn anew at every product.
 
@@ -207,7 +207,7 @@ def fixed_point(
         >>> fixed_point([lam.detach()], [lam], 20, phi, lambda w, lam: w[0].sum() ** 2 / 2)
         [tensor([3.0000])]
     """
-    every = max(1, min(5, K // 3))  # of few steps enough are looked at to see their rate
+    every = max(1, min(5, K // 3))  # of few steps enough are measured to see their rate
     solver = solvers.FixedPoint(max_steps=K, rtol=tol, check_every=every, on_failure="ignore")
     return _implicit(params, hparams, outer_loss, solver, set_grad, fp_map=fp_map, draws=int(stochastic)).grads
 

@@ -28,7 +28,7 @@ from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation
 from .._below import Leaves, lead_axes
 from .._solution import Solution
-from .._tree import difference
+from .._tree import difference, filled
 from .._vector import Space, Vector
 from ..solvers import LinearSolver, Recycled, Solver, solve
 from ._hypergradient import inner_distance, warn_if_unsolved
@@ -217,14 +217,6 @@ def floating(leaves: Sequence[Tensor]) -> list[int]:
     return [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
 
 
-def put(leaves: Sequence[Tensor], places: Sequence[int], new: Sequence[Tensor]) -> Leaves:
-    """The leaves with those at some places replaced."""
-    whole = list(leaves)
-    for i, leaf in zip(places, new, strict=True):
-        whole[i] = leaf
-    return tuple(whole)
-
-
 def pull(function: Callable[[Leaves], Leaves], leaves: Leaves, cotangent: Leaves, wanted: Sequence[int]) -> Leaves:
     """Σ ∂function/∂leafᵢᵀ cotangent for the leaves i in wanted, as a differentiable function of leaves and cotangent.
 
@@ -236,14 +228,14 @@ def pull(function: Callable[[Leaves], Leaves], leaves: Leaves, cotangent: Leaves
     if _torch.transforms_active():
 
         def paired(at: Leaves) -> Tensor:
-            parts = [(y * c).sum() for y, c in zip(function(put(leaves, wanted, at)), cotangent, strict=True)]
+            parts = [(y * c).sum() for y, c in zip(function(tuple(filled(leaves, wanted, at))), cotangent, strict=True)]
             return functools.reduce(torch.add, parts)
 
         return torch.func.grad(paired)(at)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         at = tuple(_torch.tracked(leaf.view_as(leaf)) for leaf in at)  # a view, for forward mode
-        outputs = function(put(leaves, wanted, at))
+        outputs = function(tuple(filled(leaves, wanted, at)))
         return tuple(_autodiff.grad(outputs, at, cotangent, create_graph=create_graph))
 
 

@@ -178,7 +178,7 @@ def forward(
 
         ĥ = (1/k) Σᵢ (h·uᵢ) uᵢ,      E ĥ = h,      Var ĥⱼ = (‖h‖² − hⱼ²) / k,      E ‖ĥ − h‖² = (p − 1) ‖h‖² / k,
 
-    p being the number of hyperparameters; ∇₂E is exact. The u are kept when a result is gone on from.
+    p being the number of hyperparameters; ∇₂E is exact. The u are kept where a result is the start of another call.
 
     Args:
         step, outer_loss, hparams, with_time, allow_detached: as in `reverse`; no complex tensors.

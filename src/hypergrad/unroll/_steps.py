@@ -249,7 +249,7 @@ class Run:
         return self.keep([x.detach() for x in tensors], rebuild)
 
     def record(self, iterate: Iterate, begin: int, end: int) -> Recorded:
-        """The graph of steps begin … end − 1; goes on from what `measure` recorded, if that is where this begins."""
+        """The graph of steps begin … end − 1; continues what `measure` recorded, if that is where this begins."""
         (origin, steps, graph), self._recorded = self._recorded or (-1, 0, None), None
         self._known.clear()
         if graph is None or origin != begin or steps > end - begin:
