@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation, as_scalar
 from .._graph import check_hparams, check_independent
 from .._recorded import Recorded
+from .._scalar import FREE_TO_READ
 from .._solution import warn
 from .._tree import PyTree, check_distinct, filled, flatten
 from .._vector import Space, Vector
@@ -92,12 +93,16 @@ class Problem:
         outer, names, rebuild = flatten(hparams, "hparams", complex=True)
         self.hparams, self._outer, self._outer_names, self._rebuild_outer = rebuild(outer), outer, names, rebuild
         self._outer_places, self.differentiated = check_hparams(outer, names)
-        self.outer_space = Space.of(outer, names, rebuild, places=self._outer_places)
         if not self.live:
             return
         if {id(leaf) for leaf in self._given} & {id(leaf) for leaf in outer}:
             raise ValueError("with evaluated losses no tensor may be in params and in hparams; pass callables")
         check_independent([*self._given, *outer], [*self._names, *names])
+
+    @cached_property
+    def outer_space(self) -> Space:
+        """The space of ∇f: that of the hparams which are differentiated."""
+        return Space.of(self._outer, self._outer_names, self._rebuild_outer, places=self._outer_places)
 
     @property
     def arguments(self) -> tuple[PyTree, PyTree]:
@@ -300,8 +305,10 @@ class Problem:
         """The norm of ∇₁g over the entries of w that are exactly 0."""
         if self.kind != "inner_loss" or not self.space.length:
             return None
-        w, slope = self.point, self.residual
-        masked = [torch.where(x == 0, g, 0.0) for x, g in zip(w.chunks, slope.chunks, strict=True)]
+        zeros = [x == 0 for x in self.point.chunks]
+        if self.space.device.type in FREE_TO_READ and not any(bool(zero.any()) for zero in zeros):
+            return None
+        masked = [torch.where(zero, g, 0.0) for zero, g in zip(zeros, self.residual.chunks, strict=True)]
         return Vector(self.space, masked).norm()
 
     def check_outer_depends(

@@ -72,7 +72,7 @@ class CG(IterativeSolver):
 
     def _iterate(self, system: System) -> Outcome:
         op, number, stop2 = system.op, system.number, system.stop * system.stop
-        precondition = build_preconditioner(self.preconditioner, system)
+        precondition = None if self.preconditioner is None else build_preconditioner(self.preconditioner, system)
         x, r = system.start()
         z = r if precondition is None else precondition(r)
         p = z.copy()
@@ -151,7 +151,7 @@ class MINRES(IterativeSolver):
 
     def _iterate(self, system: System) -> Outcome:
         op, rounding, closed = system.op, ROUNDING * system.b.space.eps, system.b.space.eps**0.75
-        precondition = build_preconditioner(self.preconditioner, system)
+        precondition = None if self.preconditioner is None else build_preconditioner(self.preconditioner, system)
         x, r = system.start()
         v = r.copy()
         z = v if precondition is None else precondition(v)
