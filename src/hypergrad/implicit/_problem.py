@@ -14,7 +14,6 @@ from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation, as_scalar
 from .._graph import check_hparams, check_independent
 from .._recorded import Recorded
-from .._scalar import FREE_TO_READ
 from .._solution import warn
 from .._tree import PyTree, check_distinct, filled, flatten
 from .._vector import Space, Vector
@@ -306,8 +305,6 @@ class Problem:
         if self.kind != "inner_loss" or not self.space.length:
             return None
         zeros = [x == 0 for x in self.point.chunks]
-        if self.space.device.type in FREE_TO_READ and not any(bool(zero.any()) for zero in zeros):
-            return None
         masked = [torch.where(zero, g, 0.0) for zero, g in zip(zeros, self.residual.chunks, strict=True)]
         return Vector(self.space, masked).norm()
 
