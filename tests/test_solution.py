@@ -156,7 +156,7 @@ def test_float32_after_more_steps_than_it_needs(method):
         w = torch.linalg.solve(a, h.detach())
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            method(
+            (grad,) = method(
                 [w],
                 [h],
                 1000,
@@ -164,3 +164,5 @@ def test_float32_after_more_steps_than_it_needs(method):
                 lambda w, h, t=t: (w[0] - t).square().sum(),
                 set_grad=False,
             )
+        due = torch.linalg.solve(a.double(), 2 * (w - t).double())
+        assert (grad - due).norm() <= 1e-2 * due.norm()

@@ -298,9 +298,10 @@ def test_an_l1_term_in_a_smooth_loss_is_said():
 def test_an_l1_term_whose_zeros_are_no_kink_is_not_said(ridge):
     """Entries that are 0 because the data say so: the gradient vanishes there too."""
     lam = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    hg.implicit.grad(
+    result = hg.implicit.grad(
         lambda w, lam: (w - 1).square().sum(),
         inner_loss=lambda w, lam: (w - lam).square().sum(),
         params=torch.zeros(3, dtype=torch.float64),
         hparams=lam,
     )
+    torch.testing.assert_close(result.grads, torch.full((3,), -2.0, dtype=torch.float64))
