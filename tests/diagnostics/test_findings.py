@@ -11,12 +11,16 @@ from torch import nn
 import hypergrad as hg
 from helpers import nothing_changed, problem_at
 from hypergrad._modules import modules_of
-from hypergrad.diagnostics import findings
 from problems import PROBLEMS, elastic_net
 from systems import with_singular_values, with_spectrum
 from test_oracles import forms
 
 N = 12
+
+
+def findings(outer_loss, **given) -> tuple[hg.diagnostics.Finding, ...]:
+    problem = hg.implicit.Problem(outer_loss, **given)
+    return hg.diagnostics.findings(problem, hg.diagnostics.structure(problem))
 
 
 def names(*args, **options) -> list[str]:
@@ -268,7 +272,6 @@ def test_buffers_are_put_back():
     given = {"params": {k: v.detach() for k, v in model.named_parameters()}, "hparams": lam}
     with nothing_changed(given["params"]):
         findings(lambda w, lam: w["0.bias"].sum(), inner_loss=lambda w, lam: loss_of(model, x, w, lam), **given)
-        hg.diagnostics.structure(inner_loss=lambda w, lam: loss_of(model, x, w, lam), **given)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -556,11 +559,17 @@ def test_several_at_once():
 
 def test_bad_input():
     given = quadratic(np.eye(N))
-    with pytest.raises(TypeError, match="outer_loss must be a callable"):
-        findings(torch.tensor(1.0), **given)
-    with pytest.raises(TypeError, match="inner_loss must be a callable"):
-        findings(outer, **given | {"inner_loss": torch.tensor(1.0)})
-    with pytest.raises(TypeError, match="exactly one of"):
-        findings(outer, params=given["params"], hparams=given["hparams"])
-    with pytest.raises(ValueError, match="requires grad"):
-        findings(outer, **given | {"hparams": torch.ones(N)})
+    live = {"params": rand(N).requires_grad_(), "hparams": given["hparams"]}
+    problem = hg.implicit.Problem(torch.tensor(1.0), inner_loss=given["inner_loss"], **live)
+    with pytest.raises(TypeError, match="outer_loss must be a function"):
+        hg.diagnostics.findings(problem)
+    problem = hg.implicit.Problem(outer, inner_loss=given["inner_loss"](*live.values()), **live)
+    with pytest.raises(TypeError, match="inner_loss must be a function"):
+        hg.diagnostics.findings(problem)
+
+
+def test_without_the_structure_nothing_is_said_of_the_system():
+    m = torch.tensor(with_spectrum(np.r_[-1.0, np.linspace(0.1, 1, N - 1)]))
+    given = {"params": rand(N), "hparams": rand(N).requires_grad_(), "inner_loss": lambda w, h: 0.5 * w @ m @ w}
+    problem = hg.implicit.Problem(outer, **given)
+    assert [each.name for each in hg.diagnostics.findings(problem)] == ["hyperparameter reaches nothing"]

@@ -10,7 +10,7 @@ from ..solvers import rate_of, steps_needed
 from ._choice import solver_choice
 from ._differences import Differences
 from ._error import Estimate
-from ._maps import Finding
+from ._findings import Finding
 from ._structure import Structure
 
 GOOD = 1e-3  # relative error of a hypergradient about which there is nothing to say

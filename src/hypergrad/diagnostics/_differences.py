@@ -50,7 +50,6 @@ def finite_differences(
     *,
     directions: int = 3,
     step: float | None = None,
-    generator: torch.Generator | None = None,
 ) -> Differences:
     """The hypergradient against D(t) = (f(λ + tu) − f(λ − tu)) / 2t, each f(λ) with the inner problem solved anew.
 
@@ -65,7 +64,6 @@ def finite_differences(
         solve: hparams ↦ params, any code, run without autograd of this function: the inner problem solved from scratch.
         directions: the number of random u.
         step: t (default: eps^(1/5) · max(‖λ‖, 1)); hparams that must stay positive need a smaller one.
-        generator: of the directions, on the CPU (default: one with a seed of its own).
 
     Cost: four solves and evaluations of outer_loss for each direction.
     """
@@ -76,7 +74,7 @@ def finite_differences(
     t = outer.eps**0.2 * max(float(here.norm()), 1.0) if step is None else step
     if not t > 0 or directions < 1:
         raise ValueError(f"step must be positive and directions ≥ 1, got {step!r} and {directions!r}")
-    generator = seeded(generator)
+    generator = seeded(None)
 
     def value(hparams: Vector) -> float:
         tree = problem.hparams_with(hparams.copy().leaves)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 from .._solution import Status
 from .._tree import PyTree
 from .._vector import Vector
 from ..implicit import Correction, Problem, correct, newton_step
-from ..solvers import GMRES, MINRES, Dense, LinearSolver, Nystrom, OneStep, Solver, solve
+from ..solvers import GMRES, MINRES, Dense, Solver, solve
 from ._budget import Budget
 
 DENSE = 200  # unknowns of a system up to which it is solved by factors
@@ -38,7 +37,6 @@ class Estimate:
         adjoint_relative_residual: ‖r_v‖ / ‖∇₁E‖.
         adjoint_norm: ‖v‖.
         hypergradient_norm: ‖h‖ as given.
-        mismatch: ‖h − (∇₂E − ∂₂Fᵀv)‖: rounding, if h was computed from this v; else its distance from what v gives.
         error: estimate of ‖h − ∇f(λ)‖.
         relative_error: the same relative to the corrected hypergradient.
         from_inner, from_adjoint, from_damping: the first-order effects of the residual F (with v following w), of r_v,
@@ -62,7 +60,6 @@ class Estimate:
     adjoint_relative_residual: float
     adjoint_norm: float
     hypergradient_norm: float
-    mismatch: float
     error: float
     relative_error: float
     from_inner: float
@@ -100,43 +97,47 @@ def estimate(
     Cost: the graphs of both losses and three systems; each Newton step the same again.
     """
     systems = _Systems(problem, solver, budget)
-    first_problem, space = systems.problem, systems.problem.space
-    given, w = first_problem.vector_of(grads, "the hypergradient"), first_problem.point
+    start, space = systems.problem, systems.problem.space
+    given = start.vector_of(grads, "the hypergradient")
     v = systems.adjoint() if adjoint is None else space.vector(adjoint, "the adjoint")
-    first = systems.correct(v)
+    first = last = systems.correct(v)
     damping = _damping(first.adjoint_residual, v, solved)
     r_v = first.adjoint_residual - v * damping
     from_adjoint = systems.effect(r_v)
     from_damping = systems.effect(v * damping) if damping else from_adjoint * 0.0
     from_inner = first.change - from_adjoint - from_damping
-    end = _followed(systems, first, from_inner, given, NEWTON_STEPS if follow else 0)
-    moved = systems.problem.point + end.last.step
-    if budget.tight and end.status is Status.MAX_STEPS:
+    # h is linear in v, so that only what w changes has an error of second order.
+    uncertainty = ratio(norm(from_inner), norm(first.corrected))
+    settled, steps, status = uncertainty <= LINEAR and bool(first.holds), 0, first.status
+    while follow and not settled and steps < NEWTON_STEPS and systems.newton_step(last.step):
+        last = systems.correct(systems.adjoint(last.adjoint + last.adjoint_step))
+        settled, uncertainty = _settled(last, given)
+        steps, status = steps + 1, max(status, last.status, key=lambda s: s.value)
+    if budget.tight and status is Status.MAX_STEPS:
         budget.left_out.append("solving the systems behind the estimate to their tolerance")
-    error, size = norm(end.last.corrected - given), norm(end.last.corrected)
+    moved, error, size = systems.problem.point + last.step, norm(last.corrected - given), norm(last.corrected)
     return Estimate(
-        inner_residual=norm(first_problem.residual),
-        distance=ratio(norm(moved - w), norm(moved)),
+        inner_residual=norm(start.residual),
+        distance=ratio(norm(moved - start.point), norm(moved)),
         damping=damping,
         adjoint_residual=norm(r_v),
-        adjoint_relative_residual=ratio(norm(r_v), norm(first_problem.b)),
+        adjoint_relative_residual=ratio(norm(r_v), norm(start.b)),
         adjoint_norm=norm(v),
         hypergradient_norm=norm(given),
-        mismatch=norm(first.hypergradient - given),
         error=error,
         relative_error=ratio(error, size),
         from_inner=norm(from_inner),
         from_adjoint=norm(from_adjoint),
         from_damping=norm(from_damping),
-        uncertainty=end.uncertainty,
-        settled=end.settled,
-        newton_steps=end.steps,
-        status=end.status,
-        outer_value=float(first_problem.outer_value.detach()),
-        corrected_value=float(end.last.value),
+        uncertainty=uncertainty,
+        settled=settled,
+        newton_steps=steps,
+        status=status,
+        outer_value=float(start.outer_value.detach()),
+        corrected_value=float(last.value),
         corrected_norm=size,
-        corrected=first_problem.tree_of(end.last.corrected.leaves),
-        params=first_problem.with_params(moved),
+        corrected=start.tree_of(last.corrected.leaves),
+        params=start.with_params(moved),
     )
 
 
@@ -183,28 +184,6 @@ class _Systems:
         return new is not None
 
 
-class _End(NamedTuple):
-    """Where Newton's method ended: its last correction, and how far to trust it."""
-
-    last: Correction
-    steps: int
-    status: Status
-    settled: bool
-    uncertainty: float
-
-
-def _followed(systems: _Systems, last: Correction, from_inner: Vector, given: Vector, most: int) -> _End:
-    """Newton steps from a point and its correction until one changes the estimate no more."""
-    # h is linear in v, so that only what w changes has an error of second order.
-    uncertainty = ratio(norm(from_inner), norm(last.corrected))
-    end = _End(last, 0, last.status, uncertainty <= LINEAR and bool(last.holds), uncertainty)
-    while not end.settled and end.steps < most and systems.newton_step(end.last.step):
-        last = systems.correct(systems.adjoint(end.last.adjoint + end.last.adjoint_step))
-        status = max(end.status, last.status, key=lambda s: s.value)
-        end = _End(last, end.steps + 1, status, *_settled(last, given))
-    return end
-
-
 def _damping(r_v: Vector, v: Vector, solved: float) -> float:
     """γ where r_v = γv + r with ‖r‖ no larger than the residual that the system had when it was solved, else 0."""
     size = norm(v)
@@ -212,32 +191,6 @@ def _damping(r_v: Vector, v: Vector, solved: float) -> float:
     rounding = 10 * r_v.space.eps * norm(r_v)
     damped = gamma > 0 and solved <= norm(r_v) / 2 and norm(r_v - v * gamma) <= 1.01 * solved + rounding
     return gamma if damped else 0.0
-
-
-def damped(problem: Problem, damping: float) -> Problem:
-    """The problem with A + γI in A's place, w and F being the same: γ/2 ‖w − w₀‖² is added, w₀ being its params."""
-    kind, given, space = problem.kind, problem.inner, problem.again().space
-    start = problem.again().point.leaves
-
-    def with_damping(params: Any, hparams: Any) -> Any:
-        value, moved = given(params, hparams), space.check(params, "params")
-        away = [damping * (x - x0) for x, x0 in zip(moved, start, strict=True)]
-        if kind == "inner_loss":
-            return value + sum((d * d).sum() for d in away) / (2 * damping)
-        sign = -1 if kind == "fp_map" else 1
-        leaves = space.check(value, f"the value of {kind}")
-        return space.unflatten([y + sign * d for y, d in zip(leaves, away, strict=True)])
-
-    return problem.again(inner=with_damping)
-
-
-def without_damping(solver: Solver | None) -> tuple[Solver | None, float]:
-    """The solver for the system that it sees with its damping in it, and that damping."""
-    if isinstance(solver, (Nystrom, OneStep)):
-        raise TypeError(f"check's solver must solve its systems, and {type(solver).__name__} approximates")
-    if not isinstance(solver, LinearSolver) or not solver.damping:
-        return solver, 0.0
-    return replace(solver, damping=0.0), solver.damping
 
 
 def _settled(last: Correction, given: Vector) -> tuple[bool, float]:

@@ -12,16 +12,15 @@ from torch import Tensor
 from .._tree import PyTree
 from ..implicit import Hypergradient, Problem
 from ..operators import GaussNewton
-from ..solvers import Solver
+from ..solvers import LinearSolver, Nystrom, OneStep, Solver
 from ..unroll import ForwardResult, ReverseResult, check_whole
 from ._advice import better_solver, findings_about_the_check, remedies, verdict
 from ._budget import Budget
 from ._choice import solver_choice, solver_rows
 from ._differences import Differences, finite_differences
-from ._error import Estimate, damped, estimate, without_damping
-from ._findings import findings_of
-from ._maps import Finding
-from ._structure import Structure, require_real, structure_of
+from ._error import Estimate, estimate
+from ._findings import Finding, findings
+from ._structure import Structure, require_callable, structure
 
 UNROLLED = (ReverseResult, ForwardResult)
 STEPS = 50  # of the Krylov spaces of a structure
@@ -104,7 +103,6 @@ def check(
     solver: Solver | None = None,
     solve: Callable[[PyTree], PyTree] | None = None,
     max_products: int = 3000,
-    progress: bool | None = None,
 ) -> Report:
     """How wrong a hypergradient is, and why. Changes nothing of the user's.
 
@@ -116,21 +114,21 @@ def check(
     Args:
         result: a Hypergradient, a result of `unroll`, or the gradients themselves in hparams' structure (HyperTorch's
             lists).
-        outer_loss, inner_loss, fp_map, residual, params, hparams, symmetric: as in `implicit.grad`; functions.
+        outer_loss, inner_loss, fp_map, residual, params, hparams, symmetric: as in `implicit.grad`; functions. A
+            hypergradient meant as that of a damped system is judged as such by an inner_loss with γ/2 ‖w − w₀‖² added,
+            w₀ being params.
         solver: of the linear systems behind the estimate (default: Dense up to 200 unknowns, else MINRES where A is
-            symmetric and GMRES where it is not). With a damping γ, the hypergradient is judged as that of the inner
-            problem with γ/2 ‖w − w₀‖² added, w₀ being params, whose system is A + γI.
+            symmetric and GMRES where it is not), without damping.
         solve: hparams ↦ params, solving the inner problem from scratch: asks for finite differences.
-        max_products: with A and Aᵀ, about: what is left out for it is said. Finite differences are apart.
-        progress: True shows a bar (by tqdm), None after three seconds where there are a terminal and tqdm, False never.
+        max_products: with A and Aᵀ, about: the report names what is left out for it. Finite differences are apart.
 
     Returns:
         A Report.
 
     Raises:
         ValueError: params or hparams changed since, or the problem is stochastic.
-        TypeError: a part of the problem is missing or complex, or the result is that of `implicit.jacobian`.
-        ImportError: progress=True without tqdm.
+        TypeError: a part of the problem is missing or complex, solver approximates, or the result is that of
+            `implicit.jacobian`.
     Cost: see `structure`, `findings` and Estimate: three linear systems, and three more for each Newton step; with
         solve four solves for each of three directions.
 
@@ -151,33 +149,14 @@ def check(
         tensor(3.)
     """
     check_whole(max_products=(max_products, 1))
-    for name, value in (("solver", solver), ("solve", solve)):
-        if value is not None and not callable(value):
-            raise TypeError(f"{name} must be a function, got {value!r}")
+    _check_solver(solver)
+    if solve is not None and not callable(solve):
+        raise TypeError(f"solve must be a function, got {solve!r}")
     given = {"outer_loss": outer_loss, "params": params, "hparams": hparams}
     inner = {"inner_loss": inner_loss, "fp_map": fp_map, "residual": residual}
-    problem = _problem(result, given, inner, symmetric)
+    problem, budget = _problem(result, given, inner, symmetric), Budget(max_products)
     known = result if isinstance(result, Hypergradient) else None
     grads = result.grads if isinstance(result, (Hypergradient, *UNROLLED)) else result
-    solver, damping = without_damping(solver)
-    if damping:
-        problem = damped(problem, damping)
-    budget = Budget(max_products, progress)
-    try:
-        return _report(problem, grads, known, solver, solve, damping, budget)
-    finally:
-        budget.close()
-
-
-def _report(
-    problem: Problem,
-    grads: PyTree,
-    known: Hypergradient | None,
-    solver: Any,
-    solve: Any,
-    damping: float,
-    budget: Budget,
-) -> Report:
     solution = None if known is None else known.solution
     solved = math.inf if solution is None else float(solution.residual_norm.square().sum().sqrt())
     before = None if known is None else float(known.inner_residual.square().sum().sqrt())
@@ -189,17 +168,27 @@ def _report(
     better = better_solver(system, solution)
     wrong = [*findings_about_the_check(found, differences, before, budget.left_out, better)]
     if math.isfinite(found.error):
-        wrong = [*findings_of(problem, system), *wrong]
+        wrong = [*findings(problem, system), *wrong]
     if found.settled and found.newton_steps:
         # How fast the inner solver is on its way depends on A where the way ends.
         there = _structure(problem.again(found.params), budget)
     ok, sentence = verdict(found, wrong)
-    lines = [sentence, *map(str, wrong)]
-    if damping:
-        lines.append(f"all of this is of the problem with a damping of {damping:.3g}, as check's solver has it")
-    lines += remedies(found, there, problem.fixed_point, better)
+    lines = (sentence, *map(str, wrong), *remedies(found, there, problem.fixed_point, better))
     left_out = tuple(dict.fromkeys(budget.left_out))
-    return Report(ok, sentence, found, differences, system, tuple(wrong), tuple(lines), budget.done, left_out)
+    return Report(ok, sentence, found, differences, system, tuple(wrong), lines, budget.done, left_out)
+
+
+def _check_solver(solver: Any) -> None:
+    """Raise for a solver whose answers are not those of the systems behind the estimate."""
+    if solver is not None and not callable(solver):
+        raise TypeError(f"solver must be a function, got {solver!r}")
+    if isinstance(solver, (Nystrom, OneStep)):
+        raise TypeError(f"check's solver must solve its systems, and {type(solver).__name__} approximates")
+    if isinstance(solver, LinearSolver) and solver.damping:
+        raise TypeError(
+            f"check's solver must solve its systems as they are, got damping={solver.damping!r}: to judge a "
+            f"hypergradient as that of the damped problem, pass inner_loss= with damping/2 ‖w − w₀‖² added"
+        )
 
 
 def _structure(problem: Problem, budget: Budget) -> Structure | None:
@@ -209,9 +198,11 @@ def _structure(problem: Problem, budget: Budget) -> Structure | None:
         budget.left_out.append("the structure of A")
         return None
     try:
-        return structure_of(problem, steps, counted=budget.counted)
+        found = structure(problem, steps=steps)
     except ValueError:  # of products that are not finite the estimate tells
         return None
+    budget.spend(found.products)
+    return found
 
 
 def _problem(result: Any, given: dict[str, Any], inner: dict[str, Any], symmetric: bool) -> Problem:
@@ -235,10 +226,7 @@ def _problem(result: Any, given: dict[str, Any], inner: dict[str, Any], symmetri
             f"hparams), which for a live module go through torch.func.functional_call"
         )
     for name, value in (("outer_loss", parts["outer_loss"]), *forms.items()):
-        if not callable(value):
-            raise TypeError(f"{name} must be a function of (params, hparams), got {type(value).__name__}")
-    require_real(parts["params"], "params")
-    require_real(parts["hparams"], "hparams")
+        require_callable(value, name)
     # The error is that against the Hessian, where a Gauss–Newton matrix stands in for it.
     forms = {kind: value.__call__ if isinstance(value, GaussNewton) else value for kind, value in forms.items()}
     tags: dict[str, Any] = {"symmetric": symmetric}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -11,12 +12,11 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import operators
+from .. import _random, operators
 from .._modules import modules_of
 from .._vector import Space, Vector
 from ..implicit import Problem
 from ..operators import LinearOperator
-from ._modules import unchanged
 from ._spectrum import arnoldi, unseen
 
 FAR_FROM_NORMAL = 100  # condition number of an eigenvalue above which its first-order error says nothing
@@ -111,62 +111,32 @@ class Structure:
         return "\n".join(f"{name:<22}{text}" for name, text in _rows(self))
 
 
-def structure(
-    *,
-    params: Any,
-    hparams: Any,
-    inner_loss: Callable[[Any, Any], Tensor] | None = None,
-    fp_map: Callable[[Any, Any], Any] | None = None,
-    residual: Callable[[Any, Any], Any] | None = None,
-    symmetric: bool = False,
-    positive_definite: bool = False,
-    batch_dims: int = 0,
-    steps: int = 50,
-    generator: torch.Generator | None = None,
-) -> Structure:
+def structure(problem: Problem, *, steps: int = 50) -> Structure:
     """The structure of A = ∇²₁₁g, I − ∂₁Φ or ∂₁F at (w, λ): see `operator_structure`.
 
     Buffers of modules that the callables can be seen to use, and torch's random state, are put back.
 
-    Args: as in `implicit.grad`, and as in `operator_structure`.
-    Raises: TypeError, ValueError as these do.
+    Args:
+        problem: `implicit.Problem(None, params=..., hparams=..., inner_loss=...)` with a function for the inner loss
+            or map, or that of a result.
+        steps: as in `operator_structure`.
+
+    Raises: TypeError for an evaluated loss, or complex hparams; ValueError as `operator_structure`.
     Cost: one evaluation of the loss or map, and what `operator_structure` says.
 
     Example:
-        >>> w, lam = torch.zeros(2), torch.ones(2, requires_grad=True)
-        >>> found = structure(inner_loss=lambda w, lam: lam @ (w**2 / 2) - 2 * w[0] ** 2, params=w, hparams=lam)
+        >>> problem = hg.implicit.Problem(
+        ...     None,
+        ...     inner_loss=lambda w, lam: lam @ (w**2 / 2) - 2 * w[0] ** 2,
+        ...     params=torch.zeros(2),
+        ...     hparams=torch.ones(2, requires_grad=True),
+        ... )
+        >>> found = structure(problem)
         >>> found.definiteness, [round(x, 4) for x in found.eigenvalues]
         ('indefinite', [-3.0, 1.0])
     """
-    require_real(params, "params")
-    require_real(hparams, "hparams")
-    problem = Problem(
-        None,
-        params=params,
-        hparams=hparams,
-        inner_loss=inner_loss,
-        fp_map=fp_map,
-        residual=residual,
-        symmetric=symmetric,
-        positive_definite=positive_definite,
-        batch_dims=batch_dims,
-    )
-    return structure_of(problem, steps, generator)
-
-
-def structure_of(
-    problem: Problem,
-    steps: int = 50,
-    generator: torch.Generator | None = None,
-    counted: Callable[[LinearOperator], LinearOperator] = lambda op: op,
-) -> Structure:
-    """As `structure`, of a Problem; `counted` may put another operator in the place of A."""
-    if not callable(problem.inner):
-        raise TypeError(
-            f"{problem.kind} must be a callable of (params, hparams): an evaluated value has only one graph"
-        )
-    problem = problem.again()
-    with unchanged(modules_of(problem.inner), problem.space.devices):
+    problem = checked(problem)
+    with unchanged(problem):
         linearisation = problem.linearise()
         # Declared as little as possible: a wrong declaration would stand in for the transposed product.
         op = operators.adjoint(
@@ -175,7 +145,7 @@ def structure_of(
             symmetric=problem.kind == "inner_loss",
             batch_dims=problem.batch_dims,
         )
-        found = operator_structure(counted(op), problem.point, steps=steps, generator=generator)
+        found = operator_structure(op, problem.point, steps=steps)
     return replace(found, declared_symmetric=problem.symmetric)
 
 
@@ -231,10 +201,40 @@ def operator_structure(
     return max(found, key=lambda s: (s.negligible, s.condition))
 
 
+def checked(problem: Problem) -> Problem:
+    """The problem, to be evaluated anew. Raises TypeError for an evaluated inner problem, and for complex hparams."""
+    require_callable(problem.inner, problem.kind)
+    require_real(problem.hparams, "hparams")
+    return problem.again()
+
+
+def require_callable(value: Any, name: str) -> None:
+    if not callable(value):
+        raise TypeError(
+            f"{name} must be a function of (params, hparams), got {type(value).__name__}: an evaluated value has only "
+            f"one graph"
+        )
+
+
 def require_real(tree: Any, name: str) -> None:
-    """Raise for complex tensors."""
     if any(isinstance(x, Tensor) and x.is_complex() for x in optree.tree_leaves(tree)):
         raise TypeError(f"diagnostics take real tensors, and {name} holds a complex one: use torch.view_as_real")
+
+
+@contextmanager
+def unchanged(problem: Problem) -> Iterator[None]:
+    """Buffers of the modules that the callables can be seen to use, and torch's random state, are put back."""
+    modules = modules_of(problem.outer_loss, problem.inner)
+    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    before = _random.capture(_random.devices_of(problem.leaves))
+    try:
+        yield
+    finally:
+        _random.restore(before)
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                if not torch.equal(buffer, kept):
+                    buffer.copy_(kept)
 
 
 def seeded(generator: torch.Generator | None) -> torch.Generator:
