@@ -16,7 +16,6 @@ RUNS = {
     "checkpoints": (hg.unroll.reverse, {"checkpoints": 2}),
     "forward": (hg.unroll.forward, {}),
     "one tangent at a time": (hg.unroll.forward, {"chunk": 1}),
-    "random directions": (hg.unroll.forward, {"directions": 3}),
 }
 
 

@@ -5,8 +5,8 @@ Nothing needs to have converged, so step sizes, schedules and starts can be lear
 """
 
 from ._forward import ForwardResult, forward
-from ._memory import parse_bytes as parse_bytes  # used by hypergrad.meta: bytes of "64MiB"
 from ._reverse import ReverseResult, reverse
+from ._reverse import parse_bytes as parse_bytes  # used by hypergrad.meta: bytes of "64MiB"
 from ._steps import check_whole as check_whole  # used by hypergrad.diagnostics: whole numbers among arguments
 
 __all__ = ["forward", "reverse", "ForwardResult", "ReverseResult"]

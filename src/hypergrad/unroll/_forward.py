@@ -1,6 +1,6 @@
 """Forward mode through the steps: tangents go along with the iterate, and nothing of the past is kept.
 
-Z₀ = ∂w₀/∂λ U,   Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t U;   ∇f(λ) U = ∇₁E(w_T, λ) Z_T + ∇₂E(w_T, λ) U
+Z₀ = ∂w₀/∂λ,   Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t;   ∇f(λ) = Z_Tᵀ ∇₁E(w_T, λ) + ∇₂E(w_T, λ)
 """
 
 from __future__ import annotations
@@ -36,61 +36,6 @@ NOT_ADJOINT = (
 )
 
 
-@dataclass(frozen=True)
-class Directions:
-    """The columns of U, directions in the space of λ: its unit vectors, or random signs.
-
-    Attributes:
-        like: the leaves of λ that require grad, detached.
-        signs: [count, *shape] for each; None for the unit vectors.
-    """
-
-    like: list[Tensor]
-    signs: list[Tensor] | None
-
-    @property
-    def sizes(self) -> list[int]:
-        return [x.numel() for x in self.like]
-
-    @property
-    def count(self) -> int:
-        return sum(self.sizes) if self.signs is None else len(self.signs[0])
-
-    def at(self, rows: Tensor) -> list[Tensor]:
-        """These columns of U: [len(rows), *shape] for each leaf."""
-        if self.signs is not None:
-            return [placed(signs[rows], x, 1) for signs, x in zip(self.signs, self.like, strict=True)]
-        dtype, device = self.like[0].dtype, self.like[0].device
-        unit = torch.zeros(len(rows), self.count, dtype=dtype, device=device)
-        unit[torch.arange(len(rows), device=device), rows.to(device)] = 1
-        parts = zip(unit.split(self.sizes, 1), self.like, strict=True)
-        return [placed(part.reshape(len(rows), *x.shape), x, 1) for part, x in parts]
-
-    def met(self, pulled: Sequence[Tensor | None], half: bool) -> Tensor:
-        """Which columns u have ∂₂Φ u ≠ 0, by ∂₂Φᵀc for a random c: an entry is 0 where its column of ∂₂Φ is."""
-        hit = []
-        for g, size in zip(pulled, self.sizes, strict=True):
-            if g is None or half:  # in half precision an entry could be 0 by chance
-                hit.append(torch.full((size,), g is not None, device="cpu"))
-            else:
-                hit.append(full(g.detach() != 0).reshape(-1).cpu())
-        entries = torch.cat(hit)
-        return entries if self.signs is None else entries.any().expand(self.count)
-
-    def gradient(self, slopes: Tensor, rows: Tensor) -> tuple[list[Tensor], list[Tensor] | None]:
-        """h from the slopes h·u along these columns, and with random signs the standard error of its estimate."""
-        flat = slopes.new_zeros(self.count).index_copy(0, rows.to(slopes.device), slopes)
-        if self.signs is None:
-            return self._shaped(list(flat.split(self.sizes))), None
-        k, signs = self.count, [u.reshape(self.count, -1).to(flat) for u in self.signs]
-        means = [flat @ u / k for u in signs]
-        spread = [(flat.square().mean() - h.square()).clamp(min=0) if k > 1 else h * torch.nan for h in means]
-        return self._shaped(means), self._shaped([(s / (k - 1 or 1)).sqrt() for s in spread])
-
-    def _shaped(self, flat: list[Tensor]) -> list[Tensor]:
-        return [placed(h.reshape(x.shape), x) for h, x in zip(flat, self.like, strict=True)]
-
-
 def placed(values: Tensor, like: Tensor, lead: int = 0) -> Tensor:
     """Values of `like`'s shape after `lead` more axes, in its dtype, on its device, and sharded as it is."""
     values = values.to(device=like.device, dtype=like.dtype)
@@ -105,19 +50,44 @@ def placed(values: Tensor, like: Tensor, lead: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Tangents:
-    """Z, along the columns of U that something has depended on. Along the others it is zero, and not kept.
+    """Z, along the entries of λ that something has depended on. Along the others it is zero, and not kept.
 
     Attributes:
-        directions: U.
-        rows: the columns of U that are kept.
+        like: the leaves of λ that require grad, detached.
+        rows: the entries of λ, counted over all these leaves, that are kept.
         leaves: [len(rows), *shape] for each floating point tensor of params.
         reached: for each leaf of λ that requires grad, whether something has depended on it.
     """
 
-    directions: Directions
+    like: list[Tensor]
     rows: Tensor
     leaves: list[Tensor]
     reached: list[bool]
+
+    @property
+    def count(self) -> int:
+        return sum(x.numel() for x in self.like)
+
+    def directions(self, rows: Tensor) -> list[Tensor]:
+        """Unit vectors in the space of λ for these entries: [len(rows), *shape] for each leaf."""
+        dtype, device = self.like[0].dtype, self.like[0].device
+        unit = torch.zeros(len(rows), self.count, dtype=dtype, device=device)
+        unit[torch.arange(len(rows), device=device), rows.to(device)] = 1
+        parts = unit.split([x.numel() for x in self.like], 1)
+        return [placed(u.reshape(len(rows), *x.shape), x, 1) for u, x in zip(parts, self.like, strict=True)]
+
+    def gradient(self, alpha: Sequence[Tensor]) -> list[Tensor | None]:
+        """Zᵀ ∇₁E, summed in the widest dtype; None for a leaf that nothing has depended on."""
+        dtype = torch.float32
+        for a in alpha:
+            dtype = torch.promote_types(dtype, a.dtype)
+        total = torch.zeros(len(self.rows), dtype=dtype, device=alpha[0].device)
+        for z, a in zip(self.leaves, alpha, strict=True):
+            products = (z.reshape(len(z), a.numel()).to(dtype) @ a.reshape(-1).to(dtype)) if a.numel() else z.sum()
+            total = total + full(products).to(total.device)
+        flat = total.new_zeros(self.count).index_copy(0, self.rows.to(total.device), total)
+        parts = zip(flat.split([x.numel() for x in self.like]), self.like, self.reached, strict=True)
+        return [placed(h.reshape(x.shape), x) if reached else None for h, x, reached in parts]
 
 
 @dataclass(frozen=True)
@@ -130,9 +100,7 @@ class ForwardResult:
         outer_value: E(w_t, λ).
         evaluations: how often this call called step.
         steps: t, the steps since the start, in this call and those before.
-        standard_error: with random directions the estimated standard error of each entry of grads, in the structure
-            of hparams, NaN for one direction; else None.
-        tangents: Z = ∂w_t/∂λ U.
+        tangents: Z = ∂w_t/∂λ.
     """
 
     grads: PyTree
@@ -140,7 +108,6 @@ class ForwardResult:
     outer_value: Tensor
     evaluations: int
     steps: int
-    standard_error: PyTree | None
     tangents: Tangents
 
 
@@ -151,8 +118,6 @@ def forward(
     outer_loss: Callable[[PyTree, PyTree], Tensor],
     steps: int,
     *,
-    directions: int | None = None,
-    generator: torch.Generator | None = None,
     chunk: int | None = None,
     batches: Batches = None,
     with_time: bool = False,
@@ -174,18 +139,10 @@ def forward(
     Sharing: a schedule with one value for each window of steps, `PerStep(λ.repeat_interleave(length))`, has few
     hyperparameters however many steps there are; a tangent costs nothing before the first step that depends on it.
 
-    Many hyperparameters: with `directions=k`, h = Zᵀ∇₁E is estimated along k vectors u of random signs,
-
-        ĥ = (1/k) Σᵢ (h·uᵢ) uᵢ,      E ĥ = h,      Var ĥⱼ = (‖h‖² − hⱼ²) / k,      E ‖ĥ − h‖² = (p − 1) ‖h‖² / k,
-
-    p being the number of hyperparameters; ∇₂E is exact. The u are kept where a result is the start of another call.
-
     Args:
         step, outer_loss, hparams, with_time, allow_detached: as in `reverse`; no complex tensors.
         start: w₀ as in `reverse`, or an earlier result, to go on from.
         steps: T, or how many more.
-        directions: k, the number of random directions; None for the exact gradient.
-        generator: draws the directions, on the CPU; by default torch's own, before the first step.
         chunk: how many tangents are pushed through a step in one vectorised pass, in as many times the memory of a
             step's graph; by default about a million numbers' worth, and at least one.
         batches: batch t for step t, by index or by call; t is counted from the start, not from an earlier result.
@@ -201,7 +158,7 @@ def forward(
         reverse pass. While some hyperparameters have reached nothing yet, one device synchronisation a step. At t = 0,
         1, 2, 4, 8, … the derivative is compared with its transpose.
     Source: Franceschi et al. 2017, section 3.2 (forward-HG) and 3.3 (real-time, RTHO); Micaelli and Storkey 2021
-        (sharing over windows, FDS); Baydin et al. 2022 and Silver et al. 2022 (random directions).
+        (sharing over windows, FDS).
 
     Example:
         w ← w / 2 + λ from 0 gives w₃ = 1.75 λ, and three steps later w₆ = 1.96875 λ.
@@ -213,7 +170,7 @@ def forward(
         >>> forward(lambda w, lam: w / 2 + lam, result, lam, lambda w, lam: w, steps=3).grads
         tensor(1.9688)
     """
-    check_whole(steps=(steps, 0), directions=(directions, 1), chunk=(chunk, 1))
+    check_whole(steps=(steps, 0), chunk=(chunk, 1))
     earlier = start if isinstance(start, ForwardResult) else None
     begin, begun = (0, start) if earlier is None else (earlier.steps, earlier.params)
     run = Run(step, outer_loss, begun, hparams, batches, begin + steps, with_time, allow_detached)
@@ -221,9 +178,8 @@ def forward(
         raise TypeError(COMPLEX)
     with random_state_kept_on_error([*run.start, *run.outer]):
         with run.differentiating():
-            push, dense = _Push(run, chunk), DenseEmbeddings()
-            known = earlier and _checked(earlier.tangents, run, directions)
-            tangents = known or push.start(directions, generator)
+            push, dense = _Push(run, chunk), _DenseEmbeddings()
+            tangents = push.start() if earlier is None else _checked(earlier.tangents, run)
             tensors, rebuild = [x.detach().clone() for x in run.start], run.rebuild
             for t in range(begin, begin + steps):
                 leaves = [leaf(x) for x in tensors]
@@ -234,20 +190,17 @@ def forward(
                 del leaves, outputs
             # What step gave may be a leaf of hparams, which will be updated in place.
             alpha, direct = run.close([x.clone() for x in tensors], rebuild)
-        estimate, error = tangents.directions.gradient(_slopes(tangents, alpha), tangents.rows)
-        through = [h if reached else None for h, reached in zip(estimate, tangents.reached, strict=True)]
         return ForwardResult(
-            grads=run.hypergradient(add(direct, through), complain=True),
+            grads=run.hypergradient(add(direct, tangents.gradient(alpha)), complain=True),
             params=run.params,
             outer_value=run.outer_value,
             evaluations=run.evaluations,
             steps=begin + steps,
-            standard_error=None if error is None else run.in_hparams(error),
             tangents=tangents,
         )
 
 
-class DenseEmbeddings(TorchFunctionMode):
+class _DenseEmbeddings(TorchFunctionMode):
     """torch.nn.functional.embedding without sparse=True, the third derivative of which torch takes for zero."""
 
     needed = False
@@ -261,7 +214,7 @@ class DenseEmbeddings(TorchFunctionMode):
 
 
 class _Push:
-    """Z ← ∂₁Φ Z + ∂₂Φ U at one step of a run after the other."""
+    """Z ← ∂₁Φ Z + ∂₂Φ at one step of a run after the other."""
 
     def __init__(self, run: Run, chunk: int | None):
         self.hparams, self.start_leaves = run.differentiated, run.start
@@ -273,17 +226,13 @@ class _Push:
         draw = torch.Generator("cpu").manual_seed(0)
         self.probe = [placed(torch.randn(x.shape, generator=draw, device="cpu"), x) for x in self.floats]
 
-    def start(self, directions: int | None, generator: torch.Generator | None) -> Tangents:
-        """Z₀ = ∂w₀/∂λ U."""
-        like, signs = [x.detach() for x in self.hparams], None
-        if directions:
-            draws = [torch.randint(0, 2, (directions, *x.shape), generator=generator, device="cpu") for x in like]
-            signs = [(2 * draw - 1).to(dtype=x.dtype, device=x.device) for draw, x in zip(draws, like, strict=True)]
+    def start(self) -> Tangents:
+        """Z₀ = ∂w₀/∂λ."""
         tangents = Tangents(
-            directions=Directions(like, signs),
+            like=[x.detach() for x in self.hparams],
             rows=torch.zeros(0, dtype=torch.long, device="cpu"),
             leaves=[placed(torch.zeros(0, *x.shape, device="cpu"), x, 1) for x in self.floats],
-            reached=[False] * len(like),
+            reached=[False] * len(self.hparams),
         )
         if not _graph.depends(self.start_leaves, self.hparams):
             return tangents
@@ -307,23 +256,32 @@ class _Push:
         return replace(tangents, leaves=pushed)
 
     def _begun(self, tangents: Tangents, pulled: Sequence[Tensor | None]) -> Tangents:
-        """With zeros for the columns that this step is the first to depend on."""
+        """With zeros for the entries of λ that this step is the first to depend on.
+
+        These are found by ∂₂Φᵀc for a random c: it is 0 where the column of ∂₂Φ is.
+        """
         rows, leaves = tangents.rows, tangents.leaves
-        if len(rows) < tangents.directions.count:
-            fresh = tangents.directions.met(pulled, self.half).index_fill(0, rows, False).nonzero().squeeze(1)
+        if len(rows) < tangents.count:
+            hit = []
+            for g, x in zip(pulled, tangents.like, strict=True):
+                if g is None or self.half:  # in half precision an entry could be 0 by chance
+                    hit.append(torch.full((x.numel(),), g is not None, device="cpu"))
+                else:
+                    hit.append(full(g.detach() != 0).reshape(-1).cpu())
+            fresh = torch.cat(hit).index_fill(0, rows, False).nonzero().squeeze(1)
             if len(fresh):
                 rows = torch.cat([rows, fresh])
                 zeros = [placed(torch.zeros(len(fresh), *x.shape, device=x.device), x, 1) for x in self.floats]
                 leaves = [torch.cat(pair) for pair in zip(leaves, zeros, strict=True)]
         reached = [old or g is not None for old, g in zip(tangents.reached, pulled, strict=True)]
-        return Tangents(tangents.directions, rows, leaves, reached)
+        return replace(tangents, rows=rows, leaves=leaves, reached=reached)
 
     def _directions(self, tangents: Tangents, own: slice) -> list[Tensor]:
-        """Columns of U; made once while they are the same at each step."""
+        """Unit vectors for some of the entries that are kept; made once while they are the same at each step."""
         if len(tangents.rows) > self.chunk:
-            return tangents.directions.at(tangents.rows[own])
+            return tangents.directions(tangents.rows[own])
         if self.kept is None or self.kept[0] is not tangents.rows:
-            self.kept = tangents.rows, tangents.directions.at(tangents.rows)
+            self.kept = tangents.rows, tangents.directions(tangents.rows)
         return self.kept[1]
 
     def _columns(self, linear: Linearisation, tangents: Tangents, inputs: int) -> list[Tensor]:
@@ -362,28 +320,12 @@ def _dot(xs: Sequence[Tensor | None], columns: Sequence[Tensor]) -> tuple[float,
     return total, square**0.5
 
 
-def _slopes(tangents: Tangents, alpha: Sequence[Tensor]) -> Tensor:
-    """Zᵀ ∇₁E, in the widest dtype."""
-    dtype = torch.float32
-    for a in alpha:
-        dtype = torch.promote_types(dtype, a.dtype)
-    total = torch.zeros(len(tangents.rows), dtype=dtype, device=alpha[0].device)
-    for z, a in zip(tangents.leaves, alpha, strict=True):
-        products = (z.reshape(len(z), a.numel()).to(dtype) @ a.reshape(-1).to(dtype)) if a.numel() else z.sum()
-        total = total + full(products).to(total.device)
-    return total
-
-
-def _checked(tangents: Tangents, run: Run, directions: int | None) -> Tangents:
-    """The tangents of an earlier result, if they are of this λ and these directions."""
-    own = tangents.directions
-    kinds, given = [*map(KIND, own.like)], [*map(KIND, run.differentiated)]
+def _checked(tangents: Tangents, run: Run) -> Tangents:
+    """The tangents of an earlier result, if they are of this λ."""
+    kinds, given = [*map(KIND, tangents.like)], [*map(KIND, run.differentiated)]
     if kinds != given:
         due, got = ("; ".join(describe(*kind) for kind in each) for each in (kinds, given))
         raise ValueError(
             f"hparams that require grad must be like those of the result to go on from: expected {due}; got {got}"
         )
-    kept = None if own.signs is None else own.count
-    if directions not in (None, kept):
-        raise ValueError(f"the directions of the result to go on from are kept: expected {kept}, got {directions}")
     return tangents

@@ -5,33 +5,29 @@ f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T�
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import _random
 from .._random import random_state_kept_on_error
+from .._torch import Allocated, version_of
 from .._tree import PyTree
-from ._memory import Store, available, elsewhere, parse_bytes
-from ._steps import Batches, Iterate, Run, check_whole
+from ._steps import Batches, Iterate, Run, check_whole, is_continuous
 
+Store = Callable[[Iterate], Callable[[], Iterate]]  # keeps an iterate, and gives the function that fetches it
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 POLICIES = ("graph", "iterates", "sqrt")
 NO_REPLAY = (
-    "steps {} to {} gave other numbers when they were evaluated again. torch's random numbers are replayed; what else "
-    "changes (Python's or NumPy's random, a torch.Generator, an iterator or counter outside, buffers of a module, "
-    'kernels that are not deterministic) must enter through params, t or batches; or use memory="graph", which '
-    "replays nothing"
-)
-OTHER_DRAWS = (
-    "steps {} to {} gave other numbers when they were evaluated again, and more or fewer of torch's random numbers "
-    "were drawn meanwhile: does another thread draw from the same generator? Give it a torch.Generator of its own, or "
-    'use memory="graph", which replays nothing'
+    "steps {} to {} gave other numbers when they were evaluated again. torch's random numbers are replayed (does "
+    "another thread draw from the same generator? Give it a torch.Generator of its own). What else changes (the random "
+    "module, NumPy's random numbers, a torch.Generator, an iterator or counter outside, buffers of a module, kernels "
+    'that are not deterministic) must enter through params, t or batches; or use memory="graph", which replays nothing'
 )
 
 
@@ -55,13 +51,6 @@ class ReverseResult:
     evaluations: int
 
 
-class Schedule(NamedTuple):
-    """Boundaries of the blocks of steps whose graph is kept at once, and how many iterates may be kept before them."""
-
-    bounds: list[int]
-    checkpoints: int
-
-
 def reverse(
     step: Callable[..., PyTree],
     start: PyTree,
@@ -71,7 +60,7 @@ def reverse(
     *,
     memory: str = "sqrt",
     checkpoints: int | None = None,
-    offload: str | os.PathLike[str] | None = None,
+    offload: Literal["cpu"] | None = None,
     truncate: int | None = None,
     batches: Batches = None,
     with_time: bool = False,
@@ -100,8 +89,7 @@ def reverse(
             a budget such as "64MiB": the graph if it fits, else blocks as in "sqrt", else checkpoints.
         checkpoints: c, instead of memory: so many iterates, the start included (revolve), c I + G and
             T + rT − C(c+r, r−1) evaluations, with r the smallest for which C(c+r, c) ≥ T, the fewest there are.
-        offload: where iterates are kept: None, where they are; "cpu", on the CPU while steps run elsewhere; a folder as
-            pathlib.Path, in files that are removed in the end and on an error. A budget counts none of them then.
+        offload: "cpu" keeps the iterates on the CPU while steps run elsewhere; a budget counts none of them then.
         truncate: k, differentiate the last k steps only, the iterate before them taken as constant.
         batches: batch t for step t, by index or by call; drawn again at a replay.
         with_time: pass t to step.
@@ -115,7 +103,6 @@ def reverse(
         TypeError, ValueError: something is not of the form above, nothing reaches hparams, or a budget is too small;
             step's result has no graph; step or outer_loss uses a live start or model instead of its argument.
         RuntimeError: step changed its arguments in place, or did not replay.
-        OSError: a folder for offload cannot be written, or its disk is full.
 
     Warns: HypergradientWarning where a leaf of hparams is reached by nothing, where at the second step a part of params
         reaches nothing (a momentum detached between steps), where the first step takes a gradient without a graph,
@@ -136,17 +123,17 @@ def reverse(
         (tensor(1.7500), tensor(0.1250))
     """
     check_whole(steps=(steps, 0), truncate=(truncate, 0), checkpoints=(checkpoints, 1))
-    _check_memory(memory, checkpoints, offload)
     length = steps if truncate is None else min(truncate, steps)
     run = Run(step, outer_loss, start, hparams, batches, steps, with_time, allow_detached)
+    _check_memory(memory, checkpoints, offload, run.start)
+    store = _kept_as_it_is if offload is None else _kept_on_the_cpu
     with random_state_kept_on_error([*run.start, *run.outer]):
-        storage = nullcontext(_kept_as_it_is) if offload is None else elsewhere(offload, run.start)
-        with run.differentiating(), storage as store:
+        with run.differentiating():
             first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, steps - length)
-            schedule = _schedule(run, first, steps - length, steps, memory, checkpoints, offload is not None)
+            bounds, kept = _schedule(run, first, steps - length, steps, memory, checkpoints, offload is not None)
             fetch = store(first)
             del first
-            alpha, grads = _pull_back(run, _backwards(run, fetch, schedule, store))
+            alpha, grads = _pull_back(run, _backwards(run, fetch, bounds, kept, store))
             if not length:
                 alpha, grads = run.close(fetch().tensors, fetch().rebuild)
             _random.restore(run.random_after)
@@ -162,29 +149,65 @@ def reverse(
         )
 
 
-def _kept_as_it_is(iterate: Iterate) -> Callable[[], Iterate]:
-    return lambda: iterate
+def parse_bytes(text: Any) -> float | None:
+    """The number of bytes of a text such as "64MiB", in B, KB, MB, GB, KiB, MiB or GiB; None for anything else."""
+    number = re.fullmatch(r"(\d+\.?\d*) ?([KMG]i?B|B)", text) if isinstance(text, str) else None
+    return None if number is None else float(number[1]) * UNITS[number[2]]
 
 
-def _check_memory(memory: str, checkpoints: int | None, offload: object) -> None:
+def _check_memory(memory: str, checkpoints: int | None, offload: object, start: Sequence[Tensor]) -> None:
     if memory not in POLICIES and parse_bytes(memory) is None:
         hint = f" (checkpoints={memory} keeps so many iterates)" if isinstance(memory, int) else ""
         raise ValueError(f'memory must be "graph", "iterates", "sqrt", or bytes like "64MiB", got {memory!r}{hint}')
     if checkpoints is not None and memory != "sqrt":
         raise ValueError(f"pass checkpoints={checkpoints} or memory={memory!r}, not both")
-    if memory == "graph" and offload is not None:
+    if offload not in (None, "cpu"):
+        raise ValueError(f'offload must be None or "cpu", got {offload!r}')
+    if offload and memory == "graph":
         raise ValueError('memory="graph" keeps no iterates that could be offloaded')
+    if offload and all(x.device.type == "cpu" for x in start):
+        raise ValueError('offload="cpu": the iterates are on the CPU already; pass None')
+
+
+def _kept_as_it_is(iterate: Iterate) -> Callable[[], Iterate]:
+    return lambda: iterate
+
+
+def _kept_on_the_cpu(iterate: Iterate) -> Callable[[], Iterate]:
+    """Tensors of other devices go to the CPU; from CUDA to pinned memory, in the order of its stream."""
+    away = [
+        x
+        if x.device.type == "cpu"
+        else torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=x.is_cuda)
+        for x in iterate.tensors
+    ]
+    devices, versions, light = [x.device for x in iterate.tensors], iterate.versions, iterate._replace(tensors=[])
+
+    def fetch() -> Iterate:
+        pairs = zip(away, devices, strict=True)
+        back = [y if y.device == device else y.to(device, non_blocking=y.is_pinned()) for y, device in pairs]
+        kept = [v if x is y else version_of(x) for x, y, v in zip(back, away, versions, strict=True)]
+        return light._replace(tensors=back, versions=kept)
+
+    return fetch
 
 
 def _schedule(
     run: Run, first: Iterate, begin: int, end: int, memory: str, checkpoints: int | None, away: bool
-) -> Schedule:
-    """How steps begin … end − 1 are cut; first is the iterate before them. away: a budget counts no iterates."""
+) -> tuple[list[int], int]:
+    """How steps begin … end − 1 are cut, and how many iterates may be kept.
+
+    Args:
+        first: the iterate before these steps.
+        away: whether the iterates are kept elsewhere, so that a budget does not count them.
+
+    Returns: the boundaries of the blocks of steps whose graph is kept at once, and a number of iterates.
+    """
     single = list(range(begin, end + 1))
     if memory == "graph" or end - begin < 2:
-        return Schedule(sorted({begin, end}), 1)
+        return sorted({begin, end}), 1
     if checkpoints is not None or memory == "iterates":
-        return Schedule(single, checkpoints or end - begin)
+        return single, checkpoints or end - begin
     if memory == "sqrt":
         iterate, graph, _ = run.measure(first, begin)
         n, total = 1, 1
@@ -193,12 +216,37 @@ def _schedule(
             n += 1
         bounds = _blocks(begin, end, n * iterate + graph, iterate, graph)
     else:
-        iterate, graph, room = available(run, first, begin, parse_bytes(memory) or 0.0)
+        iterate, graph, room = _measured(run, first, begin, parse_bytes(memory) or 0.0)
         bounds = _blocks(begin, end, room, 0 if away else iterate, graph)
         if bounds is None:
-            return Schedule(single, int((room - graph) // iterate))
+            return single, int((room - graph) // iterate)
     bounds = bounds or single
-    return Schedule(bounds, len(bounds) - 1)
+    return bounds, len(bounds) - 1
+
+
+def _measured(run: Run, first: Iterate, begin: int, budget: float) -> tuple[int, int, float]:
+    """Bytes of an iterate and of a step's graph, and how many of the budget are left for both."""
+
+    def pull() -> None:
+        alpha = [torch.zeros_like(y) for y in both.outputs if is_continuous(y)]
+        run.pull(both, alpha, [torch.zeros_like(x) for x in run.differentiated], retain=True)
+
+    allocated = Allocated()
+    with allocated:
+        iterate, graph, both = run.measure(first, begin)
+        random = _random.capture(run.devices)
+        after, most = allocated.now, allocated.peak
+        final = [y.detach() for y in both.outputs]
+        ahead = max(allocated.taken(pull), allocated.taken(lambda: run.close(final, both.rebuild)))
+        _random.restore(random)
+    params, hparams, drawn = (sum(x.nbytes for x in xs) for xs in (first.tensors, run.differentiated, random.values()))
+    # Beside the checkpoints: the iterate that a block must end in, its outputs, α, w_T and an iterate on its way; ∇;
+    # and the random state where it is kept by run and by those who put it back.
+    working = 5 * params + hparams + 5 * drawn + max(most - after, ahead)
+    least = max(working + graph + iterate, params + hparams + 5 * drawn + max(most, after + ahead))
+    if budget < least:
+        raise ValueError(f"a budget of {budget:.0f} bytes is too small: one step needs about {least:.0f}")
+    return iterate, graph, budget - working
 
 
 def _blocks(begin: int, end: int, room: float, iterate: int, graph: int) -> list[int] | None:
@@ -224,13 +272,12 @@ def _stride(length: int, checkpoints: int) -> int:
 
 
 def _backwards(
-    run: Run, first: Callable[[], Iterate], schedule: Schedule, store: Store
+    run: Run, first: Callable[[], Iterate], bounds: list[int], checkpoints: int, store: Store
 ) -> Iterator[tuple[int, int, Iterate]]:
     """The blocks of steps, the last first, each with the iterate that it begins at.
 
     Revolve: a block is reached from the last checkpoint before it, leaving others on the way.
     """
-    bounds, checkpoints = schedule
     stack = [(0, first)]
     for end in range(len(bounds) - 1, 0, -1):
         at, fetch = stack[-1]
@@ -256,10 +303,9 @@ def _pull_back(run: Run, blocks: Iterator[tuple[int, int, Iterate]]) -> tuple[li
         graph = run.record(iterate, begin, end)
         if later is None:
             alpha, grads = run.close([x.detach() for x in graph.outputs], graph.rebuild)
-        elif not all(map(_same, graph.outputs, later.tensors)):
-            drawn_alike = _random.equal(later.random, _random.capture(run.devices))
-            raise RuntimeError((NO_REPLAY if drawn_alike else OTHER_DRAWS).format(begin, end - 1))
-        later = iterate
+        elif not all(map(_same, graph.outputs, later)):
+            raise RuntimeError(NO_REPLAY.format(begin, end - 1))
+        later = iterate.tensors
         alpha, grads = run.pull(graph, alpha, grads)
         del graph, iterate
     return alpha, grads
