@@ -161,18 +161,6 @@ def test_group_lasso_at_every_scale(scale, dim):
     torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-def test_mirror_descent_in_narrow_dtypes(dtype, scale):
-    w = torch.rand(5).softmax(0).to(dtype)
-    w[2] = 0
-    g = (torch.randn(5) * scale).to(dtype)
-    rule = D.MirrorDescent(lr=0.5)
-    new, due = rule.update(w, rule.init(w), g)[0], rule.update(w.double(), rule.init(w), g.double())[0]
-    torch.testing.assert_close(new.double(), due, rtol=8 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
-    assert new.dtype is dtype
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", RULED)
 def test_what_is_not_finite_does_not_become_a_number(name, value):

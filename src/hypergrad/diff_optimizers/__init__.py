@@ -9,7 +9,6 @@ HyperTorch's optimiser objects hold the inner loss and are themselves fixed poin
 """
 
 from ._from_torch import Twin, from_torch
-from ._hyperparameters import PerLeaf, PerStep
 from ._hypertorch import (
     DifferentiableOptimizer,
     GradientDescent,
@@ -19,16 +18,16 @@ from ._hypertorch import (
     heavy_ball_step,
     torch_momentum_step,
 )
-from ._proximal import FISTA, L1, Box, ElasticNet, GroupLasso, MirrorDescent, Prox, ProximalGradient, Simplex
-from ._rule import Rule
+from ._proximal import FISTA, L1, Box, ElasticNet, GroupLasso, Prox, ProximalGradient, Simplex
+from ._rule import PerLeaf, PerStep, Rule
 from ._rule import State as State  # used by hypergrad.meta: what a rule carries, {"step": ..., buffers by name}
-from ._rules import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, AMSGrad, NAdam, Polyak, RAdam, RMSprop
+from ._rules import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, AMSGrad, RAdam, RMSprop
 from ._rules import plus as plus  # used by hypergrad.meta: x + a y, rounded as torch.optim does
 
 __all__ = ["Rule", "PerStep", "PerLeaf"]
-__all__ += ["SGD", "Polyak", "Adam", "AdamW", "AMSGrad", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam"]
+__all__ += ["SGD", "Adam", "AdamW", "AMSGrad", "RMSprop", "Adagrad", "Adadelta", "Adamax", "RAdam"]
 # with a constraint or a term that is not smooth
-__all__ += ["ProximalGradient", "FISTA", "MirrorDescent", "Prox", "L1", "ElasticNet", "Box", "Simplex", "GroupLasso"]
+__all__ += ["ProximalGradient", "FISTA", "Prox", "L1", "ElasticNet", "Box", "Simplex", "GroupLasso"]
 __all__ += ["from_torch", "Twin"]
 # HyperTorch's interface
 __all__ += ["DifferentiableOptimizer", "GradientDescent", "HeavyBall", "Momentum"]

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from .._torch import has_step_hooks
-from ._hyperparameters import PerLeaf, is_zero
-from ._rule import Rule, State
-from ._rules import SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop
+from ._rule import PerLeaf, Rule, State, is_zero
+from ._rules import SGD, Adadelta, Adagrad, Adam, Adamax, RAdam, RMSprop
 
-RULES: tuple[type[Rule], ...] = (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam)
+RULES: tuple[type[Rule], ...] = (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, RAdam)
 TWINS: dict[type, type[Rule]] = {getattr(torch.optim, rule.__name__): rule for rule in RULES}
 TWINS[torch.optim.AdamW] = Adam
 FLAGS = ("maximize", "nesterov", "amsgrad", "centered", "decoupled_weight_decay")
@@ -36,7 +35,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> Twin:
     rule. Later steps of the optimizer do not touch the copies.
 
     Args:
-        optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax, NAdam or RAdam, of torch.optim itself.
+        optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax or RAdam, of torch.optim itself.
 
     Returns:
         Twin(rule, params, state). SGD keeps no count of its steps: state["step"] is 1 where it has stepped.

@@ -1,4 +1,4 @@
-"""Rules for inner problems with a constraint or a term that is not smooth: proximal gradient, FISTA, mirror descent."""
+"""Rules for inner problems with a constraint or a term that is not smooth: proximal gradient and FISTA."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ._hyperparameters import Hyper, Number, Values
-from ._rule import Rule
-from ._rules import Slots, Update, one, sqrt
+from ._rule import Hyper, Number, Rule, Values
+from ._rules import Slots, Update, sqrt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +154,11 @@ class ProximalGradient(Rule):
         return self.prox._leaf(w - lr * g, lr, value), {}
 
 
+def _one(w: Tensor) -> Tensor:
+    """The number 1 as a state of its own for each leaf, on the CPU, as the counter is."""
+    return torch.ones((), dtype=torch.promote_types(w.dtype, torch.float32), device="cpu")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FISTA(Rule):
     """Accelerated proximal gradient. The params are y, where the gradient is taken; the solution x is state["x"].
@@ -172,30 +176,9 @@ class FISTA(Rule):
     prox: Prox
 
     def _slots(self) -> Slots:
-        return {"x": torch.clone, "t": one}
+        return {"x": torch.clone, "t": _one}
 
     def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
         lr = value(self, "lr")
         x, t = self.prox._leaf(w - lr * g, lr, value), (1 + (1 + 4 * s["t"] ** 2).sqrt()) / 2
         return x + (s["t"] - 1) / t * (x - s["x"]), {"x": x, "t": t}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MirrorDescent(Rule):
-    """Exponentiated gradient on the simplex, w ← w e^{−ηg} / Σ w e^{−ηg} along the last axis.
-
-    Args:
-        lr: η.
-
-    Source: Kivinen & Warmuth 1997; Beck & Teboulle 2003. An entry that is 0 stays 0, with its derivative.
-    """
-
-    lr: Hyper = 1e-3
-
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
-        wide = torch.promote_types(w.dtype, torch.float32)
-        w, exponent = w.to(wide), (-value(self, "lr") * g).to(wide)
-        # The largest exponent among positive entries cancels; the rest must not overflow where w = 0.
-        top = torch.where(w > 0, exponent, -torch.inf).amax(-1, keepdim=True).detach()
-        u = w * (exponent - top).clamp(max=80.0).exp()
-        return u / u.sum(-1, keepdim=True), {}

@@ -15,8 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._hyperparameters import Hyper, Number, Values, is_zero
-from ._rule import Rule
+from ._rule import Hyper, Number, Rule, Values, is_zero
 
 Update: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"
 Slots: TypeAlias = "Mapping[str, Callable[[Tensor], Tensor]]"
@@ -76,11 +75,6 @@ def moments(s: Mapping[str, Tensor], g: Tensor, b1: Number, b2: Number) -> tuple
     return between(s["exp_avg"], g, 1 - b1), plus_product(b2 * s["exp_avg_sq"], 1 - b2, g, g)
 
 
-def one(w: Tensor) -> Tensor:
-    """The number 1 as a state of its own for each leaf, on the CPU, as the counter is."""
-    return torch.ones((), dtype=torch.promote_types(w.dtype, torch.float32), device="cpu")
-
-
 def zeros(*names: str) -> Slots:
     return dict.fromkeys(names, torch.zeros_like)
 
@@ -128,25 +122,6 @@ class SGD(Rule):
         later = (value.t > 1).to(value.t.dtype) if value.number is None else value.number > 1
         b = plus(mu * s["momentum_buffer"], 1 - damped * later, g)
         return plus(w, -value(self, "lr"), plus(g, mu, b) if self.nesterov else b), {"momentum_buffer": b}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Polyak(Rule):
-    """Polyak's heavy ball, w₊ ← w − ηg + μ(w − w₋), from w₋ = w. (HyperTorch's `HeavyBall` starts from w₋ = 0.)
-
-    Source: Polyak 1964. With constant η and μ it takes SGD's steps; with other values at each step it does not.
-    """
-
-    lr: Hyper = 1e-3
-    momentum: Hyper = 0.9
-    weight_decay: Hyper = 0.0
-
-    def _slots(self) -> Slots:
-        return {"previous": torch.clone}
-
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
-        g = decayed(self, w, g, value)
-        return w - value(self, "lr") * g + value(self, "momentum") * (w - s["previous"]), {"previous": w}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,42 +281,6 @@ class Adamax(Rule):
         m = between(s["exp_avg"], g, 1 - b1)
         u = torch.maximum(b2 * s["exp_inf"], g.abs() + value(self, "eps"))
         return plus_ratio(w, -(value(self, "lr") / (1 - value.power(b1))), m, u), {"exp_avg": m, "exp_inf": u}
-
-
-@dataclass(frozen=True, kw_only=True)
-class NAdam(Rule):
-    """NAdam, with m and v as in `Adam`.
-
-        μ_t = β₁(1 − ½ 0.96^(tψ)),    π_t = μ₁ ⋯ μ_t
-        w ← w − η [ (1 − μ_t)/(1 − π_t) g + μ_{t+1}/(1 − π_t μ_{t+1}) m ] / (√(v/(1 − β₂ᵗ)) + ε)
-
-    with ψ the momentum_decay and decoupled_weight_decay as in `Adam`.
-
-    Source: Dozat 2016; as in torch.optim.NAdam.
-    """
-
-    _counts = True
-    lr: Hyper = 2e-3
-    betas: tuple[Hyper, Hyper] = (0.9, 0.999)
-    eps: Hyper = 1e-8
-    weight_decay: Hyper = 0.0
-    momentum_decay: Hyper = 4e-3
-    decoupled_weight_decay: bool = False
-
-    def _slots(self) -> Slots:
-        return {**zeros("exp_avg", "exp_avg_sq"), "mu_product": one}  # π has the graph of β₁: it is part of the state
-
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
-        w, g = decoupled(self, w, g, value)
-        (b1, b2), psi, lr = value(self, "betas"), value(self, "momentum_decay"), value(self, "lr")
-        t = value.number or value.t
-        mu, ahead = (b1 * (1 - 0.5 * 0.96 ** (n * psi)) for n in (t, t + 1))
-        product = s["mu_product"] * mu
-        m, v = moments(s, g, b1, b2)
-        scale = sqrt(v / (1 - value.power(b2))) + value(self, "eps")
-        new = plus_ratio(w, 1, -lr * (1 - mu) / (1 - product) * g, scale)
-        new = plus_ratio(new, 1, -lr * ahead / (1 - product * ahead) * m, scale)
-        return new, {"exp_avg": m, "exp_avg_sq": v, "mu_product": product}
 
 
 @dataclass(frozen=True, kw_only=True)
