@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from . import (
     CG_torch,
+    bilevel,
     diagnostics,
     diff_optimizers,
     fixed_points,
@@ -80,6 +81,8 @@ __all__ = [
     # forward solvers of fixed points, and equilibrium layers
     "fixed_points",
     "nn",
+    # stochastic bilevel algorithms over minibatches
+    "bilevel",
     # meta-learning over a batch of tasks
     "meta",
     # HyperTorch's functional interface

@@ -88,8 +88,9 @@ def grad_or_none(
     retain_graph: bool = False,
     create_graph: bool = False,
     batched: bool = False,
+    dense: bool = True,
 ) -> list[Tensor | None]:
-    """As `grad`, with None where nothing depends on the input."""
+    """As `grad`, with None where nothing depends on the input. dense: sparse gradients are made dense."""
     kept = [i for i, y in enumerate(outputs) if isinstance(y, GradientEdge) or y.requires_grad]
     if not kept or not inputs:
         return [None] * len(inputs)
@@ -108,6 +109,8 @@ def grad_or_none(
         if better is error:
             raise
         raise better from error
+    if not dense:
+        return list(grads)
     return [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
 
 

@@ -48,3 +48,14 @@ def random_state_kept_on_error(leaves: Iterable[Any]) -> Iterator[None]:
     except BaseException:
         restore(cuda | {torch.device("cpu"): kept.get_state() if state is None else state})
         raise
+
+
+@contextmanager
+def replayed(states: Mapping[torch.device, Tensor]) -> Iterator[None]:
+    """The random numbers that were drawn after a capture are drawn again; afterwards the state is as it was before."""
+    now = capture(device for device in states if device.type == "cuda")
+    restore(states)
+    try:
+        yield
+    finally:
+        restore(now)

@@ -71,6 +71,11 @@ def hooks_suspended(tensors: Iterable[Tensor], retained: bool = True) -> Iterato
             x.grad = grad
 
 
+def has_gradient_hooks(x: Tensor) -> bool:
+    """Whether hooks of a leaf act when its .grad is written, as far as torch tells."""
+    return bool(getattr(x, "_backward_hooks", None) or getattr(x, "_post_accumulate_grad_hooks", None))
+
+
 def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor], hooked: Sequence[Tensor]) -> list[Tensor]:
     """The gradients after the hooks of their leaves, each called once, as torch.autograd.grad calls them."""
     places, grads = {id(x) for x in hooked}, list(grads)

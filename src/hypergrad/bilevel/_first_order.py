@@ -1,0 +1,251 @@
+"""Algorithms without second derivatives: F2SA, BOME, SAMA. All their gradients are first-order ones.
+
+They work with fused attention, FSDP and compiled models, and need closures: they evaluate losses at several points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._tree import PyTree
+from ._oracles import Batch, Grads, dot, plus, times
+from ._tracker import Directions, MakeOptimizer, OnNonfinite, Tracker
+
+# Coefficients c_k of Σ_k c_k φ(kσ) / σ = φ'(0) + O(σ^p).
+STENCILS = {
+    1: {0: -1.0, 1: 1.0},
+    2: {-1: -1 / 2, 1: 1 / 2},
+    4: {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12},
+}
+
+
+class F2SA(Tracker):
+    """Fully first-order: differences between copies of params that minimise g + kσf for several k.
+
+        y_k ≈ argmin g + kσ f,      D_λ = Σ_k c_k ∇₂(g + kσ f)(y_k) / σ,      σ = 1 / penalty
+
+    with the coefficients c_k of the difference of that order: the error is O(σ^order). params go on minimising g
+    alone, so they never see validation data; the copies do, and belong to the tracker.
+
+    Args:
+        params, hparams, average, on_nonfinite: as in SOBA. Both losses must be closures.
+        order: 1 (one copy, and params), 2 (two) or 4 (four).
+        penalty: 1/σ. Copies with k < 0 ascend f: a penalty too small ruins the difference, of which a warning tells.
+        lr: the step size of the copies' plain gradient steps, best that of params; .1 by default.
+        optimizer: in its place, makes the copies' torch.optim optimizer from a list of tensors.
+
+    Cost: of a `backward`: an evaluation and a reverse pass of g at params, and of g + kσf at each copy. Memory: one
+        copy of params for each.
+    Source: Kwon, Kwon, Wright and Nowak 2023 (F2SA, arXiv:2301.10945); Chen, Li, Chen and Zhang 2025 (F2SA-p,
+        arXiv:2509.02937). The outer step is not normalised here: that is the outer optimizer's part.
+    """
+
+    def __init__(
+        self,
+        params: PyTree,
+        hparams: PyTree,
+        *,
+        order: int = 2,
+        penalty: float = 10.0,
+        lr: float | None = None,
+        optimizer: MakeOptimizer | None = None,
+        average: float | None = None,
+        on_nonfinite: OnNonfinite = "raise",
+    ):
+        if order not in STENCILS:
+            raise ValueError(f"order must be one of {sorted(STENCILS)}, got {order!r}")
+        if not penalty > 0:
+            raise ValueError(f"penalty must be positive, got {penalty!r}")
+        super().__init__(params, hparams, average=average, on_nonfinite=on_nonfinite)
+        self.stencil, self.penalty = STENCILS[order], penalty
+        leaves = self.oracles.params
+        self.copies = {k: [x.detach().clone() for x in leaves] for k in self.stencil if k}
+        self._move_by([x for copy in self.copies.values() for x in copy], lr, optimizer, default=0.1)
+
+    def restart(self) -> None:
+        """Put every copy where params are now."""
+        for copy in self.copies.values():
+            for x, w in zip(copy, self.oracles.params, strict=True):
+                x.copy_(w.detach())
+
+    def _directions(self, outer: Batch, inner: Batch, index: Any, adjoint_losses: Any) -> Directions:
+        oracles = self.oracles
+        at_params = oracles.gradients(inner)
+        total = times(at_params.hparams, self.stencil.get(0, 0.0) * self.penalty) if 0 in self.stencil else None
+        own: list[Tensor] = []
+        values: dict[int, Tensor] = {}
+        for k, copy in self.copies.items():
+            with oracles.at(copy):
+                value = outer.evaluate(moved=True)
+                values[k] = value.detach() / oracles.scale
+                found = oracles.gradients_of(inner.evaluate(moved=True) + value * (k / self.penalty), "inner_loss")
+                oracles.counts["outer_gradients"] += 1
+            part = times(found.hparams, self.stencil[k] * self.penalty)
+            total = part if total is None else plus(total, part)
+            own += found.params
+        assert total is not None
+        return Directions(at_params.params, own, total, self._watched(outer, values))
+
+    def _watched(self, outer: Batch, values: dict[int, Tensor]) -> dict[str, Tensor]:
+        """How far the copies are, and every 16th time by how much f rises and falls along them."""
+        leaves = [x.detach() for x in self.oracles.params]
+        apart = [x - w for x, w in zip(self.copies[1], leaves, strict=True)]
+        watched = {"copy_distance": self._vector(apart).norm() / self._vector(leaves).norm()}
+        if -1 in values and self._watch.count % 16 == 0:
+            with torch.no_grad():
+                here = outer.evaluate(moved=True).detach() / self.oracles.scale
+            watched |= {"rise": values[-1] - here, "fall": here - values[1]}
+        return watched
+
+
+class BOME(Tracker):
+    """First-order, with a penalty that sets itself: params and hparams descend f + μ q, q = g(w, λ) − min g(·, λ).
+
+        z: K gradient steps on g from w,      ∇q = (∇₁g(w), ∇₂g(w) − ∇₂g(z)),
+        μ = max(η − ⟨∇f, ∇q⟩ / ‖∇q‖², 0),      (D_w, D_λ) = ∇f + μ ∇q
+
+    params follow the outer loss too, so they see validation data: for a test, train them anew with the learned λ.
+
+    Args:
+        params, hparams, on_nonfinite: as in SOBA. The inner loss must be a closure.
+        steps: K.
+        lr: of those steps.
+        eta: η, how much q must fall at least.
+
+    Cost: of a `backward`: an evaluation and a reverse pass of f and K + 2 of g. Memory: two copies of params.
+    Source: Ye, Liu, Wright, Stone and Liu 2022 (arXiv:2209.08709), algorithm 1, with φ = η‖∇q‖².
+    """
+
+    def __init__(
+        self,
+        params: PyTree,
+        hparams: PyTree,
+        *,
+        steps: int = 10,
+        lr: float = 0.1,
+        eta: float = 0.5,
+        on_nonfinite: OnNonfinite = "raise",
+    ):
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        super().__init__(params, hparams, on_nonfinite=on_nonfinite)
+        self.inner_steps, self.inner_lr, self.eta = steps, lr, eta
+
+    def _directions(self, outer: Batch, inner: Batch, index: Any, adjoint_losses: Any) -> Directions:
+        oracles = self.oracles
+        slopes, here = oracles.gradients(outer), oracles.gradients(inner)
+        z = [x.detach() for x in oracles.params]
+        step = here.params  # the first one starts at w
+        for _ in range(self.inner_steps):
+            z = [x - self.inner_lr * g for x, g in zip(z, step, strict=True)]
+            with oracles.at(z):
+                there = oracles.gradients(inner)
+            step = there.params
+        gap: Grads = [*here.params, *plus(here.hparams, times(there.hparams, -1.0))]
+        f: Grads = [*slopes.params, *slopes.hparams]
+        size = torch.as_tensor(dot(gap, gap))
+        slope = torch.as_tensor(dot(f, gap))
+        mu = torch.where(size > 0, self.eta - slope / size, 0.0).clamp(min=0.0)
+        whole: list[Any] = plus(f, gap, mu)
+        count = len(oracles.params)
+        return Directions(whole[:count], [], whole[count:], {"penalty": mu})
+
+
+class SAMA(Tracker):
+    """One step of the user's optimizer, looked through by a difference of first-order gradients.
+
+        u = (∂step/∂∇₁g) ∇₁f,      D_λ = ∇₂f − [∇₂g(w + εu) − ∇₂g(w − εu)] / 2ε,      ε = radius / ‖u‖
+
+    With lr= in place of an optimizer, u = lr ∇₁f: that is DARTS. (T1–T2, which takes the product itself, is
+    AmIGO(steps=0, warm=False).)
+
+    Args:
+        params, hparams, average, on_nonfinite: as in SOBA. The inner loss must be a closure.
+        optimizer: that of params: torch.optim's SGD, Adam or AdamW. Its step is differentiated with respect to the
+            gradient, elementwise, at its present state.
+        lr: in its place, the step size of plain gradient steps.
+        radius: ‖εu‖, how far from params g is evaluated.
+
+    Cost: of a `backward`: an evaluation and a reverse pass of f and three of g. Memory: two copies of params.
+    Source: Choe et al. 2023 (SAMA, arXiv:2310.05674), sections 3.1 and 3.2, but with bias correction, and at the step
+        that is about to be made; Liu, Simonyan and Yang 2019 (DARTS, arXiv:1806.09055), equation 8.
+    """
+
+    def __init__(
+        self,
+        params: PyTree,
+        hparams: PyTree,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr: float | None = None,
+        radius: float = 0.01,
+        average: float | None = None,
+        on_nonfinite: OnNonfinite = "raise",
+    ):
+        if (optimizer is None) == (lr is None):
+            raise TypeError("pass the optimizer of params, or lr, one of them")
+        if optimizer is not None and type(optimizer) not in SLOPES:
+            known = ", ".join(kind.__name__ for kind in SLOPES)
+            raise TypeError(f"SAMA knows the steps of {known}, not of {type(optimizer).__name__}: pass lr= (DARTS)")
+        super().__init__(params, hparams, average=average, on_nonfinite=on_nonfinite)
+        self.inner_optimizer, self.inner_lr, self.radius = optimizer, lr, radius
+        if optimizer is not None:
+            groups = {id(x): group for group in optimizer.param_groups for x in group["params"]}
+            if any(id(x) not in groups for x in self.oracles.params):
+                raise ValueError("optimizer does not move all of params: pass the one that does")
+
+    def _directions(self, outer: Batch, inner: Batch, index: Any, adjoint_losses: Any) -> Directions:
+        oracles = self.oracles
+        slopes, here = oracles.gradients(outer), oracles.gradients(inner)
+        u = [rate * g for rate, g in zip(self._rates(here.params), slopes.params, strict=True)]
+        size = self._vector(u).norm()
+        epsilon = torch.where(size > 0, self.radius / size, 0.0)
+        sides = []
+        for sign in (1.0, -1.0):
+            moved = [w.detach() + (sign * epsilon).to(w) * x for w, x in zip(oracles.params, u, strict=True)]
+            with oracles.at(moved):
+                sides.append(oracles.gradients(inner).hparams)
+        factor = torch.where(size > 0, -size / (2 * self.radius), 0.0)
+        through = times(plus(sides[0], times(sides[1], -1.0)), factor)
+        return Directions(here.params, [], plus(slopes.hparams, through), {"step_norm": size})
+
+    def _rates(self, gradient: Sequence[Tensor]) -> list[Any]:
+        """∂step/∂gradient, elementwise: a number or a tensor for each of params."""
+        if self.inner_optimizer is None:
+            return [self.inner_lr] * len(gradient)
+        optimizer = self.inner_optimizer
+        groups = {id(x): group for group in optimizer.param_groups for x in group["params"]}
+        slope = SLOPES[type(optimizer)]
+        pairs = zip(self.oracles.params, gradient, strict=True)
+        return [slope(groups[id(x)], optimizer.state.get(x, {}), x, g) for x, g in pairs]
+
+
+def _sgd_slope(group: dict[str, Any], state: dict[str, Any], w: Tensor, g: Tensor) -> Any:
+    """lr (1 − dampening), where a momentum buffer is there; with Nesterov's step lr (1 + momentum (1 − dampening))."""
+    momentum = group["momentum"]
+    kept = 1 - group["dampening"] if momentum and state.get("momentum_buffer") is not None else 1
+    return group["lr"] * (1 + momentum * kept if group["nesterov"] else kept)
+
+
+def _adam_slope(group: dict[str, Any], state: dict[str, Any], w: Tensor, g: Tensor) -> Tensor:
+    """∂/∂g of lr m̂ / (√v̂ + ε) with m = β₁m + (1 − β₁) g, v = β₂v + (1 − β₂) g², both divided by 1 − βᵗ."""
+    (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+    g = -g if group["maximize"] else g
+    if group["weight_decay"] and not group.get("decoupled_weight_decay", False):
+        g = g + group["weight_decay"] * w.detach()
+    t = int(state["step"]) + 1 if state else 1
+    m, v = (state[name] if state else torch.zeros_like(g) for name in ("exp_avg", "exp_avg_sq"))
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    c1, c2 = 1 - beta1**t, 1 - beta2**t
+    root = (v / c2).sqrt()
+    bottom = root + eps
+    slope = (1 - beta1) / c1 / bottom
+    bend = m / c1 * (1 - beta2) * g / (c2 * root * bottom**2)
+    return lr * (slope - torch.where(root > 0, bend, 0.0))
+
+
+SLOPES = {torch.optim.SGD: _sgd_slope, torch.optim.Adam: _adam_slope, torch.optim.AdamW: _adam_slope}

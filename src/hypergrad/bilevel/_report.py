@@ -1,0 +1,168 @@
+"""How a tracker goes: numbers of the last batch, their running means, and warnings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._solution import warn
+
+SLOW, FAST = 0.99, 0.9  # decay of running means, over about 100 and 10 batches
+SQUARES = ("inner_norm", "outer_norm", "own_norm", "rhs_norm", "residual_norm")
+KNOWN = (*SQUARES, "vv", "vr", "fv", "vHv", "rise", "fall")
+SETTLED = 100  # batches before a running mean is judged
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a tracker goes, from its last batch. NaN stands for what the algorithm does not have.
+
+    Attributes:
+        step: how often `step` was called.
+        skipped: batches that were left out, as they gave NaN or infinity.
+        inner_norm: ‖D_w‖, the norm of what was added to .grad of params.
+        outer_norm: ‖D_λ‖, likewise of hparams.
+        cosine: of the angle between D_λ and that of the batch before.
+        adjoint_residual: ‖∇²₁₁g v + ∇₁f‖ / ‖∇₁f‖ on this batch, with its noise; 1 for v = 0.
+        adjoint_ratio: −⟨∇₁f, v⟩ / vᵀ∇²₁₁g v, as a running mean: 1 where v solves its system along itself, below ½
+            where it is worse than v = 0.
+        curvature: the Rayleigh quotient vᵀ∇²₁₁g v / vᵀv, as a running mean: at most the largest eigenvalue.
+        allowed_lr: 2 / curvature: a larger step on v, or a plain gradient step on params, diverges.
+        evaluations: how many gradients of both losses and how many second-order products were taken.
+        others: numbers of one algorithm only, by name.
+    """
+
+    step: int
+    skipped: int
+    inner_norm: float = math.nan
+    outer_norm: float = math.nan
+    cosine: float = math.nan
+    adjoint_residual: float = math.nan
+    adjoint_ratio: float = math.nan
+    curvature: float = math.nan
+    allowed_lr: float = math.nan
+    evaluations: dict[str, int] = field(default_factory=dict)
+    others: dict[str, float] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """The same as one flat dict of numbers, without what is NaN, for any logger."""
+        whole = asdict(self)
+        flat = {**whole.pop("evaluations"), **whole.pop("others")}
+        return {name: float(x) for name, x in {**whole, **flat}.items() if not math.isnan(x)}
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<18} {value:.4g}" for name, value in self.metrics().items())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The last outer direction beside the hypergradient at the present params.
+
+    Attributes:
+        cosine: of the angle between them.
+        relative_error: ‖D_λ − ∇f‖ / ‖∇f‖.
+        hypergradient: the result of implicit.grad.
+    """
+
+    cosine: float
+    relative_error: float
+    hypergradient: Any
+
+
+class Watch:
+    """The numbers of the last batch as floats, and running means of some.
+
+    The numbers that it knows are squared norms of the directions ("inner_norm2", "outer_norm2", "own_norm2") and of an
+    adjoint system ("rhs_norm2", "residual_norm2"), the products "vv", "vr" and "fv" with r = Hv + ∇f and f = ∇f, and
+    "rise" and "fall" of the outer loss; the others are kept as they are.
+    """
+
+    def __init__(self, algorithm: str):
+        self.algorithm = algorithm
+        self.values: dict[str, float] = {}
+        self.means: dict[str, float] = {}
+        self.count = 0
+        self._unread: tuple[list[str], Tensor] | None = None
+
+    def note(self, values: dict[str, Tensor], read: bool) -> bool:
+        """Take numbers of one batch; gives whether the norms are finite. read=False: nothing is read until `report`."""
+        names = list(values)
+        at, dtype = values[names[0]].device, torch.float64 if values[names[0]].device.type == "cpu" else torch.float32
+        self._unread = names, torch.stack([values[name].detach().to(at, dtype).reshape(()) for name in names])
+        if not read:
+            return True
+        self._read()
+        return all(
+            math.isfinite(self.values[name]) for name in ("inner_norm", "outer_norm", "own_norm") if name in names
+        )
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            names, stacked = self._unread
+            self.values = dict(zip(names, stacked.tolist(), strict=True))
+            if "vr" in self.values:
+                self.values["vHv"] = self.values["vr"] - self.values["fv"]
+            self._unread = None
+
+    def accept(self, lr: float | None) -> None:
+        """Take the last numbers into the running means, and warn. lr: a plain step on v, where there is one."""
+        self.count += 1
+        if self._unread is not None:
+            return
+        for name in ("vHv", "vv", "fv", "rise", "fall"):
+            if name in self.values:
+                decay = min(FAST if name in ("vHv", "vv") else SLOW, 1 - 1 / self.count)
+                self.means[name] = decay * self.means.get(name, 0.0) + (1 - decay) * self.values[name]
+        if self.count >= SETTLED:
+            self._warn(lr)
+
+    def _warn(self, lr: float | None) -> None:
+        curvature = self.mean_ratio("vHv", "vv")
+        if lr is not None and curvature * lr > 2:
+            warn(
+                f"{self.algorithm}: lr={lr:.3g} is above 2 / curvature = {2 / curvature:.3g}, with which the adjoint v "
+                f"diverges (and params do, with such a step): lower lr, or shorten the outer steps if hparams have "
+                f"made the inner problem stiff"
+            )
+        ratio = -self.mean_ratio("fv", "vHv")
+        if self.means.get("vHv", 0.0) > 0 and ratio < 0.5:
+            warn(
+                f"{self.algorithm}: over the last {SETTLED} batches the adjoint v was worse than v = 0 "
+                f"(−⟨∇f, v⟩ / vᵀHv = {ratio:.2g}, and 1 solves its system): it does not follow params. Lower its step "
+                f"size if it is noise, raise it (up to 2 / curvature = {2 / curvature:.3g}) if v lags behind, or "
+                f"take larger batches"
+            )
+        rise, fall = self.means.get("rise", 0.0), self.means.get("fall", 0.0)
+        if rise > 3 * abs(fall) > 0:
+            warn(
+                f"{self.algorithm}: the copies that ascend the outer loss raise it by {rise:.3g}, while those that "
+                f"descend lower it by {fall:.3g}: the penalty is too small for differences of this order. Raise "
+                f"penalty, or take order=1"
+            )
+
+    def mean_ratio(self, above: str, below: str) -> float:
+        a, b = self.means.get(above, math.nan), self.means.get(below, math.nan)
+        return a / b if b else math.nan
+
+    def report(self, step: int, skipped: int, cosine: float, counts: dict[str, int]) -> Report:
+        self._read()
+        values, curvature = self.values, self.mean_ratio("vHv", "vv")
+        norms = {name: math.sqrt(x) for name in SQUARES if (x := values.get(f"{name}2", math.nan)) >= 0}
+        rhs = norms.get("rhs_norm", 0.0)
+        return Report(
+            step=step,
+            skipped=skipped,
+            inner_norm=norms.get("inner_norm", math.nan),
+            outer_norm=norms.get("outer_norm", math.nan),
+            cosine=cosine,
+            adjoint_residual=norms["residual_norm"] / rhs if rhs else math.nan,
+            adjoint_ratio=-self.mean_ratio("fv", "vHv"),
+            curvature=curvature,
+            allowed_lr=2 / curvature if curvature > 0 else math.nan,
+            evaluations=dict(counts),
+            others={name: x for name, x in values.items() if name.removesuffix("2") not in KNOWN},
+        )

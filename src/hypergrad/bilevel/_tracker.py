@@ -1,0 +1,328 @@
+"""What all trackers share: directions are added to .grad of both levels, torch.optim moves them, state is kept."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from .. import _autodiff, _random
+from .._solution import UnsolvedInnerProblem
+from .._torch import has_gradient_hooks
+from .._tree import PyTree
+from .._vector import Space, Vector
+from ..implicit import grad as implicit_grad
+from ._filters import Average, Filter
+from ._oracles import Batch, Grads, LossLike, Oracles, copy_all, dot
+from ._report import Comparison, Report, Watch
+
+OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
+MakeOptimizer: TypeAlias = "Callable[[list[Tensor]], torch.optim.Optimizer]"
+NO_HPARAMS = (
+    "neither loss depends on hparams. {} differentiates losses: a hyperparameter that only an optimiser uses (lr, "
+    "momentum) is reached by unroll.forward, or by unroll.reverse with diff_optimizers"
+)
+NONFINITE = (
+    "{}: NaN or infinity in the directions of this batch. Nothing was changed; on_nonfinite='skip' leaves such "
+    "batches out and counts them"
+)
+
+
+class Directions(NamedTuple):
+    """What one pair of batches gives: for params, the tracker's own variables and hparams; and numbers to watch."""
+
+    params: list[Tensor]
+    own: list[Tensor]
+    hparams: Grads
+    watched: dict[str, Tensor]
+
+
+class Tracker(ABC):
+    """Turns a batch of each level into directions for both, which it adds to .grad; torch.optim makes the steps.
+
+    Attributes:
+        variables: the tensors that the algorithm itself moves (the adjoint v, or copies of params).
+        optimizer: the torch.optim optimizer of these, which `step` calls; None where there is nothing to move.
+        oracles: the derivatives of losses that the algorithm is written in.
+        filters: average, recursive momentum or tables, by name.
+        steps, skipped: how often `step` was called, and how many batches were left out.
+    """
+
+    _takes: ClassVar[tuple[str, ...]] = ()  # further arguments of `backward`
+
+    def __init__(
+        self, params: PyTree, hparams: PyTree, *, average: float | None = None, on_nonfinite: OnNonfinite = "raise"
+    ):
+        if on_nonfinite not in ("raise", "skip", "ignore"):
+            raise ValueError(f'on_nonfinite must be "raise", "skip" or "ignore", got {on_nonfinite!r}')
+        self.oracles = Oracles(params, hparams, type(self).__name__)
+        self.on_nonfinite: OnNonfinite = on_nonfinite
+        self.variables: list[Tensor] = []
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.steps = self.skipped = 0
+        self.filters: dict[str, Filter] = {}
+        if average is not None:
+            self.filters["average"] = Average(average, self.oracles.hparams)
+        self._watch = Watch(type(self).__name__)
+        self._reached = False
+        self._before: Grads = []  # D_λ of the batch before the last
+        self._last: Grads = []
+
+    # What a subclass gives.
+
+    @abstractmethod
+    def _directions(
+        self, outer: Batch, inner: Batch, index: tuple[int, int] | None, adjoint_losses: Iterable[LossLike] | None
+    ) -> Directions:
+        """The algorithm: what this pair of batches gives. It changes no state."""
+
+    @property
+    def _adjoint_lr(self) -> float | None:
+        """The step size of v, where the algorithm makes plain gradient steps on it."""
+        return None
+
+    # The user's loop.
+
+    @final
+    def backward(
+        self,
+        outer_loss: LossLike | None,
+        inner_loss: LossLike,
+        *,
+        index: tuple[int, int] | None = None,
+        adjoint_losses: Iterable[LossLike] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Add the directions of a pair of batches to .grad of params and of hparams, as loss.backward() does.
+
+        Called again before `step`, it adds: divide the losses by the number of batches, as for any gradients.
+
+        Args:
+            outer_loss: f on a validation batch: an evaluated scalar over live modules, or a closure (lambda: loss)
+                where the algorithm evaluates it at other points too. None: only params get a direction.
+            inner_loss: g on a training batch, likewise.
+            index: the numbers (i, j) of the training and the validation batch, for algorithms with tables.
+            adjoint_losses: of AmIGO: inner losses of more batches, one for each step on v; a generator is evaluated
+                as it goes.
+            scaler: the GradScaler by which both losses were scaled, in closures too. It steps a tracker as it steps
+                an optimizer: scaler.step(tracker).
+
+        Returns:
+            The values of the outer and the inner loss, detached; None for one that was not evaluated.
+
+        Raises:
+            TypeError: a scalar where the algorithm needs a closure.
+            ValueError: a loss that does not depend on params, none that depends on hparams, NaN or infinity
+                (on_nonfinite="raise"). On any error nothing is changed.
+        """
+        for name, value in (("index", index), ("adjoint_losses", adjoint_losses)):
+            if value is not None and name not in self._takes:
+                raise TypeError(f"{type(self).__name__} takes no {name}")
+        oracles = self.oracles
+        oracles.check_shapes()
+        oracles.scale = 1.0 if scaler is None else scaler.get_scale()
+        inner = oracles.batch(inner_loss, "inner_loss")
+        outer = None if outer_loss is None else oracles.batch(outer_loss, "outer_loss")
+        with _random.random_state_kept_on_error(oracles.params), oracles.hooks_suspended():
+            if outer is None:
+                found = Directions(oracles.gradients(inner).params, [], [None] * len(oracles.hparams), {})
+            else:
+                found = self._directions(outer, inner, index, adjoint_losses)
+                self._check_reached(found.hparams)
+            average = self.filters.get("average")
+            hparams = average(found.hparams) if isinstance(average, Average) and outer else found.hparams
+            finite = self._note(found, hparams)
+        if not finite and self.on_nonfinite == "raise" and scaler is None:
+            raise ValueError(NONFINITE.format(type(self).__name__))
+        if finite or scaler is not None:  # a scaler looks for the infinity itself, and leaves the step out
+            self._add(found, hparams)
+        if not finite:
+            self.skipped += 1
+        elif outer is not None:
+            for each in self.filters.values():
+                each.accept()
+            self._before, self._last = self._last, hparams
+            self._watch.accept(self._adjoint_lr)
+        return None if outer is None else outer.value, inner.value
+
+    def step(self) -> None:
+        """Move the tracker's own variables, by what was added since the last step."""
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        for each in self.filters.values():
+            each.step()
+        self.steps += 1
+
+    @property
+    def lr(self) -> float:
+        """The step size of the tracker's own variables; set it, or put a scheduler on `optimizer`."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of `optimizer`: what a GradScaler unscales."""
+        return self._optimizer.param_groups
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            raise AttributeError(f"{type(self).__name__} has no optimizer: there is nothing that it moves by one")
+        return self.optimizer
+
+    # How it goes.
+
+    def report(self) -> Report:
+        """How it goes, from the last batch."""
+        sizes = [math.sqrt(float(dot(g, g))) for g in (self._before, self._last)]
+        cosine = float(dot(self._before, self._last)) / math.prod(sizes) if all(sizes) else math.nan
+        return self._watch.report(self.steps, self.skipped, cosine, self.oracles.counts)
+
+    def metrics(self) -> dict[str, float]:
+        """`report` as one flat dict of numbers, for any logger."""
+        return self.report().metrics()
+
+    def error(self, outer_loss: LossLike, inner_loss: LossLike, *, solver: Any = None) -> Comparison:
+        """Compare the last outer direction with the hypergradient at the present params, on larger batches.
+
+            ∇₂f − ∇²₂₁g (∇²₁₁g)⁻¹ ∇₁f
+
+        It is that of the solved inner problem only where params solve it; `adjoint_residual` and this error are about
+        the adjoint alone.
+
+        Args:
+            outer_loss, inner_loss: scalars or closures, over all data if that fits.
+            solver: of the linear system, as in implicit.grad.
+        """
+        if not any(g is not None for g in self._last):
+            raise ValueError("there is no direction yet: call backward first")
+        oracles = self.oracles
+        outer, inner = (
+            oracles.batch(loss, name).evaluate(True)
+            for loss, name in ((outer_loss, "outer_loss"), (inner_loss, "inner_loss"))
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnsolvedInnerProblem)  # params need not solve it here
+            result = implicit_grad(
+                outer, inner_loss=inner, params=oracles.params, hparams=oracles.hparams, solver=solver
+            )
+        truth: Grads = list(result.grads)
+        size, own, product = (
+            float(dot(x, y)) for x, y in ((truth, truth), (self._last, self._last), (truth, self._last))
+        )
+        error2 = max(size - 2 * product + own, 0.0)
+        return Comparison(
+            cosine=product / math.sqrt(size * own) if size * own else math.nan,
+            relative_error=math.sqrt(error2 / size) if size else math.inf,
+            hypergradient=result,
+        )
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to give the same numbers; torch.load(weights_only=True) reads it."""
+        return {
+            "algorithm": type(self).__name__,
+            "variables": [x.detach() for x in self.variables],
+            "grads": [x.grad for x in self.variables],
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "filters": {name: each.state_dict() for name, each in self.filters.items()},
+            "counts": {"steps": self.steps, "skipped": self.skipped, "reached": self._reached} | self.oracles.counts,
+            "watch": {"means": dict(self._watch.means), "count": self._watch.count},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict` of the same algorithm with the same options."""
+        if state["algorithm"] != type(self).__name__:
+            raise ValueError(f"this is the state of {state['algorithm']}, and this tracker is {type(self).__name__}")
+        shapes, own = [tuple(x.shape) for x in state["variables"]], [tuple(x.shape) for x in self.variables]
+        if shapes != own or {*state["filters"]} != {*self.filters}:
+            raise ValueError(
+                f"the state does not fit this tracker: variables of shapes {shapes[:3]} instead of {own[:3]}, or other "
+                f"filters ({sorted(state['filters'])} instead of {sorted(self.filters)})"
+            )
+        with torch.no_grad():
+            copy_all(self.variables, state["variables"])
+        for x, g in zip(self.variables, state["grads"], strict=True):
+            x.grad = None if g is None else g.to(x.device)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        for name, each in self.filters.items():
+            each.load_state_dict(state["filters"][name])
+        counts = dict(state["counts"])
+        self.steps, self.skipped, self._reached = (counts.pop(name) for name in ("steps", "skipped", "reached"))
+        self.oracles.counts.update(counts)
+        self._watch.means, self._watch.count = dict(state["watch"]["means"]), state["watch"]["count"]
+        self.to(self.oracles.params[0].device)
+
+    def to(self, device: torch.device | str) -> Tracker:
+        """Move the state to where params are now: call it after model.to(device)."""
+        device = torch.device(device)
+        self.oracles.space = Space(list(self.oracles.params), "params")
+        for x in self.variables:
+            x.data = x.data.to(device)
+            x.grad = None if x.grad is None else x.grad.to(device)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())
+        for each in self.filters.values():
+            each.to(device)
+        self._before, self._last = [], []
+        return self
+
+    # What subclasses use.
+
+    def _move_by(
+        self, variables: list[Tensor], lr: float | None, optimizer: MakeOptimizer | None, default: float
+    ) -> None:
+        """Make these the tracker's variables, stepped by plain gradient steps or by an optimizer of the user's."""
+        if lr is not None and optimizer is not None:
+            raise TypeError("pass lr (for plain gradient steps) or optimizer, not both")
+        self.variables = variables
+        make: Any = optimizer or (lambda own: torch.optim.SGD(own, lr=default if lr is None else lr))
+        self.optimizer = make(variables)
+
+    def _vector(self, leaves: list[Tensor]) -> Vector:
+        return self.oracles.space.pack(leaves)
+
+    def _check_reached(self, hparams: Grads) -> None:
+        reached = any(g is not None for g in hparams)
+        if not reached and not self._reached:
+            raise ValueError(NO_HPARAMS.format(type(self).__name__))
+        self._reached = True
+
+    def _note(self, found: Directions, hparams: Grads) -> bool:
+        """Look at the numbers of this batch; gives whether they are finite."""
+        params = self._vector(found.params)
+        watched = dict(found.watched) | {"inner_norm2": params.dot(params)}
+        for name, tensors in (("outer_norm2", hparams), ("own_norm2", found.own)):
+            norms2 = dot(tensors, tensors)
+            if isinstance(norms2, Tensor):
+                watched[name] = norms2
+        return self._watch.note(watched, read=self.on_nonfinite != "ignore")
+
+    def _add(self, found: Directions, hparams: Grads) -> None:
+        """Add the directions to .grad, hooks included, and those of the tracker's own variables to theirs."""
+        scale, reached = self.oracles.scale, [i for i, g in enumerate(hparams) if g is not None]
+        grads = [*found.params, *(hparams[i] for i in reached), *found.own]
+        if scale != 1:
+            grads = [g * scale for g in grads]
+        targets = [*self.oracles.params, *(self.oracles.hparams[i] for i in reached)]
+        if any(map(has_gradient_hooks, targets)):
+            _autodiff.backward(targets, grads[: len(targets)])
+            targets = []
+        added = [*targets, *self.variables] if found.own else targets
+        for x, g in zip(added, grads[len(grads) - len(found.own) - len(targets) :], strict=True):
+            if x.grad is None:
+                x.grad = g.clone()  # who adds to it next must not add to what filters keep
+            else:
+                x.grad = x.grad + g if x.grad.layout is not g.layout else x.grad.add_(g)
