@@ -117,7 +117,7 @@ def soba(p, order, average=None, recursive=None):
         new = p.directions(w, v, lam, i, j)
         if recursive is not None and old is not None:
             before = p.directions(*old, i, j)
-            new = tuple(n + (1 - recursive) * (k - b) for n, k, b in zip(new, kept, before))
+            new = tuple(n + (1 - recursive) * (k - b) for n, k, b in zip(new, kept, before, strict=True))
         old, kept = (w, v, lam), new
         dw, dv, dlam = new
         if average is not None:
@@ -139,8 +139,8 @@ def saba(p, order):
             p.f_w(w, lam, OUTER[j]),
             p.f_lam(w, lam, OUTER[j]),
         ]
-        d = [n - t[k] + t.mean(0) for n, t, k in zip(new, tables, rows)]
-        for n, t, k in zip(new, tables, rows):
+        d = [n - t[k] + t.mean(0) for n, t, k in zip(new, tables, rows, strict=True)]
+        for n, t, k in zip(new, tables, rows, strict=True):
             t[k] = n
         w, v, lam = w - STEP * d[0], v - STEP * (d[1] + d[3]), lam - OUTER_STEP * (d[2] + d[4])
     return w, lam
@@ -148,12 +148,13 @@ def saba(p, order):
 
 def srba(p, order, period):
     w, v, lam = p.w.copy(), np.zeros(D), p.lam.copy()
+    d = old = ()
     for t, (i, j) in enumerate(order):
         if t % period == 0:
             d = p.directions(w, v, lam, ALL, ALL)
         else:
             new, before = (p.directions(*x, INNER[i], OUTER[j]) for x in ((w, v, lam), old))
-            d = tuple(k + n - b for k, n, b in zip(d, new, before))
+            d = tuple(k + n - b for k, n, b in zip(d, new, before, strict=True))
         old = (w, v, lam)
         w, v, lam = w - STEP * d[0], v - STEP * d[1], lam - OUTER_STEP * d[2]
     return w, lam

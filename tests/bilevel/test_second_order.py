@@ -1,5 +1,7 @@
 """Trackers beside their formulas in NumPy, on minibatches and on all data, and beside the exact hypergradient."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ def test_fifty_steps_on_minibatches_are_those_of_the_formula(name):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12 if name != "DARTS" else 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SOBA", "STORM", "AmIGO", "SABA", "SRBA"])
 def test_all_data_lead_to_the_optimum(name):
     """With all data in one batch, or variance reduced to nothing, λ goes where the hypergradient vanishes."""
@@ -121,6 +124,10 @@ def test_page_takes_all_data_with_its_probability():
     assert calls == [0] + [t + 1 for t, anew in enumerate(drawn[:-1]) if anew]
 
 
+def part_of(loss, rows, parts):
+    return loss(rows) / parts
+
+
 @pytest.mark.parametrize("name", ["SOBA", "MA-SOBA", "STORM", "SABA", "F2SA-2", "DARTS"])
 def test_batches_accumulate_to_the_direction_of_one_large_batch(name):
     """Two halves of a batch with their losses divided by two, over several steps. SABA's tables are of the halves."""
@@ -136,7 +143,10 @@ def test_batches_accumulate_to_the_direction_of_one_large_batch(name):
                 size = BATCH // parts
                 rows = [slice(k * BATCH + part * size, k * BATCH + (part + 1) * size) for k in (i, j)]
                 extra = {"index": (i, j)} if index else {}
-                tracker.backward(lambda j=rows[1]: outer(j) / parts, lambda i=rows[0]: inner(i) / parts, **extra)
+                losses = (
+                    partial(part_of, loss, row, parts) for loss, row in zip((outer, inner), rows[::-1], strict=True)
+                )
+                tracker.backward(*losses, **extra)
             for each in (optimizer, tracker):
                 each.step()
             optimizer.zero_grad()

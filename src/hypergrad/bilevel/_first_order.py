@@ -138,13 +138,11 @@ class BOME(Tracker):
     def _directions(self, outer: Batch, inner: Batch, index: Any, adjoint_losses: Any) -> Directions:
         oracles = self.oracles
         slopes, here = oracles.gradients(outer), oracles.gradients(inner)
-        z = [x.detach() for x in oracles.params]
-        step = here.params  # the first one starts at w
+        z, there = [x.detach() for x in oracles.params], here  # the first step starts at w
         for _ in range(self.inner_steps):
-            z = [x - self.inner_lr * g for x, g in zip(z, step, strict=True)]
+            z = [x - self.inner_lr * g for x, g in zip(z, there.params, strict=True)]
             with oracles.at(z):
                 there = oracles.gradients(inner)
-            step = there.params
         gap: Grads = [*here.params, *plus(here.hparams, times(there.hparams, -1.0))]
         f: Grads = [*slopes.params, *slopes.hparams]
         size = torch.as_tensor(dot(gap, gap))
