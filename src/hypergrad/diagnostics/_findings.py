@@ -121,21 +121,21 @@ def _of_system(s: Structure, problem: Problem) -> list[Finding]:
     if s.singular or s.condition * s.eps > CERTAIN:
         least = f"{s.negligible} {'or more ' * (not s.exact)}singular values of {s.n} are zero to rounding"
         nearly = f"the condition number is at least {s.condition:.1e}, so rounding alone may change 1 % or more of v"
-        damping = s.eps**0.5 * s.norm[0]
+        damping = s.eps**0.5 * s.norm
         text = (
             f"{least if s.singular else nearly}{where}: the inner solution is not unique, or barely; add a "
             f"penalty to the inner problem or damping to the solver (damping={damping:.1g} is √eps ‖A‖), or fix what "
             f"params leave free"
         )
-        numbers = {"negligible": float(s.negligible), "condition": s.condition, "least": s.least[1]}
+        numbers = {"negligible": float(s.negligible), "condition": s.condition, "least": s.least}
         found.append(Finding("singular", text, numbers | {"damping": damping}))
-    surely = s.radius_range[0]
+    surely = s.radius_at_least
     if kind == "fp_map" and surely > 1 + 10 * math.sqrt(s.n) * s.eps * max(1.0, s.radius):
         text = (
             f"the spectral radius of ∂₁Φ is at least {surely:.6g}{where}: the map moves away from this point, so "
             f"neither it nor FixedPoint converges; use a smaller step in the map; for the adjoint CG, MINRES or GMRES"
         )
-        found.append(Finding("expansion", text, {"radius": s.radius, "at least": surely, "norm": s.contraction[0]}))
+        found.append(Finding("expansion", text, {"radius": s.radius, "at least": surely, "norm": s.contraction}))
     return found
 
 
@@ -351,7 +351,7 @@ def _rounding_floor(near: _Near, s: Structure) -> list[Finding]:
         moved = near.w.space.pack([_nudged(x, near.generator) for x in near.w.leaves])
         noise = torch.maximum(noise, (near.residual(moved) - here).norm())
     at_floor = bool((least <= ROUNDING * noise).all())
-    away = _largest(noise / near.size) / max(s.least[1], s.tolerance) if s.norm[0] > 0 else math.inf
+    away = _largest(noise / near.size) / max(s.least, s.tolerance) if s.norm > 0 else math.inf
     if not at_floor or not away > HARMLESS:
         return []
     dtype = str(near.w.space.dtype).removeprefix("torch.")

@@ -91,7 +91,7 @@ def plot_spectrum(structure: Structure) -> Figure:
         turn = [2 * math.pi * i / 200 for i in range(201)]
         axes.plot([math.cos(t) for t in turn], [math.sin(t) for t in turn], lw=1, label="unit circle")
         values = [1 - x for x in s.eigenvalues]
-        label = f"ρ = {s.radius:.4g}, norm {at_least}{s.contraction[0]:.4g}"
+        label = f"ρ = {s.radius:.4g}, norm {at_least}{s.contraction:.4g}"
         axes.plot([x.real for x in values], [x.imag for x in values], "o", ms=4, label=label)
         axes.set_aspect("equal")
     axes.legend(frameon=False, fontsize=8)

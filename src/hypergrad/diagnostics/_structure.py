@@ -6,30 +6,27 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
 from .. import _random, operators
+from .._basis import Basis
 from .._modules import modules_of
 from .._vector import Space, Vector
 from ..implicit import Problem
 from ..operators import LinearOperator
-from ._spectrum import arnoldi, unseen
 
 FAR_FROM_NORMAL = 100  # condition number of an eigenvalue above which its first-order error says nothing
-Range: TypeAlias = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Structure:
     """What m products with random vectors say of A, and of J = I − A (for a fixed point map, J = ∂₁Φ).
 
-    A range (low, high) holds the number that it is named after; where `exact` is False, an outer end comes from the
-    random start: it fails with probability 1e-6, and may be infinite. The other ends are proven, up to rounding, but
-    for `radius_range`.
+    Bounds are proven, up to rounding. Where `exact`, they are the numbers themselves.
 
     Attributes:
         n: unknowns (of each system).
@@ -37,16 +34,18 @@ class Structure:
         declared_symmetric: as the caller declared.
         asymmetry: max |xᵀAy − yᵀAx| / (‖x‖‖Ay‖ + ‖y‖‖Ax‖) over the random probes x, y.
         symmetric: whether that is below √eps, and so taken for rounding.
-        eigenvalues: Ritz values of A in rising order of their real parts: real ones where A is symmetric.
-        eigenvalue_errors: for each: symmetric A has an eigenvalue within; otherwise to first order only.
-        lowest, highest: ranges of the extreme eigenvalues of a symmetric A; else None.
-        norm: range of ‖A‖₂.
-        least: range of the least singular value.
+        eigenvalues: Ritz values of A in rising order of their real parts. Those of a symmetric A are real, and lie
+            between its least and its largest eigenvalue.
+        eigenvalue_errors: for each: a symmetric A has an eigenvalue within; otherwise to first order only.
+        norm: lower bound of ‖A‖₂.
+        least: upper bound of the least singular value.
         negligible: at least so many singular values are below 10 √n eps ‖A‖: A is singular to rounding where > 0.
-        condition: a lower bound of ‖A‖ ‖A⁻¹‖; the number itself where `exact`. Infinite where A is singular.
-        radius: the largest |eigenvalue| of J seen, its spectral radius ρ; `radius_range` around it. Where A is not
-            symmetric the lower end is what the first-order error of the Ritz value allows, 0 far from normal.
-        contraction: range of q = ‖J‖₂. For J far from normal ρ < 1 < q is possible: Φ contracts in the long run alone.
+        condition: lower bound of ‖A‖ ‖A⁻¹‖. Infinite where A is singular.
+        radius: the largest |eigenvalue| of J seen, its spectral radius ρ.
+        radius_at_least: lower bound of ρ; where A is not symmetric what the first-order error of the Ritz value
+            allows, 0 far from normal.
+        contraction: lower bound of q = ‖J‖₂. For J far from normal ρ < 1 < q is possible: Φ contracts in the long run
+            alone.
         eps: of the dtype.
         products: what all this cost.
         system: which of B independent systems this is, the worst of them; None without batch_dims.
@@ -59,15 +58,13 @@ class Structure:
     symmetric: bool
     eigenvalues: tuple[float, ...] | tuple[complex, ...]
     eigenvalue_errors: tuple[float, ...]
-    lowest: Range | None
-    highest: Range | None
-    norm: Range
-    least: Range
+    norm: float
+    least: float
     negligible: int
     condition: float
     radius: float
-    radius_range: Range
-    contraction: Range
+    radius_at_least: float
+    contraction: float
     eps: float
     products: int
     system: int | None = None
@@ -84,11 +81,11 @@ class Structure:
     @property
     def tolerance(self) -> float:
         """What counts as zero beside ‖A‖."""
-        return 10 * math.sqrt(self.n) * self.eps * self.norm[0]
+        return 10 * math.sqrt(self.n) * self.eps * self.norm
 
     @property
     def definiteness(self) -> str:
-        """By the signs of the Ritz values; "none" where A is not symmetric. See `definiteness_proven`."""
+        """By the signs of the Ritz values, of which two prove "indefinite"; "none" where A is not symmetric."""
         if not self.symmetric:
             return "none"
         low, high = float(self.eigenvalues[0].real), float(self.eigenvalues[-1].real)
@@ -98,17 +95,24 @@ class Structure:
             return "negative semidefinite" if self.singular else "negative definite"
         return "positive semidefinite" if self.singular or high <= self.tolerance else "positive definite"
 
-    @property
-    def definiteness_proven(self) -> bool:
-        """Indefinite is proven by two Ritz values; the others where all of A, or enough of it, was seen."""
-        kind = self.definiteness
-        if kind == "none" or self.lowest is None or self.highest is None:
-            return False
-        enough = self.lowest[0] > 0 or self.highest[1] < 0
-        return self.exact or kind == "indefinite" or (enough and not self.singular)
-
     def __str__(self) -> str:
-        return "\n".join(f"{name:<22}{text}" for name, text in _rows(self))
+        at_least, at_most = ("", "") if self.exact else ("≥ ", "≤ ")
+        declared = (", as declared" if self.symmetric else ", though declared") if self.declared_symmetric else ""
+        kind = f"{'' if self.symmetric else 'not '}symmetric{declared}"
+        rows = {"symmetry": f"{kind} (asymmetry {self.asymmetry:.1e})"}
+        if self.symmetric:
+            seen = "" if self.exact or self.definiteness == "indefinite" else ", as far as seen"
+            rows["definiteness"] = self.definiteness + seen
+            rows["least eigenvalue"] = f"{at_most}{self.eigenvalues[0].real:.4g}"
+            rows["largest eigenvalue"] = f"{at_least}{self.eigenvalues[-1].real:.4g}"
+        else:
+            rows["least singular value"] = f"{at_most}{self.least:.4g}"
+            rows["‖A‖"] = f"{at_least}{self.norm:.4g}"
+        rows["negligible"] = f"{at_least}{self.negligible} of {self.n} singular values"
+        rows["condition number"] = f"{at_least}{self.condition:.4g}"
+        rows["ρ(I − A)"] = f"{self.radius:.6g} (at least {self.radius_at_least:.6g})"
+        rows["‖I − A‖"] = f"{at_least}{self.contraction:.4g}"
+        return "\n".join(f"{name:<22}{text}" for name, text in rows.items())
 
 
 def structure(problem: Problem, *, steps: int = 50) -> Structure:
@@ -155,9 +159,8 @@ def operator_structure(
     """The structure of an operator A.
 
     Arnoldi from a random vector (Lanczos with full reorthogonalisation where A is symmetric) gives Ritz values θ. For
-    a symmetric A these lie inside the spectrum, so that θ < 0 < θ' proves it indefinite, and its extreme eigenvalues
-    are at most ε (λ_max − λ_min) outside of them, ε = (ln(1.648 √n / δ) / (2m − 1))², with probability 1 − δ, δ = 1e-6.
-    For another A the Arnoldi basis bounds singular values from inside; what lies outside is not known then.
+    a symmetric A these lie inside the spectrum, so that θ < 0 < θ' proves it indefinite. The basis bounds singular
+    values from inside; what lies outside is not known before m = n.
 
     Args:
         op: A or Aᵀ. How it is declared is compared with what is found.
@@ -169,12 +172,12 @@ def operator_structure(
         largest condition number.
     Raises: TypeError for sharded tensors; ValueError for steps below 1, no unknowns, or a product that is not finite.
     Cost: 6 + m products; m + 1 vectors.
-    Source: Kuczyński and Woźniakowski 1992, Theorem 4.2 (ε); Parlett 1998, section 13 (residual bounds).
+    Source: Parlett 1998, section 13 (residual bounds).
 
     Example:
         >>> a = torch.tensor([[0.5, 4.0], [0.0, 0.5]])
         >>> found = operator_structure(hg.operators.matrix(torch.eye(2) - a), torch.zeros(2))
-        >>> print(f"ρ = {found.radius:.1f}, ‖J‖ = {found.contraction[0]:.2f}")
+        >>> print(f"ρ = {found.radius:.1f}, ‖J‖ = {found.contraction:.2f}")
         ρ = 0.5, ‖J‖ = 4.06
     """
     if not isinstance(steps, int) or steps < 1:
@@ -188,7 +191,7 @@ def operator_structure(
     with torch.no_grad():
         asymmetry = _small(_asymmetry(op, vector, generator))
         symmetric = bool((asymmetry <= space.eps**0.5).all())
-        h = _small(arnoldi(op, vector, steps, generator))
+        h = _small(_arnoldi(op, vector, steps, generator))
     if not (bool(torch.isfinite(asymmetry).all()) and bool(torch.isfinite(h).all())):
         raise ValueError("a product of the operator holds NaN or infinity: look at the loss or map at this point")
     known = {"n": space.length, "steps": steps, "declared_symmetric": op.symmetric, "symmetric": symmetric}
@@ -197,7 +200,7 @@ def operator_structure(
     for i, each in enumerate(asymmetry.reshape(-1).tolist()):
         small = h.reshape(-1, *h.shape[-2:])[i]
         about = known | {"asymmetry": each, "system": i if space.batch_dims else None}
-        found.append((_symmetric if symmetric else _general)(small, about))
+        found.append(_from_arnoldi(small, about))
     return max(found, key=lambda s: (s.negligible, s.condition))
 
 
@@ -258,91 +261,79 @@ def _asymmetry(op: LinearOperator, like: Vector, generator: torch.Generator) -> 
     return worst
 
 
-def _negligible(singular_values: Tensor, n: int, eps: float) -> int:
-    return int((singular_values <= 10 * math.sqrt(n) * eps * singular_values.max()).sum())
-
-
-def _symmetric(h: Any, about: dict[str, Any]) -> Structure:
-    """From Lanczos: T = Vᵀ A V and β, what is left of A v_m."""
-    n, m, eps = about["n"], about["steps"], about["eps"]
-    theta, y = torch.linalg.eigh((h[:m] + h[:m].mT) / 2)
-    errors = h[m, m - 1].abs() * y[m - 1].abs() + 10 * eps * float(theta.abs().max())
-    low, high = float(theta[0]), float(theta[-1])
-    beyond = unseen(n, m)
-    beyond = beyond / (1 - 2 * beyond) * (high - low) if beyond < 0.5 else math.inf
-    lowest, highest = (low - beyond, low), (high, high + beyond)
-    size = max(abs(low), abs(high))
-    values = torch.linalg.svdvals(h)  # of A V_m, so none is below the least of A
-    negligible, least = _negligible(values, n, eps), float(values.min())
-    surely = lowest[0] if lowest[0] > 0 else -highest[1] if highest[1] < 0 else least if m == n else 0.0
-    radius = max(abs(1 - low), abs(1 - high))
-    radius_range = (radius, max(abs(1 - lowest[0]), abs(1 - highest[1])))
-    return Structure(
-        eigenvalues=tuple(theta.tolist()),
-        eigenvalue_errors=tuple(errors.tolist()),
-        lowest=lowest,
-        highest=highest,
-        norm=(size, max(abs(lowest[0]), abs(highest[1]))),
-        least=(surely, least),
-        negligible=negligible,
-        condition=math.inf if negligible or not least else size / least,
-        radius=radius,
-        radius_range=radius_range,
-        contraction=radius_range,
-        **about,
-    )
-
-
-def _general(h: Any, about: dict[str, Any]) -> Structure:
-    """From Arnoldi: A V_m = V_{m+1} H."""
-    n, m, eps = about["n"], about["steps"], about["eps"]
-    theta, y = torch.linalg.eig(h[:m])
-    order = theta.real.argsort()
-    conditions = torch.linalg.vector_norm(torch.linalg.inv_ex(y)[0], dim=1)  # columns of y have length 1
-    size = float(torch.linalg.matrix_norm(h, 2))
-    errors = (h[m, m - 1].abs() * y[m - 1].abs() + m * eps * size) * torch.nan_to_num(conditions, torch.inf)
-    values = torch.linalg.svdvals(h)
-    negligible, least, largest = _negligible(values, n, eps), float(values.min()), float(values.max())
-    identity = torch.eye(m + 1, m, dtype=h.dtype, device=h.device)
-    q = float(torch.linalg.matrix_norm(identity - h, 2))
-    outside = (1 - theta).abs()
+def _from_arnoldi(h: Tensor, about: dict[str, Any]) -> Structure:
+    """From A V_m = V_{m+1} H, whose first m rows are symmetric where A is."""
+    n, m, eps, symmetric = about["n"], about["steps"], about["eps"], about["symmetric"]
+    values = torch.linalg.svdvals(h)  # of A V_m, so that all lie between the extreme ones of A
+    least, largest = float(values.min()), float(values.max())
+    negligible = int((values <= 10 * math.sqrt(n) * eps * largest).sum())
+    if symmetric:
+        theta, y = torch.linalg.eigh((h[:m] + h[:m].mT) / 2)
+        conditions = torch.ones_like(theta)
+    else:
+        theta, y = torch.linalg.eig(h[:m])
+        conditions = torch.linalg.vector_norm(torch.linalg.inv_ex(y)[0], dim=1)  # columns of y have length 1
+        conditions = torch.nan_to_num(conditions, torch.inf)
+    errors = (h[m, m - 1].abs() * y[m - 1].abs() + max(m, 10) * eps * largest) * conditions
+    order, outside = theta.real.argsort(), (1 - theta).abs()
     far = int(outside.argmax())
-    radius, error = float(outside[far]), float(errors[far])
-    upper = min(q, radius + error) if m == n else math.inf
+    radius = float(outside[far])
+    known = radius if symmetric else max(radius - float(errors[far]), 0.0) if conditions[far] < FAR_FROM_NORMAL else 0.0
+    identity = torch.eye(m + 1, m, dtype=h.dtype, device=h.device)
     return Structure(
         eigenvalues=tuple(theta[order].tolist()),
         eigenvalue_errors=tuple(errors[order].tolist()),
-        lowest=None,
-        highest=None,
-        norm=(largest, largest if m == n else math.inf),
-        least=(least if m == n else 0.0, least),
+        norm=largest,
+        least=least,
         negligible=negligible,
         condition=math.inf if negligible or not least else largest / least,
         radius=radius,
-        radius_range=(max(radius - error, 0.0) if conditions[far] < FAR_FROM_NORMAL else 0.0, max(upper, radius)),
-        contraction=(q, q if m == n else math.inf),
+        radius_at_least=known,
+        contraction=float(torch.linalg.matrix_norm(identity - h, 2)),
         **about,
     )
 
 
-def _between(ends: Range) -> str:
-    low, high = ends
-    if math.isinf(low) or math.isinf(high):
-        return f"≤ {high:.4g}" if math.isinf(low) else f"≥ {low:.4g}"
-    return f"{low:.4g}" if high - low <= 1e-4 * abs(high) else f"{low:.4g} to {high:.4g}"
+def _arnoldi(op: LinearOperator, like: Vector, steps: int, generator: torch.Generator) -> Tensor:
+    """H [m + 1, m] (or [B, m + 1, m]) of A V_m = V_{m+1} H for m = steps ≤ n; the last row is 0 for m = n.
+
+    Gram–Schmidt twice, against all vectors. Where the Krylov space is exhausted it goes on with a new random vector, so
+    that n steps see all of A.
+
+    Cost: m products; m + 1 vectors.
+    """
+    basis = Basis(like, steps + 1)
+    first = like.random(generator)
+    basis[0] = first / first.norm()
+    h = like.space.scalar(0.0)[..., None, None].repeat(*[1] * like.space.batch_dims, steps + 1, steps)
+    for j in range(steps):
+        w, h[..., : j + 1, j], norm = _orthogonalised(op(basis[j]), basis, j + 1)
+        h[..., j + 1, j] = norm if j + 1 < like.space.length else 0.0
+        if j + 1 < like.space.length:
+            basis[j + 1] = _next_vector(w, norm, basis, j + 1, generator)
+    return h
 
 
-def _rows(s: Structure) -> list[tuple[str, str]]:
-    """What the structure prints as: (name, text) pairs."""
-    at_least = "" if s.exact else "≥ "
-    declared = (", as declared" if s.symmetric else ", though declared") if s.declared_symmetric else ""
-    rows = [("symmetry", f"{'' if s.symmetric else 'not '}symmetric{declared} (asymmetry {s.asymmetry:.1e})")]
-    if s.lowest is not None and s.highest is not None:
-        rows += [("definiteness", s.definiteness + ("" if s.definiteness_proven else ", as far as seen"))]
-        rows += [("least eigenvalue", _between(s.lowest)), ("largest eigenvalue", _between(s.highest))]
-    else:
-        rows += [("least singular value", _between(s.least)), ("‖A‖", _between(s.norm))]
-    rows += [("negligible", f"{at_least}{s.negligible} of {s.n} singular values")]
-    rows += [("condition number", f"{at_least}{s.condition:.4g}")]
-    rows += [("ρ(I − A)", f"{s.radius:.6g} ({_between(s.radius_range)})"), ("‖I − A‖", _between(s.contraction))]
-    return rows
+def _orthogonalised(w: Vector, basis: Basis, count: int) -> tuple[Vector, Tensor, Tensor]:
+    """w without its components along the first vectors of the basis; these components; the norm of what is left.
+
+    A rest that is rounding has norm 0.
+    """
+    size, components = w.norm(), torch.zeros_like(basis.coefficients(w, count))
+    for _ in range(2):
+        part = basis.coefficients(w, count)
+        w, components = w - basis.combine(part), components + part
+    norm = w.norm()
+    return w, components, torch.where(norm <= 100 * w.space.eps * size, 0.0, norm)
+
+
+def _next_vector(w: Vector, norm: Tensor, basis: Basis, count: int, generator: torch.Generator) -> Vector:
+    """w / ‖w‖, or a random unit vector orthogonal to the basis where nothing is left of w."""
+    spent = norm == 0
+    if not bool(spent.any()):
+        return w / norm
+    other = w.random(generator)
+    for _ in range(3):
+        other = other - basis.combine(basis.coefficients(other, count))
+        other = other / other.norm()
+    return other.where(spent, w / torch.where(spent, 1.0, norm))

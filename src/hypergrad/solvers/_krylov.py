@@ -76,7 +76,7 @@ class GMRES(IterativeSolver):
         if structure.symmetric:
             steps = MINRES().products_needed(structure, rtol)
         else:
-            steps = steps_needed(structure.contraction[0], rtol)
+            steps = steps_needed(structure.contraction, rtol)
         return structure.n if steps is None else min(steps, structure.n)
 
 

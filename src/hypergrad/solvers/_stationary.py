@@ -84,7 +84,7 @@ class FixedPoint(IterativeSolver):
 
     def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
         """‖I − A‖^k of the error where that norm is below 1, else about ρ(I − A)^k; the error may grow at first."""
-        norm = structure.contraction[0]
+        norm = structure.contraction
         return steps_needed(norm if norm < 1 else structure.radius, rtol)
 
 
@@ -122,7 +122,7 @@ class Neumann(IterativeSolver):
 
     def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
         """One more than ρ(I − ηA)^k of the error asks for; as FixedPoint where A is not symmetric and η = 1."""
-        rate, norm = self._rate(structure), structure.contraction[0]
+        rate, norm = self._rate(structure), structure.contraction
         if rate is not None and not structure.symmetric and norm < 1:
             rate = norm
         steps = None if rate is None else steps_needed(rate, rtol)
@@ -151,8 +151,8 @@ class OneStep(LinearSolver):
         return richardson(replace(system, max_steps=1, goal=None), system.x0, 1.0)
 
     def valid_for(self, structure: SystemStructure) -> str | None:
-        norm = structure.contraction[0]
+        norm = structure.contraction
         return None if norm <= 1e-6 else f"an approximation: v = b is up to ‖I − A‖ = {norm:.2g} of ‖v‖ off"
 
     def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
-        return 0 if structure.contraction[0] <= rtol else None
+        return 0 if structure.contraction <= rtol else None
