@@ -11,7 +11,7 @@ An algorithm is: at which points it takes derivatives of the losses (`Oracles`),
 
 from ._data import cycle
 from ._first_order import BOME, F2SA, SAMA
-from ._oracles import Batch, Oracles
+from ._oracles import Batch, Oracles, plus, times
 from ._report import Comparison, Report
 from ._second_order import SABA, SOBA, SRBA, AmIGO
 from ._tracker import Directions, Tracker
@@ -32,4 +32,6 @@ __all__ = [
     "Directions",
     "Oracles",
     "Batch",
+    "plus",
+    "times",
 ]

@@ -72,7 +72,7 @@ class F2SA(Tracker):
             for x, w in zip(copy, self.oracles.params, strict=True):
                 x.copy_(w.detach())
 
-    def _directions(self, outer: Batch, inner: Batch, index: Any, adjoint_losses: Any) -> Directions:
+    def directions(self, outer: Batch, inner: Batch) -> Directions:
         oracles = self.oracles
         at_params = oracles.gradients(inner)
         total = times(at_params.hparams, self.stencil.get(0, 0.0) * self.penalty) if 0 in self.stencil else None
@@ -135,7 +135,7 @@ class BOME(Tracker):
         super().__init__(params, hparams, on_nonfinite=on_nonfinite)
         self.inner_steps, self.inner_lr, self.eta = steps, lr, eta
 
-    def _directions(self, outer: Batch, inner: Batch, index: Any, adjoint_losses: Any) -> Directions:
+    def directions(self, outer: Batch, inner: Batch) -> Directions:
         oracles = self.oracles
         slopes, here = oracles.gradients(outer), oracles.gradients(inner)
         z, there = [x.detach() for x in oracles.params], here  # the first step starts at w
@@ -196,7 +196,7 @@ class SAMA(Tracker):
             if any(id(x) not in groups for x in self.oracles.params):
                 raise ValueError("optimizer does not move all of params: pass the one that does")
 
-    def _directions(self, outer: Batch, inner: Batch, index: Any, adjoint_losses: Any) -> Directions:
+    def directions(self, outer: Batch, inner: Batch) -> Directions:
         oracles = self.oracles
         slopes, here = oracles.gradients(outer), oracles.gradients(inner)
         u = [rate * g for rate, g in zip(self._rates(here.params), slopes.params, strict=True)]

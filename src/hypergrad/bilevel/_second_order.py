@@ -118,7 +118,7 @@ class SOBA(_Adjoint):
         if recursive is not None:
             self.filters["recursive"] = Recursive(recursive)
 
-    def _directions(self, outer: Batch, inner: Batch, index: Any, adjoint_losses: Any) -> Directions:
+    def directions(self, outer: Batch, inner: Batch) -> Directions:
         return self._filtered(lambda v: self._combined(*self._of_batches(outer, inner, v), v))
 
     def _of_batches(self, outer: Batch, inner: Batch, v: Vector) -> tuple[Gradients, Products]:
@@ -152,7 +152,7 @@ class SABA(SOBA):
     Source: Dagréou et al. 2022, section 3.2; its tables begin with zeros.
     """
 
-    _takes = ("index",)
+    takes = ("index",)
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class SABA(SOBA):
         self.tables = Table(batches[0], of_inner, names[0]), Table(batches[1], of_outer, names[1])
         self.filters |= dict(zip(("inner", "outer"), self.tables, strict=True))
 
-    def _directions(self, outer: Batch, inner: Batch, index: tuple[int, int] | None, adjoint_losses: Any) -> Directions:
+    def directions(self, outer: Batch, inner: Batch, index: tuple[int, int] | None) -> Directions:
         if index is None:
             raise TypeError("SABA keeps a table of batches: pass index=(number of the training batch, of the other)")
         slopes, products = self._of_batches(outer, inner, self.v)
@@ -235,9 +235,9 @@ class SRBA(SOBA):
         self.full, self.recursive = full, Recursive(0.0, period, probability, generator)
         self.filters["recursive"] = self.recursive
 
-    def _directions(self, outer: Batch, inner: Batch, index: Any, adjoint_losses: Any) -> Directions:
+    def directions(self, outer: Batch, inner: Batch) -> Directions:
         if not self.recursive.anew:
-            return super()._directions(outer, inner, index, adjoint_losses)
+            return super().directions(outer, inner)
         if self.recursive.given:  # the direction of all data is there already, for this step
             nothing: list[Any] = [torch.zeros_like(x) for x in (*self.v.chunks, *self.v.chunks)]
             return self._parted([*nothing, *[None] * len(self.oracles.hparams)], {})
@@ -284,7 +284,7 @@ class AmIGO(_Adjoint):
         Ji and Liang 2021 (MRBO, arXiv:2106.04692).
     """
 
-    _takes = ("adjoint_losses",)
+    takes = ("adjoint_losses",)
 
     def __init__(
         self,
@@ -314,9 +314,7 @@ class AmIGO(_Adjoint):
     def _adjoint_lr(self) -> float | None:
         return self.eta if self.solver is None else None
 
-    def _directions(
-        self, outer: Batch, inner: Batch, index: Any, adjoint_losses: Iterable[LossLike] | None
-    ) -> Directions:
+    def directions(self, outer: Batch, inner: Batch, adjoint_losses: Iterable[LossLike] | None) -> Directions:
         batches = None
         if adjoint_losses is not None:
             if self.solver is not None:

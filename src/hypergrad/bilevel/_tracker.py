@@ -53,7 +53,7 @@ class Tracker(ABC):
         steps, skipped: how often `step` was called, and how many batches were left out.
     """
 
-    _takes: ClassVar[tuple[str, ...]] = ()  # further arguments of `backward`
+    takes: ClassVar[tuple[str, ...]] = ()  # which further arguments of `backward` the algorithm uses
 
     def __init__(
         self, params: PyTree, hparams: PyTree, *, average: float | None = None, on_nonfinite: OnNonfinite = "raise"
@@ -76,10 +76,11 @@ class Tracker(ABC):
     # What a subclass gives.
 
     @abstractmethod
-    def _directions(
-        self, outer: Batch, inner: Batch, index: tuple[int, int] | None, adjoint_losses: Iterable[LossLike] | None
-    ) -> Directions:
-        """The algorithm: what this pair of batches gives. It changes no state."""
+    def directions(self, outer: Batch, inner: Batch, *others: Any) -> Directions:
+        """The algorithm: what this pair of batches gives, from derivatives of `oracles`. It changes no state.
+
+        others: the arguments of `backward` that `takes` names.
+        """
 
     @property
     def _adjoint_lr(self) -> float | None:
@@ -120,8 +121,9 @@ class Tracker(ABC):
             ValueError: a loss that does not depend on params, none that depends on hparams, NaN or infinity
                 (on_nonfinite="raise"). On any error nothing is changed.
         """
-        for name, value in (("index", index), ("adjoint_losses", adjoint_losses)):
-            if value is not None and name not in self._takes:
+        others = {"index": index, "adjoint_losses": adjoint_losses}
+        for name, value in others.items():
+            if value is not None and name not in self.takes:
                 raise TypeError(f"{type(self).__name__} takes no {name}")
         oracles = self.oracles
         oracles.check_shapes()
@@ -132,7 +134,7 @@ class Tracker(ABC):
             if outer is None:
                 found = Directions(oracles.gradients(inner).params, [], [None] * len(oracles.hparams), {})
             else:
-                found = self._directions(outer, inner, index, adjoint_losses)
+                found = self.directions(outer, inner, *(others[name] for name in self.takes))
                 self._check_reached(found.hparams)
             average = self.filters.get("average")
             hparams = average(found.hparams) if isinstance(average, Average) and outer else found.hparams
