@@ -207,6 +207,7 @@ class Equilibrium(nn.Module):
         """(z, (tensors, u)) ↦ cell(z, u) in z's dtype, under the autocast of this call also when differentiated."""
         dtypes = [leaf.dtype for leaf in split(z)[0]]
         device = split(z)[0][0].device.type
+        device = device if torch.amp.is_autocast_available(device) else "cpu"
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         cell = functional(self.cell) if isinstance(self.cell, nn.Module) else _without_tensors(self.cell)
 

@@ -165,6 +165,8 @@ class FISTA(Rule):
 
         x₊ = prox_{ηr}(y − ηg(y)),    t₊ = (1 + √(1 + 4t²))/2,    y₊ = x₊ + (t − 1)/t₊ · (x₊ − x)
 
+    t is kept on the CPU: a reverse pass through the step reads from the device once for each leaf.
+
     Args:
         lr: η, at most 1/L.
         prox: r.

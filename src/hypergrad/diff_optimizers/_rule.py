@@ -140,12 +140,13 @@ class Values:
     @property
     def t(self) -> Tensor:
         """t as a tensor."""
-        return self._next if self.missed is None else self._next - self.missed[self.index]
+        return self._next if self.missed is None else self._next - self.missed[self.index].detach()
 
     @cached_property
     def _next(self) -> Tensor:
         # Powers such as β₂ᵗ are taken in float64, as torch.optim takes them, whatever the counter's dtype.
-        return (self.step if self.step.device.type == "mps" else self.step.to(torch.float64)) + 1
+        step = self.step.detach()  # a graph of the counter would be read from the device in a reverse pass
+        return (step if step.device.type == "mps" else step.to(torch.float64)) + 1
 
     def power(self, beta: Number) -> Number:
         """βᵗ: of a number a number, as in torch.optim, where t can be read."""

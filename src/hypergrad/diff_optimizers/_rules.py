@@ -313,8 +313,8 @@ class RAdam(Rule):
         rho = limit - 2 * t * b2**t / (1 - b2**t)
         rectify = rho > 5
         # Both branches are differentiated: where the first is not taken it is taken at ρ = ρ_∞ = 6, where it is smooth.
-        rho, limit = torch.where(rectify, rho, 6.0), torch.where(rectify, limit, 6.0)
-        r = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)).sqrt() * (1 - b2**t).sqrt()
         on, off = rectify.to(rho.dtype), (~rectify).to(rho.dtype)
+        rho, limit = torch.where(rectify, rho, 6.0), on * limit + off * 6.0
+        r = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)).sqrt() * (1 - b2**t).sqrt()
         factor = on * r / (sqrt(v) + value(self, "eps")) + off
         return w - value(self, "lr") / (1 - b1**t) * (m * factor), {"exp_avg": m, "exp_avg_sq": v}

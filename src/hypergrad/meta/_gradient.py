@@ -98,8 +98,8 @@ def grad(
     Warns: HypergradientWarning, with the numbers of the tasks, where tasks diverge, and (`Implicit`, by its solver's
         on_failure) where adjoint systems or inner problems are not solved; and where nothing depends on a leaf of
         hparams.
-    Cost: that of the method, for each task. To choose chunk, one evaluation of one task's losses. One device
-        synchronisation or two a chunk. Where tasks diverge their chunk is done again without them.
+    Cost: that of the method, for each task. To choose chunk, one evaluation of one task's losses. Two or
+        three device synchronisations a chunk. Where tasks diverge their chunk is done again without them.
 
     Example:
         Task i: w minimises ½(w − cᵢ)² + ½(w − λ)², so w = (cᵢ + λ)/2, and E = ½w² gives ∇f = mean (cᵢ + λ)/4.

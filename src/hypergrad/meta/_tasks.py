@@ -359,7 +359,5 @@ def without_penalties(loss: Loss) -> tuple[Loss, list[_Biased]]:
 def finite_tasks(tensors: Sequence[Tensor]) -> list[bool]:
     """Which rows are finite in all tensors: by their sums, and entry by entry only where a sum is not."""
     rows = [x.flatten(1) if x.ndim > 1 else x.unsqueeze(1) for x in tensors]
-    good = torch.isfinite(torch.stack([x.sum(1) for x in rows]).sum(0))
-    if not bool(good.all()):
-        good = torch.stack([torch.isfinite(x).all(1) for x in rows]).all(0)
-    return good.tolist()
+    good = torch.isfinite(torch.stack([x.sum(1) for x in rows]).sum(0)).tolist()
+    return good if all(good) else torch.stack([torch.isfinite(x).all(1) for x in rows]).all(0).tolist()

@@ -32,7 +32,8 @@ class Dense(LinearSolver):
         batch_size: columns computed at once (default: as many as fit 2²⁴ numbers).
 
     Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation, whatever
-        on_failure is. As a preconditioner likewise, once.
+        on_failure is, one more where A is declared positive definite, and one more outside of a hypergradient. As a
+        preconditioner n products, once.
     Raises: TypeError for sharded tensors.
     """
 

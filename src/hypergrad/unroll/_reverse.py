@@ -110,7 +110,8 @@ def reverse(
     Cost: the evaluations above and T reverse passes. Beside what memory says, five iterates, hparams, and the working
         memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget measure I
         and G at the first two steps, a budget the working memory as well, by one more reverse pass and call of
-        outer_loss; later steps that need more can exceed it. One device synchronisation a replayed block.
+        outer_loss; later steps that need more can exceed it. One device synchronisation, and
+        one for each tensor of the iterate after a replayed block.
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
         over blocks of steps whose graph is kept at once.
 
