@@ -27,11 +27,11 @@ test-slow: $(VENV)/.dev
 
 test-all: test test-slow ## every test, the slow ones too
 
-# What rounding decides shows where products are: solvers and hypergradients.
-NUMERICAL := tests/solvers tests/implicit/test_hypergradient.py tests/test_solution.py tests/test_hypergradients.py tests/test_fuzz.py
 test-gpu: $(VENV)/.dev ## every door of the library on an accelerator: make test-gpu DEVICE=cuda:1
 	$(BIN)/python -m pytest -q tests/test_devices.py --device $(or $(DEVICE),cuda)
 
+# What rounding decides shows where products are: solvers and hypergradients.
+NUMERICAL := tests/solvers tests/implicit/test_hypergradient.py tests/test_solution.py tests/test_hypergradients.py tests/test_fuzz.py
 test-processors: $(VENV)/.dev ## the numerical tests as on other processors, which some settings emulate
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m "not slow" $(NUMERICAL)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n auto -q -m "not slow" $(NUMERICAL)

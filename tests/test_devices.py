@@ -308,8 +308,8 @@ def checked(d, form="inner_loss"):
 
 def structured(d):
     _, outer, fp_map = losses(d)
-    found = hg.diagnostics.structure(fp_map=fp_map, params=d.w, hparams=d.h)
-    names = hg.diagnostics.findings(outer, fp_map=fp_map, params=d.w, hparams=d.h)
+    problem = hg.implicit.Problem(outer, params=d.w, hparams=d.h, fp_map=fp_map)
+    found, names = hg.diagnostics.structure(problem), hg.diagnostics.findings(problem)
     return found.condition, found.eigenvalues, [each.name for each in names]
 
 
@@ -325,7 +325,6 @@ RULES = {
     "Box": D.ProximalGradient(lr=0.1, prox=D.Box(lower=-0.1, upper=0.1)),
     "Simplex": D.ProximalGradient(lr=0.1, prox=D.Simplex(), frozen=(0,)),
     "GroupLasso": D.ProximalGradient(lr=0.1, prox=D.GroupLasso(strength=0.1), frozen=(0,)),
-    "MirrorDescent": D.MirrorDescent(lr=0.1, frozen=(0,)),
 }
 METHODS = {
     "Implicit": hg.meta.Implicit(solver=CG),
@@ -376,7 +375,6 @@ DOORS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
     "forward, continued": (continued, None),
     **{f"rules.{name}": (partial(reverse, memory="graph", rule=rule), 1) for name, rule in RULES.items()},
     "rules.FISTA": (partial(reverse, memory="graph", rule=D.FISTA(lr=0.1, prox=D.L1(strength=0.1))), 1 + 6 * 2),
-    "rules.NAdam": (partial(reverse, memory="graph", rule=D.NAdam(lr=0.1)), 1 + 6 * 2 * 2),
     **{f"meta.{n}": (partial(meta, method=m), 3 if n in ("Implicit", "Unrolled") else 2) for n, m in METHODS.items()},
     "meta, none": (partial(meta, method=hg.meta.Unrolled(), reduction="none"), None),
     "meta.adapt": (adapted, None),
