@@ -220,6 +220,34 @@ def adapted(d):
     return hg.meta.adapt(lambda w, h, task: (task[0] @ w).square().sum(), d.h, (d.x, d.y), steps=2).params
 
 
+# --- minibatches ------------------------------------------------------------------------------------------------------
+
+
+def bilevel(d, make, names=(), on_nonfinite="ignore"):
+    """Two steps of both levels, the second of them after the state went through a state_dict."""
+    inner, outer, _ = losses(d)
+    w = {k: v.clone().requires_grad_() for k, v in d.w.items()}
+    f, g = (lambda: outer(w, d.h), lambda: inner(w, d.h))
+    optimizers = [torch.optim.SGD([*w.values()], lr=0.1), torch.optim.SGD([d.h], lr=0.1)]
+    given = {
+        "optimizer": optimizers[0],
+        "full": lambda: ([f()], [g()]),
+        "period": 2,
+        "batches": (2, 2),
+        "average": 0.5,
+        "recursive": 0.5,
+    }
+    tracker = make(w, d.h, on_nonfinite=on_nonfinite, **{name: given[name] for name in names})
+    for k in range(2):
+        tracker.backward(f, g, **({"index": (k, k)} if "batches" in names else {}))
+        for each in (*optimizers, tracker):
+            each.step()
+        for each in optimizers:
+            each.zero_grad()
+        tracker.load_state_dict(tracker.state_dict())
+    return [x.detach() for x in (*w.values(), d.h, *tracker.variables)]
+
+
 # --- fixed points and layers ------------------------------------------------------------------------------------------
 
 
@@ -326,6 +354,8 @@ RULES = {
     "Simplex": D.ProximalGradient(lr=0.1, prox=D.Simplex(), frozen=(0,)),
     "GroupLasso": D.ProximalGradient(lr=0.1, prox=D.GroupLasso(strength=0.1), frozen=(0,)),
 }
+TRACKERS = {"SOBA": ("average", "recursive"), "AmIGO": (), "SABA": ("batches",), "F2SA": (), "BOME": ()}
+TRACKERS |= {"SAMA": ("optimizer",), "SRBA": ("full", "period")}
 METHODS = {
     "Implicit": hg.meta.Implicit(solver=CG),
     "Unrolled": hg.meta.Unrolled(memory="graph"),
@@ -376,6 +406,8 @@ DOORS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
     **{f"rules.{name}": (partial(reverse, memory="graph", rule=rule), 1) for name, rule in RULES.items()},
     "rules.FISTA": (partial(reverse, memory="graph", rule=D.FISTA(lr=0.1, prox=D.L1(strength=0.1))), 1 + 6 * 2),
     **{f"meta.{n}": (partial(meta, method=m), 3 if n in ("Implicit", "Unrolled") else 2) for n, m in METHODS.items()},
+    **{f"bilevel.{n}": (partial(bilevel, make=getattr(hg.bilevel, n), names=o), 0) for n, o in TRACKERS.items()},
+    "bilevel.SOBA, raise": (partial(bilevel, make=hg.bilevel.SOBA, on_nonfinite="raise"), 2),
     "meta, none": (partial(meta, method=hg.meta.Unrolled(), reduction="none"), None),
     "meta.adapt": (adapted, None),
     "Picard": (partial(forward_solver, solver=FP.Picard(**FIXED)), 0),
@@ -418,6 +450,29 @@ def test_another_device_has_the_numbers_of_the_cpu_and_few_are_read(door, device
         assert not isinstance(leaf, Tensor) or leaf.device.type == kind
     found = optree.tree_map(lambda x: counted.on_cpu(x).cpu() if isinstance(x, Tensor) else x, found)
     compare(found, due, 1e-9 if reads is not None else 1e-5)  # a tolerance is looked at every fifth step
+
+
+@pytest.mark.parametrize(
+    ("run", "most"),
+    [
+        (partial(implicit, solver=S.CG(max_steps=5)), 6),
+        (partial(implicit, solver=S.GMRES(max_steps=5), form="fp_map"), 6),
+        (partial(jacobian, solver=S.BlockCG(max_steps=5)), 6),
+        (partial(attached, door="argmin", solver=S.CG(max_steps=5)), 2),
+        (partial(attached, door="fixed_point", solver=S.GMRES(max_steps=5)), 2),
+    ],
+)
+def test_the_checks_behind_warnings_read_few_numbers(run, most, device):
+    """At a solution, where no warning is due."""
+    kind = "meta" if device.type == "cpu" else device.type
+    with Device(kind) as counted:
+        d = data(counted.elsewhere if kind == "meta" else lambda x: x.to(device))
+        for _ in range(300):
+            w = {k: v.detach().requires_grad_() for k, v in d.w.items()}
+            d = d._replace(w={k: v.detach() for k, v in losses(d)[2](w, d.h).items()})
+        counted.reads = 0
+        run(d)
+    assert 0 < counted.reads <= most
 
 
 @quiet

@@ -145,8 +145,8 @@ class BOME(Tracker):
                 there = oracles.gradients(inner)
         gap: Grads = [*here.params, *plus(here.hparams, times(there.hparams, -1.0))]
         f: Grads = [*slopes.params, *slopes.hparams]
-        size = torch.as_tensor(dot(gap, gap))
-        slope = torch.as_tensor(dot(f, gap))
+        size: Any = dot(gap, gap)
+        slope: Any = dot(f, gap)
         mu = torch.where(size > 0, self.eta - slope / size, 0.0).clamp(min=0.0)
         whole: list[Any] = plus(f, gap, mu)
         count = len(oracles.params)

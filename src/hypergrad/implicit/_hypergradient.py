@@ -193,7 +193,9 @@ def grad(
         (on_failure="warn"), where the inner problem is so far from solved that the result means little, where tensors
         that require grad are in neither params nor hparams of evaluated losses, or where params have gradient hooks.
     Cost: one evaluation of each loss, the solver's products, and one last product with respect to params and hparams
-        together, which also gives the true residual. The graph of ∇₁g (or Φ, F) is kept meanwhile.
+        together, which also gives the true residual. The graph of ∇₁g (or Φ, F) is kept meanwhile. Beside what the
+        solver reads from the device, at most six numbers for the checks behind the warnings, more where one is due, and
+        none with on_failure="ignore".
     Source: Grazzi et al. 2020, section 2; Pedregosa 2016, Algorithm 1.
 
     Example:
