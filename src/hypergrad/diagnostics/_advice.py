@@ -56,18 +56,18 @@ def findings_about_the_check(
         worse = ", more than v = 0 leaves" if relative >= 1 else ""
         text = f"the adjoint system has a relative residual of {relative:.2g}{worse}{better}"
         yield Finding("adjoint unsolved", text, {"relative residual": relative})
-    apart = before is not None and abs(before - e.inner_residual) > 1e-3 * max(before, e.inner_residual)
-    if apart and e.distance > 1e-10:
+    changed = before is not None and abs(before - e.inner_residual) > 1e-3 * max(before, e.inner_residual)
+    if changed and e.distance > 1e-10:
         text = (
             f"the inner residual is {e.inner_residual:.2e} now and was {before:.2e} when the hypergradient was "
             f"computed: the inner problem is random, or its data, buffers, params or hparams changed (by .data)"
         )
         yield Finding("problem changed", text)
     if math.isfinite(e.error) and e.status.value > Status.COMPLETED.value:
-        text = f"a linear system behind it ended as {e.status.name}: {e.status.message}. check's solver= takes another"
+        text = f"a linear system behind it ended as {e.status.name}: {e.status.message}. Pass check another solver="
         yield Finding("estimate unsolved", text)
     if left_out:
-        yield Finding("max_products", f"there was no room for {' and '.join(dict.fromkeys(left_out))}")
+        yield Finding("max_products", f"it left no room for {' and '.join(dict.fromkeys(left_out))}")
     if differences is not None and not differences.agrees and differences.relative_error > GOOD:
         error, own = differences.relative_error, differences.uncertainty
         text = f"they disagree by {error:.1e}, more than their own uncertainty {own:.1e}"
@@ -80,17 +80,21 @@ def findings_about_the_check(
 
 def better_solver(structure: Structure | None, solution: Solution | None) -> str:
     """Why the solver of the hypergradient does not fit its system, and one that does."""
-    if structure is None:
-        return ""
-    every = solver_choice(structure)
+    every = () if structure is None else solver_choice(structure)
     name = "" if solution is None else solution.method.partition(":")[0]
-    against = next((f"; {name} does not fit: {c.against}" for c in every if c.solver == name and c.against), "")
+    against = [f"; {name} does not fit: {c.against}" for c in every if c.solver == name and c.against]
     bounded = [c for c in every if c.products and c.solver != "Auto"]
-    return against + (f"; {bounded[0].solver} needs at most {bounded[0].products:.0f} products" if bounded else "")
+    better = [f"; {c.solver} needs at most {c.products:.0f} products" for c in bounded[:1]]
+    return "".join([*against, *better])
 
 
 def remedies(e: Estimate, there: Structure | None, fixed_point: bool, better: str) -> Iterator[str]:
-    """What to do about the error; there: the structure at the estimated inner solution."""
+    """What to do about the error.
+
+    Args:
+        there: the structure at the estimated inner solution.
+        better: see `better_solver`.
+    """
     if not math.isfinite(e.error) or (e.settled and e.relative_error <= GOOD):
         return
     most = max(e.from_inner, e.from_adjoint, e.from_damping)
@@ -106,8 +110,8 @@ def remedies(e: Estimate, there: Structure | None, fixed_point: bool, better: st
     if e.from_damping > 0.1 * most:
         yield (
             f"the adjoint system was solved with a damping of about {e.damping:.2g}, which changes the hypergradient "
-            f"by about {e.from_damping:.2g}: take less, as far as the system allows; check(solver=) with that damping "
-            f"judges the damped problem instead"
+            f"by about {e.from_damping:.2g}: take less, as far as the system allows; or pass check the inner_loss with "
+            f"damping/2 ‖w − w₀‖² added, if that is the problem that is meant"
         )
     if e.from_adjoint > 0.1 * most and e.adjoint_relative_residual <= POOR:
         yield (

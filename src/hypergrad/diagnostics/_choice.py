@@ -12,7 +12,7 @@ from ._structure import Structure
 
 @dataclass(frozen=True)
 class SolverChoice:
-    """The name of a solver, the products that it needs (None: no bound is known), and why it does not apply, if so."""
+    """A solver by name, the products that it needs (None: no bound is known), and why it does not apply, if so."""
 
     solver: str
     products: float | None
@@ -26,8 +26,8 @@ class SolverChoice:
 def solver_choice(structure: Structure, rtol: float = 1e-6) -> tuple[SolverChoice, ...]:
     """For each solver of hg.solvers, with its default options, whether it applies to a system, and at what cost.
 
-    By `valid_for` and `products_needed` of the solvers, which name the bounds; unless the structure is `exact`, more
-    products may be needed. The valid ones come first, by their products.
+    These are `valid_for` and `products_needed` of the solvers, which name the bounds; unless the structure is `exact`,
+    more products may be needed. The valid ones come first, by their products.
 
     Raises: ValueError for an rtol outside (0, 1).
 
@@ -49,11 +49,11 @@ def solver_choice(structure: Structure, rtol: float = 1e-6) -> tuple[SolverChoic
     return tuple(sorted(every, key=lambda c: (not c.valid, math.inf if c.products is None else c.products)))
 
 
-def solver_rows(structure: Structure, rtol: float = 1e-6) -> str:
+def solver_rows(structure: Structure) -> str:
     """`solver_choice` as three lines of a table."""
-    every = solver_choice(structure, rtol)
+    every = solver_choice(structure)
     rows = {
-        f"products for {rtol:.0e}": [f"{c.solver} {c.products:.0f}" for c in every if c.products is not None],
+        "products for 1e-06": [f"{c.solver} {c.products:.0f}" for c in every if c.products is not None],
         "no bound": [c.solver for c in every if c.valid and c.products is None],
         "not valid": [c.solver for c in every if not c.valid],
     }

@@ -55,13 +55,13 @@ def finite_differences(
 
         D = D(t/2) + (D(t/2) − D(t)) / 3,      error ≈ |D(t/2) − D(t)| / 3 + 10 eps |f| / t
 
-    The first term of the error is that of D(t/2), so a smooth f is estimated far better than it says. An inner problem
-    that `solve` leaves unsolved to τ adds about τ/t, which shows in the first term too.
+    The first term of the error is that of D(t/2), so D of a smooth f is far better than it says. An inner problem that
+    `solve` leaves unsolved by τ adds about τ/t, which shows in the first term too.
 
     Args:
-        problem: its outer_loss is evaluated.
+        problem: as for `findings`.
         grads: in hparams' structure.
-        solve: hparams ↦ params, any code, run without autograd of this function: the inner problem solved from scratch.
+        solve: hparams ↦ params, any code: the inner problem solved from scratch.
         directions: the number of random u.
         step: t (default: eps^(1/5) · max(‖λ‖, 1)); hparams that must stay positive need a smaller one.
 

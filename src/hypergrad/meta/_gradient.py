@@ -17,7 +17,7 @@ from .._graph import check_hparams
 from .._random import random_state_kept_on_error
 from .._solution import OnFailure, Status, finite
 from .._tree import PyTree, flatten, split
-from ..diff_optimizers import SGD, GroupLasso, Rule
+from ..diff_optimizers import Rule
 from ..implicit import accumulate
 from ..solvers import on_failure_of
 from ..unroll import parse_bytes
@@ -28,7 +28,6 @@ from ._result import (
     MetaGradient,
     Piece,
     Plan,
-    Reduction,
     TaskError,
     collected,
     joined,
@@ -56,7 +55,7 @@ def grad(
     steps: int,
     rule: Rule | None = None,
     start: Callable[[PyTree, PyTree], PyTree] | None = None,
-    reduction: Reduction = "mean",
+    reduction: Literal["mean", "sum"] = "mean",
     chunk: int | None = None,
     memory: int | str = 2**30,
     on_failure: OnFailure = "warn",
@@ -81,7 +80,7 @@ def grad(
         rule: inner optimiser, from hg.diff_optimizers; default SGD(lr=0.1). It sees params with their axis of tasks.
         start: w₀(hparams, task), the params of one task; default: hparams themselves. Leaves of hparams and Parameters
             in it with requires_grad=False are frozen: they are not adapted.
-        reduction: "mean" or "sum" over tasks, or "none": the gradient of each task, one task at a time.
+        reduction: "mean" or "sum" over tasks.
         chunk: how many tasks go side by side; 1 is a loop. None: all that fit into `memory`; on a CPU one, where the
             graph of one task's inner loss keeps more than 2 MiB. Where vmap cannot evaluate a loss (recurrent layers,
             .item(), masks, an if) it is 1 whatever is asked for, and `plan` of the result says so.
@@ -110,8 +109,38 @@ def grad(
         >>> result.grads, result.params
         (tensor(1.0000), tensor([1.0000, 3.0000]))
     """
-    problem, hparams = _problem(outer_loss, inner_loss, start, rule, steps, on_failure), _checked_hparams(hparams)
-    return _meta_gradient(problem, hparams, Tasks(tasks), method, reduction, chunk, memory, on_failure)
+    problem = TaskProblem(outer_loss, inner_loss, start, rule, steps, on_failure)
+    _check_method(method, outer_loss, reduction)
+    hparams, given = _checked_hparams(hparams), Tasks(tasks)
+    leaves, _, rebuild = flatten(hparams, "hparams")
+    pieces: list[Piece] = []
+    total: list[Tensor] = []
+    unreached = set(range(len(leaves)))
+
+    def evaluate(index: list[int], plan: Plan) -> list[list[int]]:
+        some = Chunk(problem, given, index, loop=plan.outer_chunk == 1)
+        ended, found, again = _differentiated(method, some, hparams)
+        pieces.extend(ended)
+        if found is not None:
+            unreached.intersection_update(found.unreached)
+            total[:] = map(add, total, found.grads) if total else found.grads
+        return again
+
+    kept = _autodiff.graphs_kept()  # all chunks share the graphs of hparams, and of what losses close over
+    with random_state_kept_on_error(leaves), torch.enable_grad(), kept, _torch.hooks_suspended(leaves) as hooked:
+        plan = _plan(problem, given, hparams, chunk, memory, method._need(steps))
+        plan = _each_chunk(evaluate, plan, given, leaves)
+        failed = [i for piece in pieces for i in piece.index if piece.statuses[0] is Status.NON_FINITE]
+        if not total:
+            raise TaskError(f"all {given.count} tasks diverged, so there is no meta-gradient: {REMEDY}", sorted(failed))
+        report_failed(failed, given.count, on_failure)
+        report_unreached(unreached, hparams, type(method).__name__)
+    if reduction == "mean":
+        total = [g / (given.count - len(failed)) for g in total]
+    result = collected(pieces, rebuild(_torch.with_hooks(leaves, total, hooked)), plan)
+    if isinstance(method, Implicit):
+        report_unsolved(result, on_failure_of(method.solver))
+    return result
 
 
 def backward(
@@ -131,7 +160,7 @@ def backward(
 ) -> MetaGradient:
     """As `grad`, and adds ∇f(λ) to .grad of hparams' leaves as loss.backward() does.
 
-    Args: those of `grad`; reduction is "mean" or "sum".
+    Args: those of `grad`.
 
     Example:
         >>> lam, c = torch.tensor(2.0, requires_grad=True), torch.tensor([0.0, 4.0])
@@ -140,12 +169,23 @@ def backward(
         >>> lam.grad
         tensor(0.)
     """
-    if reduction == "none":
-        raise ValueError('backward adds one gradient to .grad: reduction must be "mean" or "sum"; grad gives each')
-    problem, hparams = _problem(outer_loss, inner_loss, start, rule, steps, on_failure), _checked_hparams(hparams)
+    hparams = list(hparams) if isinstance(hparams, Iterator) else hparams
     leaves = flatten(hparams, "hparams")[0]
     with random_state_kept_on_error(leaves):
-        result = _meta_gradient(problem, hparams, Tasks(tasks), method, reduction, chunk, memory, on_failure)
+        result = grad(
+            outer_loss,
+            inner_loss,
+            hparams,
+            tasks,
+            method=method,
+            steps=steps,
+            rule=rule,
+            start=start,
+            reduction=reduction,
+            chunk=chunk,
+            memory=memory,
+            on_failure=on_failure,
+        )
         with _torch.hooks_suspended(leaves):  # they acted on the result
             accumulate(hparams, result.grads)
     return result
@@ -177,7 +217,7 @@ def adapt(
         >>> adapt(loss, torch.tensor(2.0), torch.tensor([0.0, 4.0]), steps=1).params
         tensor([1.8000, 2.2000])
     """
-    problem, given = _problem(None, inner_loss, start, rule, steps, on_failure), Tasks(tasks)
+    problem, given = TaskProblem(None, inner_loss, start, rule, steps, on_failure), Tasks(tasks)
     pieces: list[tuple[Sequence[int], PyTree]] = []
     failed: list[int] = []
 
@@ -196,31 +236,6 @@ def adapt(
     return Adaptation(joined(pieces, given.count), sorted(failed), plan)
 
 
-def _problem(
-    outer_loss: Loss | None,
-    inner_loss: Loss,
-    start: Callable[[PyTree, PyTree], PyTree] | None,
-    rule: Rule | None,
-    steps: int,
-    on_failure: str,
-) -> TaskProblem:
-    if not (callable(inner_loss) and (outer_loss is None or callable(outer_loss))):
-        raise TypeError("outer_loss and inner_loss must be functions of (params, hparams, task)")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be an integer ≥ 0, got {steps!r}")
-    if on_failure not in ("warn", "raise", "ignore"):
-        raise ValueError(f'on_failure must be "warn", "raise" or "ignore", got {on_failure!r}')
-    rule = SGD(lr=0.1) if rule is None else rule
-    if not isinstance(rule, Rule):
-        raise TypeError(f"rule must be an update rule of hg.diff_optimizers, such as SGD(lr=0.1); got {rule!r}")
-    prox = getattr(rule, "prox", None)
-    if isinstance(prox, GroupLasso) and (prox.dim is None or prox.dim >= 0):
-        raise ValueError(
-            f"GroupLasso(dim={prox.dim}) would take all tasks, the first axis, for one group: count dim from the end"
-        )
-    return TaskProblem(outer_loss, inner_loss, start, rule, steps)
-
-
 def _checked_hparams(hparams: PyTree) -> PyTree:
     hparams = list(hparams) if isinstance(hparams, Iterator) else hparams
     if any(isinstance(x, Tensor) and x.is_complex() for x in optree.tree_leaves(hparams)):
@@ -232,64 +247,13 @@ def _checked_hparams(hparams: PyTree) -> PyTree:
     return hparams
 
 
-def _check_method(method: Method, problem: TaskProblem, reduction: Reduction) -> None:
+def _check_method(method: Method, outer_loss: Loss | None, reduction: str) -> None:
     if not isinstance(method, Method):
         raise TypeError(f"method must be Implicit(), Unrolled(), FirstOrder() or Reptile(), got {method!r}")
-    if problem.outer_loss is None and not isinstance(method, Reptile):
+    if outer_loss is None and not isinstance(method, Reptile):
         raise TypeError(f"{type(method).__name__} needs an outer_loss; only Reptile does without")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-
-
-def _meta_gradient(
-    problem: TaskProblem,
-    hparams: PyTree,
-    tasks: Tasks,
-    method: Method,
-    reduction: Reduction,
-    chunk: int | None,
-    memory: int | str,
-    on_failure: OnFailure,
-) -> MetaGradient:
-    _check_method(method, problem, reduction)
-    leaves, _, rebuild = flatten(hparams, "hparams")
-    pieces: list[Piece] = []
-    grads: list[tuple[list[int], list[Tensor]]] = []  # of each task with "none", else their sum
-    unreached = set(range(len(leaves)))
-
-    def evaluate(index: list[int], plan: Plan) -> list[list[int]]:
-        some = Chunk(problem, tasks, index, loop=plan.outer_chunk == 1)
-        ended, found, again = _differentiated(method, some, hparams)
-        pieces.extend(ended)
-        if found is not None:
-            unreached.intersection_update(found.unreached)
-            if reduction == "none" or not grads:
-                grads.append((index, found.grads))
-            else:
-                grads[0] = (index, list(map(add, grads[0][1], found.grads)))
-        return again
-
-    kept = _autodiff.graphs_kept()  # all chunks share the graphs of hparams, and of what losses close over
-    with random_state_kept_on_error(leaves), torch.enable_grad(), kept, _torch.hooks_suspended(leaves) as hooked:
-        need = method._need(problem.steps)
-        plan = _plan(problem, tasks, hparams, chunk, memory, need, one_by_one=reduction == "none")
-        plan = _each_chunk(evaluate, plan, tasks, leaves)
-        failed = [i for piece in pieces for i in piece.index if piece.statuses[0] is Status.NON_FINITE]
-        if len(failed) == tasks.count:
-            raise TaskError(f"all {tasks.count} tasks diverged, so there is no meta-gradient: {REMEDY}", sorted(failed))
-        report_failed(failed, tasks.count, on_failure)
-        report_unreached(unreached, hparams, type(method).__name__)
-    if reduction == "mean":
-        grads = [([], [g / (tasks.count - len(failed)) for g in grads[0][1]])]
-    grads = [(index, _torch.with_hooks(leaves, own, hooked)) for index, own in grads]
-    if reduction == "none":
-        total = joined([(index, [g.unsqueeze(0) for g in own]) for index, own in grads], tasks.count)
-    else:
-        total = grads[0][1]
-    result = collected(pieces, rebuild(total), plan)
-    if isinstance(method, Implicit):
-        report_unsolved(result, on_failure_of(method.solver))
-    return result
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
 
 
 def _differentiated(method: Method, some: Chunk, hparams: PyTree) -> tuple[list[Piece], Found | None, list[list[int]]]:
@@ -343,7 +307,6 @@ def _plan(
     chunk: int | None,
     memory: int | str,
     need: tuple[float, float],
-    one_by_one: bool = False,
 ) -> Plan:
     """The number of tasks side by side: as given, or by the size of one task's graphs, on a CPU, and the budget.
 
@@ -351,10 +314,10 @@ def _plan(
     """
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk must be a number of tasks ≥ 1, or None to let it be chosen; got {chunk!r}")
-    budget = _in_bytes(memory)
+    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
+        raise ValueError(f'memory must be a number of bytes > 0, or like "1GiB", got {memory!r}')
     most = max(map(len, tasks.groups))
-    if one_by_one:
-        return Plan(1, 1, None, 'one by one, which reduction="none" is exact with')
     if chunk is not None:
         return Plan(min(chunk, most), min(chunk, most), None, "given")
     inner, outer, params = _bytes_of_a_task(problem, tasks, hparams)
@@ -393,10 +356,3 @@ def _kept(loss: Tensor, known: list[Tensor]) -> int:
     for x in known:
         sizes.pop(x.untyped_storage().data_ptr(), None)
     return sum(sizes.values())
-
-
-def _in_bytes(memory: str | int) -> float:
-    budget = parse_bytes(memory) if isinstance(memory, str) else memory
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
-        raise ValueError(f'memory must be a number of bytes > 0, or like "1GiB", got {memory!r}')
-    return budget

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from .._solution import NotConverged, NotFinite, OnFailure, Status, UnsolvedInne
 from .._tree import PyTree, flatten, split
 from ..implicit import UNSOLVED
 
-Reduction = Literal["mean", "sum", "none"]
 REMEDY = (
     "params, losses or gradients hold NaN or infinity; use a smaller lr or fewer steps, or look at the losses and the "
     "data of these tasks"
@@ -50,8 +49,7 @@ class MetaGradient:
     """A meta-gradient and how good it is, task by task.
 
     Attributes:
-        grads: ∇f(λ), in the structure of hparams; with reduction="none" each leaf has a leading axis of tasks, and rows
-            of failed tasks are zero.
+        grads: ∇f(λ), in the structure of hparams.
         params: w_T of each task, a leading axis of tasks on every leaf, or a list of the params of each task where
             their shapes differ; as they ended where a task diverged.
         outer_values: E(w_T, λ) of each task, [B]; None without an outer loss.

@@ -14,7 +14,8 @@ from torch.utils.data import default_collate
 from .. import _autodiff, _graph
 from .._autodiff import as_scalar
 from .._tree import PyTree, arranged, flatten, split
-from ..diff_optimizers import Rule, plus
+from ..diff_optimizers import SGD, Rule, plus
+from ..unroll import check_whole
 
 Loss = Callable[[PyTree, PyTree, PyTree], Tensor]
 
@@ -181,15 +182,33 @@ def _form(batch: PyTree) -> Any:
     )
 
 
-@dataclass(frozen=True)
 class TaskProblem:
-    """What is the same for all tasks."""
+    """What is the same for all tasks, checked."""
 
-    outer_loss: Loss | None
-    inner_loss: Loss
-    start: Callable[[PyTree, PyTree], PyTree] | None
-    rule: Rule
-    steps: int
+    def __init__(
+        self,
+        outer_loss: Loss | None,
+        inner_loss: Loss,
+        start: Callable[[PyTree, PyTree], PyTree] | None,
+        rule: Rule | None,
+        steps: int,
+        on_failure: str,
+    ):
+        if not (callable(inner_loss) and (outer_loss is None or callable(outer_loss))):
+            raise TypeError("outer_loss and inner_loss must be functions of (params, hparams, task)")
+        check_whole(steps=(steps, 0))
+        if on_failure not in ("warn", "raise", "ignore"):
+            raise ValueError(f'on_failure must be "warn", "raise" or "ignore", got {on_failure!r}')
+        rule = SGD(lr=0.1) if rule is None else rule
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule must be an update rule of hg.diff_optimizers, such as SGD(lr=0.1); got {rule!r}")
+        dim = getattr(getattr(rule, "prox", None), "dim", -1)
+        if dim is None or dim >= 0:
+            raise ValueError(
+                f"GroupLasso(dim={dim}) would take all tasks, the first axis, for one group: count dim from the end"
+            )
+        self.outer_loss, self.inner_loss, self.start = outer_loss, inner_loss, start
+        self.rule, self.steps = rule, steps
 
 
 class Diverged(Exception):
