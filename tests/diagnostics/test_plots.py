@@ -4,10 +4,9 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.colors import to_rgb
 
-from hypergrad.diagnostics import operator_structure, plot_convergence, plot_spectrum
+from hypergrad.diagnostics import operator_structure, plot_spectrum
 from systems import GRID
 
 
@@ -22,19 +21,6 @@ def rendered(figure) -> str:
 
     FigureCanvasAgg(figure).draw()
     return "\n".join(text.get_text() for text in figure.findobj(Text))
-
-
-def test_convergence():
-    curves = {"a": [1.0, 0.1, 0.0, 1e-3], "b": torch.tensor([2.0, 1.0, torch.nan])}
-    figure = plot_convergence(curves | {"c": torch.tensor([[1.0, 2.0], [0.5, 0.1]])})
-    (axes,) = figure.axes
-    shown = lines(axes)
-    np.testing.assert_allclose(shown["a"], ([0, 1, 3], [1, 0.1, 1e-3]))
-    np.testing.assert_allclose(shown["b"], ([0, 1], [2, 1]))
-    np.testing.assert_allclose(shown["c"], ([0, 1], [2, 0.5]))
-    assert axes.get_yscale() == "log" and "step" in rendered(figure)
-    with pytest.raises(ValueError, match="no curve"):
-        plot_convergence({})
 
 
 @pytest.mark.parametrize(
@@ -69,7 +55,7 @@ def test_complex_spectrum(name):
 
 def test_pyplot_is_left_alone():
     before = "matplotlib.pyplot" in sys.modules
-    figure = plot_convergence({"a": [1.0, 0.5]})
+    figure = plot_spectrum(operator_structure(GRID["spd 10"].operator(), GRID["spd 10"].rhs()))
     assert ("matplotlib.pyplot" in sys.modules) == before
     assert to_rgb(figure.get_facecolor()) == (1, 1, 1)
 
@@ -77,6 +63,5 @@ def test_pyplot_is_left_alone():
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     found = operator_structure(GRID["spd 10"].operator(), GRID["spd 10"].rhs())
-    for draw in (lambda: plot_convergence({"a": [1.0]}), lambda: plot_spectrum(found)):
-        with pytest.raises(ImportError, match=r"torch-hypergrad\[plots\]"):
-            draw()
+    with pytest.raises(ImportError, match=r"torch-hypergrad\[plots\]"):
+        plot_spectrum(found)

@@ -1,12 +1,11 @@
 """How wrong a hypergradient is, and why: an estimate, finite differences, and what its linear system is like."""
 
-from ._choice import SolverChoice, solver_choice
 from ._differences import Differences, finite_differences
 from ._error import Estimate
 from ._findings import Finding, findings
-from ._plots import plot_convergence, plot_spectrum
+from ._plots import plot_spectrum
 from ._report import Report, check
-from ._structure import Structure, operator_structure, structure
+from ._structure import SolverChoice, Structure, operator_structure, solver_choice, structure
 
 __all__ = [
     "check",
@@ -24,7 +23,5 @@ __all__ = [
     # what is wrong
     "Finding",
     "findings",
-    # pictures
-    "plot_convergence",
     "plot_spectrum",
 ]

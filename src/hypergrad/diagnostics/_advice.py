@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from .._solution import Solution, Status
 from ..solvers import rate_of, steps_needed
-from ._choice import solver_choice
 from ._differences import Differences
 from ._error import Estimate
 from ._findings import Finding
-from ._structure import Structure
+from ._structure import Structure, solver_choice
 
 GOOD = 1e-3  # relative error of a hypergradient about which there is nothing to say
 POOR = 0.1  # relative residual of the adjoint system that is a finding

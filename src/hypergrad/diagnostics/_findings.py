@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _autodiff, _graph, _random
 from .._autodiff import Linearisation, as_scalar
 from .._modules import modules_of
-from .._tree import flatten
+from .._tree import difference, flatten
 from .._vector import Vector
 from ..implicit import Problem
 from ..operators import GaussNewton
@@ -90,23 +90,22 @@ def findings(problem: Problem, structure: Structure | None = None) -> tuple[Find
     problem = checked(problem)
     with unchanged(problem):
         near = _Near(problem)
-        drawn = [] if problem.stochastic else _random_values(near, outer=False)
-        drawn_outside = _random_values(near, outer=True)
+        drawn = [*_random_values(near, outer=False)] if not problem.stochastic else []
+        drawn_outside = [*_random_values(near, outer=True)]
         found = [*drawn, *drawn_outside, *_ignored_params(near), *_unreached_hparams(near)]
         if structure is not None:
             found += _of_system(structure, problem)
         if not drawn and not problem.stochastic:
-            found += _kink(near) or _wrong_derivatives(near, outer=False)
+            found += [*_kink(near)] or _wrong_derivatives(near, outer=False)
             found += [] if structure is None else _rounding_floor(near, structure)
         if not drawn_outside:
             found += _wrong_derivatives(near, outer=True)
     return tuple(found)
 
 
-def _of_system(s: Structure, problem: Problem) -> list[Finding]:
+def _of_system(s: Structure, problem: Problem) -> Iterator[Finding]:
     """What the structure of A shows."""
-    kind, found = problem.kind, []
-    where = "" if s.system is None else f" (system {s.system})"
+    kind, where = problem.kind, "" if s.system is None else f" (system {s.system})"
     if s.declared_symmetric and not s.symmetric:
         remedy = "leave the declaration out and use GMRES, BiCGStab, NormalCG or LSQR"
         if kind == "inner_loss":
@@ -115,9 +114,21 @@ def _of_system(s: Structure, problem: Problem) -> list[Finding]:
                 "in the loss is wrong (a custom backward)"
             )
         text = f"A was declared symmetric and is not: |xᵀAy − yᵀAx| is {s.asymmetry:.1e} of its size{where}; {remedy}"
-        found.append(Finding("not symmetric", text, {"asymmetry": s.asymmetry}))
-    if s.symmetric and (kind == "inner_loss" or problem.positive_definite):
-        found += _indefinite(s, where, problem)
+        yield Finding("not symmetric", text, {"asymmetry": s.asymmetry})
+    low, high = float(s.eigenvalues[0].real), float(s.eigenvalues[-1].real)
+    if s.symmetric and (kind == "inner_loss" or problem.positive_definite) and low < -s.tolerance:
+        negative, damping = sum(float(x.real) < -s.tolerance for x in s.eigenvalues), -2 * low
+        other = ", or, where inner_loss is a convex loss of a model's outputs, pass operators.GaussNewton(model, loss)"
+        if kind != "inner_loss" or isinstance(getattr(problem.inner, "__self__", None), GaussNewton):
+            other = ""
+        text = (
+            f"A has an eigenvalue of at most {low:.3g} (the largest is about {high:.3g}; {negative} of {s.steps} "
+            f"Ritz values are negative){where}: params are no minimum of the inner problem; solve it further, give the "
+            f"solver damping={damping:.2g}, which makes A positive definite as far as was seen{other}; or "
+            f"use MINRES if a saddle is what you mean"
+        )
+        numbers = {"least eigenvalue": low, "negative": float(negative), "damping": damping}
+        yield Finding("indefinite", text, numbers)
     if s.singular or s.condition * s.eps > CERTAIN:
         least = f"{s.negligible} {'or more ' * (not s.exact)}singular values of {s.n} are zero to rounding"
         nearly = f"the condition number is at least {s.condition:.1e}, so rounding alone may change 1 % or more of v"
@@ -128,33 +139,14 @@ def _of_system(s: Structure, problem: Problem) -> list[Finding]:
             f"params leave free"
         )
         numbers = {"negligible": float(s.negligible), "condition": s.condition, "least": s.least}
-        found.append(Finding("singular", text, numbers | {"damping": damping}))
-    surely = s.radius_at_least
-    if kind == "fp_map" and surely > 1 + 10 * math.sqrt(s.n) * s.eps * max(1.0, s.radius):
+        yield Finding("singular", text, numbers | {"damping": damping})
+    radius = s.radius_at_least
+    if kind == "fp_map" and radius > 1 + 10 * math.sqrt(s.n) * s.eps * max(1.0, s.radius):
         text = (
-            f"the spectral radius of ∂₁Φ is at least {surely:.6g}{where}: the map moves away from this point, so "
+            f"the spectral radius of ∂₁Φ is at least {radius:.6g}{where}: the map moves away from this point, so "
             f"neither it nor FixedPoint converges; use a smaller step in the map; for the adjoint CG, MINRES or GMRES"
         )
-        found.append(Finding("expansion", text, {"radius": s.radius, "at least": surely, "norm": s.contraction}))
-    return found
-
-
-def _indefinite(s: Structure, where: str, problem: Problem) -> list[Finding]:
-    low, high = float(s.eigenvalues[0].real), float(s.eigenvalues[-1].real)
-    if low >= -s.tolerance:
-        return []
-    negative = sum(float(x.real) < -s.tolerance for x in s.eigenvalues)
-    damping = -2 * low
-    other = ", or, where inner_loss is a convex loss of a model's outputs, pass operators.GaussNewton(model, loss)"
-    if problem.kind != "inner_loss" or isinstance(getattr(problem.inner, "__self__", None), GaussNewton):
-        other = ""
-    text = (
-        f"A has an eigenvalue of at most {low:.3g} (the largest is about {high:.3g}; {negative} of {s.steps} "
-        f"Ritz values are negative){where}: params are no minimum of the inner problem; solve it further, give the "
-        f"solver damping={damping:.2g}, which makes A positive definite as far as was seen{other}; or "
-        f"use MINRES if a saddle is what you mean"
-    )
-    return [Finding("indefinite", text, {"least eigenvalue": low, "negative": float(negative), "damping": damping})]
+        yield Finding("expansion", text, {"radius": s.radius, "at least": radius, "norm": s.contraction})
 
 
 class _Near:
@@ -165,10 +157,7 @@ class _Near:
         self.w = problem.point
         size = self.w.norm()
         self.size = torch.where(size > 0, size, 1.0)
-
-    def name(self, outer: bool) -> str:
-        kind = self.problem.kind
-        return "outer_loss" if outer else "∇₁ of inner_loss" if kind == "inner_loss" else kind
+        self.map = "∇₁ of inner_loss" if problem.kind == "inner_loss" else problem.kind
 
     def direction(self) -> Vector:
         """A random direction of w's length."""
@@ -182,13 +171,6 @@ class _Near:
             tree = self.problem.hparams_with([x.requires_grad_() for x in hparams.copy().leaves])
         return self.problem.again(self.problem.with_params(self.w if params is None else params), tree)
 
-    def outputs(self, problem: Problem, outer: bool) -> list[Tensor]:
-        """E, or ∇₁g, Φ or F, with its graph."""
-        if not outer:
-            return list(problem.linearise().outputs)
-        with torch.enable_grad():
-            return [as_scalar(problem.outer_loss(*problem.arguments), "outer_loss")]
-
     def values(self, linearisation: Linearisation) -> Vector:
         return self.w.space.pack([y.detach() for y in linearisation.outputs])
 
@@ -197,27 +179,34 @@ class _Near:
         return values - w if self.problem.fixed_point else values
 
 
-def _random_values(near: _Near, *, outer: bool) -> list[Finding]:
+def _outputs(problem: Problem, outer: bool) -> list[Tensor]:
+    """E, or ∇₁g, Φ or F, with its graph."""
+    if not outer:
+        return list(problem.linearise().outputs)
+    with torch.enable_grad():
+        return [as_scalar(problem.outer_loss(*problem.arguments), "outer_loss")]
+
+
+def _random_values(near: _Near, *, outer: bool) -> Iterator[Finding]:
     name, problem = "outer_loss" if outer else near.problem.kind, near.problem
     devices = _random.devices_of(near.w.leaves)
     before = _random.capture(devices)
-    first, second = ([y.detach() for y in near.outputs(problem, outer)] for _ in range(2))
-    moved = not _random.equal(before, _random.capture(devices))
-    apart = math.hypot(*(float((x - y).norm()) for x, y in zip(first, second, strict=True)))
-    difference = ratio(apart, max(math.hypot(*(float(x.norm()) for x in each)) for each in (first, second)))
-    if not difference > REPEATABLE * near.w.space.eps:
-        return []
-    text, numbers = (
-        f"two evaluations of {name} at the same point differ by {difference:.1e}",
-        {"difference": difference},
-    )
+    first, second = ([y.detach() for y in _outputs(problem, outer)] for _ in range(2))
+    drew = not _random.equal(before, _random.capture(devices))
+    sizes = [_norm(each) for each in (difference(first, second), first, second)]
+    apart = ratio(sizes[0], max(sizes[1:]))
+    if not apart > REPEATABLE * near.w.space.eps:
+        return
+    text = f"two evaluations of {name} at the same point differ by {apart:.1e}"
     dropping = _active_dropout(modules_of(problem.outer_loss if outer else problem.inner))
-    if dropping and moved:
+    if dropping and drew:
         them = f"{', '.join(dropping[:3])} {'is' if len(dropping) == 1 else 'are'}"
-        return [Finding("dropout", f"{text}: {them} in training mode; call eval() on the model", numbers)]
-    why = "it draws from torch's random state (dropout, or noise)" if moved else "it uses other data, or other noise"
+        text = f"{text}: {them} in training mode; call eval() on the model"
+        yield Finding("dropout", text, {"difference": apart})
+        return
+    why = "it draws from torch's random state (dropout, or noise)" if drew else "it uses other data, or other noise"
     remedy = "" if outer else ", or pass it as operators.Stochastic"
-    return [Finding("stochastic", f"{text}: {why}; make it repeatable{remedy}", numbers)]
+    yield Finding("stochastic", f"{text}: {why}; make it repeatable{remedy}", {"difference": apart})
 
 
 def _active_dropout(modules: Iterable[nn.Module]) -> list[str]:
@@ -231,142 +220,128 @@ def _active_dropout(modules: Iterable[nn.Module]) -> list[str]:
     return names
 
 
-def _ignored_params(near: _Near) -> list[Finding]:
-    if _graph.depends(near.outputs(near.problem, True), near.problem.leaves):
-        return []
+def _ignored_params(near: _Near) -> Iterator[Finding]:
+    if _graph.depends(_outputs(near.problem, True), near.problem.leaves):
+        return
     text = (
         "outer_loss does not depend on params, so nothing goes through the inner problem: was it computed from other "
         "tensors (a live model instead of the argument), detached, or under no_grad?"
     )
-    return [Finding("outer loss ignores params", text)]
+    yield Finding("outer loss ignores params", text)
 
 
-def _unreached_hparams(near: _Near) -> list[Finding]:
+def _unreached_hparams(near: _Near) -> Iterator[Finding]:
     leaves, names, _ = flatten(near.problem.hparams, "hparams")
-    ends = [*near.outputs(near.problem, False), *near.outputs(near.problem, True)]
+    ends = [*_outputs(near.problem, False), *_outputs(near.problem, True)]
     given = [(x, name) for x, name in zip(leaves, names, strict=True) if x.requires_grad and x.numel()]
     lost = [name for x, name in given if not _graph.depends(ends, [x])]
-    what = near.name(False)
     if len(lost) == len(given) > 0:
         text = (
-            f"neither {what} nor outer_loss depends on hparams, so the hypergradient is zero: were they read as "
+            f"neither {near.map} nor outer_loss depends on hparams, so the hypergradient is zero: were they read as "
             f"numbers (.item(), float(), .data), detached, or are other tensors used in their place?"
         )
-        return [Finding("hyperparameter reaches nothing", text)]
-    text = "{} stands neither in {} nor in outer_loss, so its hypergradient is zero; leave it out?"
-    return [Finding("hyperparameter reaches nothing", text.format(name, what)) for name in lost]
+        yield Finding("hyperparameter reaches nothing", text)
+        return
+    for name in lost:
+        text = f"{name} stands neither in {near.map} nor in outer_loss, so its hypergradient is zero; leave it out?"
+        yield Finding("hyperparameter reaches nothing", text)
 
 
-def _kink(near: _Near) -> list[Finding]:
+def _kink(near: _Near) -> Iterator[Finding]:
     eps = near.w.space.eps
     d, u = near.direction(), near.w.random(near.generator)
     u = u / u.norm()
 
-    def on_side(step: float) -> tuple[Vector, Vector]:
+    def at(step: float) -> tuple[Vector, Vector]:
         """The value and a product at w + step · d, from a graph that is used before another evaluation."""
-        there = near.at(near.w + d * step).linearise()
-        return near.values(there), near.w.space.pack(there.vjp(u.leaves))
+        linearisation = near.at(near.w + d * step).linearise()
+        return near.values(linearisation), near.w.space.pack(linearisation.vjp(u.leaves))
 
-    base = on_side(0.0)[1].norm()
+    base = at(0.0)[1].norm()
     changes, jumps = [], []
     for step in (eps ** (1 / 3), eps**0.5):
-        (value, product), (other_value, other_product) = on_side(step), on_side(-step)
+        (value, product), (other_value, other_product) = at(step), at(-step)
         size = torch.maximum(base, torch.maximum(product.norm(), other_product.norm()))
         changes.append(_ratio((product - other_product).norm(), size))
         jumps.append(_ratio((value - other_value).norm(), size * near.size))
-    # Of several systems the one that shows it most.
+    # Of several systems, that where it is the largest.
     turned = _largest(torch.where(changes[1] > 0.5 * changes[0], changes[1], 0.0))
     jumped = _largest(torch.where(jumps[1] > 0.5 * jumps[0], jumps[1] / (30 * eps**0.5), 0.0))
-    what = near.name(False)
     remedy = (
         "an implicit derivative there is one of several; smooth the map (softplus for relu), pass the proximal step of "
         "an L1 term as fp_map, or move off the kink"
     )
     if jumped > 1:
-        text = f"{what} itself jumps at params (by {_largest(jumps[1]):.1e} of ‖A‖ ‖w‖ in a random direction): {remedy}"
-        return [Finding("kink", text, {"jump": _largest(jumps[1])})]
-    if turned > eps ** (1 / 6):
-        text = f"the derivative of {what} jumps at params (products on two sides differ by {turned:.1%}): {remedy}"
-        return [Finding("kink", text, {"change": turned})]
-    return []
+        jump = _largest(jumps[1])
+        text = f"{near.map} itself jumps at params (by {jump:.1e} of ‖A‖ ‖w‖ in a random direction): {remedy}"
+        yield Finding("kink", text, {"jump": jump})
+    elif turned > eps ** (1 / 6):
+        text = f"the derivative of {near.map} jumps at params (products on two sides differ by {turned:.1%}): {remedy}"
+        yield Finding("kink", text, {"change": turned})
 
 
-def _wrong_derivatives(near: _Near, *, outer: bool) -> list[Finding]:
+def _wrong_derivatives(near: _Near, *, outer: bool) -> Iterator[Finding]:
     """Finite differences of a loss or map along directions of w and of λ, against the derivatives of its graph."""
     eps, problem = near.w.space.eps, near.problem
     given = problem.outer_space.pack([x.detach() for x in problem.differentiated])
     # Relative to each entry, so that its sign stays.
     drawn = given.random(near.generator).leaves
     across = [torch.where(x == 0, u, x * u) for x, u in zip(given.leaves, drawn, strict=True)]
-    outputs, t = near.outputs(problem, outer), eps ** (1 / 3)
+    outputs, t = _outputs(problem, outer), eps ** (1 / 3)
     moves = [("params", problem.leaves, near.w, near.direction())]
     moves += [("hparams", problem.differentiated, given, problem.outer_space.pack(across))]
-    found = []
     for name, inputs, start, along in moves:
-        before, after = (near.outputs(near.at(**{name: start + along * step}), outer) for step in (-t, t))
-        change, doubt = _differences([x.detach() for x in outputs], before, after, t, eps)
+        sides = [_outputs(near.at(**{name: start + along * step}), outer) for step in (-t, t)]
+        change, doubt = [], []  # central differences, and their error: that of one-sided ones (a kink), and rounding
+        for x, *others in zip(outputs, *sides, strict=True):
+            minus, here, plus = (y.detach() for y in (others[0], x, others[1]))
+            change.append((plus - minus) / (2 * t))
+            doubt.append((plus + minus - 2 * here).abs() / t + 10 * eps / t * here.abs())
         sizes = [float(x.norm()) for x in change]
         least, numbers = t * max(sizes) or 1.0, []
-        for _ in range(4):  # with weights that give each leaf a say
-            y = [_normal(x, near.generator) / max(size, least) for x, size in zip(change, sizes, strict=True)]
+        for _ in range(4):  # random weights of the outputs, in which each leaf counts
+            drawn = [torch.randn(x.shape, generator=near.generator, dtype=x.dtype, device="cpu") for x in change]
+            y = [r.to(x.device) / max(size, least) for r, x, size in zip(drawn, change, sizes, strict=True)]
             exact = _autodiff.grad(outputs, inputs, y, retain_graph=True)
-            rounding = math.hypot(*(float((a * b).norm()) for a, b in zip(y, doubt, strict=True)))
+            rounding = _norm([a * b for a, b in zip(y, doubt, strict=True)])
             numbers.append([_dot(exact, along.leaves), _dot(y, change), rounding])
         exact, measured, error = torch.tensor(numbers, dtype=torch.float64, device="cpu").mT
         off, size = float((measured - exact).norm()), float(torch.maximum(exact.norm(), measured.norm()))
         if off > eps**0.2 * size and off > 2 * float(error.norm()):
             text = (
-                f"along a random direction of {name} {near.name(outer)} changes otherwise than its derivative says, by "
-                f"{off / size:.1%}: something in it that depends on {name} was detached (.detach(), .item(), .data, "
-                f"no_grad, NumPy), or a custom backward is wrong, or it has very many kinks; the hypergradient is that "
-                f"of the derivative"
+                f"along a random direction of {name} the change of {'outer_loss' if outer else near.map} differs from "
+                f"what its derivative says by {off / size:.1%}: something in it that depends on {name} was detached "
+                f"(.detach(), .item(), .data, no_grad, NumPy), or a custom backward is wrong, or it has very many "
+                f"kinks; the hypergradient is that of the derivative"
             )
-            found.append(Finding("wrong derivative", text, {"difference": off / size}))
-    return found
+            yield Finding("wrong derivative", text, {"difference": off / size})
 
 
-def _differences(
-    here: list[Tensor], before: list[Tensor], after: list[Tensor], t: float, eps: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Central differences, and what they may be off by: forward less backward ones (a kink), and rounding."""
-    change, doubt = [], []
-    for x, minus, plus in zip(here, before, after, strict=True):
-        change.append((plus.detach() - minus.detach()) / (2 * t))
-        doubt.append((plus.detach() + minus.detach() - 2 * x).abs() / t + 10 * eps / t * x.abs())
-    return change, doubt
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
+def _norm(xs: Sequence[Tensor]) -> float:
+    return math.hypot(*(float(x.norm()) for x in xs))
 
 
 def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
     return sum(float((x.detach() * y).sum()) for x, y in zip(xs, ys, strict=True))
 
 
-def _rounding_floor(near: _Near, s: Structure) -> list[Finding]:
-    here = near.residual(near.w)
-    least, noise = here.norm(), here.norm() * 0
-    for _ in range(3):
-        moved = near.w.space.pack([_nudged(x, near.generator) for x in near.w.leaves])
-        noise = torch.maximum(noise, (near.residual(moved) - here).norm())
-    at_floor = bool((least <= ROUNDING * noise).all())
+def _rounding_floor(near: _Near, s: Structure) -> Iterator[Finding]:
+    residual = near.residual(near.w)
+    least, noise = residual.norm(), residual.norm() * 0
+    for _ in range(3):  # each entry of w moved by about one unit in its last place, up or down
+        signs = [2 * torch.randint(2, x.shape, generator=near.generator, device="cpu") - 1 for x in near.w.leaves]
+        moved = [x + x * sign.to(x) * torch.finfo(x.dtype).eps for x, sign in zip(near.w.leaves, signs, strict=True)]
+        noise = torch.maximum(noise, (near.residual(near.w.space.pack(moved)) - residual).norm())
     away = _largest(noise / near.size) / max(s.least, s.tolerance) if s.norm > 0 else math.inf
-    if not at_floor or not away > HARMLESS:
-        return []
-    dtype = str(near.w.space.dtype).removeprefix("torch.")
-    text = (
-        f"the inner residual, {_largest(least):.1e}, is rounding in {dtype}: params changed in their last digit change "
-        f"it by {_largest(noise):.1e}. It cannot fall further, and params may be {away:.1e} of their norm away from "
-        f"the solution; use float64 where that is too much"
-    )
-    return [Finding("rounding floor", text, {"residual": _largest(least), "noise": _largest(noise), "distance": away})]
-
-
-def _nudged(x: Tensor, generator: torch.Generator) -> Tensor:
-    """x with each entry moved by about one unit in its last place, up or down."""
-    sign = 2 * torch.randint(2, x.shape, generator=generator, device="cpu").to(x) - 1
-    return x + x * sign * torch.finfo(x.dtype).eps
+    if bool((least <= ROUNDING * noise).all()) and away > HARMLESS:
+        dtype = str(near.w.space.dtype).removeprefix("torch.")
+        text = (
+            f"the inner residual, {_largest(least):.1e}, is rounding in {dtype}: params changed in their last digit "
+            f"change it by {_largest(noise):.1e}. It cannot fall further, and params may be {away:.1e} of their norm "
+            f"away from the solution; use float64 where that is too much"
+        )
+        numbers = {"residual": _largest(least), "noise": _largest(noise), "distance": away}
+        yield Finding("rounding floor", text, numbers)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -15,12 +15,10 @@ from ..operators import GaussNewton
 from ..solvers import LinearSolver, Nystrom, OneStep, Solver
 from ..unroll import ForwardResult, ReverseResult, check_whole
 from ._advice import better_solver, findings_about_the_check, remedies, verdict
-from ._budget import Budget
-from ._choice import solver_choice, solver_rows
 from ._differences import Differences, finite_differences
-from ._error import Estimate, estimate
+from ._error import Budget, Estimate, estimate
 from ._findings import Finding, findings
-from ._structure import Structure, require_callable, structure
+from ._structure import Structure, require_callable, solver_choice, solver_rows, structure
 
 UNROLLED = (ReverseResult, ForwardResult)
 STEPS = 50  # of the Krylov spaces of a structure

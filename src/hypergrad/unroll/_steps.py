@@ -16,7 +16,7 @@ from .._autodiff import as_scalar
 from .._graph import check_hparams
 from .._solution import warn, warn_if_not_finite
 from .._torch import hooks_suspended, version_of
-from .._tree import Paths, PyTree, describe, flatten, split
+from .._tree import Paths, PyTree, describe, filled, flatten, split
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
 Batches: TypeAlias = "Sequence[Any] | Callable[[int], Any] | None"
@@ -103,7 +103,7 @@ class Run:
         self.kinds = list(map(KIND, self.start))
         self.outer, self.names, self.hparams_tree = flatten(hparams, "hparams", complex=True)
         self.hparams = self.hparams_tree(self.outer)
-        self.differentiated = check_hparams(self.outer, self.names)[1]
+        self.places, self.differentiated = check_hparams(self.outer, self.names)
         for x, name in zip(self.outer, self.names, strict=True):
             if x.is_inference():
                 raise ValueError(f"{name} was made under torch.inference_mode(): make it outside, or pass a clone()")
@@ -345,8 +345,7 @@ class Run:
                 "neither step nor outer_loss depends on hparams: are they used from the argument, and as tensors (not "
                 "through .item(), float() or .data)?"
             )
-        named = [name for x, name in zip(self.outer, self.names, strict=True) if x.requires_grad]
-        lost = [name for name, g in zip(named, grads, strict=True) if g is None]
+        lost = [self.names[i] for i, g in zip(self.places, grads, strict=True) if g is None]
         if lost and complain:
             warn(
                 f"neither step nor outer_loss depends on {', '.join(lost)}, so the gradient there is zero: was it read "
@@ -356,14 +355,8 @@ class Run:
             if total is not None and _among(x, self.hooked):
                 grads[i] = _autodiff.grad_or_none([x], [x], [total], retain_graph=True)[0]
         warn_if_not_finite(torch.view_as_real(g) if g.is_complex() else g for g in grads if g is not None)
-        return self.in_hparams(grads)
-
-    def in_hparams(self, values: Sequence[Tensor | None]) -> PyTree:
-        """A value for each leaf of hparams that requires grad, in the structure of hparams; zeros for the others."""
-        each = iter(values)
-        full = [next(each) if x.requires_grad else None for x in self.outer]
-        zipped = zip(full, self.outer, strict=True)
-        return self.hparams_tree([torch.zeros_like(x) if g is None else g.clone() for g, x in zipped])
+        every = zip(filled([None] * len(self.outer), self.places, grads), self.outer, strict=True)
+        return self.hparams_tree([torch.zeros_like(x) if g is None else g.clone() for g, x in every])
 
 
 def _among(x: Any, tensors: Sequence[Tensor]) -> bool:
