@@ -29,6 +29,10 @@ class Filter(Protocol):
         """Take in what was added since the last step."""
         ...
 
+    def drop(self) -> None:
+        """Forget what was added since the last step."""
+        ...
+
     def state_dict(self) -> State: ...
 
     def load_state_dict(self, state: State) -> None: ...
@@ -80,6 +84,9 @@ class Average:
                 self.mean[i][tuple(given.indices())] = given.values()
             elif given is not None:
                 self.mean[i] = given.clone()
+        self.drop()
+
+    def drop(self) -> None:
         self.given = [None] * len(self.mean)
 
     def state_dict(self) -> State:
@@ -151,13 +158,18 @@ class Recursive:
         self.given = plus(self.given, self.pending) if self.given else self.pending
 
     def step(self) -> None:
-        if self.now is not None:
-            self.old, self.previous = self.now, [None if g is None else g.clone() for g in self.given]
-        self.now, self.given, self.since = None, [], self.since + 1
+        if self.now is None:  # params alone moved
+            return
+        self.old, self.previous = self.now, [None if g is None else g.clone() for g in self.given]
+        self.drop()
+        self.since += 1
         if self.probability is not None:
             self.anew = bool(torch.rand((), generator=self.generator, device="cpu") < self.probability)
         elif self.period is not None:
             self.anew = self.since % self.period == 0
+
+    def drop(self) -> None:
+        self.now, self.given = None, []
 
     def state_dict(self) -> State:
         points = {name: None if p is None else vars(p) for name, p in (("old", self.old), ("now", self.now))}
@@ -221,6 +233,9 @@ class Table:
 
     def step(self) -> None:
         """Every batch has been taken in already."""
+
+    def drop(self) -> None:
+        """A row is right at the point where it was taken, whether or not a step follows."""
 
     def state_dict(self) -> State:
         return {"rows": list(self.rows), "mean": list(self.mean)}

@@ -82,7 +82,9 @@ class F2SA(Tracker):
             with oracles.at(copy):
                 value = outer.evaluate(moved=True)
                 values[k] = value.detach() / oracles.scale
-                found = oracles.gradients_of(inner.evaluate(moved=True) + value * (k / self.penalty), "inner_loss")
+                found = oracles.gradients_of(
+                    inner.evaluate(moved=True) + value * (k / self.penalty), "inner_loss + outer_loss"
+                )
                 oracles.counts["outer_gradients"] += 1
             part = times(found.hparams, self.stencil[k] * self.penalty)
             total = part if total is None else plus(total, part)

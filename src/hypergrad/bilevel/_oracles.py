@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import _autodiff, _random, _torch
 from .._autodiff import ATTENTION, as_scalar
-from .._graph import check_hparams
-from .._modules import modules_of, records_statistics
+from .._graph import check_hparams, undeclared_leaves
+from .._modules import modules_of
 from .._tree import PyTree, check_distinct, flatten
 from .._vector import Space
 
@@ -42,8 +42,8 @@ class Batch:
     present point, records statistics (BatchNorm).
     """
 
-    def __init__(self, loss: LossLike, name: str, algorithm: str, devices: Sequence[torch.device]):
-        self.loss, self.name, self.algorithm, self.devices = loss, name, algorithm, devices
+    def __init__(self, loss: LossLike, name: str, oracles: Oracles):
+        self.loss, self.name, self.oracles = loss, name, oracles
         self.state: Any = None  # the random state before the first evaluation
         self.value: Tensor | None = None  # that of the first evaluation, detached
 
@@ -56,18 +56,21 @@ class Batch:
         if not callable(self.loss):
             if self.evaluated or moved:
                 raise TypeError(
-                    f"{self.algorithm} evaluates {self.name} at more than one point: pass a closure that evaluates "
-                    f"the model on this batch (lambda: loss(model(x), y)), not its value"
+                    f"{self.oracles.algorithm} evaluates {self.name} at more than one point: pass a closure that "
+                    f"evaluates the model on this batch (lambda: loss(model(x), y)), not its value"
                 )
             return self._first(as_scalar(self.loss, self.name))
         with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(self.oracles.as_the_user())
             if self.evaluated:
                 stack.enter_context(_random.replayed(self.state))
             else:
-                self.state = _random.capture(self.devices)
+                self.state = _random.capture(_random.devices_of(self.oracles.params))
+            statistics = statistics_of(self.loss)
             if self.evaluated or moved:
-                stack.enter_context(statistics_kept(self.loss))
+                stack.callback(put_back, statistics)
+            else:
+                self.oracles.recorded += statistics
             return self._first(as_scalar(self.loss(), self.name))
 
     def _first(self, value: Tensor) -> Tensor:
@@ -75,16 +78,16 @@ class Batch:
         return value
 
 
-@contextmanager
-def statistics_kept(closure: Any) -> Iterator[None]:
-    """The running statistics of modules that a closure uses are put back."""
-    modules = [part for module in modules_of(closure) for part in module.modules() if records_statistics(part)]
-    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
-    try:
-        yield
-    finally:
-        for buffer, values in kept:
-            buffer.data.copy_(values)  # not a change that autograd minds: training mode reads no running statistics
+def statistics_of(closure: Any) -> list[tuple[Tensor, Tensor]]:
+    """Running statistics and copies of them, of modules in any mode: the closure may switch it."""
+    parts = {id(part): part for module in modules_of(closure) for part in module.modules()}.values()
+    modules = [part for part in parts if getattr(part, "track_running_stats", False)]
+    return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
+
+
+def put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, values in reversed(kept):  # the oldest copies last
+        buffer.data.copy_(values)  # not a change that autograd minds: training mode reads no running statistics
 
 
 class Oracles:
@@ -125,26 +128,45 @@ class Oracles:
                     f"{name} was computed from other tensors, so no optimiser can move it: pass those "
                     f"(the network's parameters(), say), and compute {name} in the losses"
                 )
-        self.shapes = [x.shape for x in (*self.params, *self.hparams)]
-        self.space = Space(list(self.params), "params")
         self.algorithm = algorithm
+        self.take_forms()
         self.counts = {"inner_gradients": 0, "outer_gradients": 0, "products": 0}
         self.scale = 1.0  # what the losses were multiplied with, for mixed precision
+        self.recorded: list[tuple[Tensor, Tensor]] = []  # running statistics before the evaluations that wrote them
+        self.autocast: dict[str, Any] | None = None  # in which closures are evaluated, where one is on
         self._moved = False
+        self._uses: dict[str, set[int]] = {}  # which tensors each loss depended on, until one was seen not to matter
+
+    def take_forms(self) -> None:
+        """Take the shapes, dtypes and devices that params and hparams have now."""
+        self.forms = [form(x) for x in (*self.params, *self.hparams)]
+        self.space = Space(list(self.params), "params")
 
     def batch(self, loss: LossLike, name: str = "inner_loss") -> Batch:
         """A loss that the methods below take."""
         if not callable(loss) and not isinstance(loss, Tensor):
             raise TypeError(f"{name} must be a scalar tensor or a closure that gives one, got {type(loss).__name__}")
-        return Batch(loss, name, self.algorithm, _random.devices_of(self.params))
+        return Batch(loss, name, self)
 
-    def check_shapes(self) -> None:
-        """Raise where a tensor has been resized since."""
-        for i, x in enumerate((*self.params, *self.hparams)):
-            if x.shape != self.shapes[i]:
+    def batches(self, losses: Iterable[LossLike], name: str = "inner_loss") -> Iterator[Batch]:
+        """Those of an iterable of losses; a generator evaluates them as it goes."""
+        iterator = iter(losses)
+        while True:
+            with self.as_the_user():
+                loss = next(iterator, None)
+            if loss is None:
+                return
+            yield self.batch(loss, name)
+
+    def check_forms(self) -> None:
+        """Raise where a tensor was resized, converted, moved or frozen since."""
+        for before, x in zip(self.forms, (*self.params, *self.hparams), strict=True):
+            if form(x) != before:
+                shape, dtype, device, _ = before
                 raise ValueError(
-                    f"a tensor of params or hparams had shape {tuple(self.shapes[i])} and has {tuple(x.shape)} now: "
-                    f"make a new {self.algorithm} for the new model"
+                    f"a tensor of params or hparams had shape {tuple(shape)}, {dtype}, on {device}, and has "
+                    f"{tuple(x.shape)}, {x.dtype}, on {x.device}{'' if x.requires_grad else ' and is frozen'} now: "
+                    f"call tracker.to(device) after moving a model, else make a new {self.algorithm}"
                 )
 
     def gradients(self, batch: Batch) -> Gradients:
@@ -155,7 +177,7 @@ class Oracles:
         """`gradients` of a loss that is evaluated already, such as a weighted sum of several."""
         self.counts["outer_gradients" if name == "outer_loss" else "inner_gradients"] += 1
         grads = self._unscaled(_autodiff.grad_or_none([value], [*self.params, *self.hparams], dense=False))
-        return Gradients(self._reached(grads, name), grads[len(self.params) :])
+        return Gradients(self._reached(grads, [value], name), grads[len(self.params) :])
 
     def products(self, batch: Batch, v: Sequence[Tensor]) -> Products:
         """∇₁g, ∇²₁₁g v and ∇²₂₁g v: an evaluation, a reverse pass with its graph, and a reverse pass through it."""
@@ -167,7 +189,9 @@ class Oracles:
         """∇₁g with its graph (times `scale`), for several products of one batch: see `pull` and `value_of`."""
         self.counts["inner_gradients"] += 1
         value = batch.evaluate(self._moved)
-        return self._reached(_autodiff.grad_or_none([value], self.params, create_graph=True), batch.name)
+        return self._reached(
+            _autodiff.grad_or_none([value], self.params, create_graph=True), [value], f"{batch.name} of params"
+        )
 
     def pull(self, gradient: list[Tensor], v: Sequence[Tensor], retain: bool = False) -> tuple[list[Tensor], Grads]:
         """∇²₁₁g v and ∇²₂₁g v from `gradient_with_graph`, in one reverse pass."""
@@ -179,6 +203,7 @@ class Oracles:
             if str(error) != ATTENTION:
                 raise
             raise RuntimeError(f"{ATTENTION}; or take F2SA, BOME or SAMA, which need none") from error
+        self._check_replaced(grads, gradient, "the gradient")
         grads, count = self._unscaled(grads), len(self.params)
         return [self._dense(g, x) for g, x in zip(grads, self.params, strict=False)], grads[count:]
 
@@ -199,16 +224,37 @@ class Oracles:
         live, other = list(self.params), list(params)
         if hparams is not None:
             live, other = [*live, *self.hparams], [*other, *hparams]
-        before, self._moved = self._moved, True
-        with torch.no_grad():
-            kept = [x.clone() for x in live]
-            copy_all(live, other)
+        before, kept = self._moved, [x.detach().clone() for x in live]
         try:
+            self._moved = True
+            copy_all(live, other)
             yield
         finally:
             self._moved = before
-            with torch.no_grad():
-                copy_all(live, kept)
+            copy_all(live, kept)
+
+    @contextmanager
+    def of_one_call(self) -> Iterator[None]:
+        """An error leaves the random state and running statistics as they were; autocast is the closures' alone."""
+        kind = self.params[0].device.type
+        on = torch.is_autocast_enabled(kind)
+        self.autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)} if on else None
+        self.recorded.clear()
+        try:
+            off = torch.autocast(kind, enabled=False) if on else nullcontext()
+            with _random.random_state_kept_on_error(self.params), off:
+                yield
+        except BaseException:
+            put_back(self.recorded)
+            raise
+        finally:
+            self.autocast = None
+
+    @contextmanager
+    def as_the_user(self) -> Iterator[None]:
+        """For what evaluates losses: with gradients, under the user's autocast."""
+        with torch.enable_grad(), nullcontext() if self.autocast is None else torch.autocast(**self.autocast):
+            yield
 
     @contextmanager
     def hooks_suspended(self) -> Iterator[None]:
@@ -216,14 +262,30 @@ class Oracles:
         with _torch.hooks_suspended([*self.params, *self.hparams]):
             yield
 
-    def _reached(self, grads: Grads, name: str) -> list[Tensor]:
-        grads = grads[: len(self.params)]
-        if all(g is None for g in grads):
+    def _reached(self, grads: Grads, outputs: Sequence[Tensor], name: str) -> list[Tensor]:
+        if all(g is None for g in grads[: len(self.params)]):
             raise ValueError(
                 f"{name} does not depend on params: it was computed from other tensors (has a module's parameter been "
                 f"replaced?), under no_grad, or from a detached output"
             )
-        return [self._dense(g, x) for g, x in zip(grads, self.params, strict=True)]
+        self._check_replaced(grads, outputs, name)
+        return [self._dense(g, x) for g, x in zip(grads, self.params, strict=False)]
+
+    def _check_replaced(self, grads: Grads, outputs: Sequence[Tensor], name: str) -> None:
+        """Raise where outputs have a leaf of the same form in place of one that they depended on before."""
+        used = {i for i, g in enumerate(grads) if g is not None}
+        lost = self._uses.setdefault(name, used) - used
+        if lost:
+            declared = [*self.params, *self.hparams]
+            others = [form(x) for x in undeclared_leaves(outputs, declared)]
+            for i in lost:
+                if self.forms[i] in others:
+                    raise ValueError(
+                        f"{name} depended on a tensor of shape {tuple(declared[i].shape)} in params or hparams, and "
+                        f"depends on another one of that shape now: if a module's parameter has been replaced, make a "
+                        f"new {self.algorithm} for the new model"
+                    )
+            self._uses[name] -= lost
 
     def _dense(self, g: Tensor | None, x: Tensor) -> Tensor:
         return (
@@ -231,10 +293,16 @@ class Oracles:
         )
 
 
+def form(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device, x.requires_grad
+
+
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """targetᵢ ← sourceᵢ, in place."""
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+    """targetᵢ ← sourceᵢ, in place; what autocast keeps of a target is forgotten."""
+    with torch.no_grad():
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+    torch.clear_autocast_cache()
 
 
 def plus(xs: Grads, ys: Grads, factor: float | Tensor = 1.0) -> Grads:

@@ -96,9 +96,7 @@ class Watch:
         if not read:
             return True
         self._read()
-        return all(
-            math.isfinite(self.values[name]) for name in ("inner_norm", "outer_norm", "own_norm") if name in names
-        )
+        return all(math.isfinite(self.values.get(f"{name}2", 0.0)) for name in SQUARES[:3])
 
     def _read(self) -> None:
         if self._unread is not None:

@@ -204,7 +204,7 @@ class SRBA(SOBA):
     Args:
         params, hparams, lr, optimizer, on_nonfinite: as in SOBA. Both losses must be closures.
         full: gives (outer losses, inner losses), each an iterable of scalars or closures that sum to the loss over all
-            data; a generator keeps one batch's graph at a time.
+            data; a generator keeps one batch's graph at a time. Under a GradScaler they are scaled too.
         period: steps from one such direction to the next.
         probability: in its place, with which a step is one (SPABA, PAGE's rule).
         generator: decides that, on the CPU.
@@ -244,13 +244,14 @@ class SRBA(SOBA):
         return self._filtered(self._of_all)
 
     def _of_all(self, v: Vector) -> Directions:
-        outers, inners = self.full()
+        with self.oracles.as_the_user():
+            outers, inners = self.full()
         slopes, products = [], []
-        for loss in outers:
-            slopes.append(self.oracles.gradients(self.oracles.batch(loss, "outer_loss")))
+        for batch in self.oracles.batches(outers, "outer_loss"):
+            slopes.append(self.oracles.gradients(batch))
             slopes = [_summed(slopes)]
-        for loss in inners:
-            products.append(self.oracles.products(self.oracles.batch(loss), v.leaves))
+        for batch in self.oracles.batches(inners):
+            products.append(self.oracles.products(batch, v.leaves))
             products = [_summed(products)]
         if not slopes or not products:
             raise ValueError("full must give at least one outer and one inner loss")
@@ -319,7 +320,7 @@ class AmIGO(_Adjoint):
         if adjoint_losses is not None:
             if self.solver is not None:
                 raise TypeError("adjoint_losses are for plain gradient steps on v; a solver takes the inner loss alone")
-            made = (self.oracles.batch(loss, "an adjoint loss") for loss in adjoint_losses)
+            made = self.oracles.batches(adjoint_losses, "an adjoint loss")
             batches = list(made) if "recursive" in self.filters else made  # the old point takes them again
         return self._filtered(lambda v: self._at(outer, inner, batches, v), all_three=False)
 

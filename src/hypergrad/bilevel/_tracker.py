@@ -11,14 +11,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
-from .. import _autodiff, _random
+from .. import _autodiff
 from .._solution import UnsolvedInnerProblem
 from .._torch import has_gradient_hooks
 from .._tree import PyTree
-from .._vector import Space, Vector
+from .._vector import Vector
 from ..implicit import grad as implicit_grad
 from ._filters import Average, Filter
-from ._oracles import Batch, Grads, LossLike, Oracles, copy_all, dot
+from ._oracles import Batch, Grads, LossLike, Oracles, copy_all, dot, put_back, times
 from ._report import Comparison, Report, Watch
 
 OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
@@ -54,6 +54,7 @@ class Tracker(ABC):
     """
 
     takes: ClassVar[tuple[str, ...]] = ()  # which further arguments of `backward` the algorithm uses
+    _step_supports_amp_scaling = True  # a GradScaler calls `step`, which looks for overflow itself
 
     def __init__(
         self, params: PyTree, hparams: PyTree, *, average: float | None = None, on_nonfinite: OnNonfinite = "raise"
@@ -69,7 +70,7 @@ class Tracker(ABC):
         if average is not None:
             self.filters["average"] = Average(average, self.oracles.hparams)
         self._watch = Watch(type(self).__name__)
-        self._reached = False
+        self._reached = self._overflowed = False
         self._before: Grads = []  # D_λ of the batch before the last
         self._last: Grads = []
 
@@ -110,8 +111,8 @@ class Tracker(ABC):
             index: the numbers (i, j) of the training and the validation batch, for algorithms with tables.
             adjoint_losses: of AmIGO: inner losses of more batches, one for each step on v; a generator is evaluated
                 as it goes.
-            scaler: the GradScaler by which both losses were scaled, in closures too. It steps a tracker as it steps
-                an optimizer: scaler.step(tracker).
+            scaler: the GradScaler by which both losses were scaled, in closures too. .grad of params and hparams are
+                then scaled, and scaler.step(tracker) is tracker.step().
 
         Returns:
             The values of the outer and the inner loss, detached; None for one that was not evaluated.
@@ -126,40 +127,44 @@ class Tracker(ABC):
             if value is not None and name not in self.takes:
                 raise TypeError(f"{type(self).__name__} takes no {name}")
         oracles = self.oracles
-        oracles.check_shapes()
+        oracles.check_forms()
+        scaler = scaler if scaler is not None and scaler.is_enabled() else None
         oracles.scale = 1.0 if scaler is None else scaler.get_scale()
         inner = oracles.batch(inner_loss, "inner_loss")
         outer = None if outer_loss is None else oracles.batch(outer_loss, "outer_loss")
-        with _random.random_state_kept_on_error(oracles.params), oracles.hooks_suspended():
-            if outer is None:
-                found = Directions(oracles.gradients(inner).params, [], [None] * len(oracles.hparams), {})
-            else:
-                found = self.directions(outer, inner, *(others[name] for name in self.takes))
-                self._check_reached(found.hparams)
-            average = self.filters.get("average")
-            hparams = average(found.hparams) if isinstance(average, Average) and outer else found.hparams
-            finite = self._note(found, hparams)
-        if not finite and self.on_nonfinite == "raise" and scaler is None:
-            raise ValueError(NONFINITE.format(type(self).__name__))
-        if finite or scaler is not None:  # a scaler looks for the infinity itself, and leaves the step out
-            self._add(found, hparams)
+        with oracles.of_one_call():
+            with oracles.hooks_suspended():
+                if outer is None:
+                    found = Directions(oracles.gradients(inner).params, [], [None] * len(oracles.hparams), {})
+                else:
+                    found = self.directions(outer, inner, *(others[name] for name in self.takes))
+                    self._check_reached(found.hparams)
+                average = self.filters.get("average")
+                if isinstance(average, Average) and outer:
+                    found = found._replace(hparams=average(found.hparams))
+                finite = self._note(found, read=self.on_nonfinite != "ignore" or scaler is not None)
+            if not finite:
+                found = self._left_out(found, scaled=scaler is not None)
+            self._add(found)
         if not finite:
             self.skipped += 1
         elif outer is not None:
             for each in self.filters.values():
                 each.accept()
-            self._before, self._last = self._last, hparams
+            self._before, self._last = self._last, found.hparams
             self._watch.accept(self._adjoint_lr)
         return None if outer is None else outer.value, inner.value
 
     def step(self) -> None:
-        """Move the tracker's own variables, by what was added since the last step."""
+        """Move the tracker's own variables, by what was added since the last step; not after an overflow of fp16."""
+        overflowed, self._overflowed = self._overflowed, False
         if self.optimizer is not None:
-            self.optimizer.step()
+            if not overflowed:
+                self.optimizer.step()
             self.optimizer.zero_grad()
         for each in self.filters.values():
-            each.step()
-        self.steps += 1
+            each.drop() if overflowed else each.step()
+        self.steps += not overflowed
 
     @property
     def lr(self) -> float:
@@ -173,8 +178,8 @@ class Tracker(ABC):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of `optimizer`: what a GradScaler unscales."""
-        return self._optimizer.param_groups
+        """None: the tracker's own variables get directions without the scale, so a GradScaler has none to unscale."""
+        return []
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -239,7 +244,9 @@ class Tracker(ABC):
             "grads": [x.grad for x in self.variables],
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "filters": {name: each.state_dict() for name, each in self.filters.items()},
-            "counts": {"steps": self.steps, "skipped": self.skipped, "reached": self._reached} | self.oracles.counts,
+            "counts": {"steps": self.steps, "skipped": self.skipped, "reached": self._reached}
+            | {"overflowed": self._overflowed}
+            | self.oracles.counts,
             "watch": {"means": dict(self._watch.means), "count": self._watch.count},
         }
 
@@ -253,16 +260,16 @@ class Tracker(ABC):
                 f"the state does not fit this tracker: variables of shapes {shapes[:3]} instead of {own[:3]}, or other "
                 f"filters ({sorted(state['filters'])} instead of {sorted(self.filters)})"
             )
-        with torch.no_grad():
-            copy_all(self.variables, state["variables"])
+        copy_all(self.variables, state["variables"])
         for x, g in zip(self.variables, state["grads"], strict=True):
-            x.grad = None if g is None else g.to(x.device)
+            x.grad = None if g is None else g.to(x.device, copy=True)
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         for name, each in self.filters.items():
             each.load_state_dict(state["filters"][name])
         counts = dict(state["counts"])
-        self.steps, self.skipped, self._reached = (counts.pop(name) for name in ("steps", "skipped", "reached"))
+        names = ("steps", "skipped", "reached", "overflowed")
+        self.steps, self.skipped, self._reached, self._overflowed = (counts.pop(name) for name in names)
         self.oracles.counts.update(counts)
         self._watch.means, self._watch.count = dict(state["watch"]["means"]), state["watch"]["count"]
         self.to(self.oracles.params[0].device)
@@ -270,7 +277,7 @@ class Tracker(ABC):
     def to(self, device: torch.device | str) -> Tracker:
         """Move the state to where params are now: call it after model.to(device)."""
         device = torch.device(device)
-        self.oracles.space = Space(list(self.oracles.params), "params")
+        self.oracles.take_forms()
         for x in self.variables:
             x.data = x.data.to(device)
             x.grad = None if x.grad is None else x.grad.to(device)
@@ -302,28 +309,36 @@ class Tracker(ABC):
             raise ValueError(NO_HPARAMS.format(type(self).__name__))
         self._reached = True
 
-    def _note(self, found: Directions, hparams: Grads) -> bool:
+    def _left_out(self, found: Directions, scaled: bool) -> Directions:
+        """In place of directions that are not finite: none, or infinite ones for a scaler to find."""
+        if scaled:
+            self._overflowed = True
+            return Directions([g * math.inf for g in found.params], [], times(found.hparams, math.inf), {})
+        if self.on_nonfinite == "raise":
+            raise ValueError(NONFINITE.format(type(self).__name__))
+        put_back(self.oracles.recorded)
+        return Directions([], [], [None] * len(found.hparams), {})
+
+    def _note(self, found: Directions, read: bool) -> bool:
         """Look at the numbers of this batch; gives whether they are finite."""
         params = self._vector(found.params)
         watched = dict(found.watched) | {"inner_norm2": params.dot(params)}
-        for name, tensors in (("outer_norm2", hparams), ("own_norm2", found.own)):
+        for name, tensors in (("outer_norm2", found.hparams), ("own_norm2", found.own)):
             norms2 = dot(tensors, tensors)
             if isinstance(norms2, Tensor):
                 watched[name] = norms2
-        return self._watch.note(watched, read=self.on_nonfinite != "ignore")
+        return self._watch.note(watched, read)
 
-    def _add(self, found: Directions, hparams: Grads) -> None:
+    def _add(self, found: Directions) -> None:
         """Add the directions to .grad, hooks included, and those of the tracker's own variables to theirs."""
-        scale, reached = self.oracles.scale, [i for i, g in enumerate(hparams) if g is not None]
-        grads = [*found.params, *(hparams[i] for i in reached), *found.own]
-        if scale != 1:
-            grads = [g * scale for g in grads]
-        targets = [*self.oracles.params, *(self.oracles.hparams[i] for i in reached)]
-        if any(map(has_gradient_hooks, targets)):
-            _autodiff.backward(targets, grads[: len(targets)])
-            targets = []
-        added = [*targets, *self.variables] if found.own else targets
-        for x, g in zip(added, grads[len(grads) - len(found.own) - len(targets) :], strict=True):
+        pairs = [*zip(self.oracles.params, found.params, strict=False)]
+        pairs += [(x, g) for x, g in zip(self.oracles.hparams, found.hparams, strict=True) if g is not None]
+        if self.oracles.scale != 1:
+            pairs = [(x, g * self.oracles.scale) for x, g in pairs]
+        if any(has_gradient_hooks(x) for x, _ in pairs):
+            _autodiff.backward([x for x, _ in pairs], [g for _, g in pairs])
+            pairs = []
+        for x, g in (*pairs, *zip(self.variables, found.own, strict=False)):
             if x.grad is None:
                 x.grad = g.clone()  # who adds to it next must not add to what filters keep
             else:
