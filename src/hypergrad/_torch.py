@@ -88,6 +88,24 @@ def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor], hooked: Sequen
     return grads
 
 
+_will_execute = getattr(torch._C, "_will_engine_execute_node", None)
+
+
+def wanted_inputs(ctx: Any, skip: int) -> list[int]:
+    """Within the backward of an autograd.Function: which tensors, after `skip` other inputs, this pass wants.
+
+    torch's needs_input_grad says which require grad, whether or not the pass asks for them.
+    """
+    needed = [i for i, wanted in enumerate(ctx.needs_input_grad[skip:]) if wanted]
+    nodes = getattr(ctx, "next_functions", ())
+    if _will_execute is None or len(nodes) != len(ctx.needs_input_grad) - skip:
+        return needed
+    try:
+        return [i for i in needed if _will_execute(nodes[i][0])]
+    except RuntimeError:  # not within the engine
+        return needed
+
+
 def is_python_function(node: Any) -> bool:
     """Whether a node of the graph belongs to a torch.autograd.Function, which only its result keeps alive."""
     return isinstance(node, BackwardCFunction)

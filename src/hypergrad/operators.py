@@ -14,6 +14,7 @@ from torch import Tensor
 from . import _autodiff
 from ._autodiff import Linearisation, as_scalar
 from ._basis import Basis
+from ._sum import Sum as Sum
 from ._tree import PyTree, flatten
 from ._vector import Space, Vector
 

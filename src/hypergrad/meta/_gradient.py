@@ -16,11 +16,10 @@ from .. import _autodiff, _graph, _torch
 from .._graph import check_hparams
 from .._random import random_state_kept_on_error
 from .._solution import OnFailure, Status, finite
-from .._tree import PyTree, flatten, split
+from .._tree import PyTree, flatten, parse_bytes, split
 from ..diff_optimizers import Rule
 from ..implicit import accumulate
 from ..solvers import on_failure_of
-from ..unroll import parse_bytes
 from ._methods import Found, Implicit, Method, Reptile
 from ._result import (
     REMEDY,

@@ -6,7 +6,6 @@ Nothing needs to have converged, so step sizes, schedules and starts can be lear
 
 from ._forward import ForwardResult, forward
 from ._reverse import ReverseResult, reverse
-from ._reverse import parse_bytes as parse_bytes  # used by hypergrad.meta: bytes of "64MiB"
 from ._steps import check_whole as check_whole  # used by hypergrad.diagnostics and hypergrad.meta: whole numbers
 
 __all__ = ["forward", "reverse", "ForwardResult", "ReverseResult"]

@@ -5,11 +5,10 @@ f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T�
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +16,10 @@ from torch import Tensor
 from .. import _random
 from .._random import random_state_kept_on_error
 from .._torch import Allocated, version_of
-from .._tree import PyTree
+from .._tree import PyTree, parse_bytes
 from ._steps import Batches, Iterate, Run, check_whole, is_continuous
 
 Store = Callable[[Iterate], Callable[[], Iterate]]  # keeps an iterate, and gives the function that fetches it
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 POLICIES = ("graph", "iterates", "sqrt")
 NO_REPLAY = (
     "steps {} to {} gave other numbers when they were evaluated again. torch's random numbers are replayed (does "
@@ -148,12 +146,6 @@ def reverse(
             outer_value=run.outer_value,
             evaluations=run.evaluations,
         )
-
-
-def parse_bytes(text: Any) -> float | None:
-    """The number of bytes of a text such as "64MiB", in B, KB, MB, GB, KiB, MiB or GiB; None for anything else."""
-    number = re.fullmatch(r"(\d+\.?\d*) ?([KMG]i?B|B)", text) if isinstance(text, str) else None
-    return None if number is None else float(number[1]) * UNITS[number[2]]
 
 
 def _check_memory(memory: str, checkpoints: int | None, offload: object, start: Sequence[Tensor]) -> None:
