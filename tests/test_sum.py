@@ -1,7 +1,10 @@
 """operators.Sum: sums over batches beside one graph of all rows, behind every door."""
 
 import functools
+import warnings
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -70,7 +73,10 @@ def losses(data, form="list", **options):
 
     inner = hg.operators.Sum(batch_loss, source(x, y), weights=rows, mean=True, penalty=penalty, **options)
     outer = hg.operators.Sum(batch_loss, source(xv, yv), weights=rows, mean=True)
-    whole = (lambda w, lam: row_loss(w, lam, x, y).mean() + penalty(w, lam), lambda w, lam: row_loss(w, lam, xv, yv).mean())
+    whole = (
+        lambda w, lam: row_loss(w, lam, x, y).mean() + penalty(w, lam),
+        lambda w, lam: row_loss(w, lam, xv, yv).mean(),
+    )
     return inner, outer, *whole
 
 
@@ -97,17 +103,243 @@ def test_the_hypergradient_is_that_of_one_graph(data, form, keep, solver):
     close(results[0].adjoint, results[1].adjoint)
 
 
-def test_doors(data):
+def test_the_minimiser_as_a_value_has_the_derivatives_of_one_graph_to_second_order(data):
     inner, outer, whole_inner, whole_outer = losses(data)
     w, lam = point()
-    tight = hg.solvers.CG(rtol=1e-13)
 
-    def argmin(g, f):
-        def value(lam):
-            return f(hg.implicit.argmin(g, w, lam, solver=tight), lam)
-
-        (first,) = torch.autograd.grad(value(lam), lam, create_graph=True)
+    def derivatives(g, f):
+        value = f(hg.implicit.argmin(g, w, lam, solver=hg.solvers.CG(rtol=1e-13)), lam)
+        (first,) = torch.autograd.grad(value, lam, create_graph=True)
         return first, torch.autograd.grad(first.square().sum(), lam)[0]
 
-    for mine, theirs in zip(argmin(inner, outer), argmin(whole_inner, whole_outer), strict=True):
+    for mine, theirs in zip(derivatives(inner, outer), derivatives(whole_inner, whole_outer), strict=True):
         close(mine, theirs, 1e-10)
+
+
+def test_polish_check_and_jacobian_take_sums(data):
+    inner, outer, whole_inner, whole_outer = losses(data)
+    w, lam = point()
+    away = {name: x * 1.001 for name, x in w.items()}
+    mine, theirs = (
+        hg.implicit.grad(f, inner_loss=g, params=away, hparams=lam, solver=hg.solvers.CG(rtol=1e-12))
+        for f, g in ((outer, inner), (whole_outer, whole_inner))
+    )
+    close(hg.implicit.polish(mine).grads, hg.implicit.polish(theirs).grads, 1e-10)
+    errors = [hg.diagnostics.check(result).estimate.relative_error for result in (mine, theirs)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+    both = [
+        hg.implicit.jacobian(
+            lambda w, lam, f=f: torch.stack([f(w, lam), 2 * f(w, lam)]), inner_loss=g, params=w, hparams=lam
+        ).grads
+        for f, g in ((outer, inner), (whole_outer, whole_inner))
+    ]
+    close(*both, 1e-9)
+
+
+@pytest.mark.parametrize("memory", ["graph", "iterates", "sqrt"])
+def test_unrolled_steps_take_sums(data, memory):
+    inner, outer, whole_inner, whole_outer = losses(data)
+    w, lam = point()
+    start = {name: torch.zeros_like(x) for name, x in w.items()}
+
+    def step_of(g):
+        def step(w, lam):
+            slopes = torch.autograd.grad(g(w, lam), list(w.values()), create_graph=True)
+            return {name: x - 0.1 * d for (name, x), d in zip(w.items(), slopes, strict=True)}
+
+        return step
+
+    truth = hg.unroll.reverse(step_of(whole_inner), start, lam, whole_outer, steps=4).grads
+    close(hg.unroll.reverse(step_of(inner), start, lam, outer, steps=4, memory=memory).grads, truth)
+    close(hg.unroll.forward(step_of(inner), start, lam, outer, steps=4).grads, truth)
+
+
+def test_evaluated_losses_and_trackers_take_sums(data):
+    inner, outer, whole_inner, whole_outer = losses(data)
+    w, lam = point()
+    grads = []
+    for f, g in ((outer, inner), (whole_outer, whole_inner)):
+        live = {name: (1.001 * x).requires_grad_() for name, x in w.items()}
+        result = hg.implicit.grad(f(live, lam), inner_loss=g(live, lam), params=live, hparams=lam)
+        tracker = hg.bilevel.SOBA(live, lam)
+        tracker.variables[0].fill_(0.3)
+        tracker.backward(f(live, lam), g(live, lam))
+        grads.append([result.grads, *(x.grad for x in live.values()), lam.grad, tracker.variables[0].grad])
+        lam.grad = None
+    close(grads[0], grads[1], 1e-10)
+
+
+@pytest.mark.parametrize("keep", [None, "1GiB"])
+@pytest.mark.parametrize("solver", [hg.solvers.CG(rtol=1e-12), hg.solvers.Dense()], ids=str)
+def test_gauss_newton_over_batches(data, keep, solver):
+    x, y, xv, yv = data
+
+    def model(w, lam, x):
+        return torch.tanh(x @ w["w"]) + w["b"]
+
+    batches = list(zip(x.split(5), y.split(5), strict=True))
+    loss = hg.operators.GaussNewton(
+        lambda w, lam, batch: model(w, lam, batch[0]), lambda z, lam, batch: ((z - batch[1]) ** 2).mean()
+    )
+    inner = hg.operators.Sum(loss, batches, weights=lambda batch: len(batch[1]), mean=True, penalty=penalty, keep=keep)
+    whole = hg.operators.GaussNewton(lambda w, lam: model(w, lam, x), lambda z, lam: ((z - y) ** 2).mean(), penalty)
+    w, lam = point()
+    away = [pytest.warns(hg.UnsolvedInnerProblem) for _ in range(2)]
+    results = []
+    for g, warned in zip((inner, whole), away, strict=True):
+        with warned:
+            results.append(
+                hg.implicit.grad(
+                    lambda w, lam: ((model(w, lam, xv) - yv) ** 2).mean(),
+                    inner_loss=g,
+                    params=w,
+                    hparams=lam,
+                    solver=solver,
+                )
+            )
+    close(results[0].grads, results[1].grads, 1e-11)
+
+
+@pytest.mark.parametrize("own", ["loader", "sampler", None])
+@pytest.mark.parametrize("keep", [None, 4000, "1GiB"])
+def test_shuffling_dropout_and_augmentation_are_replayed(data, own, keep):
+    """Rows get noise when they are fetched, and dropout in the loss; every pass sees the same draw of both."""
+    x, y = data[:2]
+
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return ROWS
+
+        def __getitem__(self, i):
+            return x[i] + 0.1 * torch.randn(D, dtype=F64), y[i]
+
+    drawn = []
+
+    def loss(w, lam, batch):
+        features = torch.nn.functional.dropout(batch[0], 0.3)
+        drawn.append(features.detach())
+        return (lam.exp() * row_loss(w, lam, features, batch[1])[:, None]).mean() + penalty(w, lam) / 5
+
+    generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(4)
+    if own == "sampler":
+        sampler = torch.utils.data.RandomSampler(range(ROWS), generator=generator)
+        loader = DataLoader(Noisy(), batch_size=5, sampler=sampler)
+    else:
+        loader = DataLoader(Noisy(), batch_size=5, shuffle=True, generator=generator if own else None)
+    w, lam = point()
+    live = [x.clone().requires_grad_() for x in w.values()]
+    total = hg.operators.Sum(loss, loader, keep=keep)(dict(zip(w, live, strict=True)), lam)
+    before = torch.get_rng_state()
+    gradient = torch.autograd.grad(total, live, create_graph=True)
+    v = [torch.ones_like(x) for x in live]
+    products = [torch.autograd.grad(gradient, [*live, lam], v, retain_graph=True) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)  # passes that follow the first one draw nothing
+    first = drawn[:5]
+    for k in range(5, len(drawn)):
+        assert any(torch.equal(drawn[k], features) for features in first)
+    close(products[0], products[1], 1e-15)
+
+
+class Node:
+    """It lives as long as the graph that holds it."""
+
+
+class Marked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, alive):
+        ctx.node = Node()
+        alive.add(ctx.node)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+def test_the_graph_of_one_batch_at_a_time(data):
+    """However many batches there are, at most two of their graphs are alive at once; with keep= as many as fit."""
+
+    def most(count, keep):
+        alive, largest = weakref.WeakSet(), 0
+
+        def loss(w, lam, batch):
+            nonlocal largest
+            hidden = torch.tanh(Marked.apply(batch @ w, alive))
+            largest = max(largest, len(alive))
+            return hidden.square().mean() + (lam * w).square().sum()
+
+        batches = [torch.randn(50, D, dtype=F64, generator=torch.Generator().manual_seed(k)) for k in range(count)]
+        w = torch.ones(D, dtype=F64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            hg.implicit.grad(
+                lambda w, lam: w.sum(),
+                inner_loss=hg.operators.Sum(loss, batches, keep=keep),
+                params=w,
+                hparams=torch.ones(D, dtype=F64, requires_grad=True),
+                solver=hg.solvers.CG(max_steps=3),
+            )
+        return largest
+
+    assert most(4, None) == most(30, None) <= 2
+    assert most(30, "1GiB") >= 30
+    few = most(30, "8KiB")
+    assert 2 <= few < 25 and few == most(60, "8KiB")
+
+
+def test_hyperparameters_by_index_of_the_example(data):
+    x, y = data[:2]
+    index = torch.arange(ROWS)
+    batches = list(zip(index.split(5), x.split(5), y.split(5), strict=True))
+
+    def loss(w, lam, batch):
+        index, x, y = batch
+        return (lam[index].sigmoid() * (x @ w - y) ** 2).sum()
+
+    lam, w = torch.zeros(ROWS, dtype=F64, requires_grad=True), torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    results = [
+        hg.implicit.grad(
+            lambda w, lam: w.square().sum(), inner_loss=g, params=w, hparams=lam, solver=hg.solvers.Dense()
+        )
+        for g in (hg.operators.Sum(loss, batches), lambda w, lam: loss(w, lam, (index, x, y)))
+    ]
+    close(results[0].grads, results[1].grads)
+
+
+def test_what_cannot_be_summed_is_an_error():
+    def loss(w, lam, batch):
+        return (w * batch).sum() + lam.sum()
+
+    w, lam = torch.ones(2), torch.ones(2, requires_grad=True)
+    with pytest.raises(TypeError, match="iterable again and again"):
+        hg.operators.Sum(loss, iter([1.0]))
+    with pytest.raises(TypeError, match="loss must be a function"):
+        hg.operators.Sum(torch.ones(()), [1.0])
+    with pytest.raises(ValueError, match="0 batches"):
+        hg.operators.Sum(loss, [])(w, lam)
+    with pytest.raises(ValueError, match=r"keep must be bytes"):
+        hg.operators.Sum(loss, [1.0], keep="much")
+    with pytest.raises(ValueError, match="requires grad and is in neither"):
+        other = torch.ones(2, requires_grad=True)
+        hg.operators.Sum(lambda w, lam, batch: (w * other).sum(), [1.0])(w, lam)
+    with pytest.raises(ValueError, match="must give a scalar"):
+        hg.operators.Sum(lambda w, lam, batch: w * batch, [1.0])(w, lam)
+    once = iter([1.0, 2.0, 3.0])
+    live = w.requires_grad_()
+    with pytest.raises(ValueError, match="0 batches in one pass and 3 in the first"):
+        torch.autograd.grad(hg.operators.Sum(loss, lambda: once)(live, lam), live)
+    random = np.random.RandomState(0)
+    with pytest.raises(ValueError, match="of NumPy"):
+        noisy = hg.operators.Sum(lambda w, lam, batch: (w * batch * random.rand()).sum(), [1.0, 2.0])
+        torch.autograd.grad(noisy(live, lam), live)
+    with pytest.raises(TypeError, match="nor a Sum"):
+        hg.implicit.grad(
+            lambda w, lam: w.sum(), inner_loss=hg.operators.Sum(loss, [1.0]), params=w, hparams=lam, compile=True
+        )
+
+
+def test_a_bar_on_request(capsys):
+    loss = hg.operators.Sum(lambda w, lam, batch: (w * batch).sum(), [1.0, 2.0], progress=True)
+    assert loss(torch.ones(2), None) == 6
+    assert "batches" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _autodiff, _graph, _random, _torch
-from ._autodiff import as_scalar
+from ._autodiff import Linearisation, as_scalar
 from ._tree import PyTree, memory_bytes, split
 
 Values: TypeAlias = "list[Tensor | None]"  # None: nothing of it depends on what was asked for
@@ -39,6 +39,32 @@ class Batches:
         self.source, self.weigh, self.devices, self.progress = source, weigh, devices, progress
         self.start, self.noted = self._states(), [] if by_batch else None
         self.count, self.total = 0, 0.0
+        self.values: list[Tensor] = []  # the loss of each batch in the first pass, until a second one has agreed
+        self.again: list[Tensor] = []  # likewise in the second
+
+    def look(self, value: Tensor) -> None:
+        """Note the loss of a batch."""
+        if not self.count:
+            self.values.append(value.detach())
+        elif self.values:
+            self.again.append(value.detach())
+
+    def _compare(self) -> None:
+        """Raise where the second pass saw other losses than the first: it reads from the device once."""
+        if not self.values or len(self.again) != len(self.values):
+            return
+        first, second = torch.stack(self.values), torch.stack(self.again)
+        self.values, self.again = [], []
+        if _torch.is_wrapped(first) or first.device.type == "meta":
+            return
+        apart = (first - second).abs() > torch.finfo(first.dtype).eps ** 0.5 * first.abs()
+        if bool(apart.any()):
+            k = int(apart.nonzero()[0])
+            raise ValueError(
+                f"Sum: the loss of batch {k} was {float(first[k]):.6g} and is {float(second[k]):.6g} when evaluated "
+                f"again at the same point, so its derivatives would be those of another loss: torch's random numbers "
+                f"are replayed, those of NumPy, of Python and of generators within a dataset are not"
+            )
 
     def __iter__(self) -> Iterator[tuple[int, Any, float]]:
         first, now, total, count = not self.count, self._states(), 0.0, 0
@@ -67,10 +93,12 @@ class Batches:
                 f"Sum: batches gave {count} batches{was}; every pass needs the same ones: pass what can be iterated "
                 f"again (a DataLoader, a list), or a function that gives an iterator"
             )
+        if not first:
+            self._compare()
         self.count, self.total = count, total
 
     def _opened(self) -> Iterable[Any]:
-        batches = self.source() if callable(self.source) else self.source
+        batches: Any = self.source() if callable(self.source) else self.source
         if not self.progress:
             return batches
         try:
@@ -80,19 +108,19 @@ class Batches:
         return tqdm(batches, desc="batches", leave=False)
 
     @property
-    def _own_generator(self) -> torch.Generator | None:
-        own = getattr(self.source, "generator", None)
-        return own if isinstance(own, torch.Generator) else None
+    def _generators(self) -> list[torch.Generator]:
+        """Those of a DataLoader and of its sampler."""
+        holders = (self.source, getattr(self.source, "sampler", None), getattr(self.source, "batch_sampler", None))
+        found = {id(g): g for g in (getattr(each, "generator", None) for each in holders)}
+        return [g for g in found.values() if isinstance(g, torch.Generator)]
 
-    def _states(self) -> tuple[Any, Tensor | None]:
-        own = self._own_generator
-        return _random.capture(self.devices), None if own is None else own.get_state()
+    def _states(self) -> tuple[Any, list[Tensor]]:
+        return _random.capture(self.devices), [g.get_state() for g in self._generators]
 
-    def _restore(self, states: tuple[Any, Tensor | None]) -> None:
+    def _restore(self, states: tuple[Any, list[Tensor]]) -> None:
         _random.restore(states[0])
-        own = self._own_generator
-        if own is not None and states[1] is not None:
-            own.set_state(states[1])
+        for generator, state in zip(self._generators, states[1], strict=True):
+            generator.set_state(state)
 
 
 @dataclass
@@ -194,10 +222,12 @@ class Sum:
 
     Pass it as inner_loss or as outer_loss wherever a function of (params, hparams) is taken: it is one, whose value has
     derivatives of every order, each of them accumulated in one pass over the batches. Every pass of one evaluation
-    takes the same batches in the same order and draws the same random numbers (shuffling, dropout, augmentation).
+    takes the same batches in the same order and draws the same random numbers of torch (shuffling, dropout,
+    augmentation); a loss that is another one when it is evaluated again is an error.
 
     Args:
-        loss: loss(params, hparams, batch) ↦ scalar. Only these two, and the batch, may require grad.
+        loss: loss(params, hparams, batch) ↦ scalar, or an `operators.GaussNewton` whose model and loss take the batch
+            as a third argument. Only params and hparams may require grad.
         batches: a DataLoader, a list or another iterable that can be begun again, or a function that gives an iterator.
         weights: the weight of each batch: a function of the batch (its number of rows, say), or a list; 1 by default.
         mean: divide by the sum of the weights. With a loss that is a mean over rows, and weights that are numbers of
@@ -220,7 +250,7 @@ class Sum:
 
     def __init__(
         self,
-        loss: Callable[[Any, Any, Any], Tensor],
+        loss: Any,
         batches: Any,
         *,
         weights: Callable[[Any], float] | Sequence[float] | None = None,
@@ -248,16 +278,50 @@ class Sum:
         def function(item: tuple[int, Any], tensors: Sequence[Tensor], create_graph: bool) -> Values:
             given = rebuild_params(tensors[: len(w)]), rebuild_hparams(tensors[len(w) :])
             value = as_scalar(self.loss(*given, item[1]), "the loss of a batch").reshape(())
+            batches.look(value)
             if not item[0]:
                 self._check_declared(value, tensors)
             return [value]
 
-        devices = _random.devices_of([*w, *h])
-        batches = Batches(self.batches, self._weight, devices, self.keep > 0, self.progress)
+        batches = self._once([*w, *h])
         total = Accumulated.apply(Job(function, batches, self.keep), False, *w, *h)[0]
         if self.mean:
             total = total / batches.total
         return total if self.penalty is None else total + as_scalar(self.penalty(params, hparams), "penalty")
+
+    def _once(self, tensors: Sequence[Tensor]) -> Batches:
+        """The batches of one evaluation and of its derivatives."""
+        devices = _random.devices_of(tensors)
+        return Batches(self.batches, self._weight, devices, self.keep > 0, self.progress)
+
+    @property
+    def curvature(self) -> Any:
+        """The loss, where it is an operators.GaussNewton; else None."""
+        return self.loss if hasattr(self.loss, "linearise") else None
+
+    def linearise(
+        self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor], message: str
+    ) -> Linearisation:
+        """∇₁g with its graph; products with the batches' Gauss–Newton matrices and the penalty's Hessian, summed."""
+        gradient = _autodiff.grad([self(params, hparams)], leaves, create_graph=True, must_reach=message)
+        batches, bent = self._once([*leaves, *differentiated]), None
+        if self.penalty is not None:
+            penalty = as_scalar(self.penalty(params, hparams), "penalty")
+            bent = Linearisation(_autodiff.grad([penalty], leaves, create_graph=True), leaves)
+
+        def product(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
+            total: Values = [None] * len(v)
+            for _, batch, weight in batches:
+                with torch.enable_grad():
+                    one = self.loss.on(batch).linearise(params, hparams, leaves, (), message)
+                image = one.vjp_many(v) if batched else one.vjp(v)
+                total = [_added(x, y * weight) for x, y in zip(total, image, strict=True)]
+            whole = [x / batches.total if self.mean else x for x in total if x is not None]
+            if bent is None:
+                return whole
+            return _autodiff.add(whole, bent.vjp_many(v) if batched else bent.vjp(v))
+
+        return Linearisation(gradient, leaves, differentiated, product)
 
     def _weight(self, number: int, batch: Any) -> float:
         if self.weights is None:

@@ -335,6 +335,9 @@ class GaussNewton:
         loss: ℓ(outputs, hparams) ↦ scalar.
         penalty: p(params, hparams) ↦ scalar.
 
+    Over batches pass `Sum(GaussNewton(model, loss), batches, penalty=...)`: model and loss get the batch as a third
+    argument then.
+
     Raises: TypeError for a model, a loss or a penalty that is no function.
     Cost: a product takes one pass through the graph of J, one through that of Jᵀ, one through ∇ℓ, and one through ∇p.
     Source: Schraudolph 2002; Martens 2010, section 4.2.
@@ -350,8 +353,8 @@ class GaussNewton:
         tensor(-0.1944)
     """
 
-    model: Callable[[Any, Any], PyTree]
-    loss: Callable[[PyTree, Any], Tensor]
+    model: Callable[..., PyTree]
+    loss: Callable[..., Tensor]
     penalty: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -360,10 +363,18 @@ class GaussNewton:
             if not callable(part) and not (name == "penalty" and part is None):
                 raise TypeError(f"GaussNewton: {name} must be a function, got {type(part).__name__}")
 
-    def __call__(self, params: PyTree, hparams: PyTree) -> Tensor:
-        """g(w, λ)."""
-        fit = self.loss(self.model(params, hparams), hparams)
+    def __call__(self, params: PyTree, hparams: PyTree, *batch: Any) -> Tensor:
+        """g(w, λ), on a batch if this is the loss of a Sum."""
+        fit = self.loss(self.model(params, hparams, *batch), hparams, *batch)
         return fit if self.penalty is None else fit + self.penalty(params, hparams)
+
+    def on(self, batch: Any) -> GaussNewton:
+        """That of one batch, whose model and loss take it as a third argument."""
+        return GaussNewton(
+            lambda params, hparams: self.model(params, hparams, batch),
+            lambda outputs, hparams: self.loss(outputs, hparams, batch),
+            self.penalty,
+        )
 
     def linearise(
         self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor], message: str
@@ -389,3 +400,8 @@ class GaussNewton:
 
         gradient = _autodiff.grad([total], leaves, create_graph=True, must_reach=message)
         return Linearisation(gradient, leaves, differentiated, product)
+
+
+def has_curvature(inner_loss: Any) -> bool:
+    """Whether an inner loss brings a matrix in its Hessian's place: a GaussNewton, or a Sum of them."""
+    return isinstance(inner_loss, GaussNewton) or (isinstance(inner_loss, Sum) and inner_loss.curvature is not None)

@@ -15,7 +15,7 @@ from .._modules import modules_of
 from .._tree import difference, flatten
 from .._vector import Vector
 from ..implicit import Problem
-from ..operators import GaussNewton
+from ..operators import has_curvature
 from ._error import ratio
 from ._structure import Structure, checked, require_callable, seeded, unchanged
 
@@ -119,7 +119,7 @@ def _of_system(s: Structure, problem: Problem) -> Iterator[Finding]:
     if s.symmetric and (kind == "inner_loss" or problem.positive_definite) and low < -s.tolerance:
         negative, damping = sum(float(x.real) < -s.tolerance for x in s.eigenvalues), -2 * low
         other = ", or, where inner_loss is a convex loss of a model's outputs, pass operators.GaussNewton(model, loss)"
-        if kind != "inner_loss" or isinstance(getattr(problem.inner, "__self__", None), GaussNewton):
+        if kind != "inner_loss" or has_curvature(getattr(problem.inner, "__self__", None)):
             other = ""
         text = (
             f"A has an eigenvalue of at most {low:.3g} (the largest is about {high:.3g}; {negative} of {s.steps} "

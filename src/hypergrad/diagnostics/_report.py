@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._tree import PyTree
 from ..implicit import Hypergradient, Problem
-from ..operators import GaussNewton
+from ..operators import has_curvature
 from ..solvers import LinearSolver, Nystrom, OneStep, Solver
 from ..unroll import ForwardResult, ReverseResult, check_whole
 from ._advice import better_solver, findings_about_the_check, remedies, verdict
@@ -226,7 +226,7 @@ def _problem(result: Any, given: dict[str, Any], inner: dict[str, Any], symmetri
     for name, value in (("outer_loss", parts["outer_loss"]), *forms.items()):
         require_callable(value, name)
     # The error is that against the Hessian, where a Gauss–Newton matrix stands in for it.
-    forms = {kind: value.__call__ if isinstance(value, GaussNewton) else value for kind, value in forms.items()}
+    forms = {kind: value.__call__ if has_curvature(value) else value for kind, value in forms.items()}
     tags: dict[str, Any] = {"symmetric": symmetric}
     if known is not None:
         tags["batch_dims"] = known.batch_dims

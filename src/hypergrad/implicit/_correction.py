@@ -24,7 +24,7 @@ from .._scalar import anywhere, ratio, read
 from .._solution import InaccurateHypergradient, Solution, SolverError, Status, warn
 from .._tree import PyTree
 from .._vector import Vector, norm
-from ..operators import GaussNewton, LinearOperator
+from ..operators import LinearOperator, has_curvature
 from ..solvers import Auto, LinearSolver, Solver, on_failure_of, solve
 from ._hypergradient import Hypergradient, result_of
 from ._problem import Problem
@@ -234,7 +234,7 @@ def _again(result: Hypergradient, name: str) -> Problem:
     kept = result.problem
     if kept.inner is None or kept.outer_loss is None:
         raise TypeError(f"{name} evaluates both losses again, so both must be given as callables of (params, hparams)")
-    if kept.stochastic or isinstance(kept.inner, GaussNewton):
+    if kept.stochastic or has_curvature(kept.inner):
         raise TypeError(f"{name} needs the derivative of one fixed problem, not a {type(kept.inner).__name__}")
     if kept.changed:
         raise ValueError(

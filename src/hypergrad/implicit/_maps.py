@@ -17,7 +17,7 @@ from .. import _torch
 from .._autodiff import as_scalar
 from .._modules import name_of
 from .._tree import Paths, PyTree, flatten, matching, split
-from ..operators import GaussNewton, LinearOperator
+from ..operators import LinearOperator, has_curvature
 from ..solvers import Auto, Recycled, Solver
 from ._function import Equation, Function, Info, Leaves, LinearSolve, Root, WarmStart, pull
 
@@ -48,7 +48,7 @@ def _on_leaves(form: str, user: Callable[..., Any], structure: Callable[[], Stru
 
         return pull(loss, (*w, *h), (torch.ones((), dtype=w[0].dtype, device=w[0].device),), range(len(w)))
 
-    if isinstance(user, GaussNewton):
+    if has_curvature(user):
         raise TypeError("GaussNewton is for implicit.grad; a minimiser as a differentiable value has its Hessian")
     return gradient if form == "argmin" else _torch.taking_derivatives(value)
 

@@ -17,7 +17,7 @@ from .._recorded import Recorded
 from .._solution import warn
 from .._tree import PyTree, check_distinct, filled, flatten
 from .._vector import Space, Vector
-from ..operators import GaussNewton, LinearOperator, Stochastic
+from ..operators import LinearOperator, Stochastic, Sum, has_curvature
 
 NO_HPARAMS = (
     "neither outer_loss nor the inner problem depends on any of hparams, so the hypergradient would be zero: are they "
@@ -162,7 +162,7 @@ class Problem:
     def linearise(self) -> Linearisation:
         """The graph of ∇₁g, Φ or F at params and hparams."""
         with torch.enable_grad():
-            if isinstance(self.inner, GaussNewton):
+            if has_curvature(self.inner):
                 return self.inner.linearise(*self.arguments, self.leaves, self.differentiated, UNREACHED)
             value = self.inner(*self.arguments) if callable(self.inner) else self.inner
             if self.kind == "inner_loss":
@@ -370,7 +370,7 @@ def _one_of(**forms: Any) -> tuple[str, Any]:
     if len(given) != 1:
         raise TypeError(f"pass exactly one of inner_loss, fp_map and residual; got {list(given) or 'none'}")
     kind, value = given.popitem()
-    if isinstance(value, GaussNewton) and kind != "inner_loss":
+    if has_curvature(value) and kind != "inner_loss":
         raise TypeError(f"GaussNewton is an inner_loss, and was passed as {kind}")
     return kind, value
 
@@ -378,5 +378,5 @@ def _one_of(**forms: Any) -> tuple[str, Any]:
 def _check_compile(compile: Any, kind: str, inner: Any) -> None:
     if not isinstance(compile, (bool, str)):
         raise TypeError(f"compile must be True, False or the name of a backend, got {compile!r}")
-    if compile and isinstance(inner, (Stochastic, GaussNewton)):
-        raise TypeError(f"compile needs an {kind} that is neither Stochastic nor GaussNewton")
+    if compile and (isinstance(inner, (Stochastic, Sum)) or has_curvature(inner)):
+        raise TypeError(f"compile needs an {kind} that is neither Stochastic, nor GaussNewton, nor a Sum")
