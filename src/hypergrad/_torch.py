@@ -263,6 +263,12 @@ def depends_on_transform(y: Tensor, mapped: set[int]) -> bool:
         return depends_on_transform(_functorch.get_unwrapped(y), mapped)
 
 
+def is_legacy_batch(x: Tensor | None) -> bool:
+    """Whether x is mapped by the vmap of torch.autograd (is_grads_batched, vectorize), which is not torch.func's."""
+    known = getattr(_functorch, "is_legacy_batchedtensor", None)
+    return known is not None and x is not None and known(x)
+
+
 def forward_mode_levels() -> int:
     """How many transforms of forward mode (jvp, jacfwd) are on."""
     if _functorch is None:

@@ -130,8 +130,8 @@ class FixedPointSolver(ABC):
             (10 to 1e6 times) that of the start. With max_steps, rtol and atol all left out, rtol is 1e-6 in float64 and
             1e-4 in float32 (4 eps in half precision), and max_steps 200.
         batch_dims: 1 where the first axis of each leaf counts independent samples.
-        on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore", with which nothing is read from the
-            device where the number of steps is given.
+        on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore", with which nothing is read from
+            the device where the number of steps is given.
         check_every: steps between two looks at the residual (default: 1 on the CPU, 5 elsewhere).
         trace: keep the residual norm of each sample at each step, [steps + 1, B]; else that of the worst, [steps + 1],
             and without a tolerance only at steps 1, 2, 4, … and the last (NaN in between).

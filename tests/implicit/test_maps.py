@@ -187,9 +187,30 @@ def test_autograd_gives_what_func_gives():
     assert rel(third, oracle(case, 3)[3, 7]) < 1e-7
     value = partial(case.value, case.solution, solver=DENSE)
     assert rel(torch.autograd.functional.hessian(value, case.hparams), oracle(case, 2)) < 1e-8
-    # torch.autograd's own vmap knows no rule of a Function
-    with pytest.raises(RuntimeError, match=r"[Bb]atching rule"):
-        torch.autograd.functional.hessian(value, case.hparams, vectorize=True)
+
+
+@pytest.mark.parametrize("door", ["root", "fixed_point", "argmin", "linear_solve", "solver", "Equilibrium"])
+def test_the_older_vmap_of_torch_autograd_is_refused_with_what_to_write(door):
+    doors = {
+        "root": lambda a: implicit.root(lambda w, a: w**2 - a, a.detach().sqrt(), a),
+        "fixed_point": lambda a: implicit.fixed_point(lambda w, a: (w + a) / 2, a.detach(), a),
+        "argmin": lambda a: implicit.argmin(lambda w, a: ((w - a) ** 2).sum(), a.detach(), a),
+        "linear_solve": lambda a: implicit.linear_solve(hg.operators.matrix(torch.diag(a), symmetric=True), 0 * a + 1),
+        "solver": implicit.solver(residual=lambda w, a: w**2 - a)(torch.sqrt),
+        "Equilibrium": hg.nn.Equilibrium(lambda z, u: (z + u) / 2, forward=hg.fixed_points.Picard(rtol=1e-12)),
+    }
+    f, a = doors[door], torch.tensor([4.0, 9.0], dtype=torch.float64, requires_grad=True)
+    units = torch.eye(2, dtype=torch.float64)
+    for call in (
+        lambda: torch.autograd.grad(f(a), a, units, is_grads_batched=True),
+        lambda: torch.autograd.grad(f(a), a, units, is_grads_batched=True, create_graph=True),
+        lambda: torch.autograd.functional.jacobian(f, a, vectorize=True),
+        lambda: torch.autograd.functional.jacobian(f, a, vectorize=True, strategy="forward-mode"),
+        lambda: torch.autograd.functional.hessian(lambda a: (f(a) ** 3).sum(), a, vectorize=True),
+    ):
+        with pytest.raises(NotImplementedError, match=r"torch\.func\.jacrev"):
+            call()
+    assert rel(torch.func.jacrev(f)(a), torch.autograd.functional.jacobian(f, a)) < 1e-10
 
 
 def test_forward_mode_of_autograd():

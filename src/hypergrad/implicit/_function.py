@@ -276,6 +276,7 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *x_bar: Tensor) -> tuple[Any, ...]:
+        refuse(x_bar, forward_mode=False)
         problem, saved = ctx.problem, ctx.saved_tensors  # read once: checkpoints recompute at each reading
         x, leaves = saved[: problem.count], saved[problem.count :]
         b_bar = LinearSolve.apply(problem.T, *x_bar, *leaves)
@@ -291,7 +292,7 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Leaves:
-        refuse_nested_forward_mode()
+        refuse(tangents, forward_mode=True)
         problem, saved = ctx.problem, ctx.saved_tensors
         n = problem.count
         x, leaves = saved[:n], saved[n:]
@@ -334,6 +335,7 @@ class Root(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *w_bar: Tensor) -> tuple[Any, ...]:
+        refuse(w_bar, forward_mode=False)
         problem, leaves = ctx.problem, ctx.saved_tensors
         n = problem.count
         wanted = [i for i in floating(leaves) if i >= n and ctx.needs_input_grad[2 + ctx.given + i - n]]
@@ -344,7 +346,7 @@ class Root(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> Leaves:
-        refuse_nested_forward_mode()
+        refuse(tangents, forward_mode=True)
         problem, leaves = ctx.problem, ctx.saved_tensors
         n = problem.count
         wanted = [i for i in floating(leaves) if i < n or tangents[ctx.given + i - n] is not None]
@@ -394,9 +396,15 @@ def adjoint(problem: Equation, leaves: Leaves, w_bar: Leaves, wanted: Sequence[i
     return cross if problem.fixed_point else [-x for x in cross]
 
 
-def refuse_nested_forward_mode() -> None:
-    """Forward mode inside forward mode through an autograd.Function is silently wrong in torch (pytorch#197867)."""
-    if _torch.forward_mode_levels() > 1:
+def refuse(tensors: Sequence[Tensor | None], forward_mode: bool) -> None:
+    """Raise where a derivative along these tensors would fail in torch, or be wrong without a word (pytorch#197867)."""
+    if any(map(_torch.is_legacy_batch, tensors)):
+        raise NotImplementedError(
+            "is_grads_batched=True, vectorize=True and check_batched_grad map by torch's older vmap, in which an "
+            "implicit function has no derivative: use torch.func.jacrev (jacfwd, hessian), or torch.func.vmap of "
+            "torch.func.vjp"
+        )
+    if forward_mode and _torch.forward_mode_levels() > 1:
         raise NotImplementedError(
             "forward mode over forward mode (jacfwd(jacfwd), jvp of jvp) through an implicit function is silently "
             "wrong in torch (pytorch#197867); use jacfwd(jacrev), jacrev(jacrev) or torch.func.hessian"
