@@ -14,7 +14,7 @@ from ._structure import Structure, solver_choice
 
 GOOD = 1e-3  # relative error of a hypergradient about which there is nothing to say
 POOR = 0.1  # relative residual of the adjoint system that is a finding
-FLOOR = "rounding floor"  # the one finding that does no more than bound the accuracy
+FLOOR = "rounding floor"  # the only finding that merely bounds the accuracy
 
 
 def verdict(e: Estimate, findings: Sequence[Finding]) -> tuple[bool, str]:

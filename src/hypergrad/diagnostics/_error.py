@@ -24,11 +24,10 @@ NEWTON_STEPS = 20
 class Estimate:
     """An estimate of the error of a hypergradient h at (w, v), against the exact ∇f(λ) at the inner solution w*.
 
-    The first-order correction dh (see `implicit.polish`) at the given w and v is a first estimate. Where the effect of
-    the inner residual in it exceeds 0.3 % of the hypergradient, or δ a tenth of w, it is no longer small, so w takes a
-    Newton step, halved until ‖F‖ falls, v is solved for again, and the correction there is added; until one adds less
-    than 1 % to the whole, and to the hypergradient. The estimate is the difference between h and the hypergradient
-    where that ends.
+    The first-order correction dh (see `implicit.polish`) at the given w and v is a first estimate. If the effect of the
+    inner residual in it exceeds 0.3 % of the hypergradient, or the Newton step δ a tenth of w, w takes Newton steps,
+    each halved until ‖F‖ falls, and v is solved for and the correction taken anew, until a step changes both the
+    estimate and the hypergradient by less than 1 %. The estimate is the distance of h from the hypergradient reached.
 
     Attributes:
         inner_residual: ‖F‖ = ‖∇₁g‖ or ‖w − Φ(w)‖.
@@ -36,7 +35,6 @@ class Estimate:
         damping: γ where v solves a damped system, (Aᵀ + γI)v = ∇₁E, as its residuals show; else 0.
         adjoint_residual: ‖r_v‖ = ‖∇₁E − (Aᵀ + γI)v‖, computed anew.
         adjoint_relative_residual: ‖r_v‖ / ‖∇₁E‖.
-        adjoint_norm: ‖v‖.
         hypergradient_norm: ‖h‖ as given.
         error: estimate of ‖h − ∇f(λ)‖.
         relative_error: the same relative to the corrected hypergradient.
@@ -44,7 +42,7 @@ class Estimate:
             and of γ, as norms.
         uncertainty: how far `error` may be off, relative: the share of the last Newton step; `from_inner` relative to
             the hypergradient where the first-order estimate was enough.
-        settled: whether that is small. If not, the estimate is not to be trusted.
+        settled: whether that is small. If not, do not trust the estimate.
         newton_steps: Newton steps of the inner problem that the estimate took.
         status: the worst status of the linear systems behind the estimate.
         outer_value: E(w, λ).
@@ -59,7 +57,6 @@ class Estimate:
     damping: float
     adjoint_residual: float
     adjoint_relative_residual: float
-    adjoint_norm: float
     hypergradient_norm: float
     error: float
     relative_error: float
@@ -123,7 +120,6 @@ def estimate(
         damping=damping,
         adjoint_residual=norm(r_v),
         adjoint_relative_residual=ratio(norm(r_v), norm(start.b)),
-        adjoint_norm=norm(v),
         hypergradient_norm=norm(given),
         error=error,
         relative_error=ratio(error, size),
@@ -219,7 +215,7 @@ class _Systems:
         return self.problem.cross_vector().copy()
 
     def newton_step(self, step: Vector) -> bool:
-        """Go on to w + tδ; False where ‖F‖ falls at no t, or where that cannot be paid for."""
+        """Go on to w + tδ; False where ‖F‖ falls at no t, or where the budget is spent."""
         if self.budget.left < max(self.budget.done - self.before, 3):
             self.budget.left_out.append("Newton steps of the inner problem")
             return False
@@ -241,7 +237,7 @@ def _damping(r_v: Vector, v: Vector, solved: float) -> float:
 def _settled(last: Correction, given: Vector) -> tuple[bool, float]:
     """Whether the estimate is good after a Newton step, and its relative uncertainty."""
     change, size = norm(last.change), norm(last.corrected)
-    # The corrected hypergradient is to be right too, where it is much smaller than the error: but it may be zero.
+    # The corrected hypergradient must be right too where it is much smaller than the error; but it may be zero.
     uncertainty = ratio(change, norm(last.corrected - given))
     return uncertainty <= SETTLED and (change <= SETTLED * size or uncertainty <= NEGLIGIBLE), uncertainty
 

@@ -50,7 +50,7 @@ def findings(problem: Problem, structure: Structure | None = None) -> tuple[Find
 
     - not symmetric: a fixed point map or residual declared symmetric is not (xᵀAy ≠ yᵀAx for random x, y).
     - indefinite: the Hessian of the inner loss, or an A declared positive definite, has a negative eigenvalue: proven.
-    - singular: so many singular values of A are zero to rounding, or κ eps > 1 %.
+    - singular: some singular values of A are zero to rounding, or κ eps > 1 %.
     - expansion: the spectral radius of ∂₁Φ is above 1, so the map does not converge to this point.
     - stochastic, dropout: two evaluations of a map or loss differ; "dropout" where a module that the callable can be
       seen to use (closure, partial, bound method, global) drops something in training mode.

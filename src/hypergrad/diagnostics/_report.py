@@ -37,7 +37,7 @@ class Report:
         findings: what is recognised as wrong with the problem.
         advice: the verdict, the findings, and what to do, in sentences.
         products: with A and Aᵀ, beside the two reverse passes of each correction.
-        left_out: what was not done because max_products were.
+        left_out: what was not done because max_products were spent.
     """
 
     ok: bool
@@ -73,7 +73,6 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "inner residual", f"{e.inner_residual:.3e}  (w is {e.distance:.1e} of its norm off, estimated)"
     damping = f", with a damping of {e.damping:.2g}" if e.damping else ""
     yield "adjoint residual", f"{e.adjoint_residual:.3e}  (relative {e.adjoint_relative_residual:.1e}{damping})"
-    yield "adjoint norm", f"{e.adjoint_norm:.3e}"
     yield "hypergradient norm", f"{e.hypergradient_norm:.6g}  (corrected {e.corrected_norm:.6g})"
     doubt = f"± {e.uncertainty:.0%}" if e.settled else "not settled"
     yield "estimated error", f"{e.error:.3e}  (relative {e.relative_error:.1e}, {doubt})"
@@ -118,7 +117,8 @@ def check(
         solver: of the linear systems behind the estimate (default: Dense up to 200 unknowns, else MINRES where A is
             symmetric and GMRES where it is not), without damping.
         solve: hparams ↦ params, solving the inner problem from scratch: asks for finite differences.
-        max_products: with A and Aᵀ, about: the report names what is left out for it. Finite differences are apart.
+        max_products: about how many products with A and Aᵀ may be done, those of finite differences aside; the report
+            names what was left out.
 
     Returns:
         A Report.

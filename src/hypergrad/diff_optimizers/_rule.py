@@ -27,10 +27,6 @@ class PerStep:
 
     Args:
         values: a tensor whose first axis counts steps, or a sequence of numbers or 0-d tensors.
-
-    Example:
-        >>> import hypergrad
-        >>> rule = hypergrad.diff_optimizers.SGD(lr=PerStep(torch.linspace(0.1, 0.01, 100)))
     """
 
     values: Tensor | Sequence[Number]
@@ -61,10 +57,6 @@ class PerLeaf:
     Args:
         values: of params' structure, or a list in the order of its leaves. Each is a number, a tensor whose shape
             broadcasts to the leaf's (0-d, or one value for each entry), or a PerStep of those.
-
-    Example:
-        >>> import hypergrad
-        >>> rule = hypergrad.diff_optimizers.SGD(lr=PerLeaf([0.1, PerStep([0.2, 0.1])]))
     """
 
     values: PyTree

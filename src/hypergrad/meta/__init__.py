@@ -31,7 +31,7 @@ __all__ = [
     # adaptation alone
     "adapt",
     "Adaptation",
-    # what all of them may say
+    # how tasks were arranged, and what failed
     "Plan",
     "TaskError",
 ]

@@ -278,9 +278,9 @@ def _differentiated(method: Method, some: Chunk, hparams: PyTree) -> tuple[list[
 def _each_chunk(
     evaluate: Callable[[list[int], Plan], list[list[int]]], plan: Plan, tasks: Tasks, leaves: list[Tensor]
 ) -> Plan:
-    """Evaluate all tasks, so many at a time; one at a time from where that is not possible, which the plan then says.
+    """Evaluate all tasks, `plan.chunk` at a time, or one at a time after an error. Returns the plan as carried out.
 
-    evaluate: of the tasks with these numbers; gives lists of those to be evaluated again.
+    evaluate: takes the numbers of some tasks, and returns lists of those to be evaluated again.
     """
     size = plan.chunk
     waiting = deque(group[i : i + size] for group in tasks.groups for i in range(0, len(group), size))
@@ -289,7 +289,7 @@ def _each_chunk(
         try:
             with random_state_kept_on_error(leaves):
                 again = evaluate(index, plan)
-        except Exception as error:  # whatever it is, one task by itself shows whether it lies in vmap
+        except Exception as error:  # if it is not due to vmap, it comes again with one task alone
             if len(index) == 1:
                 raise
             reason = f"one by one, for side by side there is {type(error).__name__}: {str(error).partition(chr(10))[0]}"

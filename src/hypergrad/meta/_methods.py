@@ -52,10 +52,10 @@ class Implicit(Method):
     The inner loss must hold λ itself (`biased`, features, a learned regularisation): the start and the steps drop out.
 
     Args:
-        solver: of hg.solvers; scalars are per task, and a task that is solved rests. Its on_failure
+        solver: of hg.solvers; it solves the systems of all tasks at once, each with its own scalars. Its on_failure
             says what to do where an adjoint system, or an inner problem, is not solved.
 
-    Cost: T + 1 gradients and the solver's products of each task, whatever their number one graph at a time.
+    Cost: T + 1 gradients and the solver's products of each task; one graph at a time, whatever T is.
     Source: Rajeswaran, Finn, Kakade and Levine 2019.
     """
 
@@ -98,7 +98,7 @@ class Implicit(Method):
             batch_dims=1,
         )
         statuses = result.solution.statuses
-        if Status.NON_FINITE in statuses:  # CG rests at 0 there, which is no adjoint
+        if Status.NON_FINITE in statuses:  # CG returns 0 there, which is not the adjoint
             raise Diverged([status is not Status.NON_FINITE for status in statuses])
         residuals = (result.solution.relative_residual, result.inner_residual, result.inner_distance)
         return Found(flatten(result.grads, "grads")[0], set.intersection(*unreached), statuses, residuals)
@@ -168,7 +168,7 @@ class FirstOrder(Method):
 
 @dataclass(frozen=True)
 class Reptile(Method):
-    """Towards the adapted parameters: ∇f is replaced by (∂w₀/∂λ)ᵀ (w₀ − w_T). No outer loss is needed.
+    """Towards the adapted params: ∇f is replaced by (∂w₀/∂λ)ᵀ (w₀ − w_T). No outer loss is needed.
 
     Cost: T gradients of each task, and the outer loss where there is one, to report it.
     Source: Nichol, Achiam and Schulman 2018, Algorithm 2; not divided by the step size.

@@ -220,9 +220,9 @@ class Diverged(Exception):
 
 
 class Chunk:
-    """Some tasks at once; in the outer loss one by one where `loop` says so.
+    """Some tasks at once; with `loop` one by one in the outer loss.
 
-    Params are lists of leaves [B, ...]. Those that are frozen stand in them too, and stay as they are.
+    Params are lists of leaves [B, ...], frozen ones included, which stay as they are.
     """
 
     def __init__(self, problem: TaskProblem, tasks: Tasks, index: Sequence[int], loop: bool = False):
@@ -355,8 +355,8 @@ class Chunk:
 def _frozen(start: list[Tensor], hparams: list[Tensor]) -> list[bool]:
     """Which leaves of the start are not adapted: leaves of hparams and Parameters with requires_grad=False.
 
-    Where all leaves are such, or none of hparams requires grad, these marks mean nothing. Any other tensor without a
-    graph is a start like another: a head of zeros, say.
+    None are frozen where that would be all of them, or where no leaf of hparams requires grad. Other tensors without a
+    graph (a head of zeros, say) are adapted.
     """
     marked = {id(x) for x in hparams if not x.requires_grad}
     if len(marked) == len(hparams):

@@ -180,7 +180,7 @@ class Run:
         return outputs, new_rebuild
 
     def _writes(self, tensors: list[Tensor], rebuild: Rebuild, arguments: tuple[Any, ...]) -> bool:
-        """Whether step writes into what it is given, found by copies that may be written to: else a model does."""
+        """Whether step writes into what it is given, found by a call with copies, and not a module."""
         copies = [x.clone() for x in (*tensors, *self.outer)]
         versions = list(map(version_of, copies))
         with suppress(Exception):
@@ -201,13 +201,13 @@ class Run:
         return tensors, rebuild
 
     def _warn_if_cut(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
-        """Warn where a part of params that step was given reaches nothing; not at step 0, often a case apart."""
+        """Warn where a part of params that step was given reaches nothing. Step 0 is often a special case."""
         lost = [i for i in _graph.unreached(outputs, tensors) if tensors[i].numel()]
         if lost:
             parts = ", ".join(f"tensor {i} {describe(*KIND(tensors[i]))}" for i in lost)
             warn(
                 f"nothing in step's result depends on {parts} of the params that it was called with, so no gradient "
-                f"passes there: was it detached (a momentum, say), or read as a number? If it is meant so, pass "
+                f"passes there: was it detached (a momentum, say), or read as a number? If that is intended, pass "
                 f"allow_detached=True"
             )
 
@@ -282,7 +282,7 @@ class Run:
         return max(sum(x.nbytes for x in two.tensors) + drawn, 1), own + NODE * max(len(seen) - nodes, 1), both
 
     def close(self, final: list[Tensor], rebuild: Rebuild) -> tuple[list[Tensor], list[Tensor | None]]:
-        """∇₁E and ∇₂E at the final iterate; keeps E, and the random state that the user goes on with."""
+        """∇₁E and ∇₂E at the final iterate. Keeps E, and the random state after it."""
         self.params = rebuild(final)
         leaves = [leaf(x) for x in final]
         try:
@@ -301,7 +301,7 @@ class Run:
     def _check_outer(self, loss: Tensor, used: bool) -> None:
         """Raise where outer_loss uses other tensors in place of its argument; warn where it may."""
         if used and self.live and _graph.depends([loss], self.live):
-            warn("outer_loss uses the live start beside the params that it is called with: is it meant so?")
+            warn("outer_loss uses the live start beside the params that it is called with: is that intended?")
         if used:
             return
         if not loss.requires_grad:
