@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _autodiff
 from .._tree import PyTree
+from ..diff_optimizers import from_torch
 from ._oracles import Batch, Grads, dot, plus, times
 from ._tracker import Directions, MakeOptimizer, OnNonfinite, Tracker
 
@@ -165,12 +167,13 @@ class SAMA(Tracker):
 
     Args:
         params, hparams, average, on_nonfinite: as in SOBA. The inner loss must be a closure.
-        optimizer: that of params: torch.optim's SGD, Adam or AdamW. Its step is differentiated with respect to the
-            gradient, elementwise, at its present state.
+        optimizer: that of params, one that diff_optimizers.from_torch knows: its next step is differentiated with
+            respect to the gradient, at its present state.
         lr: in its place, the step size of plain gradient steps.
         radius: ‖εu‖, how far from params g is evaluated.
 
-    Cost: of a `backward`: an evaluation and a reverse pass of f and three of g. Memory: two copies of params.
+    Cost: of a `backward`: an evaluation and a reverse pass of f and three of g. Memory: two copies of params;
+        optimizer: its state and the graph of its step while that is differentiated.
     Source: Choe et al. 2023 (SAMA, arXiv:2310.05674), sections 3.1 and 3.2, but with bias correction, and at the step
         that is about to be made; Liu, Simonyan and Yang 2019 (DARTS, arXiv:1806.09055), equation 8.
     """
@@ -188,20 +191,18 @@ class SAMA(Tracker):
     ):
         if (optimizer is None) == (lr is None):
             raise TypeError("pass the optimizer of params, or lr, one of them")
-        if optimizer is not None and type(optimizer) not in SLOPES:
-            known = ", ".join(kind.__name__ for kind in SLOPES)
-            raise TypeError(f"SAMA knows the steps of {known}, not of {type(optimizer).__name__}: pass lr= (DARTS)")
         super().__init__(params, hparams, average=average, on_nonfinite=on_nonfinite)
         self.inner_optimizer, self.inner_lr, self.radius = optimizer, lr, radius
         if optimizer is not None:
-            groups = {id(x): group for group in optimizer.param_groups for x in group["params"]}
-            if any(id(x) not in groups for x in self.oracles.params):
+            from_torch(optimizer)  # raises for one that has no rule
+            moved = {id(x) for group in optimizer.param_groups for x in group["params"]}
+            if any(id(x) not in moved for x in self.oracles.params):
                 raise ValueError("optimizer does not move all of params: pass the one that does")
 
     def directions(self, outer: Batch, inner: Batch) -> Directions:
         oracles = self.oracles
         slopes, here = oracles.gradients(outer), oracles.gradients(inner)
-        u = [rate * g for rate, g in zip(self._rates(here.params), slopes.params, strict=True)]
+        u = self._stepped(here.params, slopes.params)
         size = self._vector(u).norm()
         epsilon = torch.where(size > 0, self.radius / size, 0.0)
         sides = []
@@ -213,39 +214,17 @@ class SAMA(Tracker):
         through = times(plus(sides[0], times(sides[1], -1.0)), factor)
         return Directions(here.params, [], plus(slopes.hparams, through), {"step_norm": size})
 
-    def _rates(self, gradient: Sequence[Tensor]) -> list[Any]:
-        """∂step/∂gradient, elementwise: a number or a tensor for each of params."""
+    def _stepped(self, gradient: Sequence[Tensor], f: Sequence[Tensor]) -> list[Tensor]:
+        """u: what the step that follows from ∇₁g would take off params, differentiated by ∇₁g, times f."""
         if self.inner_optimizer is None:
-            return [self.inner_lr] * len(gradient)
-        optimizer = self.inner_optimizer
-        groups = {id(x): group for group in optimizer.param_groups for x in group["params"]}
-        slope = SLOPES[type(optimizer)]
-        pairs = zip(self.oracles.params, gradient, strict=True)
-        return [slope(groups[id(x)], optimizer.state.get(x, {}), x, g) for x, g in pairs]
-
-
-def _sgd_slope(group: dict[str, Any], state: dict[str, Any], w: Tensor, g: Tensor) -> Any:
-    """lr (1 − dampening), where a momentum buffer is there; with Nesterov's step lr (1 + momentum (1 − dampening))."""
-    momentum = group["momentum"]
-    kept = 1 - group["dampening"] if momentum and state.get("momentum_buffer") is not None else 1
-    return group["lr"] * (1 + momentum * kept if group["nesterov"] else kept)
-
-
-def _adam_slope(group: dict[str, Any], state: dict[str, Any], w: Tensor, g: Tensor) -> Tensor:
-    """∂/∂g of lr m̂ / (√v̂ + ε) with m = β₁m + (1 − β₁) g, v = β₂v + (1 − β₂) g², both divided by 1 − βᵗ."""
-    (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
-    g = -g if group["maximize"] else g
-    if group["weight_decay"] and not group.get("decoupled_weight_decay", False):
-        g = g + group["weight_decay"] * w.detach()
-    t = int(state["step"]) + 1 if state else 1
-    m, v = (state[name] if state else torch.zeros_like(g) for name in ("exp_avg", "exp_avg_sq"))
-    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-    c1, c2 = 1 - beta1**t, 1 - beta2**t
-    root = (v / c2).sqrt()
-    bottom = root + eps
-    slope = (1 - beta1) / c1 / bottom
-    bend = m / c1 * (1 - beta2) * g / (c2 * root * bottom**2)
-    return lr * (slope - torch.where(root > 0, bend, 0.0))
-
-
-SLOPES = {torch.optim.SGD: _sgd_slope, torch.optim.Adam: _adam_slope, torch.optim.AdamW: _adam_slope}
+            return [x * self.inner_lr for x in f]
+        rule, leaves, state = from_torch(self.inner_optimizer)
+        moved = [x for group in self.inner_optimizer.param_groups for x in group["params"]]
+        places = {id(x): i for i, x in enumerate(moved)}
+        chosen = [places[id(x)] for x in self.oracles.params]
+        inputs = [g.detach().requires_grad_() for g in gradient]
+        grads: list[Any] = [None] * len(moved)
+        for i, g in zip(chosen, inputs, strict=True):
+            grads[i] = g
+        new = rule.update([x.detach() for x in leaves], state, grads)[0]
+        return times(_autodiff.grad([new[i] for i in chosen], inputs, f), -1.0)  # pyright: ignore[reportReturnType]

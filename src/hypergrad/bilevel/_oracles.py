@@ -236,13 +236,15 @@ class Oracles:
     @contextmanager
     def of_one_call(self) -> Iterator[None]:
         """An error leaves the random state and running statistics as they were; autocast is the closures' alone."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{self.algorithm} takes derivatives, which inference_mode forbids: call it outside")
         kind = self.params[0].device.type
         on = torch.is_autocast_enabled(kind)
         self.autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)} if on else None
         self.recorded.clear()
         try:
             off = torch.autocast(kind, enabled=False) if on else nullcontext()
-            with _random.random_state_kept_on_error(self.params), off:
+            with _random.random_state_kept_on_error(self.params), off, torch.enable_grad():
                 yield
         except BaseException:
             put_back(self.recorded)

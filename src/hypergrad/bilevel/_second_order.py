@@ -184,13 +184,14 @@ class SABA(SOBA):
         if index is None:
             raise TypeError("SABA keeps a table of batches: pass index=(number of the training batch, of the other)")
         slopes, products = self._of_batches(outer, inner, self.v)
-        watched = self._combined(slopes, products, self.v).watched
+        new = self._combined(slopes, products, self.v)
+        self._check_reached(new.hparams)
         count = len(self.v.chunks)
         gradient, hessian = (self._vector(g).chunks for g in (products.gradient, products.hessian))
         of_inner = self.tables[0]([*gradient, *hessian, *products.cross], index[0])
         of_outer = self.tables[1]([*self._vector(slopes.params).chunks, *slopes.hparams], index[1])
         summed = plus(list(of_inner[count:]), list(of_outer))
-        return self._parted([*of_inner[:count], *summed], watched)
+        return self._parted([*of_inner[:count], *summed], new.watched)
 
 
 Sums = Callable[[], "tuple[Iterable[LossLike], Iterable[LossLike]]"]

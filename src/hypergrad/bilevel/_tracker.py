@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, final
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff
-from .._solution import UnsolvedInnerProblem
-from .._torch import has_gradient_hooks
+from .._solution import UnsolvedInnerProblem, warn
+from .._torch import has_gradient_hooks, version_of
 from .._tree import PyTree
 from .._vector import Vector
 from ..implicit import grad as implicit_grad
@@ -31,6 +32,12 @@ NONFINITE = (
     "{}: NaN or infinity in the directions of this batch. Nothing was changed; on_nonfinite='skip' leaves such "
     "batches out and counts them"
 )
+
+ANOTHER = (
+    ".grad of params holds the direction that another tracker of this model added, so it will count twice in the next "
+    "step: after the backward of one of them set it to None, or make one tracker of both levels' hparams"
+)
+_LIVING: weakref.WeakSet[Tracker] = weakref.WeakSet()
 
 
 class Directions(NamedTuple):
@@ -70,6 +77,8 @@ class Tracker(ABC):
         if average is not None:
             self.filters["average"] = Average(average, self.oracles.hparams)
         self._watch = Watch(type(self).__name__)
+        self._written: tuple[weakref.ref[Tensor], int] | None = None  # .grad of the first of params, and its version
+        _LIVING.add(self)
         self._reached = self._overflowed = False
         self._before: Grads = []  # D_λ of the batch before the last
         self._last: Grads = []
@@ -145,7 +154,10 @@ class Tracker(ABC):
                 finite = self._note(found, read=self.on_nonfinite != "ignore" or scaler is not None)
             if not finite:
                 found = self._left_out(found, scaled=scaler is not None)
+            self._warn_of_another()
             self._add(found)
+            grad = oracles.params[0].grad
+            self._written = None if grad is None else (weakref.ref(grad), version_of(grad))
         if not finite:
             self.skipped += 1
         elif outer is not None:
@@ -318,6 +330,14 @@ class Tracker(ABC):
             raise ValueError(NONFINITE.format(type(self).__name__))
         put_back(self.oracles.recorded)
         return Directions([], [], [None] * len(found.hparams), {})
+
+    def _warn_of_another(self) -> None:
+        """Warn where .grad of params holds what another tracker added, and nothing has changed it since."""
+        grad = self.oracles.params[0].grad
+        for other in _LIVING if grad is not None else ():
+            added, version = other._written or (None, 0)
+            if other is not self and added is not None and added() is grad and version == version_of(grad):
+                warn(ANOTHER)
 
     def _note(self, found: Directions, read: bool) -> bool:
         """Look at the numbers of this batch; gives whether they are finite."""
