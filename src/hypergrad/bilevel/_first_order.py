@@ -227,4 +227,4 @@ class SAMA(Tracker):
         for i, g in zip(chosen, inputs, strict=True):
             grads[i] = g
         new = rule.update([x.detach() for x in leaves], state, grads)[0]
-        return times(_autodiff.grad([new[i] for i in chosen], inputs, f), -1.0)  # pyright: ignore[reportReturnType]
+        return [-g for g in _autodiff.grad([new[i] for i in chosen], inputs, f)]

@@ -334,7 +334,9 @@ class Tracker(ABC):
     def _warn_of_another(self) -> None:
         """Warn where .grad of params holds what another tracker added, and nothing has changed it since."""
         grad = self.oracles.params[0].grad
-        for other in _LIVING if grad is not None else ():
+        if grad is None:
+            return
+        for other in _LIVING:
             added, version = other._written or (None, 0)
             if other is not self and added is not None and added() is grad and version == version_of(grad):
                 warn(ANOTHER)
