@@ -260,7 +260,7 @@ def test_print(name):
 def test_bad_input():
     op = matrix(torch.eye(3))
     for options in ({"steps": 0}, {"steps": 2.5}):
-        with pytest.raises(ValueError, match="must be an integer ≥ 1"):
+        with pytest.raises(ValueError, match="must be a whole number ≥ 1"):
             operator_structure(op, torch.zeros(3), **options)
     with pytest.raises(ValueError, match="NaN or infinity"):
         operator_structure(matrix(torch.full((3, 3), torch.nan)), torch.zeros(3))

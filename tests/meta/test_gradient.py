@@ -459,7 +459,7 @@ def test_float32():
             "GroupLasso",
         ),
         ({"reduction": "max"}, ValueError, "got 'max'"),
-        ({"chunk": 0}, ValueError, "chunk must be a number of tasks ≥ 1"),
+        ({"chunk": 0}, ValueError, "chunk must be a whole number ≥ 1"),
         ({"memory": "1 parsec"}, ValueError, "1 parsec"),
         ({"on_failure": "shrug"}, ValueError, "shrug"),
         ({"tasks": {}}, ValueError, "tasks holds no tensor"),

@@ -19,6 +19,7 @@ from .._modules import modules_of
 from .._vector import Space, Vector
 from ..implicit import Problem
 from ..operators import LinearOperator
+from ..unroll import check_whole
 
 FAR_FROM_NORMAL = 100  # condition number of an eigenvalue above which its first-order error says nothing
 
@@ -181,8 +182,7 @@ def operator_structure(
         >>> print(f"ρ = {found.radius:.1f}, ‖J‖ = {found.contraction:.2f}")
         ρ = 0.5, ‖J‖ = 4.06
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer ≥ 1, got {steps!r}")
+    check_whole(steps=(steps, 1))
     require_real(like.leaves if isinstance(like, Vector) else like, "like")
     vector = like if isinstance(like, Vector) else Space(like, "like", op.batch_dims).vector(like, "like")
     space, before, generator = vector.space, op.products, seeded(generator)

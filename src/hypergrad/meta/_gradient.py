@@ -20,6 +20,7 @@ from .._tree import PyTree, flatten, parse_bytes, split
 from ..diff_optimizers import Rule
 from ..implicit import accumulate
 from ..solvers import on_failure_of
+from ..unroll import check_whole
 from ._methods import Found, Implicit, Method, Reptile
 from ._result import (
     REMEDY,
@@ -311,8 +312,7 @@ def _plan(
 
     need: memory of one task, in graphs of its inner loss and in vectors of its params.
     """
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"chunk must be a number of tasks ≥ 1, or None to let it be chosen; got {chunk!r}")
+    check_whole(chunk=(chunk, 1))
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
         raise ValueError(f'memory must be a number of bytes > 0, or like "1GiB", got {memory!r}')
