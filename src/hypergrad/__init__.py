@@ -7,6 +7,7 @@ from . import (
     bilevel,
     diagnostics,
     diff_optimizers,
+    distributed,
     fixed_points,
     hypergradients,
     implicit,
@@ -83,6 +84,8 @@ __all__ = [
     "nn",
     # stochastic bilevel algorithms over minibatches
     "bilevel",
+    # many ranks
+    "distributed",
     # meta-learning over a batch of tasks
     "meta",
     # HyperTorch's functional interface

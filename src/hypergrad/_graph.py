@@ -95,6 +95,15 @@ def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
     return sizes
 
 
+COLLECTIVES = ("CopyToRanks", "MeanOverRanks", "_ToTorchTensor", "_FromTorchTensor", "Redistribute")
+
+
+def crosses_ranks(outputs: Iterable[Tensor | GradientEdge]) -> bool:
+    """Whether a derivative of outputs is taken over many ranks: `distributed` functions, or DTensors."""
+    nodes = (node for node, _ in _behind(_edges(outputs), set()))
+    return any(type(node).__name__.startswith(COLLECTIVES) for node in nodes)
+
+
 def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> tuple[list[int], list[Tensor]]:
     """The leaves that require grad, and their places.
 

@@ -5,6 +5,7 @@ What a new version of torch needs is changed here, and nowhere else.
 
 from __future__ import annotations
 
+import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -104,6 +105,19 @@ def wanted_inputs(ctx: Any, skip: int) -> list[int]:
         return [i for i in needed if _will_execute(nodes[i][0])]
     except RuntimeError:  # not within the engine
         return needed
+
+
+def ranks() -> int:
+    """How many processes torch.distributed runs; 1 where it is not started."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def is_fully_sharded(module: torch.nn.Module) -> bool:
+    """Whether FSDP2's hooks (fully_shard) act on a module or on a part of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    return kind is not None and any(isinstance(part, kind) for part in module.modules())
 
 
 def is_python_function(node: Any) -> bool:

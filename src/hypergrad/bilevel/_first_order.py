@@ -81,16 +81,12 @@ class F2SA(Tracker):
         own: list[Tensor] = []
         values: dict[int, Tensor] = {}
         for k, copy in self.copies.items():
-            with oracles.at(copy):
-                value = outer.evaluate(moved=True)
-                values[k] = value.detach() / oracles.scale
-                found = oracles.gradients_of(
-                    inner.evaluate(moved=True) + value * (k / self.penalty), "inner_loss + outer_loss"
-                )
-                oracles.counts["outer_gradients"] += 1
-            part = times(found.hparams, self.stencil[k] * self.penalty)
+            with oracles.at(copy):  # one loss after the other: FSDP's hooks expect a backward pass after each
+                g, f = oracles.gradients(inner), oracles.gradients(outer)
+            values[k] = outer.last / oracles.scale
+            part = times(plus(g.hparams, f.hparams, k / self.penalty), self.stencil[k] * self.penalty)
             total = part if total is None else plus(total, part)
-            own += found.params
+            own += [x + y * (k / self.penalty) for x, y in zip(g.params, f.params, strict=True)]
         assert total is not None
         return Directions(at_params.params, own, total, self._watched(outer, values))
 
@@ -99,9 +95,10 @@ class F2SA(Tracker):
         leaves = [x.detach() for x in self.oracles.params]
         apart = [x - w for x, w in zip(self.copies[1], leaves, strict=True)]
         watched = {"copy_distance": self._vector(apart).norm() / self._vector(leaves).norm()}
-        if -1 in values and self._watch.count % 16 == 0:
+        # FSDP2 leaves params gathered after an evaluation without a reverse pass, and would take them for the next one.
+        if -1 in values and self._watch.count % 16 == 0 and not self.oracles.sharded:
             with torch.no_grad():
-                here = outer.evaluate(moved=True).detach() / self.oracles.scale
+                here = outer.evaluate(moved=True) / self.oracles.scale
             watched |= {"rise": values[-1] - here, "fall": here - values[1]}
         return watched
 

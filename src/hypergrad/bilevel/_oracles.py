@@ -14,8 +14,13 @@ from .._autodiff import ATTENTION, as_scalar
 from .._graph import check_hparams, undeclared_leaves
 from .._modules import modules_of
 from .._tree import PyTree, check_distinct, flatten
-from .._vector import Space
+from .._vector import Space, sharded_dot
+from ..implicit import warn_of_local
 
+SHARDED = (
+    ". FSDP2's hooks give no graph for second derivatives: evaluate the model at hg.distributed.gathered(params), or "
+    "take an algorithm without second derivatives (F2SA, BOME, SAMA)"
+)
 LossLike: TypeAlias = "Tensor | Callable[[], Tensor]"
 Grads: TypeAlias = "list[Tensor | None]"
 
@@ -46,6 +51,7 @@ class Batch:
         self.loss, self.name, self.oracles = loss, name, oracles
         self.state: Any = None  # the random state before the first evaluation
         self.value: Tensor | None = None  # that of the first evaluation, detached
+        self.last = torch.tensor(torch.nan)  # that of the last one
 
     @property
     def evaluated(self) -> bool:
@@ -74,7 +80,8 @@ class Batch:
             return self._first(as_scalar(self.loss(), self.name))
 
     def _first(self, value: Tensor) -> Tensor:
-        self.value = value.detach() if self.value is None else self.value
+        self.last = value.detach()
+        self.value = self.last if self.value is None else self.value
         return value
 
 
@@ -141,6 +148,7 @@ class Oracles:
         """Take the shapes, dtypes and devices that params and hparams have now."""
         self.forms = [form(x) for x in (*self.params, *self.hparams)]
         self.space = Space(list(self.params), "params")
+        self.sharded = any(hasattr(x, "placements") for x in self.params)
 
     def batch(self, loss: LossLike, name: str = "inner_loss") -> Batch:
         """A loss that the methods below take."""
@@ -171,12 +179,14 @@ class Oracles:
 
     def gradients(self, batch: Batch) -> Gradients:
         """∇₁ and ∇₂ of one loss: its evaluation and a reverse pass."""
-        return self.gradients_of(batch.evaluate(self._moved), batch.name)
-
-    def gradients_of(self, value: Tensor, name: str) -> Gradients:
-        """`gradients` of a loss that is evaluated already, such as a weighted sum of several."""
+        value, name = batch.evaluate(self._moved), batch.name
         self.counts["outer_gradients" if name == "outer_loss" else "inner_gradients"] += 1
-        grads = self._unscaled(_autodiff.grad_or_none([value], [*self.params, *self.hparams], dense=False))
+        inputs = [*self.params, *self.hparams]
+        if self.sharded:
+            grads = self._unscaled(_autodiff.grads_by_backward(value, inputs))
+        else:
+            warn_of_local([value], name)
+            grads = self._unscaled(_autodiff.grad_or_none([value], inputs, dense=False))
         return Gradients(self._reached(grads, [value], name), grads[len(self.params) :])
 
     def products(self, batch: Batch, v: Sequence[Tensor]) -> Products:
@@ -189,6 +199,7 @@ class Oracles:
         """∇₁g with its graph (times `scale`), for several products of one batch: see `pull` and `value_of`."""
         self.counts["inner_gradients"] += 1
         value = batch.evaluate(self._moved)
+        warn_of_local([value], batch.name)
         return self._reached(
             _autodiff.grad_or_none([value], self.params, create_graph=True), [value], f"{batch.name} of params"
         )
@@ -268,7 +279,7 @@ class Oracles:
         if all(g is None for g in grads[: len(self.params)]):
             raise ValueError(
                 f"{name} does not depend on params: it was computed from other tensors (has a module's parameter been "
-                f"replaced?), under no_grad, or from a detached output"
+                f"replaced?), under no_grad, or from a detached output{SHARDED if self.sharded else ''}"
             )
         self._check_replaced(grads, outputs, name)
         return [self._dense(g, x) for g, x in zip(grads, self.params, strict=False)]
@@ -328,6 +339,8 @@ def dot(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> Tensor | fl
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
+    if hasattr(x, "placements"):
+        return sharded_dot(x, y, 0)
     if x.layout is not torch.strided or y.layout is not torch.strided:
         if x is y:
             values = x.coalesce().values()

@@ -153,6 +153,7 @@ class Problem:
         if not self.stochastic and self.linearisation is None:
             self.linearisation = self.linearise()
         if self.linearisation is not None:
+            warn_of_local(self.linearisation.outputs, self.kind)
             self.residual_norm = self.residual.norm()
             self.at_kink = self._at_kink()
             if not keep:
@@ -352,12 +353,24 @@ class Problem:
             )
 
 
+def warn_of_local(losses: Iterable[Any], name: str) -> None:
+    """Warn where torch.distributed runs many ranks, and a loss or map is of this one's data alone."""
+    if _torch.ranks() > 1 and not _graph.crosses_ranks(losses):
+        warn(
+            f"torch.distributed runs {_torch.ranks()} ranks, and the derivatives of {name} are of this rank's data "
+            f"alone; the mean of the ranks' hypergradients is not the hypergradient of the mean. Evaluate a live model "
+            f"by hg.distributed.call(model, ...), functions at hg.distributed.replicated(params) and "
+            f"replicated(hparams), or gathered(...) for sharded ones"
+        )
+
+
 def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
     """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams (None: zeros)."""
     outer_loss, leaves, hparams = problem.outer_loss, problem.leaves, problem.differentiated
     with torch.enable_grad():
         value = outer_loss(*problem.arguments) if callable(outer_loss) else outer_loss
     loss = as_scalar(value, "outer_loss")
+    warn_of_local([loss], "outer_loss")
     retain = keep or problem.live or not all(leaf.is_leaf for leaf in hparams)
     grads = _autodiff.grad_or_none([loss], [*leaves, *hparams], retain_graph=retain)
     slopes, direct = grads[: len(leaves)], grads[len(leaves) :]

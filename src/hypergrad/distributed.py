@@ -1,0 +1,196 @@
+"""Losses over many ranks: `replicated` and `gathered` make every derivative, of any order, that of all ranks' data.
+
+Two functions, each the other's transpose, stand around what all ranks hold alike:
+
+    copy: x ↦ x on every rank,  backward: the mean of the ranks' gradients
+    mean: x ↦ the mean over ranks,  backward: the gradient as it is
+
+A loss of a rank's own data, evaluated at copies of params and hparams, has a gradient that is the mean of all ranks'
+gradients, and so have its Hessian products. Solvers, unrolled steps, meta-learning and trackers then do the same on
+every rank with the same numbers, and need no other communication. (The mean of the ranks' own solves is not the solve
+of the mean.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from . import _torch
+from ._tree import PyTree, split
+
+
+class CopyToRanks(torch.autograd.Function):
+    """Identity; backward: the mean over ranks, in one collective for all tensors of a dtype and device."""
+
+    @staticmethod
+    def forward(group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.group = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        # Every rank must take part for the same tensors: what this pass asks for is the same on all.
+        wanted = _torch.wanted_inputs(ctx, skip=1)
+        means: list[Any] = [None] * len(grads)
+        found = MeanOverRanks.apply(ctx.group, *(grads[i] for i in wanted)) if wanted else ()
+        for i, mean in zip(wanted, found, strict=True):
+            means[i] = mean
+        return (None, *means)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], group: Any, *tensors: Tensor) -> Any:
+        return CopyToRanks.apply(group, *tensors), in_dims[1:]
+
+
+class MeanOverRanks(torch.autograd.Function):
+    """The mean over ranks; backward: identity."""
+
+    @staticmethod
+    def forward(group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_reduced(tensors, group))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.group = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return (None, *CopyToRanks.apply(ctx.group, *grads))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor) -> tuple[Tensor, ...]:
+        return MeanOverRanks.apply(ctx.group, *tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], group: Any, *tensors: Tensor) -> Any:
+        return MeanOverRanks.apply(group, *tensors), in_dims[1:]
+
+
+def _reduced(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """The means over ranks, in memory of their own."""
+    kinds: dict[Any, list[int]] = {}
+    for i, x in enumerate(tensors):
+        kinds.setdefault((x.dtype, x.device), []).append(i)
+    means: list[Any] = list(tensors)
+    for places in kinds.values():
+        flat = torch.cat([tensors[i].reshape(-1) for i in places])
+        torch.distributed.all_reduce(flat, group=group)
+        flat /= torch.distributed.get_world_size(group)
+        for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
+            means[i] = part.view(tensors[i].shape)
+    return means
+
+
+def replicated(tree: PyTree, group: Any = None) -> PyTree:
+    """What all ranks hold alike, so that derivatives of any order with respect to it are means over ranks.
+
+        inner_loss = lambda w, h: local_loss(replicated(w), replicated(h))
+
+    Args:
+        tree: params or hparams, equal on all ranks; one call for several trees takes one collective for all.
+        group: a process group; None: all ranks.
+
+    Raises: RuntimeError without a process group; TypeError for sharded tensors, which are for `gathered`.
+    Cost: in every reverse pass one all-reduce of as many numbers as the tree has (of those that the pass asks for).
+    Source: Shoeybi et al. 2019 (Megatron-LM), section 3, the conjugate operators f and g, here with means.
+    """
+    _check_started()
+    tensors, rebuild = split(tree)
+    if any(hasattr(x, "placements") for x in tensors):
+        raise TypeError("replicated is for tensors that every rank holds whole; sharded ones (DTensor) go to gathered")
+    return rebuild(CopyToRanks.apply(group, *tensors)) if tensors else tree
+
+
+def gathered(tree: PyTree, group: Any = None) -> PyTree:
+    """Sharded tensors (DTensor, FSDP2's parameters) as whole ones, whose derivatives are means over ranks, and sharded.
+
+    Other tensors are taken as `replicated` takes them. Every rank holds the whole tensors while its graph lives.
+
+    Args:
+        tree: params or hparams.
+        group: of the tensors that are not sharded.
+
+    Cost: an all-gather; in every reverse pass a reduce-scatter.
+    """
+    _check_started()
+    tensors, rebuild = split(tree)
+    whole: list[Any] = list(tensors)
+    plain = [i for i, x in enumerate(tensors) if not hasattr(x, "placements")]
+    if plain:
+        for i, x in zip(plain, CopyToRanks.apply(group, *(tensors[i] for i in plain)), strict=True):
+            whole[i] = x
+    if len(plain) < len(tensors):
+        from torch.distributed.tensor import Partial, Replicate
+
+        for i in {*range(len(tensors))} - {*plain}:
+            sharded: Any = tensors[i]
+            count = sharded.device_mesh.ndim
+            full = sharded.redistribute(placements=[Replicate()] * count)
+            whole[i] = full.to_local(grad_placements=[Partial("avg")] * count)
+    return rebuild(whole)
+
+
+def call(module: nn.Module, *args: object, group: Any = None, **kwargs: object) -> Any:
+    """module(*args), whose derivatives of any order with respect to the live parameters are means over ranks.
+
+    Args:
+        module: one that every rank holds alike; its DistributedDataParallel wrapper is taken off. Its buffers are
+            each rank's own.
+        group: a process group; None: all ranks.
+
+    Raises: TypeError for a module sharded by FSDP2: its hooks give no graph for second derivatives.
+
+    Example:
+        >>> import os
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> call(torch.nn.Linear(3, 2), torch.ones(3)).shape
+        torch.Size([2])
+        >>> torch.distributed.destroy_process_group()
+    """
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        module = module.module
+    if _torch.is_fully_sharded(module):
+        raise TypeError(
+            "FSDP2's hooks give no graph for second derivatives: evaluate a copy of the model made before "
+            "fully_shard, by torch.func.functional_call at hg.distributed.gathered(its parameters), or take an "
+            "algorithm without second derivatives (bilevel.F2SA, BOME, SAMA), which takes the model as it is"
+        )
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    copies = replicated(list(parameters), group)
+    return torch.func.functional_call(module, dict(zip(names, copies, strict=True)), args, kwargs)
+
+
+def share(count: float, group: Any = None, device: torch.device | str | None = None) -> float:
+    """The weight of this rank's mean over `count` rows in the mean over all ranks' rows: count · ranks / Σ counts.
+
+    The ranks' losses are averaged with equal weights; where batches differ in size, multiply each by its share.
+
+    Args:
+        count: rows of this rank's batch.
+        group: a process group; None: all ranks.
+        device: where the counts are added up, such as "cuda" for NCCL; the CPU by default.
+    """
+    _check_started()
+    total = torch.tensor(float(count), dtype=torch.float64, device="cpu" if device is None else device)
+    torch.distributed.all_reduce(total, group=group)
+    return count * torch.distributed.get_world_size(group) / float(total)
+
+
+def _check_started() -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise RuntimeError(
+            "torch.distributed is not started: call torch.distributed.init_process_group() on every rank (torchrun "
+            "sets what it needs)"
+        )
