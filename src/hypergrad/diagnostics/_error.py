@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .. import _scalar
 from .._solution import Status
 from .._tree import PyTree
 from .._vector import Vector
@@ -247,6 +248,6 @@ def norm(x: Vector) -> float:
     return float(x.norm().square().sum().sqrt())
 
 
-def ratio(a: float, b: float) -> float:
-    """a / b, 0 where both are 0; NaN stays NaN."""
-    return 0.0 if a == 0 else a / b if b else math.inf
+def ratio(a: Any, b: Any) -> Any:
+    """a / b of numbers or of tensors, 0 where both are 0."""
+    return _scalar.ratio(a, b, a != 0)

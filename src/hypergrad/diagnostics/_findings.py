@@ -262,8 +262,8 @@ def _kink(near: _Near) -> Iterator[Finding]:
     for step in (eps ** (1 / 3), eps**0.5):
         (value, product), (other_value, other_product) = at(step), at(-step)
         size = torch.maximum(base, torch.maximum(product.norm(), other_product.norm()))
-        changes.append(_ratio((product - other_product).norm(), size))
-        jumps.append(_ratio((value - other_value).norm(), size * near.size))
+        changes.append(ratio((product - other_product).norm(), size))
+        jumps.append(ratio((value - other_value).norm(), size * near.size))
     # Of several systems, that where it is the largest.
     turned = _largest(torch.where(changes[1] > 0.5 * changes[0], changes[1], 0.0))
     jumped = _largest(torch.where(jumps[1] > 0.5 * jumps[0], jumps[1] / (30 * eps**0.5), 0.0))
@@ -342,10 +342,6 @@ def _rounding_floor(near: _Near, s: Structure) -> Iterator[Finding]:
         )
         numbers = {"residual": _largest(least), "noise": _largest(noise), "distance": away}
         yield Finding("rounding floor", text, numbers)
-
-
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(a == 0, 0.0, a / b)
 
 
 def _largest(x: Tensor) -> float:

@@ -230,11 +230,10 @@ def unchanged(problem: Problem) -> Iterator[None]:
     """Buffers of the modules that the callables can be seen to use, and torch's random state, are put back."""
     modules = modules_of(problem.outer_loss, problem.inner)
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    before = _random.capture(_random.devices_of(problem.leaves))
     try:
-        yield
+        with _random.replayed(_random.capture(_random.devices_of(problem.leaves))):
+            yield
     finally:
-        _random.restore(before)
         with torch.no_grad():
             for buffer, kept in buffers:
                 if not torch.equal(buffer, kept):

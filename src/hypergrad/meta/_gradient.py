@@ -12,7 +12,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _autodiff, _graph, _torch
+from .. import _autodiff, _graph, _random, _torch
 from .._graph import check_hparams
 from .._random import random_state_kept_on_error
 from .._solution import OnFailure, Status, finite
@@ -337,8 +337,7 @@ def _bytes_of_a_task(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tup
     largest = max(tasks.groups, key=lambda group: sum(x.numel() for x in split(tasks.take(group[:1]))[0]))
     chunk = Chunk(problem, tasks, largest[:1])
     leaves, _, rebuild = flatten(hparams, "hparams")
-    cuda = {x.device for x in leaves if x.device.type == "cuda"}
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+    with _random.replayed(_random.capture(_random.devices_of(leaves))), torch.enable_grad():
         params = [x.detach().requires_grad_() for x in chunk.start(hparams)]
         hparams = rebuild([x.detach() for x in leaves])
         known = [*tasks.tensors, *params, *leaves]
