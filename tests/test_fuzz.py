@@ -1,4 +1,5 @@
-"""Random calls against dense NumPy in float64: an answer is right, or an error or a warning says that it may not be.
+"""Random calls of every door against dense NumPy in float64: an answer is right, or an error or a warning says that it
+may not be.
 
 FUZZ=5000 pytest tests/test_fuzz.py takes that many calls; the suite takes a few hundred.
 """
@@ -7,16 +8,19 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
 import hypergrad as hg
+from fuzz_cases import Case, numbers
 
-S = hg.solvers
-CALLS = int(os.environ.get("FUZZ", "400"))
+S, FP = hg.solvers, hg.fixed_points
+CALLS = int(os.environ.get("FUZZ", "600"))
 BATCH = 50
 FORMS = ("inner_loss", "fp_map", "residual")
 SOLVERS = {
@@ -38,146 +42,616 @@ SOLVERS = {
     "OneStep": lambda rtol: S.OneStep(),
 }
 SYMMETRIC = ("CG", "CG, K", "MINRES", "MINRES, K", "Nystrom")
-SPECTRA = ("easy", "ill", "singular", "indefinite", "identity", "zero", "unsymmetric", "tiny", "huge")
-HOSTILE = ("none", "none", "none", "nan", "inf", "small", "large", "zero rhs")
-CONTAINERS = ("tensor", "list", "dict", "ordered", "strided", "scalars")
+EXACT = ("Auto", "CG", "MINRES", "GMRES", "BiCGStab", "NormalCG", "LSQR", "Dense")
 
 
-class Case:
-    """½wᵀAw − wᵀ(Bλ + c) (or its map or residual) with E = ½‖w − t‖² + ½‖λ‖², everything dense."""
+@dataclass
+class Answer:
+    """What a door gave: pairs of a value and its truth, where that is determined.
 
-    def __init__(self, seed: int):
-        random = np.random.RandomState(seed)
-        pick = lambda options: options[random.randint(len(options))]  # noqa: E731
-        self.form, self.name, self.spectrum = pick(FORMS), pick(tuple(SOLVERS)), pick(SPECTRA)
-        self.hostile, self.container = pick(HOSTILE), pick(CONTAINERS)
-        self.dtype = pick((torch.float64, torch.float64, torch.float32))
-        self.n, self.m = random.randint(1, 9), random.randint(1, 4)
-        self.a = self.matrix(random)
-        self.b, self.t = random.randn(self.n, self.m), random.randn(self.n)
-        self.lam, w = random.randn(self.m), random.randn(self.n)
-        scale = {"small": 1e-30, "large": 1e18 if self.dtype is torch.float32 else 1e30}.get(self.hostile, 1.0)
-        self.c = self.a @ w - self.b @ self.lam
-        self.w, self.t = w, (w if self.hostile == "zero rhs" else w + scale * self.t)
-        if self.hostile in ("nan", "inf"):
-            self.t[random.randint(self.n)] = np.nan if self.hostile == "nan" else np.inf
+    Attributes:
+        few: whether few steps were asked for, so that an error up to 35 % need not be told.
+        power: of the condition number in the error that rounding explains.
+        ok: whether the result says that it succeeded.
+    """
 
-    def matrix(self, random: np.random.RandomState) -> np.ndarray:
-        n = self.n
-        q = np.linalg.qr(random.randn(n, n))[0]
-        values = random.uniform(0.3, 1.5, n)
-        if self.spectrum == "ill":
-            values = np.logspace(-6, 0, n)
-        if self.spectrum == "singular":
-            values[: max(1, n // 2)] = 0.0
-        if self.spectrum == "indefinite":
-            values[0] *= -1
-        if self.spectrum in ("identity", "zero"):
-            values = np.full(n, float(self.spectrum == "identity"))
-        if self.spectrum == "unsymmetric":
-            return np.eye(n) + 0.3 * random.randn(n, n) / np.sqrt(n)
-        return q @ np.diag(values * {"tiny": 1e-12, "huge": 1e12}.get(self.spectrum, 1.0)) @ q.T
+    pairs: list[tuple[np.ndarray, np.ndarray | None]]
+    few: bool = False
+    power: int = 1
+    ok: bool = True
+    name: str = ""
+    size: float | None = None
+    floor: float = 0.0
+    extra: str = field(default="")
 
-    @property
-    def symmetric(self) -> bool:
-        return self.spectrum != "unsymmetric"
 
-    def truth(self) -> np.ndarray | None:
-        """∇f with the least-squares adjoint; None where the answer is not determined, or not finite."""
-        a = (self.a + self.a.T) / 2 if self.form == "inner_loss" else self.a
-        if self.name == "Nystrom":  # it solves the damped system
-            a = a + S.Nystrom().damping * np.eye(self.n)
-        gradient = self.w - self.t
-        if not np.isfinite(gradient).all():
-            return None
-        v = np.linalg.pinv(a.T, rcond=1e-10) @ gradient
-        consistent = np.linalg.norm(a.T @ v - gradient) <= 1e-8 * np.linalg.norm(gradient)
-        return self.lam + self.b.T @ v if consistent else None
+def chosen(case: Case, names=tuple(SOLVERS), symmetric: bool | None = None):
+    """A solver that applies, and its name."""
+    name = case.pick(names)
+    while name in SYMMETRIC and not (case.symmetric if symmetric is None else symmetric):
+        name = case.pick(names)
+    return name, SOLVERS[name](1e-10 if case.dtype is torch.float64 else 1e-5)
 
-    def tree(self, w: np.ndarray):
-        x = torch.tensor(w, dtype=self.dtype)
-        if self.container == "list":
-            return [x[:1].clone(), x[1:].clone()]
-        if self.container in ("dict", "ordered"):
-            kind = dict if self.container == "dict" else OrderedDict
-            return kind([("z", x[:1].clone()), ("a", x[1:].clone())])
-        if self.container == "strided":
-            return torch.stack([x, x], 1)[:, 0]
-        return [y.clone() for y in x] if self.container == "scalars" else x
 
-    def flat(self, tree) -> torch.Tensor:
-        if isinstance(tree, torch.Tensor):
-            return tree
-        leaves = [tree["z"], tree["a"]] if isinstance(tree, dict) else list(tree)
-        return torch.cat([x.reshape(-1) for x in leaves])
+def few(name: str) -> bool:
+    return name.endswith("K") or name in ("OneStep", "Nystrom", "default")
 
-    def like(self, tree, x: torch.Tensor):
-        if isinstance(tree, torch.Tensor):
-            return x
-        if isinstance(tree, dict):
-            return {"a": x[1:], "z": x[:1]}
-        if self.container == "scalars":
-            return list(x)
-        return [x[:1], x[1:]]
 
-    def call(self) -> tuple[hg.Hypergradient, list[warnings.WarningMessage]]:
-        a, b, c, t = (torch.tensor(x, dtype=self.dtype) for x in (self.a, self.b, self.c, self.t))
-        lam = torch.tensor(self.lam, dtype=self.dtype, requires_grad=True)
+def implicit_options(case: Case):
+    """Options of implicit.grad, backward and jacobian, with the name of the solver."""
+    case.freeze()
+    forms, outer = case.functions()
+    form = case.pick(FORMS)
+    symmetric = case.symmetric
+    name, solver = chosen(case, symmetric=True if form == "inner_loss" else symmetric)
+    x0 = case.pick(("none", "none", "none", "wrong", "nan", "huge"))
+    start = None
+    if x0 != "none":
+        value = {"wrong": case.random.randn(case.n), "nan": np.full(case.n, np.nan), "huge": np.full(case.n, 1e30)}[x0]
+        start = case.tree(value)
+    if form == "inner_loss" and not case.symmetric:
+        case.a = (case.a + case.a.T) / 2
+        case.c = case.a @ case.w - case.b @ (case.lam + case.lam**2 / 2)
+        forms, outer = case.functions()
+    declared = form != "inner_loss" and symmetric and (name in SYMMETRIC or case.pick((True, False)))
+    options = {form: forms[form], "solver": solver, "x0": start, "symmetric": declared}
+    return outer, options, f"{form}, {name}, x0 {x0}"
 
-        def residual(tree, lam):
-            return self.like(tree, a @ self.flat(tree) - b @ lam - c)
 
-        def fp_map(tree, lam):
-            return self.like(tree, self.flat(tree) - (a @ self.flat(tree) - b @ lam - c))
+def door_grad(case: Case) -> Answer:
+    outer, options, name = implicit_options(case)
+    lam = case.hparams()
+    result = hg.implicit.grad(outer, params=case.tree(case.w), hparams=lam, **options)
+    return implicit_answer(case, numbers(result.grads), result, name)
 
-        def inner_loss(tree, lam):
-            w = self.flat(tree)
-            return w @ (a @ w) / 2 - w @ (b @ lam + c)
 
-        form = {"inner_loss": inner_loss, "fp_map": fp_map, "residual": residual}[self.form]
-        outer = lambda tree, lam: ((self.flat(tree) - t) ** 2).sum() / 2 + (lam**2).sum() / 2  # noqa: E731
-        rtol = 1e-10 if self.dtype is torch.float64 else 1e-5
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            result = hg.implicit.grad(
-                outer,
-                params=self.tree(self.w),
-                hparams=lam,
-                solver=SOLVERS[self.name](rtol),
-                symmetric=self.symmetric and (self.form == "inner_loss" or self.name in SYMMETRIC),
-                **{self.form: form},
-            )
-        return result, seen
+def implicit_answer(case: Case, value, result, name: str) -> Answer:
+    solver = name.split(", x0")[0].split(", ", 1)[1]
+    case.slack = np.inf if solver == "Nystrom" else 0.3 if few(solver) else 1e-4
+    truth = case.first(shift=S.Nystrom().damping if solver == "Nystrom" else 0.0)
+    return Answer([(value, truth)], few(solver), ok=result.solution.ok, extra=f"{name}: {result.solution.message}")
 
-    def __str__(self) -> str:
-        return f"{self.name}, {self.form}, {self.spectrum}, {self.hostile}, {self.container}, {self.dtype}, n={self.n}"
+
+def door_backward(case: Case) -> Answer:
+    outer, options, name = implicit_options(case)
+    lam = case.hparams()
+    leaves = lam if isinstance(lam, list) else [lam]
+    for x in leaves:
+        if x.requires_grad:
+            x.grad = torch.ones_like(x)
+    result = hg.implicit.backward(outer, params=case.tree(case.w), hparams=lam, **options)
+    grads = [x.grad - 1 if x.requires_grad else torch.zeros_like(x) for x in leaves]
+    answer = implicit_answer(case, numbers(grads), result, name)
+    answer.floor = 1e-15 if case.dtype is torch.float64 else 1e-6  # what is added to ones
+    return answer
+
+
+def door_jacobian(case: Case) -> Answer:
+    outer, options, name = implicit_options(case)
+    options["x0"] = None
+    direction = case.random.randn(case.n)
+    if not case.determined(direction):
+        direction = case.a.T @ direction
+    d = case.tensor(direction)
+    losses = lambda tree, lam: torch.stack([outer(tree, lam), d @ case.flat(tree)])  # noqa: E731
+    if case.pick((True, False)):
+        options["solver"] = None
+        name = name.replace(name.split(", x0")[0].split(", ", 1)[1], "default")
+    result = hg.implicit.jacobian(losses, params=case.tree(case.w), hparams=case.hparams(), **options)
+    leaves = result.grads if isinstance(result.grads, list) else [result.grads]
+    answer = implicit_answer(case, numbers([x[0] for x in leaves]), result, name)
+    row = case.jacobian(case.lam, S.Nystrom().damping if "Nystrom" in name else 0.0).T @ direction * case.learned
+    one = answer.pairs[0][1]
+    answer.pairs.append((numbers([x[1] for x in leaves]), None if one is None else row))
+    return answer
+
+
+def implicit_function(case: Case):
+    """λ ↦ w(λ) by one of the five differentiable solution maps, the name, and whether it takes few steps."""
+    kind = case.pick(("root", "fixed_point", "argmin", "linear_solve", "solver"))
+    if kind == "argmin" and not case.symmetric:
+        kind = "root"
+    names = EXACT if kind != "linear_solve" else tuple(x for x in EXACT if x != "Auto")
+    name, solver = chosen(case, names)
+    if case.container == "frozen":
+        case.container = "list"
+    forms, _ = case.functions()
+    symmetric = name in SYMMETRIC
+    a, b, c = map(case.tensor, (case.a, case.b, case.c))
+
+    def w_of(lam):
+        """The solution by any code, without a derivative."""
+        with torch.no_grad():
+            r = b @ (lam + lam**2 / 2 - case.tensor(case.lam + case.lam**2 / 2))
+            w = case.tensor(case.w) + case.tensor(case.inverse()) @ r
+        return case.like(template, w)
+
+    template = case.tree(case.w)
+    if kind == "root":
+        call = lambda lam: hg.implicit.root(forms["residual"], w_of(lam), lam, solver=solver, symmetric=symmetric)  # noqa: E731
+    elif kind == "fixed_point":
+        call = lambda lam: hg.implicit.fixed_point(forms["fp_map"], w_of(lam), lam, solver=solver, symmetric=symmetric)  # noqa: E731
+    elif kind == "argmin":
+        call = lambda lam: hg.implicit.argmin(forms["inner_loss"], w_of(lam), lam, solver=solver)  # noqa: E731
+    elif kind == "solver":
+        call = hg.implicit.solver(residual=forms["residual"], solver=solver, symmetric=symmetric)(w_of)
+    else:
+
+        def call(lam):
+            rho = 2 / (2 + lam @ lam)
+            op = hg.operators.matrix(rho * a, symmetric=symmetric)
+            return hg.implicit.linear_solve(op, rho * (b @ (lam + lam**2 / 2) + c), solver)
+
+        case.container = "tensor"
+    return call, f"{kind}, {name}"
+
+
+def door_functions(case: Case) -> Answer:
+    case.outer_container = "tensor"
+    case.learned[:] = True
+    call, name = implicit_function(case)
+    w0, d = case.tensor(case.w), case.tensor(case.d)
+    linear = name.startswith("linear") and case.spectrum in ("singular", "zero", "inconsistent", "tiny")
+    f = lambda lam: ((case.flat(call(lam)) - w0 - d) ** 2).sum() / 2 + (lam**2).sum() / 2  # noqa: E731
+    way = case.pick(("grad", "func.grad", "jacfwd", "hessian", "twice", "jacrev(jacrev)", "vmap", "vmap(hessian)"))
+    lam = case.tensor(case.lam)
+    lams = np.stack([case.lam, case.lam + 0.1, case.lam - 0.2])
+    case.slack = np.inf if way == "jacfwd" else 1e-6  # Aẇ = −∂₂F has a solution in any case
+    truth1, truth2 = case.first(), case.second()
+    if linear:  # the solution itself is the least one, not the case's w; of 1e-12 A rounding decides it
+        return Answer([], extra=f(lam) and name)
+    if way in ("grad", "twice"):
+        lam.requires_grad_()
+        (g,) = torch.autograd.grad(f(lam), lam, create_graph=way == "twice")
+        if way == "grad":
+            return Answer([(numbers(g), truth1)], extra=f"{name}, {way}")
+        (h,) = torch.autograd.grad(g.sum(), lam)
+        row = None if truth2 is None else truth2.sum(0)
+        return Answer([(numbers(g), truth1), (numbers(h), row)], power=2, extra=f"{name}, {way}")
+    if way == "vmap":
+        value = torch.func.vmap(torch.func.grad(f))(case.tensor(lams))
+        truths = [case.first(x) for x in lams]
+        truth = None if any(x is None for x in truths) else np.concatenate(truths)
+        return Answer([(numbers(value), truth)], extra=f"{name}, {way}")
+    if way == "vmap(hessian)":
+        value = torch.func.vmap(torch.func.hessian(f))(case.tensor(lams[:1]))
+        return Answer([(numbers(value), None if truth2 is None else truth2.reshape(-1))], power=2, extra=f"{name}, {way}")
+    transform = {
+        "func.grad": torch.func.grad,
+        "jacfwd": torch.func.jacfwd,
+        "hessian": torch.func.hessian,
+        "jacrev(jacrev)": lambda f: torch.func.jacrev(torch.func.jacrev(f)),
+    }[way]
+    value = numbers(transform(f)(lam))
+    second = way in ("hessian", "jacrev(jacrev)")
+    truth = truth2 if second else truth1
+    return Answer([(value, None if truth is None else truth.reshape(-1))], power=1 + second, extra=f"{name}, {way}")
+
+
+def door_hypertorch(case: Case) -> Answer:
+    case.container = case.pick(("list", "scalars", "empty", "mixed"))
+    if case.outer_container in ("tensor", "strided"):
+        case.outer_container = "list"
+    forms, outer = case.functions()
+    name = case.pick(("CG", "fixed_point", "neumann", "CG_normaleq", "stoch_AID"))
+    if name == "CG" and not case.symmetric:
+        name = "CG_normaleq"
+    steps = case.pick((1, 2, 5, 20, 100, 1000))
+    lam, w = case.hparams(), case.tree(case.w)
+    if name == "stoch_AID":
+        options = case.pick(({"fp_map": forms["fp_map"]}, {"residual": 0, "inner_loss": forms["inner_loss"]}))
+        if options.pop("residual", None) == 0 and not case.symmetric:
+            options = {"fp_map": forms["fp_map"]}
+        value = hg.hypergradients.stoch_AID(w, lam, outer, steps, verbose=False, **options)[0]
+    else:
+        value = getattr(hg.hypergradients, name)(w, lam, steps, forms["fp_map"], outer)
+    case.slack = 0.3
+    label = f"{name}, K={steps}"
+    # Of few steps on an ill-conditioned system nothing can be known.
+    return Answer([] if case.spectrum == "ill" else [(numbers(value), case.first())], few=True, extra=label)
+
+
+@dataclass
+class Descent:
+    """w ← w − η ρ (A w − r), with its derivatives in λ by recursion, and a bound of what rounding is relative to."""
+
+    case: Case
+    lr: float
+    steps: int
+    w0: np.ndarray
+
+    def run(self, first: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
+        """w_T, dw_T/dλ (from step `first` on), and the size of the latter's terms."""
+        case, lam = self.case, self.case.lam
+        w, z = self.w0, np.zeros((case.n, case.m))
+        rho, norm = case.rho(lam), np.linalg.norm
+        drho = -(rho**2) * lam
+        step = np.eye(case.n) - self.lr * rho * case.a
+        size, length = 0.0, norm(w)
+        for t in range(self.steps):
+            f = case.a @ w - case.rhs(lam)
+            if t >= first:
+                z = step @ z + self.lr * rho * case.b @ np.diag(1 + lam) - self.lr * np.outer(f, drho)
+                terms = norm(case.a, 2) * length + norm(case.rhs(lam))
+                size = norm(step, 2) * size + self.lr * (norm(case.b) * norm(1 + lam) + terms * norm(drho))
+            w = w - self.lr * rho * f
+            length = norm(step, 2) * length + self.lr * norm(case.rhs(lam))
+        return w, z, size
+
+    def torch_step(self):
+        residual = self.case.functions()[0]["residual"]
+        case = self.case
+        return lambda tree, lam: case.like(tree, case.flat(tree) - self.lr * case.flat(residual(tree, lam)))
+
+
+def descent(case: Case) -> Descent:
+    case.container = case.pick(tuple(x for x in ("tensor", "list", "dict", "ordered", "named", "strided", "mixed", "empty")))
+    return Descent(case, case.pick((0.1, 0.5, 1.0)), case.pick((0, 1, 2, 7, 20)), case.random.randn(case.n))
+
+
+def unrolled_answer(case: Case, d: Descent, value, name: str, first: int = 0) -> Answer:
+    with np.errstate(all="ignore"):
+        w, z, size = d.run(first)
+        slope = case.slope(w)
+        slope = slope if z.any() else np.zeros(case.n)
+        truth = (case.lam + z.T @ slope) * case.learned if np.isfinite(slope).all() else None
+        bound = size * np.linalg.norm([*w, *case.w, *case.d]) + np.linalg.norm(case.lam)
+    return Answer([(value, truth)], power=0, size=bound, extra=f"{name}, lr={d.lr}, T={d.steps}")
+
+
+def door_reverse(case: Case) -> Answer:
+    d = descent(case)
+    _, outer = case.functions()
+    memory = case.pick(("graph", "iterates", "sqrt", "64KiB", "1MiB", "checkpoints"))
+    truncate = case.pick((None, None, None, 0, 1, 3))
+    options = {"checkpoints": case.pick((1, 2, 3))} if memory == "checkpoints" else {"memory": memory}
+    result = hg.unroll.reverse(
+        d.torch_step(), case.tree(d.w0), case.hparams(), outer, d.steps, truncate=truncate, **options
+    )
+    first = 0 if truncate is None else max(d.steps - truncate, 0)
+    return unrolled_answer(case, d, numbers(result.grads), f"{memory}, truncate={truncate}", first)
+
+
+def door_forward(case: Case) -> Answer:
+    d = descent(case)
+    _, outer = case.functions()
+    chunk = case.pick((None, 1, 2))
+    result = hg.unroll.forward(d.torch_step(), case.tree(d.w0), case.hparams(), outer, d.steps, chunk=chunk)
+    if case.pick((True, False)):  # go on
+        more = case.pick((0, 1, 3))
+        result = hg.unroll.forward(d.torch_step(), result, case.hparams(), outer, more)
+        d.steps += more
+    return unrolled_answer(case, d, numbers(result.grads), f"chunk={chunk}")
+
+
+def door_history(case: Case) -> Answer:
+    """HyperTorch's reverse, reverse_unroll and exact."""
+    d, case.slack = descent(case), np.inf
+    case.container = case.pick(("list", "empty", "scalars"))
+    if case.outer_container in ("tensor", "strided"):
+        case.outer_container = "list"
+    _, outer = case.functions()
+    name, step, lam = case.pick(("reverse", "reverse_unroll", "exact")), d.torch_step(), case.hparams()
+    if name == "exact":
+        a, w, b = case.tensor(case.inverse()), case.tensor(case.w), case.tensor(case.b)
+        s = case.tensor(case.lam + case.lam**2 / 2)
+
+        def solution(h):
+            x = case.outer_flat(h)
+            return case.like(case.tree(case.w), w + a @ (b @ (x + x**2 / 2 - s)))
+
+        return Answer([(numbers(hg.hypergradients.exact(solution, lam, outer)), case.first())], extra=name)
+    history = [case.tree(d.w0)]
+    for _ in range(d.steps):
+        history.append(step(history[-1], lam))
+    if name == "reverse_unroll":
+        value = hg.hypergradients.reverse_unroll(history[-1], lam, outer)
+    else:
+        value = hg.hypergradients.reverse(history, lam, [step] * d.steps, outer)
+    return unrolled_answer(case, d, numbers(value), name)
+
+
+def door_meta(case: Case) -> Answer:
+    """Tasks that differ in c, t and w₀; w₀ is w₀ᵢ (1 + Σλ) but for Implicit, which starts at the solution."""
+    method = case.pick(("Implicit", "Unrolled", "FirstOrder", "Reptile"))
+    reduction, count = case.pick(("mean", "sum", "none")), case.random.randint(1, 4)
+    chunk = case.pick((None, 1, 2))
+    case.container = case.pick(("tensor", "list", "dict", "ordered", "named"))
+    lr, steps = case.pick((0.1, 0.5)), case.random.randint(0, 4)
+    if not case.symmetric:
+        case.a = (case.a + case.a.T) / 2
+    cases, starts = [], []
+    for i in range(count):
+        other = Case(0)
+        other.__dict__.update(case.__dict__)
+        other.w = case.random.randn(case.n)
+        other.c = case.a @ other.w - case.b @ (case.lam + case.lam**2 / 2)
+        other.d = case.d if i == 0 else case.a.T @ case.random.randn(case.n)
+        cases.append(other)
+        starts.append(other.w if method == "Implicit" else case.random.randn(case.n))
+    total = 1 + case.lam.sum()
+    truths, bound = [], 0.0
+    name, rule = "default", hg.diff_optimizers.SGD(lr=lr)
+    for other, w0 in zip(cases, starts, strict=True):
+        truth, size = task_truth(other, method, Descent(other, lr, steps, w0 if method == "Implicit" else w0 * total), w0)
+        truths.append(truth)
+        bound += size
+    a, b = case.tensor(case.a), case.tensor(case.b)
+
+    def inner(tree, lam, task):
+        w, lam = case.flat(tree), case.outer_flat(lam)
+        return 2 / (2 + lam @ lam) * (w @ (a @ w) / 2 - w @ (b @ (lam + lam**2 / 2) + task["c"]))
+
+    def outer(tree, lam, task):
+        return ((case.flat(tree) - task["w"] - task["d"]) ** 2).sum() / 2 + (case.outer_flat(lam) ** 2).sum() / 2
+
+    def start(lam, task):
+        factor = 1.0 if method == "Implicit" else 1 + case.outer_flat(lam).sum()
+        return case.like(template, task["w0"] * factor)
+
+    template = case.tree(case.w)
+    tasks = {"c": [x.c for x in cases], "d": [x.d for x in cases], "w": [x.w for x in cases], "w0": starts}
+    tasks = {name: case.tensor(np.stack(x)) for name, x in tasks.items()}
+    made = getattr(hg.meta, method)()
+    if method == "Implicit":
+        name, solver = chosen(case, (*EXACT, "default"))
+        made = hg.meta.Implicit() if solver is None else hg.meta.Implicit(solver=solver)
+    lam = case.hparams()
+    call = hg.meta.grad
+    if reduction != "none" and case.pick((True, False)):
+        call = hg.meta.backward
+    result = call(
+        outer, inner, lam, tasks, method=made, steps=steps, rule=rule, start=start, reduction=reduction, chunk=chunk
+    )
+    value = result.grads if isinstance(result.grads, list) else [result.grads]
+    known = all(x is not None for x in truths)
+    if reduction == "none":
+        value = np.concatenate([numbers([x[i] for x in value]) for i in range(count)])
+        truth = np.concatenate(truths) if known else None
+    else:
+        truth = sum(truths) / (count if reduction == "mean" else 1) if known else None
+        value = numbers(value)
+    label = f"{method}, {name}, {reduction}, {count} tasks, chunk={chunk}, T={steps}, lr={lr}"
+    return Answer([(value, truth)], power=int(method == "Implicit"), size=bound, few=name == "default" and method == "Implicit", extra=label)
+
+
+def task_truth(case: Case, method: str, d: Descent, w0: np.ndarray) -> tuple[np.ndarray | None, float]:
+    with np.errstate(all="ignore"):
+        if method == "Implicit":
+            return case.first(), case.size()
+        from_start = np.outer(w0, np.ones(case.m))  # dw₀/dλ
+        w, z, size = d.run()
+        step = np.eye(case.n) - d.lr * case.rho(case.lam) * case.a
+        power = np.linalg.matrix_power(step, d.steps)
+        z, growth = z + power @ from_start, np.linalg.norm(step, 2) ** d.steps
+        size += growth * np.linalg.norm(from_start)
+        if method == "FirstOrder":
+            z = from_start
+        slope = case.slope(w)
+        bound = size * (np.linalg.norm([*w, *case.w, *case.d]) + growth) + np.linalg.norm(case.lam)
+        if method == "Reptile":
+            return from_start.T @ (d.w0 - w) * case.learned, bound
+        if not np.isfinite(slope).all():
+            return None, bound
+        return (case.lam + z.T @ slope) * case.learned, bound
+
+
+FORWARD = {
+    "Picard": lambda rtol: FP.Picard(rtol=rtol),
+    "damped": lambda rtol: FP.Picard(rtol=rtol, mixing=0.5),
+    "Anderson": lambda rtol: FP.Anderson(rtol=rtol),
+    "Broyden": lambda rtol: FP.Broyden(rtol=rtol),
+    "Newton": lambda rtol: FP.Newton(rtol=rtol),
+    "Picard, K": lambda rtol: FP.Picard(max_steps=15),
+    "Anderson, K": lambda rtol: FP.Anderson(max_steps=15),
+}
+
+
+class Cell(torch.nn.Module):
+    """z − (z Aᵀ − u)."""
+
+    def __init__(self, a: torch.Tensor):
+        super().__init__()
+        self.a = torch.nn.Parameter(a)
+
+    def forward(self, z, u):
+        return z - (z @ self.a.T - u)
+
+
+def door_equilibrium(case: Case) -> Answer:
+    rtol = 1e-10 if case.dtype is torch.float64 else 1e-5
+    forward = case.pick(tuple(FORWARD))
+    name, backward = chosen(case, ("GMRES", "BiCGStab", "NormalCG", "LSQR", "Dense", "FixedPoint"))
+    count = case.random.randint(1, 4)
+    z = case.random.randn(count, case.n)
+    z[0] = case.w
+    u, t = z @ case.a.T, z + case.random.randn(count, case.n) @ case.a
+    t[0] = case.w + case.d
+    layer = hg.nn.Equilibrium(Cell(case.tensor(case.a)), forward=FORWARD[forward](rtol), backward=backward)
+    x = case.tensor(u).requires_grad_()
+    out = layer(x)
+    (((out - case.tensor(t)) ** 2).sum() / 2).backward()
+    inverse, slope = case.inverse(), z - t
+    v = slope @ inverse
+    pairs = [(numbers(x.grad), v.reshape(-1)), (numbers(layer.cell.a.grad), -(v.T @ z).reshape(-1))]
+    if case.spectrum in ("singular", "zero", "inconsistent"):  # neither z* nor v is determined
+        pairs = []
+    elif not np.isfinite(slope).all():
+        pairs = [(v, None)]
+    size = np.linalg.norm(inverse) * (np.linalg.norm(slope) + np.linalg.norm(inverse) * np.linalg.norm(u))
+    size *= 1 + np.linalg.norm(z)
+    ok = layer.forward_info.ok and (layer.backward_info.solution is None or layer.backward_info.solution.ok)
+    steps = forward.endswith("K")
+    floor = 0.35 * size if steps else 0.0
+    return Answer(pairs, power=1, size=size, few=steps, floor=floor, ok=ok, extra=f"{forward}, {name}")
+
+
+def door_fixed_points(case: Case) -> Answer:
+    """The residual in float64, and the value where it is determined."""
+    rtol = 1e-10 if case.dtype is torch.float64 else 1e-5
+    if case.container == "frozen":
+        case.container = "list"
+    forward = case.pick(tuple(FORWARD))
+    if case.hostile in ("nan", "inf"):
+        case.c[0] = case.d[~np.isfinite(case.d)][0]
+    forms, _ = case.functions()
+    start = {"zero": np.zeros(case.n), "random": case.random.randn(case.n), "huge": np.full(case.n, 1e15)}
+    start |= {"nan": np.full(case.n, np.nan), "solved": case.w}
+    first = case.pick(tuple(start))
+    solution = FORWARD[forward](rtol)(forms["fp_map"], case.tree(start[first]), case.hparams())
+    w = numbers(case.flat(solution.value))
+    residual = case.rho(case.lam) * (case.a @ w - case.rhs(case.lam))
+    size = np.linalg.norm(w) + np.linalg.norm(residual) + np.linalg.norm(case.rhs(case.lam))
+    known = np.isfinite(case.c).all() and case.spectrum not in ("singular", "zero", "inconsistent", "tiny")
+    pairs = [(residual, np.zeros(case.n)), (w, case.w if known else w)]
+    if forward.endswith("K"):  # K steps say no more than that they were done
+        pairs = [] if np.isfinite(w).all() else [(w, None)]
+    label = f"{forward} from {first}: {solution.message}"
+    return Answer(pairs, ok=solution.ok, size=size, few=forward.endswith("K"), extra=label)
+
+
+OPTIMISERS = {
+    "SGD": {"momentum": (0, 0.9), "nesterov": (False, True), "weight_decay": (0, 0.1), "maximize": (False, True)},
+    "Adam": {"amsgrad": (False, True), "weight_decay": (0, 0.1), "maximize": (False, True)},
+    "AdamW": {"amsgrad": (False, True), "weight_decay": (0, 0.1)},
+    "RMSprop": {"centered": (False, True), "momentum": (0, 0.9), "weight_decay": (0, 0.1)},
+    "Adagrad": {"lr_decay": (0, 0.1), "initial_accumulator_value": (0, 0.1), "weight_decay": (0, 0.1)},
+    "Adadelta": {"rho": (0.9, 0.5), "weight_decay": (0, 0.1)},
+    "Adamax": {"weight_decay": (0, 0.1)},
+    "NAdam": {"weight_decay": (0, 0.1)},
+    "RAdam": {"weight_decay": (0, 0.1)},
+}
+
+
+def door_rules(case: Case) -> Answer:
+    """from_torch after some steps, then more steps in both; and d/dlr by finite differences of torch.optim."""
+    name = case.pick(tuple(OPTIMISERS))
+    options = {key: case.pick(values) for key, values in OPTIMISERS[name].items()}
+    options["nesterov"] = options.get("nesterov", False) and bool(options.get("momentum"))
+    if name != "SGD":
+        del options["nesterov"]
+    before, after, lr = case.random.randint(0, 4), case.random.randint(1, 9), case.pick((1e-3, 0.01, 0.1))
+    w0, t = case.random.randn(case.n), case.w
+    frozen = case.pick((False, False, True))
+    unused = case.pick((False, False, True))
+    scale = {"small": 1e-20, "large": 1e10, "zero rhs": 0.0}.get(case.hostile, 1.0)
+    a = case.a
+
+    def run(lr_after: float, steps: int, dtype=torch.float64):
+        x = torch.tensor(w0, dtype=dtype)
+        leaves = [x[:1].clone().requires_grad_(not frozen), x[1:].clone().requires_grad_(), torch.ones(2, dtype=dtype)]
+        leaves[2].requires_grad_(unused)
+        optimizer = getattr(torch.optim, name)(leaves, lr=lr, **options)
+        for k in range(before + steps):
+            if k == before:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_after
+            optimizer.zero_grad()
+            loss(leaves).backward()
+            optimizer.step()
+        return optimizer, leaves
+
+    def loss(leaves, _=None):
+        w = torch.cat(leaves[:2])
+        m, target = (torch.tensor(x, dtype=w.dtype) for x in (a, t))
+        return scale * ((w - target) @ m @ (w - target)) / 2
+
+    optimizer, _ = run(lr, 0, case.dtype)
+    rule, params, state = hg.diff_optimizers.from_torch(optimizer)
+    rate = torch.tensor(lr, dtype=case.dtype).requires_grad_()
+    from dataclasses import replace
+
+    step = replace(rule, lr=lambda h: h).on(loss)
+    outer = lambda carry, h: (torch.cat(carry[0][:2]) ** 2).sum() / 2  # noqa: E731
+    result = hg.unroll.reverse(step, (params, state), rate, outer, after, allow_detached=True)
+    reached = torch.cat([x.detach() for x in run(lr, after, case.dtype)[1]])
+    values = [sum(float((x.detach() ** 2).sum()) / 2 for x in run(lr + h, after)[1][:2]) for h in (1e-6 * lr, -1e-6 * lr)]
+    slope = (values[0] - values[1]) / (2e-6 * lr)
+    got = torch.cat([x.detach() for x in result.params[0]])
+    label = f"{name} {options}, {before} + {after} steps, lr={lr}, frozen={frozen}, unused={unused}"
+    size = float(reached.abs().max()) + 1
+    fine = case.dtype is torch.float64 and np.isfinite(values).all()
+    off = max(abs(slope), 1e-8 * abs(values[0]) / lr, 1e-12)
+    pairs = [(numbers(got) / size, numbers(reached) / size), (numbers(result.grads) / off, np.array([slope / off]))]
+    return Answer(pairs if fine else pairs[:1], size=1.0, power=0, floor=1e-2, extra=label)
+
+
+def door_check(case: Case) -> Answer:
+    """diagnostics.check of a result at params that are off, or whose system was not solved."""
+    case.container = case.pick(("tensor", "list", "dict", "scalars", "frozen"))
+    outer, options, name = implicit_options(case)
+    options["x0"] = None
+    away = case.pick((0.0, 1e-6, 1e-3, 0.1, 1.0))
+    w = case.w + away * case.random.randn(case.n) * case.free
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = hg.implicit.grad(outer, params=case.tree(w), hparams=case.hparams(), **options)
+        report = hg.diagnostics.check(result)
+    label = f"{name}, off by {away}: {report.verdict}"
+    return Answer([(numbers(result.grads), case.first())], ok=report.ok, few=True, size=0.0, extra=label)
+
+
+def door_polish(case: Case) -> Answer:
+    """polish and refine of a result at params that are a little off."""
+    case.container = case.pick(("tensor", "list", "dict", "scalars", "frozen"))
+    outer, options, name = implicit_options(case)
+    options["x0"] = None
+    away = case.pick((0.0, 1e-6, 1e-3))
+    w = case.w + away * case.random.randn(case.n) * case.free
+    result = hg.implicit.grad(outer, params=case.tree(w), hparams=case.hparams(), **options)
+    result = case.pick((hg.implicit.polish, hg.implicit.refine))(result)
+    solver = name.split(", x0")[0].split(", ", 1)[1]
+    truth = case.first() if solver != "Nystrom" else None
+    value = numbers(result.grads) if solver != "Nystrom" else np.zeros(case.m)
+    return Answer([(value, truth)], ok=result.solution.ok and solver != "Nystrom", few=True, extra=f"{name}, off by {away}")
+
+
+DOORS: dict[str, Callable[[Case], Answer]] = {
+    name.removeprefix("door_"): door for name, door in list(globals().items()) if name.startswith("door_")
+}
 
 
 def silent_failure(seed: int) -> str | None:
     """What is wrong without a word of it; None for what is right, an error or a warning."""
+    name = list(DOORS)[seed % len(DOORS)]
     case = Case(seed)
-    if case.name in SYMMETRIC and not case.symmetric and case.form != "inner_loss":
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            answer = DOORS[name](case)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            count(name, f"{type(error).__name__}")
+            return None
+    if any(issubclass(w.category, hg.HypergradientWarning) for w in seen):
+        count(name, "warned")
         return None
-    try:
-        result, seen = case.call()
-    except (ValueError, TypeError):
+    if not answer.ok:
+        count(name, "not ok")
         return None
-    if seen:
-        return None
-    truth = case.truth()
-    grads = result.grads.double().numpy()
-    if truth is None:
-        return None if not result.solution.ok else f"{case}: {result.solution.status.name} where nothing is determined"
-    # What rounding does to v: the condition number of A, and one unit in the last place of the gradient.
-    values = np.linalg.svd(case.a, compute_uv=False)
-    condition = values[0] / values[values > 1e-10 * values[0]].min() if values[0] else 1.0
-    eps = 1e-10 if case.dtype is torch.float64 else 1e-4
-    size = np.linalg.norm(truth) + np.linalg.norm(case.b) * np.linalg.norm(truth - case.lam)
-    allowed = min(1.0, 30 * eps * condition) * size
-    few = case.name.endswith("K") or case.name in ("OneStep", "Nystrom", "default")
-    allowed = max(allowed, (0.35 if case.name != "default" else 1e-3 * condition) * size) if few else allowed
-    off = np.linalg.norm(grads - truth)
-    return None if off <= allowed else f"{case}: off by {off / size:.1e}, {result.solution.message}"
+    eps = 1e-10 if case.dtype is torch.float64 and "mixed" not in case.container else 1e-4
+    size = case.size() if answer.size is None else answer.size
+    allowed = max(answer.floor, min(1.0, 30 * eps * case.condition**answer.power) * size)
+    count(name, "right")
+    for value, truth in answer.pairs:
+        if name == "functions" and not np.isfinite(value).all():
+            continue  # the outer loss, and what overflows in its derivatives, is the caller's own there
+        if truth is None:
+            return f"{seed}: {name}, {case}: {answer.extra}: a success where nothing is determined"
+        with np.errstate(all="ignore"):
+            unit = max(1.0, np.abs(truth).max(initial=0.0))  # squares may overflow
+            off, length = np.linalg.norm((value - truth) / unit) * unit, np.linalg.norm(truth / unit) * unit
+            near = 0.35 if answer.few else min(0.1, 30 * eps * case.condition**answer.power)
+            most = max(allowed, near * length)
+            if not off <= most:
+                return f"{seed}: {name}, {case}: {answer.extra}: off by {off:.1e} of {length:.1e}, allowed {most:.1e}"
+    return None
+
+
+COUNTS: dict = {}
+
+
+def count(name, what):
+    COUNTS[name, what] = COUNTS.get((name, what), 0) + 1
 
 
 @pytest.mark.parametrize("first", range(0, CALLS, BATCH))

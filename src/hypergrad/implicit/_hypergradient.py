@@ -86,25 +86,23 @@ class Hypergradient:
         longer = 1 + torch.tensor(thetas, dtype=torch.float64, device="cpu")
         warn_if_unsolved(self.inner_distance.reshape(-1).cpu() * longer, self.inner_residual)
 
-    def adjoint_error(self) -> tuple[float, float]:
+    def adjoint_error(self, stacked: bool = False) -> tuple[float, float]:
         """Estimated ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from the residual that the solver left, and its rate (see `remaining`).
 
-        The error of v is taken to be θv, so that of grads is θ times their implicit part −∂₂Fᵀv.
+        The error of v is taken to be θv, so that of grads is θ times their implicit part −∂₂Fᵀv. Of stacked grads
+        (`jacobian`) it is that of the worst.
         """
         pairs = remaining(self.solution)
-        theta = math.hypot(*(theta for theta, _ in pairs)) / len(pairs) ** 0.5
+        thetas = [theta for theta, _ in pairs] if stacked else [math.hypot(*(t for t, _ in pairs)) / len(pairs) ** 0.5]
         rate = max(rate for _, rate in pairs)
-        if theta in (0.0, math.inf):
-            return theta, rate
-        grads: list[Tensor] = optree.tree_leaves(self.grads)
+        if max(thetas) in (0.0, math.inf):
+            return max(thetas), rate
+        grads: list[Tensor] = [g if stacked else g[None] for g in optree.tree_leaves(self.grads)]
         direct = self.direct or [None] * len(grads)
-        cross = [g if d is None else g - d for g, d in zip(grads, direct, strict=True)]
-        top = max(float(full(x.abs().sum())) for x in [*grads, *cross]) or 1.0  # squares of small numbers vanish
-        change = theta * _length([c / top for c in cross])
-        size = _length([(g + theta * c) / top for g, c in zip(grads, cross, strict=True)])
-        return (change / size if size else math.inf if change else 0.0), rate
+        cross = [g if d is None else g - (d if stacked else d[None]) for g, d in zip(grads, direct, strict=True)]
+        return max(_off(theta, [g[i] for g in grads], [c[i] for c in cross]) for i, theta in enumerate(thetas)), rate
 
-    def warn_if_inaccurate(self) -> None:
+    def warn_if_inaccurate(self, stacked: bool = False) -> None:
         """InaccurateHypergradient where a solver did its steps, and these were too few.
 
         One that stagnated is reported where half the digits of the dtype are not reached: less than that is no failure.
@@ -115,7 +113,7 @@ class Hypergradient:
             solution.report("the adjoint system of the hypergradient", "warn")
         if solution.status not in (Status.COMPLETED, Status.MAX_STEPS):
             return
-        error, rate = self.adjoint_error()
+        error, rate = self.adjoint_error(stacked)
         if not error > INACCURATE:
             return
         steps = int(solution.steps.max()) if isinstance(solution.steps, Tensor) else solution.steps
@@ -132,6 +130,14 @@ class Hypergradient:
         else:
             text += ", which does not fall; take another solver"
         warn(text, InaccurateHypergradient)
+
+
+def _off(theta: float, grads: list[Tensor], cross: list[Tensor]) -> float:
+    """θ‖c‖ / ‖g + θc‖."""
+    top = max(float(full(x.abs().sum())) for x in [*grads, *cross]) or 1.0  # squares of small numbers vanish
+    change = theta * _length([c / top for c in cross])
+    size = _length([(g + theta * c) / top for g, c in zip(grads, cross, strict=True)])
+    return change / size if size else math.inf if change else 0.0
 
 
 def _length(tensors: list[Tensor]) -> float:

@@ -94,6 +94,8 @@ def jacobian(
     if on_failure != "ignore":
         result.check_finite(on_failure)
         result.warn_if_unsolved()
+        if solution.ok:
+            result.warn_if_inaccurate(stacked=True)
     return result
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _torch
 from .._autodiff import as_scalar
 from .._modules import name_of
-from .._tree import Paths, PyTree, flatten, matching, split
+from .._tree import PyTree, filled, flatten, matching, split
 from ..operators import LinearOperator, has_curvature
 from ..solvers import Auto, Recycled, Solver
 from ._function import Equation, Function, Info, Leaves, LinearSolve, Root, WarmStart, pull
@@ -26,12 +26,27 @@ Settings: TypeAlias = "tuple[Solver | None, bool, bool, int, Info | None, WarmSt
 VALUES = {"residual": "the residual", "fixed_point": "the value of the fixed point map"}
 
 
-@dataclass
 class Structure:
-    """The container of a solution: paths of its leaves, and the inverse of flattening."""
+    """The container of a solution: paths of its leaves, which of them are unknowns, and the others as constants.
 
-    paths: Paths
-    rebuild: Callable[..., PyTree]
+    As in `implicit.grad`: where some leaves require grad, the others are frozen. What was computed does not tell.
+    """
+
+    def __init__(self, solution: PyTree, name: str):
+        self.leaves, self.paths, self._rebuild = flatten(solution, name)
+        trained = any(x.is_leaf and x.requires_grad and not _torch.is_wrapped(x) for x in self.leaves)
+        self.places = [i for i, x in enumerate(self.leaves) if x.requires_grad or not trained]
+        self.leaves = [x.detach() for x in self.leaves]
+
+    @property
+    def unknowns(self) -> list[Tensor]:
+        return [self.leaves[i] for i in self.places]
+
+    def filled(self, w: Sequence[Tensor]) -> list[Tensor]:
+        return filled(self.leaves, self.places, w)
+
+    def rebuild(self, w: Sequence[Tensor]) -> PyTree:
+        return self._rebuild(self.filled(w))
 
 
 def _on_leaves(form: str, user: Callable[..., Any], structure: Callable[[], Structure], arguments: Any) -> Function:
@@ -39,7 +54,8 @@ def _on_leaves(form: str, user: Callable[..., Any], structure: Callable[[], Stru
 
     def value(w: Leaves, h: Leaves) -> Leaves:
         given = structure()
-        return tuple(matching(user(given.rebuild(w), *arguments(h)), given.paths, w, VALUES[form]))
+        values = matching(user(given.rebuild(w), *arguments(h)), given.paths, given.filled(w), VALUES[form])
+        return tuple(values[i] for i in given.places)
 
     def gradient(w: Leaves, h: Leaves) -> Leaves:
         def loss(leaves: Leaves) -> Leaves:
@@ -54,14 +70,13 @@ def _on_leaves(form: str, user: Callable[..., Any], structure: Callable[[], Stru
 
 
 def _attach(form: str, user: Callable[..., Any], solution: PyTree, hparams: PyTree, settings: Settings) -> PyTree:
-    leaves, paths, rebuild = flatten(solution, "solution")
+    structure = Structure(solution, "solution")
     given, rebuild_hparams = split(hparams)
-    structure = Structure(paths, rebuild)
     function = _on_leaves(form, user, lambda: structure, lambda h: (rebuild_hparams(h),))
-    problem = _problem(form, user, function, len(leaves), settings)
-    w = [leaf.detach() for leaf in leaves]
+    w = structure.unknowns
+    problem = _problem(form, user, function, len(w), settings)
     problem.check_declared(w, given)
-    return rebuild(Root.apply(problem, None, *w, *given))
+    return structure.rebuild(Root.apply(problem, None, *w, *given))
 
 
 def _problem(form: str, user: Any, function: Function, count: int, settings: Settings) -> Equation:
@@ -104,7 +119,8 @@ def root(
 
     Args:
         residual: F(params, hparams), of params' structure. It may use no tensor that requires grad but these two.
-        solution: w, any pytree of floating point tensors. Its own derivatives are ignored.
+        solution: w, any pytree of floating point tensors. Its own derivatives are ignored. Where some leaves are
+            parameters that require grad, those that do not are frozen: constants, not unknowns.
         hparams: λ, any pytree; its floating point tensors are differentiated.
         solver: linear solver of Aᵀv = w̄, and of Aẇ = b in forward mode; default `solvers.Auto()`.
             `solvers.OneStep()` and `solvers.Neumann(max_steps=...)` are cheap approximations.
@@ -322,10 +338,13 @@ def _computed(
         if has_aux and found:
             raise NotImplementedError("has_aux under vmap: each entry has its own aux; map without has_aux")
         result, aux = result if has_aux else (result, None)
-        what = f"the result of {compute.__name__}"
-        new, paths, unflatten = flatten(result, what)
-        found[:] = [(Structure(paths, unflatten), aux)]
-        return tuple(leaf.detach().clone() for leaf in new)
+        new = Structure(result, f"the result of {compute.__name__}")
+        if found and len(new.places) < len(new.leaves):
+            raise NotImplementedError(
+                "under vmap each entry has frozen leaves (requires_grad=False) of its own: pass them in hparams"
+            )
+        found[:] = [(new, aux)]
+        return tuple(leaf.clone() for leaf in new.unknowns)
 
     def arguments(tensors: Leaves) -> tuple[PyTree, ...]:
         return tuple(rebuild(tensors)[0][i] for i in chosen)

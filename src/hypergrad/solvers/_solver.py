@@ -334,8 +334,8 @@ def _system(
         goal = larger((rtol or 0.0) * norm, (atol or 0.0) / scale)
         # A little below the goal, so that rounding between the recursion's and the true residual does not matter.
         stop = larger(stop, 0.9 * goal)
-        if x0 is not None:
-            x0 = x0 * where(norm != 0, 1.0, 0.0)  # b = 0 has a solution that no iteration from elsewhere reaches
+    if x0 is not None:
+        x0 = x0 * where(norm != 0, 1.0, 0.0)  # b = 0 has a solution that no iteration from elsewhere reaches
     if max_steps is None:
         max_steps = min(10 * b.space.length, 1000)
     every = every or (1 if b.space.device.type in FREE_TO_READ else 5)

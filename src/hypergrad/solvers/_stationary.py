@@ -116,9 +116,9 @@ class Neumann(IterativeSolver):
         rate, values = self._rate(structure), structure.eigenvalues
         if rate is None or rate < 1:
             return None
-        best = f"; step_size={2 / abs(values[0] + values[-1]):.4g} converges"
         definite = structure.definiteness == "positive definite"
-        return f"ρ(I − ηA) = {rate:.6g} ≥ 1: it does not converge{best if definite else ''}"
+        best = f"; step_size={2 / abs(values[0] + values[-1]):.4g} converges" if definite else ""
+        return f"ρ(I − ηA) = {rate:.6g} ≥ 1: it does not converge{best}"
 
     def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
         """One more than ρ(I − ηA)^k of the error asks for; as FixedPoint where A is not symmetric and η = 1."""
