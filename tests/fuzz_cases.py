@@ -12,7 +12,19 @@ import optree
 import torch
 
 Pair = namedtuple("Pair", ["z", "a"])
-SPECTRA = ("easy", "easy", "ill", "singular", "inconsistent", "indefinite", "identity", "zero", "unsymmetric", "tiny", "huge")
+SPECTRA = (
+    "easy",
+    "easy",
+    "ill",
+    "singular",
+    "inconsistent",
+    "indefinite",
+    "identity",
+    "zero",
+    "unsymmetric",
+    "tiny",
+    "huge",
+)
 HOSTILE = ("none", "none", "none", "nan", "inf", "small", "large", "zero rhs")
 CONTAINERS = ("tensor", "list", "dict", "ordered", "named", "strided", "scalars", "empty", "mixed", "frozen")
 

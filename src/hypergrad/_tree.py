@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -104,6 +104,18 @@ def split(tree: PyTree) -> tuple[list[Tensor], Unflatten]:
     for i in places:  # the function must not keep their memory, nor their graph
         leaves[i] = None
     return tensors, lambda new: optree.tree_unflatten(spec, filled(leaves, places, new))
+
+
+def refuse_objects(tree: PyTree, name: str) -> None:
+    """Raise TypeError for an object with tensors that optree takes for a leaf: their derivatives would be lost."""
+    for leaf in optree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) or callable(leaf):  # a frozen module may be carried along
+            continue
+        slots = [key for kind in type(leaf).__mro__ for key in getattr(kind, "__slots__", ())]
+        held: list[Any] = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, key, None) for key in slots)]
+        held += list(leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, Set) else ())
+        if any(isinstance(x, Tensor) for x in optree.tree_leaves(held)):
+            raise TypeError(f"{name} holds tensors in {type(leaf).__name__}, which is no pytree: pass a dict of them")
 
 
 def _alone(tensors: Iterable[Tensor]) -> Tensor:

@@ -37,7 +37,7 @@ def _backpropagated(
     evaluate: Callable[[list[Any]], Tensor], hparams: Tensors, set_grad: bool, retain_graph: bool
 ) -> tuple[Any, ...]:
     """∇ of an outer loss whose graph reaches hparams, in memory of its own."""
-    leaves, names, rebuild = flatten(_list(hparams, "hparams"), "hparams")
+    leaves, names, rebuild = flatten(_list(hparams, "hparams"), "hparams", complex=True)
     places, needed = _graph.check_hparams(leaves, names)
     with random_state_kept_on_error(leaves):
         with torch.enable_grad():
@@ -141,7 +141,7 @@ def reverse(
         raise ValueError("params_history holds no iterate; it needs w_T at least")
     if len(update_map_history) < steps:
         raise ValueError(f"{steps + 1} iterates need {steps} maps, got {len(update_map_history)}")
-    leaves = flatten(hparams, "hparams")[0]
+    leaves = flatten(hparams, "hparams", complex=True)[0]
     with random_state_kept_on_error(leaves), _torch.hooks_suspended(leaves) as hooked:
         problem = _at(params_history[-1], hparams, outer_loss, _identity)
         _, alpha, total = implicit.outer_gradients(problem, keep=False)

@@ -1,5 +1,7 @@
 """implicit.jacobian: several outer losses at once."""
 
+from functools import partial
+
 import numpy as np
 import optree
 import pytest
@@ -215,3 +217,19 @@ def test_jacobian_reports_what_is_wrong():
         hg.implicit.jacobian(lambda w, lam: w, inner_loss=bowl, params=torch.tensor([5.0, 9.0]).double(), hparams=lam)
     with pytest.raises(ValueError, match="x0 must be like"):
         hg.implicit.jacobian(lambda w, lam: w, inner_loss=bowl, **given, x0=torch.zeros(2))
+
+
+def test_too_few_steps_for_one_of_the_losses_are_said():
+    """Two steps of FixedPoint solve the system of the first loss, and leave half of that of the second."""
+    lam = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    a = torch.tensor([1.0, 0.1], dtype=torch.float64)
+    jacobian = partial(
+        hg.implicit.jacobian,
+        fp_map=lambda w, lam: w - a * w + a * lam,
+        params=lam.detach().clone(),
+        hparams=lam,
+        solver=S.FixedPoint(max_steps=2),
+    )
+    jacobian(lambda w, lam: w[:1])
+    with pytest.warns(hg.HypergradientWarning, match="off by an estimated .* FixedPoint left a relative residual"):
+        jacobian(lambda w, lam: w)

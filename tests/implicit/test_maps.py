@@ -1396,3 +1396,60 @@ def test_a_point_that_is_no_solution_is_said(door, create_graph):
         torch.autograd.grad(value, a, create_graph=create_graph)
     (grad,) = torch.autograd.grad(doors[door](double(3.0)), a, create_graph=create_graph)
     assert abs(float(grad.detach()) - 1) < 1e-12
+
+
+def maps_of(loss, slope, step=0.1):
+    """λ ↦ w(λ) by every door, at a given solution: argmin, root, fixed_point, solver."""
+    phi = lambda w, h: optree.tree_map(lambda x, g: x - step * g, w, slope(w, h))  # noqa: E731
+    return {
+        "argmin": lambda w, h: implicit.argmin(loss, w, h),
+        "root": lambda w, h: implicit.root(slope, w, h),
+        "fixed_point": lambda w, h: implicit.fixed_point(phi, w, h),
+        "solver": lambda w, h: implicit.solver(argmin=loss)(lambda h: w)(h),
+    }
+
+
+@pytest.mark.parametrize("door", ["argmin", "root", "fixed_point", "solver"])
+def test_frozen_leaves_of_a_solution_are_constants(door):
+    """g = (w − c − a)² + (c − 2a)² with c frozen off its solution: w = c + a, dw/da = 1 (3 if c moved)."""
+    a = double(1.0).requires_grad_()
+    loss = lambda w, a: (w["w"] - w["c"] - a) ** 2 + (w["c"] - 2 * a) ** 2  # noqa: E731
+    solution = {"c": double(5.0), "w": double(6.0).requires_grad_()}
+    found = maps_of(loss, lambda w, a: torch.func.grad(loss)(w, a))[door](solution, a)
+    assert not found["c"].requires_grad and torch.equal(found["c"], solution["c"])
+    (slope,) = torch.autograd.grad(found["w"], a)
+    assert abs(float(slope) - 1) < 1e-12
+
+
+@pytest.mark.parametrize("door", ["argmin", "root", "fixed_point", "solver"])
+def test_complex_hparams(door):
+    """w = Re(B h) / 2, E = |w|² + |h|²: to second order, in reverse and in forward mode, and mapped."""
+    b = torch.tensor([[1 + 2j, 3j], [0.5, 1 - 1j]], dtype=torch.complex128)
+    loss = lambda w, h: (w**2).sum() - w @ (b @ h).real  # noqa: E731
+    solution = lambda h: (b @ h).real / 2  # noqa: E731
+    call = maps_of(loss, lambda w, h: 2 * w - (b @ h).real)[door]
+    outer = lambda w, h: (w**2).sum() + (h.abs() ** 2).sum()  # noqa: E731
+    if door == "solver":
+        call = lambda w, h: implicit.solver(argmin=loss)(solution)(h)  # noqa: E731
+    found = lambda h: outer(call(solution(h).detach(), h), h)  # noqa: E731
+    truth = lambda h: outer(solution(h), h)  # noqa: E731
+    h = torch.tensor([0.5 + 0.2j, -1 + 0.4j], dtype=torch.complex128)
+    tangent = torch.tensor([0.3 - 0.1j, 0.2 + 1j], dtype=torch.complex128)
+    for f in (grad, lambda f: lambda h: jvp(f, (h,), (tangent,))[1], lambda f: lambda h: vmap(grad(f))(h[None])):
+        torch.testing.assert_close(f(found)(h), f(truth)(h), rtol=1e-12, atol=1e-14)
+    pairs = torch.view_as_real(h).clone()
+    for f in (hessian, lambda f: jacrev(jacrev(f)), lambda f: partial(torch.autograd.functional.hessian, f)):
+        value, due = (f(lambda x, g=g: g(torch.view_as_complex(x)))(pairs) for g in (found, truth))
+        torch.testing.assert_close(value, due, rtol=1e-12, atol=1e-14)
+    tracked = h.clone().requires_grad_()
+    found(tracked).backward()
+    torch.testing.assert_close(tracked.grad, grad(truth)(h), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("door", ["argmin", "root", "fixed_point", "solver"])
+def test_a_map_that_hparams_do_not_reach_is_said(door):
+    a = double(3.0).requires_grad_()
+    slope = lambda w, a: w - a.detach()  # noqa: E731
+    w = maps_of(lambda w, a: (w - float(a.detach())) ** 2 / 2, slope)[door](double(3.0), a)
+    with pytest.warns(hg.HypergradientWarning, match="the inner problem does not depend on hparams"):
+        torch.autograd.grad(w, a)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -305,3 +306,23 @@ def test_an_l1_term_whose_zeros_are_no_kink_is_not_said(ridge):
         hparams=lam,
     )
     torch.testing.assert_close(result.grads, torch.full((3,), -2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("call", ["grad", "jacobian", "CG"])
+def test_an_inner_problem_that_hparams_do_not_reach_is_said(call):
+    """Only ∇₂E is left: hparams are copied, or read as numbers, in the inner loss alone."""
+    h = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    w = h.detach().clone()
+    inner = lambda w, h: ((w - copy.deepcopy(h)) ** 2).sum() / 2  # noqa: E731
+    outer = lambda w, h: (w * h).sum()  # noqa: E731
+    calls = {
+        "grad": lambda: hg.implicit.grad(outer, params=w, hparams=h, inner_loss=inner).grads,
+        "jacobian": lambda: hg.implicit.jacobian(
+            lambda w, h: outer(w, h)[None], params=w, hparams=h, inner_loss=inner
+        ).grads[0],
+        "CG": lambda: hg.hypergradients.CG(
+            [w], [h], 5, lambda w, h: [h[0].detach() + 0 * w[0]], lambda w, h: outer(w[0], h[0])
+        )[0],
+    }
+    with pytest.warns(hg.HypergradientWarning, match="the inner problem does not depend on hparams"):
+        assert torch.equal(calls[call](), w)

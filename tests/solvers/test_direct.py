@@ -98,3 +98,14 @@ def test_singular_to_rounding():
         least = norm(b - a @ np.linalg.lstsq(a, b, rcond=1e-12)[0])
         assert solution.status is Status.BREAKDOWN
         assert norm(b - a @ solution.value.numpy()) <= least * (1 + 1e-9)
+
+
+def test_singular_to_the_rounding_of_a_narrower_leaf():
+    """A leaf in float32 beside one in float64: what its rounding makes of a singular matrix is singular still."""
+    half = np.random.default_rng(0).standard_normal((3, 2))
+    a = torch.tensor(half @ half.T)
+    split = lambda x: [x[:1].float(), x[1:]]  # noqa: E731
+    op = hg.operators.function(lambda v: split(a @ torch.cat([v[0].double(), v[1]])))
+    truth = a @ torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)  # orthogonal to what A takes to 0
+    value = S.Dense()(op, split(a @ truth)).value
+    np.testing.assert_allclose(torch.cat([value[0].double(), value[1]]), truth, rtol=1e-5)

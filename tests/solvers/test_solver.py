@@ -833,3 +833,11 @@ def test_complex_numbers_are_refused_with_what_to_do():
     for b, x0 in ((torch.ones(3, dtype=torch.complex128), None), (torch.ones(3), torch.ones(3, dtype=torch.complex64))):
         with pytest.raises(TypeError, match=r"must be a floating point tensor, got .*complex.*torch\.view_as_real"):
             S.GMRES()(op, b, x0)
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+def test_a_system_without_a_right_hand_side_has_the_solution_zero_wherever_it_starts(row):
+    given = GRID["spd 10"]
+    solver = ROWS[row].solver(max_steps=3, on_failure="raise")
+    solution = solver(given.operator(), torch.zeros_like(given.rhs()), given.start())
+    assert solution.ok and not solution.value.any() and not solution.relative_residual

@@ -41,3 +41,9 @@ def test_a_diverging_system_in_a_batch_is_named(row):
         solution = ROWS[row].solver(**options, on_failure="ignore")(system.operator(), system.rhs())
         done = Status.CONVERGED if "rtol" in options else Status.COMPLETED
         assert solution.statuses == [done, Status.DIVERGED, done]
+
+
+def test_neumann_is_not_valid_for_a_matrix_of_zeros():
+    op = hg.operators.function(lambda v: 0 * v, symmetric=True)
+    structure = hg.diagnostics.operator_structure(op, torch.ones(3, dtype=torch.float64))
+    assert "does not converge" in S.Neumann().valid_for(structure)

@@ -1,8 +1,9 @@
 """Unrolling on real programs: hooks, live models, containers, complex and sparse tensors, empty ones, modes, blame."""
 
 import threading
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -486,3 +487,14 @@ def test_another_thread_that_draws_is_named(run):
         return
     with pytest.raises(RuntimeError, match="does another thread draw from the same generator"):
         run(disturbed, start, hparams, total)
+
+
+@pytest.mark.parametrize("kind", [lambda m: SimpleNamespace(m=m), lambda m: UserDict(m=m)])
+@pytest.mark.parametrize("at_start", [True, False])
+def test_tensors_in_what_is_no_pytree_are_refused(run, kind, at_start):
+    """A momentum in such an object would be carried along as a constant, and its derivatives lost."""
+    start, hparams = simple()
+    step = lambda carry, h: (carry[0] * h["a"], kind(carry[0]))  # noqa: E731
+    first = (start, kind(torch.zeros(3, **DOUBLE)) if at_start else 0)
+    with pytest.raises(TypeError, match=r"holds tensors in .*, which is no pytree: pass a dict"):
+        run(step, first, hparams, lambda carry, h: total(carry[0], h))

@@ -27,11 +27,12 @@ from torch import Tensor
 from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation
 from .._below import Leaves, lead_axes
-from .._solution import Solution
+from .._solution import Solution, warn
 from .._tree import difference, filled
 from .._vector import Space, Vector
 from ..solvers import LinearSolver, Recycled, Solver, solve
 from ._hypergradient import inner_distance, warn_if_unsolved
+from ._problem import INNER_UNREACHED
 
 Function: TypeAlias = "Callable[[Leaves, Leaves], Leaves]"  # F(w, λ) on leaves
 
@@ -214,7 +215,7 @@ class Equation:
 
 def floating(leaves: Sequence[Tensor]) -> list[int]:
     """Which leaves can carry a derivative."""
-    return [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
+    return [i for i, leaf in enumerate(leaves) if leaf.is_floating_point() or leaf.is_complex()]
 
 
 def pull(function: Callable[[Leaves], Leaves], leaves: Leaves, cotangent: Leaves, wanted: Sequence[int]) -> Leaves:
@@ -228,8 +229,10 @@ def pull(function: Callable[[Leaves], Leaves], leaves: Leaves, cotangent: Leaves
     if _torch.transforms_active():
 
         def paired(at: Leaves) -> Tensor:
-            parts = [(y * c).sum() for y, c in zip(function(tuple(filled(leaves, wanted, at))), cotangent, strict=True)]
-            return functools.reduce(torch.add, parts)
+            pairs = zip(function(tuple(filled(leaves, wanted, at))), cotangent, strict=True)
+            return functools.reduce(
+                torch.add, [((y * c.conj()).real if y.is_complex() else y * c).sum() for y, c in pairs]
+            )
 
         return torch.func.grad(paired)(at)
     create_graph = torch.is_grad_enabled()
@@ -388,6 +391,8 @@ def adjoint(problem: Equation, leaves: Leaves, w_bar: Leaves, wanted: Sequence[i
 
     def last(v: Vector) -> Vector:
         image, found = linearisation.vjp_both(v.leaves, retain_graph=False)
+        if all(x is None for x in found):
+            warn(INNER_UNREACHED)
         pairs = zip(found, wanted, strict=True)
         cross[:] = [torch.zeros_like(leaves[i]) if x is None else x for x, i in pairs]
         return v - space.pack(image) if problem.fixed_point else space.pack(image)

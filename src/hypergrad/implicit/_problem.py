@@ -23,6 +23,10 @@ NO_HPARAMS = (
     "neither outer_loss nor the inner problem depends on any of hparams, so the hypergradient would be zero: are they "
     "read as numbers (.item(), float()), detached, or other tensors than those that the losses use?"
 )
+INNER_UNREACHED = (
+    "the inner problem does not depend on hparams, so its solution counts as constant: are they read in it as numbers "
+    "(.item(), float()), detached, or copied?"
+)
 UNREACHED = (
     "inner_loss does not depend on params; was it computed under no_grad, or from other tensors (a live model's)?"
 )
@@ -232,10 +236,12 @@ class Problem:
     def grads(self) -> list[Tensor]:
         """∇₂E − ∂₂Fᵀv for the differentiated hparams, after the last product.
 
-        Raises: ValueError where neither loss depends on any of them.
+        Raises: ValueError where neither loss depends on any of them. Warns where the inner problem does not.
         """
         if all(g is None for g in (*self.direct, *self.cross)):
             raise ValueError(NO_HPARAMS)
+        if all(g is None for g in self.cross) and self.space.length:
+            warn(INNER_UNREACHED)
         total = _autodiff.add_or_none(self.direct, self.cross)
         return [torch.zeros_like(x) if g is None else g for g, x in zip(total, self.differentiated, strict=True)]
 

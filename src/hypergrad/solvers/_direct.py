@@ -42,10 +42,10 @@ class Dense(LinearSolver):
     def _iterate(self, system: System) -> Outcome:
         x, r = system.start()
         a, rhs, limit = materialise(system.op, r, self.batch_size), r.flat(), system.stop
-        y, code = factorised(a, rhs, system.op.positive_definite)
+        y, code = factorised(a, rhs, system.op.positive_definite, r.space.eps)
         norm = residual(a, y, rhs)
         if bool((~(norm <= limit) & torch.isfinite(a).all((-2, -1))).any()):
-            z = apply(torch.linalg.pinv(torch.nan_to_num(a), rtol=rounding(a)), rhs)
+            z = apply(torch.linalg.pinv(torch.nan_to_num(a), rtol=rounding(a, r.space.eps)), rhs)
             least = residual(a, z, rhs)
             better = ~(norm <= limit) & ~(norm <= least)
             y, norm = torch.where(better.unsqueeze(-1), z, y), torch.where(better, least, norm)
@@ -90,15 +90,15 @@ def residual(a: Tensor, x: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vector_norm(b - apply(a, x), dim=-1)
 
 
-def rounding(a: Tensor) -> float:
-    return 10 * a.shape[-1] * torch.finfo(a.dtype).eps
+def rounding(a: Tensor, eps: float) -> float:
+    return 10 * a.shape[-1] * eps
 
 
-def factorised(a: Tensor, b: Tensor, positive_definite: bool) -> tuple[Tensor, Tensor | None]:
-    """A⁻¹b, refined once, and what was wrong with A; NaN where A is singular. Never by torch.linalg.solve."""
+def factorised(a: Tensor, b: Tensor, positive_definite: bool, eps: float) -> tuple[Tensor, Tensor | None]:
+    """A⁻¹b, refined once, and what was wrong with A; NaN where A is singular, to eps. Never by torch.linalg.solve."""
     code: Any = None
     if positive_definite:
-        skew = (a - a.mT).abs().amax((-2, -1)) > torch.finfo(a.dtype).eps ** 0.5 * a.abs().amax((-2, -1))
+        skew = (a - a.mT).abs().amax((-2, -1)) > eps**0.5 * a.abs().amax((-2, -1))
         factor, info = torch.linalg.cholesky_ex(a)
         code = event(event(None, skew, Status.NOT_SYMMETRIC), info > 0, Status.NOT_POSITIVE_DEFINITE)
         if not bool(code.any()):
@@ -108,5 +108,5 @@ def factorised(a: Tensor, b: Tensor, positive_definite: bool) -> tuple[Tensor, T
     y = torch.linalg.lu_solve(lu, pivots, b.unsqueeze(-1))
     y = (y + torch.linalg.lu_solve(lu, pivots, b.unsqueeze(-1) - a @ y)).squeeze(-1)
     diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
-    singular = diagonal.amin(-1) <= rounding(a) * diagonal.amax(-1)
+    singular = diagonal.amin(-1) <= rounding(a, eps) * diagonal.amax(-1)
     return torch.where(singular.unsqueeze(-1), torch.nan, y), code

@@ -16,7 +16,7 @@ from .._autodiff import as_scalar
 from .._graph import check_hparams
 from .._solution import warn, warn_if_not_finite
 from .._torch import hooks_suspended, version_of
-from .._tree import Paths, PyTree, describe, filled, flatten, split
+from .._tree import Paths, PyTree, describe, filled, flatten, refuse_objects, split
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
 Batches: TypeAlias = "Sequence[Any] | Callable[[int], Any] | None"
@@ -98,6 +98,7 @@ class Run:
         self.leaves, spec = optree.tree_flatten(start)
         self.paths = Paths("start", spec)
         self.start, self.rebuild = split(start)
+        refuse_objects(start, "start")
         if not any(map(is_continuous, self.start)):
             raise ValueError("start holds no floating point tensor")
         self.kinds = list(map(KIND, self.start))
@@ -195,6 +196,8 @@ class Run:
             order = self.paths.order(Paths("step's result", spec))
             value = self.paths.spec.unflatten(leaves if order is None else [leaves[i] for i in order])
         tensors, rebuild = split(value)
+        if len(leaves) > len(tensors):
+            refuse_objects(value, "step's result")
         if len(tensors) != len(self.start):
             kind = type(value).__name__
             raise ValueError(f"step must give the {len(self.start)} tensors that it gets: {len(tensors)} in a {kind}")
