@@ -79,6 +79,10 @@ class LinearOperator:
         """Products done so far, with A or Aᵀ; a product with m vectors at once counts m."""
         return self._counter.products
 
+    def count_by(self, counter: Counter) -> None:
+        """Count products from here on by another counter; before any damped form is made."""
+        self._counter = counter
+
     @property
     def has_transpose(self) -> bool:
         return self._transpose is not None

@@ -1,6 +1,7 @@
 """What check says: its verdict, its advice, its errors."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -436,3 +437,16 @@ def test_complex_tensors_are_refused_by_name(where):
     ):
         with pytest.raises(TypeError, match=f"{where} (must be a floating point|holds a complex).*view_as_real"):
             call()
+
+
+def test_the_bar(capsys, monkeypatch):
+    result = hypergradient(plain("logistic"), "inner_loss", QUIET)
+    check(result, progress=True)
+    assert "product" in capsys.readouterr().err
+    check(result, progress=False)
+    check(result)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    check(result)
+    with pytest.raises(ImportError, match="pip install tqdm"):
+        check(result, progress=True)

@@ -11,9 +11,10 @@ from .._solution import Status
 from .._tree import PyTree
 from .._vector import Vector
 from ..implicit import Correction, Problem, correct, newton_step
-from ..operators import LinearOperator
+from ..operators import Counter, LinearOperator
 from ..solvers import GMRES, MINRES, Dense, IterativeSolver, Solver, solve
 
+LONG = 3.0  # seconds after which a bar appears by itself
 DENSE = 200  # unknowns of a system up to which it is solved by factors
 LINEAR = 0.003  # estimated relative error up to which the first-order estimate is taken as it is
 SETTLED = 0.01  # what the last Newton step may change of the estimate, and of the corrected hypergradient
@@ -144,32 +145,35 @@ class Budget:
 
     Args:
         most: products that may be done, about: a system in progress is ended by its number of steps.
+        progress: True shows a bar, None after LONG seconds in a terminal if tqdm is installed, False never.
 
     Attributes:
+        done: how many were done so far.
         left_out: what was not done because the products were spent.
         tight: whether a solver had fewer steps than it would take by itself.
     """
 
-    def __init__(self, most: int):
-        self.most, self.tight = most, False
+    def __init__(self, most: int, progress: bool | None = False):
+        self.most, self.done, self.tight = most, 0, False
         self.left_out: list[str] = []
-        self._before = 0
-        self._operator: LinearOperator | None = None
+        self.bar = None if progress is False else _bar(most, progress)
 
-    @property
-    def done(self) -> int:
-        return self._before + (0 if self._operator is None else self._operator.products)
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
     @property
     def left(self) -> int:
         return max(self.most - self.done, 0)
 
     def spend(self, products: int) -> None:
-        self._before += products
+        self.done += products
+        if self.bar is not None:
+            self.bar.update(products)
 
     def counted(self, operator: LinearOperator) -> LinearOperator:
-        """The operator, whose products are counted from here on in place of those of the one before."""
-        self._before, self._operator = self.done, operator
+        """The operator, whose products are counted here."""
+        operator.count_by(_Spending(self))
         return operator
 
     def limited(self, solver: Any, systems: int, rtol: float) -> Any:
@@ -181,6 +185,33 @@ class Budget:
         share, own = max(1, self.left // systems), 1000 if solver.max_steps is None else solver.max_steps
         self.tight = self.tight or share < own
         return replace(solver, max_steps=min(share, own))
+
+
+class _Spending(Counter):
+    """The counter of an operator whose products a budget pays."""
+
+    def __init__(self, budget: Budget):
+        self._budget, self._products = budget, 0
+
+    @property
+    def products(self) -> int:
+        return self._products
+
+    @products.setter
+    def products(self, count: int) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._budget.spend(count - self._products)
+        self._products = count
+
+
+def _bar(most: int, progress: bool | None) -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        if progress:
+            raise ImportError("progress=True needs tqdm: pip install tqdm") from None
+        return None
+    quiet: dict[str, Any] = {} if progress else {"delay": LONG, "disable": None}
+    return tqdm(total=most, desc="check, at most", unit="product", leave=False, **quiet)
 
 
 class _Systems:

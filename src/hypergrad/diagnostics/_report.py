@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -100,6 +101,7 @@ def check(
     solver: Solver | None = None,
     solve: Callable[[PyTree], PyTree] | None = None,
     max_products: int = 3000,
+    progress: bool | None = None,
 ) -> Report:
     """How wrong a hypergradient is, and why. Changes nothing of the user's.
 
@@ -119,6 +121,7 @@ def check(
         solve: hparams ↦ params, solving the inner problem from scratch: asks for finite differences.
         max_products: about how many products with A and Aᵀ may be done, those of finite differences aside; the report
             names what was left out.
+        progress: True shows a bar (by tqdm), None after three seconds where there are a terminal and tqdm, False never.
 
     Returns:
         A Report.
@@ -127,6 +130,7 @@ def check(
         ValueError: params or hparams changed since, or the problem is stochastic.
         TypeError: a part of the problem is missing or complex, solver approximates, or the result is that of
             `implicit.jacobian`.
+        ImportError: progress=True without tqdm.
     Cost: see `structure`, `findings` and Estimate: three linear systems, and three more for each Newton step; with
         solve four solves for each of three directions.
 
@@ -152,24 +156,25 @@ def check(
         raise TypeError(f"solve must be a function, got {solve!r}")
     given = {"outer_loss": outer_loss, "params": params, "hparams": hparams}
     inner = {"inner_loss": inner_loss, "fp_map": fp_map, "residual": residual}
-    problem, budget = _problem(result, given, inner, symmetric), Budget(max_products)
+    problem, budget = _problem(result, given, inner, symmetric), Budget(max_products, progress)
     known = result if isinstance(result, Hypergradient) else None
     grads = result.grads if isinstance(result, (Hypergradient, *UNROLLED)) else result
     solution = None if known is None else known.solution
     solved = math.inf if solution is None else float(solution.residual_norm.square().sum().sqrt())
     before = None if known is None else float(known.inner_residual.square().sum().sqrt())
-    system = there = _structure(problem, budget)
-    minimum = problem.kind != "inner_loss" or system is None or system.definiteness != "indefinite"
-    adjoint = None if known is None else known.adjoint
-    found = estimate(problem, grads, adjoint, solver, budget, solved=solved, follow=minimum)
-    differences = None if solve is None else finite_differences(problem, grads, solve)
-    better = better_solver(system, solution)
-    wrong = [*findings_about_the_check(found, differences, before, budget.left_out, better)]
-    if math.isfinite(found.error):
-        wrong = [*findings(problem, system), *wrong]
-    if found.settled and found.newton_steps:
-        # How fast the inner solver is on its way depends on A where the way ends.
-        there = _structure(problem.again(found.params), budget)
+    with closing(budget):
+        system = there = _structure(problem, budget)
+        minimum = problem.kind != "inner_loss" or system is None or system.definiteness != "indefinite"
+        adjoint = None if known is None else known.adjoint
+        found = estimate(problem, grads, adjoint, solver, budget, solved=solved, follow=minimum)
+        differences = None if solve is None else finite_differences(problem, grads, solve)
+        better = better_solver(system, solution)
+        wrong = [*findings_about_the_check(found, differences, before, budget.left_out, better)]
+        if math.isfinite(found.error):
+            wrong = [*findings(problem, system), *wrong]
+        if found.settled and found.newton_steps:
+            # How fast the inner solver is on its way depends on A where the way ends.
+            there = _structure(problem.again(found.params), budget)
     ok, sentence = verdict(found, wrong)
     lines = (sentence, *map(str, wrong), *remedies(found, there, problem.fixed_point, better))
     left_out = tuple(dict.fromkeys(budget.left_out))
