@@ -29,7 +29,7 @@ class cycle(Generic[Item]):
             raise TypeError("cycle needs what can be iterated again (a DataLoader, a list), not an iterator")
         self.loader, self.passes, self.position = loader, 0, 0
         self._items: Iterator[Item] | None = None
-        self._random: torch.Tensor | None = None  # the random state before this pass
+        self._random: list[torch.Tensor] | None = None  # the random states before this pass
 
     def __iter__(self) -> cycle[Item]:
         return self
@@ -50,16 +50,17 @@ class cycle(Generic[Item]):
         return item
 
     def _begin(self) -> None:
-        self._random = self._state()
+        self._random = [each.get_state() for each in self._generators]
         self._items, self.position = iter(self.loader), 0
 
     @property
-    def _generator(self) -> Any:
-        own = getattr(self.loader, "generator", None)
-        return own if isinstance(own, torch.Generator) else torch.default_generator
-
-    def _state(self) -> torch.Tensor:
-        return self._generator.get_state()
+    def _generators(self) -> list[torch.Generator]:
+        """torch's, and those of the loader and of its samplers."""
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        parts = (self.loader, getattr(self.loader, "sampler", None), batch_sampler)
+        found = [getattr(each, "generator", None) for each in (*parts, getattr(batch_sampler, "sampler", None))]
+        own = {id(each): each for each in found if isinstance(each, torch.Generator)}
+        return [torch.default_generator, *own.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is; torch.load(weights_only=True) reads it."""
@@ -71,11 +72,11 @@ class cycle(Generic[Item]):
         self._items, self.position = None, 0
         if state["random"] is None:
             return
-        now = self._state()
-        self._generator.set_state(state["random"])
+        now, generators = torch.get_rng_state(), self._generators
+        for generator, before in zip(generators, state["random"], strict=True):
+            generator.set_state(before)
         for _ in range(position):
             next(self)
         if not position:
             self._begin()
-        if self._generator is torch.default_generator:
-            self._generator.set_state(now)
+        torch.set_rng_state(now)  # which others draw from too

@@ -19,7 +19,7 @@ State = dict[str, Any]
 
 
 class Filter(Protocol):
-    """What a tracker asks of each filter, besides the direction."""
+    """What a tracker asks of each filter, besides the direction; those that are used derive from it."""
 
     def accept(self) -> None:
         """Take in the last direction, for it was added to .grad."""
@@ -33,6 +33,10 @@ class Filter(Protocol):
         """Forget what was added since the last step."""
         ...
 
+    def check(self, state: State) -> None:
+        """Raise where a state is not one of this filter."""
+        ...
+
     def state_dict(self) -> State: ...
 
     def load_state_dict(self, state: State) -> None: ...
@@ -40,7 +44,7 @@ class Filter(Protocol):
     def to(self, device: torch.device) -> None: ...
 
 
-class Average:
+class Average(Filter):
     """h ← (1 − β) h + β D, from h = 0. Of a sparse D the rows that it holds, and no others.
 
     Source: Chen, Xiao and Balasubramanian 2023 (MA-SOBA, arXiv:2306.12067), the update of h.
@@ -93,7 +97,8 @@ class Average:
         return {"mean": list(self.mean), "given": list(self.given)}
 
     def load_state_dict(self, state: State) -> None:
-        self.mean, self.given = list(state["mean"]), list(state["given"])
+        self.mean = [x.clone() for x in state["mean"]]
+        self.given = [None if x is None else x.clone() for x in state["given"]]
 
     def to(self, device: torch.device) -> None:
         self.mean = [x.to(device) for x in self.mean]
@@ -109,7 +114,7 @@ class Point:
     hparams: list[Tensor]
 
 
-class Recursive:
+class Recursive(Filter):
     """D_t = D(x_t; ξ) + (1 − η) (D_{t−1} − D(x_{t−1}; ξ)): both points with the same batch ξ.
 
     η > 0 is STORM, as in SUSTAIN and MRBO. η = 0 is SARAH, as in SRBA: it begins anew from a direction of all data.
@@ -174,12 +179,15 @@ class Recursive:
     def state_dict(self) -> State:
         points = {name: None if p is None else vars(p) for name, p in (("old", self.old), ("now", self.now))}
         lists = {"previous": list(self.previous), "given": list(self.given)}
-        return points | lists | {"anew": self.anew, "since": self.since}
+        random = None if self.generator is None else self.generator.get_state()
+        return points | lists | {"anew": self.anew, "since": self.since, "generator": random}
 
     def load_state_dict(self, state: State) -> None:
         self.old, self.now = (None if state[name] is None else Point(**state[name]) for name in ("old", "now"))
         self.previous, self.given = list(state["previous"]), list(state["given"])
         self.anew, self.since = state["anew"], state["since"]
+        if self.generator is not None and state["generator"] is not None:
+            self.generator.set_state(state["generator"])
 
     def to(self, device: torch.device) -> None:
         for point in filter(None, (self.old, self.now)):
@@ -190,7 +198,7 @@ class Recursive:
         )
 
 
-class Table:
+class Table(Filter):
     """The last direction of each of n batches, and their mean (SAGA): D = D_i − mem_i + mean.
 
     Args:
@@ -239,6 +247,11 @@ class Table:
 
     def state_dict(self) -> State:
         return {"rows": list(self.rows), "mean": list(self.mean)}
+
+    def check(self, state: State) -> None:
+        count = len(state["rows"][0])
+        if count != self.count:
+            raise ValueError(f"the state has a table of {count} batches, and this tracker one of {self.count}")
 
     def load_state_dict(self, state: State) -> None:
         for kept, new in ((self.rows, state["rows"]), (self.mean, state["mean"])):

@@ -189,7 +189,7 @@ class SAMA(Tracker):
         if (optimizer is None) == (lr is None):
             raise TypeError("pass the optimizer of params, or lr, one of them")
         super().__init__(params, hparams, average=average, on_nonfinite=on_nonfinite)
-        self.inner_optimizer, self.inner_lr, self.radius = optimizer, lr, radius
+        self.inner_optimizer, self.inner_lr, self.radius = optimizer, 0.0 if lr is None else lr, radius
         if optimizer is not None:
             from_torch(optimizer)  # raises for one that has no rule
             moved = {id(x) for group in optimizer.param_groups for x in group["params"]}

@@ -272,6 +272,8 @@ class Tracker(ABC):
                 f"the state does not fit this tracker: variables of shapes {shapes[:3]} instead of {own[:3]}, or other "
                 f"filters ({sorted(state['filters'])} instead of {sorted(self.filters)})"
             )
+        for name, each in self.filters.items():
+            each.check(state["filters"][name])
         copy_all(self.variables, state["variables"])
         for x, g in zip(self.variables, state["grads"], strict=True):
             x.grad = None if g is None else g.to(x.device, copy=True)
