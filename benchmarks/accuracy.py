@@ -113,7 +113,6 @@ def compiled(name: str, solver: Callable[[float], Any], recycle: int = 0) -> Col
     return Column(f"{name}, compiled", "hypergrad", ours(solver, compile=True, recycle=recycle), passes=passes)
 
 
-DIAGONAL = partial(reused, recipe=hg.solvers.Diagonal())
 NYSTROM = partial(reused, recipe=hg.solvers.Nystrom(rank=80, damping=1e-5))
 DENSE = partial(reused, recipe=hg.solvers.Dense())
 SMALL = 500  # parameters up to which the whole matrix is made
@@ -122,12 +121,9 @@ COLUMNS = [
     Column("hg CG", "hypergrad", ours(cg)),
     compiled("hg CG", cg),
     Column("hg MINRES", "hypergrad", ours(minres)),
-    Column("hg CG, Diagonal reused", "hypergrad", ours(DIAGONAL)),
     Column("hg CG, Nystrom(80) reused", "hypergrad", ours(NYSTROM)),
     Column("hg CG, Recycled(4)", "hypergrad", ours(cg, recycle=4)),
     compiled("hg CG, Recycled(4)", cg, recycle=4),
-    Column("hg CG, Recycled, Diagonal", "hypergrad", ours(DIAGONAL, recycle=4)),
-    compiled("hg CG, Recycled, Diagonal", DIAGONAL, recycle=4),
     Column("hg CG, Recycled, Nystrom(80)", "hypergrad", ours(NYSTROM, recycle=4)),
     Column("hg CG, Dense reused", "hypergrad", ours(DENSE), largest=SMALL),
     replace(compiled("hg CG, Dense reused", DENSE), largest=SMALL),

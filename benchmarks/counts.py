@@ -47,7 +47,7 @@ OWN_PASSES = 3  # of every implicit hypergradient: the gradient or map, the oute
 @contextmanager
 def costly_reads() -> Iterator[None]:
     """The library takes the CPU for a device from which reading a number waits for all that was asked of it."""
-    with patch("hypergrad._scalar.FREE_TO_READ", ()), patch("hypergrad.solvers._solver.FREE_TO_READ", ()):
+    with patch("hypergrad._vector.FREE_TO_READ", ()), patch("hypergrad.solvers._solver.FREE_TO_READ", ()):
         yield
 
 

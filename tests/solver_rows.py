@@ -95,7 +95,6 @@ ROWS = {
     "Nystrom(40)": Row(low_rank(40), lambda k, n: n, definite(1e2), "symmetric", (0.01, 0.3)),
     "Auto": Row(S.Auto, lambda k, n: k, either(conditioned(1e3), contracts(1))),
     "Auto, symmetric": Row(S.Auto, lambda k, n: k, symmetric(1e6), tag="symmetric"),
-    "Auto, dense": Row(partial(S.Auto, dense=100), lambda k, n: k, conditioned(1e6)),
     "Optimizer": Row(S.Optimizer, lambda k, n: k, contracts(1, 40), limit=40),
 }
 

@@ -309,7 +309,6 @@ SOLVERS = {
     "CG": CG,
     "CG, Nystrom": S.CG(preconditioner=S.Nystrom(rank=2), **FIXED),
     "MINRES": S.MINRES(**FIXED),
-    "MINRES, Diagonal": S.MINRES(preconditioner=S.Diagonal(), **FIXED),
     "GMRES": S.GMRES(restart=3, **FIXED),
     "BiCGStab": S.BiCGStab(**FIXED),
     "LSQR": S.LSQR(**FIXED),

@@ -6,7 +6,7 @@ import torch
 
 import hypergrad as hg
 from hypergrad._basis import Basis
-from hypergrad._vector import Space
+from hypergrad._vector import Vector
 from hypergrad.operators import LinearOperator, function, matrix
 from systems import side, with_singular_values
 
@@ -43,7 +43,7 @@ def flat(v) -> np.ndarray:
 
 
 def vector(x: torch.Tensor, batch_dims: int = 0):
-    return Space(x, "b", batch_dims).vector(x, "b")
+    return Vector.of(x, "b", batch_dims)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.7])

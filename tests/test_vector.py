@@ -90,7 +90,7 @@ def numbers(v: Vector) -> np.ndarray:
 def pair(layout: Layout) -> tuple[Vector, Vector, np.ndarray, np.ndarray]:
     """Two vectors and the same as arrays."""
     trees = layout.make(0), layout.make(50)
-    space = Space(trees[0], "b", layout.batch_dims)
+    space = Space(*flatten(trees[0], "b"), layout.batch_dims)
     x, y = (space.vector(tree, "x").copy() for tree in trees)
     return x, y, *(dense(optree.tree_leaves(tree), space.batch_shape) for tree in trees)
 
@@ -105,7 +105,7 @@ def close(value: Vector | torch.Tensor, truth: np.ndarray, space: Space, ulps: f
 
 def test_storage_and_round_trip(layout):
     tree = layout.make(0)
-    space = Space(tree, "b", layout.batch_dims)
+    space = Space(*flatten(tree, "b"), layout.batch_dims)
     v = space.vector(tree, "b")
     assert len(v.chunks) == layout.chunks
     assert optree.tree_structure(v.tree) == optree.tree_structure(tree)
@@ -169,9 +169,9 @@ def test_reductions_are_of_each_system_in_the_widest_dtype(layout):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_reduced_in_float32(dtype):
-    x = Space([torch.ones(1)], "b").vector([torch.ones(1)], "x")  # float32 reference
+    x = Vector.of([torch.ones(1)], "x")  # float32 reference
     tree = [torch.full((3000,), 300.0, dtype=dtype), torch.ones(5, dtype=dtype)]
-    v = Space(tree, "b").vector(tree, "x")
+    v = Vector.of(tree, "x")
     assert v.dot(v).dtype == x.dot(x).dtype == torch.float32
     np.testing.assert_allclose(v.dot(v), 3000 * 300.0**2 + 5, rtol=1e-6)  # float16 ends at 65504
 
@@ -179,7 +179,7 @@ def test_half_precision_is_reduced_in_float32(dtype):
 @pytest.mark.parametrize("entries", [[0.0, 0.0], [0.0, np.inf], [np.nan, 1.0], [1e-300, 0.0], [3.0, -5e300]])
 def test_scale_is_a_power_of_two_or_one(entries):
     tree = torch.tensor(entries, dtype=F64)
-    scale = float(Space(tree, "b").vector(tree, "b").scale())
+    scale = float(Vector.of(tree, "b").scale())
     largest = np.max(np.abs(entries))
     assert scale == (2.0 ** np.floor(np.log2(largest)) if 0 < largest < np.inf else 1.0)
 
@@ -189,14 +189,14 @@ def test_scale_is_a_power_of_two_or_one(entries):
 def test_what_is_tiny_can_be_scaled(dtype, read):
     """The inverse of the scale is finite: float16 has numbers down to 6e-8, and ends at 65504."""
     tree = torch.tensor([1.0, -0.5, 0.0], dtype=dtype) * 2 * torch.finfo(dtype).smallest_normal / 16
-    v = Space(tree, "b").vector(tree, "b")
+    v = Vector.of(tree, "b")
     scaled = v.copy().scale_(1 / v.scale(read)).tree.double()
     assert torch.equal(scaled / scaled[0], torch.tensor([1.0, -0.5, 0.0], dtype=F64)) and 0 < scaled[0] < 2
 
 
 def test_scale_of_an_empty_vector_is_one():
     tree = torch.zeros(0, dtype=F64)
-    v = Space(tree, "b").vector(tree, "b")
+    v = Vector.of(tree, "b")
     assert v.scale() == 1 and v.norm() == 0
 
 
@@ -205,13 +205,6 @@ def test_random_is_reproducible_and_of_the_space(layout):
     draws = [numbers(x.random(torch.Generator().manual_seed(seed))) for seed in (3, 3, 4)]
     assert np.array_equal(draws[0], draws[1])
     assert draws[0].shape == numbers(x).shape and not np.array_equal(draws[0], draws[2])
-
-
-def test_assign_grad_writes_the_leaves_own_shapes(layout):
-    x, *_ = pair(layout)
-    targets = [leaf.clone().requires_grad_() for leaf in x.leaves]
-    x.space.assign_grad(targets, x)
-    assert all(torch.equal(t.grad, leaf) for t, leaf in zip(targets, x.leaves, strict=True))
 
 
 def test_basis(layout):
@@ -241,7 +234,7 @@ def test_basis(layout):
 
 def test_rows_of_a_basis_may_be_shared_by_all_systems():
     tree = draw(4, 3)
-    like = Space(tree, "b", 1).vector(tree, "b")
+    like = Vector.of(tree, "b", 1)
     rows = draw(2, 3)
     assert torch.equal(Basis.from_rows(like, rows).matrix(), rows.expand(4, 2, 3))
 
@@ -256,7 +249,7 @@ def test_any_storage_holds_the_same_numbers(shapes, small, total, data):
     tree = [draw(*s, seed=i, dtype=d) for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))]
     with pytest.MonkeyPatch.context() as patch:
         share_buffers(patch, small, total)
-        v = Space(tree, "b").vector(tree, "b")
+        v = Vector.of(tree, "b")
     a = dense(tree, ())
     assert np.array_equal(numbers(v), a)
     np.testing.assert_allclose(v.norm(), np.linalg.norm(a), rtol=1e-6)
@@ -293,7 +286,7 @@ LIKE = {"w": draw(2, 3), "rest": [draw(4), draw()]}
 )
 def test_check_names_the_leaf(tree, message):
     with pytest.raises(ValueError, match=message):
-        Space(LIKE, "b").check(tree, "x")
+        Space(*flatten(LIKE, "b")).check(tree, "x")
 
 
 @pytest.mark.parametrize(
@@ -321,28 +314,32 @@ def test_flatten_names_what_is_no_tensor(tree, error, message):
 @pytest.mark.parametrize("tree", [[draw(4, 3), draw(5)], [draw(4, 3), draw()]])
 def test_batch_axis_must_be_the_same_everywhere(tree):
     with pytest.raises(ValueError, match=r"batch_dims=1 .*b\[0\] has shape \(4, 3\) and b\[1\] has"):
-        Space(tree, "b", 1)
+        Space(*flatten(tree, "b"), 1)
 
 
 def test_negative_batch_dims_are_refused():
     with pytest.raises(ValueError, match="batch_dims must be"):
-        Space(draw(3), "b", -1)
+        Space(*flatten(draw(3), "b"), -1)
 
 
 def test_lists_tuples_and_generators_are_the_same():
     tree = [draw(2), draw(3, 1)]
-    for space in (Space(tree, "b"), Space(tuple(tree), "b"), Space((t for t in tree), "b")):
+    for space in (
+        Space(*flatten(tree, "b")),
+        Space(*flatten(tuple(tree), "b")),
+        Space(*flatten((t for t in tree), "b")),
+    ):
         for like in (tree, tuple(tree), (t for t in tree), iter(tree)):
             assert np.array_equal(numbers(space.vector(like, "x")), dense(tree, ()))
     model = torch.nn.Linear(3, 2)
-    space = Space(model.parameters(), "params")
+    space = Space(*flatten(model.parameters(), "params"))
     assert [*space.paths] == ["params[0]", "params[1]"] and isinstance(space.zeros().tree, list)
     assert space.vector(model.parameters(), "x").norm() > 0
 
 
 def test_a_vector_of_given_tensors_has_no_graph():
     tree = [draw(3).requires_grad_(), draw(2)]
-    assert not any(leaf.requires_grad for leaf in Space(tree, "b").vector(tree, "b").leaves)
+    assert not any(leaf.requires_grad for leaf in Vector.of(tree, "b").leaves)
 
 
 def test_check_distinct_names_both_places():
@@ -381,8 +378,8 @@ def test_sharded_leaves(mesh):
 
         return hg.operators.function(apply, apply, symmetric=True)
 
-    space = Space(placed, "b")
-    v, w = space.vector(placed, "b"), Space(plain, "b").vector(plain, "b")
+    space = Space(*flatten(placed, "b"))
+    v, w = space.vector(placed, "b"), Vector.of(plain, "b")
     assert len(v.chunks) == 2 and all(isinstance(leaf, DTensor) for leaf in v.leaves)
     assert not isinstance(v.norm(), DTensor)
     np.testing.assert_allclose(v.norm(), w.norm(), rtol=1e-14)

@@ -63,16 +63,18 @@ def grad(
     batched: cotangents have one more leading axis, and so have the results (one vectorised pass).
     must_reach: the ValueError to raise where no output depends on any input.
     """
-    grads: list[Any] = grad_or_none(
+    grads = grad_or_none(
         outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, batched=batched
     )
-    unused = [i for i, g in enumerate(grads) if g is None]
-    if must_reach and len(unused) == len(grads):
+    if must_reach and all(g is None for g in grads):
         raise ValueError(must_reach)
-    for i in unused:
-        lead = (cotangents[0].shape[0],) if batched and cotangents else ()
-        grads[i] = inputs[i].new_zeros(*lead, *inputs[i].shape) if lead else torch.zeros_like(inputs[i])
-    return grads
+    return new_zeros(grads, inputs, *((len(cotangents[0]),) if batched and cotangents else ()))
+
+
+def new_zeros(grads: Iterable[Tensor | None], like: Iterable[Tensor], *lead: int) -> list[Tensor]:
+    """Zeros in memory of their own for None, with leading axes of these lengths."""
+    pairs = zip(grads, like, strict=True)
+    return [g if g is not None else x.new_zeros(*lead, *x.shape) if lead else torch.zeros_like(x) for g, x in pairs]
 
 
 def or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
@@ -200,7 +202,6 @@ class Linearisation:
         compile: makes v ↦ ∂₁Fᵀv, by other means, of that by a retained reverse pass.
 
     Attributes:
-        residual_norm: ‖F‖ at the point, where its owner measured it.
         params_unreached: whether `vjp_both` found that no output depends on any of params.
     """
 
@@ -223,7 +224,6 @@ class Linearisation:
         plain = partial(_retained, self.outputs, params)
         self.compiled = None if compile is None else compile(plain)
         self.params_unreached = False
-        self.residual_norm: Tensor | None = None
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def drop_values(self) -> None:
@@ -248,7 +248,7 @@ class Linearisation:
         curvature = self.curvature
         if curvature is not None:
             return many(self.vjp, lambda vs: curvature(vs, True), vs)
-        return stacked(self.outputs, self.params, vs)
+        return new_zeros(stacked(self.outputs, self.params, vs), self.params, len(vs[0]))
 
     def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor | None]]:
         """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass; None for a λ that F does not depend on.
@@ -262,18 +262,16 @@ class Linearisation:
         if self.curvature is not None:
             return self.curvature(v, False), grad_or_none(self.outputs, self.hparams, v, retain_graph=retain_graph)
         both = grad_or_none(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
-        self.params_unreached = all(g is None for g in both[: len(self.params)])
-        pulled = [torch.zeros_like(x) if g is None else g for g, x in zip(both, self.params, strict=False)]
-        return pulled, both[len(self.params) :]
+        pulled, cross = both[: len(self.params)], both[len(self.params) :]
+        self.params_unreached = all(g is None for g in pulled)
+        return new_zeros(pulled, self.params), cross
 
     def vjp_both_many(self, vs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
         """(∂₁Fᵀ v, ∂₂Fᵀ v) for a stack [m, *shape] of v; None as in `vjp_both`. The graph stays."""
         if self.curvature is not None:
-            return self.vjp_many(vs), stacked_or_none(self.outputs, self.hparams, vs)
-        both = stacked_or_none(self.outputs, [*self.params, *self.hparams], vs)
-        lead = len(vs[0])
-        pairs = zip(both, self.params, strict=False)
-        return [x.new_zeros(lead, *x.shape) if g is None else g for g, x in pairs], both[len(self.params) :]
+            return self.vjp_many(vs), stacked(self.outputs, self.hparams, vs)
+        both = stacked(self.outputs, [*self.params, *self.hparams], vs)
+        return new_zeros(both[: len(self.params)], self.params, len(vs[0])), both[len(self.params) :]
 
     @property
     def pulled(self) -> list[Tensor | None]:
@@ -312,24 +310,13 @@ class Linearisation:
         return self._transposed
 
 
-def stacked(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
-    """`grad` for a stack [m, *shape] of cotangents, at once where torch can. The graph stays."""
+def stacked(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+    """`grad_or_none` for a stack [m, *shape] of cotangents, at once where torch can. The graph stays."""
 
-    def pull(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
-        return grad(outputs, inputs, v, retain_graph=True, batched=batched)
-
-    return many(lambda v: pull(v, False), lambda vs: pull(vs, True), cotangents)
-
-
-def stacked_or_none(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """As `stacked`, with None where nothing depends on the input."""
-
-    def pull(v: Sequence[Tensor], batched: bool) -> list[Any]:
+    def pull(v: Sequence[Tensor], batched: bool = False) -> list[Any]:
         return grad_or_none(outputs, inputs, v, retain_graph=True, batched=batched)
 
-    return many(lambda v: pull(v, False), lambda vs: pull(vs, True), cotangents)
+    return many(pull, lambda vs: pull(vs, True), cotangents)
 
 
 def many(

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
 
-from ._vector import Vector
+from ._vector import Space, Vector
 
 
 class Basis:
     """Up to m vectors of one space, stacked: one tensor [m, ...] a chunk, so that each vector lies in one piece."""
 
     def __init__(self, like: Vector, m: int):
+        like.space.require_plain()
         self.space, self.m = like.space, m
-        if not all(self.space.plain):
-            raise TypeError("sharded tensors cannot be stacked; use CG, MINRES, BiCGStab, LSQR, NormalCG or FixedPoint")
         self.chunks = [chunk.new_empty(m, *chunk.shape) for chunk in like.chunks]
 
-    def _like(self, chunks: list[Tensor]) -> Basis:
-        new = object.__new__(Basis)
-        new.space, new.m, new.chunks = self.space, len(chunks[0]), chunks
+    @classmethod
+    def _of(cls, space: Space, chunks: list[Tensor]) -> Basis:
+        new = object.__new__(cls)
+        new.space, new.m, new.chunks = space, len(chunks[0]), chunks
         return new
 
     @classmethod
     def from_rows(cls, like: Vector, rows: Tensor) -> Basis:
         """The basis whose `matrix()` is this tensor [m, n] (the same for all systems) or [B, m, n]."""
-        space = like.space
-        flat = rows.expand(*space.batch_shape, *rows.shape[-2:]).movedim(-2, 0)
-        parts = flat.split([sum(sizes) for sizes in space.sizes], -1)
-        pairs = zip(parts, like.chunks, strict=True)
-        return cls(like, 0)._like([part.to(device=chunk.device, dtype=chunk.dtype) for part, chunk in pairs])
+        like.space.require_plain()
+        flat = rows.expand(*like.space.batch_shape, *rows.shape[-2:]).movedim(-2, 0)
+        return cls._of(like.space, like.space.split(flat))
 
     def __setitem__(self, j: int, vector: Vector) -> None:
         for chunk, new in zip(self.chunks, vector.chunks, strict=True):
@@ -44,21 +43,18 @@ class Basis:
 
     def coefficients(self, vector: Vector, count: int) -> Tensor:
         """(⟨v₀, x⟩, …, ⟨v_{count−1}, x⟩): [count], or [B, count]."""
-        total: Tensor | None = None
+        parts = []
         for chunk, x in zip(self.chunks, vector.chunks, strict=True):
             if self.space.batch_dims:  # one after the other: a batched matrix product takes four times as long
                 part = torch.stack([torch.linalg.vecdot(chunk[j], x) for j in range(count)], -1)
             else:
                 part = chunk[:count] @ x
-            part = part.to(device=self.space.device, dtype=self.space.dtype)
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+            parts.append(self.space.tensor(part, cast=True))
+        return reduce(add, parts)
 
     def combine(self, weights: Tensor) -> Vector:
         """Σⱼ weightsⱼ vⱼ for weights of shape [count], or [B, count]."""
-        count = weights.shape[-1]
-        chunks = []
+        count, chunks = weights.shape[-1], []
         for chunk in self.chunks:
             row = weights.to(device=chunk.device, dtype=chunk.dtype).unsqueeze(-2)
             chunks.append((row @ chunk[:count].movedim(0, -2)).squeeze(-2))
@@ -66,26 +62,16 @@ class Basis:
 
     def leaves(self) -> list[Tensor]:
         """All m vectors as tensors with one more leading axis: [m, *shape] in leaf order."""
-        space = self.space
-        leaves: list[Any] = [None] * len(space.shapes)
-        for chunk, group, sizes in zip(self.chunks, space.groups, space.sizes, strict=True):
-            for i, part in zip(group, chunk.split(sizes, -1), strict=True):
-                leaves[i] = part.reshape(self.m, *space.shapes[i])
-        return leaves
+        return self.space.leaves_of(self.chunks, (self.m,))
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> Basis:
         """The basis of these tensors of shape [m, *shape] in leaf order."""
-        chunks = []
-        for group in self.space.groups:
-            rows = [leaves[i].reshape(self.m, *self.space.row_shapes[i]) for i in group]
-            chunks.append(rows[0] if len(rows) == 1 else torch.cat(rows, -1))
-        return self._like(chunks)
+        return self._of(self.space, self.space.chunks_of(leaves, (self.m,)))
 
     def plus(self, other: Basis, a: float) -> Basis:
         """The basis of vⱼ + a · otherⱼ."""
-        return self._like([torch.add(v, w, alpha=a) for v, w in zip(self.chunks, other.chunks, strict=True)])
+        return self._of(self.space, [torch.add(v, w, alpha=a) for v, w in zip(self.chunks, other.chunks, strict=True)])
 
     def matrix(self) -> Tensor:
         """The rows as one tensor [m, n] (or [B, m, n]) in the widest dtype."""
-        parts = [chunk.to(device=self.space.device, dtype=self.space.dtype) for chunk in self.chunks]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).movedim(0, -2)
+        return self.space.joined(self.chunks).movedim(0, -2)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import count
@@ -26,9 +25,8 @@ from ._solution import HypergradientWarning, warn
 from ._vector import Space, is_plain
 
 Product = Callable[..., list[Tensor]]
-# An argument: ("v", i) for value i, which depends on v; ("c", j) for constant j, ("s", j) for one that is sparse,
-# ("n", j) for a number; ("d", i) for the factor of the chain that ends in value i; ("[", ...) for a list of arguments;
-# ("=", x) for x itself.
+# An argument: ("v", i) for value i, which depends on v; ("c", j) for constant j, a tensor or a number; ("d", i) for the
+# factor of the chain that ends in value i; ("[", ...) for a list of arguments; ("=", x) for x itself.
 Ref = tuple
 
 # Recording a product takes as long as five to seven small ones, and repeating it about half of one.
@@ -49,9 +47,6 @@ LINEAR |= dict.fromkeys(_operators("sigmoid_backward tanh_backward silu_backward
 LINEAR |= {aten.mul.Tensor: (0, 1)}
 # and in all of these together.
 TOGETHER = {aten.add.Tensor: (0, 1), aten.sub.Tensor: (0, 1), aten.where.self: (1, 2)}
-# Operations whose other arguments only multiply what depends on v, or say where it goes.
-FACTORS = {torch.mul, *LINEAR, *_operators("mv mm bmm convolution convolution_backward embedding gather index.Tensor")}
-FACTORS |= _operators("_softmax_backward_data _log_softmax_backward_data max_pool2d_with_indices_backward")
 # New memory; of the arguments only the form is in the result.
 FRESH = _operators("zeros zeros_like new_zeros empty_like new_empty new_empty_strided")
 # The same functions without the generic call of an operator, which takes as long as a small product.
@@ -59,8 +54,6 @@ QUICK: dict[Any, Any] = {getattr(aten, name).default: getattr(torch, name) for n
 QUICK |= {getattr(aten, name).Tensor: getattr(torch, name) for name in ("mul", "add", "sub")}
 # A view of the first v may be none of a later one, which lies in memory in another way.
 QUICK |= {aten.view.default: torch.reshape, aten._unsafe_view.default: torch.reshape}
-# Products to which a sum is added on the way.
-ADDED: dict[Any, Any] = {aten.mv.default: torch.addmv, aten.mm.default: torch.addmm}
 
 
 class NotCompiled(HypergradientWarning):
@@ -70,8 +63,7 @@ class NotCompiled(HypergradientWarning):
 class Recorded:
     """v ↦ ∂₁Fᵀv: reverse passes, one of which is recorded, and then the operations recorded.
 
-    A recording is compared with the reverse pass of another v before it is used. Recordings of the same operations,
-    whatever the tensors, sizes and numbers, share one comparison where the operations alone tell that they are linear.
+    A recording is compared with the reverse pass of another v before it is used.
 
     Args:
         plain: the product by a reverse pass through the retained graph.
@@ -117,12 +109,10 @@ class Recorded:
         try:
             program = recorder.program(results)
             self._held = program.held(recorder.constants, recorder.forms)
-        except Exception as error:  # an operation may not take what the recording makes of it
+        except Exception as error:  # an operation may refuse the arguments that the recording gives it
             self._give_up(error)
             return results
         self._pending = program
-        if program.linear and self.backend in program.compared:
-            self._use(program)
         # A result that is a constant of the recording stays with it: the caller may write into the copy.
         return [x if ref[0] == "v" else x.clone() for x, ref in zip(results, program.results, strict=True)]
 
@@ -138,16 +128,12 @@ class Recorded:
             error, size = (product - expected).norm(), expected.norm()
             if not bool((error <= self.space.eps**0.5 * size).all()):
                 raise NotCompiled(f"a recording is off by {float((error / size).max()):.1e} from a reverse pass")
-            self._use(program)
+            self._pending, self._replay = None, program.function(self.backend)
+            how = "recorded" if self.backend is None else f"compiled by {self.backend}"
+            self.report = f"{how}: {len(program.steps)} operations a product"
         except Exception as error:  # whatever a compiler may raise
             self._give_up(error)
         return results
-
-    def _use(self, program: Program) -> None:
-        program.compared.add(self.backend)
-        self._pending, self._replay = None, program.function(self.backend)
-        how = "recorded" if self.backend is None else f"compiled by {self.backend}"
-        self.report = f"{how}: {len(program.steps)} operations a product"
 
     def _give_up(self, error: Exception) -> None:
         self.forget()
@@ -185,10 +171,9 @@ class Step(NamedTuple):
             return False
         return found == TOGETHER.get(self.func) or (len(found) == 1 and found[0] in LINEAR.get(self.func, ()))
 
-    @property
-    def linear(self) -> bool:
-        """Whether it is surely linear in the values that it takes: 0 for v = 0, whatever the constants."""
-        return self.func in FACTORS or all(ref[0] in "vn=" for ref in self.refs)
+
+def _constants(refs: Iterable[Ref]) -> list[int]:
+    return list(dict.fromkeys(ref[1] for ref in refs if ref[0] == "c"))
 
 
 def _flat(refs: Iterable[Ref]) -> list[Ref]:
@@ -196,14 +181,10 @@ def _flat(refs: Iterable[Ref]) -> list[Ref]:
 
 
 class Program:
-    """What is left of a recording, as a function (*v, *held) ↦ results.
-
-    linear: whether it is surely linear in v, whatever the constants.
-    compared: the backends with which it gave the product of a reverse pass.
-    """
+    """What is left of a recording, as a function (*v, *held) ↦ results."""
 
     def __init__(self, steps: Sequence[Step], results: tuple[Ref, ...], inputs: int):
-        self.results, self.compared = results, set[str | None]()
+        self.results = results
         starts, lengths = _chains(steps)
         live, kept, ends = {ref[1] for ref in results if ref[0] == "v"}, [], []
         for step in reversed(steps):
@@ -214,10 +195,8 @@ class Program:
                 step = Step(torch.mul, (("v", starts[ends[-1]]), ("d", ends[-1])), (), step.outs)
             kept.append(step)
             live.update(step.values)
-        self.linear = all(ref[0] == "v" for ref in results) and all(step.linear for step in kept)
-        self.steps = _added(kept[::-1], results)
-        refs = [ref for step in self.steps for ref in step.refs] + list(results)
-        self._used = list(dict.fromkeys(ref[1] for ref in refs if ref[0] in "csn"))
+        self.steps = kept[::-1]
+        self._used = _constants([*(ref for step in kept for ref in step.refs), *results])
         given = [f"v{i}" for i in range(inputs)] + [f"c{j}" for j in self._used] + [f"d{i}" for i in ends]
         self._functions: dict[str | None, Product] = {None: _written(given, self.steps, results)}
         # The factors: the chains from 1.
@@ -227,7 +206,7 @@ class Program:
                 chain.append(step)
                 wanted.update(step.values)
         self._starts = list(dict.fromkeys(starts[i] for i in ends))
-        self._read = list(dict.fromkeys(ref[1] for step in chain for ref in step.refs if ref[0] in "csn"))
+        self._read = _constants([ref for step in chain for ref in step.refs])
         given = [f"v{i}" for i in self._starts] + [f"c{j}" for j in self._read]
         self._factors = _written(given, chain[::-1], [("v", i) for i in ends])
 
@@ -247,7 +226,7 @@ class Program:
         return self._functions[backend]
 
 
-# Later recordings of the same operations need not build, compile or compare again.
+# Later recordings of the same operations need not build or compile again.
 _program = lru_cache(maxsize=256)(Program)
 
 
@@ -263,22 +242,6 @@ def _chains(steps: Sequence[Step]) -> tuple[dict[int, int], dict[int, int]]:
     return starts, lengths
 
 
-def _added(steps: Sequence[Step], results: Sequence[Ref]) -> list[Step]:
-    """The same with x + My as one operation, where My is used nowhere else."""
-    uses = Counter([i for step in steps for i in step.values] + [ref[1] for ref in results if ref[0] == "v"])
-    alone = [s for s in steps if s.func in ADDED and uses[s.outs[0]] == 1 and all(ref[0] != "s" for ref in s.args)]
-    products, found = {step.outs[0]: step for step in alone}, {}
-    for step in steps:
-        if step.func is aten.add.Tensor and step.alike and not step.kwargs and len(step.values) == 2:
-            x, y = step.values if step.values[1] in products else reversed(step.values)
-            if y in products:
-                product = products.pop(y)
-                del found[product.outs]
-                step = Step(ADDED[product.func], (("v", x), *product.args), (), step.outs)
-        found[step.outs] = step
-    return list(found.values())
-
-
 def _written(given: list[str], steps: Sequence[Step], results: Sequence[Ref]) -> Product:
     """The function of these arguments, in which a value is freed after its last use."""
     names: dict[str, Any] = {}  # what its text refers to
@@ -290,7 +253,7 @@ def _written(given: list[str], steps: Sequence[Step], results: Sequence[Ref]) ->
     def text(ref: Ref) -> str:
         if ref[0] == "[":
             return f"[{', '.join(map(text, ref[1:]))}]"
-        return name(ref[1]) if ref[0] == "=" else f"{'c' if ref[0] in 'csn' else ref[0]}{ref[1]}"
+        return name(ref[1]) if ref[0] == "=" else f"{ref[0]}{ref[1]}"
 
     last = {i: n for n, step in enumerate(steps) for i in step.values}
     last |= {ref[1]: len(steps) for ref in results if ref[0] == "v"}
@@ -315,9 +278,9 @@ def _narrow(x: Any) -> Any:
 
 
 class Recorder:
-    """Writes down, of the operations that it does, those whose results depend on v, as steps on values and constants.
+    """Does operations, and writes down those whose results depend on v, as steps on values and constants.
 
-    reason: why what was recorded is not the whole map, or None.
+    reason: why the steps are not the whole map, or None.
     """
 
     def __init__(self, v: Sequence[Tensor]):
@@ -329,13 +292,9 @@ class Recorder:
         self._notes: dict[int, tuple[Any, Ref | None, int]] = {}
         self._memories = count()
         self._versions: list[tuple[Tensor, int]] = []
-        self._left_out: list[Tensor] = []  # zeros, added to values
-        self._transposes: dict[int, Ref] = {}
         self._inputs = [self._value(x, next(self._memories)) for x in v]
-        self._shared: set[int | None] = {
-            -1,
-            *self._inputs,
-        }  # memory from elsewhere, of v, and that of which there are views
+        # Memory from elsewhere, of v, and that of which there are views.
+        self._shared: set[int | None] = {-1, *self._inputs}
 
     def operation(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The operation's result; called for each one of the product."""
@@ -381,26 +340,8 @@ class Recorder:
             return
         outs = tuple([-1 if x is None else self._value(x, memory) for x in tensors])
         alike = not many and all([self.forms[ref[1]] == self.forms[-1] for ref in args if ref[0] == "v"])
-        same = self._same(func, args, alike and not kwargs)
-        if same is not None:
-            who, _, memory = self._notes[id(out)]
-            self._notes[id(out)] = who, same, memory
-        else:
-            named = tuple([(name, self._ref(x)) for name, x in kwargs.items()])
-            self.steps.append(Step(func, args, named, outs, many, alike))
-            if func is aten.t.default:
-                self._transposes[outs[0]] = args[0]
-
-    def _same(self, func: Any, args: tuple[Ref, ...], alike: bool) -> Ref | None:
-        """The argument that a value is equal to: the transpose of xᵀ, x + 0."""
-        if func is aten.t.default:
-            return self._transposes.get(args[0][1])
-        for x, zero in (args, args[::-1]) if func is aten.add.Tensor and alike else ():
-            # New memory that nothing of v was written into; whether it is zero is seen at the end.
-            if zero[0] == "c" and self._note(self.constants[zero[1]])[2] != -1:
-                self._left_out.append(self.constants[zero[1]])
-                return x
-        return None
+        named = tuple([(name, self._ref(x)) for name, x in kwargs.items()])
+        self.steps.append(Step(func, args, named, outs, many, alike))
 
     def _value(self, x: Tensor, memory: int | None) -> int:
         i = len(self.forms)
@@ -428,7 +369,7 @@ class Recorder:
         if isinstance(x, Tensor):
             _, ref, memory = self._note(x)
             if ref is None:
-                ref = "c" if x.layout is torch.strided else "s", len(self.constants)
+                ref = "c", len(self.constants)
                 self._notes[id(x)] = weakref.ref(x), ref, memory
                 self._versions.append((x, _torch.version_of(x)))
                 self.constants.append(x)
@@ -436,15 +377,13 @@ class Recorder:
         if type(x) not in (int, float):
             return ("=", x)
         self.constants.append(x)  # sizes and factors may differ from one outer step to the next
-        return ("n", len(self.constants) - 1)
+        return ("c", len(self.constants) - 1)
 
     def program(self, results: Sequence[Tensor]) -> Program:
         """The program of what was recorded. Raises NotCompiled where that is not the whole map."""
         refs = tuple(map(self._ref, results))
         if any(_torch.version_of(x) != before for x, before in self._versions):
             self.reason = self.reason or "it changes in place what it has used before"
-        if any(bool(torch.linalg.vector_norm(x)) for x in self._left_out):
-            self.reason = self.reason or "a part of it was done where torch does not see it"
         if self.reason is not None:
             raise NotCompiled(self.reason)
         return _program(tuple(self.steps), refs, len(self._inputs))

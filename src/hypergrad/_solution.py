@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ._tree import full
+from ._vector import Vector, norm, ratio, read, squares_are_exact
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
+UNSOLVED = 0.1  # estimated relative distance from the inner solution at which a warning is due
 
 
 class Status(enum.Enum):
@@ -74,8 +76,8 @@ class Status(enum.Enum):
 class HypergradientWarning(UserWarning):
     """A result that the library knows, or has reason to believe, is not what was asked for.
 
-    Its subclasses say of which kind, for `warnings.filterwarnings`. Python's default filter shows each kind once for
-    each line of your code that leads to it, whatever the numbers in it; the filters "always" and "error" take each.
+    Each kind is shown once for each line of your code that leads to it, whatever the numbers in it; the filters
+    "always" and "error" take each.
     """
 
 
@@ -201,18 +203,10 @@ class Solution:
     @property
     def growth_rate(self) -> Tensor:
         """The factor by which a step multiplied the residual, as the geometric mean over the last half of the steps."""
-        return torch.as_tensor(self._growth, dtype=self.trace.dtype, device=self.trace.device)
-
-    @property
-    def _growth(self) -> float | Tensor:
-        """`growth_rate`; a number where there is one trace, which is read."""
-        one = self.trace.ndim == 1
-        sizes = (self.trace if one else self.trace.flatten(1).nanmean(1)).tolist()  # NaN where none is known
+        sizes = self.trace.reshape(len(self.trace), -1).nanmean(1).tolist()
         known = [k for k, size in enumerate(sizes) if not math.isnan(size)] or [0]
         last, half = known[-1], known[(len(known) - 1) // 2]
-        trace: Any = sizes if one else self.trace
-        factor = sizes[last] * math.inf if one and not sizes[half] else trace[last] / trace[half]
-        return factor ** (1 / max(last - half, 1))
+        return (self.trace[last] / self.trace[half]) ** (1 / max(last - half, 1))
 
     @property
     def message(self) -> str:
@@ -283,3 +277,26 @@ def _remaining(q: float, trace: list[float]) -> tuple[float, float]:
     early = (middle / first) ** (1 / (half - begin)) if half > begin else rate
     head = (1 - middle) / (1 - early) if early < 1 and middle <= 1 else half - begin
     return q / (1 - rate) / (head + (middle - q) / (1 - rate)), rate
+
+
+def inner_distance(residual: Tensor, solution: Solution, point: Vector) -> Tensor:
+    """‖F‖ ‖v‖ / (‖b‖ ‖w‖) of an adjoint v: an estimate of the relative distance of w from the inner solution."""
+    space, f, size = solution.value.space, read(residual), norm(point)
+    norm2, b = read(solution.value.dot(solution.value)), read(solution.rhs_norm)
+    exact = squares_are_exact(norm2, space) and b
+    stretch = math.sqrt(norm2) / b if exact else norm(solution.value / solution.rhs_norm)
+    known = (f != 0) & (b != 0) & (read(solution.residual_norm) < math.inf)
+    return space.tensor(ratio(f * stretch, size, known))
+
+
+def warn_if_unsolved(distance: Tensor, residual: Tensor) -> None:
+    """UnsolvedInnerProblem for an estimated relative distance from the inner solution above a tenth."""
+    worst = float(distance.max())
+    if worst > UNSOLVED:
+        away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
+        warn(
+            f"the inner problem is not solved: its residual is {float(residual.max()):.2e}, and params are {away} the "
+            f"solution, so the hypergradient means little. Run the inner solver longer, or differentiate its steps "
+            f"instead (unroll.reverse); hg.diagnostics.check estimates the error",
+            UnsolvedInnerProblem,
+        )

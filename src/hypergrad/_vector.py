@@ -1,9 +1,9 @@
-"""Many tensors as one vector. The only file that knows containers and the only one that zips lists of tensors.
+"""Many tensors as one vector, and the scalars of an iteration: all the arithmetic that solvers need.
 
 A Space holds what all vectors of one problem share: the container, shapes, dtypes, devices, the batch axis, and how the
 leaves are stored. A Vector holds numbers: one buffer ("chunk") for all small leaves of one dtype and device, and one
-for each large leaf. With batch_dims = 1 every leaf has a leading axis of independent systems, and every scalar
-(dot, norm) is a tensor of shape [B] instead of a 0-d tensor. No operation here reads a number from the device.
+for each large leaf. With batch_dims = 1 every leaf has a leading axis of independent systems, and every scalar (dot,
+norm) is a tensor of shape [B] instead of a 0-d tensor. Only `read` and `anywhere` read numbers from the device.
 """
 
 from __future__ import annotations
@@ -12,17 +12,56 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, reduce
 from operator import add, sub
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ._scalar import Scalar, read, square_root
 from ._tree import Paths, PyTree, Unflatten, arranged, describe, filled, flatten, full
+
+# A scalar of an iteration: a number where reading is free, else a tensor, 0-d or [B]. Arithmetic with numbers costs
+# nothing beside a small product; that with 0-d tensors does.
+Scalar: TypeAlias = Any
+
+FREE_TO_READ = ("cpu",)  # kinds of device on which reading a number waits for nothing
 
 # Leaves up to SMALL elements share a buffer; so do all leaves of a problem with at most SMALL_TOTAL elements. Measured:
 # shared buffers win below a million elements, separate ones (no copy after each product) above.
 SMALL, SMALL_TOTAL = 2**15, 2**20
+SHARDED = "sharded tensors cannot be stacked or flattened; use CG, MINRES, BiCGStab, LSQR, NormalCG or FixedPoint"
+
+
+def read(scalar: Tensor) -> Scalar:
+    """A 0-d tensor as a number, where reading is free."""
+    return scalar.item() if not scalar.ndim and scalar.device.type in FREE_TO_READ else scalar
+
+
+def where(condition: Any, a: Scalar, b: Scalar) -> Scalar:
+    """a where the condition holds, else b."""
+    return torch.where(condition, a, b) if isinstance(condition, Tensor) else (a if condition else b)
+
+
+def anywhere(condition: Any) -> bool:
+    """Whether a condition holds for any system."""
+    return bool(condition.any() if isinstance(condition, Tensor) and condition.ndim else condition)
+
+
+def larger(a: Scalar, b: Scalar) -> Scalar:
+    """The larger one; NaN where a is NaN."""
+    return torch.maximum(a, torch.as_tensor(b, dtype=a.dtype, device=a.device)) if isinstance(a, Tensor) else max(a, b)
+
+
+def square_root(a: Scalar) -> Scalar:
+    return a.sqrt() if isinstance(a, Tensor) else math.sqrt(a)
+
+
+def ratio(a: Scalar, b: Scalar, known: Any = True) -> Scalar:
+    """a / b where known, else 0; infinite for a number over 0."""
+    if isinstance(known, Tensor):
+        return torch.where(known, a / b, 0.0)
+    if not known:
+        return 0.0
+    return a / b if isinstance(b, Tensor) or b else a * math.inf
 
 
 def norm(v: Vector, read: Callable[[Tensor], Scalar] = read) -> Scalar:
@@ -31,7 +70,7 @@ def norm(v: Vector, read: Callable[[Tensor], Scalar] = read) -> Scalar:
 
 
 def squares_are_exact(norm2: Scalar, space: Space) -> bool:
-    """Whether ‖v‖² is a number of such a size that no square in it that matters underflowed, and none overflowed."""
+    """Whether ‖v‖² is a number in whose sum no square that matters underflowed, and none overflowed."""
     return space.uniform and not isinstance(norm2, Tensor) and space.tiny**0.5 <= norm2 <= space.tiny**-0.5
 
 
@@ -67,46 +106,27 @@ def _groups(leaves: Sequence[Tensor]) -> list[list[int]]:
 class Space:
     """Containers, shapes, dtypes, devices, batch axis and storage that all vectors of one problem share."""
 
-    def __init__(self, tree: PyTree, name: str, batch_dims: int = 0):
-        self._set(*flatten(tree, name), batch_dims)
-
-    @classmethod
-    def of(
-        cls,
-        leaves: list[Tensor],
+    def __init__(
+        self,
+        leaves: Sequence[Tensor],
         paths: Paths,
         unflatten: Unflatten,
         batch_dims: int = 0,
         places: list[int] | None = None,
-    ) -> Space:
-        """The space of a tree that was flattened already.
+        groups: list[list[int]] | None = None,
+    ):
+        """The space of a tree that was flattened: Space(*flatten(tree, name)).
 
         Args:
             places: which of the leaves are components of its vectors, where not all are; the trees of its vectors hold
                 zeros for the others.
+            groups: which leaves share a buffer; None: by their sizes.
         """
-        new = object.__new__(cls)
-        if places is None or len(places) == len(leaves):
-            new._set(leaves, paths, unflatten, batch_dims)
-            return new
-        others = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
-        chosen = [leaves[i] for i in places]
-        new._set(chosen, paths, lambda new: unflatten(filled(others, places, new)), batch_dims, places=places)
-        return new
-
-    def _name(self, i: int) -> str:
-        return self.paths[i if self.places is None else self.places[i]]
-
-    def _set(
-        self,
-        leaves: list[Tensor],
-        paths: Paths,
-        unflatten: Unflatten,
-        batch_dims: int,
-        groups: list[list[int]] | None = None,
-        places: list[int] | None = None,
-    ) -> None:
-        self.paths, self.unflatten, self.places = paths, unflatten, places
+        self.paths, self.unflatten, self.places = paths, unflatten, None
+        if places is not None and len(places) < len(leaves):
+            others = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
+            self.places, self.unflatten = places, lambda new: unflatten(filled(others, places, new))
+            leaves = [leaves[i] for i in places]
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
         self.devices = [leaf.device for leaf in leaves]
@@ -134,17 +154,23 @@ class Space:
     @cached_property
     def one(self) -> Vector:
         """Of a batch: zeros in the space of one system."""
-        if not all(self.plain):
-            raise TypeError("sharded tensors cannot be stacked; solve for one right hand side after the other")
         # Stored in the same order: leaves that are small alone may be large in the batch.
         return self._reshaped([shape[1:] for shape in self.shapes], 0, self.groups).zeros()
 
     def _reshaped(self, shapes: list[torch.Size], batch_dims: int, groups: list[list[int]] | None = None) -> Space:
         kinds = zip(shapes, self.dtypes, self.devices, strict=True)
         leaves = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in kinds]
-        space = object.__new__(Space)
-        space._set(leaves, self.paths, self.unflatten, batch_dims, groups, self.places)
+        space = Space(leaves, self.paths, self.unflatten, batch_dims, groups=groups)
+        space.places = self.places
         return space
+
+    def require_plain(self) -> None:
+        """Raise TypeError for sharded leaves, which can be neither stacked nor flattened."""
+        if not all(self.plain):
+            raise TypeError(SHARDED)
+
+    def _name(self, i: int) -> str:
+        return self.paths[i if self.places is None else self.places[i]]
 
     def _batch_shape(self) -> torch.Size:
         if self.batch_dims < 0:
@@ -158,23 +184,53 @@ class Space:
                 )
         return first
 
-    def pack(self, leaves: Sequence[Tensor]) -> Vector:
-        """The vector of these leaves, which must have this space's shapes (unchecked). May share their memory."""
+    def chunks_of(self, leaves: Sequence[Tensor], lead: tuple[int, ...] = ()) -> list[Tensor]:
+        """How leaves of this space's shapes (after axes `lead`) are stored. May share their memory."""
         if self.single:
-            return Vector(self, [leaves[0]])
+            return [leaves[0]]
         chunks = []
         for group, plain in zip(self.groups, self.plain, strict=True):
             if plain:
-                flat = [leaves[i] if self.rows[i] else leaves[i].reshape(self.row_shapes[i]) for i in group]
+                flat = [leaves[i] if self.rows[i] else leaves[i].reshape((*lead, *self.row_shapes[i])) for i in group]
                 chunks.append(flat[0] if len(flat) == 1 else torch.cat(flat, -1))
             else:
                 chunks.append(leaves[group[0]])
-        return Vector(self, chunks)
+        return chunks
+
+    def leaves_of(self, chunks: list[Tensor], lead: tuple[int, ...] = ()) -> list[Tensor]:
+        """The inverse of `chunks_of`: views in leaf order."""
+        if self.single:
+            return chunks
+        leaves: list[Any] = [None] * len(self.shapes)
+        for chunk, group, sizes, plain in zip(chunks, self.groups, self.sizes, self.plain, strict=True):
+            parts = (chunk,) if len(group) == 1 else chunk.split(sizes, -1)
+            for i, part in zip(group, parts, strict=True):
+                leaves[i] = part.view((*lead, *self.shapes[i])) if plain and not self.rows[i] else part
+        return leaves
+
+    def joined(self, chunks: list[Tensor]) -> Tensor:
+        """Chunks as one tensor [..., n] in the widest dtype."""
+        self.require_plain()
+        parts = [self.tensor(chunk, cast=True) for chunk in chunks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """The inverse of `joined`."""
+        parts = flat.split([sum(sizes) for sizes in self.sizes], -1)
+        first = [group[0] for group in self.groups]
+        return [part.to(self.devices[i], self.dtypes[i]) for part, i in zip(parts, first, strict=True)]
+
+    def pack(self, leaves: Sequence[Tensor]) -> Vector:
+        """The vector of these leaves, which must have this space's shapes (unchecked). May share their memory."""
+        return Vector(self, self.chunks_of(leaves))
+
+    def from_flat(self, flat: Tensor) -> Vector:
+        """The vector whose `flat()` is this tensor [n] (or [B, n])."""
+        return Vector(self, self.split(flat))
 
     def vector(self, tree: PyTree, name: str) -> Vector:
         """The vector of a tree that was given from outside: checked leaf by leaf. Never shares its graph."""
-        leaves = self.check(tree, name)
-        return self.pack([leaf.detach() for leaf in leaves])
+        return self.pack([leaf.detach() for leaf in self.check(tree, name)])
 
     def check(self, tree: PyTree, name: str) -> list[Tensor]:
         """The leaves of a tree of this space's structure, shapes, dtypes and devices; else an error that says which.
@@ -194,32 +250,19 @@ class Space:
         return leaves
 
     def zeros(self) -> Vector:
-        """A new vector of zeros."""
-        if not all(self.plain):
-            raise TypeError("zeros of sharded tensors come from a vector of them: use v.zeros()")
+        """A new vector of zeros, of plain tensors."""
+        self.require_plain()
         kinds = zip(self.shapes, self.dtypes, self.devices, strict=True)
         return self.pack([torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in kinds])
-
-    def assign_grad(self, leaves: Sequence[Tensor], gradient: Vector) -> None:
-        """leafᵢ.grad ← gradientᵢ for tensors of this space."""
-        for leaf, g in zip(leaves, gradient.leaves, strict=True):
-            leaf.grad = g
-
-    def from_flat(self, flat: Tensor) -> Vector:
-        """The vector whose `flat()` is this tensor [n] (or [B, n])."""
-        widths = [sum(sizes) for sizes in self.sizes]
-        parts = flat.split(widths, -1)
-        kinds = [(self.dtypes[group[0]], self.devices[group[0]]) for group in self.groups]
-        return Vector(self, [p.to(device=dev, dtype=dt) for p, (dt, dev) in zip(parts, kinds, strict=True)])
 
     def scalar(self, value: float) -> Tensor:
         """A scalar of this space: 0-d, or [B], in the widest dtype."""
         return torch.full(self.batch_shape, value, dtype=self.dtype, device=self.device)
 
-    def tensor(self, numbers: Any) -> Tensor:
-        """A number, or a list of them, as a tensor in the widest dtype; a tensor as it is."""
+    def tensor(self, numbers: Any, cast: bool = False) -> Tensor:
+        """A number, or a list of them, as a tensor in the widest dtype; a tensor as it is, or (cast) likewise."""
         if isinstance(numbers, Tensor):
-            return numbers
+            return numbers.to(device=self.device, dtype=self.dtype) if cast else numbers
         # The quicker one raises where a number does not fit, and takes no list.
         make = torch.scalar_tensor if isinstance(numbers, float) and abs(numbers) <= self.largest else torch.tensor
         return make(numbers, dtype=self.dtype, device=self.device)
@@ -238,21 +281,18 @@ class Vector:
         self.chunks = chunks
         self._leaves: list[Tensor] | None = None
 
+    @classmethod
+    def of(cls, tree: PyTree, name: str, batch_dims: int = 0) -> Vector:
+        """The vector of a tree, in a space of its own. Never shares its graph."""
+        leaves, paths, unflatten = flatten(tree, name)
+        return Space(leaves, paths, unflatten, batch_dims).pack([leaf.detach() for leaf in leaves])
+
     @property
     def leaves(self) -> list[Tensor]:
         """The tensors in their own shapes, in leaf order: views of the vector's memory, made once."""
         if self._leaves is None:
-            self._leaves = self.chunks if self.space.single else self._views()
+            self._leaves = self.space.leaves_of(self.chunks)
         return self._leaves
-
-    def _views(self) -> list[Tensor]:
-        space = self.space
-        leaves: list[Any] = [None] * len(space.shapes)
-        for chunk, group, sizes, plain in zip(self.chunks, space.groups, space.sizes, space.plain, strict=True):
-            parts = (chunk,) if len(group) == 1 else chunk.split(sizes, -1)
-            for i, part in zip(group, parts, strict=True):
-                leaves[i] = part.view(space.shapes[i]) if plain and not space.rows[i] else part
-        return leaves
 
     @property
     def tree(self) -> PyTree:
@@ -261,33 +301,28 @@ class Vector:
 
     def flat(self) -> Tensor:
         """One tensor [n] (or [B, n]) in the widest dtype."""
-        space = self.space
-        if not all(space.plain):
-            raise TypeError("sharded tensors have no flat form; use CG, MINRES, BiCGStab, LSQR, NormalCG or FixedPoint")
-        parts = [chunk.to(device=space.device, dtype=space.dtype) for chunk in self.chunks]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return self.space.joined(self.chunks)
 
-    def _map(self, function: Callable[..., Tensor], *others: Vector) -> Vector:
-        chunks = zip(self.chunks, *(other.chunks for other in others), strict=True)
-        return Vector(self.space, [function(*own) for own in chunks])
-
-    def _factor(self, a: Tensor, chunk: Tensor, plain: bool) -> Tensor:
-        """The scalar a, shaped to multiply this chunk."""
-        a = a.to(device=chunk.device, dtype=chunk.dtype)
-        if not a.ndim:
-            return a
-        return a.unsqueeze(-1) if plain else a.view(-1, *[1] * (chunk.ndim - 1))
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Vector:
+        return Vector(self.space, [function(chunk) for chunk in self.chunks])
 
     def _number(self, a: float) -> float:
         """A number as a tensor of the leaves' dtype would hold it, where torch would raise."""
         return math.copysign(math.inf, a) if abs(a) > self.space.largest else a
 
     def _factors(self, a: Scalar) -> list[Any]:
+        """The scalar a, shaped to multiply each chunk."""
         if not isinstance(a, Tensor):
             return [self._number(a)] * len(self.chunks)
         if self.space.uniform and not a.ndim:
             return [a] * len(self.chunks)
-        return [self._factor(a, c, plain) for c, plain in zip(self.chunks, self.space.plain, strict=True)]
+        return [self._beside(a.to(chunk.device, chunk.dtype), i) for i, chunk in enumerate(self.chunks)]
+
+    def _beside(self, a: Tensor, i: int) -> Tensor:
+        """A tensor of one entry for each system (0-d as it is), with axes of length 1 for the others of chunk i."""
+        if not a.ndim:
+            return a
+        return a.reshape(*a.shape, *[1] * (1 if self.space.plain[i] else self.chunks[i].ndim - a.ndim))
 
     def __add__(self, other: Vector) -> Vector:
         return Vector(self.space, list(map(add, self.chunks, other.chunks)))
@@ -316,11 +351,7 @@ class Vector:
 
     def random(self, generator: torch.Generator) -> Vector:
         """Standard normal numbers like this one, from a generator on the CPU."""
-
-        def draw(chunk: Tensor) -> Tensor:
-            return torch.randn(chunk.shape, generator=generator, dtype=chunk.dtype, device="cpu").to(chunk.device)
-
-        return self._map(draw)
+        return self._map(lambda c: torch.randn(c.shape, generator=generator, dtype=c.dtype, device="cpu").to(c.device))
 
     def add_(self, other: Vector, a: Scalar = 1.0, sign: float = 1.0) -> Vector:
         """self ← self + sign · a · other, one pass over memory."""
@@ -354,26 +385,22 @@ class Vector:
 
     def where(self, mask: Tensor, other: Vector) -> Vector:
         """self for the systems where mask (0-d, or [B]) holds, other elsewhere."""
-        chunks = []
-        for x, y, plain in zip(self.chunks, other.chunks, self.space.plain, strict=True):
-            shape = (*mask.shape, *[1] * (1 if plain else x.ndim - mask.ndim)) if mask.ndim else ()
-            chunks.append(torch.where(mask.to(x.device).reshape(shape), x, y))
-        return Vector(self.space, chunks)
+        pairs = zip(self.chunks, other.chunks, strict=True)
+        masks = [self._beside(mask.to(chunk.device), i) for i, chunk in enumerate(self.chunks)]
+        return Vector(self.space, [torch.where(own, x, y) for own, (x, y) in zip(masks, pairs, strict=True)])
 
     def dot(self, other: Vector) -> Tensor:
         """⟨self, other⟩ of each system, reduced in the widest dtype: 0-d, or [B]."""
-        total: Tensor | None = None
         space, chunks = self.space, self.chunks
         if space.uniform and len(chunks) == 1:
             return torch.linalg.vecdot(chunks[0], other.chunks[0])
-        for x, y, plain in zip(self.chunks, other.chunks, space.plain, strict=True):
+        parts = []
+        for x, y, plain in zip(chunks, other.chunks, space.plain, strict=True):
             if x.element_size() < 4:
                 x, y = x.float(), y.float()
             part = torch.linalg.vecdot(x, y) if plain else sharded_dot(x, y, space.batch_dims)
-            part = part.to(device=space.device, dtype=space.dtype)
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+            parts.append(space.tensor(part, cast=True))
+        return reduce(add, parts)
 
     def norm(self) -> Tensor:
         """‖self‖₂ of each system."""
@@ -393,16 +420,12 @@ class Vector:
 
     def largest(self) -> Tensor:
         """The largest |entry| of each system: 0-d, or [B]."""
-        largest: Tensor | None = None
-        space = self.space
+        space, tops = self.space, []
         for chunk, plain in zip(self.chunks, space.plain, strict=True):
             own = chunk if plain else chunk.flatten(space.batch_dims)
             top = torch.linalg.vector_norm(own, math.inf, -1) if own.numel() else own.new_zeros(space.batch_shape)
-            if not space.uniform:
-                top = full(top).to(device=space.device, dtype=space.dtype)
-            largest = top if largest is None else torch.maximum(largest, top)
-        assert largest is not None
-        return largest
+            tops.append(top if space.uniform else space.tensor(full(top), cast=True))
+        return reduce(torch.maximum, tops)
 
     def __repr__(self) -> str:
         return f"Vector({self.tree!r})"

@@ -1,4 +1,4 @@
-"""Forward solvers of w = Φ(w, λ), side by side: frozen configuration, called as solver(fp_map, start, hparams).
+"""Forward solvers of w = Φ(w, λ): frozen configuration, called as solver(fp_map, start, hparams).
 
 Nothing here is differentiated: `implicit.fixed_point` attaches derivatives to what comes out. With batch_dims=1 each
 sample converges by itself and then rests.
@@ -66,14 +66,14 @@ def _norm(v: Vector) -> Tensor:
     return (v / scale).norm() * scale
 
 
-Propose: TypeAlias = Callable[[Iterate], Vector]  # what a method makes the next w of
+Propose: TypeAlias = Callable[[Iterate], Vector]  # a method's step: the next w
 Evaluate: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # Φ on the leaves of w
 
 
 class Goal:
-    """The tolerance: ‖Φ(w) − w‖ ≤ max(atol, rtol · ‖Φ(w)‖), where growth of ‖Φ(w)‖ alone is no convergence.
+    """The tolerance: ‖Φ(w) − w‖ ≤ max(atol, rtol · ‖Φ(w)‖), which growth of ‖Φ(w)‖ alone must not meet.
 
-    ‖Φ(w)‖ counts at most as `limit`, a multiple of what the start had. Beyond it (an extrapolation may throw w to 1e16,
+    ‖Φ(w)‖ counts at most as `limit`, a multiple of that of the start. Beyond it (an extrapolation may throw w to 1e16,
     where the residual rounds to 0) a residual counts as no smaller than its rounding, and as more in proportion.
     """
 
@@ -96,8 +96,8 @@ class Goal:
 class Guard:
     """Back to Φ(best) where the residual has not fallen for a while, and on from there by plain steps.
 
-    An accelerated method may wander off for good where Φ is no contraction (around the kinks of a proximal step); the
-    plain iteration does not. The plain steps are as many as the method remembers iterates, twice as many the next time.
+    An accelerated method may wander off for good around the kinks of a proximal step; the plain iteration does not.
+    The plain steps are as many as the method remembers iterates, twice as many the next time.
     """
 
     def __init__(self, memory: int, start: Iterate):
@@ -121,14 +121,14 @@ class Guard:
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPointSolver(ABC):
-    """What all forward solvers share. A step evaluates Φ once, at w, and is done when ‖Φ(w) − w‖ is small.
+    """What all forward solvers share: a step evaluates Φ once, and the solve ends when ‖Φ(w) − w‖ is small.
 
     Args:
-        max_steps: steps at most; exactly that many where neither rtol nor atol is given. The residual of the last w
-            takes one evaluation more.
+        max_steps: steps at most (default: 200); exactly that many where neither rtol nor atol is given. The residual of
+            the last w takes one evaluation more.
         rtol, atol: solved when ‖Φ(w) − w‖ ≤ max(atol, rtol · ‖Φ(w)‖), where ‖Φ(w)‖ counts at most as 1e-3 / rtol times
             (10 to 1e6 times) that of the start. With max_steps, rtol and atol all left out, rtol is 1e-6 in float64 and
-            1e-4 in float32 (4 eps in half precision), and max_steps 200.
+            1e-4 in float32 (4 eps in half precision).
         batch_dims: 1 where the first axis of each leaf counts independent samples.
         on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore", with which nothing is read from
             the device where the number of steps is given.
@@ -146,7 +146,7 @@ class FixedPointSolver(ABC):
     trace: bool = False
 
     def __post_init__(self) -> None:
-        check_options(self, numbers=("rtol", "atol"), integers={"max_steps": 0, "check_every": 1})
+        check_options(self)
 
     @abstractmethod
     def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
@@ -160,10 +160,10 @@ class FixedPointSolver(ABC):
             fp_map: Φ(params, hparams), or Φ(params) where hparams is None; of params' structure and shapes. It may call
                 torch.autograd.grad itself (the step of an energy model).
             start: the first w, any pytree of floating point tensors.
-            hparams: λ. Under torch.func.vmap all that is mapped must be in start or hparams; all entries are one solve.
+            hparams: λ. Under torch.func.vmap all that is mapped must be in start or hparams.
 
-        Returns: Solution whose value is w in start's structure, with residual_norm ‖Φ(w) − w‖ and rhs_norm ‖Φ(w)‖. With
-            a tolerance it is the best w met; without one the last. Picard() returns Φ(w) for a w within the tolerance.
+        Returns: a Solution with the best w met (without a tolerance the last), residual_norm ‖Φ(w) − w‖ and rhs_norm
+            ‖Φ(w)‖. Picard() returns Φ(w) for a w within the tolerance.
         Raises: ValueError where Φ changes structure, shape, dtype or device, and for a mapped tensor that was not
             passed; SolverError under on_failure="raise".
         """
@@ -186,7 +186,7 @@ class FixedPointSolver(ABC):
         return solved(call, tuple(leaves), tuple(given))
 
     def _solve(self, start: PyTree, evaluate: Evaluate, batch_dims: int) -> Solution:
-        space = Space(start, "start", batch_dims)
+        space = Space(*flatten(start, "start"), batch_dims)
 
         def phi(w: Vector) -> Vector:
             return space.pack([leaf.detach() for leaf in evaluate([leaf.detach() for leaf in w.leaves])])
@@ -240,8 +240,8 @@ class FixedPointSolver(ABC):
 class Picard(FixedPointSolver):
     """w ← (1 − τ) w + τ Φ(w): the error falls by the contraction factor of Φ a step.
 
-    With mixing=1 the value of a solve to a tolerance is Φ(w), which is known: one contraction closer than w. Its
-    residual is not known: residual_norm is that of w, an upper bound where Φ contracts.
+    With mixing=1 the value of a solve to a tolerance is Φ(w), one contraction closer than w, and residual_norm that of
+    w, an upper bound where Φ contracts.
 
     Args:
         mixing: τ in (0, 1]; 1 is the plain iteration.
@@ -255,17 +255,8 @@ class Picard(FixedPointSolver):
 
     mixing: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_mixing(self)
-
     def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
         return lambda at: at.image if self.mixing == 1 else at.w + at.residual * self.mixing
-
-
-def _check_mixing(solver: Picard | Anderson) -> None:
-    if not 0 < solver.mixing <= 1:
-        raise ValueError(f"{type(solver).__name__}: mixing must be in (0, 1], got {solver.mixing!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,11 +279,6 @@ class Anderson(FixedPointSolver):
     history: int = 5
     regularisation: float = 1e-12
     mixing: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_options(self, numbers=("regularisation",), integers={"history": 1})
-        _check_mixing(self)
 
     def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
         space, m = start.space, self.history
@@ -353,20 +339,14 @@ class Broyden(FixedPointSolver):
 
     history: int = 20
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_options(self, integers={"history": 1})
-
     def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
         us, vs = Basis(start, self.history), Basis(start, self.history)
         count = 0
         before: Iterate | None = None
 
-        def times(x: Vector) -> Vector:
-            return us.combine(vs.coefficients(x, count)) - x if count else -x
-
-        def transposed(x: Vector) -> Vector:
-            return vs.combine(us.coefficients(x, count)) - x if count else -x
+        def product(left: Basis, right: Basis, x: Vector) -> Vector:
+            """−x + Σᵢ leftᵢ rightᵢᵀ x: B x, or Bᵀ x with the two exchanged."""
+            return left.combine(right.coefficients(x, count)) - x if count else -x
 
         def propose(at: Iterate) -> Vector:
             nonlocal count, before
@@ -376,14 +356,14 @@ class Broyden(FixedPointSolver):
                 dw, dr = at.w - before.w, at.residual - before.residual
                 size = dw.scale()  # u vᵀ is the same for Δw and Δr in any unit
                 dw, dr = dw / size, dr / size
-                v = transposed(dw)
+                v = product(vs, us, dw)
                 curvature = v.dot(dr)
                 usable = curvature.abs() > start.space.eps * v.norm() * dr.norm()
-                u = (dw - times(dr)) * torch.where(usable, 1 / curvature, 0.0)
+                u = (dw - product(us, vs, dr)) * torch.where(usable, 1 / curvature, 0.0)
                 us[count], vs[count] = u, v
                 count += 1
             before = at
-            return at.w - times(at.residual)
+            return at.w - product(us, vs, at.residual)
 
         return propose
 
@@ -406,13 +386,7 @@ class Newton(FixedPointSolver):
             leaves = [_torch.tracked(leaf.detach()) for leaf in at.w.leaves]
             with torch.enable_grad():
                 linearisation = Linearisation(evaluate(leaves), leaves, [])
-            op = operators.adjoint(
-                lambda: linearisation,
-                fixed_point=True,
-                symmetric=False,
-                positive_definite=False,
-                batch_dims=start.space.batch_dims,
-            )
+            op = operators.adjoint(lambda: linearisation, fixed_point=True, batch_dims=start.space.batch_dims)
             return at.w + solve(self.solver, op.T, at.residual.copy(), None).value
 
         return propose

@@ -1,13 +1,15 @@
 """HyperTorch, whole: its functions and helpers with their names, arguments, defaults and results.
 
-Its defects are not kept. `tol` is relative to ‖∇₁E‖ (there it was absolute), CG returns its last iterate (there the one
-before), unused params and hparams count as zero everywhere, params may hold one tensor twice, containers may be nested,
-and what is known to be wrong is an error or a warning. Its optimisers stand in `diff_optimizers`, `cg` in `CG_torch`.
+Its defects are not kept: `tol` is relative to ‖∇₁E‖, where it was absolute; CG returns its last iterate, where it
+returned the one before; unused params and hparams count as zero everywhere; params may hold one tensor twice;
+containers may be nested; and what is known to be wrong is an error or a warning. Its optimisers are in
+`diff_optimizers`, `cg` is in `CG_torch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,19 +73,14 @@ def _implicit(
     draws: how often the inner problem is drawn at the last product, and once at each before; 0: it is always the same.
     fatal: statuses that are an error.
     """
-    # Of a map [w, w] are two variables, the state of HeavyBall at a fixed point.
+    # [w, w] are two variables to a map: the state of HeavyBall at a fixed point.
     params, hparams = _detached(params), _list(hparams, "hparams")
-    noisy = (lambda form: form and operators.Stochastic(form, draws)) if draws else (lambda form: form)
+    if draws:
+        fp_map, inner_loss = (form and operators.Stochastic(form, draws) for form in (fp_map, inner_loss))
+    forms: Any = {"fp_map": fp_map, "inner_loss": inner_loss}
     with random_state_kept_on_error(params):
         result = implicit.grad(
-            outer_loss,
-            params=params,
-            hparams=hparams,
-            fp_map=noisy(fp_map),
-            inner_loss=noisy(inner_loss),
-            solver=solver,
-            x0=start,
-            symmetric=symmetric,
+            outer_loss, params=params, hparams=hparams, solver=solver, x0=start, symmetric=symmetric, **forms
         )
         if (status := result.solution.status).value > Status.STAGNATED.value:
             result.solution.report("the adjoint system of the hypergradient", "raise" if status in fatal else "warn")
@@ -107,7 +104,7 @@ def reverse_unroll(params: Tensors, hparams: Tensors, outer_loss: Loss, set_grad
 
     Returns: ∇f(λ) of f(λ) = E(w_T(λ), λ), a tuple like hparams.
     Raises: ValueError where outer_loss is no scalar, or depends on none of hparams.
-    Cost: one reverse pass through all steps, whose graph is kept.
+    Cost: one reverse pass through all steps, whose graph stays.
     Source: Grazzi et al. 2020, section 2.1 (ITD).
 
     Example:
@@ -144,7 +141,7 @@ def reverse(
     leaves = flatten(hparams, "hparams", complex=True)[0]
     with random_state_kept_on_error(leaves), _torch.hooks_suspended(leaves) as hooked:
         problem = _at(params_history[-1], hparams, outer_loss, _identity)
-        _, alpha, total = implicit.outer_gradients(problem, keep=False)
+        _, alpha, total = implicit.outer_gradients(problem, keep=False)  # ∇₁E, ∇₂E
         for t in range(steps):
             step = update_map_history[-1 - t]
             problem = _at(params_history[-2 - t], hparams, outer_loss, step)
@@ -157,9 +154,7 @@ def reverse(
             alpha, total = problem.space.pack(pulled), _autodiff.add_or_none(total, cross)
     if all(g is None for g in total):
         raise ValueError(implicit.NO_HPARAMS)
-    found = [
-        torch.zeros_like(x) if g is None else g.clone() for g, x in zip(total, problem.differentiated, strict=True)
-    ]
+    found = [g.clone() for g in _autodiff.or_zeros(total, problem.differentiated)]
     grads = problem.tree_of(_torch.with_hooks(problem.differentiated, found, hooked))
     warn_if_not_finite(found)
     if set_grad:
@@ -197,7 +192,7 @@ def fixed_point(
         stochastic: fp_map is drawn anew at every product.
 
     Returns: ∇f(λ) ≈ ∇₂E + ∂₂Φᵀv, a list like hparams.
-    Raises, Warns: as `implicit.grad`. Fewer steps than tol would need are no failure; an estimated error above 10 % is.
+    Raises, Warns: as `implicit.grad`, but fewer steps than tol would need are no failure.
     Cost: K products, the last with respect to params and hparams together.
     Source: Grazzi et al. 2020, section 2.2 (AID-FP).
 
@@ -215,10 +210,8 @@ def fixed_point(
 def neumann(
     params: Tensors, hparams: Tensors, K: int, fp_map: Map, outer_loss: Loss, tol=1e-10, set_grad=True
 ) -> list[Any]:
-    """Hypergradient by K + 1 terms of the Neumann series: what `fixed_point` gives with K + 1 steps.
+    """Hypergradient by K + 1 terms of the Neumann series: `fixed_point` with K + 1 steps.
 
-    Args: those of `fixed_point`.
-    Cost: K products and the last.
     Source: Lorraine, Vicol and Duvenaud 2020; Liao et al. 2018.
     """
     return fixed_point(params, hparams, K + 1, fp_map, outer_loss, tol, set_grad)
@@ -227,14 +220,11 @@ def neumann(
 def CG(
     params: Tensors, hparams: Tensors, K: int, fp_map: Map, outer_loss: Loss, tol=1e-10, set_grad=True, stochastic=False
 ) -> list[Any]:
-    """Hypergradient by K steps of conjugate gradients on (I − ∂₁Φᵀ) v = ∇₁E.
+    """Hypergradient by K steps of conjugate gradients on (I − ∂₁Φᵀ) v = ∇₁E. Arguments and cost: as `fixed_point`.
 
     Calling this declares I − ∂₁Φ symmetric positive definite, as it is for a gradient step on a strongly convex loss.
-    A Φ for which it is not (momentum, an equilibrium cell) is found and warned of: use `fixed_point` or `CG_normaleq`
-    there.
+    A Φ for which it is not (momentum, an equilibrium cell) is found and warned of: use `fixed_point` or `CG_normaleq`.
 
-    Args: those of `fixed_point`.
-    Cost: K products and the last.
     Source: Pedregosa 2016; Grazzi et al. 2020, section 2.2 (AID-CG).
     """
     solver, draws = solvers.CG(max_steps=K, rtol=tol, on_failure="ignore"), int(stochastic)
@@ -244,9 +234,8 @@ def CG(
 def CG_normaleq(
     params: Tensors, hparams: Tensors, K: int, fp_map: Map, outer_loss: Loss, tol=1e-10, set_grad=True
 ) -> list[Any]:
-    """Hypergradient by K steps of conjugate gradients on the normal equations, for any Φ.
+    """Hypergradient by K steps of conjugate gradients on the normal equations, for any Φ. Arguments: as `fixed_point`.
 
-    Args: those of `fixed_point`.
     Cost: K products with ∂₁Φᵀ and K with ∂₁Φ, all from one evaluation of Φ, and the last.
     Source: Grazzi et al. 2020, section 2.2.
     """
@@ -257,8 +246,7 @@ def CG_normaleq(
 def exact(opt_params_f: Callable[[Any], Any], hparams: Tensors, outer_loss: Loss, set_grad=True) -> tuple[Any, ...]:
     """Hypergradient by backpropagation through λ ↦ w(λ), a closed form (opt_params_f) of the inner solution.
 
-    Args, Returns, Raises: as `reverse_unroll`.
-    Cost: one evaluation and one reverse pass.
+    Otherwise as `reverse_unroll`.
     """
     return _backpropagated(lambda hparams: outer_loss(opt_params_f(hparams), hparams), hparams, set_grad, False)
 
@@ -282,8 +270,7 @@ def stoch_AID(
 ) -> tuple[list[Any], list[Any]]:
     """Stochastic hypergradient: K steps of a torch optimizer on the linear system, a new draw at each.
 
-    Args:
-        params, hparams, outer_loss, K, set_grad: as in `fixed_point`; K counts steps of the optimizer.
+    Args: as `fixed_point`, and
         J_inner: draws of the inner problem over which the last product is averaged (1 unless stoch_inner).
         J_outer: draws of outer_loss that are averaged (1 unless stoch_outer).
         fp_map, inner_loss: Φ, or g; exactly one.
@@ -298,20 +285,21 @@ def stoch_AID(
     Cost: J_outer evaluations of outer_loss, K products, J_inner last products.
     Source: Grazzi, Pontil and Salzo 2021, Algorithm 1.
     """
-    named = {"J_inner": (J_inner, "stoch_inner", stoch_inner), "J_outer": (J_outer, "stoch_outer", stoch_outer)}
-    for name, (draws, flag, drawn_anew) in named.items():
-        if draws < 1 or (draws > 1 and not drawn_anew):
-            raise ValueError(f"{name} must be 1, or more with {flag}=True; got {draws}")
+    for J, stochastic, name in ((J_inner, stoch_inner, "inner"), (J_outer, stoch_outer, "outer")):
+        if J < 1 or (J > 1 and not stochastic):
+            raise ValueError(f"J_{name} must be 1, or more with stoch_{name}=True; got {J}")
 
     def averaged_loss(params: Any, hparams: Any) -> Tensor:
         return torch.stack([as_scalar(outer_loss(params, hparams), "outer_loss") for _ in range(J_outer)]).mean()
 
-    build = optim_build or (lambda tensors: torch.optim.SGD(tensors, lr=1.0))
+    def build(tensors: list[Tensor]) -> Any:
+        return (optim_build or partial(torch.optim.SGD, lr=1.0))(tensors, **(opt_params or {}))
+
     result = _implicit(
         params,
         hparams,
         averaged_loss,
-        solvers.Optimizer(max_steps=K, build=lambda tensors: build(tensors, **(opt_params or {})), on_failure="ignore"),
+        solvers.Optimizer(max_steps=K, build=build, on_failure="ignore"),
         set_grad,
         fp_map=fp_map,
         inner_loss=inner_loss,

@@ -29,10 +29,9 @@ def functional(module: nn.Module) -> Callable[..., Any]:
 
     Parameters come as a dict like dict(module.named_parameters()); buffers may be among them, and are copied at each
     call. A tensor that stands under several names goes by its first. BatchNorm in training mode uses its batch's
-    statistics without recording them. weight_norm is written out and parametrize.cached() is off inside, so that
-    derivatives of all orders are right.
+    statistics without recording them. Derivatives of all orders are right, through weight_norm too.
 
-    Raises: RuntimeError for a non-reentrant checkpoint inside the module: it would recompute with other parameters.
+    Raises: RuntimeError for a non-reentrant checkpoint inside the module.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -93,8 +92,8 @@ class Equilibrium(nn.Module):
     """z* = cell(z*, x) as a layer: any forward solver, gradients by the implicit function theorem.
 
     The memory does not depend on the number of forward steps. Each sample (first axis of each leaf of z) converges by
-    itself, forward and backward, unless the samples are coupled (batch_dims=0). It may stand under torch.func (also
-    vmap: per-sample gradients, ensembles), in a non-reentrant checkpoint, and its cell may call torch.autograd.grad.
+    itself, forward and backward. It may stand under torch.func (also vmap: per-sample gradients, ensembles), in a
+    non-reentrant checkpoint, and its cell may call torch.autograd.grad.
 
     Args:
         cell: a Module or a function (z, u) ↦ z; u = x, or inject(x). A function may use no tensor that requires grad.
@@ -106,7 +105,7 @@ class Equilibrium(nn.Module):
         batch_dims: 1 where the first axis of each leaf of z counts independent samples, 0 where the samples are coupled
             (a graph network); None: 1, or 0 while the cell has a BatchNorm that uses the batch's statistics.
         warm_start: start from the last call's z*, and each backward pass from the last v, while shapes stay the same.
-            Both are part of the state_dict and of pickles: a resumed run goes on as if it had not been interrupted.
+            Both are part of the state_dict and of pickles.
 
     Attributes:
         forward_info: the Solution of the last forward solve.
@@ -173,9 +172,8 @@ class Equilibrium(nn.Module):
         """Hutchinson's estimate of ‖∂₁cell(z, x)‖²_F per state variable, differentiable in the parameters and x.
 
         Args:
-            z: the state to take it at, usually the layer's output; it is detached.
-            probes: normal vectors averaged.
-            generator: of the probes, on any device.
+            z: the state, usually the layer's output; it is detached.
+            probes: normal vectors averaged, from `generator` (on any device).
 
         Source: Bai, Koltun and Kolter 2021, equation 5.
         """
@@ -209,12 +207,12 @@ class Equilibrium(nn.Module):
         device = split(z)[0][0].device.type
         device = device if torch.amp.is_autocast_available(device) else "cpu"
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        cell = functional(self.cell) if isinstance(self.cell, nn.Module) else _without_tensors(self.cell)
+        function, cell = self.cell, functional(self.cell) if isinstance(self.cell, nn.Module) else None
 
         def step(z: PyTree, hparams: PyTree) -> PyTree:
             tensors, u = hparams
             with torch.autocast(device, dtype=dtype, enabled=enabled):
-                new = cell(tensors, z, u)
+                new = function(z, u) if cell is None else cell(tensors, z, u)
             if not enabled:
                 return new
             leaves, rebuild = split(new)
@@ -262,10 +260,6 @@ class Equilibrium(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _without_tensors(cell: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    return lambda _, z, u: cell(z, u)
-
-
 def _kinds(leaves: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
     return [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
 
@@ -276,14 +270,13 @@ def _normal_like(y: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def project_spectral_(weight: Tensor, radius: float) -> Tensor:
-    """Project a matrix on the ball ‖W‖₂ ≤ radius, in place and on its own device: singular values above are cut.
+    """Project a matrix on the ball ‖W‖₂ ≤ radius, in place: singular values above are cut.
 
     Args:
         weight: [n, m]; a parameter, after an optimiser's step.
         radius: > 0; below 1 it makes tanh(zWᵀ + u) a contraction.
 
     Returns: weight.
-    Raises: ValueError for another number of axes.
     Cost: one singular value decomposition.
 
     Example:

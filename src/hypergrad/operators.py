@@ -16,7 +16,7 @@ from ._autodiff import Linearisation, as_scalar
 from ._basis import Basis
 from ._sum import Sum as Sum
 from ._tree import PyTree, flatten
-from ._vector import Space, Vector
+from ._vector import Vector
 
 Product = Callable[[Vector], Vector]
 
@@ -90,11 +90,10 @@ class LinearOperator:
     def __call__(self, v: Any) -> Any:
         """A v (+ damping · v): a Vector for a Vector, a pytree for a pytree.
 
-        The product of a Vector may share memory with it, or with the next product (a backward pass may write all its
-        results into one place): read it, and copy what is written into or kept.
+        The product of a Vector may share memory with it, or with the next product: copy it to keep it.
         """
         if not isinstance(v, Vector):
-            return self(Space(v, "v", self.batch_dims).vector(v, "v")).copy().tree
+            return self(Vector.of(v, "v", self.batch_dims)).copy().tree
         self._counter.products += 1
         product = self._matvec(v)
         return product + v * self.damping if self.damping else product
@@ -109,12 +108,11 @@ class LinearOperator:
 
     def copying(self) -> LinearOperator:
         """The same, with every product in memory of its own; counted together with A."""
-        transpose = self._transpose
+        matvec, transpose = self._matvec, self._transpose
         return self._derived(
-            lambda v: self._matvec(v).copy(),
-            self._many,
-            None if transpose is None else lambda v: transpose(v).copy(),
-            self._many_transpose,
+            _matvec=lambda v: matvec(v).copy(),
+            _transpose=None if transpose is None else lambda v: transpose(v).copy(),
+            _contraction=None,
         )
 
     def many(self, basis: Basis) -> Basis:
@@ -130,12 +128,9 @@ class LinearOperator:
         result = self._many(basis)
         return result.plus(basis, self.damping) if self.damping else result
 
-    def _derived(self, matvec: Product, many: Any, transpose: Product | None, many_transpose: Any) -> LinearOperator:
+    def _derived(self, **parts: Any) -> LinearOperator:
         new = object.__new__(LinearOperator)
-        new.__dict__.update(self.__dict__)
-        new._matvec, new._many, new._transpose, new._many_transpose = matvec, many, transpose, many_transpose
-        new._contraction = self._contraction if matvec is self._matvec else None
-        new.declared = None
+        new.__dict__.update(self.__dict__ | {"declared": None} | parts)
         return new
 
     @property
@@ -145,21 +140,18 @@ class LinearOperator:
             return self
         if self._transpose is None:
             raise TypeError("this operator has no transposed product: pass transpose=, or use a solver that needs none")
-        return self._derived(self._transpose, self._many_transpose, self._matvec, self._many)
+        forward = {"_matvec": self._transpose, "_many": self._many_transpose}
+        return self._derived(**forward, _transpose=self._matvec, _many_transpose=self._many, _contraction=None)
 
     def damped(self, damping: float) -> LinearOperator:
         """A + damping · I, counted together with A."""
-        if not damping:
-            return self
-        new = self._derived(self._matvec, self._many, self._transpose, self._many_transpose)
-        new.damping = self.damping + damping
-        return new
+        return self._derived(damping=self.damping + damping) if damping else self
 
     def stacked(self) -> LinearOperator:
         """A for k right hand sides at once, stacked along a new leading axis of every leaf: k vectorised products.
 
-        To a solver these are k independent systems: CG()(op.stacked(), b) runs k times CG in step, each with its own
-        status; BlockCG searches in one space for all. It counts its products by itself, k at once as one.
+        CG()(op.stacked(), b) runs k times CG in step, each with its own status; BlockCG searches in one space for all.
+        It counts its products by itself, k at once as one.
 
         Raises: ValueError where A has a batch axis already.
 
@@ -179,9 +171,14 @@ class LinearOperator:
 
             return apply
 
-        tags: Any = {name: getattr(self, name) for name in ("symmetric", "positive_definite", "stochastic")}
-        transposed = product(self.T) if self.has_transpose and not self.symmetric else None
-        new = LinearOperator(product(self), transposed, batch_dims=1, **tags)
+        new = LinearOperator(
+            product(self),
+            product(self.T) if self.has_transpose and not self.symmetric else None,
+            symmetric=self.symmetric,
+            positive_definite=self.positive_definite,
+            batch_dims=1,
+            stochastic=self.stochastic,
+        )
         new.each = self
         return new
 
@@ -261,24 +258,22 @@ def adjoint(
         symmetric, positive_definite, batch_dims, stochastic: see LinearOperator.
     """
 
+    def products(one: Any, several: Any) -> tuple[Product, Callable[[Basis], Basis]]:
+        def product(v: Vector) -> Vector:
+            image = v.space.pack(one(linearise(), v.leaves))
+            return v - image if fixed_point else image
+
+        def many(basis: Basis) -> Basis:
+            images = basis.with_leaves(several(linearise(), basis.leaves()))
+            return basis.plus(images, -1.0) if fixed_point else images
+
+        return product, many
+
     def contraction(v: Vector) -> Vector:
         return v.space.pack(linearise().vjp(v.leaves))
 
-    def product(v: Vector) -> Vector:
-        return v - contraction(v) if fixed_point else contraction(v)
-
-    def transpose(v: Vector) -> Vector:
-        image = v.space.pack(linearise().jvp(v.leaves))
-        return v - image if fixed_point else image
-
-    def many(basis: Basis) -> Basis:
-        images = basis.with_leaves(linearise().vjp_many(basis.leaves()))
-        return basis.plus(images, -1.0) if fixed_point else images
-
-    def many_transpose(basis: Basis) -> Basis:
-        images = basis.with_leaves(linearise().jvp_many(basis.leaves()))
-        return basis.plus(images, -1.0) if fixed_point else images
-
+    product, many = products(Linearisation.vjp, Linearisation.vjp_many)
+    transpose, many_transpose = products(Linearisation.jvp, Linearisation.jvp_many)
     return LinearOperator(
         product,
         transpose,
@@ -330,9 +325,8 @@ class GaussNewton:
         g(w, λ) = ℓ(m(w, λ), λ) + p(w, λ),      A = JᵀHJ + ∇²₁₁p,   J = ∂₁m,  H = ∇²ℓ
 
     Pass it as inner_loss to `implicit.grad`. With a convex ℓ and p, A is positive semi-definite wherever w is, so CG
-    applies where the Hessian is indefinite (a network in mid-training). It is the Hessian where the model is linear in
-    w, or ∇ℓ = 0, and an approximation elsewhere; ∇₁g and ∂₂∇₁g are exact. The residual of the adjoint system is that
-    of A, and does not tell how far A is from the Hessian.
+    applies where the Hessian is indefinite. It is the Hessian where the model is linear in w, or ∇ℓ = 0, and an
+    approximation elsewhere, which the residual of the adjoint system does not show; ∇₁g and ∂₂∇₁g are exact.
 
     Args:
         model: m(params, hparams) ↦ outputs, a tensor or a pytree.

@@ -317,7 +317,7 @@ def test_bad_draws():
 
 def test_a_vector_of_another_space_from_the_users_solver():
     case = good()
-    other = hg.Vector(hg._vector.Space([rand(7)], "params"), [rand(7)])
+    other = hg.Vector(hg.Vector.of([rand(7)], "params").space, [rand(7)])
     for call in implicit(case, solver=lambda op, b, x0: other):
         refuses(call, case, ValueError, ["solver's result", "structure"])
 

@@ -147,7 +147,7 @@ class Oracles:
     def take_forms(self) -> None:
         """Take the shapes, dtypes and devices that params and hparams have now."""
         self.forms = [form(x) for x in (*self.params, *self.hparams)]
-        self.space = Space(list(self.params), "params")
+        self.space = Space(*flatten(list(self.params), "params"))
         self.sharded = any(hasattr(x, "placements") for x in self.params)
 
     def batch(self, loss: LossLike, name: str = "inner_loss") -> Batch:

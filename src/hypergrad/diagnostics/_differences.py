@@ -70,7 +70,7 @@ def finite_differences(
     problem = problem.again()
     outer = problem.outer_space
     here = outer.pack([x.detach() for x in problem.differentiated])
-    given = problem.vector_of(grads, "the hypergradient")
+    given = problem.outer_space.vector(grads, "the hypergradient")
     t = outer.eps**0.2 * max(float(here.norm()), 1.0) if step is None else step
     if not t > 0 or directions < 1:
         raise ValueError(f"step must be positive and directions ≥ 1, got {step!r} and {directions!r}")

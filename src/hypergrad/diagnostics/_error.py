@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import _scalar
+from .. import _vector
 from .._solution import Status
 from .._tree import PyTree
 from .._vector import Vector
@@ -98,7 +98,7 @@ def estimate(
     """
     systems = _Systems(problem, solver, budget)
     start, space = systems.problem, systems.problem.space
-    given = start.vector_of(grads, "the hypergradient")
+    given = start.outer_space.vector(grads, "the hypergradient")
     v = systems.adjoint() if adjoint is None else space.vector(adjoint, "the adjoint")
     first = last = systems.correct(v)
     damping = _damping(first.adjoint_residual, v, solved)
@@ -281,4 +281,4 @@ def norm(x: Vector) -> float:
 
 def ratio(a: Any, b: Any) -> Any:
     """a / b of numbers or of tensors, 0 where both are 0."""
-    return _scalar.ratio(a, b, a != 0)
+    return _vector.ratio(a, b, a != 0)

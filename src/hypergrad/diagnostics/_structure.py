@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _random, operators, solvers
 from .._basis import Basis
 from .._modules import modules_of
-from .._vector import Space, Vector
+from .._vector import Vector
 from ..implicit import Problem
 from ..operators import LinearOperator
 from ..unroll import check_whole
@@ -184,7 +184,7 @@ def operator_structure(
     """
     check_whole(steps=(steps, 1))
     require_real(like.leaves if isinstance(like, Vector) else like, "like")
-    vector = like if isinstance(like, Vector) else Space(like, "like", op.batch_dims).vector(like, "like")
+    vector = like if isinstance(like, Vector) else Vector.of(like, "like", op.batch_dims)
     space, before, generator = vector.space, op.products, seeded(generator)
     if not space.length or not vector.norm().numel():
         raise ValueError("a system without unknowns has no structure: params hold no numbers")

@@ -5,8 +5,8 @@ pair that does not, with r_v = ∇₁L, one Newton step of both is
 
     A δ = −F,      Aᵀ dv = r_v + ∇²₁₁L δ,      dh = ∇²₂₁L δ − ∂₂Fᵀ dv
 
-(∇²₁₁L δ = ∇²₁₁E δ − (D_w Aᵀ[δ]) v: the change of both sides of the adjoint system with w). dh is the derivative of
-h(w, v) = ∇₂L along (δ, dv), so h + dh is off by the square of the errors of w and v, and so is L as a value of f(λ).
+dh is the derivative of h(w, v) = ∇₂L along (δ, dv), so h + dh is off by the square of the errors of w and v, and so is
+L as a value of f(λ).
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from torch import Tensor
 
 from .. import _autodiff
 from .._random import random_state_kept_on_error
-from .._scalar import anywhere, ratio, read
 from .._solution import InaccurateHypergradient, Solution, SolverError, Status, warn
 from .._tree import PyTree
-from .._vector import Vector, norm
+from .._vector import Vector, anywhere, norm, ratio, read
 from ..operators import LinearOperator, has_curvature
 from ..solvers import Auto, LinearSolver, Solver, on_failure_of, solve
 from ._hypergradient import Hypergradient, result_of
@@ -36,29 +35,17 @@ REFINEMENTS = 20
 
 @dataclass(frozen=True)
 class Correction:
-    """The Newton step of a pair (w, v), and its first-order effect.
+    """The Newton step of a pair (w, v), and its first-order effect."""
 
-    Attributes:
-        hypergradient: h(w, v) = ∇₂E − ∂₂Fᵀv, a vector of hparams' space.
-        change: dh.
-        value: L = E − vᵀF, second-order accurate as f(λ).
-        adjoint_residual: r_v = ∇₁E − Aᵀv.
-        adjoint: v.
-        step: δ.
-        adjoint_step: dv.
-        distance: ‖δ‖ / ‖w + δ‖.
-        solutions: how the systems for δ and dv were solved.
-    """
-
-    hypergradient: Vector
-    change: Vector
-    value: Tensor
-    adjoint_residual: Vector
-    adjoint: Vector
-    step: Vector
-    adjoint_step: Vector
-    distance: Tensor
-    solutions: tuple[Solution, Solution]
+    hypergradient: Vector  # h(w, v) = ∇₂E − ∂₂Fᵀv
+    change: Vector  # dh
+    value: Tensor  # L = E − vᵀF, second-order accurate as f(λ)
+    adjoint_residual: Vector  # r_v = ∇₁E − Aᵀv
+    adjoint: Vector  # v
+    step: Vector  # δ
+    adjoint_step: Vector  # dv
+    distance: Tensor  # ‖δ‖ / ‖w + δ‖
+    solutions: tuple[Solution, Solution]  # of the systems for δ and dv
 
     @property
     def corrected(self) -> Vector:
@@ -97,9 +84,9 @@ def correct(problem: Problem, v: Vector, solver: Solver, operator: LinearOperato
     outputs = [problem.outer_value, *problem.linearisation.outputs]
     cotangents = [torch.ones_like(problem.outer_value), *(v if problem.fixed_point else -v).leaves]
     gradient = _autodiff.grad(outputs, inputs, cotangents, create_graph=True)
-    first, second = _detached(gradient[:n]), _detached(gradient[n:])
-    r_v = space.pack(first) - v if problem.fixed_point else space.pack(first).copy()
-    h = outer.pack(second).copy()
+    detached = [x.detach() for x in gradient]
+    r_v, h = space.pack(detached[:n]).copy(), outer.pack(detached[n:]).copy()
+    r_v = r_v - v if problem.fixed_point else r_v
 
     delta = solve(solver, operator.T, -f, None)
     along = _autodiff.grad(gradient[:n], inputs, delta.value.leaves, retain_graph=True)
@@ -112,28 +99,22 @@ def correct(problem: Problem, v: Vector, solver: Solver, operator: LinearOperato
     return Correction(h, change, value, r_v, v, delta.value, dv.value, distance, (delta, dv))
 
 
-def _detached(tensors: list[Tensor]) -> list[Tensor]:
-    return [x.detach() for x in tensors]
-
-
 def polish(result: Hypergradient, solver: Solver | None = None) -> Hypergradient:
     """A result without the first-order effect of the errors of w and v: what remains is of the order of their squares.
 
         ∇f ≈ h + dh,      f ≈ E − vᵀF
 
     Args:
-        result: of `implicit.grad` or `backward`, whose losses were given as callables, with params and hparams as they
-            were then.
+        result: of `implicit.grad` or `backward`, whose losses were given as callables; params and hparams must be as
+            they were then.
         solver: a linear solver of the two systems of the correction. Default: `solvers.Auto()`.
 
-    Returns:
-        The result with grads, outer_value and relative_error of the corrected hypergradient. No .grad is written.
-
+    Returns: the result with the corrected grads, outer_value and relative_error. No .grad is written.
     Raises: TypeError for losses that were given evaluated, for a Stochastic or a GaussNewton inner problem; ValueError
         where params or hparams were changed since.
     Warns: as `implicit.grad`, where a system of the correction was not solved.
     Cost: one evaluation of each loss, two systems (one of them with A), about four reverse passes.
-    Source: a Newton step of the Lagrangian L(w, λ, v); see Pierce and Giles 2000 for the value.
+    Source: see Pierce and Giles 2000 for the value.
 
     Example:
         >>> lam = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
@@ -183,15 +164,10 @@ def refine(
         update: (params, hparams) ↦ better params, called up to 20 times; None takes Newton steps with this solver.
         solver: a linear solver; its max_steps is used, its tolerance is not. Default: `solvers.Auto()`.
 
-    Returns:
-        A Hypergradient with relative_error; its params are `result.problem.params`, and the given ones stay as they
-        are. No .grad is written.
-
-    Raises: as `polish`; TypeError for a solver without a tolerance; SolverError where the solver's on_failure is
-        "raise" and rtol is missed.
+    Returns: a Hypergradient with relative_error, at `result.problem.params`; the given params stay as they are.
+    Raises: as `polish`; TypeError for a solver without a tolerance; SolverError under on_failure="raise".
     Warns: InaccurateHypergradient where rtol is missed.
-    Cost: one product with respect to hparams for each stage of the tolerance, and once for each update what `polish`
-        costs, at low accuracy.
+    Cost: a product with respect to hparams for each stage of the tolerance, and what `polish` costs for each update.
     Source: Pedregosa 2016, section 3, for the tolerances.
 
     Example:

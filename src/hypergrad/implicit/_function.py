@@ -27,11 +27,11 @@ from torch import Tensor
 from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation
 from .._below import Leaves, lead_axes
-from .._solution import Solution, warn
-from .._tree import difference, filled
+from .._solution import Solution, inner_distance, warn, warn_if_unsolved
+from .._tree import difference, filled, flatten
 from .._vector import Space, Vector
-from ..solvers import LinearSolver, Recycled, Solver, solve
-from ._hypergradient import inner_distance, warn_if_unsolved
+from ..operators import LinearOperator
+from ..solvers import Recycled, Solver, on_failure_of, solve
 from ._problem import INNER_UNREACHED
 
 Function: TypeAlias = "Callable[[Leaves, Leaves], Leaves]"  # F(w, λ) on leaves
@@ -72,56 +72,39 @@ class WarmStart:
 
     value: list[Tensor] | None = None
 
-    def start(self, space: Space) -> Vector | None:
-        """v of the last pass in this space."""
+    def start(self, op: LinearOperator, b: Vector) -> tuple[Vector, None] | None:
+        """v of the last pass."""
         if self.value is None:
             return None
+        space = b.space
         held = [(leaf.shape, leaf.dtype, leaf.device) for leaf in self.value]
         if held != list(zip(space.shapes, space.dtypes, space.devices, strict=True)):
             raise ValueError(
                 f"warm_start holds a v of shapes {[tuple(leaf.shape) for leaf in self.value]}, and the solution has "
                 f"{[tuple(shape) for shape in space.shapes]}: set its value to None when the problem changes"
             )
-        return space.pack(self.value)
+        return space.pack(self.value), None
 
-    def keep(self, solution: Solution) -> None:
-        """Keep v, and zeros for a system whose solution is not finite."""
-        v = solution.value
-        self.value = [leaf.clone() for leaf in v.where(torch.isfinite(solution.residual_norm), v.zeros()).leaves]
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, in a form that torch.load(weights_only=True) reads."""
-        return {"value": None if self.value is None else [leaf.clone() for leaf in self.value]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value = None if state["value"] is None else [leaf.clone() for leaf in state["value"]]
+    def keep(self, v: Vector) -> None:
+        """Keep v, and zeros for a system where it is not finite."""
+        self.value = [leaf.clone() for leaf in v.where(torch.isfinite(v.largest()), v.zeros()).leaves]
 
 
 @dataclass(frozen=True)
 class Equation:
-    """F and how its linear systems are solved: what both Functions carry along unchanged.
+    """F and how its linear systems are solved: what both Functions carry along unchanged."""
 
-    Args:
-        function: F, or Φ where fixed_point (F = w − Φ), on tuples of leaves.
-        count: the number of leaves of w.
-        solver: linear solver of Aᵀv = b and of Av = b.
-        symmetric, positive_definite: of A.
-        batch_dims: leading axes of independent problems.
-        transposed: whether systems are those of Aᵀ.
-        name: how an error speaks of an undeclared tensor.
-    """
-
-    function: Function
-    count: int
-    solver: Solver
+    function: Function  # F, or Φ where fixed_point (F = w − Φ), on tuples of leaves
+    count: int  # of the leaves of w
+    solver: Solver  # of Aᵀv = b and of Av = b
+    name: Callable[[Tensor], str]  # how an error speaks of an undeclared tensor
     fixed_point: bool = False
     symmetric: bool = False
     positive_definite: bool = False
     batch_dims: int = 0
-    transposed: bool = False
+    transposed: bool = False  # whether systems are those of Aᵀ
     info: Info = field(default_factory=Info)
     warm: WarmStart | Recycled | None = None
-    name: Callable[[Tensor], str] = lambda leaf: f"of shape {tuple(leaf.shape)}"
 
     @property
     def T(self) -> Equation:
@@ -163,18 +146,14 @@ class Equation:
         others = _graph.undeclared_leaves(outputs, [*w, *hparams])
         if others:
             raise undeclared(", ".join(self.name(leaf) for leaf in others[:3]))
-        linearisation = Linearisation(outputs, w, list(wanted))
-        residual = [x.detach() for x in (difference(w, outputs) if self.fixed_point else outputs)]
-        linearisation.residual_norm = Space(list(w), "w", self.batch_dims).pack(residual).norm()
-        linearisation.drop_values()
-        return linearisation
+        return Linearisation(outputs, w, list(wanted))
 
     def check_declared(self, w: Sequence[Tensor], hparams: Sequence[Tensor]) -> None:
-        """Look at once for undeclared tensors that `linearise` would miss.
+        """Look at once for undeclared tensors that `linearise` would miss, by an evaluation of F at constants.
 
-        It runs below all transforms, where what they differentiate or map looks like a constant, and it does not run
-        at all where no declared tensor requires grad, or where the map of another implicit function asks for the
-        derivative in an undeclared tensor alone. In these cases F is evaluated here, at constants.
+        It runs below all transforms, where what they differentiate or map looks like a constant, and not at all where
+        no declared tensor requires grad, or the map of another implicit function asks for the derivative in an
+        undeclared tensor alone.
         """
         count = len(w)
         constants = tuple(leaf.detach() for leaf in (*w, *hparams))
@@ -190,8 +169,12 @@ class Equation:
 
     def run(self, linearisation: Linearisation, b: Vector, last: Any = None) -> Vector:
         """Solve with A or Aᵀ, reporting a failure and filling in Info."""
-        if not b.space.length or 0 in b.space.batch_shape:  # nothing to solve for
+        space = b.space
+        if not space.length or 0 in space.batch_shape:  # nothing to solve for
             return b if last is None else last(b)
+        point, value = (space.pack([x.detach() for x in xs]) for xs in (linearisation.params, linearisation.outputs))
+        residual = (point - value if self.fixed_point else value).norm()
+        linearisation.drop_values()
         op = operators.adjoint(
             lambda: linearisation,
             fixed_point=self.fixed_point,
@@ -199,17 +182,12 @@ class Equation:
             positive_definite=self.positive_definite,
             batch_dims=self.batch_dims,
         )
-        warm = None if last is None else self.warm
-        start = warm.start(b.space) if isinstance(warm, WarmStart) else warm
-        solution = solve(self.solver, op if self.transposed else op.T, b, start, last)
+        solution = solve(self.solver, op if self.transposed else op.T, b, None if last is None else self.warm, last)
         self.info.solution, self.info.solves = solution, self.info.solves + 1
-        if isinstance(warm, WarmStart):
-            warm.keep(solution)
-        policy = self.solver.on_failure if isinstance(self.solver, LinearSolver) else "warn"
+        policy = on_failure_of(self.solver)
         solution.report("the linear system of an implicit derivative", policy)
-        if policy != "ignore" and linearisation.residual_norm is not None:
-            point = b.space.pack([leaf.detach() for leaf in linearisation.params])
-            warn_if_unsolved(inner_distance(linearisation.residual_norm, solution, point), linearisation.residual_norm)
+        if policy != "ignore":
+            warn_if_unsolved(inner_distance(residual, solution, point), residual)
         return solution.value
 
 
@@ -264,7 +242,7 @@ class LinearSolve(torch.autograd.Function):
         hparams = tuple(leaf.detach() for leaf in tensors[2 * n :])
         with torch.enable_grad():
             linearisation = problem.linearise(w, hparams)
-        space = Space(list(w), "w", problem.batch_dims)
+        space = Space(*flatten(list(w), "w"), problem.batch_dims)
         b = space.pack([leaf.detach() for leaf in tensors[:n]]).copy()
         # New tensors: autograd hangs the graph on what it gets back, and Info would keep it alive.
         return tuple(leaf.detach() for leaf in problem.run(linearisation, b).leaves)
@@ -386,15 +364,14 @@ def adjoint(problem: Equation, leaves: Leaves, w_bar: Leaves, wanted: Sequence[i
     with torch.enable_grad():
         leaves = tuple(leaf.detach().requires_grad_(i in tracked) for i, leaf in enumerate(leaves))
         linearisation = problem.linearise(leaves[:n], leaves[n:], [leaves[i] for i in wanted])
-    space = Space(list(leaves[:n]), "w", problem.batch_dims)
+    space = Space(*flatten(list(leaves[:n]), "w"), problem.batch_dims)
     cross: list[Tensor] = []
 
     def last(v: Vector) -> Vector:
         image, found = linearisation.vjp_both(v.leaves, retain_graph=False)
         if all(x is None for x in found):
             warn(INNER_UNREACHED)
-        pairs = zip(found, wanted, strict=True)
-        cross[:] = [torch.zeros_like(leaves[i]) if x is None else x for x, i in pairs]
+        cross[:] = _autodiff.new_zeros(found, [leaves[i] for i in wanted])
         return v - space.pack(image) if problem.fixed_point else space.pack(image)
 
     problem.run(linearisation, space.pack(list(w_bar)).copy(), last)

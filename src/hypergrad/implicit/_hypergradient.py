@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .. import _autodiff, _torch
 from .._random import random_state_kept_on_error
-from .._scalar import anywhere, ratio, read
 from .._solution import (
     NOT_FINITE,
     InaccurateHypergradient,
@@ -28,16 +27,17 @@ from .._solution import (
     Status,
     UnsolvedInnerProblem,
     finite,
+    inner_distance,
     remaining,
     warn,
+    warn_if_unsolved,
 )
 from .._tree import PyTree, flatten, full
-from .._vector import Vector, norm, squares_are_exact
+from .._vector import anywhere, read
 from ..solvers import Auto, IterativeSolver, Recycled, Solver, on_failure_of, solve
 from ._problem import Problem
 
 INACCURATE = 0.1  # estimated relative error of a hypergradient at which a warning is due
-UNSOLVED = 0.1  # estimated relative distance from the inner solution at which a warning is due
 KINK = 0.9  # share of ‖∇₁g‖ in the entries of w that are 0 from which on it is taken for that of a nonsmooth loss
 
 
@@ -53,8 +53,8 @@ class Hypergradient:
         inner_distance: ‖F‖ ‖v‖ / (‖∇₁E‖ ‖w‖), an estimate of the relative distance of w from the inner solution, with
             ‖v‖ / ‖∇₁E‖ standing for ‖A⁻¹‖ (of which it is a lower bound): 0-d, or [B].
         outer_value: E(w, λ); of `polish` E − vᵀF, which is f(λ) up to the square of the errors of w and v.
-        problem: what it is the hypergradient of: the losses where they were given as functions, and w and λ in the
-            user's own memory, without graphs. `diagnostics.check`, `polish` and `refine` read it.
+        problem: what it is the hypergradient of, for `diagnostics.check`, `polish` and `refine`: w and λ in the user's
+            own memory, without graphs, and the losses where they were given as functions.
         relative_error: of `polish` and `refine`: an estimate of ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖; else None. Of `polish` it is
             the square of that of the uncorrected hypergradient, which tells the order of magnitude only.
         compiled: with compile, how the products were done, and why.
@@ -163,9 +163,9 @@ def grad(
 
         Aᵀ v = ∇₁E(w, λ),      ∇f(λ) = ∇₂E(w, λ) − ∂₂Fᵀ v
 
-    Losses and maps are callables of (params, hparams), or values that were evaluated already on live tensors
-    (model.parameters()); then params must be the very tensors that entered them, and the graph of the inner value is
-    freed. Exactly one of inner_loss, fp_map and residual says what the inner problem is.
+    Losses and maps are callables of (params, hparams), or values that were evaluated on live tensors: then params must
+    be the very tensors that entered them, and the graph of the inner value is freed. Exactly one of inner_loss, fp_map
+    and residual says what the inner problem is.
 
     Args:
         outer_loss: E, scalar.
@@ -186,18 +186,14 @@ def grad(
             of a backend of torch.compile ("inductor") compiles that recording. The result's `compiled` says what was
             done. Products with many vectors at once, and with Aᵀ where A is not symmetric, are as without it.
 
-    Returns:
-        A Hypergradient.
-
     Raises:
-        TypeError, ValueError: something is not of the form above; the message names the leaf and both forms. Also
-            where no loss depends on params, or on hparams.
-        SolverError: the adjoint system was not solved, or the result is not finite, and the solver's on_failure is
-            "raise".
+        TypeError, ValueError: something is not of the form above (the message names the leaf and both forms), or no
+            loss depends on params, or on hparams.
+        SolverError: under on_failure="raise" of the solver, in place of the first two warnings.
         RuntimeError: the graph of an evaluated loss was freed before.
-    Warns: HypergradientWarning where the adjoint system was not solved or the result is not finite
-        (on_failure="warn"), where the inner problem is so far from solved that the result means little, where tensors
-        that require grad are in neither params nor hparams of evaluated losses, or where params have gradient hooks.
+    Warns: HypergradientWarning where the adjoint system was not solved, where the result is not finite, where the inner
+        problem is so far from solved that the result means little, where tensors that require grad are in neither
+        params nor hparams of evaluated losses, or where params have gradient hooks.
     Cost: one evaluation of each loss, the solver's products, and one last product with respect to params and hparams
         together, which also gives the true residual. The graph of ∇₁g (or Φ, F) is kept meanwhile. Beside what the
         solver reads from the device, at most six numbers for the checks behind the warnings, more where one is due, and
@@ -275,8 +271,6 @@ def backward(
     Through hparams that are outputs of a network the gradient goes on to the network's parameters. Gradient hooks of
     hparams act once.
 
-    Args: those of `grad`.
-
     Example:
         >>> lam = torch.tensor(3.0, requires_grad=True)
         >>> result = backward(
@@ -335,30 +329,8 @@ def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor], cou
         outer_value=problem.outer_value.detach(),
         problem=problem.without_graphs(),
         compiled=None if compiled is None else compiled.report,
-        direct=problem.beside_hparams(problem.direct),
+        direct=problem.direct_of_leaves,
     )
-
-
-def warn_if_unsolved(distance: Tensor, residual: Tensor) -> None:
-    """UnsolvedInnerProblem for an estimated relative distance from the inner solution above a tenth."""
-    worst = float(distance.max())
-    if worst > UNSOLVED:
-        away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
-        warn(
-            f"the inner problem is not solved: its residual is {float(residual.max()):.2e}, and params are {away} the "
-            f"solution, so the hypergradient means little. Run the inner solver longer, or differentiate its steps "
-            f"instead (unroll.reverse); hg.diagnostics.check estimates the error",
-            UnsolvedInnerProblem,
-        )
-
-
-def inner_distance(residual: Tensor, solution: Solution, point: Vector) -> Tensor:
-    space, f, size = solution.value.space, read(residual), norm(point)
-    norm2, b = read(solution.value.dot(solution.value)), read(solution.rhs_norm)
-    exact = squares_are_exact(norm2, space) and b
-    stretch = math.sqrt(norm2) / b if exact else norm(solution.value / solution.rhs_norm)
-    known = (f != 0) & (b != 0) & (read(solution.residual_norm) < math.inf)
-    return space.tensor(ratio(f * stretch, size, known))
 
 
 def _warned_of_kink(problem: Problem, result: Hypergradient) -> bool:

@@ -34,8 +34,7 @@ def jacobian(
 
         Aᵀ V = (∇₁E₁, …, ∇₁E_k),      ∇fᵢ(λ) = ∇₂Eᵢ(w, λ) − ∂₂Fᵀ vᵢ
 
-    The systems share A: one graph serves all, products are k at once, and BlockCG searches in one space for all of
-    them, which takes fewer steps than k solves do.
+    One graph serves all, products are k at once, and BlockCG takes fewer steps than k solves do.
 
     Args:
         outer_losses: E(params, hparams) ↦ [k], or that tensor, evaluated on live tensors.
@@ -44,14 +43,11 @@ def jacobian(
             symmetric, else GMRES().
         x0: start for V: the last result's `adjoint` (a leading axis k in every leaf of params), or a `Recycled`.
 
-    Returns:
-        A Hypergradient whose grads and adjoint have a leading axis k in every leaf. outer_value, inner_distance and
-        what `solution` tells are [k].
-
+    Returns: a Hypergradient whose grads and adjoint have a leading axis k in every leaf. outer_value, inner_distance
+        and what `solution` tells are [k].
     Raises: as `grad`; ValueError for losses that are not of shape [k].
     Cost: one evaluation of the losses and of the inner problem, the solver's products, k passes for ∇E and k for the
-        last products, all of them vectorised where torch can. k vectors for each that the solver keeps.
-    Source: as `grad`; O'Leary 1980 for the solve.
+        last products, vectorised where torch can. k vectors for each that the solver keeps.
 
     Example:
         w = λ, so the Jacobian of (w₁², w₁w₂) is ((2λ₁, 0), (λ₂, λ₁)).
@@ -120,10 +116,9 @@ def _outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list
             f"for a single loss there is implicit.grad"
         )
     units = torch.eye(len(values), dtype=values.dtype, device=values.device)
-    grads = _autodiff.stacked_or_none([values], [*problem.leaves, *problem.differentiated], [units])
+    grads = _autodiff.stacked([values], [*problem.leaves, *problem.differentiated], [units])
     count, lead = len(problem.leaves), len(values)
     slopes, direct = grads[:count], grads[count:]
     problem.check_outer_depends([values], slopes, direct)
-    pairs = zip(slopes, problem.leaves, strict=True)
-    slopes = [leaf.new_zeros(lead, *leaf.shape) if g is None else g for g, leaf in pairs]
+    slopes = _autodiff.new_zeros(slopes, problem.leaves, lead)
     return values, problem.space.stack_of(lead).pack(slopes).copy(), direct

@@ -86,13 +86,13 @@ def _problem(form: str, user: Any, function: Function, count: int, settings: Set
         function,
         count,
         solver or Auto(),
+        lambda leaf: name_of(leaf, user),
         fixed_point=form == "fixed_point",
         symmetric=symmetric,
         positive_definite=positive_definite or form == "argmin",
         batch_dims=batch_dims,
         info=info or Info(),
         warm=warm_start,
-        name=lambda leaf: name_of(leaf, user),
     )
 
 
@@ -130,16 +130,13 @@ def root(
         info: an Info that each derivative fills in.
         warm_start: a WarmStart that keeps v from one backward pass to the next, or a `solvers.Recycled`.
 
-    Returns:
-        w in solution's structure; it requires grad exactly where a tensor of hparams does.
-
-    Raises: ValueError, when differentiated, for an undeclared tensor, naming its shape (and name in a module) and how
-        to pass it; SolverError, likewise, under on_failure="raise".
+    Returns: w in solution's structure; it requires grad exactly where a tensor of hparams does.
+    Raises: ValueError for an undeclared tensor, naming it; when differentiated SolverError under on_failure="raise".
     Warns: HypergradientWarning, when differentiated, for a linear system that was not solved.
     Cost: forward nothing, or one evaluation of F under a transform and where nothing requires grad (to find undeclared
-        tensors); backward one evaluation of F, the solver's products, and a last one with respect to w and λ
-        together. Second derivatives: one more linear system each. The checks behind the warnings read two numbers
-        from the device, none with on_failure="ignore".
+        tensors); backward one evaluation of F, the solver's products, and a last one with respect to w and λ. Second
+        derivatives: one more linear system each. The checks behind the warnings read two numbers from the device,
+        none with on_failure="ignore".
     Source: the implicit function theorem; Blondel et al. 2022, section 2.
 
     Example:
@@ -166,11 +163,7 @@ def fixed_point(
 ) -> PyTree:
     """The solution of w = Φ(w, λ) as a differentiable function of λ: dw/dλ = (I − ∂₁Φ)⁻¹ ∂₂Φ.
 
-    Args:
-        fp_map: Φ(params, hparams), of params' structure.
-        Others: as in `root`, with A = I − ∂₁Φ.
-
-    Returns, Raises, Warns, Cost: as in `root`.
+    Args: fp_map: Φ(params, hparams), of params' structure; others as in `root`, with A = I − ∂₁Φ.
 
     Example:
         >>> a = torch.tensor(1.0, requires_grad=True)
@@ -197,11 +190,7 @@ def argmin(
 
     The system is symmetric; it counts as positive definite only with positive_definite=True.
 
-    Args:
-        inner_loss: g(params, hparams), scalar.
-        Others: as in `root`, with A = ∇²₁₁g.
-
-    Returns, Raises, Warns, Cost: as in `root`.
+    Args: inner_loss: g(params, hparams), scalar; others as in `root`, and so is what is returned, raised and warned of.
 
     Example:
         >>> a = torch.tensor(1.0, requires_grad=True)
@@ -225,7 +214,6 @@ def linear_solve(op: LinearOperator, b: PyTree, solver: Solver | None = None, *,
         info: an Info, filled in by each solve.
 
     Returns: x in b's structure.
-    Raises, Warns: as in `root`, and at once for the solve itself.
     Cost: the solver's products, and one more solve for each derivative.
 
     Example:
@@ -270,8 +258,8 @@ def solver(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make any code that computes a solution a differentiable function of its hparams.
 
-    The decorated function is run on plain tensors, detached from every graph and outside of every transform: it may use
-    torch.optim, SciPy or a compiled solver. Under vmap it runs once for each entry.
+    The decorated function is run on plain tensors, outside of every graph and transform: it may use torch.optim, SciPy
+    or a compiled solver. Under vmap it runs once for each entry.
 
     Args:
         argmin, fixed_point, residual: what the returned w solves, exactly one: g(w, *hparams) → scalar, Φ(w, *hparams),
@@ -280,9 +268,6 @@ def solver(
             takes them. Nothing else is differentiated, a start for instance.
         has_aux: the function returns (solution, aux); so does the decorated one, with aux untouched.
         solver, symmetric, positive_definite, batch_dims, info, warm_start: as in `root`.
-
-    Returns: a decorator.
-    Raises: TypeError for none or several forms, or a function called without its hparams; else as `root`.
 
     Example:
         >>> @solver(residual=lambda w, a: w**2 - a, solver=hg.solvers.Dense())

@@ -50,7 +50,12 @@ class Problem:
         leaves: the tensors of w that are differentiated; new leaves of autograd where both losses are callables.
         differentiated: the leaves of λ that require grad.
         space, outer_space: the spaces of v and of ∇f.
+        expected_products: how many will be taken with Aᵀ, where that is known.
     """
+
+    expected_products: int | None = None
+    linearisation: Linearisation | None = None
+    _versions: Sequence[int] = ()
 
     def __init__(
         self,
@@ -68,12 +73,16 @@ class Problem:
     ):
         self.outer_loss = outer_loss
         self.kind, self.inner = _one_of(inner_loss=inner_loss, fp_map=fp_map, residual=residual)
+        self.fixed_point, self.stochastic = self.kind == "fp_map", isinstance(self.inner, Stochastic)
         self.positive_definite = positive_definite or self.kind == "inner_loss"
         self.symmetric = symmetric or self.positive_definite
         self.batch_dims, self.compile = batch_dims, compile
         self._set_params(params)
         self._set_hparams(hparams)
-        _check_compile(compile, self.kind, self.inner)
+        if not isinstance(compile, (bool, str)):
+            raise TypeError(f"compile must be True, False or the name of a backend, got {compile!r}")
+        if compile and (isinstance(self.inner, (Stochastic, Sum)) or has_curvature(self.inner)):
+            raise TypeError(f"compile needs an {self.kind} that is neither Stochastic, nor GaussNewton, nor a Sum")
 
     def _set_params(self, params: PyTree) -> None:
         given, names, rebuild = flatten(params, "params")
@@ -83,10 +92,9 @@ class Problem:
         # Where some require grad, the others are frozen; where none does, w is a solution without graphs.
         self._places = trained or list(range(len(given)))
         self._chosen = [given[i] for i in self._places]
-        self.space = Space.of(given, names, rebuild, self.batch_dims, self._places)
-        self.live = not (
-            (self.outer_loss is None or callable(self.outer_loss)) and callable(self.inner)
-        )  # losses evaluated on the user's tensors
+        self.space = Space(given, names, rebuild, self.batch_dims, self._places)
+        # Whether a loss was evaluated on the user's tensors.
+        self.live = not callable(self.inner) or not (self.outer_loss is None or callable(self.outer_loss))
         if self.live and not trained:
             raise ValueError(f"{names[0]} does not require grad, so no evaluated loss has a derivative in it")
         self.leaves = self._chosen if self.live else [leaf.detach().requires_grad_() for leaf in self._chosen]
@@ -105,20 +113,12 @@ class Problem:
     @cached_property
     def outer_space(self) -> Space:
         """The space of ∇f: that of the hparams which are differentiated."""
-        return Space.of(self._outer, self._outer_names, self._rebuild_outer, places=self._outer_places)
+        return Space(self._outer, self._outer_names, self._rebuild_outer, places=self._outer_places)
 
     @property
     def arguments(self) -> tuple[PyTree, PyTree]:
         """What callables are called with."""
         return self._argument, self.hparams
-
-    @property
-    def fixed_point(self) -> bool:
-        return self.kind == "fp_map"
-
-    @property
-    def stochastic(self) -> bool:
-        return isinstance(self.inner, Stochastic)
 
     @contextmanager
     def hooks_suspended(self) -> Iterator[list[Tensor]]:
@@ -127,22 +127,14 @@ class Problem:
         Warns of hooks on params of evaluated losses: they are left out for good.
         """
         with _torch.hooks_suspended([*self._chosen, *self._outer]) as hooked:
-            yield self._hooked_hparams(hooked) if hooked else []
-
-    def _hooked_hparams(self, hooked: Sequence[Tensor]) -> list[Tensor]:
-        """Of tensors with gradient hooks those of hparams; warns of those of params by name."""
-        outer = {id(leaf) for leaf in self._outer}
-        names = [name for name, leaf in zip(self._names, self._given, strict=True) if any(leaf is x for x in hooked)]
-        if names and self.live:
-            warn(
-                f"{', '.join(names[:5])} have gradient hooks: these do not act on the hypergradient, which is that of "
-                f"the losses alone. Remove them, or put what they do into the losses"
-            )
-        return [x for x in hooked if id(x) in outer]
-
-    expected_products: int | None = None  # with Aᵀ, where it is known how many will be taken
-    linearisation: Linearisation | None = None
-    _versions: Sequence[int] = ()
+            ids = {id(x) for x in hooked}
+            names = [name for name, x in zip(self._names, self._given, strict=True) if id(x) in ids] if ids else []
+            if names and self.live:
+                warn(
+                    f"{', '.join(names[:5])} have gradient hooks: these do not act on the hypergradient, which is that "
+                    f"of the losses alone. Remove them, or put what they do into the losses"
+                )
+            yield [x for x in self._outer if id(x) in ids]
 
     def evaluate(self, keep: bool = False, outer: Callable[[Problem, bool], Any] | None = None) -> None:
         """Evaluate the inner problem and the outer loss, once.
@@ -199,17 +191,15 @@ class Problem:
 
     def operator(self) -> LinearOperator:
         """Aᵀ. This object does not hold it: it would be in a cycle that keeps the graph."""
+        known = self.linearisation
         return operators.adjoint(
-            self._current,
+            self.linearise if known is None else lambda: known,
             fixed_point=self.fixed_point,
             symmetric=self.symmetric,
             positive_definite=self.positive_definite,
             batch_dims=self.batch_dims,
             stochastic=self.stochastic,
         )
-
-    def _current(self) -> Linearisation:
-        return self.linearise() if self.linearisation is None else self.linearisation
 
     def last_product(self, v: Vector) -> Vector:
         """Aᵀv, in one pass that gives −∂₂Fᵀv as well, kept as `cross` (None where F does not depend on a λ)."""
@@ -225,7 +215,7 @@ class Problem:
         return v - image if self.fixed_point else image
 
     def _product_with_both(self, v: Vector) -> tuple[Vector, Sequence[Tensor | None]]:
-        linearisation = self._current()
+        linearisation = self.linearise() if self.linearisation is None else self.linearisation
         pulled, cross = linearisation.vjp_both(v.leaves, retain_graph=self.keep)
         if linearisation.params_unreached and callable(self.inner):
             self.check_uses_arguments(linearisation.outputs, self.kind)
@@ -242,12 +232,16 @@ class Problem:
             raise ValueError(NO_HPARAMS)
         if all(g is None for g in self.cross) and self.space.length:
             warn(INNER_UNREACHED)
-        total = _autodiff.add_or_none(self.direct, self.cross)
-        return [torch.zeros_like(x) if g is None else g for g, x in zip(total, self.differentiated, strict=True)]
+        return _autodiff.new_zeros(_autodiff.add_or_none(self.direct, self.cross), self.differentiated)
 
     def cross_vector(self) -> Vector:
         """−∂₂Fᵀv of the last product, as a vector of the hypergradient's space."""
         return self.outer_space.pack(_autodiff.or_zeros(self.cross, self.differentiated))
+
+    @property
+    def direct_of_leaves(self) -> list[Tensor | None]:
+        """∇₂E for each leaf of hparams, None for those that are not differentiated."""
+        return filled([None] * len(self._outer), self._outer_places, self.direct)
 
     def tree_of(self, grads: Sequence[Tensor], count: int | None = None) -> PyTree:
         """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad.
@@ -258,10 +252,6 @@ class Problem:
         differentiated = {*self._outer_places}
         others = [None if i in differentiated else x.new_zeros((*lead, *x.shape)) for i, x in enumerate(self._outer)]
         return self._rebuild_outer(filled(others, self._outer_places, grads))
-
-    def beside_hparams(self, values: Sequence[Any]) -> list[Any]:
-        """One value for each leaf of hparams, None for those that are not differentiated."""
-        return filled([None] * len(self._outer), self._outer_places, values)
 
     def hparams_with(self, leaves: Iterable[Tensor]) -> PyTree:
         """hparams with other tensors for the differentiated leaves, without a graph."""
@@ -282,14 +272,10 @@ class Problem:
             leaves = [x.detach().clone().requires_grad_() for x in leaves]
         return self._rebuild(filled([x.detach() for x in self._given], self._places, leaves))
 
-    def vector_of(self, grads: PyTree, name: str) -> Vector:
-        """A tree in hparams' structure as a vector of those leaves that are differentiated."""
-        return self.outer_space.vector(grads, name)
-
     def without_graphs(self) -> Problem:
         """The same to be kept with a result: a description, in the user's memory; None for what was given evaluated."""
         kept = object.__new__(Problem)
-        for name in ("kind", "symmetric", "positive_definite", "batch_dims", "compile"):
+        for name in ("kind", "fixed_point", "stochastic", "symmetric", "positive_definite", "batch_dims", "compile"):
             setattr(kept, name, getattr(self, name))
         kept.outer_loss = self.outer_loss if callable(self.outer_loss) else None
         kept.inner = self.inner if callable(self.inner) else None
@@ -392,10 +378,3 @@ def _one_of(**forms: Any) -> tuple[str, Any]:
     if has_curvature(value) and kind != "inner_loss":
         raise TypeError(f"GaussNewton is an inner_loss, and was passed as {kind}")
     return kind, value
-
-
-def _check_compile(compile: Any, kind: str, inner: Any) -> None:
-    if not isinstance(compile, (bool, str)):
-        raise TypeError(f"compile must be True, False or the name of a backend, got {compile!r}")
-    if compile and (isinstance(inner, (Stochastic, Sum)) or has_curvature(inner)):
-        raise TypeError(f"compile needs an {kind} that is neither Stochastic, nor GaussNewton, nor a Sum")

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._solution import NotConverged, NotFinite, OnFailure, Status, UnsolvedInnerProblem, warn
+from .._solution import UNSOLVED, NotConverged, NotFinite, OnFailure, Status, UnsolvedInnerProblem, warn
 from .._tree import PyTree, flatten, split
-from ..implicit import UNSOLVED
 
 REMEDY = (
     "params, losses or gradients hold NaN or infinity; use a smaller lr or fewer steps, or look at the losses and the "

@@ -8,7 +8,6 @@ from ._kept import Recycled, Reused
 from ._krylov import GMRES, BiCGStab
 from ._lowrank import Nystrom
 from ._normal import LSQR, NormalCG
-from ._preconditioners import Diagonal
 from ._solver import IterativeSolver, LinearSolver
 from ._solver import Solver as Solver
 from ._solver import check_options as check_options
@@ -40,8 +39,7 @@ __all__ = [
     # direct and low rank
     "Dense",
     "Nystrom",
-    # preconditioners (so is Nystrom)
-    "Diagonal",
+    # a preconditioner kept along a sequence (of Nystrom or Dense)
     "Reused",
     # a start from the last solutions
     "Recycled",

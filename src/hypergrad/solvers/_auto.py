@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .._scalar import anywhere, where
 from .._solution import Status
-from ._direct import Dense
+from .._vector import anywhere, where
 from ._krylov import GMRES, arnoldi
 from ._normal import LSQR
-from ._solver import IterativeSolver, LinearSolver, Outcome, System, check_options, continued, event
+from ._solver import IterativeSolver, LinearSolver, Outcome, System, continued, event
 from ._symmetric import CG, MINRES
 from ._theory import SystemStructure
 
@@ -24,38 +23,31 @@ class Auto(IterativeSolver):
 
     | system | first | then |
     |---|---|---|
-    | n ≤ `dense` | Dense | – |
     | symmetric | CG | MINRES, where A is singular or indefinite; GMRES, where A is not symmetric after all |
     | any | GMRES | LSQR, where GMRES stagnates and Aᵀ is known |
 
     Where A is declared positive definite, as that of an inner loss is at a minimum, negative curvature shows that the
-    point is no minimum: Auto ends there as NOT_POSITIVE_DEFINITE, and `Solution.curvature` is an estimate of the least
-    eigenvalue. MINRES starts from x0, or zero, and gives a least-squares solution where A is singular. The next method
-    has max_steps of its own. Without a tolerance the first method does exactly max_steps, and no other follows.
-    `Solution.method` says which method gave the value, and why.
+    point is none: Auto ends there as NOT_POSITIVE_DEFINITE, and `Solution.curvature` is an estimate of the least
+    eigenvalue. Each method has max_steps of its own; without a tolerance no second one follows. `Solution.method` says
+    which method gave the value, and why.
 
     Args:
-        dense: number of unknowns (of one system) up to which A is materialised.
         restart: of GMRES.
 
     Cost: that of the methods; a read from the device after each; at negative curvature 40 products more.
     """
 
-    dense: int = 0
     restart: int = 30
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_options(self, integers={"dense": 0, "restart": 1})
-
     def _iterate(self, system: System) -> Outcome:
-        method, why = self._first(system)
+        symmetric = system.op.symmetric
+        method: LinearSolver = CG() if symmetric else GMRES(restart=self.restart)
+        why = "declared symmetric" if symmetric else "not declared symmetric"
         outcome = method._iterate(system)
         while system.goal is not None:
             last = system.b.space.tensor(outcome.trace[-1])
             code = torch.as_tensor(0 if outcome.code is None else outcome.code, device=last.device)
-            if not isinstance(method, Dense):
-                code = event(code, last >= system.rhs_norm, Status.DIVERGED)
+            code = event(code, last >= system.rhs_norm, Status.DIVERGED)
             again = (code > 0) & ~(last <= system.stop)  # where the last is NaN too
             worst = Status(int((code * again).max()))
             following = self._after(method, worst, outcome, system)
@@ -70,16 +62,8 @@ class Auto(IterativeSolver):
         outcome.method = f"{type(method).__name__}: {why}"
         return outcome
 
-    def _first(self, system: System) -> tuple[LinearSolver, str]:
-        n = system.b.space.length
-        if system.goal is not None and n <= self.dense and all(system.b.space.plain):
-            return Dense(), f"{n} unknowns, at most {self.dense}"
-        if system.op.symmetric:
-            return CG(), "declared symmetric"
-        return GMRES(restart=self.restart), "not declared symmetric"
-
     def _after(self, method: LinearSolver, worst: Status, outcome: Outcome, system: System) -> LinearSolver | None:
-        if worst is Status.NOT_SYMMETRIC and not isinstance(method, Dense):
+        if worst is Status.NOT_SYMMETRIC:
             return GMRES(restart=self.restart)
         if isinstance(method, CG) and worst in (Status.NOT_POSITIVE_DEFINITE, Status.DIVERGED):
             if not (system.op.positive_definite and _is_negative(outcome)):
@@ -93,8 +77,6 @@ class Auto(IterativeSolver):
 
     def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
         """As the method that gives the answer."""
-        if structure.n <= self.dense:
-            return structure.n
         if not structure.symmetric:
             return GMRES().products_needed(structure, rtol)
         definite = structure.definiteness == "positive definite"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._basis import Basis
 from .._solution import Status
-from .._vector import Space, Vector
+from .._vector import Vector
 from ._solver import IterativeSolver, Outcome, System, event
 from ._symmetric import CG
 from ._theory import SystemStructure
@@ -23,21 +23,19 @@ class BlockCG(IterativeSolver):
 
         R = Qξ,   W = AP,   G = PᵀW,   α = G⁻¹PᵀQ,   X ← X + Pαξ,   Q₊ζ = Q − Wα,   ξ ← ζξ,   P ← orth(Q₊ − P G⁻¹WᵀQ₊)
 
-    Each step takes the best X, in the norm of A, over k directions for all k systems at once, so that it does fewer
-    steps than CG for each: the k smallest eigenvalues, roughly, no longer slow it down. Q and P are orthonormal, by
-    Householder QR, and α and G⁻¹WᵀQ₊ are computed as they stand here: right hand sides that are equal, zero, dependent
-    or solved before the others lead to directions that do not help, and to no division by zero.
+    Each step takes the best X, in the norm of A, over k directions for all k systems at once: the k smallest
+    eigenvalues, roughly, no longer slow it down. Q and P are orthonormal, by Householder QR, so that right hand sides
+    that are equal, zero, dependent or solved before the others lead to no division by zero.
 
         solution = hg.solvers.BlockCG(rtol=1e-8)(op.stacked(), b)           # b: [k, ...] in every leaf
 
-    `implicit.jacobian` uses it for several outer losses. Status, steps and residual are those of each right hand side.
-    Curvature that is not positive ends it for all: NOT_POSITIVE_DEFINITE, at the last iterate before. NaN in one right
-    hand side is kept from the others. It takes no preconditioner; CG(preconditioner=...) on op.stacked() does.
+    Status, steps and residual are those of each right hand side. Curvature that is not positive ends it for all:
+    NOT_POSITIVE_DEFINITE, at the last iterate before. NaN in one right hand side is kept from the others. It takes no
+    preconditioner; CG(preconditioner=...) on op.stacked() does.
 
     Raises: TypeError for an operator of independent systems that is not `stacked()`, or for sharded tensors.
     Cost: a step takes k products, vectorised, and about 6k² vector operations; 5k vectors.
-    Source: O'Leary 1980, with the orthonormal residuals of Dubrulle 2001 (BCGrQ); there ζᵀ stands for −G⁻¹WᵀQ₊ and ξ's
-        factor for PᵀQ, which is the same as long as Q has full rank.
+    Source: O'Leary 1980, with the orthonormal residuals of Dubrulle 2001 (BCGrQ; ζᵀ and ξ there are −G⁻¹WᵀQ₊ and PᵀQ).
 
     Example:
         >>> op = hg.operators.matrix(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), symmetric=True)
@@ -78,7 +76,9 @@ class BlockCG(IterativeSolver):
             trace.append(norms)
         shape = space.batch_shape
         code = None if code is None else code.expand(shape)
-        return Outcome(vector(start + x, space), torch.stack(trace).reshape(-1, *shape), len(trace) - 1, code)
+        x = start + x
+        x = space.from_flat(x.mT if space.batch_dims else x.squeeze(-1))
+        return Outcome(x, torch.stack(trace).reshape(-1, *shape), len(trace) - 1, code)
 
     def valid_for(self, structure: SystemStructure) -> str | None:
         return CG().valid_for(structure)
@@ -99,10 +99,6 @@ def products(system: System) -> Callable[[Tensor], Tensor]:
             )
         op, like = op.each.damped(op.damping), like.space.one
     return lambda p: op.many(Basis.from_rows(like, p.mT)).matrix().clone().mT
-
-
-def vector(x: Tensor, space: Space) -> Vector:
-    return space.from_flat(x.mT if space.batch_dims else x.squeeze(-1))
 
 
 def columns(v: Vector) -> Tensor:

@@ -15,38 +15,33 @@ from ..operators import LinearOperator
 from ._solver import LinearSolver, Outcome, System, event, require_symmetric
 from ._theory import SystemStructure
 
+AT_ONCE = 2**24  # numbers in the columns that are computed at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(LinearSolver):
     """A, materialised and factorised: Cholesky where A is declared positive definite, else LU.
 
-    Where LU does not reach the tolerance, or a pivot is below 10 n eps, x is the least-squares solution of least norm;
-    if that does not either, it ends as BREAKDOWN: A is singular. A Cholesky factor that does not exist gives
-    NOT_POSITIVE_DEFINITE, and a declared symmetry that is not there NOT_SYMMETRIC, unless the value, which is then that
-    of LU, reaches the tolerance. Without a tolerance, rtol is 1e-6 in float64 and 1e-4 in float32.
+    Where LU does not reach the tolerance (1e-6 in float64, 1e-4 in float32 by default), or a pivot is below 10 n eps,
+    x is the least-squares solution of least norm; if that does not either, it ends as BREAKDOWN: A is singular. A
+    Cholesky factor that does not exist gives NOT_POSITIVE_DEFINITE, and a declared symmetry that is not there
+    NOT_SYMMETRIC, unless the value of LU reaches the tolerance.
 
     It is also a preconditioner, the inverse of |A| = V|Λ|Vᵀ of a system before, for sequences in which A changes
     slowly: CG(preconditioner=Reused(Dense())), or MINRES where A is indefinite.
 
-    Args:
-        batch_size: columns computed at once (default: as many as fit 2²⁴ numbers).
-
-    Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation, whatever
-        on_failure is, one more where A is declared positive definite, and one more outside of a hypergradient. As a
-        preconditioner n products, once.
-    Raises: TypeError for sharded tensors.
+    Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation, one more where
+        A is declared positive definite, and one more outside of a hypergradient.
     """
-
-    batch_size: int | None = None
 
     def _iterate(self, system: System) -> Outcome:
         x, r = system.start()
-        a, rhs, limit = materialise(system.op, r, self.batch_size), r.flat(), system.stop
+        a, rhs, limit = materialise(system.op, r), r.flat(), system.stop
         y, code = factorised(a, rhs, system.op.positive_definite, r.space.eps)
-        norm = residual(a, y, rhs)
+        norm = torch.linalg.vector_norm(rhs - apply(a, y), dim=-1)
         if bool((~(norm <= limit) & torch.isfinite(a).all((-2, -1))).any()):
             z = apply(torch.linalg.pinv(torch.nan_to_num(a), rtol=rounding(a, r.space.eps)), rhs)
-            least = residual(a, z, rhs)
+            least = torch.linalg.vector_norm(rhs - apply(a, z), dim=-1)
             better = ~(norm <= limit) & ~(norm <= least)
             y, norm = torch.where(better.unsqueeze(-1), z, y), torch.where(better, least, norm)
             code = event(code, better, Status.BREAKDOWN)
@@ -58,7 +53,7 @@ class Dense(LinearSolver):
     def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
         """V and |Λ|⁻¹ of this operator."""
         require_symmetric(op, "Dense as a preconditioner")
-        a = torch.nan_to_num(materialise(op, like, self.batch_size), 0.0, 0.0, 0.0)  # NaN shows in the residual
+        a = torch.nan_to_num(materialise(op, like), 0.0, 0.0, 0.0)  # NaN shows in the residual
         values, vectors = torch.linalg.eigh((a + a.mT) / 2)
         floor = a.shape[-1] * like.space.eps * values.abs().amax(-1, keepdim=True)
         return [vectors, torch.where(floor > 0, 1 / torch.maximum(values.abs(), floor), 1.0)]
@@ -73,21 +68,17 @@ def apply(a: Tensor, x: Tensor) -> Tensor:
     return (a @ x.unsqueeze(-1)).squeeze(-1)
 
 
-def materialise(op: LinearOperator, like: Vector, batch_size: int | None = None) -> Tensor:
+def materialise(op: LinearOperator, like: Vector) -> Tensor:
     """The matrix of an operator: [n, n], or [B, n, n]. One product serves a column of all systems."""
     space = like.space
     n = space.length
-    size = batch_size or max(1, min(n, 2**24 // max(n, 1)))
+    size = max(1, min(n, AT_ONCE // max(n, 1)))
     columns = torch.empty(*space.batch_shape, n, n, dtype=space.dtype, device=space.device)
     for start in range(0, n, size):
         rows = torch.zeros(min(size, n - start), n, dtype=space.dtype, device=space.device)
         rows.diagonal(start).fill_(1.0)
         columns[..., start : start + size, :] = op.many(Basis.from_rows(like, rows)).matrix()
     return columns.mT
-
-
-def residual(a: Tensor, x: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(b - apply(a, x), dim=-1)
 
 
 def rounding(a: Tensor, eps: float) -> float:

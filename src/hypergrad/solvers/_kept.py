@@ -1,4 +1,7 @@
-"""What is kept along a sequence of systems: a start in the span of the last solutions, and a preconditioner."""
+"""What is kept along a sequence of systems: a start in the span of the last solutions, and a preconditioner.
+
+These objects hold tensors and numbers alone: they pickle, and a resumed sequence equals an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -16,44 +19,23 @@ from ._krylov import triangular_solve
 from ._preconditioners import is_recipe
 
 
-class Kept:
-    """Objects whose state is tensors and numbers: they pickle, and a resumed sequence equals an uninterrupted one."""
-
-    _state: ClassVar[tuple[str, ...]]
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is kept, for torch.save; torch.load(weights_only=True) reads it."""
-        values = {name: getattr(self, name) for name in self._state}
-        return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict. Raises ValueError for one of another kind of object."""
-        if {*state} != {*self._state}:
-            raise ValueError(f"{type(self).__name__}: a state_dict holds {[*self._state]}, this one {[*state]}")
-        for name, value in state.items():
-            setattr(self, name, list(value) if isinstance(value, list) else value)
-
-
 def kind(space: Space) -> tuple[Any, ...]:
     """What another system must share for what is kept to serve it."""
     return space.shapes, space.dtypes, space.batch_dims
 
 
 @dataclass(eq=False)
-class Recycled(Kept):
+class Recycled:
     """The span of the last m solutions as a start: pass it as x0 to every solve of a sequence.
 
         Y = (x₁, …, x_m) = QR,   AQ = CR',   CᵀC = I,      x₀ = Q R'⁻¹Cᵀb,   r₀ = b − CCᵀb
 
     x₀ has the least residual in the span, so it is never a worse start than the last solution (or zero). Along a smooth
-    sequence the solutions are smooth in t as well, and combinations of them come nearer by orders: it extrapolates,
-    and learns how from A and b. One object for each sequence; it goes with every solver and preconditioner:
+    sequence it extrapolates, and comes nearer by orders. Where b jumps from one system to the next (minibatches of the
+    outer loss) its m products are lost. It goes with every solver and preconditioner, one object for each sequence:
 
         recycled = hg.solvers.Recycled(4)
         for ...: hg.implicit.backward(..., solver=hg.solvers.CG(rtol=1e-6), x0=recycled)
-
-    Where b jumps from one system to the next (minibatches of the outer loss) there is nothing to extrapolate, and its m
-    products are lost.
 
     Args:
         size: m ≥ 1, the number of solutions that are kept.
@@ -75,7 +57,6 @@ class Recycled(Kept):
     size: int = 4
     _solutions: list[Tensor] = field(default_factory=list, init=False, repr=False)
     _kind: Any = field(default=None, init=False, repr=False)
-    _state: ClassVar[tuple[str, ...]] = ("_solutions", "_kind")
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, int) or self.size < 1:
@@ -95,7 +76,7 @@ class Recycled(Kept):
         q = Basis.from_rows(b, torch.linalg.qr(torch.stack(self._solutions, -1))[0].mT)
         c, triangle = torch.linalg.qr(op.many(q).matrix().mT)
         size = triangle.diagonal(dim1=-2, dim2=-1).abs()
-        # What A takes to next to nothing would come in with a large factor, and with more rounding than it is worth.
+        # A direction that A takes to nearly nothing would enter with a large factor, and bring mostly rounding.
         void = b.space.eps**0.5 * size.amax(-1)
         triangle = torch.where((size <= void.unsqueeze(-1)).unsqueeze(-1), 0.0, triangle)
         weights = triangular_solve(triangle, apply(c.mT, b.flat()), void)
@@ -114,26 +95,25 @@ class Recycled(Kept):
 
 
 @dataclass(eq=False)
-class Reused(Kept):
+class Reused:
     """A preconditioner that is kept from one system to the next, and built anew when that pays.
 
-    As A moves away from the system it was built for, solves take more steps s. Once the steps lost since then,
-    Σ (s − min s), are as many as the products that building it took, it is built for the system at hand. One object for
-    each sequence of systems:
+    As A moves away from the system that it was built for, solves take more steps s. Once the steps lost, Σ (s − min s),
+    are as many as the products that building it took, it is built anew. One object for each sequence of systems:
 
         precondition = hg.solvers.Reused(hg.solvers.Nystrom(rank=50, damping=1e-3))
         for ...: hg.implicit.backward(..., solver=hg.solvers.CG(rtol=1e-6, preconditioner=precondition), x0=adjoint)
 
     Args:
-        recipe: what builds it: `Nystrom`, `Diagonal`, `Dense`, or any object with factors(op, like) → list of tensors
+        recipe: what builds it: `Nystrom`, `Dense`, or any object with factors(op, like) → list of tensors
             and apply(factors, r) → M⁻¹r.
 
     Attributes:
         builds: how often it was built.
         steps: those of each solve since, the one at hand last. Solves without a step do not count for the choice.
 
-    Raises: TypeError for a recipe of another form. At a solve ValueError where the solver has no tolerance: with a
-        fixed number of steps nothing shows that the preconditioner has aged.
+    Raises: TypeError for a recipe of another form; ValueError at a solve without a tolerance: with a fixed number of
+        steps nothing shows that the preconditioner has aged.
     """
 
     recipe: Any
@@ -143,12 +123,11 @@ class Reused(Kept):
     _cost: int = field(default=0, init=False, repr=False)
     _kind: Any = field(default=None, init=False, repr=False)
     _applied: bool = field(default=False, init=False, repr=False)
-    _state: ClassVar[tuple[str, ...]] = ("builds", "steps", "_factors", "_cost", "_kind")
     needs_tolerance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not is_recipe(self.recipe):
-            raise TypeError(f"Reused needs a recipe such as Nystrom(...) or Diagonal(...), got {self.recipe!r}")
+            raise TypeError(f"Reused needs a recipe such as Nystrom(...), got {self.recipe!r}")
 
     def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
         """Those of the recipe, for this operator or for one before."""

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from .._basis import Basis
-from .._scalar import where
 from .._solution import Status
-from .._vector import Vector
-from ._solver import IterativeSolver, Outcome, System, check_options, divide, event
+from .._vector import Vector, where
+from ._solver import IterativeSolver, Outcome, System, divide, event
 from ._symmetric import MINRES
 from ._theory import SystemStructure, steps_needed
 
@@ -36,10 +35,6 @@ class GMRES(IterativeSolver):
     """
 
     restart: int = 30
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_options(self, integers={"restart": 1})
 
     def _iterate(self, system: System) -> Outcome:
         x, r = system.start()

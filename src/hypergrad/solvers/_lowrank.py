@@ -12,7 +12,7 @@ from .._basis import Basis
 from .._solution import Status
 from .._vector import Vector
 from ..operators import LinearOperator
-from ._solver import LinearSolver, Outcome, System, check_options, event, require_symmetric
+from ._solver import LinearSolver, Outcome, System, event, require_symmetric
 from ._theory import SystemStructure
 
 
@@ -23,12 +23,12 @@ class Nystrom(LinearSolver):
         as a solver:           x = U(Λ + ρI)⁻¹Uᵀb + (b − UUᵀb)/ρ                    ≈ (A + ρI)⁻¹ b
         as preconditioner:     M⁻¹r = (λ_k + ρ) U(Λ + ρI)⁻¹Uᵀr + (r − UUᵀr)         CG(preconditioner=Nystrom(...))
 
-    As a solver it is an approximation: without a tolerance it ends as COMPLETED, and its residual tells how good it is.
+    As a solver it is an approximation: its residual tells how good it is.
 
     Args:
         rank: k ≥ 1, the number of products in the sketch.
         damping: ρ > 0; as a preconditioner best near the damping of A, or its smallest eigenvalue.
-        seed: of the sketch's own generator; torch's global random state is not touched.
+        seed: of the sketch's own generator.
 
     Cost: k products, vectorised; k vectors.
     Source: Frangella, Tropp and Udell 2023, Algorithms 2.1 and 5.1; as a solver for hypergradients Hataya and Yamada
@@ -43,7 +43,6 @@ class Nystrom(LinearSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self, integers={"rank": 1})
         if not self.damping > 0:
             raise ValueError(f"Nystrom: damping must be > 0, for the inverse outside the sketch, got {self.damping!r}")
 

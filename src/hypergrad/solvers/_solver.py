@@ -11,9 +11,8 @@ from typing import Any, ClassVar, TypeAlias, TypeGuard, final
 import torch
 from torch import Tensor
 
-from .._scalar import FREE_TO_READ, Scalar, anywhere, larger, read, where
 from .._solution import OnFailure, Solution, Status
-from .._vector import Space, Vector, norm, squares_are_exact
+from .._vector import FREE_TO_READ, Scalar, Vector, anywhere, larger, norm, read, squares_are_exact, where
 from ..operators import LinearOperator
 from ._theory import SystemStructure
 
@@ -103,28 +102,25 @@ class LinearSolver(ABC):
     on_failure: OnFailure = "warn"
 
     def __post_init__(self) -> None:
-        check_options(self, numbers=("rtol", "atol", "damping"))
+        check_options(self)
 
     @final
     def __call__(self, op: LinearOperator, b: Any, x0: Any = None) -> Solution:
         """Solve for x.
-
-        A method that finds that it does not apply (NOT_POSITIVE_DEFINITE, NOT_SYMMETRIC, BREAKDOWN) returns its last
-        sound iterate, or x = 0 where that has the smaller residual.
 
         Args:
             op: the operator A.
             b: right hand side: a Vector or a pytree of tensors (with batch_dims=1: [B, ...] each).
             x0: start, like b, or a `Recycled`; zero if None.
 
-        Returns:
-            A Solution whose value has b's structure.
-
-        Raises: TypeError or ValueError for an x0 unlike b, or for an operator that this solver cannot take;
-            SolverError under on_failure="raise".
+        Returns: a Solution whose value has b's structure. A method that finds that it does not apply
+            (NOT_POSITIVE_DEFINITE, NOT_SYMMETRIC, BREAKDOWN) returns its last sound iterate, or x = 0 where that has
+            the smaller residual.
+        Raises: TypeError or ValueError for an x0 unlike b, or an operator that this solver cannot take; SolverError
+            under on_failure="raise".
         Cost: the method's products and one more, for the true residual.
         """
-        vector = b if isinstance(b, Vector) else Space(b, "b", op.batch_dims).vector(b, "b")
+        vector = b if isinstance(b, Vector) else Vector.of(b, "b", op.batch_dims)
         solution = solve(self, op, vector.copy(), x0)
         solution.report(type(self).__name__, self.on_failure)
         return solution if isinstance(b, Vector) else replace(solution, value=solution.value.tree)
@@ -164,24 +160,34 @@ class IterativeSolver(LinearSolver):
     max_steps: int | None = None
     check_every: int | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_options(self, integers={"max_steps": 0, "check_every": 1})
+
+def _integer(least: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: isinstance(value, int) and value >= least, f"an integer ≥ {least}"
 
 
-def check_options(solver: Any, numbers: tuple[str, ...] = (), integers: dict[str, int] | None = None) -> None:
-    """Raise ValueError for on_failure, numbers (finite and ≥ 0, or None) or integers (≥ this, or None) out of range."""
-    kind = type(solver).__name__
-    for name in numbers:
-        value = getattr(solver, name)
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{kind}: {name} must be a finite number ≥ 0, got {value!r}")
-    for name, least in (integers or {}).items():
-        value = getattr(solver, name)
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise ValueError(f"{kind}: {name} must be an integer ≥ {least}, got {value!r}")
-    if getattr(solver, "on_failure", "warn") not in ("warn", "raise", "ignore"):
-        raise ValueError(f'{kind}: on_failure must be "warn", "raise" or "ignore", got {solver.on_failure!r}')
+def _number(value: Any) -> bool:
+    return 0 <= value < math.inf
+
+
+# What an option must satisfy, whichever solver has it; None is always allowed.
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("rtol", "atol", "damping", "regularisation"), (_number, "a finite number ≥ 0")),
+    "step_size": (lambda x: 0 < x < math.inf, "a finite number > 0"),
+    "mixing": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    **dict.fromkeys(("max_steps",), _integer(0)),
+    **dict.fromkeys(("check_every", "restart", "rank", "history"), _integer(1)),
+    "seed": (lambda x: isinstance(x, int), "an integer"),
+    "on_failure": (lambda x: x in ("warn", "raise", "ignore"), '"warn", "raise" or "ignore"'),
+}
+
+
+def check_options(solver: Any) -> None:
+    """Raise ValueError for an option of a solver that is out of range."""
+    for name, value in vars(solver).items():
+        if value is not None and name in LIMITS:
+            valid, what = LIMITS[name]
+            if not valid(value):
+                raise ValueError(f"{type(solver).__name__}: {name} must be {what}, got {value!r}")
 
 
 def on_failure_of(solver: Solver) -> OnFailure:
@@ -191,14 +197,14 @@ def on_failure_of(solver: Solver) -> OnFailure:
 
 def keeps_starts(x0: Any) -> TypeGuard[Any]:
     """Whether x0 finds a start for each system and learns from its solution, as `Recycled` does."""
-    return all(callable(getattr(x0, name, None)) for name in ("start", "keep")) and not isinstance(x0, type)
+    return callable(getattr(x0, "keep", None)) and not isinstance(x0, type)
 
 
 def require_symmetric(op: LinearOperator, name: str) -> None:
     if not op.symmetric:
         raise TypeError(
-            f"{name} needs a symmetric operator, and this one is not declared so. If it is symmetric, declare it "
-            f"(symmetric=True); if not, use GMRES, BiCGStab, NormalCG or LSQR"
+            f"{name} needs a symmetric operator: declare this one so (symmetric=True) if it is; if not, use GMRES, "
+            f"BiCGStab, NormalCG or LSQR"
         )
 
 
@@ -229,14 +235,13 @@ def _run(solver: LinearSolver, op: LinearOperator, b: Vector, start: Any, last_p
     if solver._needs_symmetric:
         require_symmetric(op, type(solver).__name__)
     op, space = op.damped(solver.damping), b.space
+    empty, residual = not space.length or 0 in space.batch_shape, None
+    if keeps_starts(start):
+        start, residual = (None if empty else start.start(op, b)) or (None, None)
     scale, rhs_norm = _scaled(b)
-    system = _system(solver, op, b, start / scale if isinstance(start, Vector) else None, scale, rhs_norm)
-    if not space.length or 0 in space.batch_shape:  # nothing to solve for
-        outcome = Outcome(b, space.scalar(0.0)[None], 0)
-    else:
-        if keeps_starts(start):
-            system.x0, system.residual = start.start(op, b) or (None, None)
-        outcome = solver._iterate(system)
+    system = _system(solver, op, b, None if start is None else start / scale, scale, rhs_norm)
+    system.residual = None if residual is None else residual / scale
+    outcome = Outcome(b, space.scalar(0.0)[None], 0) if empty else solver._iterate(system)
     outcome, x, residual, code = _verified(solver, system, outcome, last_product)
     trace = space.tensor(outcome.trace)
     solution = Solution(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .._scalar import Scalar
 from .._solution import Status
-from .._vector import Vector, norm
+from .._vector import Scalar, Vector, norm
 from ._solver import IterativeSolver, LinearSolver, Outcome, System, event
 from ._theory import SystemStructure, steps_needed
 
@@ -28,15 +26,16 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
     b, most, number, tolerant = system.b, system.max_steps, system.number, system.goal is not None
     measured = range(0, most, system.check_every) if tolerant else {0, (most + 1) // 2, most - 1}
     masks, unknown = tolerant and bool(b.space.batch_dims), system.stop * torch.nan
-    hopeless, going = torch.inf, True
+    hopeless: Any = torch.inf
+    going: Any = True
     norms, trace, steps = [], [], 0
     for k in range(most):
         if x is None:
             new = b.copy()
         elif step_size == 1:
-            new = system.op.contract(x) + b  # the next x
+            new = system.op.contract(x) + b
         else:
-            new = b - system.op(x)  # the residual
+            new = b - system.op(x)
         trace.append(unknown)
         if k in measured:
             size = trace[-1] = norm(new - x if x is not None and step_size == 1 else new, number)
@@ -46,18 +45,13 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
                 hopeless = HOPELESS * size if k == 0 else hopeless
         if system.finished(k, going):
             break
-        x = _advanced(x, new, step_size, going if masks else None)
+        if masks:
+            new = new.where(going, x if x is not None and step_size == 1 else new.zeros())
+        x = new if x is None or step_size == 1 else x.add_(new, step_size)
         steps += 1
     code = event(None, _diverged(norms), Status.DIVERGED) if norms else None
     sizes: Any = torch.stack(trace) if trace and isinstance(trace[0], Tensor) else trace
     return Outcome(b.zeros() if x is None else x, sizes, steps, code)
-
-
-def _advanced(x: Vector | None, new: Vector, step_size: float, going: Any) -> Vector:
-    """x where not going, else `new` with η = 1, x + η · new otherwise."""
-    if x is None or step_size == 1:
-        return new if going is None else new.where(going, new.zeros() if x is None else x)
-    return x.add_(new if going is None else new.where(going, new.zeros()), step_size)
 
 
 def _diverged(norms: list[Scalar]) -> Scalar:
@@ -100,11 +94,6 @@ class Neumann(IterativeSolver):
     """
 
     step_size: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.step_size > 0 and math.isfinite(self.step_size)):
-            raise ValueError(f"Neumann: step_size must be a finite number > 0, got {self.step_size!r}")
 
     def _iterate(self, system: System) -> Outcome:
         x, r = system.start()

@@ -14,7 +14,6 @@ from ._solver import IterativeSolver, Outcome, System
 
 
 def gradient_descent(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """SGD(lr=1)."""
     return torch.optim.SGD(parameters, lr=1.0)
 
 
@@ -22,8 +21,7 @@ def gradient_descent(parameters: list[Tensor]) -> torch.optim.Optimizer:
 class Optimizer(IterativeSolver):
     """Any torch.optim optimizer on the linear system, with A x − b in place of the gradient.
 
-    For a symmetric A that is the gradient of ½xᵀAx − bᵀx. With a stochastic A every step sees a new draw, and a falling
-    learning rate averages them. Without x0 it starts from b.
+    With a stochastic A every step sees a new draw, and a falling learning rate averages them. It starts from x0, or b.
 
     Args:
         build: list of tensors ↦ optimizer, or (optimizer, scheduler); the scheduler steps after each step. The tensors
@@ -42,25 +40,22 @@ class Optimizer(IterativeSolver):
         parameters = [leaf.clone().requires_grad_() for leaf in (start * system.scale).leaves]
         built = self.build(parameters)
         optimizer, scheduler = built if isinstance(built, tuple) else (built, None)
-        going, trace, first = system.b.norm() > system.stop, [], True
+        going, trace, steps = system.b.norm() > system.stop, [], 0
 
         def current() -> Vector:
             return space.pack([p.detach() for p in parameters])
 
         def closure() -> Tensor:
-            nonlocal first
             with torch.no_grad():
                 x = current()
                 gradient = system.op(x) - b
-                if first:
+                if len(trace) == steps:  # the first call of this step
                     trace.append((gradient / system.scale).norm())
-                    first = False
-                space.assign_grad(parameters, gradient)
+                for p, g in zip(parameters, gradient.leaves, strict=True):
+                    p.grad = g
                 return 0.5 * x.dot(gradient - b).sum()
 
-        steps = 0
         while steps < system.max_steps and not system.finished(steps, going):
-            first = True
             optimizer.step(closure)
             if scheduler is not None:
                 scheduler.step()

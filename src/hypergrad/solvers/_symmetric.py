@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._scalar import Scalar, larger, ratio, square_root
 from .._solution import Status
-from .._vector import Vector, norm
+from .._vector import Scalar, Vector, larger, norm, ratio, square_root
 from ._preconditioners import build_preconditioner
 from ._solver import IterativeSolver, Outcome, System, divide, event
 from ._theory import SystemStructure, doubled, rate_of, steps_needed
@@ -50,9 +49,8 @@ class CG(IterativeSolver):
 
         α = rᵀz / pᵀAp,   x ← x + αp,   r ← r − αAp,   z = M⁻¹r,   β = (rᵀz)₊ / rᵀz,   p ← z + βp
 
-    Curvature pᵀAp that is negative, or zero to rounding, ends it with NOT_POSITIVE_DEFINITE at the iterate before
-    (Steihaug's rule); `Solution.curvature` holds the least quotient pᵀAp / pᵀp. The first two products are compared,
-    which finds an A that is not symmetric after all (NOT_SYMMETRIC).
+    Curvature pᵀAp that is not positive, to rounding, ends it as NOT_POSITIVE_DEFINITE at the iterate before (Steihaug's
+    rule); `Solution.curvature` holds the least pᵀAp / pᵀp. The first two products show whether A is NOT_SYMMETRIC.
 
     Args:
         preconditioner: r ↦ M⁻¹r, symmetric positive definite: a LinearOperator, a function of pytrees like b, or
@@ -134,9 +132,8 @@ class MINRES(IterativeSolver):
     """Minimal residuals for a symmetric A, which may be indefinite or singular.
 
     Lanczos vectors v (and z = M⁻¹v), one Givens rotation (c, s) a step, ‖r‖ = |η| never grows. A step that would gain
-    less than its rounding, c² |η| ≤ 10 eps ‖A‖ |cη| ‖w‖, is left out. It ends as STAGNATED after ten of
-    them in succession, or where A takes the space into itself: on an inconsistent singular system at a least-squares
-    solution.
+    less than its rounding, c² |η| ≤ 10 eps ‖A‖ |cη| ‖w‖, is left out. It ends as STAGNATED after ten of them in
+    succession, or where A takes the space into itself: on an inconsistent singular system at a least-squares solution.
 
     Args:
         preconditioner: r ↦ M⁻¹r, symmetric positive definite, as in CG.
