@@ -407,7 +407,6 @@ DOORS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
     **{f"meta.{n}": (partial(meta, method=m), 3 if n in ("Implicit", "Unrolled") else 2) for n, m in METHODS.items()},
     **{f"bilevel.{n}": (partial(bilevel, make=getattr(hg.bilevel, n), names=o), 0) for n, o in TRACKERS.items()},
     "bilevel.SOBA, raise": (partial(bilevel, make=hg.bilevel.SOBA, on_nonfinite="raise"), 2),
-    "meta, none": (partial(meta, method=hg.meta.Unrolled(), reduction="none"), None),
     "meta.adapt": (adapted, None),
     "Picard": (partial(forward_solver, solver=FP.Picard(**FIXED)), 0),
     "Anderson": (partial(forward_solver, solver=FP.Anderson(**FIXED)), 0),
