@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import optree
 import pytest
 import torch
 
@@ -105,7 +106,9 @@ def implicit_options(case: Case):
 def door_grad(case: Case) -> Answer:
     outer, options, name = implicit_options(case)
     lam = case.hparams()
+    options["compile"] = case.pick((False, False, True))
     result = hg.implicit.grad(outer, params=case.tree(case.w), hparams=lam, **options)
+    name += f"; compile={options['compile']}"
     return implicit_answer(case, numbers(result.grads), result, name)
 
 
@@ -124,7 +127,14 @@ def door_backward(case: Case) -> Answer:
     for x in leaves:
         if x.requires_grad:
             x.grad = torch.ones_like(x)
-    result = hg.implicit.backward(outer, params=case.tree(case.w), hparams=lam, **options)
+    params = case.tree(case.w)
+    if case.pick((True, False)):  # evaluated losses
+        for leaf in optree.tree_leaves(params)[int(case.container == "frozen") :]:
+            leaf.requires_grad_()
+        form = name.split("; ")[0]
+        outer, options[form] = outer(params, lam), options[form](params, lam)
+        name += "; evaluated"
+    result = hg.implicit.backward(outer, params=params, hparams=lam, **options)
     grads = [x.grad - 1 if x.requires_grad else torch.zeros_like(x) for x in leaves]
     answer = implicit_answer(case, numbers(grads), result, name)
     answer.floor = 1e-15 if case.dtype is torch.float64 else 1e-6  # what is added to ones

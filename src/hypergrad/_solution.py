@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ._tree import full
-from ._vector import Vector, norm, ratio, read, squares_are_exact
+from ._vector import Vector, anywhere, norm, ratio, read, squares_are_exact
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
+KINK = 0.9  # share of ‖∇₁g‖ in the entries of w that are 0 from which on it is taken for that of a nonsmooth loss
 UNSOLVED = 0.1  # estimated relative distance from the inner solution at which a warning is due
 
 
@@ -300,3 +301,24 @@ def warn_if_unsolved(distance: Tensor, residual: Tensor) -> None:
             f"instead (unroll.reverse); hg.diagnostics.check estimates the error",
             UnsolvedInnerProblem,
         )
+
+
+def at_kink(point: Vector, slope: Vector) -> Tensor:
+    """The norm of ∇₁g over the entries of w that are exactly 0."""
+    pairs = zip(point.chunks, slope.chunks, strict=True)
+    return Vector(point.space, [torch.where(w == 0, g, 0.0) for w, g in pairs]).norm()
+
+
+def warned_of_kink(at_kink: Tensor | None, residual: Tensor | None, distance: Tensor, eps: float) -> bool:
+    """Warn of a gradient that is left only where params are exactly 0: it is that of a nonsmooth term, as L1 is."""
+    if at_kink is None or residual is None:
+        return False
+    found = anywhere((read(at_kink) > KINK * read(residual)) & (read(distance) > eps**0.5))
+    if found:
+        warn(
+            "the gradient of inner_loss vanishes everywhere but where params are exactly 0: inner_loss has a kink "
+            "there (an L1 term, say), so its Hessian is not the derivative of its solution. Pass the proximal step as "
+            "fp_map (diff_optimizers.ProximalGradient), whose hypergradient is right",
+            UnsolvedInnerProblem,
+        )
+    return found

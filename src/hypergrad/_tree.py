@@ -112,8 +112,8 @@ def refuse_objects(tree: PyTree, name: str) -> None:
         if isinstance(leaf, Tensor) or callable(leaf):  # a frozen module may be carried along
             continue
         slots = [key for kind in type(leaf).__mro__ for key in getattr(kind, "__slots__", ())]
-        held: list[Any] = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, key, None) for key in slots)]
-        held += list(leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, Set) else ())
+        inside = leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, Set) else ()
+        held: Any = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, key, None) for key in slots), *inside]
         if any(isinstance(x, Tensor) for x in optree.tree_leaves(held)):
             raise TypeError(f"{name} holds tensors in {type(leaf).__name__}, which is no pytree: pass a dict of them")
 

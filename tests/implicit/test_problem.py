@@ -286,14 +286,23 @@ def test_a_forgotten_parameter_of_evaluated_losses_is_said(ridge):
         hg.implicit.grad(losses[0], inner_loss=losses[1], params=[params["w"]], hparams=ridge.theta)
 
 
-def test_an_l1_term_in_a_smooth_loss_is_said():
+@pytest.mark.parametrize("call", ["grad", "jacobian", "argmin", "solver"])
+def test_an_l1_term_in_a_smooth_loss_is_said(call):
     """Soft thresholding solves it: one entry is exactly 0, where the gradient is not."""
     a = torch.tensor([2.0, 1.0, 0.3], dtype=torch.float64)
     lam = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     w = torch.sign(a) * (a.abs() - lam.detach()).clamp_min(0)
     inner = lambda w, lam: ((w - a) ** 2).sum() / 2 + lam * w.abs().sum()  # noqa: E731
+    outer = lambda w, lam: ((w - 1) ** 2).sum()  # noqa: E731
+    given = {"inner_loss": inner, "params": w, "hparams": lam}
+    calls = {
+        "grad": lambda: hg.implicit.grad(outer, **given),
+        "jacobian": lambda: hg.implicit.jacobian(lambda w, lam: outer(w, lam)[None], **given),
+        "argmin": lambda: outer(hg.implicit.argmin(inner, w, lam), lam).backward(),
+        "solver": lambda: outer(hg.implicit.solver(argmin=inner)(lambda lam: w)(lam), lam).backward(),
+    }
     with pytest.warns(hg.UnsolvedInnerProblem, match="vanishes everywhere but where params are exactly 0"):
-        hg.implicit.grad(lambda w, lam: ((w - 1) ** 2).sum(), inner_loss=inner, params=w, hparams=lam)
+        calls[call]()
 
 
 def test_an_l1_term_whose_zeros_are_no_kink_is_not_said(ridge):

@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation
 from .._below import Leaves, lead_axes
-from .._solution import Solution, inner_distance, warn, warn_if_unsolved
+from .._solution import Solution, at_kink, inner_distance, warn, warn_if_unsolved, warned_of_kink
 from .._tree import difference, filled, flatten
 from .._vector import Space, Vector
 from ..operators import LinearOperator
@@ -94,11 +94,12 @@ class WarmStart:
 class Equation:
     """F and how its linear systems are solved: what both Functions carry along unchanged."""
 
-    function: Function  # F, or Φ where fixed_point (F = w − Φ), on tuples of leaves
+    function: Function  # F, or Φ where fixed_point (F = w − Φ), or ∇₁g of a g that it minimises, on tuples of leaves
     count: int  # of the leaves of w
     solver: Solver  # of Aᵀv = b and of Av = b
     name: Callable[[Tensor], str]  # how an error speaks of an undeclared tensor
     fixed_point: bool = False
+    minimises: bool = False
     symmetric: bool = False
     positive_definite: bool = False
     batch_dims: int = 0
@@ -173,7 +174,9 @@ class Equation:
         if not space.length or 0 in space.batch_shape:  # nothing to solve for
             return b if last is None else last(b)
         point, value = (space.pack([x.detach() for x in xs]) for xs in (linearisation.params, linearisation.outputs))
-        residual = (point - value if self.fixed_point else value).norm()
+        f = point - value if self.fixed_point else value
+        residual, kink = f.norm(), at_kink(point, f) if self.minimises else None
+        del f, value
         linearisation.drop_values()
         op = operators.adjoint(
             lambda: linearisation,
@@ -187,7 +190,9 @@ class Equation:
         policy = on_failure_of(self.solver)
         solution.report("the linear system of an implicit derivative", policy)
         if policy != "ignore":
-            warn_if_unsolved(inner_distance(residual, solution, point), residual)
+            distance = inner_distance(residual, solution, point)
+            if not warned_of_kink(kink, residual, distance, space.eps):
+                warn_if_unsolved(distance, residual)
         return solution.value
 
 

@@ -25,20 +25,18 @@ from .._solution import (
     Solution,
     SolverError,
     Status,
-    UnsolvedInnerProblem,
     finite,
     inner_distance,
     remaining,
     warn,
     warn_if_unsolved,
+    warned_of_kink,
 )
 from .._tree import PyTree, flatten, full
-from .._vector import anywhere, read
 from ..solvers import Auto, IterativeSolver, Recycled, Solver, on_failure_of, solve
 from ._problem import Problem
 
 INACCURATE = 0.1  # estimated relative error of a hypergradient at which a warning is due
-KINK = 0.9  # share of ‖∇₁g‖ in the entries of w that are 0 from which on it is taken for that of a nonsmooth loss
 
 
 @dataclass(frozen=True)
@@ -245,10 +243,17 @@ def _report(problem: Problem, result: Hypergradient, on_failure: OnFailure) -> N
         return
     result.check_finite(on_failure)
     # One draw's residual does not say whether the mean is solved.
-    if not problem.stochastic and not _warned_of_kink(problem, result):
-        result.warn_if_unsolved()
+    if not problem.stochastic:
+        warn_of_inner(problem, result)
         if result.solution.ok:
             result.warn_if_inaccurate()
+
+
+def warn_of_inner(problem: Problem, result: Hypergradient) -> None:
+    """Warn where the inner problem is not solved, or has a kink at params."""
+    norm, distance = problem.residual_norm, result.inner_distance
+    if not warned_of_kink(problem.at_kink, norm, distance, problem.space.eps):
+        result.warn_if_unsolved()
 
 
 def backward(
@@ -331,20 +336,3 @@ def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor], cou
         compiled=None if compiled is None else compiled.report,
         direct=problem.direct_of_leaves,
     )
-
-
-def _warned_of_kink(problem: Problem, result: Hypergradient) -> bool:
-    """Warn of a gradient that is left only where params are exactly 0: it is that of a nonsmooth term, as L1 is."""
-    if problem.at_kink is None or problem.residual_norm is None:
-        return False
-    part, whole = read(problem.at_kink), read(problem.residual_norm)
-    significant = read(result.inner_distance) > problem.space.eps**0.5
-    found = anywhere((part > KINK * whole) & significant)
-    if found:
-        warn(
-            "the gradient of inner_loss vanishes everywhere but where params are exactly 0: inner_loss has a kink "
-            "there (an L1 term, say), so its Hessian is not the derivative of its solution. Pass the proximal step as "
-            "fp_map (diff_optimizers.ProximalGradient), whose hypergradient is right",
-            UnsolvedInnerProblem,
-        )
-    return found

@@ -13,7 +13,7 @@ from .._random import random_state_kept_on_error
 from .._tree import PyTree
 from .._vector import Vector
 from ..solvers import GMRES, BlockCG, Recycled, Solver, on_failure_of, solve
-from ._hypergradient import Hypergradient, result_of
+from ._hypergradient import Hypergradient, result_of, warn_of_inner
 from ._problem import Problem
 
 
@@ -89,7 +89,7 @@ def jacobian(
     solution.report("the adjoint systems of the Jacobian", on_failure)
     if on_failure != "ignore":
         result.check_finite(on_failure)
-        result.warn_if_unsolved()
+        warn_of_inner(problem, result)
         if solution.ok:
             result.warn_if_inaccurate(stacked=True)
     return result

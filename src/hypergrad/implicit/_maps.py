@@ -88,6 +88,7 @@ def _problem(form: str, user: Any, function: Function, count: int, settings: Set
         solver or Auto(),
         lambda leaf: name_of(leaf, user),
         fixed_point=form == "fixed_point",
+        minimises=form == "argmin",
         symmetric=symmetric,
         positive_definite=positive_definite or form == "argmin",
         batch_dims=batch_dims,

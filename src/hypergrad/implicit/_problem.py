@@ -14,7 +14,7 @@ from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation, as_scalar
 from .._graph import check_hparams, check_independent
 from .._recorded import Recorded
-from .._solution import warn
+from .._solution import at_kink, warn
 from .._tree import PyTree, check_distinct, filled, flatten
 from .._vector import Space, Vector
 from ..operators import LinearOperator, Stochastic, Sum, has_curvature
@@ -151,7 +151,7 @@ class Problem:
         if self.linearisation is not None:
             warn_of_local(self.linearisation.outputs, self.kind)
             self.residual_norm = self.residual.norm()
-            self.at_kink = self._at_kink()
+            self.at_kink = at_kink(self.point, self.residual) if self.kind == "inner_loss" else None
             if not keep:
                 self.linearisation.drop_values()
         self.outer_value, self.b, self.direct = (outer or outer_gradients)(self, keep)
@@ -292,14 +292,6 @@ class Problem:
         now = [_torch.version_of(x) for x in (*inner, *outer)]
         pairs = (("params", slice(len(inner))), ("hparams", slice(len(inner), None)))
         return [name for name, part in pairs if self._versions[part] != now[part]]
-
-    def _at_kink(self) -> Tensor | None:
-        """The norm of ∇₁g over the entries of w that are exactly 0."""
-        if self.kind != "inner_loss" or not self.space.length:
-            return None
-        zeros = [x == 0 for x in self.point.chunks]
-        masked = [torch.where(zero, g, 0.0) for zero, g in zip(zeros, self.residual.chunks, strict=True)]
-        return Vector(self.space, masked).norm()
 
     def check_outer_depends(
         self, losses: Sequence[Tensor], slopes: Sequence[Tensor | None], direct: Sequence[Tensor | None]
