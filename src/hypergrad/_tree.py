@@ -82,11 +82,17 @@ def _hint(leaf: Any) -> str:
     return f"; {UNREGISTERED}" if dataclasses.is_dataclass(leaf) else ""
 
 
-def _refuse_dataclasses(leaves: Iterable[Any]) -> None:
-    """Raise TypeError for a dataclass with tensors that optree takes for a leaf: its tensors would be passed over."""
+def refuse_objects(leaves: Iterable[Any]) -> None:
+    """Raise TypeError for an object with tensors that optree takes for a leaf: its tensors would be passed over."""
     for leaf in leaves:
-        if dataclasses.is_dataclass(leaf) and any(isinstance(x, Tensor) for x in vars(leaf).values()):
-            raise TypeError(f"{type(leaf).__name__} holds tensors and is no pytree: {UNREGISTERED}")
+        if isinstance(leaf, Tensor) or (callable(leaf) and not dataclasses.is_dataclass(leaf)):  # a module, say
+            continue
+        slots = [key for kind in type(leaf).__mro__ for key in getattr(kind, "__slots__", ())]
+        inside = leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, Set) else ()
+        held: Any = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, key, None) for key in slots), *inside]
+        if any(isinstance(x, Tensor) for x in optree.tree_leaves(held)):
+            hint = UNREGISTERED if dataclasses.is_dataclass(leaf) else "pass a dict of them"
+            raise TypeError(f"{type(leaf).__name__} holds tensors and is no pytree: {hint}")
 
 
 def split(tree: PyTree) -> tuple[list[Tensor], Unflatten]:
@@ -98,24 +104,12 @@ def split(tree: PyTree) -> tuple[list[Tensor], Unflatten]:
     leaves, spec = optree.tree_flatten(tree)
     if all(isinstance(leaf, Tensor) for leaf in leaves):
         return leaves, spec.unflatten
-    _refuse_dataclasses(leaves)
+    refuse_objects(filter(dataclasses.is_dataclass, leaves))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in places]
     for i in places:  # the function must not keep their memory, nor their graph
         leaves[i] = None
     return tensors, lambda new: optree.tree_unflatten(spec, filled(leaves, places, new))
-
-
-def refuse_objects(tree: PyTree, name: str) -> None:
-    """Raise TypeError for an object with tensors that optree takes for a leaf: their derivatives would be lost."""
-    for leaf in optree.tree_leaves(tree):
-        if isinstance(leaf, Tensor) or callable(leaf):  # a frozen module may be carried along
-            continue
-        slots = [key for kind in type(leaf).__mro__ for key in getattr(kind, "__slots__", ())]
-        inside = leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, Set) else ()
-        held: Any = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, key, None) for key in slots), *inside]
-        if any(isinstance(x, Tensor) for x in optree.tree_leaves(held)):
-            raise TypeError(f"{name} holds tensors in {type(leaf).__name__}, which is no pytree: pass a dict of them")
 
 
 def _alone(tensors: Iterable[Tensor]) -> Tensor:

@@ -496,5 +496,5 @@ def test_tensors_in_what_is_no_pytree_are_refused(run, kind, at_start):
     start, hparams = simple()
     step = lambda carry, h: (carry[0] * h["a"], kind(carry[0]))  # noqa: E731
     first = (start, kind(torch.zeros(3, **DOUBLE)) if at_start else 0)
-    with pytest.raises(TypeError, match=r"holds tensors in .*, which is no pytree: pass a dict"):
+    with pytest.raises(TypeError, match="holds tensors and is no pytree: pass a dict"):
         run(step, first, hparams, lambda carry, h: total(carry[0], h))

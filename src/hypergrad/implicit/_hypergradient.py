@@ -133,13 +133,9 @@ class Hypergradient:
 def _off(theta: float, grads: list[Tensor], cross: list[Tensor]) -> float:
     """θ‖c‖ / ‖g + θc‖."""
     top = max(float(full(x.abs().sum())) for x in [*grads, *cross]) or 1.0  # squares of small numbers vanish
-    change = theta * _length([c / top for c in cross])
-    size = _length([(g + theta * c) / top for g, c in zip(grads, cross, strict=True)])
-    return change / size if size else math.inf if change else 0.0
-
-
-def _length(tensors: list[Tensor]) -> float:
-    return math.hypot(*(float(full(x.norm())) for x in tensors))
+    after = [g + theta * c for g, c in zip(grads, cross, strict=True)]
+    change, size = (math.hypot(*(float(full((x / top).norm())) for x in xs)) for xs in (cross, after))
+    return theta * change / size if size else math.inf if theta * change else 0.0
 
 
 def grad(
@@ -251,8 +247,7 @@ def _report(problem: Problem, result: Hypergradient, on_failure: OnFailure) -> N
 
 def warn_of_inner(problem: Problem, result: Hypergradient) -> None:
     """Warn where the inner problem is not solved, or has a kink at params."""
-    norm, distance = problem.residual_norm, result.inner_distance
-    if not warned_of_kink(problem.at_kink, norm, distance, problem.space.eps):
+    if not warned_of_kink(problem.at_kink, problem.residual_norm, result.inner_distance, problem.space.eps):
         result.warn_if_unsolved()
 
 

@@ -37,16 +37,10 @@ class Structure:
         trained = any(x.is_leaf and x.requires_grad and not _torch.is_wrapped(x) for x in self.leaves)
         self.places = [i for i, x in enumerate(self.leaves) if x.requires_grad or not trained]
         self.leaves = [x.detach() for x in self.leaves]
-
-    @property
-    def unknowns(self) -> list[Tensor]:
-        return [self.leaves[i] for i in self.places]
-
-    def filled(self, w: Sequence[Tensor]) -> list[Tensor]:
-        return filled(self.leaves, self.places, w)
+        self.unknowns = [self.leaves[i] for i in self.places]
 
     def rebuild(self, w: Sequence[Tensor]) -> PyTree:
-        return self._rebuild(self.filled(w))
+        return self._rebuild(filled(self.leaves, self.places, w))
 
 
 def _on_leaves(form: str, user: Callable[..., Any], structure: Callable[[], Structure], arguments: Any) -> Function:
@@ -54,7 +48,8 @@ def _on_leaves(form: str, user: Callable[..., Any], structure: Callable[[], Stru
 
     def value(w: Leaves, h: Leaves) -> Leaves:
         given = structure()
-        values = matching(user(given.rebuild(w), *arguments(h)), given.paths, given.filled(w), VALUES[form])
+        like = filled(given.leaves, given.places, w)
+        values = matching(user(given.rebuild(w), *arguments(h)), given.paths, like, VALUES[form])
         return tuple(values[i] for i in given.places)
 
     def gradient(w: Leaves, h: Leaves) -> Leaves:

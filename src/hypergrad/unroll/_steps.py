@@ -98,7 +98,7 @@ class Run:
         self.leaves, spec = optree.tree_flatten(start)
         self.paths = Paths("start", spec)
         self.start, self.rebuild = split(start)
-        refuse_objects(start, "start")
+        refuse_objects(self.leaves)
         if not any(map(is_continuous, self.start)):
             raise ValueError("start holds no floating point tensor")
         self.kinds = list(map(KIND, self.start))
@@ -197,7 +197,7 @@ class Run:
             value = self.paths.spec.unflatten(leaves if order is None else [leaves[i] for i in order])
         tensors, rebuild = split(value)
         if len(leaves) > len(tensors):
-            refuse_objects(value, "step's result")
+            refuse_objects(leaves)
         if len(tensors) != len(self.start):
             kind = type(value).__name__
             raise ValueError(f"step must give the {len(self.start)} tensors that it gets: {len(tensors)} in a {kind}")
