@@ -45,6 +45,16 @@ def depends(outputs: Sequence[Tensor | GradientEdge], inputs: Sequence[Tensor]) 
     return any(edge in sought for edge in _behind(_edges(outputs), set()))
 
 
+def refuse_weight_norm(outputs: Sequence[Tensor], inputs: Sequence[Tensor], name: str) -> None:
+    """Raise where torch's weight_norm stands between inputs and outputs, which will be differentiated once more."""
+    nodes = {node for node, _ in _behind(_edges(outputs), set()) if type(node).__name__.startswith("WeightNorm")}
+    if nodes and depends([GradientEdge(node, 0) for node in nodes], inputs):
+        raise ValueError(
+            f"{name} was computed through torch's weight_norm, whose second derivative is wrong: give it as a function "
+            f"of (params, hparams), or as a closure, in which it is written out, or write g * v / v.norm() in the layer"
+        )
+
+
 def unreached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
     """The places of inputs that require grad and that no output depends on."""
     places = {_edge(x): i for i, x in enumerate(inputs) if x.requires_grad}

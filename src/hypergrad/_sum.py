@@ -277,7 +277,8 @@ class Sum:
 
         def function(item: tuple[int, Any], tensors: Sequence[Tensor], create_graph: bool) -> Values:
             given = rebuild_params(tensors[: len(w)]), rebuild_hparams(tensors[len(w) :])
-            value = as_scalar(self.loss(*given, item[1]), "the loss of a batch").reshape(())
+            with _torch.differentiated_rightly():
+                value = as_scalar(self.loss(*given, item[1]), "the loss of a batch").reshape(())
             batches.look(value)
             if not item[0]:
                 self._check_declared(value, tensors)

@@ -6,6 +6,7 @@ What a new version of torch needs is changed here, and nowhere else.
 from __future__ import annotations
 
 import sys
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode, has_torch_function
+from torch.overrides import has_torch_function
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -348,16 +349,25 @@ def taking_derivatives(function: Callable[[Any, Any], Any]) -> Callable[[Any, An
     return evaluate
 
 
-class _WeightNormWrittenOut(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not _weight_norm:
-            return func(*args, **(kwargs or {}))
-        v, g, dim = args if len(args) > 2 else (*args, 0)
-        axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim] if dim != -1 else None
-        return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=axes is not None))
+def _weight_norm_written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / ‖v‖, the norm over all axes but dim."""
+    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim] if dim != -1 else None
+    return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=axes is not None))
 
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)  # whether differentiated_rightly is on
+_holders: list[Any] = [torch, sys.modules.get("torch.nn.utils.weight_norm")]  # where torch's modules find _weight_norm
+_lock, _users = threading.Lock(), 0  # of all threads
+
+
+def _change_users(by: int) -> None:
+    """Put in its place for the first one inside, and back after the last. (A mode would slow down every operation.)"""
+    global _users
+    with _lock:
+        _users += by
+        for holder in _holders:
+            if hasattr(holder, "_weight_norm"):
+                holder._weight_norm = _weight_norm_written_out if _users else _weight_norm
 
 
 @contextmanager
@@ -372,12 +382,13 @@ def differentiated_rightly() -> Iterator[None]:
         return
     cached = getattr(parametrize, "_cache_enabled", 0)
     token = _inside.set(True)
+    _change_users(1)
     try:
         if cached:
             parametrize._cache_enabled = 0  # pyright: ignore[reportAttributeAccessIssue]
-        with _WeightNormWrittenOut() if torch.is_grad_enabled() else nullcontext():
-            yield
+        yield
     finally:
+        _change_users(-1)
         _inside.reset(token)
         if cached:
             parametrize._cache_enabled = cached  # pyright: ignore[reportAttributeAccessIssue]

@@ -113,6 +113,7 @@ def reverse_unroll(params: Tensors, hparams: Tensors, outer_loss: Loss, set_grad
         (tensor([1.5000]),)
     """
     params = _list(params, "params")
+    _graph.refuse_weight_norm([x for x in params if x.requires_grad], _list(hparams, "hparams"), "params")
     return _backpropagated(lambda hparams: outer_loss(params, hparams), hparams, set_grad, retain_graph=True)
 
 
@@ -145,7 +146,7 @@ def reverse(
         for t in range(steps):
             step = update_map_history[-1 - t]
             problem = _at(params_history[-2 - t], hparams, outer_loss, step)
-            with torch.enable_grad():
+            with torch.enable_grad(), _torch.differentiated_rightly():
                 outputs = alpha.space.check(step(*problem.arguments), "the value of the update map")
             linearisation = Linearisation(outputs, problem.leaves, problem.differentiated)
             pulled, cross = linearisation.vjp_both(alpha.leaves, retain_graph=False)

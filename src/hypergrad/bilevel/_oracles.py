@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _autodiff, _random, _torch
 from .._autodiff import ATTENTION, as_scalar
-from .._graph import check_hparams, undeclared_leaves
+from .._graph import check_hparams, refuse_weight_norm, undeclared_leaves
 from .._modules import modules_of
 from .._tree import PyTree, check_distinct, flatten
 from .._vector import Space, sharded_dot
@@ -200,6 +200,8 @@ class Oracles:
         self.counts["inner_gradients"] += 1
         value = batch.evaluate(self._moved)
         warn_of_local([value], batch.name)
+        if not callable(batch.loss):
+            refuse_weight_norm([value], self.params, batch.name)
         return self._reached(
             _autodiff.grad_or_none([value], self.params, create_graph=True), [value], f"{batch.name} of params"
         )
@@ -266,7 +268,8 @@ class Oracles:
     @contextmanager
     def as_the_user(self) -> Iterator[None]:
         """For what evaluates losses: with gradients, under the user's autocast."""
-        with torch.enable_grad(), nullcontext() if self.autocast is None else torch.autocast(**self.autocast):
+        autocast = nullcontext() if self.autocast is None else torch.autocast(**self.autocast)
+        with torch.enable_grad(), autocast, _torch.differentiated_rightly():
             yield
 
     @contextmanager

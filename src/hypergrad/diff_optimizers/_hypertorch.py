@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _autodiff, _torch
 from .._autodiff import as_scalar
 from .._random import random_state_kept_on_error
 from .._solution import warn
@@ -125,7 +125,8 @@ class DifferentiableOptimizer:
     def get_loss(self, params: Params, hparams: Any) -> Tensor:
         """loss_f at params, with the next data if there are any; kept as curr_loss."""
         data = () if self.data_iterator is None else (next(self.data_iterator),)
-        self.curr_loss = self.loss_f(params, hparams, *data)
+        with _torch.differentiated_rightly():
+            self.curr_loss = self.loss_f(params, hparams, *data)
         return self.curr_loss
 
 

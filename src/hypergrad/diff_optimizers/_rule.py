@@ -12,7 +12,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _autodiff, _torch
 from .._autodiff import as_scalar
 from .._solution import warn
 from .._tree import Paths, PyTree, flatten
@@ -342,7 +342,7 @@ class Rule(ABC):
             if torch.is_inference_mode_enabled():
                 raise RuntimeError("nothing can be differentiated under torch.inference_mode(): use torch.no_grad()")
             leaves, _, unflatten = flatten(carry[0], "params")
-            with torch.enable_grad():
+            with torch.enable_grad(), _torch.differentiated_rightly():
                 at = list(leaves)
                 moved = [i for i in range(len(leaves)) if i not in self.frozen]
                 for i in moved:

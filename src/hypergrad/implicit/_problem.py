@@ -158,16 +158,18 @@ class Problem:
 
     def linearise(self) -> Linearisation:
         """The graph of ∇₁g, Φ or F at params and hparams."""
-        with torch.enable_grad():
+        with torch.enable_grad(), _torch.differentiated_rightly():
             if has_curvature(self.inner):
                 return self.inner.linearise(*self.arguments, self.leaves, self.differentiated, UNREACHED)
             value = self.inner(*self.arguments) if callable(self.inner) else self.inner
             if self.kind == "inner_loss":
-                loss = as_scalar(value, "inner_loss")
-                outputs = _autodiff.grad([loss], self.leaves, create_graph=True, must_reach=UNREACHED)
-                self._warn_of_others([loss])
+                value = as_scalar(value, "inner_loss")
+                outputs = _autodiff.grad([value], self.leaves, create_graph=True, must_reach=UNREACHED)
+                self._warn_of_others([value])
             else:
                 outputs = self.space.check(value, f"the value of {self.kind}")
+            if self.live:
+                _graph.refuse_weight_norm([value] if isinstance(value, Tensor) else outputs, self.leaves, self.kind)
         compiled = None
         if self.compile:
             backend = None if self.compile is True else self.compile
@@ -351,7 +353,7 @@ def warn_of_local(losses: Iterable[Any], name: str) -> None:
 def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
     """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams (None: zeros)."""
     outer_loss, leaves, hparams = problem.outer_loss, problem.leaves, problem.differentiated
-    with torch.enable_grad():
+    with torch.enable_grad(), _torch.differentiated_rightly():
         value = outer_loss(*problem.arguments) if callable(outer_loss) else outer_loss
     loss = as_scalar(value, "outer_loss")
     warn_of_local([loss], "outer_loss")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .. import _autodiff, _graph
+from .. import _autodiff, _graph, _torch
 from .._autodiff import as_scalar
 from .._tree import PyTree, arranged, flatten, split
 from ..diff_optimizers import SGD, Rule, plus
@@ -328,7 +328,8 @@ class Chunk:
 
         def value(*given: PyTree) -> list[Tensor]:
             *leaves, hparams, task = given
-            result = as_scalar(loss(self.rebuild(leaves), hparams, task), f"{name} of one task")
+            with _torch.differentiated_rightly():
+                result = as_scalar(loss(self.rebuild(leaves), hparams, task), f"{name} of one task")
             if differentiated and any(getattr(w, "_backward_hooks", None) for w in leaves):
                 raise ValueError(HOOKED)
             return [result.reshape(()) if result.ndim else result]

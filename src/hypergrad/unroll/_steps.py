@@ -15,7 +15,7 @@ from .. import _autodiff, _graph, _random
 from .._autodiff import as_scalar
 from .._graph import check_hparams
 from .._solution import warn, warn_if_not_finite
-from .._torch import hooks_suspended, version_of
+from .._torch import differentiated_rightly, hooks_suspended, version_of
 from .._tree import Paths, PyTree, describe, filled, flatten, refuse_objects, split
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
@@ -157,7 +157,10 @@ class Run:
         try:
             if self.batches:
                 arguments = (t, self.batches(t))
-            with _autodiff.gradients_taken(tensors) if watched else nullcontext(()) as with_graph:
+            with (
+                _autodiff.gradients_taken(tensors) if watched else nullcontext(()) as with_graph,
+                differentiated_rightly(),
+            ):
                 value = self.step(rebuild(tensors), self.hparams, *arguments)
         except StopIteration:
             raise ValueError(EXHAUSTED.format("step (or batches)", t)) from None
