@@ -111,8 +111,11 @@ def grad_or_none(
         if better is error:
             raise
         raise better from error
-    if not dense:
-        return list(grads)
+    return densified(grads) if dense else list(grads)
+
+
+def densified(grads: Sequence[Any]) -> list[Any]:
+    """Sparse gradients made dense."""
     return [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
 
 

@@ -277,7 +277,7 @@ class Sum:
 
         def function(item: tuple[int, Any], tensors: Sequence[Tensor], create_graph: bool) -> Values:
             given = rebuild_params(tensors[: len(w)]), rebuild_hparams(tensors[len(w) :])
-            with _torch.differentiated_rightly():
+            with _torch.differentiated_rightly(dense=True):
                 value = as_scalar(self.loss(*given, item[1]), "the loss of a batch").reshape(())
             batches.look(value)
             if not item[0]:

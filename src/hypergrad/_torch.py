@@ -355,33 +355,46 @@ def _weight_norm_written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=axes is not None))
 
 
-_inside: ContextVar[bool] = ContextVar("inside", default=False)  # whether differentiated_rightly is on
-_holders: list[Any] = [torch, sys.modules.get("torch.nn.utils.weight_norm")]  # where torch's modules find _weight_norm
+def _embedding(weight: Tensor, indices: Tensor, *args: Any, sparse: bool = False, **kwargs: Any) -> Tensor:
+    """The embedding, with a sparse gradient only where its derivatives are not asked for."""
+    sparse = (args[2] if len(args) == 3 else sparse) and not _inside.get()
+    return _torch_embedding(weight, indices, *args[:2], sparse=sparse, **kwargs)
+
+
+_inside: ContextVar[bool | None] = ContextVar("inside", default=None)  # that of differentiated_rightly; None outside
+_torch_embedding = torch.embedding
+_replaced: list[tuple[Any, str, Any, Any]] = [  # where torch's modules find a function, its name, it, what replaces it
+    (torch, "_weight_norm", _weight_norm, _weight_norm_written_out),
+    (sys.modules.get("torch.nn.utils.weight_norm"), "_weight_norm", _weight_norm, _weight_norm_written_out),
+    (torch, "embedding", _torch_embedding, _embedding),
+]
 _lock, _users = threading.Lock(), 0  # of all threads
 
 
 def _change_users(by: int) -> None:
-    """Put in its place for the first one inside, and back after the last. (A mode would slow down every operation.)"""
+    """Replace for the first one inside, and put back after the last. (A mode would slow down every operation.)"""
     global _users
     with _lock:
         _users += by
-        for holder in _holders:
-            if hasattr(holder, "_weight_norm"):
-                holder._weight_norm = _weight_norm_written_out if _users else _weight_norm
+        for holder, name, own, other in _replaced:
+            if hasattr(holder, name):
+                setattr(holder, name, other if _users else own)
 
 
 @contextmanager
-def differentiated_rightly() -> Iterator[None]:
+def differentiated_rightly(dense: bool = False) -> Iterator[None]:
     """A map evaluated inside has right derivatives of every order.
 
     torch._weight_norm, whose second derivative is wrong in torch 2.13, is written out as g v / ‖v‖, and
-    parametrize.cached() is off: the cached weight belongs to other parameters, or to no graph.
+    parametrize.cached() is off: the cached weight belongs to other parameters, or to no graph. dense: so are the
+    gradients of embeddings, for torch takes the derivatives of sparse ones for zero.
     """
-    if _inside.get():
+    before = _inside.get()
+    if before or before is dense:
         yield
         return
     cached = getattr(parametrize, "_cache_enabled", 0)
-    token = _inside.set(True)
+    token = _inside.set(dense)
     _change_users(1)
     try:
         if cached:

@@ -121,7 +121,7 @@ class Equation:
         """F (or Φ) at the leaves of (w, λ)."""
         outermost = _within_a_map.set(True)
         try:
-            with _torch.differentiated_rightly():
+            with _torch.differentiated_rightly(dense=True):
                 return self.function(leaves[: self.count], leaves[self.count :])
         except RuntimeError as error:
             if _torch.is_of_ended_transform(error):
@@ -265,7 +265,7 @@ class LinearSolve(torch.autograd.Function):
         refuse(x_bar, forward_mode=False)
         problem, saved = ctx.problem, ctx.saved_tensors  # read once: checkpoints recompute at each reading
         x, leaves = saved[: problem.count], saved[problem.count :]
-        b_bar = LinearSolve.apply(problem.T, *x_bar, *leaves)
+        b_bar = LinearSolve.apply(problem.T, *_autodiff.densified(x_bar), *leaves)
         # ⟨b̄, A x⟩ = ⟨Aᵀ b̄, x⟩: the side with the transposed product takes one reverse pass fewer.
         u, v = (x, b_bar) if problem.transposed else (b_bar, x)
         needed = ctx.needs_input_grad[1 + problem.count :]
@@ -326,6 +326,7 @@ class Root(torch.autograd.Function):
         n = problem.count
         wanted = [i for i in floating(leaves) if i >= n and ctx.needs_input_grad[2 + ctx.given + i - n]]
         grads: list[Tensor | None] = [None] * (len(leaves) - n)
+        w_bar = tuple(_autodiff.densified(w_bar))
         for i, bar in zip(wanted, adjoint(problem, leaves, w_bar, wanted), strict=True):
             grads[i - n] = bar
         return (None, None, *[None] * ctx.given, *grads)

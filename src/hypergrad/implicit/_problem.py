@@ -158,7 +158,7 @@ class Problem:
 
     def linearise(self) -> Linearisation:
         """The graph of ∇₁g, Φ or F at params and hparams."""
-        with torch.enable_grad(), _torch.differentiated_rightly():
+        with torch.enable_grad(), _torch.differentiated_rightly(dense=True):
             if has_curvature(self.inner):
                 return self.inner.linearise(*self.arguments, self.leaves, self.differentiated, UNREACHED)
             value = self.inner(*self.arguments) if callable(self.inner) else self.inner
@@ -353,7 +353,7 @@ def warn_of_local(losses: Iterable[Any], name: str) -> None:
 def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
     """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams (None: zeros)."""
     outer_loss, leaves, hparams = problem.outer_loss, problem.leaves, problem.differentiated
-    with torch.enable_grad(), _torch.differentiated_rightly():
+    with torch.enable_grad(), _torch.differentiated_rightly(dense=True):
         value = outer_loss(*problem.arguments) if callable(outer_loss) else outer_loss
     loss = as_scalar(value, "outer_loss")
     warn_of_local([loss], "outer_loss")

@@ -6,15 +6,13 @@ Z₀ = ∂w₀/∂λ,   Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t;   ∇f(λ) = Z_T�
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from .. import _graph
+from .. import _graph, _torch
 from .._autodiff import Linearisation
 from .._random import random_state_kept_on_error
 from .._tree import PyTree, describe, full
@@ -178,12 +176,12 @@ def forward(
         raise TypeError(COMPLEX)
     with random_state_kept_on_error([*run.start, *run.outer]):
         with run.differentiating():
-            push, dense = _Push(run, chunk), _DenseEmbeddings()
+            push = _Push(run, chunk)
             tangents = push.start() if earlier is None else _checked(earlier.tangents, run)
             tensors, rebuild = [x.detach().clone() for x in run.start], run.rebuild
             for t in range(begin, begin + steps):
                 leaves = [leaf(x) for x in tensors]
-                with dense if t == begin or dense.needed else nullcontext():
+                with _torch.differentiated_rightly(dense=True):
                     outputs, rebuild = run.evaluate(leaves, rebuild, t)
                 tangents = push(tangents, leaves, outputs, check=t & (t - 1) == 0)
                 tensors = [x.detach() for x in outputs]
@@ -198,19 +196,6 @@ def forward(
             steps=begin + steps,
             tangents=tangents,
         )
-
-
-class _DenseEmbeddings(TorchFunctionMode):
-    """torch.nn.functional.embedding without sparse=True, the third derivative of which torch takes for zero."""
-
-    needed = False
-    places: ClassVar = {torch.nn.functional.embedding: 6, torch.embedding: 4}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        place, kwargs = self.places.get(func), dict(kwargs or {})
-        if place is not None and (kwargs.get("sparse") or args[place:] == (True,)):
-            self.needed, args, kwargs = True, args[:place], kwargs | {"sparse": False}
-        return func(*args, **kwargs)
 
 
 class _Push:
