@@ -166,7 +166,9 @@ def grad(
         params: w, a tensor or any pytree of floating point tensors, at (or near) the solution. Where some leaves
             require grad, the others are frozen: constants, not unknowns.
         hparams: λ, likewise; at least one leaf requires grad. Leaves may be outputs of a network.
-        inner_loss: g, scalar, minimised by w: A = ∇²₁₁g. It may be an `operators.GaussNewton`.
+        inner_loss: g, scalar, minimised by w: A = ∇²₁₁g. It may be an `operators.GaussNewton`. What is detached from
+            params in it (loss.detach() as the input of a weighting network) counts as a constant, and its derivative
+            is lost without a warning; `diagnostics.check` finds that.
         fp_map: Φ, of params' structure, w = Φ(w, λ): A = I − ∂₁Φ.
         residual: F, of params' structure, F(w, λ) = 0: A = ∂₁F. Each of the three may be an `operators.Stochastic`.
         solver: a linear solver from hg.solvers, or a function (op, b, x0) of Vectors. Default: `solvers.Auto()`.
