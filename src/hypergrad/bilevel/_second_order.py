@@ -340,7 +340,7 @@ class AmIGO(_Adjoint):
         """Steps, or the solver, on the batch of `gradient`."""
 
         def product(v: Vector) -> Vector:
-            return self._vector(self.oracles.pull(gradient, v.leaves, retain=True)[0])
+            return self._vector(self.oracles.pull(gradient, v.leaves, retain=True, cross=False)[0])
 
         if self.solver is not None:
             operator = operators.LinearOperator(product, symmetric=True)
@@ -353,5 +353,6 @@ class AmIGO(_Adjoint):
         """A step on v for each batch."""
         for batch in batches:
             gradient = self.oracles.gradient_with_graph(batch)
-            v = v - (self._vector(self.oracles.pull(gradient, v.leaves)[0]) + rhs) * self.eta
+            product, _ = self.oracles.pull(gradient, v.leaves, cross=False)
+            v = v - (self._vector(product) + rhs) * self.eta
         return v

@@ -1,0 +1,287 @@
+# %% [markdown]
+# # The problems of benchmark_bilevel: stochastic algorithms with the suite's steps
+#
+#     min_λ f(w*(λ), λ),      w*(λ) = argmin_w g(w, λ),      both of them means over rows of data
+#
+# Dagréou, Ablin, Vaiter and Moreau 2022 (arXiv:2201.13409) and their suite benchopt/benchmark_bilevel compare
+# algorithms on four problems: random quadratics, a penalty for each weight of a logistic regression on ijcnn1, one for
+# each class on covtype, and a weight for each of 20,000 MNIST images of which half are labelled at random. Here the
+# trackers of `hg.bilevel` run on them, with the steps that the suite has tuned. What they cost is counted in per-sample
+# evaluations: a gradient, a Hessian product and a cross product of one sample are one each.
+#
+# All seeds run side by side, in tensors with a leading axis of seeds, from one start, each through the blocks of rows
+# in an order of its own. Differences from the suite: every block is drawn once an epoch (the suite's sampler draws the
+# last one twice), AmIGO's tenth inner step is taken together with the outer step, and F2SA keeps its penalty. On ijcnn1
+# the tuned steps are close to diverging: with a start of its own for each seed, 3 of 10 seeds of SABA do, and so they
+# do with the suite's own solver.
+
+# %%
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from examples import bilevel_suite as suite
+from examples.bilevel_problems import Logistic, Problem, ValueProblem, descend, problem
+from examples.bilevel_runs import BUDGETS, ROWS, Run, finish, keep
+from examples.common import Common, parse, rounded, save
+
+
+@dataclass
+class Config(Common):
+    data: Path | None = None
+    """Folder of ijcnn1, covtype and MNIST, in the forms that examples/datasets.py reads; without it, stand-ins."""
+    problems: tuple[str, ...] = ("simulated", "ijcnn1", "covtype", "mnist")
+    """Which of these."""
+    methods: tuple[str, ...] = ()
+    """Which rows of the table; all, if none is named."""
+    seeds: int = 10
+    """How many, from --seed + 1 on."""
+    batch: int = 64
+    """Rows of a block."""
+    evaluations: float = 1.0
+    """Evaluations of samples for each seed, as a part of those in BUDGETS."""
+    points: int = 15
+    """Of each curve."""
+    checkpoints: Path | None = None
+    """Folder for the state of every run, from which --resume goes on."""
+    checkpoint_every: float = 60.0
+    """Seconds."""
+    resume: bool = False
+    """Go on from --checkpoints; what is finished there is not run again."""
+    suite: Path | None = None
+    """Clone of benchopt/benchmark_bilevel, whose solvers run on ijcnn1 too where jax and benchopt are installed."""
+
+
+FAST = {"seeds": 3, "evaluations": 0.001, "points": 4}
+BATCH = "L-BFGS on h"
+OF_SUITE = ", JAX"  # at the end of the names of the suite's own solvers
+
+
+# %% [markdown]
+# ## In batch
+# Beside them `implicit.grad` with L-BFGS on h, where the inner problem can be solved to rounding: by Newton's method,
+# with a Hessian that is kept as long as it serves (and counts as d products when it is computed).
+
+
+# %%
+def in_batch(problem: ValueProblem, progress: tqdm) -> dict[str, Any]:
+    """Without seeds; the curve has the best that was found so far."""
+    curve, best = [], None
+    for spent, seconds, h, norm in descend(problem, *problem.start(), most=300):
+        best = (h, norm) if best is None or h < best[0] else best
+        metrics = dict(zip(problem.metrics, ([best[0] - problem.best], [best[1]]), strict=True))
+        curve.append({"evaluations": spent, "seconds": seconds} | metrics)
+    progress.update(progress.total)
+    return {"t": len(curve), "seconds": curve[-1]["seconds"], "curve": curve}
+
+
+# %% [markdown]
+# ## All rows
+
+
+# %%
+def of_suite(of: Logistic, method: str, seeds: list[int], config: Config, budget: float) -> dict[str, Any]:
+    """A solver of the suite, with its steps, from the same starts."""
+    assert config.suite is not None
+    row, (n, m) = ROWS["ijcnn1"][method], of.sizes
+    cost: float = config.batch * row.blocks
+    options: dict[str, Any] = {"step_size": row.step, "outer_ratio": row.ratio, "batch_size": config.batch}
+    if row.kind == "SRBA":
+        options["period_frac"] = row.period
+        cost += (3 * n + m - cost) / row.restarts(of.sizes, config.batch)
+    done = suite.run(of, config.suite, method, options, seeds, math.ceil(budget / cost), config.points)
+    for point in done["curve"]:
+        point["evaluations"] = point["t"] * cost
+    return done
+
+
+def identity(name: str, method: str, of: Problem, config: Config) -> dict[str, Any]:
+    """What must be the same for a saved run to be gone on from."""
+    row = asdict(ROWS[name][method]) if method in ROWS[name] else {}
+    numbers = {key: getattr(config, key) for key in ("seed", "seeds", "batch", "evaluations", "points")}
+    return {"data": of.data, "sizes": list(of.sizes)} | row | numbers
+
+
+def saved(file: Path | None, own: dict[str, Any], config: Config) -> dict[str, Any]:
+    """What a file of --checkpoints holds; nothing without --resume."""
+    if not config.resume or file is None or not file.is_file():
+        return {}
+    state = torch.load(file, weights_only=True)
+    old = state["identity"]
+    if old != own:
+        odd = ", ".join(
+            f"{key} {old.get(key)} → {own.get(key)}" for key in {**old, **own} if old.get(key) != own.get(key)
+        )
+        raise SystemExit(f"{file} is of a run with another configuration ({odd}): remove it, or leave --resume out")
+    return state
+
+
+def one(name: str, method: str, of: Problem, config: Config, progress: tqdm) -> dict[str, Any]:
+    """The finished run of a row: from its file, gone on with from there, or from the start."""
+    seeds = [config.seed + 1 + i for i in range(config.seeds)]
+    budget, own = BUDGETS[name] * config.evaluations, identity(name, method, of, config)
+    file = None if config.checkpoints is None else config.checkpoints / f"{name}-{method.replace(' ', '_')}.pt"
+    state = saved(file, own, config)
+    if "finished" in state:
+        return state["finished"]
+    if method in ROWS[name]:
+        running = Run(of, ROWS[name][method], seeds, config.batch)
+        if state:
+            running.load_state_dict(state)
+            progress.update(running.state["evaluations"])
+        kept = None if file is None else lambda: keep(file, running.state_dict() | {"identity": own})
+        done = finish(running, budget, config.points, progress, kept, config.checkpoint_every)
+    elif method == BATCH:
+        assert isinstance(of, ValueProblem)
+        done = in_batch(of, progress)
+    else:
+        assert isinstance(of, Logistic)
+        done = of_suite(of, method.removesuffix(OF_SUITE), seeds, config, budget)
+    if file is not None:
+        keep(file, {"finished": done, "identity": own})
+    return done
+
+
+def methods_of(name: str, of: Problem, config: Config) -> list[str]:
+    found = [*ROWS[name]]
+    if isinstance(of, Logistic) and suite.missing(config.suite) is None:
+        found += [method + OF_SUITE for method in suite.MODULES]
+    if isinstance(of, ValueProblem):
+        found.append(BATCH)
+    return [method for method in found if not config.methods or method in config.methods]
+
+
+def compare(config: Config) -> dict[str, Any]:
+    """Every row of every problem."""
+    if config.resume and config.checkpoints is None:
+        raise SystemExit("--resume goes on from a folder: name it by --checkpoints")
+    results = {}
+    for name in config.problems:
+        of = problem(name, config.data, config.fast)
+        budget, rows = BUDGETS[name] * config.evaluations, {}
+        for method in tqdm(methods_of(name, of, config), desc=name):
+            with tqdm(total=budget, desc=method, unit_scale=True, unit="evaluation", leave=False) as bar:
+                rows[method] = summary(one(name, method, of, config, bar), of.metrics)
+        results[name] = {"data": of.data, "sizes": of.sizes, "budget": budget, "metrics": of.metrics, "rows": rows}
+    return results
+
+
+# %% [markdown]
+# ## Results
+
+
+# %%
+def band(values: list[float], worst: float) -> dict[str, float | None]:
+    """The median of seeds and where 20 % and 80 % of them are; None where that is a diverged one."""
+    filled = sorted(worst if math.isnan(x) else x for x in values)
+    last = len(filled) - 1
+    places = {"low": [math.floor(0.2 * last)], "median": [last // 2, (last + 1) // 2], "high": [math.ceil(0.8 * last)]}
+    found = {key: float(np.mean([filled[k] for k in ks])) for key, ks in places.items()}
+    return {key: x if math.isfinite(x) else None for key, x in found.items()}
+
+
+def summary(done: dict[str, Any], metrics: tuple[str, ...]) -> dict[str, Any]:
+    """The curve as bands, and the last point's values of all seeds."""
+    curve = done["curve"]
+    found: dict[str, Any] = {"iterations": done["t"], "seconds": done["seconds"]}
+    bands: dict[str, Any] = {key: [float(point[key]) for point in curve] for key in ("evaluations", "seconds")}
+    for metric in metrics:
+        worst = -math.inf if metric == "AUC" else math.inf
+        each = [band(point[metric], worst) for point in curve]
+        bands[metric] = {key: [x[key] for x in each] for key in each[0]}
+    found["curve"] = bands
+    found["seeds"] = {m: [None if math.isnan(x) else x for x in curve[-1][m]] for m in metrics}
+    return found
+
+
+def shown(metric: str, found: dict[str, Any], at: int = -1) -> str:
+    """The band of a point of the curve."""
+    form = {"test error": "{:.2%}", "AUC": "{:.3f}"}.get(metric, "{:.1e}")
+    median, low, high = (found["curve"][metric][key][at] for key in ("median", "low", "high"))
+    cells = ["diverged" if x is None else form.format(x) for x in (median, low, high)]
+    return cells[0] if len(found["seeds"][metric]) == 1 else f"{cells[0]} [{cells[1]}, {cells[2]}]"
+
+
+def table(results: dict[str, Any], config: Config) -> str:
+    head = "| problem | algorithm | step, ratio | h − h* or test error | ‖∇h‖² or AUC | iterations | CPU s |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for name, each in results.items():
+        for method, found in each["rows"].items():
+            row, at = ROWS[name].get(method.removesuffix(OF_SUITE)), -1
+            steps = "–" if row is None else f"{row.step:g}, {row.ratio:g}{'' if row.tuned else ' *'}"
+            if method == BATCH:  # where the others have ended
+                at = max(0, sum(spent <= each["budget"] for spent in found["curve"]["evaluations"]) - 1)
+            cells = [shown(metric, found, at) for metric in each["metrics"]] + ["–"]
+            numbers = f"{found['iterations']:,} | {found['seconds']:.0f}"
+            lines.append(f"| {name} | {method} | {steps} | {cells[0]} | {cells[1]} | {numbers} |")
+    return "\n".join(lines) + "\n\n" + notes(results, config)
+
+
+def notes(results: dict[str, Any], config: Config) -> str:
+    """What the numbers are of."""
+    said = [
+        f"Medians of {config.seeds} seeds and, in brackets, where 20 % and 80 % of them are, after as many per-sample "
+        "evaluations for each seed (a gradient, a Hessian product and a cross product of one sample are one each):"
+    ]
+    for name, each in results.items():
+        n, m = each["sizes"]
+        said.append(f"{name}: {each['budget']:.3g}, on {each['data']}, {n:,} rows inside and {m:,} outside.")
+    said.append(
+        "Steps are those that the suite has tuned; those with * are guesses. A seed that diverged counts as the worst. "
+        "AUC is of finding the wrong labels by small weights. CPU seconds leave measuring out; they are of all seeds "
+        f"side by side, but in the rows {BATCH} and JAX of one (medians)."
+    )
+    if "mnist" in results:
+        said.append("The row no weights ends after 8,000 steps, as many as SOBA's.")
+    for name, each in results.items():
+        if BATCH in each["rows"]:
+            found = each["rows"][BATCH]
+            said.append(
+                f"{name}, {BATCH}: the table has where it is after the evaluations of the others; it goes on to "
+                f"{each['metrics'][0]} {shown(each['metrics'][0], found)}, after {found['iterations']} hypergradients, "
+                f"{found['curve']['evaluations'][-1]:.2g} evaluations and {found['seconds']:.1f} CPU seconds."
+            )
+    if "ijcnn1" in results:
+        why = suite.missing(config.suite)
+        said.append(why or "Rows with JAX are the suite's own solvers, in single precision, from the same starts.")
+    return "\n".join(said)
+
+
+# %%
+def draw(results: dict[str, Any]) -> Figure:
+    """For each problem its first metric against evaluations and against CPU seconds."""
+    figure = Figure((13, 3.6 * len(results)), layout="constrained")
+    grid = figure.subplots(len(results), 2, squeeze=False)
+    for axes, (name, each) in zip(grid, results.items(), strict=True):
+        metric, colours = each["metrics"][0], {}
+        for method, found in each["rows"].items():
+            style = "--" if method == BATCH else ":" if method.endswith(OF_SUITE) else "-"
+            colour = colours.setdefault(method.removesuffix(OF_SUITE), f"C{len(colours)}")
+            curve = found["curve"]
+            median, low, high = (
+                [math.nan if x is None else x for x in curve[metric][key]] for key in ("median", "low", "high")
+            )
+            for ax, key in zip(axes, ("evaluations", "seconds"), strict=True):
+                ax.plot(curve[key], median, style, color=colour, label=method)
+                ax.fill_between(curve[key], low, high, color=colour, alpha=0.15, linewidth=0)
+        scale = "linear" if metric == "test error" else "log"
+        for ax, label in zip(axes, ("per-sample evaluations a seed", "CPU seconds"), strict=True):
+            ax.set(xscale="log", yscale=scale, xlabel=label, ylabel=metric, title=f"{name} ({each['data']})")
+        axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def main(config: Config) -> None:
+    results = compare(config)
+    save(config, "Bilevel algorithms over minibatches", table(results, config), draw(results), rounded(results))
+
+
+# %%
+if __name__ == "__main__":
+    main(parse(Config, "The problems of benchmark_bilevel, with hg.bilevel's trackers.", FAST))
