@@ -91,7 +91,7 @@ def evaluated(d):
 def sequence(d):
     """With what is kept from one outer step to the next."""
     kept = S.Recycled()
-    return [implicit(d, x0=kept) for _ in range(2)], kept.state_dict()
+    return [implicit(d, x0=kept) for _ in range(2)]
 
 
 def reused(d):
@@ -127,7 +127,7 @@ def attached(d, door, solver, **options):
 
 def warm(d):
     kept = hg.implicit.WarmStart()
-    return [attached(d, "root", GMRES, warm_start=kept) for _ in range(2)], kept.state_dict()
+    return [attached(d, "root", GMRES, warm_start=kept) for _ in range(2)]
 
 
 def decorated(d):

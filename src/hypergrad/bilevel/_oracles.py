@@ -255,7 +255,7 @@ class Oracles:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"{self.algorithm} takes derivatives, which inference_mode forbids: call it outside")
         kind = self.params[0].device.type
-        on = torch.is_autocast_enabled(kind)
+        on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         self.autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)} if on else None
         self.recorded.clear()
         try:
