@@ -49,7 +49,7 @@ class Basis:
                 part = torch.stack([torch.linalg.vecdot(chunk[j], x) for j in range(count)], -1)
             else:
                 part = chunk[:count] @ x
-            parts.append(self.space.tensor(part, cast=True))
+            parts.append(self.space.cast(part))
         return reduce(add, parts)
 
     def combine(self, weights: Tensor) -> Vector:

@@ -211,7 +211,7 @@ class Space:
     def joined(self, chunks: list[Tensor]) -> Tensor:
         """Chunks as one tensor [..., n] in the widest dtype."""
         self.require_plain()
-        parts = [self.tensor(chunk, cast=True) for chunk in chunks]
+        parts = [self.cast(chunk) for chunk in chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -259,10 +259,14 @@ class Space:
         """A scalar of this space: 0-d, or [B], in the widest dtype."""
         return torch.full(self.batch_shape, value, dtype=self.dtype, device=self.device)
 
-    def tensor(self, numbers: Any, cast: bool = False) -> Tensor:
-        """A number, or a list of them, as a tensor in the widest dtype; a tensor as it is, or (cast) likewise."""
+    def cast(self, x: Tensor) -> Tensor:
+        """A tensor in the widest dtype, on the device of the first leaf."""
+        return x.to(device=self.device, dtype=self.dtype)
+
+    def tensor(self, numbers: Any) -> Tensor:
+        """A number, or a list of them, as a tensor in the widest dtype; a tensor as it is."""
         if isinstance(numbers, Tensor):
-            return numbers.to(device=self.device, dtype=self.dtype) if cast else numbers
+            return numbers
         # The quicker one raises where a number does not fit, and takes no list.
         make = torch.scalar_tensor if isinstance(numbers, float) and abs(numbers) <= self.largest else torch.tensor
         return make(numbers, dtype=self.dtype, device=self.device)
@@ -399,7 +403,7 @@ class Vector:
             if x.element_size() < 4:
                 x, y = x.float(), y.float()
             part = torch.linalg.vecdot(x, y) if plain else sharded_dot(x, y, space.batch_dims)
-            parts.append(space.tensor(part, cast=True))
+            parts.append(space.cast(part))
         return reduce(add, parts)
 
     def norm(self) -> Tensor:
@@ -424,7 +428,7 @@ class Vector:
         for chunk, plain in zip(self.chunks, space.plain, strict=True):
             own = chunk if plain else chunk.flatten(space.batch_dims)
             top = torch.linalg.vector_norm(own, math.inf, -1) if own.numel() else own.new_zeros(space.batch_shape)
-            tops.append(top if space.uniform else space.tensor(full(top), cast=True))
+            tops.append(top if space.uniform else space.cast(full(top)))
         return reduce(torch.maximum, tops)
 
     def __repr__(self) -> str:
