@@ -23,6 +23,10 @@ ATTENTION = (
     "a fused attention kernel has no second derivative: evaluate the model under "
     "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
 )
+COMPILED = (
+    "a model compiled by torch.compile has no second derivative, and its graph cannot be kept: evaluate the plain "
+    'model here, or compile it with backend="eager"'
+)
 
 
 _keep_graphs: ContextVar[bool] = ContextVar("keep_graphs", default=False)
@@ -45,6 +49,8 @@ def _explained(error: RuntimeError) -> RuntimeError:
         return RuntimeError(FREED)
     if "scaled_dot_product" in text and "derivative" in text:
         return RuntimeError(ATTENTION)
+    if "donated buffers" in text or "aot_autograd does not currently support double backward" in text:
+        return RuntimeError(COMPILED)
     return error
 
 

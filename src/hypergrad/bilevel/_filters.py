@@ -6,9 +6,10 @@ be accumulated: what a filter remembers then enters once, so that the sum is the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,29 +19,31 @@ from ._oracles import Grads, plus, times
 State = dict[str, Any]
 
 
-class Filter(Protocol):
-    """What a tracker asks of each filter, besides the direction; those that are used derive from it."""
+class Filter(ABC):
+    """What a tracker asks of each filter, besides the direction."""
 
+    @abstractmethod
     def accept(self) -> None:
         """Take in the last direction, for it was added to .grad."""
-        ...
 
+    @abstractmethod
     def step(self) -> None:
         """Take in what was added since the last step."""
-        ...
 
+    @abstractmethod
     def drop(self) -> None:
         """Forget what was added since the last step."""
-        ...
 
-    def check(self, state: State) -> None:
-        """Raise where a state is not one of this filter."""
-        ...
-
+    @abstractmethod
     def state_dict(self) -> State: ...
 
+    def check(self, state: State) -> None:  # noqa: B027 (most need none)
+        """Raise where a state is not one of this filter."""
+
+    @abstractmethod
     def load_state_dict(self, state: State) -> None: ...
 
+    @abstractmethod
     def to(self, device: torch.device) -> None: ...
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _random, _torch
-from .._autodiff import ATTENTION, as_scalar
+from .._autodiff import ATTENTION, COMPILED, as_scalar
 from .._graph import check_hparams, refuse_weight_norm, undeclared_leaves
 from .._modules import modules_of
 from .._tree import PyTree, check_distinct, flatten
@@ -202,9 +202,9 @@ class Oracles:
         warn_of_local([value], batch.name)
         if not callable(batch.loss):
             refuse_weight_norm([value], self.params, batch.name)
-        return self._reached(
-            _autodiff.grad_or_none([value], self.params, create_graph=True), [value], f"{batch.name} of params"
-        )
+        with second_derivatives():
+            grads = _autodiff.grad_or_none([value], self.params, create_graph=True)
+        return self._reached(grads, [value], f"{batch.name} of params")
 
     def pull(
         self, gradient: list[Tensor], v: Sequence[Tensor], retain: bool = False, cross: bool = True
@@ -212,12 +212,8 @@ class Oracles:
         """∇²₁₁g v and ∇²₂₁g v from `gradient_with_graph`, in one reverse pass. cross=False: ∇²₁₁g v alone."""
         self.counts["products"] += 1
         inputs = [*self.params, *self.hparams] if cross else self.params
-        try:
+        with second_derivatives():
             grads = _autodiff.grad_or_none(gradient, inputs, v, retain_graph=retain, dense=False)
-        except RuntimeError as error:
-            if str(error) != ATTENTION:
-                raise
-            raise RuntimeError(f"{ATTENTION}; or take F2SA, BOME or SAMA, which need none") from error
         if cross:
             self._check_replaced(grads, gradient, "the gradient")
         grads, count = self._unscaled(grads), len(self.params)
@@ -310,6 +306,17 @@ class Oracles:
         return (
             torch.zeros_like(x, requires_grad=False) if g is None else g if g.layout is torch.strided else g.to_dense()
         )
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Where there are none, the error says which algorithms do without."""
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error) not in (ATTENTION, COMPILED):
+            raise
+        raise RuntimeError(f"{error}; or take F2SA, BOME or SAMA, which need none") from error
 
 
 def form(x: Tensor) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from .._solution import warn
 
 SLOW, FAST = 0.99, 0.9  # decay of running means, over about 100 and 10 batches
 SQUARES = ("inner_norm", "outer_norm", "own_norm", "rhs_norm", "residual_norm")
-KNOWN = (*SQUARES, "vv", "vr", "fv", "vHv", "rise", "fall")
+KNOWN = (*SQUARES, "vv", "vr", "fv", "vHv", "energy", "rise", "fall")
 SETTLED = 100  # batches before a running mean is judged
 
 
@@ -103,7 +103,7 @@ class Watch:
             names, stacked = self._unread
             self.values = dict(zip(names, stacked.tolist(), strict=True))
             if "vr" in self.values:
-                self.values["vHv"] = self.values["vr"] - self.values["fv"]
+                self.values["vHv"] = self.values["energy"] = self.values["vr"] - self.values["fv"]
             self._unread = None
 
     def accept(self, lr: float | None) -> None:
@@ -111,7 +111,7 @@ class Watch:
         self.count += 1
         if self._unread is not None:
             return
-        for name in ("vHv", "vv", "fv", "rise", "fall"):
+        for name in ("vHv", "vv", "energy", "fv", "rise", "fall"):
             if name in self.values:
                 decay = min(FAST if name in ("vHv", "vv") else SLOW, 1 - 1 / self.count)
                 self.means[name] = decay * self.means.get(name, 0.0) + (1 - decay) * self.values[name]
@@ -126,7 +126,8 @@ class Watch:
                 f"diverges (and params do, with such a step): lower lr, or shorten the outer steps if hparams have "
                 f"made the inner problem stiff"
             )
-        ratio = -self.mean_ratio("fv", "vHv")
+            return
+        ratio = -self.mean_ratio("fv", "energy")
         if self.means.get("vHv", 0.0) > 0 and ratio < 0.5:
             warn(
                 f"{self.algorithm}: over the last {SETTLED} batches the adjoint v was worse than v = 0 "
@@ -158,7 +159,7 @@ class Watch:
             outer_norm=norms.get("outer_norm", math.nan),
             cosine=cosine,
             adjoint_residual=norms["residual_norm"] / rhs if rhs else math.nan,
-            adjoint_ratio=-self.mean_ratio("fv", "vHv"),
+            adjoint_ratio=-self.mean_ratio("fv", "energy"),
             curvature=curvature,
             allowed_lr=2 / curvature if curvature > 0 else math.nan,
             evaluations=dict(counts),

@@ -12,14 +12,15 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _autodiff, _random
 from .._solution import UnsolvedInnerProblem, warn
 from .._torch import has_gradient_hooks, version_of
 from .._tree import PyTree
 from .._vector import Vector
 from ..implicit import grad as implicit_grad
+from ..operators import Sum
 from ._filters import Average, Filter
-from ._oracles import Batch, Grads, LossLike, Oracles, copy_all, dot, put_back, times
+from ._oracles import Batch, Grads, LossLike, Oracles, copy_all, dot, plus, put_back, times
 from ._report import Comparison, Report, Watch
 
 OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
@@ -220,26 +221,29 @@ class Tracker(ABC):
         the adjoint alone.
 
         Args:
-            outer_loss, inner_loss: scalars or closures, over all data if that fits.
+            outer_loss, inner_loss: scalars or closures, over all data if that fits; inner_loss may be an operators.Sum
+                of functions of the lists oracles.params and oracles.hparams.
             solver: of the linear system, as in implicit.grad.
         """
         if not any(g is not None for g in self._last):
             raise ValueError("there is no direction yet: call backward first")
         oracles = self.oracles
-        outer, inner = (
-            oracles.batch(loss, name).evaluate(True)
-            for loss, name in ((outer_loss, "outer_loss"), (inner_loss, "inner_loss"))
-        )
+
+        def taken(loss: Any, name: str) -> Any:
+            return loss if isinstance(loss, (Tensor, Sum)) else oracles.batch(loss, name).evaluate(moved=True)
+
+        with _random.replayed(_random.capture(_random.devices_of(oracles.params))):  # and put back
+            outer, inner = taken(outer_loss, "outer_loss"), taken(inner_loss, "inner_loss")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnsolvedInnerProblem)  # params need not solve it here
             result = implicit_grad(
                 outer, inner_loss=inner, params=oracles.params, hparams=oracles.hparams, solver=solver
             )
         truth: Grads = list(result.grads)
-        size, own, product = (
-            float(dot(x, y)) for x, y in ((truth, truth), (self._last, self._last), (truth, self._last))
-        )
-        error2 = max(size - 2 * product + own, 0.0)
+        found: Grads = [g if g is None else g.to_dense() for g in self._last]
+        apart = plus(found, truth, -1.0)
+        pairs = ((truth, truth), (found, found), (truth, found), (apart, apart))
+        size, own, product, error2 = (float(dot(x, y)) for x, y in pairs)
         return Comparison(
             cosine=product / math.sqrt(size * own) if size * own else math.nan,
             relative_error=math.sqrt(error2 / size) if size else math.inf,
