@@ -119,9 +119,9 @@ def test_sum_and_each(name, chunk):
     p = Problem()
     truth = torch.stack([looped(p, name, i)[0] for i in range(COUNT)])
     assert relative(flat(p.grad(name, chunk=chunk, reduction="sum").grads), truth.sum(0)) < 1e-10
+    rows = p.grad(name, chunk=chunk, reduction="none").grads
     for i in range(COUNT):
-        one = p.grad(name, chunk=chunk, tasks=optree.tree_map(lambda x, i=i: x[i : i + 1], p.tasks))
-        assert relative(flat(one.grads), truth[i]) < 1e-10
+        assert relative(flat(task_of(rows, i)), truth[i]) < 1e-10
 
 
 # Reptile takes no derivative of the outer loss.
@@ -155,6 +155,10 @@ def test_a_diverging_task_is_left_out_and_named(name, chunk, bad):
     assert relative(flat(result.grads), truth.mean(0)) < 1e-10
     ends = torch.stack([flat(task_of(result.params, i)) for i in good])
     assert relative(ends, alone) < 1e-12
+    with pytest.warns(hg.HypergradientWarning):
+        rows = p.grad(name, chunk=chunk, tasks=tasks, reduction="none").grads
+    assert not flat(task_of(rows, 3)).any()
+    assert relative(torch.stack([flat(task_of(rows, i)) for i in good]), truth) < 1e-10
     with nothing_changed(p.hparams):
         with pytest.raises(meta.TaskError, match=r"1 of 5 tasks \(3\)") as error:
             p.grad(name, chunk=chunk, tasks=tasks, on_failure="raise")
@@ -187,18 +191,21 @@ def test_biased_regularisation_by_its_derivative_is_that_of_its_value(name, chun
     p.inner = meta.biased(once, torch.tensor(half, dtype=torch.float64), centre=lambda h: h)
     with nothing_changed(p.hparams):
         assert relative(flat(p.grad(name, chunk=chunk, reduction="sum").grads), truth.sum(0)) < 1e-10
+    rows = p.grad(name, chunk=chunk, reduction="none").grads
+    for i in range(COUNT):
+        assert relative(flat(task_of(rows, i)), truth[i]) < 1e-10
 
 
-@pytest.mark.parametrize("chunk", [1, COUNT])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("name", ["implicit", "unrolled"])
-def test_biased_regularisation_around_a_function_of_hparams(name, chunk):
+def test_biased_regularisation_around_a_function_of_hparams(name, reduction):
     p = Problem()
     fit = lambda w, h, task: p.fit(w, h, task["support"])  # noqa: E731
     known = meta.biased(fit, p.rho, centre=lambda h: {key: x + 0.1 * h["0.bias"].sum() for key, x in h.items()})
     p.inner = known
-    result = p.grad(name, chunk=chunk)
+    result = p.grad(name, reduction=reduction)
     p.inner = lambda w, h, task: known(w, h, task)
-    truth = p.grad(name, chunk=chunk)
+    truth = p.grad(name, reduction=reduction)
     assert relative(flat(result.grads), flat(truth.grads)) < 1e-10
 
 
@@ -289,6 +296,9 @@ def test_a_learned_learning_rate():
             w = {key: x - log_lr[key].exp() * s for (key, x), s in zip(w.items(), g, strict=True)}
         truth = truth + flat(torch.autograd.grad(loss(w, h, task_of(p.tasks, i)), optree.tree_leaves(h)))
     assert relative(flat(result.grads), truth / COUNT) < 1e-10
+    rows = meta.grad(loss, loss, h, p.tasks, reduction="none", **options)
+    assert rows.plan.chunk == 1
+    assert relative(flat(optree.tree_map(lambda x: x.mean(0), rows.grads)), truth / COUNT) < 1e-10
 
 
 def test_other_rules():
@@ -427,6 +437,8 @@ def test_a_big_outer_loss_is_looped_over_within_the_chunk():
         result = p.grad(name, tasks=tasks)
         assert (result.plan.chunk, result.plan.outer_chunk) == (COUNT, 1)
         assert relative(flat(result.grads), flat(p.grad(name).grads)) < 1e-10
+    rows = p.grad("implicit", tasks=tasks, reduction="none").grads
+    assert relative(flat(rows), flat(p.grad("implicit", reduction="none").grads)) < 1e-10
 
 
 def test_float32():
@@ -486,6 +498,8 @@ def test_bad_input(options, error, message):
 def test_more_bad_input():
     h, tasks = torch.ones(3, requires_grad=True), torch.ones(2, 3)
     loss = lambda w, h, t: (w * t).sum()  # noqa: E731
+    with pytest.raises(ValueError, match='must be "mean" or "sum"'):
+        meta.backward(loss, loss, h, tasks, method=meta.FirstOrder(), steps=1, reduction="none")
     with pytest.raises(ValueError, match="start does not depend on hparams"):
         meta.grad(None, loss, h, tasks, method=meta.Reptile(), steps=1, start=lambda h, t: torch.zeros(3))
     with pytest.raises(ValueError, match=r"implicit gradient, which would be zero: .*biased"):

@@ -81,6 +81,9 @@ def test_a_hook_on_hparams_acts_once_on_the_whole_gradient(name, chunk):
     result = meta.backward(outer, inner, hparams, TASKS, method=METHODS[name], steps=3, reduction="sum", chunk=chunk)
     assert relative(flat([x.grad for x in hparams.values()]), due) < 1e-10
     assert relative(flat(result.grads), due) < 1e-10
+    rows = grad(name, hparams, reduction="none", chunk=chunk).grads
+    truth = grad(name, start_of(), reduction="none").grads
+    assert relative(flat(rows), hook(flat(truth))) < 1e-10
     for handle in calls:  # they are there as before
         handle.remove()
     assert relative(flat(grad(name, hparams, reduction="sum", chunk=chunk).grads), plain(name, "sum")) < 1e-10
@@ -146,6 +149,8 @@ def test_frozen_leaves_are_not_adapted(name, chunk, rule):
     assert relative(result.params["a"], truth.params["a"]) < 1e-12
     assert relative(result.grads["a"], truth.grads["a"]) < 1e-10
     assert not result.grads["b"].any()
+    rows = grad(name, hparams, chunk=chunk, rule=rule, reduction="none").grads
+    assert relative(rows["a"].mean(0), truth.grads["a"]) < 1e-10
     adapted = meta.adapt(inner, hparams, TASKS, steps=3, chunk=chunk, rule=rule).params
     assert torch.equal(adapted["b"], b.expand(COUNT, 1)) and relative(adapted["a"], truth.params["a"]) < 1e-12
 
@@ -241,6 +246,9 @@ def test_tensors_that_losses_and_rules_close_over(name, chunk):
         alone.append(flat(grad(name, hparams, tasks=tasks, **closures(hparams, late)).grads))
     total = grad(name, hparams, reduction="sum", chunk=chunk, **closures(hparams, late)).grads
     assert relative(flat(total), torch.stack(alone).sum(0)) < 1e-10
+    rows = grad(name, hparams, reduction="none", chunk=chunk, **closures(hparams, late)).grads
+    for i in range(COUNT):
+        assert relative(flat({key: x[i] for key, x in rows.items()}), alone[i]) < 1e-10
 
 
 @every_chunk
@@ -253,11 +261,11 @@ def test_the_derivative_by_a_strength_that_is_closed_over(chunk, form):
     if form == "loss":
         g = lambda w, _, c: (w - c) ** 2 / 2 + h["rho"] * (w - h["lam"]) ** 2 / 2  # noqa: E731
     options = {"method": METHODS["implicit"], "steps": 300, "start": lambda h, c: torch.zeros_like(c)}
-    grads = meta.grad(lambda w, h, c: w, g, h, c, chunk=chunk, **options).grads
+    rows = meta.grad(lambda w, h, c: w, g, h, c, reduction="none", chunk=chunk, **options).grads
     rho, lam = (h[key].detach() for key in ("rho", "lam"))
     w = (c + rho * lam) / (1 + rho)
-    assert relative(grads["rho"], ((lam - w) / (1 + rho)).mean()) < 1e-10
-    assert relative(grads["lam"], rho / (1 + rho)) < 1e-10
+    assert relative(rows["rho"], (lam - w) / (1 + rho)) < 1e-10
+    assert relative(rows["lam"], (rho / (1 + rho)).expand(COUNT)) < 1e-10
 
 
 # Losses that vmap cannot evaluate
@@ -401,6 +409,8 @@ def test_tasks_of_different_sizes(form, chunk, name):
     assert relative(result.params["a"], torch.cat([result.params["a"] for result in each])) < 1e-12
     assert relative(result.outer_values, torch.cat([result.outer_values for result in each])) < 1e-12
     assert result.plan.chunk == (2 if chunk is None else chunk)
+    rows = grad(name, hparams, tasks=tasks(), chunk=chunk, reduction="none").grads
+    assert relative(flat({key: x.movedim(0, -1) for key, x in rows.items()}), alone.T.reshape(-1)) < 1e-10
     adapted = meta.adapt(inner, hparams, tasks(), steps=3, chunk=chunk)
     assert relative(adapted.params["a"], result.params["a"]) < 1e-12
 
@@ -481,12 +491,14 @@ def test_default_device_and_dtype_of_the_user(name):
         torch.set_default_device("meta")
         torch.set_default_dtype(torch.float16)
         many = [grad(name, p, chunk=chunk) for chunk in (None, 1, 3)]
+        rows = grad(name, p, reduction="none").grads
         adapted = meta.adapt(inner, p, TASKS, steps=3)
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     for result in many:
         assert relative(flat(result.grads), plain(name)) < 1e-10 and result.statuses
+    assert relative(flat({key: x.mean(0) for key, x in rows.items()}), plain(name)) < 1e-10
     assert relative(flat(adapted.params), flat(many[0].params)) < 1e-12
 
 

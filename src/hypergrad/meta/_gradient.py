@@ -16,7 +16,7 @@ from .. import _autodiff, _graph, _random, _torch
 from .._graph import check_hparams
 from .._random import random_state_kept_on_error
 from .._solution import OnFailure, Status, finite
-from .._tree import PyTree, flatten, parse_bytes, split
+from .._tree import PyTree, flatten, memory_bytes, split
 from ..diff_optimizers import Rule
 from ..implicit import accumulate
 from ..solvers import on_failure_of
@@ -55,7 +55,7 @@ def grad(
     steps: int,
     rule: Rule | None = None,
     start: Callable[[PyTree, PyTree], PyTree] | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     chunk: int | None = None,
     memory: int | str = 2**30,
     on_failure: OnFailure = "warn",
@@ -80,7 +80,7 @@ def grad(
         rule: inner optimiser, from hg.diff_optimizers; default SGD(lr=0.1). It sees params with their axis of tasks.
         start: w₀(hparams, task), the params of one task; default: hparams themselves. Leaves of hparams and Parameters
             in it with requires_grad=False are frozen: they are not adapted.
-        reduction: "mean" or "sum" over tasks.
+        reduction: "mean" or "sum" over tasks, or "none": the gradient of each task, one task at a time.
         chunk: how many tasks go side by side; 1 is a loop. None: all that fit into `memory`; on a CPU one, where the
             graph of one task's inner loss keeps more than 2 MiB. Where vmap cannot evaluate a loss (recurrent layers,
             .item(), masks, an if) it is 1 whatever is asked for, and `plan` of the result says so.
@@ -115,6 +115,7 @@ def grad(
     leaves, _, rebuild = flatten(hparams, "hparams")
     pieces: list[Piece] = []
     total: list[Tensor] = []
+    rows: list[tuple[list[int], list[Tensor]]] = []  # of each task, with "none"
     unreached = set(range(len(leaves)))
 
     def evaluate(index: list[int], plan: Plan) -> list[list[int]]:
@@ -123,12 +124,14 @@ def grad(
         pieces.extend(ended)
         if found is not None:
             unreached.intersection_update(found.unreached)
+            if reduction == "none":
+                rows.append((index, found.grads))
             total[:] = map(add, total, found.grads) if total else found.grads
         return again
 
     kept = _autodiff.graphs_kept()  # all chunks share the graphs of hparams, and of what losses close over
     with random_state_kept_on_error(leaves), torch.enable_grad(), kept, _torch.hooks_suspended(leaves) as hooked:
-        plan = _plan(problem, given, hparams, chunk, memory, method._need(steps))
+        plan = _plan(problem, given, hparams, chunk, memory, method._need(steps), one_by_one=reduction == "none")
         plan = _each_chunk(evaluate, plan, given, leaves)
         failed = [i for piece in pieces for i in piece.index if piece.statuses[0] is Status.NON_FINITE]
         if not total:
@@ -137,7 +140,12 @@ def grad(
         report_unreached(unreached, hparams, type(method).__name__)
     if reduction == "mean":
         total = [g / (given.count - len(failed)) for g in total]
-    result = collected(pieces, rebuild(_torch.with_hooks(leaves, total, hooked)), plan)
+    if reduction == "none":
+        hooks = [(index, _torch.with_hooks(leaves, own, hooked)) for index, own in rows]
+        grads = joined([(index, [g.unsqueeze(0) for g in own]) for index, own in hooks], given.count)
+    else:
+        grads = _torch.with_hooks(leaves, total, hooked)
+    result = collected(pieces, rebuild(grads), plan)
     if isinstance(method, Implicit):
         report_unsolved(result, on_failure_of(method.solver))
     return result
@@ -160,7 +168,7 @@ def backward(
 ) -> MetaGradient:
     """As `grad`, and adds ∇f(λ) to .grad of hparams' leaves as loss.backward() does.
 
-    Args: those of `grad`.
+    Args: those of `grad`; reduction is "mean" or "sum".
 
     Example:
         >>> lam, c = torch.tensor(2.0, requires_grad=True), torch.tensor([0.0, 4.0])
@@ -169,6 +177,8 @@ def backward(
         >>> lam.grad
         tensor(0.)
     """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'backward adds one gradient: reduction must be "mean" or "sum", got {reduction!r}')
     hparams = list(hparams) if isinstance(hparams, Iterator) else hparams
     leaves = flatten(hparams, "hparams")[0]
     with random_state_kept_on_error(leaves):
@@ -252,8 +262,8 @@ def _check_method(method: Method, outer_loss: Loss | None, reduction: str) -> No
         raise TypeError(f"method must be Implicit(), Unrolled(), FirstOrder() or Reptile(), got {method!r}")
     if outer_loss is None and not isinstance(method, Reptile):
         raise TypeError(f"{type(method).__name__} needs an outer_loss; only Reptile does without")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
 
 
 def _differentiated(method: Method, some: Chunk, hparams: PyTree) -> tuple[list[Piece], Found | None, list[list[int]]]:
@@ -307,16 +317,16 @@ def _plan(
     chunk: int | None,
     memory: int | str,
     need: tuple[float, float],
+    one_by_one: bool = False,
 ) -> Plan:
     """The number of tasks side by side: as given, or by the size of one task's graphs, on a CPU, and the budget.
 
     need: memory of one task, in graphs of its inner loss and in vectors of its params.
     """
     check_whole(chunk=(chunk, 1))
-    budget = parse_bytes(memory) if isinstance(memory, str) else memory
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget <= 0:
-        raise ValueError(f'memory must be a number of bytes > 0, or like "1GiB", got {memory!r}')
-    most = max(map(len, tasks.groups))
+    budget, most = memory_bytes(memory, "memory"), max(map(len, tasks.groups))
+    if one_by_one:
+        return Plan(1, 1, None, 'one by one, which reduction="none" is exact with')
     if chunk is not None:
         return Plan(min(chunk, most), min(chunk, most), None, "given")
     inner, outer, params = _bytes_of_a_task(problem, tasks, hparams)

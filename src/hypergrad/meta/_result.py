@@ -48,7 +48,8 @@ class MetaGradient:
     """A meta-gradient and how good it is, task by task.
 
     Attributes:
-        grads: ∇f(λ), in the structure of hparams.
+        grads: ∇f(λ), in the structure of hparams; with reduction="none" each leaf has a leading axis of tasks, and rows
+            of failed tasks are zero.
         params: w_T of each task, a leading axis of tasks on every leaf, or a list of the params of each task where
             their shapes differ; as they ended where a task diverged.
         outer_values: E(w_T, λ) of each task, [B]; None without an outer loss.

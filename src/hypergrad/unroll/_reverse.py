@@ -5,19 +5,21 @@ f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import _random
 from .._random import random_state_kept_on_error
-from .._torch import Allocated
+from .._torch import Allocated, version_of
 from .._tree import PyTree, parse_bytes
 from ._steps import Batches, Iterate, Run, check_whole, is_continuous
 
+Store = Callable[[Iterate], Callable[[], Iterate]]  # keeps an iterate, and gives the function that fetches it
 POLICIES = ("graph", "iterates", "sqrt")
 NO_REPLAY = (
     "steps {} to {} gave other numbers when they were evaluated again. torch's random numbers are replayed (does "
@@ -56,6 +58,7 @@ def reverse(
     *,
     memory: str = "sqrt",
     checkpoints: int | None = None,
+    offload: Literal["cpu"] | None = None,
     truncate: int | None = None,
     batches: Batches = None,
     with_time: bool = False,
@@ -84,6 +87,7 @@ def reverse(
             a budget such as "64MiB": the graph if it fits, else blocks as in "sqrt", else checkpoints.
         checkpoints: c, instead of memory: so many iterates, the start included (revolve), c I + G and
             T + rT − C(c+r, r−1) evaluations, with r the smallest for which C(c+r, c) ≥ T, the fewest there are.
+        offload: "cpu" keeps the iterates on the CPU while steps run elsewhere; a budget counts none of them then.
         truncate: k, differentiate the last k steps only, the iterate before them taken as constant.
         batches: batch t for step t, by index or by call; drawn again at a replay.
         with_time: pass t to step.
@@ -118,19 +122,19 @@ def reverse(
         (tensor(1.7500), tensor(0.1250))
     """
     check_whole(steps=(steps, 0), truncate=(truncate, 0), checkpoints=(checkpoints, 1))
-    _check_memory(memory, checkpoints)
     length = steps if truncate is None else min(truncate, steps)
     run = Run(step, outer_loss, start, hparams, batches, steps, with_time, allow_detached)
+    _check_memory(memory, checkpoints, offload, run.start)
+    store = _kept_as_it_is if offload is None else _kept_on_the_cpu
     with random_state_kept_on_error([*run.start, *run.outer]):
         with run.differentiating():
             first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, steps - length)
-            bounds, kept = _schedule(run, first, steps - length, steps, memory, checkpoints)
-            if length:
-                blocks = _backwards(run, first, bounds, kept)
-                del first  # the blocks hold it for as long as they need it
-                alpha, grads = _pull_back(run, blocks)
-            else:
-                alpha, grads = run.close(first.tensors, first.rebuild)
+            bounds, kept = _schedule(run, first, steps - length, steps, memory, checkpoints, offload is not None)
+            fetch = store(first)
+            del first
+            alpha, grads = _pull_back(run, _backwards(run, fetch, bounds, kept, store))
+            if not length:
+                alpha, grads = run.close(fetch().tensors, fetch().rebuild)
             _random.restore(run.random_after)
             start_grads = run.start_gradients(alpha) if length == steps else None
             if start_grads is not None:
@@ -144,20 +148,53 @@ def reverse(
         )
 
 
-def _check_memory(memory: str, checkpoints: int | None) -> None:
+def _check_memory(memory: str, checkpoints: int | None, offload: object, start: Sequence[Tensor]) -> None:
     if memory not in POLICIES and parse_bytes(memory) is None:
         hint = f" (checkpoints={memory} keeps so many iterates)" if isinstance(memory, int) else ""
         raise ValueError(f'memory must be "graph", "iterates", "sqrt", or bytes like "64MiB", got {memory!r}{hint}')
     if checkpoints is not None and memory != "sqrt":
         raise ValueError(f"pass checkpoints={checkpoints} or memory={memory!r}, not both")
+    if offload not in (None, "cpu"):
+        raise ValueError(f'offload must be None or "cpu", got {offload!r}')
+    if offload and memory == "graph":
+        raise ValueError('memory="graph" keeps no iterates that could be offloaded')
+    if offload and all(x.device.type == "cpu" for x in start):
+        raise ValueError('offload="cpu": the iterates are on the CPU already; pass None')
+
+
+def _kept_as_it_is(iterate: Iterate) -> Callable[[], Iterate]:
+    return lambda: iterate
+
+
+def _kept_on_the_cpu(iterate: Iterate) -> Callable[[], Iterate]:
+    """Tensors of other devices go to the CPU; from CUDA to pinned memory, in the order of its stream."""
+    away = [
+        x
+        if x.device.type == "cpu"
+        else torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=x.is_cuda)
+        for x in iterate.tensors
+    ]
+    devices, versions, light = [x.device for x in iterate.tensors], iterate.versions, iterate._replace(tensors=[])
+
+    def fetch() -> Iterate:
+        pairs = zip(away, devices, strict=True)
+        back = [y if y.device == device else y.to(device, non_blocking=y.is_pinned()) for y, device in pairs]
+        kept = [v if x is y else version_of(x) for x, y, v in zip(back, away, versions, strict=True)]
+        return light._replace(tensors=back, versions=kept)
+
+    return fetch
 
 
 def _schedule(
-    run: Run, first: Iterate, begin: int, end: int, memory: str, checkpoints: int | None
+    run: Run, first: Iterate, begin: int, end: int, memory: str, checkpoints: int | None, away: bool
 ) -> tuple[list[int], int]:
-    """The boundaries of the blocks of steps whose graph is kept at once, and how many iterates may be kept.
+    """How steps begin … end − 1 are cut, and how many iterates may be kept.
 
-    first: the iterate before these steps, which are begin … end − 1.
+    Args:
+        first: the iterate before these steps.
+        away: whether the iterates are kept elsewhere, so that a budget does not count them.
+
+    Returns: the boundaries of the blocks of steps whose graph is kept at once, and a number of iterates.
     """
     single = list(range(begin, end + 1))
     if memory == "graph" or end - begin < 2:
@@ -173,7 +210,7 @@ def _schedule(
         bounds = _blocks(begin, end, n * iterate + graph, iterate, graph)
     else:
         iterate, graph, room = _measured(run, first, begin, parse_bytes(memory) or 0.0)
-        bounds = _blocks(begin, end, room, iterate, graph)
+        bounds = _blocks(begin, end, room, 0 if away else iterate, graph)
         if bounds is None:
             return single, int((room - graph) // iterate)
     bounds = bounds or single
@@ -227,24 +264,27 @@ def _stride(length: int, checkpoints: int) -> int:
     return min(comb(checkpoints + r - 1, r - 1), length - comb(checkpoints + r - 2, r - 1))
 
 
-def _backwards(run: Run, first: Iterate, bounds: list[int], checkpoints: int) -> Iterator[tuple[int, int, Iterate]]:
+def _backwards(
+    run: Run, first: Callable[[], Iterate], bounds: list[int], checkpoints: int, store: Store
+) -> Iterator[tuple[int, int, Iterate]]:
     """The blocks of steps, the last first, each with the iterate that it begins at.
 
     Revolve: a block is reached from the last checkpoint before it, leaving others on the way.
     """
     stack = [(0, first)]
-    del first
     for end in range(len(bounds) - 1, 0, -1):
-        at, iterate = stack[-1]
+        at, fetch = stack[-1]
+        iterate = fetch()
         while end - at > 1:
             free = checkpoints - len(stack)
             ahead = at + (_stride(end - at, free + 1) if free else end - at - 1)
             iterate = run.advance(iterate, bounds[at], bounds[ahead])
             at = ahead
             if free:
-                stack.append((at, iterate))
+                stack.append((at, store(iterate)))
         if stack[-1][0] == at:
             stack.pop()
+        del fetch
         yield bounds[end - 1], bounds[end], iterate
         del iterate
 
