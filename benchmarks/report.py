@@ -14,6 +14,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import hypergrad as hg
 
 from .measure import Spread
@@ -86,7 +88,8 @@ def surroundings() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
-    packages = {name: version(name) for name in ("torch", "numpy", "optree")} | {"hypergrad": hg.__version__}
+    packages = {"torch": torch.__version__, "hypergrad": hg.__version__}
+    packages |= {name: version(name) for name in ("numpy", "optree")}
     for name in PEERS:
         try:
             packages[name] = version(name)

@@ -59,7 +59,7 @@ def parse(kind: type[C], description: str, fast: Mapping[str, Any]) -> C:
 
 def record(config: Base) -> dict[str, Any]:
     """What is saved beside results: how they were made."""
-    packages = {name: version(name) for name in ("torch", "torch-hypergrad", "numpy")}
+    packages = {"torch": torch.__version__} | {name: version(name) for name in ("torch-hypergrad", "numpy")}
     return {
         "command": command(config),
         "date": date.today().isoformat(),

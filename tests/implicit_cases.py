@@ -4,8 +4,6 @@ The oracle is Newton's method: k exact steps from the solution, w ← w − (∂
 the right derivatives with respect to λ up to order 2ᵏ − 1, whatever computes them. Everything is on flat vectors.
 """
 
-import importlib
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -18,11 +16,6 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev
 
 import hypergrad as hg
-
-with warnings.catch_warnings():
-    # torch's forward mode imports this when first used, and warns about itself.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 S, implicit = hg.solvers, hg.implicit
 Info, WarmStart = implicit.Info, implicit.WarmStart

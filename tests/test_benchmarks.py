@@ -33,11 +33,8 @@ from benchmarks import (
 from benchmarks.methods import METHODS, Method
 from benchmarks.problems import Problem
 
-# torch scripts its own forward-mode rules at the first jvp
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::hypergrad.InaccurateHypergradient"),  # a fixed K is what is measured
-]
+# A fixed K is what is measured.
+pytestmark = pytest.mark.filterwarnings("ignore::hypergrad.InaccurateHypergradient")
 
 ROWS = problems.quick_rows()
 

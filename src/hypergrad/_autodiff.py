@@ -338,7 +338,7 @@ def many(
         return batched(stacks)
     except RuntimeError:
         # A map may write every product into the same memory.
-        columns = [copies(one([stack[j] for stack in stacks])) for j in range(len(stacks[0]))]
+        columns = [copies(one([stack[j : j + 1].squeeze(0) for stack in stacks])) for j in range(len(stacks[0]))]
         return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ._torch import numbers
 from ._tree import full
 from ._vector import Vector, anywhere, norm, ratio, read, squares_are_exact
 
@@ -179,7 +180,7 @@ class Solution:
 
     @cached_property
     def _codes(self) -> list[int]:
-        return self.code.reshape(-1).tolist()
+        return numbers(self.code.reshape(-1))
 
     @property
     def statuses(self) -> list[Status]:
@@ -204,7 +205,7 @@ class Solution:
     @property
     def growth_rate(self) -> Tensor:
         """The factor by which a step multiplied the residual, as the geometric mean over the last half of the steps."""
-        sizes = self.trace.reshape(len(self.trace), -1).nanmean(1).tolist()
+        sizes = numbers(self.trace.reshape(len(self.trace), -1).nanmean(1))
         known = [k for k, size in enumerate(sizes) if not math.isnan(size)] or [0]
         last, half = known[-1], known[(len(known) - 1) // 2]
         return (self.trace[last] / self.trace[half]) ** (1 / max(last - half, 1))
@@ -251,12 +252,12 @@ def remaining(solution: Solution) -> list[tuple[float, float]]:
 
     Cost: no product. The trace is read from the device where a residual is above that.
     """
-    relative = solution.relative_residual.nan_to_num(0.0, math.inf).reshape(-1).tolist()
+    relative = numbers(solution.relative_residual.nan_to_num(0.0, math.inf).reshape(-1))
     if not any(1e-3 < q < math.inf for q in relative):
         return [(0.0, 0.0)] * len(relative)
     rhs = solution.rhs_norm
-    traces = (solution.trace / rhs).reshape(len(solution.trace), -1).T.tolist()
-    stretches = (solution.value / rhs).norm().reshape(-1).tolist()
+    traces = numbers((solution.trace / rhs).reshape(len(solution.trace), -1).T)
+    stretches = numbers((solution.value / rhs).norm().reshape(-1))
     rounding = 1000 * solution.value.space.eps
     return [
         _remaining(q, trace) if max(1e-3, rounding * (1 + stretch)) < q < math.inf else (0.0, 0.0)

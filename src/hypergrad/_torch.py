@@ -231,6 +231,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 _functorch: Any = getattr(torch._C, "_functorch", None)
+_below_transforms: Any = getattr(torch._C, "_DisableFuncTorch", nullcontext)
 _weight_norm: Any = getattr(torch, "_weight_norm", None)
 
 
@@ -260,6 +261,14 @@ def mapped_levels(x: Tensor) -> set[int]:
             levels.add(_functorch.maybe_get_level(x))
         x = _functorch.get_unwrapped(x)
     return levels
+
+
+def numbers(x: Tensor) -> list[Any]:
+    """x.tolist(), which before torch 2.9 fails under a transform even where x is a constant of it."""
+    if mapped_levels(x):
+        return x.tolist()
+    with _below_transforms():
+        return unwrapped(x).tolist()
 
 
 def depends_on_transform(y: Tensor, mapped: set[int]) -> bool:

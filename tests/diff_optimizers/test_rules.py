@@ -47,6 +47,8 @@ OPTIONS = [
     ("RAdam", {"lr": 0.02, "eps": 0.01, "maximize": True}),
     ("RAdam", {"lr": 0.02, "decoupled_weight_decay": True, "betas": (0.8, 0.9), **PLAIN}),
 ]
+# Before 2.7 Adam had no decoupled weight decay.
+OPTIONS = [row for row in OPTIONS if row[1].keys() <= inspect.signature(getattr(torch.optim, row[0])).parameters.keys()]
 IDS = [f"{name}-{'-'.join(options)}" for name, options in OPTIONS]
 # All others walk torch's path bit for bit.
 TO_1E_12 = {

@@ -56,7 +56,7 @@ def compare(store, results):
                         carry = (start, rule.init(start))
                         value = lambda s, h: outer(s[0], h)  # noqa: E731
                         grads.append(function(rule.on(loss), carry, h, value, 6, **options).grads)
-                assert grads[1].placements == (placement,)
+                # On one rank all placements are the same, and torch chooses which one it names.
                 difference = (grads[1].full_tensor() - grads[0]).abs().max() / grads[0].abs().max()
                 found[f"{placement} {name} {step}"] = float(difference)
     torch.save(found, results)
