@@ -492,6 +492,19 @@ def test_a_product_that_is_not_finite_says_nothing_of_the_next_hypergradient():
     assert str(result.compiled).startswith("recorded")
 
 
+def test_many_recordings_are_compiled_in_one_process():
+    w, lam = draw(5), torch.zeros((), dtype=torch.float64).requires_grad_()
+    solver = S.MINRES(max_steps=MANY, on_failure="ignore")
+    for sines in range(1, 11):
+
+        def inner_loss(w, lam, sines=sines):
+            return sum((w * n).sin().sum() for n in range(sines)) + 50 * lam.exp() * (w**2).sum()
+
+        options = {"params": w, "hparams": lam, "inner_loss": inner_loss, "solver": solver}
+        result = hg.implicit.grad(lambda w, lam: w.sum(), compile=EAGER, **options)
+        assert result.compiled is not None and result.compiled.startswith(f"compiled by {EAGER}")
+
+
 def test_a_backend_that_is_not_there():
     p = problem_at("ridge")
     with pytest.warns(hg.NotCompiled, match="no_such_backend"):

@@ -10,6 +10,7 @@ one multiplication. The Hessian product of a logistic regression is left as Xᵀ
 
 from __future__ import annotations
 
+import linecache
 import warnings
 import weakref
 from collections import Counter
@@ -286,7 +287,9 @@ def _written(given: list[str], steps: Sequence[Step], results: Sequence[Ref]) ->
     # A result is the caller's own: neither a constant, nor v, nor another result.
     own = [text(ref) + ".clone()" * (text(ref) in given or ref in results[:n]) for n, ref in enumerate(results)]
     lines.append(f"    return [{', '.join(own)}]")
-    exec("\n".join(lines), names)
+    # Torch 2.6 counts all functions whose file Python does not know as one, of which it compiles few.
+    linecache.cache.setdefault(file := "<recorded product>", (0, None, [], file))
+    exec(compile("\n".join(lines), file, "exec"), names)
     return names["product"]
 
 

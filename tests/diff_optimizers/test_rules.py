@@ -24,7 +24,7 @@ def seeded():
 
 
 PLAIN = {"weight_decay": 0.03}
-OPTIONS = [
+EVERY = [
     ("SGD", {"lr": 0.01}),
     ("SGD", {"lr": 0.01, "momentum": 0.8, "dampening": 0.3, **PLAIN}),
     ("SGD", {"lr": 0.01, "momentum": 0.8, "nesterov": True}),
@@ -48,7 +48,7 @@ OPTIONS = [
     ("RAdam", {"lr": 0.02, "decoupled_weight_decay": True, "betas": (0.8, 0.9), **PLAIN}),
 ]
 # Before 2.7 Adam had no decoupled weight decay.
-OPTIONS = [row for row in OPTIONS if row[1].keys() <= inspect.signature(getattr(torch.optim, row[0])).parameters.keys()]
+OPTIONS = [row for row in EVERY if row[1].keys() <= inspect.signature(getattr(torch.optim, row[0])).parameters.keys()]
 IDS = [f"{name}-{'-'.join(options)}" for name, options in OPTIONS]
 # All others walk torch's path bit for bit.
 TO_1E_12 = {
@@ -135,8 +135,8 @@ def test_from_torch_at_the_start_with_a_tensor_lr():
 
 def test_every_option_is_compared_with_torch():
     """Each field of each rule that torch.optim has, in a row that changes it."""
-    for kind in {type(getattr(D, name)()) for name, _ in OPTIONS}:
-        given = {key for name, options in OPTIONS if isinstance(getattr(D, name)(), kind) for key in options}
+    for kind in {type(getattr(D, name)()) for name, _ in EVERY}:
+        given = {key for name, options in EVERY if isinstance(getattr(D, name)(), kind) for key in options}
         assert {field.name for field in fields(kind)} - {"frozen"} <= given, kind
 
 

@@ -816,9 +816,9 @@ def test_default_device_and_dtype_change_nothing(row, system, default):
         solver = ROWS[row].solver(max_steps=60, rtol=1e-8, on_failure="ignore")
     op, b, x0 = given.operator(tag), given.rhs(), given.start()
     plain = solver(op, b, x0)
-    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    dtype = torch.get_default_dtype()
     try:
-        torch.set_default_device(default.get("device", device))
+        torch.set_default_device(default.get("device"))
         torch.set_default_dtype(default.get("dtype", dtype))
         other = solver(op, b, x0)
     finally:
