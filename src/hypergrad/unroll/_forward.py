@@ -81,8 +81,8 @@ class Tangents:
             dtype = torch.promote_types(dtype, a.dtype)
         total = torch.zeros(len(self.rows), dtype=dtype, device=alpha[0].device)
         for z, a in zip(self.leaves, alpha, strict=True):
-            products = (z.reshape(len(z), a.numel()).to(dtype) @ a.reshape(-1).to(dtype)) if a.numel() else z.sum()
-            total = total + full(products).to(total.device)
+            products = z.reshape(len(z), a.numel()).to(dtype) @ a.reshape(-1, 1).to(dtype)
+            total = total + full(products).squeeze(1).to(total.device)
         flat = total.new_zeros(self.count).index_copy(0, self.rows.to(total.device), total)
         parts = zip(flat.split([x.numel() for x in self.like]), self.like, self.reached, strict=True)
         return [placed(h.reshape(x.shape), x) if reached else None for h, x, reached in parts]
@@ -275,7 +275,7 @@ class _Push:
             own = slice(begin, begin + self.chunk)
             columns = [*(z[own] for z in tangents.leaves[:inputs]), *self._directions(tangents, own)]
             if len(columns[0]) == 1:
-                parts.append([z.unsqueeze(0) for z in linear.jvp([x[0] for x in columns])])
+                parts.append([z.unsqueeze(0) for z in linear.jvp([x.squeeze(0) for x in columns])])
             else:
                 parts.append(linear.jvp_many(columns))
         if len(parts) < 2:
