@@ -265,10 +265,8 @@ def mapped_levels(x: Tensor) -> set[int]:
 
 def numbers(x: Tensor) -> list[Any]:
     """x.tolist(), which before torch 2.9 fails under a transform even where x is a constant of it."""
-    if mapped_levels(x):
-        return x.tolist()
     with _below_transforms():
-        return unwrapped(x).tolist()
+        return (x if mapped_levels(x) else unwrapped(x)).tolist()
 
 
 def depends_on_transform(y: Tensor, mapped: set[int]) -> bool:
