@@ -231,7 +231,6 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 _functorch: Any = getattr(torch._C, "_functorch", None)
-_below_transforms: Any = getattr(torch._C, "_DisableFuncTorch", nullcontext)
 _weight_norm: Any = getattr(torch, "_weight_norm", None)
 
 
@@ -265,7 +264,7 @@ def mapped_levels(x: Tensor) -> set[int]:
 
 def numbers(x: Tensor) -> list[Any]:
     """x.tolist(), which before torch 2.9 fails under a transform even where x is a constant of it."""
-    with _below_transforms():
+    with getattr(torch._C, "_DisableFuncTorch", nullcontext)():
         return (x if mapped_levels(x) else unwrapped(x)).tolist()
 
 
