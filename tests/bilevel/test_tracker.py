@@ -185,12 +185,14 @@ def test_values_of_the_losses_are_given_back(name):
 # Mixed precision
 
 
-def scaled_training(name, scale, steps=6, accumulate=1, step_tracker=True, overflow_at=None):
+def scaled_training(name, scale, steps=6, accumulate=1, step_tracker=True, overflow_at=None, without=None):
     p = Program()
     tracker, optims = make(name, p), programs.optimizers(p)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000) if scale else None
     p.scale = scaler.get_scale if scaler is not None else p.scale
     for step in range(steps):
+        if step == without:
+            continue
         for part in range(accumulate):
             factor = 1.0 if scaler is None else scaler.scale(torch.ones((), dtype=torch.float64)).item()
             if overflow_at == step and part == 0:
@@ -209,8 +211,7 @@ def scaled_training(name, scale, steps=6, accumulate=1, step_tracker=True, overf
     return numbers(tracker, p), tracker, scaler
 
 
-@pytest.mark.parametrize("step_tracker", [True, False])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "step_tracker"), [(1, True), (2, False)])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_scaler_changes_no_result(name, accumulate, step_tracker):
     """With a scale that is a power of two; whether the scaler steps the tracker or the user does."""
@@ -219,8 +220,7 @@ def test_a_scaler_changes_no_result(name, accumulate, step_tracker):
     torch.testing.assert_close(plain, scaled, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("step_tracker", [True, False])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "step_tracker"), [(1, True), (2, False)])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_step_that_overflows_is_left_out(name, accumulate, step_tracker):
     """Nothing moves, the scale is halved, and the steps after it go on as if the batch had not been there."""
@@ -231,7 +231,9 @@ def test_a_step_that_overflows_is_left_out(name, accumulate, step_tracker):
     assert other.skipped >= 1 and other.report().skipped == other.skipped
     assert all(x.grad is None or not x.grad.any() for x in other.variables)
     later, _, _ = scaled_training(name, 2.0**12, 6, accumulate, step_tracker, overflow_at=2)
-    assert torch.isfinite(later).all()
+    if name != "SABA" or accumulate == 1:  # its tables keep the batches that did not overflow
+        left_out, _, _ = scaled_training(name, 2.0**12, 6, accumulate, step_tracker, without=2)
+        torch.testing.assert_close(later, left_out, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -223,7 +223,7 @@ class Table(Filter):
                 mapped(f"{file}.{i}", shape, x.dtype) for i, (shape, x) in enumerate(zip(shapes, like, strict=True))
             ]
         self.mean = [torch.zeros_like(x, requires_grad=False) for x in like]
-        self.count = count
+        self.count, self.file = count, file
 
     def __call__(self, new: Grads, row: int) -> list[Tensor]:
         """The corrected direction of batch `row`; `accept` or nothing follows."""
@@ -262,7 +262,9 @@ class Table(Filter):
                 x.copy_(y)
 
     def to(self, device: torch.device) -> None:
-        self.rows, self.mean = [x.to(device) for x in self.rows], [x.to(device) for x in self.mean]
+        self.mean = [x.to(device) for x in self.mean]
+        if self.file is None:  # a file stays one
+            self.rows = [x.to(device) for x in self.rows]
 
 
 def mapped(file: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
