@@ -461,3 +461,22 @@ def test_hooks_act_once_as_in_backward(name):
         torch.testing.assert_close(
             y.grad, expected(x.grad, name) if any(y is z for z in (weight, q.decay)) else x.grad, **EXACT
         )
+
+
+def test_weights_that_autocast_keeps_are_not_those_of_another_point():
+    results = []
+    for around in (False, True):
+        p = Program(dtype=torch.float32)
+        tracker = make("F2SA", p)
+        for x in tracker.variables:
+            x.add_(1.0)
+
+        def cast(loss, around=around):
+            with torch.autocast("cpu", torch.bfloat16, enabled=not around):
+                return loss()
+
+        losses = p.closures(0) if around else [partial(cast, loss) for loss in p.closures(0)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            tracker.backward(*losses)
+        results.append(torch.cat([x.grad.reshape(-1) for x in tracker.variables]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
