@@ -976,10 +976,14 @@ def test_a_state_dict_with_a_warm_start_fits_a_layer_without():
     assert not any("warm_start" in name for name in layer.state_dict())
 
 
-def test_a_warm_start_object_is_saved_and_loaded():
-    warm = hg.implicit.WarmStart()
+def test_a_warm_start_object_is_saved_and_loaded(tmp_path):
+    warm, other = hg.implicit.WarmStart(), hg.implicit.WarmStart()
     a = torch.tensor([1.0, 4.0]).double().requires_grad_()
     hg.implicit.root(lambda w, a: w**2 - a, a.detach().sqrt(), a, warm_start=warm).sum().backward()
+    for kept in (warm, hg.implicit.WarmStart()):
+        torch.save(kept.state_dict(), tmp_path / "warm")
+        other.load_state_dict(torch.load(tmp_path / "warm", weights_only=True))
+        assert (other.value is None) == (kept.value is None)
     assert torch.equal(pickle.loads(pickle.dumps(warm)).value[0], warm.value[0])
 
 

@@ -1,6 +1,7 @@
 """Recycled and Reused: what they find, cost and save, that no answer depends on what is kept, and their state."""
 
 import copy
+import io
 import pickle
 from typing import NamedTuple
 
@@ -482,10 +483,18 @@ def sequence(kept, solver: S.LinearSolver, ts) -> list[torch.Tensor]:
     return values
 
 
+def saved(state):
+    """A state after torch.save and torch.load(weights_only=True)."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 RECIPES = {"Nystrom": S.Nystrom(rank=40, damping=1e-4), "Dense": S.Dense()}
 
 
-@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+@pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
 @pytest.mark.parametrize("kind", ["Recycled", *RECIPES])
 def test_a_resumed_sequence_equals_an_uninterrupted_one(kind, how):
     """Bit for bit, also where a preconditioner is built anew later."""
@@ -500,12 +509,24 @@ def test_a_resumed_sequence_equals_an_uninterrupted_one(kind, how):
     whole, first = make(), make()
     truth = sequence(whole, solver(whole), ts)
     sequence(first, solver(first), ts[:5])
-    resumed = pickle.loads(pickle.dumps(first)) if how == "pickle" else copy.deepcopy(first)
+    if how == "state_dict":
+        resumed = make()
+        resumed.load_state_dict(saved(first.state_dict()))
+    else:
+        resumed = pickle.loads(pickle.dumps(first)) if how == "pickle" else copy.deepcopy(first)
     sequence(first, solver(first), ts[5:8])  # the first one going on does not change what was taken from it
     values = sequence(resumed, solver(resumed), ts[5:])
     assert all(torch.equal(a, b) for a, b in zip(values, truth[5:], strict=True))
     if kind != "Recycled":
         assert (resumed.builds, resumed.steps) == (whole.builds, whole.steps)
+
+
+def test_a_state_of_another_kind_is_named():
+    with pytest.raises(ValueError, match="Recycled: a state_dict holds"):
+        S.Recycled().load_state_dict(S.Reused(S.Nystrom()).state_dict())
+    empty = S.Recycled(2)
+    empty.load_state_dict(saved(empty.state_dict()))
+    assert empty.kept == 0
 
 
 @pytest.mark.parametrize("row", ROWS)

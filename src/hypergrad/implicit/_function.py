@@ -89,6 +89,13 @@ class WarmStart:
         """Keep v, and zeros for a system where it is not finite."""
         self.value = [leaf.clone() for leaf in v.where(torch.isfinite(v.largest()), v.zeros()).leaves]
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, in a form that torch.load(weights_only=True) reads."""
+        return {"value": None if self.value is None else [leaf.clone() for leaf in self.value]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = None if state["value"] is None else [leaf.clone() for leaf in state["value"]]
+
 
 @dataclass(frozen=True)
 class Equation:

@@ -1,7 +1,4 @@
-"""What is kept along a sequence of systems: a start in the span of the last solutions, and a preconditioner.
-
-These objects hold tensors and numbers alone: they pickle, and a resumed sequence equals an uninterrupted one.
-"""
+"""What is kept along a sequence of systems: a start in the span of the last solutions, and a preconditioner."""
 
 from __future__ import annotations
 
@@ -19,13 +16,31 @@ from ._krylov import triangular_solve
 from ._preconditioners import is_recipe
 
 
+class Kept:
+    """Objects whose state is tensors and numbers: they pickle, and a resumed sequence equals an uninterrupted one."""
+
+    _state: ClassVar[tuple[str, ...]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, for torch.save; torch.load(weights_only=True) reads it."""
+        values = {name: getattr(self, name) for name in self._state}
+        return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state_dict. Raises ValueError for one of another kind of object."""
+        if {*state} != {*self._state}:
+            raise ValueError(f"{type(self).__name__}: a state_dict holds {[*self._state]}, this one {[*state]}")
+        for name, value in state.items():
+            setattr(self, name, list(value) if isinstance(value, list) else value)
+
+
 def kind(space: Space) -> tuple[Any, ...]:
     """What another system must share for what is kept to serve it."""
     return space.shapes, space.dtypes, space.batch_dims
 
 
 @dataclass(eq=False)
-class Recycled:
+class Recycled(Kept):
     """The span of the last m solutions as a start: pass it as x0 to every solve of a sequence.
 
         Y = (x₁, …, x_m) = QR,   AQ = CR',   CᵀC = I,      x₀ = Q R'⁻¹Cᵀb,   r₀ = b − CCᵀb
@@ -55,6 +70,7 @@ class Recycled:
     """
 
     size: int = 4
+    _state: ClassVar[tuple[str, ...]] = ("_solutions", "_kind")
     _solutions: list[Tensor] = field(default_factory=list, init=False, repr=False)
     _kind: Any = field(default=None, init=False, repr=False)
 
@@ -95,7 +111,7 @@ class Recycled:
 
 
 @dataclass(eq=False)
-class Reused:
+class Reused(Kept):
     """A preconditioner that is kept from one system to the next, and built anew when that pays.
 
     As A moves away from the system that it was built for, solves take more steps s. Once the steps lost, Σ (s − min s),
@@ -124,6 +140,7 @@ class Reused:
     _kind: Any = field(default=None, init=False, repr=False)
     _applied: bool = field(default=False, init=False, repr=False)
     needs_tolerance: ClassVar[bool] = True
+    _state: ClassVar[tuple[str, ...]] = ("builds", "steps", "_factors", "_cost", "_kind")
 
     def __post_init__(self) -> None:
         if not is_recipe(self.recipe):
