@@ -51,7 +51,7 @@ bench: $(VENV)/.dev ## the benchmarks, about 20 minutes of one core: tables, JSO
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH)
 
 bench-peers: $(VENV)/.peers ## the benchmarks with the other libraries installed, in the same environment
-	-$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps betty-ml
+	-$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps betty-ml boat-torch
 	$(MAKE) bench
 
 bench-quick: $(VENV)/.dev

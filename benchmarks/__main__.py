@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import hypergrad as hg
 
-from . import accuracy, blocks, checks, counts, equal, report, scaling, tasks, unrolled
+from . import accuracy, bilevel, blocks, checks, counts, equal, report, scaling, tasks, unrolled
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SECTIONS = {
@@ -23,6 +23,7 @@ SECTIONS = {
     "blocks": blocks.SECTION,
     "unrolled": unrolled.SECTION,
     "tasks": tasks.SECTION,
+    "bilevel": bilevel.SECTION,
     "checks": checks.SECTION,
     "scaling": scaling.SECTION,
 }

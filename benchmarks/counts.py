@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hypergrad as hg
 
-from . import accuracy, illconditioned, problems, unrolled
+from . import accuracy, bilevel, illconditioned, problems, unrolled
 from .illconditioned import Step
 from .measure import counted, counting, peak_memory
 from .methods import METHODS, Method, graph_and_product, hypergradient, implicit, layer, library
@@ -26,6 +26,7 @@ Answer = TypeVar("Answer")
 
 VECTORS = 4  # b, x, r and p of CG, and of NormalCG; the product it waits for counts apart
 LET_GO = 1  # ∇₁g, which the least keeps; a tanh keeps its own value
+STEP_VECTORS = 1.5  # a step of SOBA beside its passes: D_v, and what the checks and .grad hold of λ
 SCALARS = 0.05  # in vectors of the wide row: what is no vector
 
 # Products of K steps from zero in fixed-step mode, beside the last one.
@@ -164,6 +165,26 @@ def check_unrolled(descent: Descent, column: unrolled.Column, exact: Tensor) -> 
     return result.evaluations
 
 
+def check_tracker(case: bilevel.Case, method: bilevel.Method) -> dict[str, int]:
+    """Evaluations, reverse passes and second-order products of a tracker's step; and its answer where it is exact."""
+    found = bilevel.count(case, method)
+    assert method.counts
+    for name, wanted in method.counts.items():
+        expect(f"{case.name}, {method.name}: {name}", found[name], wanted)
+    if method.exact is not None:
+        expect(f"{case.name}, {method.name}: error", bilevel.settled(case, method, 300)[0], method.exact, at_most=True)
+    return found
+
+
+def check_step_memory(network: bilevel.Network) -> float:
+    """Vectors of params' size that a step of SOBA holds at its peak beyond its passes by hand."""
+    network.step()
+    peaks = [peak_memory(call) for call in (network.step, network.by_hand)]
+    held = (peaks[0] - peaks[1]) / sum(w.numel() * w.element_size() for w in network.params)
+    expect("CNN, SOBA: vectors beyond its passes by hand", held, STEP_VECTORS, at_most=True)
+    return held
+
+
 def check_sequence(steps: list[Step]) -> tuple[int, int, int, int]:
     """Reverse passes to 1e-3 over some outer steps: HyperTorch's, from zero, warm-started, recycled: each fewer."""
     columns = {column.name: column for column in accuracy.COLUMNS}
@@ -200,6 +221,13 @@ def run() -> None:
         for column in unrolled.COLUMNS:
             if column.evaluations:
                 print(f"  {column.name:32}{check_unrolled(descent, column, exact):4} evaluations of a step")
+    for build_case in bilevel.QUICK.values():
+        case = build_case()
+        print(f"{case.name}: {case.lower.weight.numel()} params, {case.hparams[0].numel()} hparams")
+        for tracker in bilevel.METHODS:
+            if tracker.counts:
+                found = check_tracker(case, tracker)
+                show(tracker.name, Counter(found))
     theirs, cold, warm, recycled = check_sequence(list(illconditioned.quick_sequence()))
     print(
         f"reverse passes to 1e-3 over 6 outer steps: HyperTorch {theirs}, cold {cold}, warm-started {warm}, "
@@ -214,5 +242,5 @@ def run() -> None:
 def show(name: str, counts: Counter[str]) -> None:
     print(
         f"  {name:32}{counts['passes']:4} reverse passes,{counts['inner']:3} inner and {counts['outer']} outer "
-        f"evaluations,{counts['reads']:3} reads"
+        f"evaluations, {counts['reads']} reads" + f", {counts['products']} products" * bool(counts["products"])
     )

@@ -27,6 +27,7 @@ from .measure import counting
 from .problems import Problem
 
 if TYPE_CHECKING:
+    from .bilevel import Case
     from .unrolled import Descent
 
 Tensors = list[Tensor]
@@ -94,8 +95,11 @@ class Level:
     paths: tuple = ()
     cur_batch = None
 
-    def __init__(self, tensors: Sequence[Tensor], loss: Callable[[], Tensor] | None, **config: Any):
+    def __init__(
+        self, tensors: Sequence[Tensor], loss: Callable[[], Tensor] | None, optimizer: Any = None, **config: Any
+    ):
         self.tensors, self.loss, self.config = list(tensors), loss, SimpleNamespace(**config)
+        self.optimizer = optimizer
 
     def training_step_exec(self, batch: Any) -> Tensor:
         assert self.loss is not None
@@ -104,7 +108,7 @@ class Level:
     def parameters(self) -> Tensors:
         return self.tensors
 
-    trainable_parameters = parameters
+    trainable_parameters = meta_trainable_parameters = parameters
 
 
 def betty(problem: Problem, name: str, **config: Any) -> Tensors:
@@ -129,6 +133,59 @@ def betty_cg(problem: Problem, max_steps: int | None = None) -> Tensors:
 def betty_neumann(problem: Problem) -> Tensors:
     """K terms of the series, of which the first costs no product."""
     return betty(problem, "neumann", neumann_iterations=problem.steps - 1, neumann_alpha=problem.step_size)
+
+
+def betty_sama(case: Case) -> Callable[[], Tensor]:
+    """Its SAMA at params moved by plain gradient steps, of step size 1 as it takes them."""
+    sama = load("betty.hypergradient").jvp_fn_mapping["sama"]
+    optimizer = torch.optim.SGD(case.params, lr=case.lr)
+    lower = Level(case.params, case.inner, optimizer, sama_adam_alpha=0.01, sama_multitask=False)
+    upper = Level(case.hparams, None)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        slopes = torch.autograd.grad(case.outer(), case.params)
+        cross = sama(list(slopes), lower, upper, sync=False)
+        torch.autograd.backward(case.inner(), inputs=case.params)
+        optimizer.step()
+        return cross[0]
+
+    return step
+
+
+def boat(name: str, case: Case, penalty: float = 1.0, steps: int = 1) -> Callable[[], Tensor]:
+    """One of BOAT's methods through its Problem, which steps params itself.
+
+    Of PGDO and MESO the direction is that of f + penalty (g − min g), divided by the penalty; of VSO the multiplier
+    of its barrier is a parameter over the value of g, here chosen to give the penalty at the solution.
+    """
+    optimizer = torch.optim.SGD(case.params, lr=case.lr)
+    scale = penalty if name in ("PGDO", "MESO") else 1.0
+    own = {
+        "PGDO": {"y_hat_lr": case.lr, "gamma_init": penalty, "gamma_max": penalty, "gamma_argmax_step": 1,
+                 "update_y_ahead": False, "penalty": "difference"},
+        "MESO": {"eta": case.lr, "gamma_1": 0.1, "c0": penalty / 2**0.25, "y_hat_lr": case.lr},
+        "VSO": {"z_loop": 1, "ll_l2_reg": 0.0, "ul_l2_reg": 0.0, "ul_ln_reg": penalty * case.least, "reg_decay": 0.0,
+                "z_lr": case.lr / penalty},
+        "VFO": {"y_hat_lr": case.lr, "eta": 0.5, "u1": 0.5},
+    }[name]  # fmt: skip
+    config = {
+        "fo_op": name, "gm_op": None, "na_op": None, name: own, "lower_iters": steps, "device": "cpu",
+        "lower_level_model": case.lower, "upper_level_model": case.upper, "lower_level_var": case.params,
+        "upper_level_var": case.hparams, "lower_level_opt": optimizer, "upper_level_opt": None,
+        "loss_log_path": os.devnull, "fo_ol_batch_input": False, "return_grad": True,
+    }  # fmt: skip
+    losses = {f"{level}_level_loss": {"function": f"{f.__module__}.{f.__name__}"}
+              for level, f in zip(("lower", "upper"), case.losses, strict=True)}  # fmt: skip
+    problem = load("boat_torch").Problem(config, losses).build_ll_solver().build_ul_solver()
+
+    def step() -> Tensor:
+        case.hparams[0].grad = None
+        (direction,), _ = problem.run_iter(case.data, case.data, 1)
+        problem.loss_history.clear()  # which it writes anew at every step
+        return direction * scale
+
+    return step
 
 
 def torchdeq_layer(problem: Problem) -> Tensors:

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import hypergrad as hg
 from benchmarks import (
     accuracy,
+    bilevel,
     blocks,
     checks,
     counts,
@@ -120,6 +121,38 @@ def test_a_wrong_unrolled_answer_gets_no_time() -> None:
     results = unrolled.measure_row(descent, [right, wrong], unrolled.truth(descent), rounds=1)
     assert results[0].cpu is not None and results[1].cpu is None
     assert "wrong by 1.0e-02: no time" in unrolled.table(results)
+
+
+@pytest.mark.parametrize("name", bilevel.QUICK)
+@pytest.mark.parametrize("method", [m for m in bilevel.METHODS if m.counts], ids=lambda m: m.name)
+def test_a_step_of_a_tracker_does_what_it_claims(name: str, method: bilevel.Method) -> None:
+    counts.check_tracker(bilevel.QUICK[name](), method)
+
+
+def test_memory_of_a_step_of_soba() -> None:
+    counts.check_step_memory(bilevel.Network())
+
+
+def test_bilevel_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method that is installed has its row, first-order ones nearer the hypergradient as the penalty grows."""
+    monkeypatch.setattr(bilevel, "CASES", bilevel.QUICK)
+    monkeypatch.setattr(bilevel, "STEPS", 60)
+    results, settings = bilevel.measure(["ridge", "CNN"], ["SOBA", "penalty", "SAMA"], rounds=1)
+    assert [setting["row"] for setting in settings] == ["ridge", "CNN"]
+    errors = {(r.library, r.method): r.error for r in results if r.error is not None}
+    assert errors["hypergrad", "SOBA"] < 1e-8
+    for penalty in ("10", "100", "1000"):
+        ours, second = (errors["hypergrad", f"F2SA-{order}, penalty {penalty}"] for order in (1, 2))
+        assert second < ours / 3
+        if peers.installed("boat_torch", "higher"):
+            assert errors["BOAT", f"PGDO, penalty {penalty}"] == pytest.approx(ours, rel=1e-3)
+    if peers.installed("betty"):
+        own = errors["hypergrad", "SAMA (plain steps)"]
+        assert errors["Betty", "SAMA (plain steps)"] == pytest.approx(own, rel=1e-6)
+    text = bilevel.table(results)
+    assert all(r.method in text for r in results)
+    bilevel.draw(results, tmp_path / "bilevel.png")
+    assert (tmp_path / "bilevel.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_warm_start_needs_fewer_passes() -> None:

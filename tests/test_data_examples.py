@@ -24,11 +24,12 @@ import oracles
 from examples import data_cleaning as cleaning
 from examples import datasets
 from examples import logistic_regression as logistic
+from examples import noisy_labels as noisy
 from examples import text as texts
 from examples import twenty_newsgroups as news
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("logistic_regression", "twenty_newsgroups", "data_cleaning")
+NAMES = ("logistic_regression", "twenty_newsgroups", "data_cleaning", "noisy_labels")
 
 
 @pytest.mark.slow
@@ -62,11 +63,14 @@ def check_results(name: str, results: dict) -> None:
         losses = {method: [loss for loss, _ in curve["validation"]] for method, curve in results["curves"].items()}
         assert all(curve[-1] < curve[0] for curve in losses.values())
         assert all(row["test"][1] > 0.8 for row in results["rows"])
+    elif name == "noisy_labels":
+        assert len(results["rows"]) == 13 and all(len(row["anew"]) == 2 for row in results["rows"])
+        assert all(0.5 < score <= 1 for row in results["rows"][1:3] for score in row["anew"])
     else:
         assert results["50%"]["F1"] > 0.85 and results["50%"]["test"]["cleaned"] > results["50%"]["test"]["no cleaning"]
 
 
-@pytest.mark.parametrize("module", [news, cleaning])
+@pytest.mark.parametrize("module", [news, cleaning, noisy])
 def test_missing_data(module, tmp_path):
     """One sentence that says where to get it."""
     config = module.Config(data=tmp_path / "nowhere", output=tmp_path / "made")
