@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ class Method:
     name: str
     library: str
     make: Callable[[Case], Step]
-    counts: dict[str, int] | None = None
+    counts: dict[str, int] | None = field(default=None, hash=False)
     exact: float | None = None
 
 
