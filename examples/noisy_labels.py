@@ -38,25 +38,25 @@ class Config(Common):
     """Folder of Fashion-MNIST or MNIST in torchvision's layout; without it, digits."""
     wrong: float = 0.4
     """Part of the training labels that is wrong."""
-    train: int = 5000
+    train: int = 2000
     """Training images."""
-    validation: int = 1000
+    validation: int = 500
     """Clean validation images."""
-    steps: int = 1000
+    steps: int = 800
     """Of the inner optimiser, in every training."""
-    warm_up: int = 100
+    warm_up: int = 200
     """Steps before the weights begin to move."""
-    batch: int = 100
+    batch: int = 50
     """Images of a batch, of either level."""
     lr: float = 0.05
     """Of SGD with momentum .9 on params; it falls to 0 as a cosine."""
     penalty: float = 0.001
     """ρ."""
-    outer_lr: float = 0.1
+    outer_lr: float = 0.03
     """Of Adam on one weight per example."""
-    network_lr: float = 0.003
+    network_lr: float = 0.0005
     """Of Adam on the network of the loss."""
-    adjoint_lr: float = 0.02
+    adjoint_lr: float = 0.05
     """Of plain steps on the adjoint (SOBA, AmIGO)."""
     damping: float = 0.1
     """Added to the Hessian of the adjoint's system, which a network's need not be positive without."""
@@ -250,7 +250,7 @@ METHODS: dict[str, Method] = {
     ),
     "F2SA": tracked(
         lambda params, hparams, inner, config: hg.bilevel.F2SA(
-            params, hparams, penalty=10, optimizer=lambda own: torch.optim.SGD(own, lr=config.lr, momentum=0.9)
+            params, hparams, penalty=100, optimizer=lambda own: torch.optim.SGD(own, lr=config.lr, momentum=0.9)
         )
     ),
     "SAMA": tracked(lambda params, hparams, inner, config: hg.bilevel.SAMA(params, hparams, optimizer=inner)),
