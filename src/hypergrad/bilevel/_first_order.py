@@ -117,7 +117,7 @@ class BOME(Tracker):
         lr: of those steps.
         eta: η, how much q must fall at least.
 
-    Cost: of a `backward`: an evaluation and a reverse pass of f and K + 2 of g. Memory: two copies of params.
+    Cost: of a `backward`: an evaluation and a reverse pass of f and K + 1 of g. Memory: two copies of params.
     Source: Ye, Liu, Wright, Stone and Liu 2022 (arXiv:2209.08709), algorithm 1, with φ = η‖∇q‖².
     """
 
