@@ -54,12 +54,14 @@ class Config(Common):
     """ρ."""
     outer_lr: float = 0.03
     """Of Adam on one weight per example."""
-    network_lr: float = 0.0005
+    network_lr: float = 0.0003
     """Of Adam on the network of the loss."""
     adjoint_lr: float = 0.05
     """Of plain steps on the adjoint (SOBA, AmIGO)."""
     damping: float = 0.1
     """Added to the Hessian of the adjoint's system, which a network's need not be positive without."""
+    restart: int = 25
+    """Steps after which F2SA's copies start anew from params."""
     seeds: int = 3
     """Repetitions: other images, other wrong labels, other starts."""
     processes: int = 1
@@ -218,11 +220,16 @@ class OneStep:
 class Tracked:
     """A tracker of `hg.bilevel` on these levels; closures, for the algorithms that evaluate again."""
 
-    def __init__(self, levels: Levels, tracker: hg.bilevel.Tracker):
-        self.levels, self.tracker, self.step = levels, tracker, tracker.step
+    def __init__(self, levels: Levels, tracker: hg.bilevel.Tracker, restart: int):
+        self.levels, self.tracker, self.restart = levels, tracker, restart
 
     def backward(self, valid: Tensor, train: Tensor) -> None:
         self.tracker.backward(lambda: self.levels.outer_loss(valid), lambda: self.levels.inner_loss(train))
+
+    def step(self) -> None:
+        self.tracker.step()
+        if isinstance(self.tracker, hg.bilevel.F2SA) and self.tracker.steps % self.restart == 0:
+            self.tracker.restart()  # copies of a network drift apart, and what is left then is no difference
 
 
 Method = Callable[[Levels, torch.optim.Optimizer, Config], Any]
@@ -230,7 +237,9 @@ Method = Callable[[Levels, torch.optim.Optimizer, Config], Any]
 
 def tracked(make: Callable[..., hg.bilevel.Tracker]) -> Method:
     def method(levels: Levels, inner: torch.optim.Optimizer, config: Config) -> Tracked:
-        return Tracked(levels, make(levels.model.parameters(), levels.weights.parameters(), inner, config))
+        return Tracked(
+            levels, make(levels.model.parameters(), levels.weights.parameters(), inner, config), config.restart
+        )
 
     return method
 
@@ -245,12 +254,12 @@ METHODS: dict[str, Method] = {
     ),
     "AmIGO": tracked(
         lambda params, hparams, inner, config: hg.bilevel.AmIGO(
-            params, hparams, steps=5, lr=config.adjoint_lr
+            params, hparams, steps=2, lr=config.adjoint_lr
         )
     ),
     "F2SA": tracked(
         lambda params, hparams, inner, config: hg.bilevel.F2SA(
-            params, hparams, penalty=100, optimizer=lambda own: torch.optim.SGD(own, lr=config.lr, momentum=0.9)
+            params, hparams, penalty=10, optimizer=lambda own: torch.optim.SGD(own, lr=config.lr, momentum=0.9)
         )
     ),
     "SAMA": tracked(lambda params, hparams, inner, config: hg.bilevel.SAMA(params, hparams, optimizer=inner)),
