@@ -184,7 +184,7 @@ def f2sa(order: int, penalty: float) -> Method:
         f"F2SA-{order}, penalty {penalty:g}",
         "hypergrad",
         ours(lambda c, _: hg.bilevel.F2SA(c.params, c.hparams, order=order, penalty=penalty, lr=c.lr)),
-        {"inner": 1 + copies, "outer": copies, "passes": 1 + copies, "products": 0},
+        {"inner": 1 + copies, "outer": copies, "passes": 1 + 2 * copies, "products": 0},
     )
 
 

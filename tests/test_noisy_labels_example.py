@@ -7,7 +7,7 @@ import torch
 
 from examples import noisy_labels as noisy
 
-SMALL = noisy.Config(**noisy.FAST | {"train": 60, "validation": 40, "steps": 6, "batch": 20, "seeds": 1})
+SMALL = noisy.Config(train=60, validation=40, steps=6, warm_up=2, batch=20, seeds=1)
 
 
 @pytest.mark.parametrize("kind", noisy.KINDS)
