@@ -220,16 +220,18 @@ class OneStep:
 class Tracked:
     """A tracker of `hg.bilevel` on these levels; closures, for the algorithms that evaluate again."""
 
-    def __init__(self, levels: Levels, tracker: hg.bilevel.Tracker, restart: int):
-        self.levels, self.tracker, self.restart = levels, tracker, restart
+    def __init__(self, levels: Levels, tracker: hg.bilevel.Tracker, inner: torch.optim.Optimizer, restart: int):
+        self.levels, self.tracker, self.inner, self.restart = levels, tracker, inner, restart
 
     def backward(self, valid: Tensor, train: Tensor) -> None:
         self.tracker.backward(lambda: self.levels.outer_loss(valid), lambda: self.levels.inner_loss(train))
 
     def step(self) -> None:
         self.tracker.step()
-        if isinstance(self.tracker, hg.bilevel.F2SA) and self.tracker.steps % self.restart == 0:
-            self.tracker.restart()  # copies of a network drift apart, and what is left then is no difference
+        if isinstance(self.tracker, hg.bilevel.F2SA):
+            self.tracker.lr = self.inner.param_groups[0]["lr"]  # copies move as params do
+            if self.tracker.steps % self.restart == 0:  # those of a network drift apart, and are no difference then
+                self.tracker.restart()
 
 
 Method = Callable[[Levels, torch.optim.Optimizer, Config], Any]
@@ -237,9 +239,8 @@ Method = Callable[[Levels, torch.optim.Optimizer, Config], Any]
 
 def tracked(make: Callable[..., hg.bilevel.Tracker]) -> Method:
     def method(levels: Levels, inner: torch.optim.Optimizer, config: Config) -> Tracked:
-        return Tracked(
-            levels, make(levels.model.parameters(), levels.weights.parameters(), inner, config), config.restart
-        )
+        tracker = make(levels.model.parameters(), levels.weights.parameters(), inner, config)
+        return Tracked(levels, tracker, inner, config.restart)
 
     return method
 
