@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -40,6 +40,30 @@ def graphs_kept() -> Iterator[None]:
         yield
     finally:
         _keep_graphs.reset(token)
+
+
+_users_autocast: ContextVar[dict[str, Any] | None] = ContextVar("users_autocast", default=None)
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """torch.autocast does not act on what is computed meanwhile, but for what `users_autocast` encloses."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        yield
+        return
+    token = _users_autocast.set({"device_type": kind, "dtype": torch.get_autocast_dtype(kind)})
+    try:
+        with torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        _users_autocast.reset(token)
+
+
+def users_autocast() -> AbstractContextManager[Any]:
+    """For the evaluation of losses and maps of the user's: the autocast that `without_autocast` took off."""
+    kept = _users_autocast.get()
+    return nullcontext() if kept is None else torch.autocast(**kept)
 
 
 def _explained(error: RuntimeError) -> RuntimeError:

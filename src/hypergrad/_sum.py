@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _autodiff, _graph, _random, _torch
-from ._autodiff import Linearisation, as_scalar
+from ._autodiff import Linearisation, as_scalar, users_autocast
 from ._tree import PyTree, memory_bytes, split
 
 Values: TypeAlias = "list[Tensor | None]"  # None: nothing of it depends on what was asked for
@@ -277,7 +277,7 @@ class Sum:
 
         def function(item: tuple[int, Any], tensors: Sequence[Tensor], create_graph: bool) -> Values:
             given = rebuild_params(tensors[: len(w)]), rebuild_hparams(tensors[len(w) :])
-            with _torch.differentiated_rightly(dense=True):
+            with _torch.differentiated_rightly(dense=True), users_autocast():
                 value = as_scalar(self.loss(*given, item[1]), "the loss of a batch").reshape(())
             batches.look(value)
             if not item[0]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _torch, operators
-from ._autodiff import Linearisation
+from ._autodiff import Linearisation, users_autocast, without_autocast
 from ._basis import Basis
 from ._below import Call, Leaves, solved
 from ._solution import OnFailure, Solution, Status
@@ -189,9 +189,11 @@ class FixedPointSolver(ABC):
         space = Space(*flatten(start, "start"), batch_dims)
 
         def phi(w: Vector) -> Vector:
-            return space.pack([leaf.detach() for leaf in evaluate([leaf.detach() for leaf in w.leaves])])
+            with users_autocast():
+                values = evaluate([leaf.detach() for leaf in w.leaves])
+            return space.pack([leaf.detach() for leaf in values])
 
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(space.device):
             w = space.vector(start, "start").copy()
             solution = self._run(phi, w, self._method(w, evaluate))
         solution.report(type(self).__name__, self.on_failure)
@@ -384,7 +386,7 @@ class Newton(FixedPointSolver):
     def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
         def propose(at: Iterate) -> Vector:
             leaves = [_torch.tracked(leaf.detach()) for leaf in at.w.leaves]
-            with torch.enable_grad():
+            with torch.enable_grad(), users_autocast():
                 linearisation = Linearisation(evaluate(leaves), leaves, [])
             op = operators.adjoint(lambda: linearisation, fixed_point=True, batch_dims=start.space.batch_dims)
             return at.w + solve(self.solver, op.T, at.residual.copy(), None).value

@@ -2,6 +2,7 @@
 
 import gc
 import resource
+import warnings
 import weakref
 from collections import Counter, OrderedDict, namedtuple
 from dataclasses import replace
@@ -1496,3 +1497,47 @@ def test_new_products_are_not_copied(shape, solver, compile):
             )
         counts.append(clones.count)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", ["CG", "MINRES", "GMRES", "BiCGStab", "Dense", "Auto"])
+@pytest.mark.parametrize("form", ["evaluated", "functions", "Sum"])
+def test_autocast_acts_on_the_losses_alone(form, name):
+    """A call within torch.autocast gives what a call after it gives, though the losses are in bfloat16."""
+    torch.manual_seed(0)
+    x, y, xv, yv = torch.randn(60, 8), torch.randn(60, 1), torch.randn(30, 8), torch.randn(30, 1)
+    w = {"weight": torch.randn(1, 8, requires_grad=True), "bias": torch.zeros(1, requires_grad=True)}
+    lam, solver = torch.zeros((), requires_grad=True), getattr(S, name)(on_failure="ignore")
+
+    def fit(w, x, y):
+        return (torch.nn.functional.linear(x, w["weight"], w["bias"]) - y).square().mean()
+
+    def decay(w, lam):
+        return lam.exp() * sum(p.square().sum() for p in w.values())
+
+    def outer(w, lam):
+        return fit(w, xv, yv)
+
+    def inner(w, lam):
+        return fit(w, x, y) + decay(w, lam)
+
+    if form == "Sum":
+        batches = [(x[:40], y[:40]), (x[40:], y[40:])]
+        inner = hg.operators.Sum(lambda w, lam, batch: fit(w, *batch), batches, penalty=decay)
+
+    def grads(autocast, losses):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), warnings.catch_warnings():
+            warnings.simplefilter("ignore", hg.HypergradientWarning)
+            result = hg.implicit.grad(losses[0], inner_loss=losses[1], params=w, hparams=lam, solver=solver)
+        assert all(leaf.dtype is torch.float32 for leaf in result.adjoint.values())
+        return result.grads
+
+    if form == "evaluated":
+        answers = []
+        for autocast in (True, False):
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = outer(w, lam), inner(w, lam)
+            answers.append(grads(autocast, losses))
+        assert torch.equal(*answers)
+    else:
+        low, full = grads(True, (outer, inner)), grads(False, (outer, inner))
+        assert not torch.equal(low, full) and (low - full).abs() < 0.05 * full.abs()

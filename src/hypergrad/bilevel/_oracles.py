@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import _autodiff, _random, _torch
-from .._autodiff import ATTENTION, COMPILED, as_scalar
+from .._autodiff import ATTENTION, COMPILED, as_scalar, users_autocast, without_autocast
 from .._graph import check_hparams, refuse_weight_norm, undeclared_leaves
 from .._modules import modules_of
 from .._tree import PyTree, check_distinct, flatten
@@ -140,7 +140,6 @@ class Oracles:
         self.counts = {"inner_gradients": 0, "outer_gradients": 0, "products": 0}
         self.scale = 1.0  # what the losses were multiplied with, for mixed precision
         self.recorded: list[tuple[Tensor, Tensor]] = []  # running statistics before the evaluations that wrote them
-        self.autocast: dict[str, Any] | None = None  # in which closures are evaluated, where one is on
         self._moved = False
         self._uses: dict[str, set[int]] = {}  # which tensors each loss depended on, until one was seen not to matter
 
@@ -250,25 +249,19 @@ class Oracles:
         """An error leaves the random state and running statistics as they were; autocast is the closures' alone."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"{self.algorithm} takes derivatives, which inference_mode forbids: call it outside")
-        kind = self.params[0].device.type
-        on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        self.autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)} if on else None
         self.recorded.clear()
         try:
-            off = torch.autocast(kind, enabled=False) if on else nullcontext()
-            with _random.random_state_kept_on_error(self.params), off, torch.enable_grad():
+            kept, off = _random.random_state_kept_on_error(self.params), without_autocast(self.params[0].device)
+            with kept, off, torch.enable_grad():
                 yield
         except BaseException:
             put_back(self.recorded)
             raise
-        finally:
-            self.autocast = None
 
     @contextmanager
     def as_the_user(self) -> Iterator[None]:
         """For what evaluates losses: with gradients, under the user's autocast."""
-        autocast = nullcontext() if self.autocast is None else torch.autocast(**self.autocast)
-        with torch.enable_grad(), autocast, _torch.differentiated_rightly():
+        with torch.enable_grad(), users_autocast(), _torch.differentiated_rightly():
             yield
 
     @contextmanager

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, _torch, operators
-from .._autodiff import Linearisation
+from .._autodiff import Linearisation, users_autocast
 from .._below import Leaves, lead_axes
 from .._solution import Solution, at_kink, inner_distance, warn, warn_if_unsolved, warned_of_kink
 from .._tree import difference, filled, flatten
@@ -128,7 +128,7 @@ class Equation:
         """F (or Φ) at the leaves of (w, λ)."""
         outermost = _within_a_map.set(True)
         try:
-            with _torch.differentiated_rightly(dense=True):
+            with _torch.differentiated_rightly(dense=True), users_autocast():
                 return self.function(leaves[: self.count], leaves[self.count :])
         except RuntimeError as error:
             if _torch.is_of_ended_transform(error):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, _torch, operators
-from .._autodiff import Linearisation, as_scalar
+from .._autodiff import Linearisation, as_scalar, users_autocast
 from .._graph import check_hparams, check_independent
 from .._recorded import Recorded
 from .._solution import at_kink, warn
@@ -161,7 +161,8 @@ class Problem:
         with torch.enable_grad(), _torch.differentiated_rightly(dense=True):
             if has_curvature(self.inner):
                 return self.inner.linearise(*self.arguments, self.leaves, self.differentiated, UNREACHED)
-            value = self.inner(*self.arguments) if callable(self.inner) else self.inner
+            with users_autocast():
+                value = self.inner(*self.arguments) if callable(self.inner) else self.inner
             if self.kind == "inner_loss":
                 value = as_scalar(value, "inner_loss")
                 outputs = _autodiff.grad([value], self.leaves, create_graph=True, must_reach=UNREACHED)
@@ -353,7 +354,7 @@ def warn_of_local(losses: Iterable[Any], name: str) -> None:
 def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
     """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams (None: zeros)."""
     outer_loss, leaves, hparams = problem.outer_loss, problem.leaves, problem.differentiated
-    with torch.enable_grad(), _torch.differentiated_rightly(dense=True):
+    with torch.enable_grad(), _torch.differentiated_rightly(dense=True), users_autocast():
         value = outer_loss(*problem.arguments) if callable(outer_loss) else outer_loss
     loss = as_scalar(value, "outer_loss")
     warn_of_local([loss], "outer_loss")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeAlias, TypeGuard, final
 import torch
 from torch import Tensor
 
+from .._autodiff import without_autocast
 from .._solution import OnFailure, Solution, Status
 from .._vector import FREE_TO_READ, Scalar, Vector, anywhere, larger, norm, read, squares_are_exact, where
 from ..operators import LinearOperator
@@ -219,7 +220,7 @@ def solve(
         last_product: v ↦ A v, where the caller needs that product anyway; it replaces the product for the residual,
             and the iteration is then not started again where its own residual was too optimistic.
     """
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(b.space.device):
         ready = x0 is None or isinstance(x0, Vector) or keeps_starts(x0)
         start: Any = x0 if ready else b.space.vector(x0, "x0")
         if isinstance(solver, LinearSolver):
