@@ -157,7 +157,9 @@ def boat(name: str, case: Case, penalty: float = 1.0, steps: int = 1) -> Callabl
     """One of BOAT's methods through its Problem, which steps params itself.
 
     Of PGDO and MESO the direction is that of f + penalty (g − min g), divided by the penalty; of VSO the multiplier
-    of its barrier is a parameter over the value of g, here chosen to give the penalty at the solution.
+    of its barrier is a parameter over the value of g, here chosen to give the penalty at the solution. MESO's error has
+    a floor of ηγ²/μ (μ an eigenvalue of the Hessian), as it differentiates its proximal point too; VSO's one from its
+    few steps, which begin anew each time.
     """
     optimizer = torch.optim.SGD(case.params, lr=case.lr)
     scale = penalty if name in ("PGDO", "MESO") else 1.0

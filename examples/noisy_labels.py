@@ -67,7 +67,7 @@ class Config(Common):
     processes: int = 1
     """Trainings at a time."""
     holdout: bool = False
-    """Measure on further training images in place of the test images; the options above were chosen so."""
+    """Measure on further training images in place of the test images, as when the options above were chosen."""
 
 
 FAST: dict[str, Any] = {"train": 300, "validation": 200, "steps": 40, "warm_up": 10, "batch": 50, "lr": 0.1, "seeds": 1}
@@ -127,7 +127,8 @@ def network(side: int) -> nn.Module:
 
 # %% [markdown]
 # ## Weights
-# The network of the loss gets the loss as a constant, as Meta-Weight-Net's does.
+# The network of the loss gets the loss as a constant, as Meta-Weight-Net's does, so the hypergradient lacks a part.
+# (Were it not constant, a weight that falls with the loss would reward large losses.)
 
 
 # %%
@@ -417,7 +418,8 @@ validation images, {len(data.yt):,} test images. Test accuracies, mean ± standa
 of params that have seen training images alone ("clean part only": validation images alone): of the live params at the
 end, and of a network trained anew with the weights that were learned. The gap is that between no weights and the
 oracle. AUC: of finding the wrong labels by their weights. CPU milliseconds of a step of the whole loop; MiB that one
-`backward` holds beyond what there is. CPU time of everything: {seconds / 60:.0f} minutes."""
+`backward` holds beyond what there is. The step sizes were chosen in about a dozen trainings of another seed, measured
+on further images that are no test images (--holdout). CPU time of everything: {seconds / 60:.0f} minutes."""
     )
 
 
