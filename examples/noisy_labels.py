@@ -129,6 +129,7 @@ def network(side: int) -> nn.Module:
 # ## Weights
 # The network of the loss gets the loss as a constant, as Meta-Weight-Net's does, so the hypergradient lacks a part.
 # (Were it not constant, a weight that falls with the loss would reward large losses.)
+# What it learned fits the losses of the live network: from a fresh start, where all losses are large, it can fail.
 
 
 # %%
@@ -416,9 +417,10 @@ def table(data: Data, rows: list[dict[str, Any]], config: Config) -> str:
 {data.name}, {len(data.y):,} training images, of which {config.wrong:.0%} have wrong labels, {len(data.yv):,} clean
 validation images, {len(data.yt):,} test images. Test accuracies, mean ± standard deviation over {config.seeds} seeds,
 of params that have seen training images alone ("clean part only": validation images alone): of the live params at the
-end, and of a network trained anew with the weights that were learned. The gap is that between no weights and the
-oracle. AUC: of finding the wrong labels by their weights. CPU milliseconds of a step of the whole loop; MiB that one
-`backward` holds beyond what there is. The step sizes were chosen in about a dozen trainings of another seed, measured
+end, and of a network trained anew with the weights that were learned (where the network of the loss meets losses that
+it has not learned on, so that this can fail). The gap is that between no weights and the oracle. AUC: of finding the
+wrong labels by their weights. CPU milliseconds of a step of the whole loop; MiB that one `backward` holds beyond what
+there is. The step sizes were chosen in about a dozen trainings of another seed, measured
 on further images that are no test images (--holdout). CPU time of everything: {seconds / 60:.0f} minutes."""
     )
 
@@ -438,6 +440,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     names = [f"{row['method']}{', ' * bool(row['weights'])}{row['weights']}" for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
+    axes.set_xlim(left=100 * mean(rows[0]["anew"]) - 5)  # what lies further left is in the table
     axes.set(xlabel="test accuracy, %", title="Blue: the live params. Orange: trained anew with the learned weights")
     return figure
 
