@@ -39,7 +39,7 @@ class Config(Common):
     problems: tuple[str, ...] = ("simulated", "ijcnn1", "covtype", "mnist")
     """Which of these."""
     methods: tuple[str, ...] = ()
-    """Which rows of the table; all, if none is named."""
+    """Which rows of the table, as SABA or ijcnn1/SABA; all, if none is named."""
     seeds: int = 10
     """How many, from --seed + 1 on."""
     batch: int = 64
@@ -154,7 +154,8 @@ def methods_of(name: str, of: Problem, config: Config) -> list[str]:
         found += [method + OF_SUITE for method in suite.MODULES]
     if isinstance(of, ValueProblem):
         found.append(BATCH)
-    return [method for method in found if not config.methods or method in config.methods]
+    named = config.methods
+    return [method for method in found if not named or method in named or f"{name}/{method}" in named]
 
 
 def compare(config: Config) -> dict[str, Any]:
@@ -169,6 +170,8 @@ def compare(config: Config) -> dict[str, Any]:
             with tqdm(total=budget, desc=method, unit_scale=True, unit="evaluation", leave=False) as bar:
                 rows[method] = summary(one(name, method, of, config, bar), of.metrics)
         results[name] = {"data": of.data, "sizes": of.sizes, "budget": budget, "metrics": of.metrics, "rows": rows}
+        if isinstance(of, ValueProblem):
+            results[name]["best"] = of.best
     return results
 
 
@@ -213,11 +216,9 @@ def table(results: dict[str, Any], config: Config) -> str:
     lines = [head, "|---|---|---|---|---|---|---|"]
     for name, each in results.items():
         for method, found in each["rows"].items():
-            row, at = ROWS[name].get(method.removesuffix(OF_SUITE)), -1
+            row = ROWS[name].get(method.removesuffix(OF_SUITE))
             steps = "–" if row is None else f"{row.step:g}, {row.ratio:g}{'' if row.tuned else ' *'}"
-            if method == BATCH:  # where the others have ended
-                at = max(0, sum(spent <= each["budget"] for spent in found["curve"]["evaluations"]) - 1)
-            cells = [shown(metric, found, at) for metric in each["metrics"]] + ["–"]
+            cells = [shown(metric, found) for metric in each["metrics"]] + ["–"]
             numbers = f"{found['iterations']:,} | {found['seconds']:.0f}"
             lines.append(f"| {name} | {method} | {steps} | {cells[0]} | {cells[1]} | {numbers} |")
     return "\n".join(lines) + "\n\n" + notes(results, config)
@@ -241,11 +242,13 @@ def notes(results: dict[str, Any], config: Config) -> str:
         said.append("The row no weights ends after 8,000 steps, as many as SOBA's.")
     for name, each in results.items():
         if BATCH in each["rows"]:
-            found = each["rows"][BATCH]
+            found, metric = each["rows"][BATCH], each["metrics"][0]
+            spent = found["curve"]["evaluations"]
+            at = max(0, sum(each["budget"] >= x for x in spent) - 1)
             said.append(
-                f"{name}, {BATCH}: the table has where it is after the evaluations of the others; it goes on to "
-                f"{each['metrics'][0]} {shown(each['metrics'][0], found)}, after {found['iterations']} hypergradients, "
-                f"{found['curve']['evaluations'][-1]:.2g} evaluations and {found['seconds']:.1f} CPU seconds."
+                f"{name}, {BATCH}: the row is of its end, after {spent[-1]:.2g} evaluations; after as many as the "
+                f"others it is at {shown(metric, found, at)}, in {found['curve']['seconds'][at]:.2g} CPU seconds. "
+                f"h* is {each['best']:.5f}{', where it ends from λ = −5' if name == 'ijcnn1' else ''}."
             )
     if "ijcnn1" in results:
         why = suite.missing(config.suite)

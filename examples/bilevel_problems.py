@@ -301,9 +301,9 @@ class Logistic(ValueProblem):
         return Value(result.outer_value.item(), result.grads, w, evaluations)
 
     def optimum(self) -> float:
-        """The lowest h within the bounds that L-BFGS-B finds from λ = −3."""
+        """The lowest h within the bounds that L-BFGS-B finds from λ = −5."""
         width = self.x.shape[1]
-        return min(h for _, _, h, _ in descend(self, torch.zeros(width).double(), torch.full((width,), -3.0).double()))
+        return min(h for _, _, h, _ in descend(self, torch.zeros(width).double(), torch.full((width,), -5.0).double()))
 
 
 def descend(problem: ValueProblem, w: Tensor, lam: Tensor, most: int = 600) -> list[tuple[int, float, float, float]]:

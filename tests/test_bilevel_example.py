@@ -306,6 +306,13 @@ def test_decay():
     assert steps == pytest.approx([0.25, 1.25, 0.25], rel=1e-12)
 
 
+def test_rows_that_are_named():
+    of = SMALL["simulated"]
+    config = bench.Config(methods=("SABA", "simulated/SRBA", "ijcnn1/AmIGO", bench.BATCH))
+    assert bench.methods_of("simulated", of, config) == ["SABA", "SRBA", bench.BATCH]
+    assert bench.methods_of("simulated", of, bench.Config()) == [*runs.ROWS["simulated"], bench.BATCH]
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
