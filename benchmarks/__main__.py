@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import hypergrad as hg
 
-from . import accuracy, bilevel, blocks, checks, counts, equal, report, scaling, tasks, unrolled
+from . import accuracy, bilevel, blocks, checks, counts, equal, report, scaling, sums, tasks, unrolled
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SECTIONS = {
@@ -24,6 +24,7 @@ SECTIONS = {
     "unrolled": unrolled.SECTION,
     "tasks": tasks.SECTION,
     "bilevel": bilevel.SECTION,
+    "sums": sums.SECTION,
     "checks": checks.SECTION,
     "scaling": scaling.SECTION,
 }

@@ -43,8 +43,8 @@ CHECKS = (
     (hg.Hypergradient, "check_finite"),
     (hg.Hypergradient, "warn_if_unsolved"),
     (hg.Hypergradient, "warn_if_inaccurate"),
-    (_hypergradient, "_warned_of_kink"),
-    (_problem.Problem, "_at_kink"),
+    (_hypergradient, "warned_of_kink"),
+    (_problem, "at_kink"),
     (_problem.Problem, "without_graphs"),
 )
 
