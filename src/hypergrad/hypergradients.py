@@ -113,7 +113,10 @@ def reverse_unroll(params: Tensors, hparams: Tensors, outer_loss: Loss, set_grad
         (tensor([1.5000]),)
     """
     params = _list(params, "params")
-    _graph.refuse_weight_norm([x for x in params if x.requires_grad], _list(hparams, "hparams"), "params")
+    ends, starts = (
+        flatten(_list(x, name), name, complex=True)[0] for x, name in ((params, "params"), (hparams, "hparams"))
+    )
+    _graph.refuse_weight_norm([x for x in ends if x.requires_grad], starts, "params")
     return _backpropagated(lambda hparams: outer_loss(params, hparams), hparams, set_grad, retain_graph=True)
 
 

@@ -1,7 +1,11 @@
-"""Options of the tests."""
+"""Options of the tests, and what every doctest may use without importing it."""
+
+from typing import Any
 
 import pytest
 import torch
+
+import hypergrad as hg
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -12,3 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device of --device. Raises where there is none."""
     return torch.zeros((), device=request.config.getoption("--device")).device
+
+
+@pytest.fixture(autouse=True)
+def _names(doctest_namespace: dict[str, Any]) -> None:
+    doctest_namespace.update(torch=torch, hg=hg)
