@@ -109,7 +109,9 @@ def polish(result: Hypergradient, solver: Solver | None = None) -> Hypergradient
             they were then.
         solver: a linear solver of the two systems of the correction. Default: `solvers.Auto()`.
 
-    Returns: the result with the corrected grads, outer_value and relative_error. No .grad is written.
+    Returns:
+        The result with the corrected grads, outer_value and relative_error. No .grad is written.
+
     Raises: TypeError for losses that were given evaluated, for a Stochastic or a GaussNewton inner problem; ValueError
         where params or hparams were changed since.
     Warns: as `implicit.grad`, where a system of the correction was not solved.
@@ -164,7 +166,9 @@ def refine(
         update: (params, hparams) ↦ better params, called up to 20 times; None takes Newton steps with this solver.
         solver: a linear solver; its max_steps is used, its tolerance is not. Default: `solvers.Auto()`.
 
-    Returns: a Hypergradient with relative_error, at `result.problem.params`; the given params stay as they are.
+    Returns:
+        A Hypergradient with relative_error, at `result.problem.params`; the given params stay as they are.
+
     Raises: as `polish`; TypeError for a solver without a tolerance; SolverError under on_failure="raise".
     Warns: InaccurateHypergradient where rtol is missed.
     Cost: a product with respect to hparams for each stage of the tolerance, and what `polish` costs for each update.
