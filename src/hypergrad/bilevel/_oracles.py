@@ -199,7 +199,7 @@ class Oracles:
         self.counts["inner_gradients"] += 1
         value = batch.evaluate(self._moved)
         warn_of_local([value], batch.name)
-        if not callable(batch.loss):
+        if not callable(batch.loss) and not self.counts["products"]:  # a walk of the graph; later ones are like it
             refuse_weight_norm([value], self.params, batch.name)
         with second_derivatives():
             grads = _autodiff.grad_or_none([value], self.params, create_graph=True)
