@@ -79,19 +79,23 @@ def digits(config: Config) -> dict[str, Any]:
     evaluate = lambda x: hg.distributed.call(model, x)  # noqa: E731
 
     def loss(rows: Tensor) -> Tensor:
-        return cross_entropy(evaluate(images[part(rows)]), labels[part(rows)])
+        own = part(rows)
+        return hg.distributed.share(len(own)) * cross_entropy(evaluate(images[own]), labels[own])
 
     def inner_loss(lam: Tensor) -> Tensor:
         weight = hg.distributed.replicated(model.weight)
         return loss(train) + 0.5 * (lam.exp() * weight**2).sum()
 
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3000, tolerance_grad=1e-10, tolerance_change=0)
+    stop = {"max_iter": 3000, "tolerance_grad": 1e-10, "tolerance_change": 0}
+    optimizer = torch.optim.LBFGS(model.parameters(), history_size=50, line_search_fn="strong_wolfe", **stop)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         value = inner_loss(lam.detach())
         value.backward()
-        return value
+        mean = value.detach().clone()  # the line search must decide the same on every rank
+        dist.all_reduce(mean)
+        return mean / dist.get_world_size()
 
     optimizer.step(closure)
     shared = hg.distributed.replicated(lam)
@@ -221,6 +225,7 @@ def work(rank: int, ranks: int, config: Config, folder: str) -> None:
         torch.save(results, f"{folder}/{ranks}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and Python's end would then abort
 
 
 def both(config: Config) -> dict[str, dict[str, Any]]:
