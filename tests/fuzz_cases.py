@@ -5,6 +5,7 @@
 w₀ solves F(w, λ) = 0, and ∇₁E = −d there. ρ changes no solution, but the operator depends on λ through it.
 """
 
+import math
 from collections import OrderedDict, namedtuple
 
 import numpy as np
@@ -139,9 +140,11 @@ class Case:
     def size(self) -> float:
         """The norm of what ∇f is a sum of: rounding is in proportion to it."""
         norm = np.linalg.norm
-        slope = norm(self.slope(self.w))
-        terms = norm(self.a) * norm(self.w) + norm(self.rhs(self.lam))  # F is 0 where these cancel
-        return norm(self.lam) * (1 + norm(self.inverse()) * slope * terms) + norm(self.jacobian(self.lam)) * slope
+        with np.errstate(over="ignore", invalid="ignore"):
+            slope = norm(self.slope(self.w))
+            terms = norm(self.a) * norm(self.w) + norm(self.rhs(self.lam))  # F is 0 where these cancel
+            size = norm(self.lam) * (1 + norm(self.inverse()) * slope * terms) + norm(self.jacobian(self.lam)) * slope
+        return math.inf if math.isnan(size) else size  # of infinite terms
 
     @property
     def condition(self) -> float:
