@@ -398,6 +398,20 @@ class Cases:
                 params=self.w,
                 hparams=hparams(),
             ),
+            "steps": lambda: hg.unroll.reverse(
+                lambda w, lam: {k: v * lam.exp().sum() for k, v in w.items()},
+                self.w,
+                hparams(),
+                lambda w, lam: outer_loss(*hg.distributed.replicated((w, lam)), xv, yv),
+                steps=2,
+            ),
+            "outer loss of steps": lambda: hg.unroll.forward(
+                lambda w, lam: {k: v * self.both(lam).exp().sum() for k, v in w.items()},
+                self.w,
+                hparams(),
+                lambda w, lam: outer_loss(w, lam, xv, yv),
+                steps=2,
+            ),
             "DistributedDataParallel": lambda: hg.bilevel.SOBA(wrapped.parameters(), [lam := hparams()]).backward(
                 self.fit(wrapped, xv, yv), self.fit(wrapped, x, y) * lam.exp().sum()
             ),

@@ -113,7 +113,7 @@ def test_the_minimiser_as_a_value_has_the_derivatives_of_one_graph_to_second_ord
         return first, torch.autograd.grad(first.square().sum(), lam)[0]
 
     for mine, theirs in zip(derivatives(inner, outer), derivatives(whole_inner, whole_outer), strict=True):
-        close(mine, theirs, 1e-10)
+        close(mine, theirs)
 
 
 def test_polish_check_and_jacobian_take_sums(data):
@@ -124,7 +124,7 @@ def test_polish_check_and_jacobian_take_sums(data):
         hg.implicit.grad(f, inner_loss=g, params=away, hparams=lam, solver=hg.solvers.CG(rtol=1e-12))
         for f, g in ((outer, inner), (whole_outer, whole_inner))
     )
-    close(hg.implicit.polish(mine).grads, hg.implicit.polish(theirs).grads, 1e-10)
+    close(hg.implicit.polish(mine).grads, hg.implicit.polish(theirs).grads)
     errors = [hg.diagnostics.check(result).estimate.relative_error for result in (mine, theirs)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-6)
     both = [
@@ -133,7 +133,7 @@ def test_polish_check_and_jacobian_take_sums(data):
         ).grads
         for f, g in ((outer, inner), (whole_outer, whole_inner))
     ]
-    close(*both, 1e-9)
+    close(*both)
 
 
 @pytest.mark.parametrize("memory", ["graph", "iterates", "sqrt"])
@@ -166,12 +166,11 @@ def test_evaluated_losses_and_trackers_take_sums(data):
         tracker.backward(f(live, lam), g(live, lam))
         grads.append([result.grads, *(x.grad for x in live.values()), lam.grad, tracker.variables[0].grad])
         lam.grad = None
-    close(grads[0], grads[1], 1e-10)
+    close(grads[0], grads[1])
 
 
-@pytest.mark.parametrize("keep", [None, "1GiB"])
-@pytest.mark.parametrize("solver", [hg.solvers.CG(rtol=1e-12), hg.solvers.Dense()], ids=str)
-def test_gauss_newton_over_batches(data, keep, solver):
+@pytest.mark.parametrize("solver", [hg.solvers.CG(rtol=1e-13), hg.solvers.Dense()], ids=str)
+def test_gauss_newton_over_batches(data, solver):
     x, y, xv, yv = data
 
     def model(w, lam, x):
@@ -181,7 +180,7 @@ def test_gauss_newton_over_batches(data, keep, solver):
     loss = hg.operators.GaussNewton(
         lambda w, lam, batch: model(w, lam, batch[0]), lambda z, lam, batch: ((z - batch[1]) ** 2).mean()
     )
-    inner = hg.operators.Sum(loss, batches, weights=lambda batch: len(batch[1]), mean=True, penalty=penalty, keep=keep)
+    inner = hg.operators.Sum(loss, batches, weights=lambda batch: len(batch[1]), mean=True, penalty=penalty)
     whole = hg.operators.GaussNewton(lambda w, lam: model(w, lam, x), lambda z, lam: ((z - y) ** 2).mean(), penalty)
     w, lam = point()
     away = [pytest.warns(hg.UnsolvedInnerProblem) for _ in range(2)]
@@ -197,7 +196,7 @@ def test_gauss_newton_over_batches(data, keep, solver):
                     solver=solver,
                 )
             )
-    close(results[0].grads, results[1].grads, 1e-11)
+    close(results[0].grads, results[1].grads)
 
 
 @pytest.mark.parametrize("own", ["loader", "sampler", None])
@@ -333,10 +332,34 @@ def test_what_cannot_be_summed_is_an_error():
     with pytest.raises(ValueError, match="of NumPy"):
         noisy = hg.operators.Sum(lambda w, lam, batch: (w * batch * random.rand()).sum(), [1.0, 2.0])
         torch.autograd.grad(noisy(live, lam), live)
+    for count in (1, 3):
+        with pytest.raises(ValueError, match=f"{count} weights"):
+            hg.operators.Sum(loss, [1.0, 2.0], weights=[1.0] * count)(live, lam)
+    with pytest.raises(ValueError, match="weights sum to 0"):
+        hg.operators.Sum(loss, [1.0, 2.0], weights=[1.0, -1.0], mean=True)(live, lam)
+    with pytest.raises(TypeError, match="keep"):
+        parts = (lambda w, lam, batch: w * batch), (lambda z, lam, batch: z.square().sum())
+        hg.operators.Sum(hg.operators.GaussNewton(*parts), [1.0], keep="1MiB")
     with pytest.raises(TypeError, match="nor a Sum"):
         hg.implicit.grad(
             lambda w, lam: w.sum(), inner_loss=hg.operators.Sum(loss, [1.0]), params=w, hparams=lam, compile=True
         )
+
+
+def test_complex_hyperparameters():
+    batches = [torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([3.0], dtype=F64)]
+
+    def loss(w, lam, batch):
+        return ((w - batch).square().sum() * (1 + (lam * 1j).real) + lam.abs().square() * w.square()) / 3
+
+    w = torch.tensor(0.4, dtype=F64)
+    grads = []
+    for inner in (hg.operators.Sum(loss, batches), lambda w, lam: sum(loss(w, lam, batch) for batch in batches)):
+        lam = torch.tensor(0.3 + 0.2j, dtype=torch.complex128, requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", hg.UnsolvedInnerProblem)
+            grads.append(hg.implicit.grad(lambda w, lam: w**2, inner_loss=inner, params=w, hparams=lam).grads)
+    assert grads[1].abs() > 0.1 and (grads[0] - grads[1]).abs() < 1e-12
 
 
 def test_a_bar_on_request(capsys):

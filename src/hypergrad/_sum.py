@@ -144,7 +144,7 @@ class Job:
         sums: Values = []
         room, seen, sizes = self.keep if keep else 0.0, set(), {}
         for number, batch, weight in self.batches:
-            leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
+            leaves = [x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in tensors]
             values = self.function((number, batch), leaves, room > 0)
             if room > 0:
                 sizes |= _graph.saved_bytes([y for y in values if y is not None], seen)
@@ -234,7 +234,7 @@ class Sum:
             rows, this is the mean over all rows, also where the last batch is smaller.
         penalty: penalty(params, hparams) ↦ scalar: what is no part of any batch, such as weight decay.
         keep: "64MiB", or bytes: graphs of as many batches' gradients are kept for the products that follow; those of
-            the others are built again for each product.
+            the others are built again for each product. (Not for a GaussNewton.)
         progress: show a bar for every pass (needs tqdm).
 
     Cost: an evaluation is one pass without a graph, a gradient one with reverse passes, a product with a Hessian one
@@ -267,6 +267,8 @@ class Sum:
                 "Sum: batches must be iterable again and again (a DataLoader, a list), or a function that gives an "
                 f"iterator; got {type(batches).__name__}"
             )
+        if keep is not None and hasattr(loss, "linearise"):
+            raise TypeError("Sum: keep is for losses; the products of a GaussNewton build the graph of each batch anew")
         self.loss, self.batches, self.weights, self.mean, self.penalty = loss, batches, weights, mean, penalty
         self.keep, self.progress = 0.0 if keep is None else memory_bytes(keep, "keep"), progress
 
@@ -286,7 +288,12 @@ class Sum:
 
         batches = self._once([*w, *h])
         total = Accumulated.apply(Job(function, batches, self.keep), False, *w, *h)[0]
+        given = batches.count if self.weights is None or callable(self.weights) else len(self.weights)
+        if given != batches.count:
+            raise ValueError(f"Sum: there are {given} weights and {batches.count} batches")
         if self.mean:
+            if not batches.total:
+                raise ValueError("Sum: the weights sum to 0, so there is no mean")
             total = total / batches.total
         return total if self.penalty is None else total + as_scalar(self.penalty(params, hparams), "penalty")
 
@@ -327,7 +334,11 @@ class Sum:
     def _weight(self, number: int, batch: Any) -> float:
         if self.weights is None:
             return 1.0
-        return float(self.weights(batch) if callable(self.weights) else self.weights[number])
+        if callable(self.weights):
+            return float(self.weights(batch))
+        if number >= len(self.weights):
+            raise ValueError(f"Sum: there are {len(self.weights)} weights, and more batches")
+        return float(self.weights[number])
 
     def _check_declared(self, value: Tensor, tensors: Sequence[Tensor]) -> None:
         others = _graph.undeclared_leaves([value], tensors)

@@ -159,3 +159,17 @@ def test_batches_accumulate_to_the_direction_of_one_large_batch(name):
 
 def test_sizes_are_named():
     assert (len(INNER), len(OUTER)) == (N // BATCH, M // BATCH)
+
+
+def test_a_plain_function_is_a_solver_too():
+    """It may give the bare value, as everywhere."""
+    p = Ridge()
+    w, lam = p.tensors()
+    inner, outer = p.losses(w, lam)
+    exact = hg.solvers.Dense()
+    tracker = B.AmIGO([w], [lam], solver=lambda op, b, x0: exact(op, b).value)
+    tracker.backward(outer(OUTER[1]), inner(INNER[2]))
+    a = p.x[INNER[2]].T @ p.x[INNER[2]] / BATCH + np.diag(np.exp(p.lam))
+    v = -np.linalg.solve(a, p.f_w(p.w, p.lam, OUTER[1]))
+    truth = p.cross(p.w, p.lam, None, v) + p.f_lam(p.w, p.lam, None)
+    np.testing.assert_allclose(lam.grad.numpy(), truth, rtol=1e-10)

@@ -372,3 +372,31 @@ def test_a_tracker_made_anew_is_no_second_tracker():
         tracker = make("SOBA", p)
         gc.collect()
         backward("SOBA", tracker, p, 0)
+
+
+def test_steps_and_a_solver_are_one_choice():
+    with pytest.raises(TypeError, match="steps and lr"):
+        B.AmIGO(
+            [torch.ones(1, requires_grad=True)], [torch.ones(1, requires_grad=True)], steps=3, solver=hg.solvers.CG()
+        )
+
+
+@pytest.mark.parametrize("given", ["nothing", "None"])
+def test_adjoint_losses_without_a_loss(given):
+    """An iterable that is empty, and a function that forgets to return its loss."""
+    w, lam = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    tracker, losses = B.AmIGO([w], [lam]), [] if given == "nothing" else [(lam * w**2).sum(), None]
+    error, text = (ValueError, "no loss") if given == "nothing" else (TypeError, "scalar tensor or a closure")
+    with pytest.raises(error, match=text):
+        tracker.backward((w**2).sum(), (lam * w**2).sum(), adjoint_losses=losses)
+    assert w.grad is None and lam.grad is None
+
+
+def test_a_table_does_not_overwrite_another_file(tmp_path):
+    (tmp_path / "mine.inner.0").write_text("not a table")
+    w, lam = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    with pytest.raises(FileExistsError, match=r"mine\.inner\.0"):
+        B.SABA([w], [lam], batches=(3, 3), file=str(tmp_path / "mine"))
+    assert (tmp_path / "mine.inner.0").read_text() == "not a table"
+    for _ in range(2):  # its own from an earlier run begins anew
+        assert not B.SABA([w], [lam], batches=(3, 3), file=str(tmp_path / "own")).tables[0].rows[0].any()

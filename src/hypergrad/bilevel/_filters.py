@@ -6,6 +6,7 @@ be accumulated: what a filter remembers then enters once, so that the sum is the
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ class Recursive(Filter):
         self.now, self.given = None, []
 
     def state_dict(self) -> State:
-        points = {name: None if p is None else vars(p) for name, p in (("old", self.old), ("now", self.now))}
+        points = {name: None if p is None else dict(vars(p)) for name, p in (("old", self.old), ("now", self.now))}
         lists = {"previous": list(self.previous), "given": list(self.given)}
         random = None if self.generator is None else self.generator.get_state()
         return points | lists | {"anew": self.anew, "since": self.since, "generator": random}
@@ -268,8 +269,10 @@ class Table(Filter):
 
 
 def mapped(file: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros in a file that is mapped into memory."""
+    """Zeros in a file that is mapped into memory; one that is there must be an earlier table of this size."""
     size = torch.Size(shape).numel()
+    if os.path.exists(file) and os.path.getsize(file) != size * dtype.itemsize:
+        raise FileExistsError(f"{file} is there already, and is no table of this size: name another file, or remove it")
     with open(file, "wb") as handle:
         handle.truncate(size * dtype.itemsize)
     return torch.from_file(file, shared=True, size=size, dtype=dtype).reshape(*shape)

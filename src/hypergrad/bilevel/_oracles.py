@@ -157,11 +157,11 @@ class Oracles:
 
     def batches(self, losses: Iterable[LossLike], name: str = "inner_loss") -> Iterator[Batch]:
         """Those of an iterable of losses; a generator evaluates them as it goes."""
-        iterator = iter(losses)
+        iterator, end = iter(losses), object()
         while True:
             with self.as_the_user():
-                loss = next(iterator, None)
-            if loss is None:
+                loss: Any = next(iterator, end)
+            if loss is end:
                 return
             yield self.batch(loss, name)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import operators
 from .._tree import PyTree
 from .._vector import Vector
+from ..solvers import on_failure_of, solve
 from ._filters import Point, Recursive, Table, table_bytes
 from ._oracles import Batch, Gradients, Grads, LossLike, Products, plus
 from ._tracker import Directions, MakeOptimizer, OnNonfinite, Tracker
@@ -273,7 +274,8 @@ class AmIGO(_Adjoint):
 
     Args:
         params, hparams, average, on_nonfinite: as in SOBA.
-        steps: K, how many steps on v, all on the inner loss's batch unless `backward` gets adjoint_losses.
+        steps: K, how many steps on v (10 by default), all on the inner loss's batch; where `backward` gets
+            adjoint_losses, there are as many steps as losses.
         lr: η, .1 by default.
         solver: in their place a linear solver, such as solvers.CG(max_steps=5), for the inner loss's batch.
         warm: whether v starts where it ended. False starts at −η ∇₁f.
@@ -293,7 +295,7 @@ class AmIGO(_Adjoint):
         params: PyTree,
         hparams: PyTree,
         *,
-        steps: int = 10,
+        steps: int | None = None,
         lr: float | None = None,
         solver: Callable[..., Any] | None = None,
         warm: bool = True,
@@ -301,8 +303,9 @@ class AmIGO(_Adjoint):
         recursive: float | None = None,
         on_nonfinite: OnNonfinite = "raise",
     ):
-        if solver is not None and lr is not None:
-            raise TypeError("pass lr (for plain gradient steps on v) or solver, not both")
+        if solver is not None and (lr is not None or steps is not None):
+            raise TypeError("pass steps and lr (for plain gradient steps on v), or a solver, not both")
+        steps = 10 if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps must be at least 0, got {steps}")
         super().__init__(params, hparams, average=average, on_nonfinite=on_nonfinite)
@@ -344,15 +347,20 @@ class AmIGO(_Adjoint):
 
         if self.solver is not None:
             operator = operators.LinearOperator(product, symmetric=True)
-            return self.solver(operator, -rhs, v if self.warm else None).value
+            solution = solve(self.solver, operator, -rhs, v if self.warm else None)
+            solution.report("the adjoint system of AmIGO", on_failure_of(self.solver))
+            return solution.value
         for _ in range(self.adjoint_steps):
             v = v - (product(v) + rhs) * self.eta
         return v
 
     def _stepped(self, batches: Iterable[Batch], rhs: Vector, v: Vector) -> Vector:
         """A step on v for each batch."""
+        batch = None
         for batch in batches:
             gradient = self.oracles.gradient_with_graph(batch)
             product, _ = self.oracles.pull(gradient, v.leaves, cross=False)
             v = v - (self._vector(product) + rhs) * self.eta
+        if batch is None:
+            raise ValueError("adjoint_losses gave no loss: leave it out to take the steps on the inner loss's batch")
         return v

@@ -17,6 +17,7 @@ from .._graph import check_hparams
 from .._solution import warn, warn_if_not_finite
 from .._torch import differentiated_rightly, hooks_suspended, version_of
 from .._tree import Paths, PyTree, describe, filled, flatten, refuse_objects, split
+from ..implicit import warn_of_local
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
 Batches: TypeAlias = "Sequence[Any] | Callable[[int], Any] | None"
@@ -177,6 +178,7 @@ class Run:
         outputs, new_rebuild = self._arranged(value)
         if self.evaluations == 1:
             self._check_argument_used(tensors, outputs)
+            warn_of_local(outputs, "step")
         elif self.evaluations == 2 and not self.allow_detached:
             self._warn_if_cut(tensors, outputs)
         if list(map(KIND, outputs)) != self.kinds or not all(map(LIVE, outputs)):
@@ -295,6 +297,7 @@ class Run:
             loss = as_scalar(self.outer_loss(rebuild(leaves), self.hparams), "outer_loss")
         except StopIteration:
             raise ValueError(EXHAUSTED.format("outer_loss", "T")) from None
+        warn_of_local([loss], "outer_loss")
         self.outer_value = loss.detach().clone()
         inputs = [x for x in leaves if x.requires_grad]
         both = self._vjp([loss], inputs, [torch.ones_like(loss)])
