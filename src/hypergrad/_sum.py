@@ -320,7 +320,7 @@ class Sum:
         def product(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
             total: Values = [None] * len(v)
             for _, batch, weight in batches:
-                with torch.enable_grad():
+                with torch.enable_grad(), users_autocast():
                     one = self.loss.on(batch).linearise(params, hparams, leaves, (), message)
                 image = one.vjp_many(v) if batched else one.vjp(v)
                 total = [_added(x, y * weight) for x, y in zip(total, image, strict=True)]

@@ -1507,8 +1507,10 @@ def test_autocast_acts_on_the_losses_alone(form, name):
     x, y, xv, yv = torch.randn(60, 8), torch.randn(60, 1), torch.randn(30, 8), torch.randn(30, 1)
     w = {"weight": torch.randn(1, 8, requires_grad=True), "bias": torch.zeros(1, requires_grad=True)}
     lam, solver = torch.zeros((), requires_grad=True), getattr(S, name)(on_failure="ignore")
+    seen = set()
 
     def fit(w, x, y):
+        seen.add(torch.is_autocast_enabled("cpu"))
         return (torch.nn.functional.linear(x, w["weight"], w["bias"]) - y).square().mean()
 
     def decay(w, lam):
@@ -1525,19 +1527,23 @@ def test_autocast_acts_on_the_losses_alone(form, name):
         inner = hg.operators.Sum(lambda w, lam, batch: fit(w, *batch), batches, penalty=decay)
 
     def grads(autocast, losses):
+        seen.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), warnings.catch_warnings():
             warnings.simplefilter("ignore", hg.HypergradientWarning)
             result = hg.implicit.grad(losses[0], inner_loss=losses[1], params=w, hparams=lam, solver=solver)
         assert all(leaf.dtype is torch.float32 for leaf in result.adjoint.values())
+        assert seen == (set() if form == "evaluated" else {autocast})  # in every evaluation of a loss
+        residuals.append(torch.stack([result.inner_residual, result.inner_distance]))
         return result.grads
 
+    residuals = []
     if form == "evaluated":
         answers = []
         for autocast in (True, False):
             with torch.autocast("cpu", torch.bfloat16):
                 losses = outer(w, lam), inner(w, lam)
             answers.append(grads(autocast, losses))
-        assert torch.equal(*answers)
+        assert torch.equal(*answers) and torch.equal(*residuals)
     else:
         low, full = grads(True, (outer, inner)), grads(False, (outer, inner))
         assert not torch.equal(low, full) and (low - full).abs() < 0.05 * full.abs()

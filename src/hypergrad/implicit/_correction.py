@@ -131,7 +131,7 @@ def polish(result: Hypergradient, solver: Solver | None = None) -> Hypergradient
     """
     solver = Auto() if solver is None else solver
     problem = _again(result, "polish")
-    with random_state_kept_on_error(problem.leaves), problem.hooks_suspended():
+    with random_state_kept_on_error(problem.leaves), problem.without_hooks_and_autocast():
         problem.evaluate(keep=True)
         correction = correct(problem, problem.space.vector(result.adjoint, "result.adjoint"), solver)
     polished = replace(
@@ -193,7 +193,7 @@ def refine(
     rough = at_tolerance(solver, ROUGH)
     problem, start, updates = _again(result, "refine"), result.adjoint, 0
     while True:
-        with random_state_kept_on_error(problem.leaves), problem.hooks_suspended():
+        with random_state_kept_on_error(problem.leaves), problem.without_hooks_and_autocast():
             problem.evaluate(keep=True)
             solution = _adjoint_to(rtol, problem, solver, start)
             grads = problem.grads()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _torch
+from .._autodiff import without_autocast
 from .._random import random_state_kept_on_error
 from .._solution import (
     NOT_FINITE,
@@ -224,7 +225,7 @@ def grad(
     solver = Auto() if solver is None else solver
     problem.expected_products = _fixed_steps(solver)
     with random_state_kept_on_error(problem.leaves):
-        with problem.hooks_suspended() as hooked:
+        with problem.without_hooks_and_autocast() as hooked:
             problem.evaluate()
             operator = problem.operator()
             solution = solve(solver, operator, problem.b, x0, problem.last_product)
@@ -322,12 +323,14 @@ def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor], cou
     """The result of a problem whose last product is done."""
     compiled = None if problem.linearisation is None else problem.linearisation.compiled
     assert problem.residual_norm is not None
+    with without_autocast(problem.space.device):
+        distance = inner_distance(problem.residual_norm, solution, problem.point)
     return Hypergradient(
         grads=problem.tree_of(grads, count),
         adjoint=solution.value.tree,
         solution=solution,
         inner_residual=problem.residual_norm,
-        inner_distance=inner_distance(problem.residual_norm, solution, problem.point),
+        inner_distance=distance,
         outer_value=problem.outer_value.detach(),
         problem=problem.without_graphs(),
         compiled=None if compiled is None else compiled.report,

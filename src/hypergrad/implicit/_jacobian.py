@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _torch
+from .._autodiff import users_autocast
 from .._random import random_state_kept_on_error
 from .._tree import PyTree
 from .._vector import Vector
@@ -76,7 +77,7 @@ def jacobian(
         raise TypeError("jacobian takes all its products at one draw, so it has no Stochastic inner problem")
     if solver is None:
         solver = BlockCG() if problem.symmetric else GMRES()
-    with random_state_kept_on_error(problem.leaves), problem.hooks_suspended() as hooked:
+    with random_state_kept_on_error(problem.leaves), problem.without_hooks_and_autocast() as hooked:
         problem.evaluate(outer=_outer_gradients)
         solution = solve(solver, problem.operator().stacked(), problem.b, x0, partial(_last_product, problem))
         grads = problem.grads()
@@ -107,7 +108,7 @@ def _last_product(problem: Problem, v: Vector) -> Vector:
 def _outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
     """E, its gradients ∇₁E as k vectors stacked, and ∇₂E likewise."""
     outer_losses = problem.outer_loss
-    with torch.enable_grad():
+    with torch.enable_grad(), users_autocast():
         values = outer_losses(*problem.arguments) if callable(outer_losses) else outer_losses
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1 or not len(values):
         got = f"shape {tuple(values.shape)}, {values.dtype}" if isinstance(values, Tensor) else type(values).__name__

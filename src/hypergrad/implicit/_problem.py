@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, _torch, operators
-from .._autodiff import Linearisation, as_scalar, users_autocast
+from .._autodiff import Linearisation, as_scalar, users_autocast, without_autocast
 from .._graph import check_hparams, check_independent
 from .._recorded import Recorded
 from .._solution import at_kink, warn
@@ -121,12 +121,14 @@ class Problem:
         return self._argument, self.hparams
 
     @contextmanager
-    def hooks_suspended(self) -> Iterator[list[Tensor]]:
-        """Gradient hooks of params and hparams do not act on products; gives the hparams that have one.
+    def without_hooks_and_autocast(self) -> Iterator[list[Tensor]]:
+        """Products and vectors are as they are; gives the hparams that have a gradient hook, to be called at the end.
 
-        Warns of hooks on params of evaluated losses: they are left out for good.
+        Gradient hooks of params and hparams do not act meanwhile; warns of those on params of evaluated losses, which
+        are left out for good. torch.autocast acts on losses and maps alone.
         """
-        with _torch.hooks_suspended([*self._chosen, *self._outer]) as hooked:
+        suspended = _torch.hooks_suspended([*self._chosen, *self._outer])
+        with suspended as hooked, without_autocast(self.space.device):
             ids = {id(x) for x in hooked}
             names = [name for name, x in zip(self._names, self._given, strict=True) if id(x) in ids] if ids else []
             if names and self.live:
@@ -160,7 +162,8 @@ class Problem:
         """The graph of ∇₁g, Φ or F at params and hparams."""
         with torch.enable_grad(), _torch.differentiated_rightly(dense=True):
             if has_curvature(self.inner):
-                return self.inner.linearise(*self.arguments, self.leaves, self.differentiated, UNREACHED)
+                with users_autocast():
+                    return self.inner.linearise(*self.arguments, self.leaves, self.differentiated, UNREACHED)
             with users_autocast():
                 value = self.inner(*self.arguments) if callable(self.inner) else self.inner
             if self.kind == "inner_loss":
