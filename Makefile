@@ -57,8 +57,8 @@ bench-peers: $(VENV)/.peers ## the benchmarks with the other libraries installed
 bench-quick: $(VENV)/.dev
 	$(BIN)/python -m benchmarks --quick
 
-docs: $(VENV)/.docs ## the documentation, into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+docs: $(VENV)/.docs ## the documentation, into build/site
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going -q -d build/doctrees docs build/site
 
 check: lint test-all examples bench-quick docs ## everything that must pass before a change is merged
 
@@ -67,7 +67,7 @@ format: $(VENV)/.dev ## format, and mend what ruff can
 	$(BIN)/ruff check --fix
 
 clean: ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each extra of pyproject.toml: demo, examples, dev, docs, peers.
