@@ -1,64 +1,69 @@
-"""hypergrad: gradients of an outer objective through the solution of an inner problem, in PyTorch."""
+"""hypergrad: gradients of an outer objective through the solution of an inner problem, in PyTorch.
 
-from importlib.metadata import version
+Importing it imports torch and nothing of its own: each name is imported from its file when it is first asked for.
+"""
 
-from . import (
-    CG_torch,
-    bilevel,
-    diagnostics,
-    diff_optimizers,
-    distributed,
-    fixed_points,
-    hypergradients,
-    implicit,
-    meta,
-    nn,
-    operators,
-    solvers,
-    unroll,
-)
-from ._recorded import NotCompiled
-from ._solution import (
-    HypergradientWarning,
-    InaccurateHypergradient,
-    NotConverged,
-    NotFinite,
-    Solution,
-    SolverError,
-    Status,
-    UnsolvedInnerProblem,
-)
-from ._vector import Vector
-from .diff_optimizers import (
-    DifferentiableOptimizer,
-    GradientDescent,
-    HeavyBall,
-    Momentum,
-    gd_step,
-    heavy_ball_step,
-    torch_momentum_step,
-)
-from .hypergradients import (
-    CG,
-    CG_normaleq,
-    cat_list_to_tensor,
-    exact,
-    fixed_point,
-    get_outer_gradients,
-    grad_unused_zero,
-    grd,
-    jvp,
-    list_dot,
-    neumann,
-    reverse,
-    reverse_unroll,
-    stoch_AID,
-    torch_grad,
-    update_tensor_grads,
-)
-from .implicit import Hypergradient
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = version("torch-hypergrad")
+if TYPE_CHECKING:
+    from . import (
+        CG_torch,
+        bilevel,
+        diagnostics,
+        diff_optimizers,
+        distributed,
+        fixed_points,
+        hypergradients,
+        implicit,
+        meta,
+        nn,
+        operators,
+        solvers,
+        unroll,
+    )
+    from ._recorded import NotCompiled
+    from ._solution import (
+        HypergradientWarning,
+        InaccurateHypergradient,
+        NotConverged,
+        NotFinite,
+        Solution,
+        SolverError,
+        Status,
+        UnsolvedInnerProblem,
+    )
+    from ._vector import Vector
+    from .diff_optimizers import (
+        DifferentiableOptimizer,
+        GradientDescent,
+        HeavyBall,
+        Momentum,
+        gd_step,
+        heavy_ball_step,
+        torch_momentum_step,
+    )
+    from .hypergradients import (
+        CG,
+        CG_normaleq,
+        cat_list_to_tensor,
+        exact,
+        fixed_point,
+        get_outer_gradients,
+        grad_unused_zero,
+        grd,
+        jvp,
+        list_dot,
+        neumann,
+        reverse,
+        reverse_unroll,
+        stoch_AID,
+        torch_grad,
+        update_tensor_grads,
+    )
+    from .implicit import Hypergradient
+
+    __version__: str
 
 __all__ = [
     # implicit differentiation
@@ -119,3 +124,25 @@ __all__ = [
     "heavy_ball_step",
     "torch_momentum_step",
 ]
+
+_HOMES = ("_solution", "_vector", "_recorded", "hypergradients", "implicit", "diff_optimizers")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("torch-hypergrad")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        modules = (import_module(f".{home}", __name__) for home in _HOMES)
+        value = next(getattr(module, name) for module in modules if hasattr(module, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
