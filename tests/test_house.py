@@ -10,6 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "hypergrad"
 # A file imports only files above it; a folder's files may import one another.
 ORDER = (
+    "_versions",
     "_torch",
     "_tree",
     "_vector",
@@ -95,7 +96,9 @@ def test_files_functions_and_signatures_are_short(name):
 
 def test_the_source_is_short():
     whole = [
-        file for file, name in zip(FILES, NAMES, strict=True) if room(name) not in ("bilevel", "_sum", "distributed")
+        file
+        for file, name in zip(FILES, NAMES, strict=True)
+        if room(name) not in ("bilevel", "_sum", "distributed", "_versions")
     ]
     assert sum(file.read_text().count("\n") for file in whole) <= LINES_OF_ALL
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UnsolvedInnerProblem,
     )
     from ._vector import Vector
+    from ._versions import show_versions
     from .diff_optimizers import (
         DifferentiableOptimizer,
         GradientDescent,
@@ -123,9 +124,11 @@ __all__ = [
     "gd_step",
     "heavy_ball_step",
     "torch_momentum_step",
+    # for reports of problems
+    "show_versions",
 ]
 
-_HOMES = ("_solution", "_vector", "_recorded", "hypergradients", "implicit", "diff_optimizers")
+_HOMES = ("_solution", "_vector", "_versions", "_recorded", "hypergradients", "implicit", "diff_optimizers")
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ._torch import numbers
 from ._tree import full
 from ._vector import Vector, anywhere, norm, ratio, read, squares_are_exact
+from ._versions import help_on
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
 KINK = 0.9  # share of ‖∇₁g‖ in the entries of w that are 0 from which on it is taken for that of a nonsmooth loss
@@ -110,8 +111,16 @@ class SolverError(ValueError):
 _shown: set[tuple[type[Warning], str, int]] = set()
 
 
-def warn(text: str, kind: type[HypergradientWarning] = HypergradientWarning) -> None:
-    """A warning at the line of the caller's own code that led here, through torch's backward pass too."""
+def with_help(text: str, section: str) -> str:
+    """A message that ends with where the documentation has its causes and cures."""
+    return f"{text.rstrip('.')}. Help: {help_on(section)}"
+
+
+def warn(text: str, kind: type[HypergradientWarning] = HypergradientWarning, section: str = "") -> None:
+    """A warning at the line of the caller's own code that led here, through torch's backward pass too.
+
+    section: of the documentation's page of warnings, where it is not that of the kind.
+    """
     level, frame = 1, sys._getframe()
     inside = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
@@ -120,7 +129,7 @@ def warn(text: str, kind: type[HypergradientWarning] = HypergradientWarning) -> 
     if place in _shown and not _wants_each(text, kind):
         return
     _shown.add(place)
-    warnings.warn(text, kind, stacklevel=level)
+    warnings.warn(with_help(text, section or kind.__name__), kind, stacklevel=level)
 
 
 def _wants_each(text: str, kind: type[Warning]) -> bool:
@@ -235,8 +244,8 @@ class Solution:
             return
         text = f"{what}: {self.message}"
         if on_failure == "raise":
-            raise SolverError(text, self)
-        warn(text, NotConverged)
+            raise SolverError(with_help(text, self.status.name), self)
+        warn(text, NotConverged, section=self.status.name)
 
 
 def remaining(solution: Solution) -> list[tuple[float, float]]:

@@ -1,0 +1,122 @@
+"""The pages of the documentation against the library: messages, public names, the README's length, one version."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import hypergrad as hg
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+TREES = [ast.parse(file.read_text()) for file in sorted((ROOT / "src" / "hypergrad").rglob("*.py"))]
+CONSTANTS = {
+    node.targets[0].id: node.value
+    for tree in TREES
+    for node in tree.body
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+}
+
+
+def pieces(node: ast.AST, scope: ast.AST) -> list[str]:
+    """The constant parts of a message, in their order."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.split(r"\{[^}]*\}", node.value)
+    if isinstance(node, ast.JoinedStr):
+        return [piece for value in node.values for piece in pieces(value, scope)]
+    if isinstance(node, ast.FormattedValue):
+        return pieces(node.value, scope) if isinstance(node.value, (ast.Name, ast.Call)) else []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
+        return pieces(node.func.value, scope)
+    if isinstance(node, ast.Name):
+        local = [
+            each.value
+            for each in ast.walk(scope)
+            if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name) and each.targets[0].id == node.id
+        ]
+        return pieces((local or [CONSTANTS.get(node.id, ast.Constant(0))])[0], scope)
+    return []
+
+
+def messages() -> list[str]:
+    """The beginning of the first long constant part of each warning."""
+    found = set()
+    for tree in TREES:
+        for scope in ast.walk(tree):
+            if not isinstance(scope, ast.FunctionDef):
+                continue
+            for node in ast.walk(scope):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "warn":
+                    long = [piece for piece in pieces(node.args[0], scope) if len(piece) > 12]
+                    found |= {long[0].strip(" :,.")[:40].strip()} if long else set()
+    return sorted(found)
+
+
+def plain(text: str) -> str:
+    return " ".join(text.replace("`", "").lower().split())
+
+
+@pytest.mark.parametrize("message", messages())
+def test_each_warning_is_explained(message):
+    assert plain(message) in plain((DOCS / "howto" / "warnings.md").read_text())
+
+
+MODULES = {name: getattr(hg, name) for name in hg.__all__ if type(getattr(hg, name)).__name__ == "module"}
+
+
+def public(module) -> list[str]:
+    """__all__, or else what a module of one file defines itself."""
+    own = [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+    ]
+    return getattr(module, "__all__", own)
+
+
+def names() -> list[str]:
+    inside = [f"{module}.{name}" for module, value in MODULES.items() for name in public(value)]
+    return sorted({*inside, *(name for name in hg.__all__ if name not in MODULES)})
+
+
+INTERNAL = {
+    "operators.adjoint",
+    "operators.has_curvature",
+    "operators.Counter",
+    "fixed_points.Iterate",
+    "fixed_points.Goal",
+    "fixed_points.Guard",
+    "distributed.CopyToRanks",
+    "distributed.MeanOverRanks",
+}
+API = "\n".join(file.read_text() for file in sorted((DOCS / "api").glob("*.md")))
+DOCUMENTED = set(re.findall(r"auto(?:function|class|exception|data):: hypergrad\.(\S+)", API)) | {"torch_grad"}
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name not in INTERNAL])
+def test_each_public_name_is_documented(name):
+    last = name.rsplit(".")[-1]
+    assert name in DOCUMENTED or any(each.rsplit(".")[-1] == last for each in DOCUMENTED)
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTED))
+def test_each_documented_name_exists(name):
+    value = hg
+    for part in name.split("."):
+        value = getattr(value, part)
+
+
+def test_the_version_stands_in_one_place():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {hg.__version__}\n" in citation
+    assert f'\nversion = "{hg.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("file", sorted((DOCS / "tutorials").glob("*.md")), ids=lambda file: file.stem)
+def test_notebooks_are_stored_without_output(file):
+    text = file.read_text()
+    assert "{code-cell}" in text or file.stem == "index"
+    assert '"outputs"' not in text and "image/png" not in text
