@@ -124,7 +124,6 @@ __all__ = [
     "gd_step",
     "heavy_ball_step",
     "torch_momentum_step",
-    # for reports of problems
     "show_versions",
 ]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._torch import numbers
 from ._tree import full
 from ._vector import Vector, anywhere, norm, ratio, read, squares_are_exact
-from ._versions import help_on
+from ._versions import with_help
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
 KINK = 0.9  # share of ‖∇₁g‖ in the entries of w that are 0 from which on it is taken for that of a nonsmooth loss
@@ -111,16 +111,8 @@ class SolverError(ValueError):
 _shown: set[tuple[type[Warning], str, int]] = set()
 
 
-def with_help(text: str, section: str) -> str:
-    """A message that ends with where the documentation has its causes and cures."""
-    return f"{text.rstrip('.')}. Help: {help_on(section)}"
-
-
 def warn(text: str, kind: type[HypergradientWarning] = HypergradientWarning, section: str = "") -> None:
-    """A warning at the line of the caller's own code that led here, through torch's backward pass too.
-
-    section: of the documentation's page of warnings, where it is not that of the kind.
-    """
+    """A warning at the line of the caller's own code that led here, through torch's backward pass too."""
     level, frame = 1, sys._getframe()
     inside = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):

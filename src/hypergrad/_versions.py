@@ -46,12 +46,12 @@ def show_versions() -> None:
     print("\n".join(f"{name:<13} {value}" for name, value in rows.items()))
 
 
-def help_on(section: str) -> str:
-    """Where the documentation has the causes and cures of a warning or a status."""
+def with_help(text: str, section: str) -> str:
+    """A message that ends with the section of the documentation that has its causes and cures."""
     addresses = dict(entry.split(", ", 1) for entry in metadata(DISTRIBUTION).get_all("Project-URL") or [])
     site = addresses.get("Documentation")
     page = "docs/howto/warnings.md" if site is None else f"{site.rstrip('/')}/howto/warnings.html"
-    return f"{page}#{section.lower()}"
+    return f"{text.rstrip('.')}. Help: {page}#{section.lower()}"
 
 
 def warn_of_rival() -> None:
