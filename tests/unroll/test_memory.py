@@ -8,8 +8,7 @@ import pytest
 import torch
 from test_reverse import T, contraction, outer, setting, step, stored
 from torch.nn.functional import cross_entropy, dropout
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import hypergrad as hg
 from benchmarks.measure import peak_memory
@@ -22,106 +21,6 @@ DOUBLE = {"dtype": torch.float64}
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-# --- offload ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("offload", "memory", "kind", "words"),
-    [
-        ("gpu", "sqrt", ValueError, "got 'gpu'"),
-        (True, "sqrt", ValueError, "got True"),
-        ("cpu", "sqrt", ValueError, "on the CPU already"),
-        ("cpu", "graph", ValueError, "no iterates that could be offloaded"),
-    ],
-)
-def test_bad_offload(offload, memory, kind, words):
-    lam = torch.tensor(0.9, **DOUBLE, requires_grad=True)
-    with pytest.raises(kind, match=words):
-        reverse(
-            lambda w, lam: 1 / 0,
-            torch.ones(3, **DOUBLE),
-            lam,
-            lambda w, lam: w.sum(),
-            20,
-            **stored(memory),
-            offload=offload,
-        )
-
-
-class Elsewhere(torch.Tensor):
-    """A tensor that says it is on another device, "meta", and computes on the CPU."""
-
-    inner: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(
-            cls,
-            inner.shape,
-            strides=inner.stride(),
-            dtype=inner.dtype,
-            device="meta",
-            requires_grad=inner.requires_grad,
-        )
-
-    def __init__(self, inner):
-        self.inner = inner.detach()
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        device = kwargs.get("device")
-        if device is not None:
-            kwargs["device"] = "cpu"
-        plain = lambda x: x.inner if isinstance(x, Elsewhere) else x  # noqa: E731
-        if func is torch.ops.aten.copy_.default and not isinstance(args[0], Elsewhere):
-            return args[0].copy_(args[1].inner)
-        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-        if device is not None and device.type == "cpu":
-            return result
-        return tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) else x, result)
-
-
-class Moves(TorchDispatchMode):
-    """Brings plain tensors to that device, and counts the ways."""
-
-    away = back = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if not types and func is torch.ops.aten._to_copy.default and kwargs["device"].type == "meta":
-            self.back += 1
-            return Elsewhere(args[0].clone())
-        self.away += func is torch.ops.aten.copy_.default and isinstance(args[1], Elsewhere)
-        return func(*args, **kwargs)
-
-
-@pytest.mark.parametrize("memory", ["iterates", "sqrt", 3])
-def test_iterates_of_another_device_wait_on_the_cpu(memory):
-    """Each leaves the device once and comes back once for each time that it is gone on from."""
-    x = torch.randn(6, 4, **DOUBLE)
-    start, lam = torch.randn(4, **DOUBLE), torch.tensor(0.1, **DOUBLE)
-
-    def run(move, offload):
-        rows, away = move(x), move(lam).requires_grad_()
-
-        def descend(state, lam):
-            w, n = state
-            loss = torch.tanh(rows @ w).square().sum()
-            return w - lam * torch.autograd.grad(loss, w, create_graph=True)[0], n + 1
-
-        w = (move(start), torch.tensor(0))
-        return reverse(descend, w, away, lambda s, lam: (s[0] ** 3).sum(), 12, **stored(memory), offload=offload)
-
-    here = run(lambda x: x.clone(), None)
-    with Moves() as moves:
-        there = run(lambda x: Elsewhere(x.clone()), "cpu")
-    assert isinstance(there.grads, Elsewhere) and torch.equal(there.grads.inner, here.grads)
-    assert torch.equal(there.start_grads[0].inner, here.start_grads[0])
-    assert there.evaluations == here.evaluations and int(there.params[1]) == 12
-    assert moves.back >= moves.away > 1
 
 
 # --- evaluations ------------------------------------------------------------------------------------------------------

@@ -5,21 +5,22 @@ f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import comb
-from typing import Literal
+from math import ceil, comb, sqrt
 
 import torch
 from torch import Tensor
 
 from .. import _random
 from .._random import random_state_kept_on_error
-from .._torch import Allocated, version_of
+from .._recorded import NotCompiled
+from .._solution import warn
+from .._torch import Allocated
 from .._tree import PyTree, parse_bytes
+from ._compiled import Compiled
 from ._steps import Batches, Iterate, Run, check_whole, is_continuous
 
-Store = Callable[[Iterate], Callable[[], Iterate]]  # keeps an iterate, and gives the function that fetches it
 POLICIES = ("graph", "iterates", "sqrt")
 NO_REPLAY = (
     "steps {} to {} gave other numbers when they were evaluated again. torch's random numbers are replayed (does "
@@ -39,7 +40,8 @@ class ReverseResult:
             None if truncated.
         params: w_T, in the start's structure.
         outer_value: E(w_T, λ).
-        evaluations: how often step was called.
+        evaluations: how often step was evaluated, in compiled functions too.
+        compiled: what was compiled, and how long that took; None where nothing was.
     """
 
     grads: PyTree
@@ -47,6 +49,7 @@ class ReverseResult:
     params: PyTree
     outer_value: Tensor
     evaluations: int
+    compiled: str | None = None
 
 
 def reverse(
@@ -58,11 +61,11 @@ def reverse(
     *,
     memory: str = "sqrt",
     checkpoints: int | None = None,
-    offload: Literal["cpu"] | None = None,
     truncate: int | None = None,
     batches: Batches = None,
     with_time: bool = False,
     allow_detached: bool = False,
+    compile: bool | str = False,
 ) -> ReverseResult:
     """Gradient of E(w_T(λ), λ) through T steps of w_{t+1} = Φ_t(w_t, λ), in reverse mode. Writes no .grad.
 
@@ -87,10 +90,16 @@ def reverse(
             a budget such as "64MiB": the graph if it fits, else blocks as in "sqrt", else checkpoints.
         checkpoints: c, instead of memory: so many iterates, the start included (revolve), c I + G and
             T + rT − C(c+r, r−1) evaluations, with r the smallest for which C(c+r, c) ≥ T, the fewest there are.
-        offload: "cpu" keeps the iterates on the CPU while steps run elsewhere; a budget counts none of them then.
         truncate: k, differentiate the last k steps only, the iterate before them taken as constant.
         batches: batch t for step t, by index or by call; drawn again at a replay.
         with_time: pass t to step.
+        compile: True compiles step, and its transposed derivative, once for each form of its arguments, by torch's
+            inductor; or the name of another backend of torch.compile. No graph is kept: "iterates" keeps T iterates,
+            "sqrt" about √(2T) and a budget as many as fit, whatever a compiled function needs while it runs not
+            counted. t is a 0-d tensor then. What step reads beside tensors is as it was at its first call: step is
+            compared with what was compiled at the start of every call, and where they differ it is compiled anew. A
+            step that cannot be compiled is evaluated as it is, with a warning (NotCompiled) that says why. Define step
+            once, outside of the loop over λ: what was compiled is kept with it.
         allow_detached: accept tensors in step's result that have no graph, a part of params that reaches nothing, an
             outer_loss that does not use its params, and an inner gradient without a graph.
 
@@ -109,7 +118,8 @@ def reverse(
         memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget measure I
         and G at the first two steps, a budget the working memory as well, by one more reverse pass and call of
         outer_loss; later steps that need more can exceed it. One device synchronisation, and one for each tensor of
-        the iterate after a replayed block.
+        the iterate after a replayed block. compile: 2T + 1 evaluations with "iterates", less than 4T with "sqrt", and
+        seconds to build, once (the compiler keeps its results on disk for later processes).
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
         over blocks of steps whose graph is kept at once.
 
@@ -122,19 +132,23 @@ def reverse(
         (tensor(1.7500), tensor(0.1250))
     """
     check_whole(steps=(steps, 0), truncate=(truncate, 0), checkpoints=(checkpoints, 1))
-    length = steps if truncate is None else min(truncate, steps)
     run = Run(step, outer_loss, start, hparams, batches, steps, with_time, allow_detached)
-    _check_memory(memory, checkpoints, offload, run.start)
-    store = _kept_as_it_is if offload is None else _kept_on_the_cpu
+    _check_memory(memory, checkpoints, compile)
+    length = steps if truncate is None else min(truncate, steps)
+    storage = memory, checkpoints
     with random_state_kept_on_error([*run.start, *run.outer]):
         with run.differentiating():
-            first = run.advance(run.keep([x.detach().clone() for x in run.start], run.rebuild), 0, steps - length)
-            bounds, kept = _schedule(run, first, steps - length, steps, memory, checkpoints, offload is not None)
-            fetch = store(first)
-            del first
-            alpha, grads = _pull_back(run, _backwards(run, fetch, bounds, kept, store))
-            if not length:
-                alpha, grads = run.close(fetch().tensors, fetch().rebuild)
+            first = run.keep([x.detach().clone() for x in run.start], run.rebuild)
+            compiled, gradients = None, None
+            if compile and steps:
+                try:
+                    compiled = Compiled(run, "inductor" if compile is True else compile)
+                    gradients = _gradients(run, compiled, compiled.begin(first, steps), steps - length, steps, storage)
+                except NotCompiled as error:
+                    warn(f"the steps could not be compiled and are evaluated as they are: {error}", NotCompiled)
+                    _random.restore(first.random)
+                    run.evaluations = 0
+            alpha, grads = gradients or _gradients(run, None, first, steps - length, steps, storage)
             _random.restore(run.random_after)
             start_grads = run.start_gradients(alpha) if length == steps else None
             if start_grads is not None:
@@ -145,54 +159,47 @@ def reverse(
             params=run.params,
             outer_value=run.outer_value,
             evaluations=run.evaluations,
+            compiled=compiled.report if compiled and gradients else None,
         )
 
 
-def _check_memory(memory: str, checkpoints: int | None, offload: object, start: Sequence[Tensor]) -> None:
+def _gradients(
+    run: Run, compiled: Compiled | None, first: Iterate, begin: int, end: int, storage: tuple[str, int | None]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """α at step `begin`, where differentiation starts, and ∇; storage: memory and checkpoints, as in `reverse`."""
+    stepping = compiled or run
+    first = stepping.advance(first, 0, begin)
+    if begin == end:
+        return run.close(first.tensors, first.rebuild)
+    if compiled is None:
+        blocks = _backwards(run, [(0, first)], *_schedule(run, first, begin, end, *storage))
+        del first
+        return _pull_back(run, blocks)
+    kept = _kept(first, end - begin, *storage)
+    blocks = _backwards(compiled, [(0, first)], list(range(begin, end + 1)), kept)
+    del first
+    return _pull_back_compiled(run, compiled, blocks)
+
+
+def _check_memory(memory: str, checkpoints: int | None, compile: object) -> None:
+    if not isinstance(compile, (bool, str)):
+        raise TypeError(f"compile must be True, False or the name of a backend of torch.compile, got {compile!r}")
+    if compile and memory == "graph":
+        raise ValueError('compiled steps keep no graphs: with compile use memory="iterates", "sqrt" or bytes')
     if memory not in POLICIES and parse_bytes(memory) is None:
         hint = f" (checkpoints={memory} keeps so many iterates)" if isinstance(memory, int) else ""
         raise ValueError(f'memory must be "graph", "iterates", "sqrt", or bytes like "64MiB", got {memory!r}{hint}')
     if checkpoints is not None and memory != "sqrt":
         raise ValueError(f"pass checkpoints={checkpoints} or memory={memory!r}, not both")
-    if offload not in (None, "cpu"):
-        raise ValueError(f'offload must be None or "cpu", got {offload!r}')
-    if offload and memory == "graph":
-        raise ValueError('memory="graph" keeps no iterates that could be offloaded')
-    if offload and all(x.device.type == "cpu" for x in start):
-        raise ValueError('offload="cpu": the iterates are on the CPU already; pass None')
-
-
-def _kept_as_it_is(iterate: Iterate) -> Callable[[], Iterate]:
-    return lambda: iterate
-
-
-def _kept_on_the_cpu(iterate: Iterate) -> Callable[[], Iterate]:
-    """Tensors of other devices go to the CPU; from CUDA to pinned memory, in the order of its stream."""
-    away = [
-        x
-        if x.device.type == "cpu"
-        else torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=x.is_cuda)
-        for x in iterate.tensors
-    ]
-    devices, versions, light = [x.device for x in iterate.tensors], iterate.versions, iterate._replace(tensors=[])
-
-    def fetch() -> Iterate:
-        pairs = zip(away, devices, strict=True)
-        back = [y if y.device == device else y.to(device, non_blocking=y.is_pinned()) for y, device in pairs]
-        kept = [v if x is y else version_of(x) for x, y, v in zip(back, away, versions, strict=True)]
-        return light._replace(tensors=back, versions=kept)
-
-    return fetch
 
 
 def _schedule(
-    run: Run, first: Iterate, begin: int, end: int, memory: str, checkpoints: int | None, away: bool
+    run: Run, first: Iterate, begin: int, end: int, memory: str, checkpoints: int | None
 ) -> tuple[list[int], int]:
     """How steps begin … end − 1 are cut, and how many iterates may be kept.
 
     Args:
         first: the iterate before these steps.
-        away: whether the iterates are kept elsewhere, so that a budget does not count them.
 
     Returns: the boundaries of the blocks of steps whose graph is kept at once, and a number of iterates.
     """
@@ -210,11 +217,23 @@ def _schedule(
         bounds = _blocks(begin, end, n * iterate + graph, iterate, graph)
     else:
         iterate, graph, room = _measured(run, first, begin, parse_bytes(memory) or 0.0)
-        bounds = _blocks(begin, end, room, 0 if away else iterate, graph)
+        bounds = _blocks(begin, end, room, iterate, graph)
         if bounds is None:
             return single, int((room - graph) // iterate)
     bounds = bounds or single
     return bounds, len(bounds) - 1
+
+
+def _kept(first: Iterate, length: int, memory: str, checkpoints: int | None) -> int:
+    """How many iterates compiled steps keep: "sqrt" so many that no step is evaluated more than three times."""
+    if checkpoints is not None or memory == "iterates":
+        return checkpoints or length
+    if memory == "sqrt":
+        return ceil(sqrt(2 * length))
+    budget, size = parse_bytes(memory) or 0.0, max(1, sum(x.nbytes for x in first.tensors))
+    if budget < 2 * size:
+        raise ValueError(f"a budget of {budget:.0f} bytes is too small: two iterates need {2 * size}")
+    return min(int(budget // size) - 1, length)
 
 
 def _measured(run: Run, first: Iterate, begin: int, budget: float) -> tuple[int, int, float]:
@@ -265,26 +284,26 @@ def _stride(length: int, checkpoints: int) -> int:
 
 
 def _backwards(
-    run: Run, first: Callable[[], Iterate], bounds: list[int], checkpoints: int, store: Store
+    run: Run | Compiled, stack: list[tuple[int, Iterate]], bounds: list[int], checkpoints: int
 ) -> Iterator[tuple[int, int, Iterate]]:
     """The blocks of steps, the last first, each with the iterate that it begins at.
 
     Revolve: a block is reached from the last checkpoint before it, leaving others on the way.
+
+    Args:
+        stack: checkpoints with the blocks that they are before; the first.
     """
-    stack = [(0, first)]
     for end in range(len(bounds) - 1, 0, -1):
-        at, fetch = stack[-1]
-        iterate = fetch()
+        at, iterate = stack[-1]
         while end - at > 1:
             free = checkpoints - len(stack)
             ahead = at + (_stride(end - at, free + 1) if free else end - at - 1)
             iterate = run.advance(iterate, bounds[at], bounds[ahead])
             at = ahead
             if free:
-                stack.append((at, store(iterate)))
+                stack.append((at, iterate))
         if stack[-1][0] == at:
             stack.pop()
-        del fetch
         yield bounds[end - 1], bounds[end], iterate
         del iterate
 
@@ -307,3 +326,17 @@ def _pull_back(run: Run, blocks: Iterator[tuple[int, int, Iterate]]) -> tuple[li
 def _same(x: Tensor, y: Tensor) -> bool:
     """Equal bit for bit, NaN included."""
     return torch.equal(x, y) or bool(((x == y) | ((x != x) & (y != y))).all())
+
+
+def _pull_back_compiled(
+    run: Run, compiled: Compiled, blocks: Iterator[tuple[int, int, Iterate]]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The same, a step at a time without its graph."""
+    alpha, grads, closed = [], [], False
+    for begin, end, iterate in blocks:
+        if not closed:
+            final = compiled.advance(iterate, begin, end)
+            (alpha, grads), closed = run.close(final.tensors, final.rebuild), True
+            alpha = [a.contiguous() for a in alpha]
+        alpha, grads = compiled.through(iterate, begin, alpha, grads)
+    return alpha, grads

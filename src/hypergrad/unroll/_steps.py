@@ -175,7 +175,7 @@ class Run:
             raise RuntimeError(IN_PLACE)
         if not all(with_graph):
             warn(NO_SECOND)
-        outputs, new_rebuild = self._arranged(value)
+        outputs, new_rebuild = self.arranged(value)
         if self.evaluations == 1:
             self._check_argument_used(tensors, outputs)
             warn_of_local(outputs, "step")
@@ -193,7 +193,7 @@ class Run:
             self.step(rebuild(copies[: len(tensors)]), self.hparams_tree(copies[len(tensors) :]), *arguments)
         return list(map(version_of, copies)) != versions
 
-    def _arranged(self, value: PyTree) -> tuple[list[Tensor], Rebuild]:
+    def arranged(self, value: PyTree) -> tuple[list[Tensor], Rebuild]:
         """The tensors of step's result, put into the start's containers: mappings are matched by key."""
         value = list(value) if isinstance(value, Iterator) else value
         leaves, spec = optree.tree_flatten(value)

@@ -1,0 +1,315 @@
+"""Compiled steps: the numbers of the steps themselves, for every form of step, and the reason where there are none."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections import OrderedDict
+from typing import Any
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hypergrad as hg
+from hypergrad.unroll import reverse
+
+F64 = torch.float64
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+X, Y = draw(12, 3), draw(12, seed=1)
+
+
+def inner(w: Tensor, lam: Tensor, x: Tensor = X, y: Tensor = Y) -> Tensor:
+    return F.softplus(x @ w - y).mean() + (lam.exp() * w.square()).sum() / 2
+
+
+def outer(w: Tensor, lam: Tensor) -> Tensor:
+    return (X[:5] @ w - Y[:5]).square().mean() + lam.sum() / 10
+
+
+def descent(w: Tensor, lam: Tensor, *rest: Tensor) -> Tensor:
+    leaf = w if w.requires_grad else w.detach().requires_grad_()
+    return w - 0.3 * torch.autograd.grad(inner(leaf, lam), leaf, create_graph=True)[0]
+
+
+def start() -> tuple[Tensor, Tensor]:
+    return draw(3, seed=2), draw(3, seed=3).mul(0.3).requires_grad_()
+
+
+def both(step, w, lam, loss, steps, **options: Any) -> tuple[hg.unroll.ReverseResult, hg.unroll.ReverseResult]:
+    """Evaluated as they are, and compiled, from the same random numbers, which both leave as one run would."""
+    results, states = [], []
+    for compile in (False, "eager"):
+        torch.manual_seed(0)
+        plain = options | ({"memory": "iterates"} if compile is False else {})
+        plain.pop("checkpoints", None) if compile is False else None
+        results.append(reverse(step, w, lam, loss, steps, compile=compile, **plain))
+        states.append(torch.get_rng_state())
+    assert results[0].compiled is None and "compiled by eager" in (results[1].compiled or "")
+    assert torch.equal(*states)
+    return results[0], results[1]
+
+
+def check(plain: hg.unroll.ReverseResult, compiled: hg.unroll.ReverseResult) -> None:
+    for name in ("grads", "start_grads", "params", "outer_value"):
+        one, other = (optree.tree_leaves(getattr(r, name)) for r in (plain, compiled))
+        for x, y in zip(one, other, strict=True):
+            assert x.dtype == y.dtype
+            torch.testing.assert_close(y, x, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"memory": "iterates"}, {"memory": "sqrt"}, {"checkpoints": 1}, {"checkpoints": 3}, {"memory": "1KiB"}, {}],
+    ids=str,
+)
+@pytest.mark.parametrize("steps", [0, 1, 2, 13])
+def test_numbers_of_the_steps_for_every_memory(options, steps):
+    w, lam = start()
+    compiled = reverse(descent, w, lam, outer, steps, compile="eager", **options)
+    check(reverse(descent, w, lam, outer, steps), compiled)
+
+
+def test_truncated():
+    w, lam = start()
+    plain, compiled = both(descent, w, lam, outer, 12, truncate=4)
+    torch.testing.assert_close(compiled.grads, plain.grads, rtol=1e-12, atol=0)
+    assert compiled.start_grads is None
+
+
+def test_evaluations_are_those_documented():
+    w, lam = start()
+    reverse(descent, w, lam, outer, 20, memory="iterates", compile="eager")
+    assert reverse(descent, w, lam, outer, 20, memory="iterates", compile="eager").evaluations == 41
+    assert reverse(descent, w, lam, outer, 200, compile="eager").evaluations < 4 * 200
+
+
+RULES = {
+    "SGD": hg.diff_optimizers.SGD(lr=0.2, momentum=lambda h: h["m"].sigmoid(), nesterov=True),
+    "Adam": hg.diff_optimizers.Adam(lr=lambda h: h["lr"].exp(), betas=(0.8, 0.9)),
+    "AdamW": hg.diff_optimizers.AdamW(lr=lambda h: h["lr"].exp(), weight_decay=lambda h: h["m"].exp()),
+    "per step": hg.diff_optimizers.SGD(lr=lambda h: hg.diff_optimizers.PerStep(h["each"].exp())),
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_rules(rule):
+    lam = {"lr": torch.tensor(-2.0, dtype=F64), "m": torch.tensor(-1.0, dtype=F64), "each": draw(9).mul(0.1) - 2}
+    lam = {name: x.requires_grad_() for name, x in lam.items()}
+    w = {"a": draw(3, seed=4), "b": draw(1, seed=5)[0]}
+
+    def loss(w, h):
+        return F.softplus(X @ w["a"] + w["b"] - Y).mean() + w["a"].square().sum() / 10
+
+    def last(carry, h):
+        return outer(carry[0]["a"], h["lr"])
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "neither step nor outer_loss")  # not every rule uses every hyperparameter
+        check(*both(rule.on(loss), (w, rule.init(w)), lam, last, 9))
+
+
+def test_learned_schedule_by_time():
+    w, lam = draw(3, seed=2), draw(7).mul(0.1).requires_grad_()
+
+    def step(w, lam, t):
+        return w - lam[t].exp() * 0.1 * 0.9**t * (X.T @ (X @ w - Y)) / 12
+
+    check(*both(step, w, lam, outer, 7, with_time=True))
+
+
+def test_batches_of_two_sizes_are_compiled_once_each():
+    w, lam = start()
+    batches = [{"x": x, "y": y} for x, y in zip(X.split(5), Y.split(5), strict=True)] * 3  # 5, 5, 2 rows
+
+    def step(w, lam, t, batch):
+        leaf = w if w.requires_grad else w.detach().requires_grad_()
+        return w - 0.3 * torch.autograd.grad(inner(leaf, lam, **batch), leaf, create_graph=True)[0]
+
+    check(*both(step, w, lam, outer, 9, batches=batches))
+    check(*both(step, w, lam, outer, 9, batches=lambda t: batches[t]))
+
+
+@pytest.mark.parametrize("memory", ["iterates", "sqrt"])
+@pytest.mark.parametrize("kind", ["dropout", "randn", "batches"])
+def test_random_numbers_are_those_of_the_steps(kind, memory):
+    w, lam = start()
+
+    def step(w, lam, *rest):
+        leaf = w if w.requires_grad else w.detach().requires_grad_()
+        x = F.dropout(X, 0.4) if kind == "dropout" else X + 0.1 * torch.randn_like(X) if kind == "randn" else rest[1]
+        loss = inner(leaf, lam, x) + (torch.rand(3, dtype=F64) * leaf).sum() / 5
+        return w - 0.3 * torch.autograd.grad(loss, leaf, create_graph=True)[0]
+
+    options = {"batches": lambda t: X + 0.1 * torch.randn(12, 3, dtype=F64)} if kind == "batches" else {}
+    check(*both(step, w, lam, outer, 11, memory=memory, **options))
+
+
+def test_containers_integers_and_transposed_tensors():
+    w = OrderedDict(z=draw(3, 4, seed=2).T, count=torch.tensor(3), flag=torch.tensor(True))
+    lam = [draw(4, 3).requires_grad_(), draw(2)]  # the second is constant
+
+    def step(w, lam):
+        return {"flag": ~w["flag"], "count": w["count"] + 1, "z": (0.5 * w["z"] + lam[0] / w["count"]).T.contiguous().T}
+
+    def loss(w, lam):
+        return (w["z"] * lam[1].sum()).square().sum()
+
+    plain, compiled = both(step, w, lam, loss, 6)
+    check(plain, compiled)
+    assert compiled.params["count"] == 9 and isinstance(compiled.params, OrderedDict)
+
+
+def test_complex():
+    w, lam = torch.complex(draw(3), draw(3, seed=1)), torch.complex(draw(3, seed=2), draw(3)).requires_grad_()
+    check(*both(lambda w, lam: (0.5 + 0.2j) * w + lam**2, w, lam, lambda w, lam: w.abs().square().sum(), 5))
+
+
+def test_start_computed_from_hparams_and_hooks():
+    results = []
+    for compile in (False, "eager"):
+        lam = torch.tensor([0.1, 0.2, 0.3], dtype=F64, requires_grad=True)
+        lam.register_hook(lambda g: -g)
+        results.append(reverse(descent, lam * 2, lam, outer, 6, compile=compile))
+    check(*results)
+
+
+def test_live_tensors_are_read_anew():
+    model = torch.nn.BatchNorm1d(3).double()
+    weight = model.weight.detach()
+
+    def step(w, lam):
+        return 0.5 * w + lam * (X * weight).mean(0)
+
+    w, lam = start()
+    reverse(step, w, lam, outer, 5, compile="eager")
+    with torch.no_grad():
+        weight.mul_(3)
+    check(*both(step, w, lam, outer, 5))
+
+
+def test_a_number_of_the_surroundings_that_changes_is_noticed():
+    lr, (w, lam) = [0.3], start()
+
+    def step(w, lam):
+        leaf = w if w.requires_grad else w.detach().requires_grad_()
+        return w - lr[0] * torch.autograd.grad(inner(leaf, lam), leaf, create_graph=True)[0]
+
+    for lr[0] in (0.3, 0.29, 0.3):
+        check(*both(step, w, lam, outer, 8))
+
+
+class Model:
+    """A step that is a method, and one that cannot be referred to weakly."""
+
+    __slots__ = ()
+
+    def step(self, w, lam):
+        return descent(w, lam)
+
+
+def test_methods():
+    w, lam = start()
+    check(*both(Model().step, w, lam, outer, 5))
+
+
+ITERATOR = iter(range(10**6))
+UNCOMPILED = {
+    "item": (lambda w, lam: 0.5 * w + lam * float(w.detach().sum() * 0 + 1), "a number is read"),
+    "branch": (lambda w, lam: 0.5 * w + lam if w.sum() > -1e9 else lam, "a number is read"),
+    "iterator": (lambda w, lam: 0.5 * w + lam * (1 + 1e-3 * (next(ITERATOR) % 7)), "not the same at each call"),
+    "multinomial": (lambda w, lam: 0.5 * w + lam[torch.multinomial(torch.ones(3), 3)], "multinomial"),
+    "generator": (lambda w, lam: 0.5 * w + lam * torch.rand(3, generator=torch.Generator(), dtype=F64), "rand draws"),
+}
+
+
+@pytest.mark.parametrize(("step", "reason"), UNCOMPILED.values(), ids=UNCOMPILED)
+def test_what_cannot_be_compiled_is_evaluated_as_it_is(step, reason):
+    w, lam = start()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.manual_seed(0)
+        # An iterator cannot be replayed either: only the graph is right then.
+        compiled = reverse(step, w, lam, outer, 1 if reason.startswith("not") else 6, compile="eager")
+    assert compiled.compiled is None or reason.startswith("not")
+    if not reason.startswith("not"):
+        assert any(reason in str(x.message) for x in caught), [str(x.message) for x in caught]
+        torch.manual_seed(0)
+        check(reverse(step, w, lam, outer, 6), compiled)
+
+
+def test_an_iterator_outside_is_noticed():
+    w, lam = start()
+    with pytest.warns(hg.HypergradientWarning, match="not the same at each call"), pytest.raises(RuntimeError):
+        reverse(UNCOMPILED["iterator"][0], w, lam, outer, 6, compile="eager")
+
+
+def test_hparams_of_the_surroundings_are_noticed():
+    w, lam = start()
+
+    def step(w, argument):
+        return 0.5 * w + lam * 2 + 0 * argument
+
+    with pytest.warns(hg.HypergradientWarning, match="in place of its argument"):
+        compiled = reverse(step, w, lam, outer, 6, compile="eager")
+    check(reverse(step, w, lam, outer, 6), compiled)
+
+
+def test_changing_numbers_in_batches_are_refused():
+    w, lam = start()
+    with pytest.warns(hg.HypergradientWarning, match="more than 8 forms"):
+        compiled = reverse(
+            lambda w, lam, t, b: 0.5 * w + b * lam,
+            w,
+            lam,
+            outer,
+            12,
+            batches=[0.1 * k for k in range(12)],
+            compile="eager",
+        )
+    assert compiled.compiled is None
+
+
+def test_errors_of_the_users_are_theirs():
+    w, lam = start()
+    with pytest.raises(ZeroDivisionError):
+        reverse(lambda w, lam: w * lam / (1 // 0), w, lam, outer, 4, compile="eager")
+    with pytest.raises(ValueError, match="keep no graphs"):
+        reverse(descent, w, lam, outer, 4, memory="graph", compile=True)
+    with pytest.raises(TypeError, match="name of a backend"):
+        reverse(descent, w, lam, outer, 4, compile=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="too small"):
+        reverse(descent, w, lam, outer, 4, memory="10B", compile="eager")
+
+
+def test_an_unknown_backend_is_named():
+    w, lam = start()
+    with pytest.warns(hg.HypergradientWarning, match="nonsense"):
+        compiled = reverse(descent, w, lam, outer, 4, compile="nonsense")
+    check(reverse(descent, w, lam, outer, 4), compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("random", [False, True])
+def test_inductor(random):
+    w, lam = start()
+
+    def step(w, lam):
+        leaf = w if w.requires_grad else w.detach().requires_grad_()
+        x = F.dropout(X, 0.3) if random else X
+        return w - 0.3 * torch.autograd.grad(inner(leaf, lam, x), leaf, create_graph=True)[0]
+
+    torch.manual_seed(0)
+    plain = reverse(step, w, lam, outer, 30)
+    torch.manual_seed(0)
+    compiled = reverse(step, w, lam, outer, 30, compile=True)
+    assert "compiled by inductor" in (compiled.compiled or "")
+    torch.testing.assert_close(compiled.grads, plain.grads, rtol=1e-10, atol=0)
