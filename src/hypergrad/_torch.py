@@ -186,6 +186,17 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     return any(getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
 
 
+def compiled(graph_module: torch.fx.GraphModule, inputs: Sequence[Tensor], backend: str) -> Callable[..., Any]:
+    """The graph as code for inputs of these forms, without the guards of torch.compile where it can be had so."""
+    if backend == "eager":
+        return graph_module
+    if backend != "inductor" or not hasattr(torch._inductor, "compile"):
+        return torch.compile(graph_module, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        result: Any = torch._inductor.compile(graph_module, list(inputs))
+    return result
+
+
 class Allocated(TorchDispatchMode if TorchDispatchMode is not object else nullcontext):  # pyright: ignore[reportGeneralTypeIssues]
     """Bytes of the tensors made in the block that are alive: `now`, and at most (`peak`).
 

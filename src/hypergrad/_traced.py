@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from . import _torch
 from ._recorded import NotCompiled
 
 KEPT = 64  # compiled functions
@@ -51,7 +52,8 @@ class _TensorNumbers(TorchFunctionMode):
             raise RuntimeError(f"Tensor.{func.__name__} {READ}")
         if func is Tensor.__getitem__:
             x, index = args
-            first, *rest = index if isinstance(index, tuple) and index else (index,)
+            each: tuple[Any, ...] = index if isinstance(index, tuple) and index else (index,)
+            first, *rest = each
             if _is_number(first):
                 row = x.index_select(0, first.reshape(1).to(x.device)).squeeze(0)
                 return row[tuple(rest)] if rest else row
@@ -99,7 +101,7 @@ class Traced:
             if key not in _COMPILED:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a compiler's own
-                    _COMPILED[key] = _compile(graph_module, examples, backend)
+                    _COMPILED[key] = _torch.compiled(graph_module, examples, backend)
             _COMPILED.move_to_end(key)
             while len(_COMPILED) > KEPT:
                 _COMPILED.popitem(last=False)
@@ -121,16 +123,6 @@ def _trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.G
 
     with torch.autograd.set_multithreading_enabled(False):
         return make_fx(function)(*inputs)
-
-
-def _compile(graph_module: torch.fx.GraphModule, inputs: Sequence[Tensor], backend: str) -> Callable[..., Any]:
-    """The graph as code for inputs of these forms, without the guards of torch.compile where it can be had so."""
-    if backend == "eager":
-        return graph_module
-    if backend != "inductor" or not hasattr(torch._inductor, "compile"):
-        return torch.compile(graph_module, backend=backend, fullgraph=True)
-    with torch.no_grad():
-        return torch._inductor.compile(graph_module, list(inputs))
 
 
 def _contiguous(x: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil, sqrt
 from typing import Any
 
 import optree
@@ -18,6 +19,7 @@ from torch import Tensor
 from .. import _autodiff, _random
 from .._recorded import NotCompiled
 from .._traced import Traced
+from .._tree import parse_bytes
 from ._steps import Iterate, Recorded, Run, is_continuous, leaf
 
 Key = tuple[Any, ...]
@@ -110,15 +112,20 @@ class Compiled:
         self.run.evaluations += end - begin
         return self.run.keep(tensors, self.run.rebuild) if self._drawn else iterate._replace(tensors=tensors)
 
-    def through(
-        self, iterate: Iterate, t: int, alpha: list[Tensor], grads: list[Tensor | None]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """α ← ∂₁Φ_tᵀ α and ∇ ← ∇ + ∂₂Φ_tᵀ α at one step; all of α is contiguous."""
-        if self._drawn:
-            _random.restore(iterate.random)
-        pair, inputs = self._at(iterate.tensors, t)
-        self.run.evaluations += 1
-        return self._pull(pair, inputs, alpha, grads)
+    def pull_back(self, blocks: Iterable[tuple[int, int, Iterate]]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """α where the last of these blocks of one step begins, and ∇ through all of them."""
+        alpha, grads, closed = [], [], False
+        for t, end, iterate in blocks:
+            if not closed:
+                final = self.advance(iterate, t, end)
+                (alpha, grads), closed = self.run.close(final.tensors, final.rebuild), True
+                alpha = [a.contiguous() for a in alpha]
+            if self._drawn:
+                _random.restore(iterate.random)
+            pair, inputs = self._at(iterate.tensors, t)
+            alpha, grads = self._pull(pair, inputs, alpha, grads)
+            self.run.evaluations += 1
+        return alpha, grads
 
     @property
     def _drawn(self) -> bool:
@@ -245,6 +252,18 @@ class Compiled:
     @property
     def _eps(self) -> float:
         return max(torch.finfo(x.dtype).eps for x in (*self.run.start, *self.run.outer) if is_continuous(x))
+
+
+def iterates_kept(first: Iterate, length: int, memory: str, checkpoints: int | None) -> int:
+    """How many iterates compiled steps keep: "sqrt" so many that no step is evaluated more than three times."""
+    if checkpoints is not None or memory == "iterates":
+        return checkpoints or length
+    if memory == "sqrt":
+        return ceil(sqrt(2 * length))
+    budget, size = parse_bytes(memory) or 0.0, max(1, sum(x.nbytes for x in first.tensors))
+    if budget < 2 * size:
+        raise ValueError(f"a budget of {budget:.0f} bytes is too small: two iterates need {2 * size}")
+    return min(int(budget // size) - 1, length)
 
 
 def _form(x: Tensor) -> Key:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import ceil, comb, sqrt
+from math import comb
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .._recorded import NotCompiled
 from .._solution import warn
 from .._torch import Allocated
 from .._tree import PyTree, parse_bytes
-from ._compiled import Compiled
+from ._compiled import Compiled, iterates_kept
 from ._steps import Batches, Iterate, Run, check_whole, is_continuous
 
 POLICIES = ("graph", "iterates", "sqrt")
@@ -175,10 +175,10 @@ def _gradients(
         blocks = _backwards(run, [(0, first)], *_schedule(run, first, begin, end, *storage))
         del first
         return _pull_back(run, blocks)
-    kept = _kept(first, end - begin, *storage)
+    kept = iterates_kept(first, end - begin, *storage)
     blocks = _backwards(compiled, [(0, first)], list(range(begin, end + 1)), kept)
     del first
-    return _pull_back_compiled(run, compiled, blocks)
+    return compiled.pull_back(blocks)
 
 
 def _check_memory(memory: str, checkpoints: int | None, compile: object) -> None:
@@ -222,18 +222,6 @@ def _schedule(
             return single, int((room - graph) // iterate)
     bounds = bounds or single
     return bounds, len(bounds) - 1
-
-
-def _kept(first: Iterate, length: int, memory: str, checkpoints: int | None) -> int:
-    """How many iterates compiled steps keep: "sqrt" so many that no step is evaluated more than three times."""
-    if checkpoints is not None or memory == "iterates":
-        return checkpoints or length
-    if memory == "sqrt":
-        return ceil(sqrt(2 * length))
-    budget, size = parse_bytes(memory) or 0.0, max(1, sum(x.nbytes for x in first.tensors))
-    if budget < 2 * size:
-        raise ValueError(f"a budget of {budget:.0f} bytes is too small: two iterates need {2 * size}")
-    return min(int(budget // size) - 1, length)
 
 
 def _measured(run: Run, first: Iterate, begin: int, budget: float) -> tuple[int, int, float]:
@@ -326,17 +314,3 @@ def _pull_back(run: Run, blocks: Iterator[tuple[int, int, Iterate]]) -> tuple[li
 def _same(x: Tensor, y: Tensor) -> bool:
     """Equal bit for bit, NaN included."""
     return torch.equal(x, y) or bool(((x == y) | ((x != x) & (y != y))).all())
-
-
-def _pull_back_compiled(
-    run: Run, compiled: Compiled, blocks: Iterator[tuple[int, int, Iterate]]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The same, a step at a time without its graph."""
-    alpha, grads, closed = [], [], False
-    for begin, end, iterate in blocks:
-        if not closed:
-            final = compiled.advance(iterate, begin, end)
-            (alpha, grads), closed = run.close(final.tensors, final.rebuild), True
-            alpha = [a.contiguous() for a in alpha]
-        alpha, grads = compiled.through(iterate, begin, alpha, grads)
-    return alpha, grads
