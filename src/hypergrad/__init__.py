@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         fixed_points,
         hypergradients,
         implicit,
+        influence,
         meta,
         nn,
         operators,
@@ -90,6 +91,8 @@ __all__ = [
     "nn",
     # stochastic bilevel algorithms over minibatches
     "bilevel",
+    # which training examples made a prediction
+    "influence",
     # many ranks
     "distributed",
     # meta-learning over a batch of tasks

@@ -390,3 +390,14 @@ def as_scalar(loss: Any, name: str) -> Tensor:
             f"{name} must give a scalar, got shape {tuple(loss.shape)}, {loss.dtype}; reduce it to one number"
         )
     return loss
+
+
+def as_losses(values: Any, name: str) -> Tensor:
+    """The losses [k], or an error that says what came instead."""
+    if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1 or not len(values):
+        got = f"shape {tuple(values.shape)}, {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"{name} must give a tensor [k] of k ≥ 1 losses, got {got}; torch.stack makes one of scalars, and for a "
+            f"single loss there is implicit.grad (unroll.reverse)"
+        )
+    return values

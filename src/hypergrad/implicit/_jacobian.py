@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _torch
-from .._autodiff import users_autocast
+from .._autodiff import as_losses, users_autocast
 from .._random import random_state_kept_on_error
 from .._tree import PyTree
 from .._vector import Vector
@@ -109,13 +109,8 @@ def _outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list
     """E, its gradients ∇₁E as k vectors stacked, and ∇₂E likewise."""
     outer_losses = problem.outer_loss
     with torch.enable_grad(), users_autocast():
-        values = outer_losses(*problem.arguments) if callable(outer_losses) else outer_losses
-    if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1 or not len(values):
-        got = f"shape {tuple(values.shape)}, {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"outer_losses must give a tensor [k] of k ≥ 1 losses, got {got}; torch.stack makes one of scalars, and "
-            f"for a single loss there is implicit.grad"
-        )
+        given = outer_losses(*problem.arguments) if callable(outer_losses) else outer_losses
+    values = as_losses(given, "outer_losses")
     units = torch.eye(len(values), dtype=values.dtype, device=values.device)
     grads = _autodiff.stacked([values], [*problem.leaves, *problem.differentiated], [units])
     count, lead = len(problem.leaves), len(values)

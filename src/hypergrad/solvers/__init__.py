@@ -8,6 +8,8 @@ from ._kept import Recycled, Reused
 from ._krylov import GMRES, BiCGStab
 from ._lowrank import Nystrom
 from ._normal import LSQR, NormalCG
+from ._preconditioners import is_recipe as is_recipe  # used by hypergrad.influence
+from ._shifted import shifted
 from ._solver import IterativeSolver, LinearSolver
 from ._solver import Solver as Solver
 from ._solver import check_options as check_options
@@ -32,6 +34,8 @@ __all__ = [
     "NormalCG",
     # Krylov, several right hand sides
     "BlockCG",
+    # Krylov, several dampings
+    "shifted",
     # stationary
     "FixedPoint",
     "Neumann",

@@ -5,7 +5,8 @@ Nothing needs to have converged, so step sizes, schedules and starts can be lear
 """
 
 from ._forward import ForwardResult, forward
+from ._jacobian import jacobian
 from ._reverse import ReverseResult, reverse
 from ._steps import check_whole as check_whole  # used by hypergrad.diagnostics and hypergrad.meta: whole numbers
 
-__all__ = ["forward", "reverse", "ForwardResult", "ReverseResult"]
+__all__ = ["forward", "reverse", "jacobian", "ForwardResult", "ReverseResult"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import comb
+from math import comb, prod
 
 import torch
 from torch import Tensor
@@ -228,7 +228,7 @@ def _measured(run: Run, first: Iterate, begin: int, budget: float) -> tuple[int,
     """Bytes of an iterate and of a step's graph, and how many of the budget are left for both."""
 
     def pull() -> None:
-        alpha = [torch.zeros_like(y) for y in both.outputs if is_continuous(y)]
+        alpha = [y.new_zeros((*run.lead, *y.shape)) for y in both.outputs if is_continuous(y)]
         run.pull(both, alpha, [torch.zeros_like(x) for x in run.differentiated], retain=True)
 
     allocated = Allocated()
@@ -237,13 +237,15 @@ def _measured(run: Run, first: Iterate, begin: int, budget: float) -> tuple[int,
         random = _random.capture(run.devices)
         after, most = allocated.now, allocated.peak
         final = [y.detach() for y in both.outputs]
-        ahead = max(allocated.taken(pull), allocated.taken(lambda: run.close(final, both.rebuild)))
+        ahead = allocated.taken(lambda: run.close(final, both.rebuild))
+        ahead = max(ahead, allocated.taken(pull))
         _random.restore(random)
     params, hparams, drawn = (sum(x.nbytes for x in xs) for xs in (first.tensors, run.differentiated, random.values()))
+    several, hparams = params * (prod(run.lead) - 1), hparams * prod(run.lead)  # k of α and of ∇
     # Beside the checkpoints: the iterate that a block must end in, its outputs, α, w_T and an iterate on its way; ∇;
     # and the random state where it is kept by run and by those who put it back.
-    working = 5 * params + hparams + 5 * drawn + max(most - after, ahead)
-    least = max(working + graph + iterate, params + hparams + 5 * drawn + max(most, after + ahead))
+    working = 5 * params + several + hparams + 5 * drawn + max(most - after, ahead)
+    least = max(working + graph + iterate, params + several + hparams + 5 * drawn + max(most, after + ahead))
     if budget < least:
         raise ValueError(f"a budget of {budget:.0f} bytes is too small: one step needs about {least:.0f}")
     return iterate, graph, budget - working

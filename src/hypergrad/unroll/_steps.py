@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, _random
-from .._autodiff import as_scalar
+from .._autodiff import as_losses, as_scalar
 from .._graph import check_hparams
 from .._solution import warn, warn_if_not_finite
 from .._torch import differentiated_rightly, hooks_suspended, version_of
@@ -117,6 +118,7 @@ class Run:
         self.outer_value: Any = None
         self.random_after: dict[torch.device, Tensor] = {}
         self.evaluations = 0
+        self.several, self.lead = False, ()  # whether E gives [k] losses, and (k,) once it did
         self._random: dict[torch.device, Tensor] = {}
         # What `measure` evaluated ahead: iterates by t, and the graph of the steps from t₀ on, as (t₀, steps, graph).
         self._known: dict[int, Iterate] = {}
@@ -294,16 +296,19 @@ class Run:
         self.params = rebuild(final)
         leaves = [leaf(x) for x in final]
         try:
-            loss = as_scalar(self.outer_loss(rebuild(leaves), self.hparams), "outer_loss")
+            value = self.outer_loss(rebuild(leaves), self.hparams)
+            loss = as_losses(value, "outer_losses") if self.several else as_scalar(value, "outer_loss")
         except StopIteration:
             raise ValueError(EXHAUSTED.format("outer_loss", "T")) from None
         warn_of_local([loss], "outer_loss")
         self.outer_value = loss.detach().clone()
         inputs = [x for x in leaves if x.requires_grad]
-        both = self._vjp([loss], inputs, [torch.ones_like(loss)])
+        self.lead = tuple(loss.shape) if self.several else ()
+        unit = torch.ones_like(loss)
+        both = self._vjp([loss], inputs, [torch.diag(unit) if self.several else unit])
         if not self.allow_detached:
             self._check_outer(loss, any(g is not None for g in both[: len(inputs)]))
-        alpha = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, both, strict=False)]
+        alpha = _autodiff.new_zeros(both[: len(inputs)], inputs, *self.lead)
         self.random_after = _random.capture(self.devices)
         return alpha, both[len(inputs) :]
 
@@ -326,25 +331,28 @@ class Run:
         """α ← ∂₁Φᵀ α and ∇ ← ∇ + ∂₂Φᵀ α over one block."""
         inputs = [x for x in graph.leaves if x.requires_grad]
         both = self._vjp(list(filter(is_continuous, graph.outputs)), inputs, alpha, retain)
-        alpha = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, both, strict=False)]
+        alpha = _autodiff.new_zeros(both[: len(inputs)], inputs, *self.lead)
         return alpha, add(grads, both[len(inputs) :])
 
     def _vjp(
         self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], retain: bool = False
     ) -> list[Tensor | None]:
+        if self.several:
+            return _autodiff.stacked(outputs, [*inputs, *self.differentiated], cotangents)
         # Between hparams that one network computes torch would free the network's graph as well.
         retain = retain or not all(x.is_leaf for x in self.differentiated)
         return _autodiff.grad_or_none(outputs, [*inputs, *self.differentiated], cotangents, retain_graph=retain)
 
     def start_gradients(self, alpha: list[Tensor]) -> list[Tensor]:
         each = iter(alpha)
-        return [next(each).clone() if is_continuous(x) else torch.zeros_like(x) for x in self.start]
+        return [next(each).clone() if is_continuous(x) else x.new_zeros((*self.lead, *x.shape)) for x in self.start]
 
     def through_start(self, start_grads: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
         """∇ ← ∇ + (∂w₀/∂λ)ᵀ α, where the start was computed from hparams."""
         if not _graph.depends(self.start, self.differentiated):
             return grads
-        more = _autodiff.grad_or_none(self.start, self.differentiated, start_grads, retain_graph=True)
+        pull = _autodiff.stacked if self.several else partial(_autodiff.grad_or_none, retain_graph=True)
+        more = pull(self.start, self.differentiated, start_grads)
         return add(grads, more)
 
     def hypergradient(self, grads: list[Tensor | None], complain: bool) -> PyTree:
@@ -362,10 +370,12 @@ class Run:
             )
         for i, (x, total) in enumerate(zip(self.differentiated, grads, strict=True)):
             if total is not None and _among(x, self.hooked):
-                grads[i] = _autodiff.grad_or_none([x], [x], [total], retain_graph=True)[0]
+                each = total.reshape(-1, *x.shape)
+                rows = [_autodiff.grad([x], [x], [g], retain_graph=True)[0] for g in each]
+                grads[i] = torch.stack(rows).reshape(total.shape)
         warn_if_not_finite(torch.view_as_real(g) if g.is_complex() else g for g in grads if g is not None)
         every = zip(filled([None] * len(self.outer), self.places, grads), self.outer, strict=True)
-        return self.hparams_tree([torch.zeros_like(x) if g is None else g.clone() for g, x in every])
+        return self.hparams_tree([x.new_zeros((*self.lead, *x.shape)) if g is None else g.clone() for g, x in every])
 
 
 def _among(x: Any, tensors: Sequence[Tensor]) -> bool:

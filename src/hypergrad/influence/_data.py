@@ -1,0 +1,33 @@
+"""What users give: batches, and losses of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+
+def rows(losses: Any, name: str) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.is_floating_point() or not len(losses):
+        got = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"{name} must give a tensor [rows] with the loss of each example of the batch, got {got}: leave out the "
+            f'mean (reduction="none"), and take what is no part of any example into penalty'
+        )
+    return losses
+
+
+def opened(source: Any) -> Iterable[Any]:
+    return source() if callable(source) else source
+
+
+def bar(batches: Iterable[Any], what: str, progress: bool, total: int | None = None) -> Iterable[Any]:
+    """The batches, with a bar where progress is wanted."""
+    if not progress:
+        return batches
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError("progress=True needs the package tqdm") from None
+    return tqdm(batches, desc=what, total=total, leave=False)

@@ -1,0 +1,94 @@
+"""Scores, and how good they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Influence:
+    """Scores of training examples for queries, and how their linear systems were solved.
+
+    Attributes:
+        scores: ∂(loss of the query)/∂(weight of the example): [queries, examples], or [queries, groups]; of
+            `self_influence` [examples]. With several dampings there is a leading axis for them.
+        query_losses: the losses of the queries at params.
+        method: the solver, or how else the scores were found.
+        residual: ‖∇ℓ_q − (A + γI)v‖ / ‖∇ℓ_q‖, recomputed: [queries], or [dampings, queries]; None for `unrolled`, where
+            no system is solved.
+        damping: γ, 0-d or [dampings]; None for `unrolled`.
+        inner_residual: ‖∇g‖ at params: 0 for a minimiser. None for `unrolled`.
+        products: products with A that were taken for all queries together.
+    """
+
+    scores: Tensor
+    query_losses: Tensor
+    method: str
+    residual: Tensor | None = None
+    damping: Tensor | None = None
+    inner_residual: Tensor | None = None
+    products: int = 0
+
+    def top(self, k: int = 10, harmful: bool = False) -> tuple[Tensor, Tensor]:
+        """The scores of the k most helpful (harmful) examples of each query, and their indices, the first one first.
+
+        Helpful ones have negative scores: their weights lower the loss of the query.
+
+        Example:
+            >>> Influence(torch.tensor([[3.0, -2.0, 1.0]]), torch.tensor([0.1]), "by hand").top(2)
+            (tensor([[-2.,  1.]]), tensor([[1, 2]]))
+        """
+        values, indices = self.scores.topk(min(k, self.scores.shape[-1]), largest=harmful)
+        return values, indices
+
+    def at(self, index: int) -> Influence:
+        """Those of one of several dampings."""
+        if self.damping is None or not self.damping.ndim or self.residual is None:
+            raise ValueError("at() chooses one of several dampings, and these scores have one or none")
+        chosen = {name: getattr(self, name)[index] for name in ("scores", "residual", "damping")}
+        return replace(self, **chosen)
+
+    def report(self) -> str:
+        """One line for each damping: how far its systems are from solved, and whether its scores agree with the next's.
+
+        The correlation is Spearman's with the scores of the next larger damping: where the path is flat, the damping
+        does not matter.
+        """
+        if self.residual is None or self.damping is None:
+            return f"{self.method}: no system was solved"
+        dampings, residuals = self.damping.reshape(-1), self.residual.reshape(self.damping.numel(), -1)
+        scores = self.scores.reshape(len(dampings), -1)
+        lines = [f"{self.method}, {self.products} products, ‖∇g‖ = {_number(self.inner_residual)}"]
+        for i, (damping, rows) in enumerate(zip(dampings, residuals, strict=True)):
+            text = (
+                f"damping {float(damping):.3g}: relative residual {_size(rows.median())}, at most {_size(rows.max())}"
+            )
+            if i + 1 < len(dampings):
+                text += f"; rank correlation with the next {float(spearman(scores[i], scores[i + 1])):.3f}"
+            lines.append(text)
+        return "\n".join(lines)
+
+
+def _number(value: Tensor | None) -> str:
+    return "unknown" if value is None else f"{float(value):.2g}"
+
+
+def _size(residual: Tensor) -> str:
+    value = float(residual)
+    return f"{value:.1e}" if value < 0.01 else f"{value:.0%}"
+
+
+def spearman(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's rank correlation along the last axis; equal numbers share the mean of their ranks."""
+    x, y = (each - each.mean(-1, keepdim=True) for each in (_ranks(a), _ranks(b)))
+    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+
+
+def _ranks(a: Tensor) -> Tensor:
+    ordered = a.sort(-1).values.contiguous()
+    below = torch.searchsorted(ordered, a.contiguous())
+    upto = torch.searchsorted(ordered, a.contiguous(), right=True)
+    return (below + upto).double() / 2

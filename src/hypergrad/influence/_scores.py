@@ -1,0 +1,405 @@
+"""Influence functions: scores from the curvature of the training loss at its minimiser.
+
+A = ∇²g(w) (or its Gauss–Newton matrix),    (A + γI) v_q = ∇ℓ_q(w),    s_qi = −∇ℓᵢ(w)ᵀ v_q / n
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+
+from .. import _autodiff, _graph, _torch
+from .._autodiff import Linearisation, users_autocast
+from .._random import random_state_kept_on_error
+from .._solution import NotConverged, Solution, inner_distance, warn, warn_if_not_finite, warn_if_unsolved
+from .._tree import PyTree
+from .._vector import Vector
+from ..implicit import Problem
+from ..operators import GaussNewton, LinearOperator, Sum, function
+from ..solvers import CG, BlockCG, is_recipe, on_failure_of, shifted, solve
+from ._data import bar, opened, rows
+from ._result import Influence
+
+Loss = Callable[[Any, Any], Tensor]
+PATH = [10 ** (k / 2 - 4) for k in range(9)]  # of damping="path", in units of ‖A‖
+POWER_STEPS = 10  # products that estimate ‖A‖
+WRONG = 0.1  # relative residual of an approximate inverse from which on a warning is due
+
+
+def scores(
+    train_loss: Loss,
+    query_loss: Loss,
+    params: PyTree,
+    *,
+    train: Any,
+    queries: Any,
+    model: Callable[[Any, Any], PyTree] | None = None,
+    penalty: Callable[[Any], Tensor] | None = None,
+    solver: Any = None,
+    damping: float | Sequence[float] | str = 0.0,
+    groups: Tensor | None = None,
+    index: Callable[[Any], Tensor] | None = None,
+    progress: bool = False,
+) -> Influence:
+    """Scores of all training examples for all queries, by one linear system for each query.
+
+        (A + γI) v_q = ∇ℓ_q(w),      s_qi = −∇ℓᵢ(w)ᵀ v_q / n,      A = ∇²[(1/n) Σᵢ ℓᵢ + p](w)
+
+    Args:
+        train_loss: ℓ(params, batch) ↦ [rows], the loss of each example of a batch; ℓ(outputs, batch) with `model`.
+        query_loss: ℓ_q(params, batch) ↦ [rows] of a batch of queries: a loss, a margin, a logit.
+        params: w, a tensor or any pytree, at (or near) the minimiser; leaves that do not require grad beside others
+            that do are frozen.
+        train: batches of training examples: a DataLoader, a list, or a function that gives an iterator. Every pass
+            needs the same ones. Example i is the i-th that comes.
+        queries: batches of queries, likewise; a batch is solved for at once.
+        model: m(params, batch) ↦ outputs. Where it is given, A is the Gauss–Newton matrix of ℓ ∘ m, which is positive
+            semi-definite wherever w is.
+        penalty: p(params): what is no part of any example's loss, such as weight decay.
+        solver: from `hg.solvers`, for all queries of a batch at once: BlockCG() by default, CG(preconditioner=...) with
+            Nystrom(...), which is built once, or with an operator on single vectors. Or an approximate inverse of
+            A + γI: an operator with @ on a list of tensors in params' order (curvlinops' K-FAC and EKFAC inverses) or a
+            LinearOperator; `residual` then tells how far it is from solving the systems.
+        damping: γ ≥ 0, or several, or "path": nine from 1e-4 ‖A‖ to ‖A‖. Several are solved in one Krylov space
+            (`solvers.shifted`), with rtol, max_steps and on_failure of the solver, a CG or BlockCG without
+            preconditioner.
+        groups: integers [n]: the group of each example, from 0. Scores are those of groups, the sums over their
+            examples.
+        index: batch ↦ indices of its examples, for batches that come in no fixed order (shuffle=True).
+        progress: show bars (needs tqdm).
+
+    Returns: an Influence, whose scores are [queries, examples], after an axis of dampings where there are several.
+    Raises: TypeError, ValueError: something is not of the form above, or train gives other losses in another pass.
+        SolverError: under on_failure="raise" of the solver.
+    Warns: HypergradientWarning where a system is not solved, where an approximate inverse is not near one, and where
+        params are far from a minimiser, so that the scores are not those of a training (`unrolled` gives them).
+    Cost: a pass over train to count the examples; for each batch of queries the solver's products, each a pass, and one
+        pass for the scores. Memory: the graph of one batch of examples with a product for each query of a batch, the
+        solver's vectors for these, and the scores; nothing else grows with the number of examples.
+    Source: Koh and Liang 2017; Martens 2010, section 4.2, for the Gauss–Newton matrix.
+
+    Example:
+        w is the mean of the examples, so each moves it by (x − w)/n.
+
+        >>> loss = lambda w, x: (x - w) ** 2 / 2
+        >>> result = scores(
+        ...     loss, lambda w, x: w * x, torch.tensor(2.0), train=[torch.tensor([1.0, 3.0])], queries=[torch.ones(1)]
+        ... )
+        >>> result.scores
+        tensor([[-0.5000,  0.5000]])
+    """
+    system = _System(train_loss, params, train, model, penalty, index, groups, progress)
+    with system.solving(solver, damping):
+        found = [system.of_queries(query_loss, batch) for batch in bar(opened(queries), "queries", progress)]
+        if not found:
+            raise ValueError("queries gave no batch")
+        return system.result(found)
+
+
+def self_influence(
+    train_loss: Loss,
+    params: PyTree,
+    *,
+    train: Any,
+    model: Callable[[Any, Any], PyTree] | None = None,
+    penalty: Callable[[Any], Tensor] | None = None,
+    solver: Any = None,
+    damping: float | Sequence[float] | str = 0.0,
+    index: Callable[[Any], Tensor] | None = None,
+    progress: bool = False,
+) -> Influence:
+    """Score of each training example for its own loss, −∇ℓᵢᵀ(A + γI)⁻¹∇ℓᵢ / n: large for what is hard to learn.
+
+    Args: as in `scores`. Batches of train are solved for at once.
+    Returns: an Influence, whose scores, query_losses and residual have the axis of examples alone. A is positive
+        definite at a minimum, so that no score is positive.
+    Cost: that of `scores` with all examples as queries, without its last pass.
+
+    Example:
+        >>> loss = lambda w, x: (x - w) ** 2 / 2
+        >>> self_influence(loss, torch.tensor(2.0), train=[torch.tensor([1.0, 3.0])]).scores
+        tensor([-0.5000, -0.5000])
+    """
+    system = _System(train_loss, params, train, model, penalty, index, None, progress)
+    with system.solving(solver, damping):
+        places, found = [], []
+        for place, losses in system.examples():
+            places.append(place)
+            found.append(system.of_examples(losses))
+        result, order = system.result(found), torch.cat(places).argsort()
+        numbers = {name: getattr(result, name)[..., order] for name in ("scores", "query_losses", "residual")}
+        return replace(result, **numbers)
+
+
+@dataclass(frozen=True)
+class _PerExample:
+    """The sum of the losses of a batch's examples as part of a Sum, whose products take many vectors in one pass."""
+
+    loss: Loss
+    batch: Any = None
+
+    def __call__(self, params: PyTree, hparams: PyTree, batch: Any) -> Tensor:
+        return hparams * self.loss(params, batch).sum()
+
+    def on(self, batch: Any) -> _PerExample:
+        return _PerExample(self.loss, batch)
+
+    def linearise(
+        self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor], message: str
+    ) -> Linearisation:
+        """∇₁ of this batch's sum with its graph."""
+        with _torch.differentiated_rightly(dense=True):
+            value = self(params, hparams, self.batch)
+            return Linearisation(_autodiff.grad([value], leaves, create_graph=True), leaves)
+
+
+@dataclass
+class _Block:
+    """Of one batch of queries: scores [γ, queries, examples], the solved systems for each γ, the losses."""
+
+    scores: Tensor
+    solutions: list[Solution]
+    losses: Tensor
+
+
+class _System:
+    """A + γI at params, systems with it, and the pass over the examples that gives scores."""
+
+    def __init__(
+        self,
+        train_loss: Loss,
+        params: PyTree,
+        train: Any,
+        model: Callable[[Any, Any], PyTree] | None,
+        penalty: Callable[[Any], Tensor] | None,
+        index: Callable[[Any], Tensor] | None,
+        groups: Tensor | None,
+        progress: bool,
+    ):
+        sampler = train.sampler if isinstance(train, DataLoader) else None
+        if isinstance(sampler, RandomSampler) and index is None:
+            raise ValueError(
+                "train shuffles, so its examples have no numbers: pass a DataLoader with shuffle=False, or let each "
+                "batch hold the indices of its examples and pass index=lambda batch: ..."
+            )
+        self.train, self.index, self.progress = train, index, progress
+        fit: Any = _PerExample(train_loss)
+        self.loss = train_loss
+        if model is not None:
+            self.loss = lambda w, batch: train_loss(model(w, batch), batch)
+            fit = GaussNewton(lambda w, h, batch: model(w, batch), lambda z, h, batch: h * train_loss(z, batch).sum())
+        weigh = None if penalty is None else (lambda w, h: penalty(w))
+        inner = Sum(fit, train, weights=lambda batch: 1 / self.count, penalty=weigh)
+        one = torch.ones((), requires_grad=True)  # the weight of all examples together
+        self.problem = Problem(None, params=params, hparams=one, inner_loss=inner)
+        self.sums: list[float] = []
+        self.count = self._counted()
+        self.groups = None if groups is None else _checked_groups(groups, self.count)
+
+    def _counted(self) -> int:
+        """The number of examples. Keeps the sum of each batch's losses, to see that later passes meet the same ones."""
+        sizes = []
+        for batch in opened(self.train):
+            with torch.no_grad():
+                losses = rows(self.loss(self.problem.arguments[0], batch), "train_loss")
+            self.sums.append(float(losses.sum()))
+            sizes.append(len(losses))
+        if not sum(sizes):
+            raise ValueError("train gave no example")
+        return sum(sizes)
+
+    @contextmanager
+    def solving(self, solver: Any, damping: Any) -> Iterator[None]:
+        """A is known meanwhile, and systems with it are solved as the user asked."""
+        problem = self.problem
+        with random_state_kept_on_error(problem.leaves), problem.without_hooks_and_autocast():
+            problem.linearisation = problem.linearise()
+            self.inner_residual, self.operator = problem.residual.norm(), problem.operator()
+            self.on_failure, path = on_failure_of(solver), damping
+            if damping == "path":
+                path = [float(self._size()) * part for part in PATH]
+            elif isinstance(damping, str):
+                raise ValueError(f'damping must be a number ≥ 0, several, or "path", got {damping!r}')
+            self.several = not isinstance(path, (int, float))
+            self.dampings = [float(each) for each in (path if self.several else [path])]
+            if not self.dampings or not all(0 <= each < torch.inf for each in self.dampings):
+                raise ValueError(f"damping must be finite numbers ≥ 0, and one at least, got {damping!r}")
+            self.inverse = is_inverse(solver)
+            self.solver = self._shared(BlockCG() if solver is None else solver)
+            named = solver if self.inverse or callable(solver) else self.solver
+            self.method = "shifted" if self.several else getattr(named, "__name__", type(named).__name__)
+            yield
+            problem.linearisation = None
+
+    def _size(self) -> Tensor:
+        """‖A‖, from below."""
+        v = self.problem.point.random(torch.Generator(device="cpu").manual_seed(0))
+        for _ in range(POWER_STEPS):
+            v = self.operator(v / v.norm())
+        return v.norm()
+
+    def _shared(self, solver: Any) -> Any:
+        """The solver as it is called for several queries: what it needs of A alone is made once."""
+        if self.several:
+            if not isinstance(solver, (CG, BlockCG)) or getattr(solver, "preconditioner", None) or solver.damping:
+                raise TypeError(
+                    f"several dampings are solved by solvers.shifted, which takes rtol, max_steps and on_failure from "
+                    f"a CG or BlockCG without preconditioner and damping; got {solver!r}"
+                )
+            return solver
+        if self.inverse:
+            inverse = self._of_one(solver).stacked()
+            return lambda op, b, x0: inverse(b)
+        given = getattr(solver, "preconditioner", None)
+        return solver if given is None else replace(solver, preconditioner=self._of_one(given).stacked())
+
+    def _of_one(self, given: Any) -> LinearOperator:
+        """A preconditioner or an approximate inverse as an operator on single vectors."""
+        if isinstance(given, LinearOperator):
+            return given
+        if is_recipe(given):
+            factors = given.factors(self.operator.damped(self.dampings[0]), self.problem.point)
+            return LinearOperator(lambda v: given.apply(factors, v), symmetric=True)
+        return function(partial(_multiplied, given) if is_inverse(given) else given, symmetric=True)
+
+    def solved(self, b: Vector) -> list[Solution]:
+        """(A + γI) v = b for a stack of b, for each γ."""
+        op, solver = self.operator.stacked(), self.solver
+        if self.several:
+            limits = {"rtol": solver.rtol, "max_steps": solver.max_steps}
+            return shifted(op, b, self.dampings, **limits, on_failure="ignore")
+        return [solve(solver, op.damped(self.dampings[0]), b.copy(), None)]
+
+    def evaluated(self, loss: Loss, batch: Any, name: str) -> tuple[Tensor, Linearisation]:
+        """The losses of a batch's rows, and their derivatives."""
+        with torch.enable_grad(), _torch.differentiated_rightly(dense=True), users_autocast():
+            losses = rows(loss(self.problem.arguments[0], batch), name)
+        if not _graph.depends([losses], self.problem.leaves):
+            raise ValueError(
+                f"{name} does not depend on the params that it is called with: compute it from its argument (a module "
+                f"by torch.func.functional_call), with gradients enabled and without .item() or .detach()"
+            )
+        return losses.detach(), Linearisation([losses], self.problem.leaves)
+
+    def examples(self) -> Iterator[tuple[Tensor, tuple[Tensor, Linearisation]]]:
+        """The indices of each batch's examples, and its losses: checked to be those that were counted."""
+        seen, sums, first = torch.zeros(self.count, dtype=torch.bool), [], 0
+        for batch in bar(opened(self.train), "examples", self.progress, len(self.sums)):
+            losses, line = self.evaluated(self.loss, batch, "train_loss")
+            if self.index is None:
+                place = torch.arange(first, min(first + len(losses), self.count))
+            else:
+                place = torch.as_tensor(self.index(batch)).cpu().long()
+            if len(place) != len(losses) or not bool(((place >= 0) & (place < self.count)).all()):
+                raise ValueError(
+                    f"a batch of {len(losses)} examples has {len(place)} indices in 0 … {self.count - 1}: train must "
+                    f"give the same examples in every pass, and index the number of each of them"
+                )
+            seen[place] = True
+            yield place, (losses, line)
+            sums.append(float(losses.sum()))
+            first += len(losses)
+        self._compare(sums, bool(seen.all()), losses)
+
+    def _compare(self, sums: list[float], all_seen: bool, like: Tensor) -> None:
+        """Raise where a pass met other losses than the first."""
+        first, again = (torch.tensor(each, dtype=torch.float64) for each in (self.sums, sums))
+        if self.index is not None:
+            first, again = first.sum(0, keepdim=True), again.sum(0, keepdim=True)
+        near = torch.finfo(like.dtype).eps ** 0.5
+        if not all_seen or len(first) != len(again) or not torch.allclose(first, again, rtol=near, atol=1e-300):
+            raise ValueError(
+                "train_loss gave other losses in one pass over train than in the first: each pass needs the same "
+                "examples, in the same order unless index= gives their numbers, and the same losses. Switch off "
+                "shuffling, dropout and augmentation (model.eval())"
+            )
+
+    def of_queries(self, query_loss: Loss, batch: Any) -> _Block:
+        """The scores of all examples for a batch of queries."""
+        losses, line = self.evaluated(query_loss, batch, "query_loss")
+        solutions = self.solved(self._slopes(losses, line))
+        several, width = len(losses), self.count if self.groups is None else int(self.groups.max()) + 1
+        scores = losses.new_zeros(len(solutions), several, width)
+        for place, (_, examples) in self.examples():
+            columns = place if self.groups is None else self.groups[place]
+            for i, solution in enumerate(solutions):
+                pushed = examples.jvp_many(solution.value.leaves)[0]
+                scores[i].index_add_(1, columns.to(scores.device), pushed / -self.count)
+        return _Block(scores, solutions, losses)
+
+    def of_examples(self, evaluated: tuple[Tensor, Linearisation]) -> _Block:
+        """The scores of a batch's examples for themselves."""
+        slopes = self._slopes(*evaluated)
+        solutions = self.solved(slopes)
+        scores = torch.stack([slopes.dot(solution.value) / -self.count for solution in solutions])
+        return _Block(scores, solutions, evaluated[0])
+
+    def _slopes(self, losses: Tensor, line: Linearisation) -> Vector:
+        """The gradients of losses, stacked."""
+        grads = line.vjp_many([torch.eye(len(losses), dtype=losses.dtype, device=losses.device)])
+        return self.problem.space.stack_of(len(losses)).pack(grads).copy()
+
+    def result(self, blocks: list[_Block]) -> Influence:
+        """All blocks together; warns of what makes them doubtful."""
+        pairs = [solution for block in blocks for solution in block.solutions]
+        residual = torch.cat([torch.stack([s.relative_residual for s in block.solutions]) for block in blocks], 1)
+        found = torch.cat([block.scores for block in blocks], 1)
+        if self.on_failure != "ignore":
+            self._report(blocks, residual)
+            distances = [inner_distance(self.inner_residual, each, self.problem.point).max() for each in pairs]
+            # The worst query, at the damping that asks least.
+            distance = torch.stack(distances).reshape(len(blocks), -1).amax(0).amin(0, keepdim=True)
+            warn_if_unsolved(distance, self.inner_residual)
+        warn_if_not_finite([found])
+        damping = torch.tensor(self.dampings, dtype=torch.float64)
+        parts = (found, residual, damping) if self.several else (found[0], residual[0], damping[0])
+        losses = torch.cat([block.losses for block in blocks])
+        return Influence(parts[0], losses, self.method, parts[1], parts[2], self.inner_residual, self.operator.products)
+
+    def _report(self, blocks: list[_Block], residual: Tensor) -> None:
+        worst = float(residual.max())
+        if self.inverse:
+            if not worst <= WRONG:
+                warn(
+                    f"{self.method} is not near the inverse of A + {self.dampings[0]:g} I: it leaves relative "
+                    f"residuals of {float(residual.median()):.0%} (the median), {worst:.0%} at most, so these are the "
+                    f"scores of another matrix; a solver (CG, BlockCG) gives those of A",
+                    NotConverged,
+                )
+            return
+        failed = [damping for i, damping in enumerate(self.dampings) if not all(b.solutions[i].ok for b in blocks)]
+        for block in blocks:
+            for damping, solution in zip(self.dampings, block.solutions, strict=True):
+                if damping in failed:
+                    others = f" (of {len(self.dampings)} dampings {len(failed)} failed)" if self.several else ""
+                    solution.report(f"the systems of the queries at damping {damping:.3g}{others}", self.on_failure)
+
+
+def is_inverse(thing: Any) -> bool:
+    """Whether it is an approximate inverse, and no solver."""
+    return isinstance(thing, LinearOperator) or (hasattr(thing, "__matmul__") and not isinstance(thing, Tensor))
+
+
+def _multiplied(inverse: Any, tree: PyTree) -> PyTree:
+    """inverse @ [tensors in params' own order], in params' structure."""
+    if isinstance(tree, Tensor):
+        return (inverse @ [tree])[0]
+    if isinstance(tree, Mapping):
+        return type(tree)(zip(tree, inverse @ list(tree.values()), strict=True))  # pyright: ignore[reportCallIssue]
+    return type(tree)(inverse @ list(tree))
+
+
+def _checked_groups(groups: Tensor, count: int) -> Tensor:
+    if groups.shape != (count,) or groups.is_floating_point() or int(groups.min()) < 0:
+        raise ValueError(
+            f"groups must hold an integer ≥ 0 for each of the {count} examples, got shape {tuple(groups.shape)}, "
+            f"{groups.dtype}"
+        )
+    return groups.cpu().long()

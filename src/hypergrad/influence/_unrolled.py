@@ -1,0 +1,215 @@
+"""Scores through the whole training: the derivative of its outcome with respect to the examples' weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _random
+from .._solution import warn
+from .._tree import PyTree, split
+from ..unroll import ReverseResult, check_whole, jacobian
+from ._data import bar, opened, rows
+from ._result import Influence
+
+LOW_PRECISION = (
+    "{}: the derivative through a long training amplifies rounding, and scores below float32 are often noise. Train in "
+    "float32 or float64 for these scores"
+)
+
+
+def unrolled(
+    step: Callable[..., PyTree],
+    start: PyTree,
+    query_loss: Callable[[Any, Any], Tensor],
+    *,
+    examples: int,
+    queries: Any,
+    steps: int,
+    batches: Any = None,
+    with_time: bool = False,
+    memory: str = "sqrt",
+    folder: str | os.PathLike[str] | None = None,
+    segments: int | None = None,
+    progress: bool = False,
+) -> Influence:
+    """Scores of all examples for all queries through a training of T steps, in one reverse pass.
+
+        w_{t+1} = Φ_t(w_t, ω),      s_qi = ∂ℓ_q(w_T(ω)) / ∂ωᵢ  at ω = 1
+
+    These are the scores of this very training: its start, its order of batches, its number of steps. Nothing needs to
+    have converged.
+
+    Args:
+        step: Φ(params, weights) as `unroll.reverse` takes it; Φ(params, weights, t) with with_time, and Φ(params,
+            weights, t, batch) with batches. weights [examples] multiply the losses of the examples; in the inner
+            gradient write create_graph=True.
+        start: w₀, an optimiser's state included.
+        query_loss: ℓ_q(params, batch) ↦ [rows] of a batch of queries; params has start's structure.
+        examples: n.
+        queries: batches of queries. All are pulled back at once.
+        steps: T.
+        batches, with_time, memory: as in `unroll.reverse`.
+        folder: where iterates between segments of the training, and the gradients of those that are done, are kept. The
+            same call goes on from there after it was interrupted, and gives the same scores bit for bit. Files are
+            removed by you alone.
+        segments: how many, with folder; about √T by default.
+        progress: show a bar over segments (needs tqdm).
+
+    Returns: an Influence, whose scores are [queries, examples].
+    Raises: as `unroll.reverse`; ValueError where folder holds another run, RuntimeError where a segment gives other
+        iterates when it is run again.
+    Warns: as `unroll.reverse`; HypergradientWarning where a tensor of start is below float32, or autocast is on.
+    Cost: as `unroll.jacobian` with k queries: less than 2T evaluations of step and T reverse passes with k cotangents
+        at once; with folder T evaluations more, and the memory of one segment.
+    Source: Engstrom et al. 2025 (MAGIC).
+
+    Example:
+        >>> x = torch.tensor([1.0, 3.0])
+        >>> step = lambda w, weights: w - 0.5 * (weights * (w - x)).mean()
+        >>> unrolled(step, torch.tensor(0.0), lambda w, q: w * q, examples=2, queries=[torch.ones(1)], steps=20).scores
+        tensor([[-0.5000,  0.5000]])
+    """
+    check_whole(examples=(examples, 1), steps=(steps, 0), segments=(segments, 1))
+    if segments is not None and folder is None:
+        raise ValueError("segments are kept in a folder: pass folder=")
+    like = next(x for x in [*filter(torch.is_floating_point, split(start)[0]), torch.ones(())])
+    _warn_of_precision(split(start)[0], like.device)
+    weights = torch.ones(examples, dtype=like.dtype, device=like.device, requires_grad=True)
+
+    def losses(params: PyTree, _: Any) -> Tensor:
+        return torch.cat([rows(query_loss(params, batch), "query_loss") for batch in opened(queries)])
+
+    if folder is None or not steps:
+        options = {"memory": memory, "batches": batches, "with_time": with_time}
+        result = jacobian(step, start, weights, losses, steps, **options)
+        return Influence(result.grads, result.outer_value, "unrolled")
+    if batches is not None and not callable(batches):
+        batches = batches.__getitem__
+
+    def timed(params: PyTree, weights: Tensor, t: int) -> PyTree:
+        if batches is not None:
+            return step(params, weights, t, batches(t))
+        return step(params, weights, t) if with_time else step(params, weights)
+
+    count = min(steps, segments or round(steps**0.5))
+    run = _Resumed(timed, start, weights, Path(folder), [round(i * steps / count) for i in range(count + 1)], progress)
+    scores, values = run.reverse(losses, memory)
+    return Influence(scores, values, "unrolled")
+
+
+def _warn_of_precision(tensors: list[Tensor], device: torch.device) -> None:
+    low = {x.dtype for x in tensors if x.is_floating_point() and torch.finfo(x.dtype).bits < 32}
+    if low:
+        warn(LOW_PRECISION.format(f"start holds {', '.join(map(str, low))}"))
+    elif torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        warn(LOW_PRECISION.format("torch.autocast is on"))
+
+
+class _Resumed:
+    """A training in segments, whose boundaries and gradients are files of a folder.
+
+    iterate_<s>.pt holds the tensors where segment s begins, and the random state; adjoint.pt what the reverse pass
+    knows after a segment: its number, the gradients with respect to its start, those of the weights, the losses.
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., PyTree],
+        start: PyTree,
+        weights: Tensor,
+        folder: Path,
+        bounds: list[int],
+        progress: bool,
+    ):
+        self.step, self.weights, self.folder, self.bounds, self.progress = step, weights, folder, bounds, progress
+        tensors, self.rebuild = split(start)
+        self.cuda = _random.devices_of(tensors)
+        folder.mkdir(parents=True, exist_ok=True)
+        first = folder / "iterate_0.pt"
+        given = [x.detach().clone() for x in tensors]
+        if not first.exists():
+            self._save("iterate_0.pt", self._iterate(given))
+        known = self._load("iterate_0.pt")
+        same = len(known["tensors"]) == len(given) and all(map(torch.equal, known["tensors"], given))
+        if not same or known["bounds"] != bounds or known["examples"] != len(weights):
+            raise ValueError(
+                f"{folder} holds another run (start, steps, segments or examples differ): pass an empty one"
+            )
+
+    def _iterate(self, tensors: list[Tensor]) -> dict[str, Any]:
+        random = [*_random.capture(self.cuda).values()]
+        return {"tensors": tensors, "random": random, "bounds": self.bounds, "examples": len(self.weights)}
+
+    def _save(self, name: str, state: dict[str, Any]) -> None:
+        torch.save(state, self.folder / f"{name}.part")
+        os.replace(self.folder / f"{name}.part", self.folder / name)
+
+    def _load(self, name: str) -> dict[str, Any]:
+        return torch.load(self.folder / name, weights_only=True)
+
+    def _begin(self, segment: int) -> list[Tensor]:
+        """The tensors where a segment begins; the random state is as it was there."""
+        state = self._load(f"iterate_{segment}.pt")
+        _random.restore(dict(zip([torch.device("cpu"), *self.cuda], state["random"], strict=True)))
+        return state["tensors"]
+
+    def _forward(self) -> None:
+        """All iterates that are not known yet."""
+        count = len(self.bounds) - 1
+        known = max(s for s in range(count + 1) if (self.folder / f"iterate_{s}.pt").exists())
+        tensors = self._begin(known)
+        for segment in bar(range(known, count), "training", self.progress):
+            for t in range(self.bounds[segment], self.bounds[segment + 1]):
+                leaves = [x.requires_grad_() if x.is_floating_point() or x.is_complex() else x for x in tensors]
+                tensors = [x.detach() for x in split(self.step(self.rebuild(leaves), self.weights, t))[0]]
+            self._save(f"iterate_{segment + 1}.pt", self._iterate(tensors))
+
+    def reverse(self, losses: Callable[[PyTree, Any], Tensor], memory: str) -> tuple[Tensor, Tensor]:
+        """The scores, and the losses of the queries."""
+        self._forward()
+        last = len(self.bounds) - 2
+        done = self._load("adjoint.pt") if (self.folder / "adjoint.pt").exists() else {"segment": last + 1}
+        for segment in bar(range(done["segment"] - 1, -1, -1), "reverse pass", self.progress):
+            alpha = done.get("alpha")
+            result = self._through(segment, losses if alpha is None else _along(alpha), memory)
+            grads = [
+                g for g, x in zip(split(result.start_grads)[0], split(result.params)[0], strict=True) if _smooth(x)
+            ]
+            so_far = {"scores": result.grads, "losses": result.outer_value} if alpha is None else done
+            scores = result.grads if alpha is None else done["scores"] + result.grads
+            done = {"segment": segment, "alpha": grads, "scores": scores, "losses": so_far["losses"]}
+            self._save("adjoint.pt", done)
+        self._begin(last + 1)
+        return done["scores"], done["losses"]
+
+    def _through(self, segment: int, outer: Callable[[PyTree, Any], Tensor], memory: str) -> ReverseResult:
+        begin, end = self.bounds[segment : segment + 2]
+        start = self.rebuild(self._begin(segment))
+        step = lambda params, weights, t: self.step(params, weights, begin + t)  # noqa: E731
+        result = jacobian(step, start, self.weights, outer, end - begin, memory=memory, with_time=True)
+        if not all(map(torch.equal, split(result.params)[0], self._load(f"iterate_{segment + 1}.pt")["tensors"])):
+            raise RuntimeError(
+                f"steps {begin} to {end - 1} gave other numbers than before: what changes between calls (generators, "
+                f"counters, kernels that are not deterministic) must enter through params, t or batches"
+            )
+        return result
+
+
+def _smooth(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _along(alpha: list[Tensor]) -> Callable[[PyTree, Any], Tensor]:
+    """⟨α_q, w⟩ for each query q, whose gradient is α_q."""
+
+    def losses(params: PyTree, _: Any) -> Tensor:
+        leaves = filter(_smooth, split(params)[0])
+        return torch.stack([a.flatten(1) @ x.flatten() for a, x in zip(alpha, leaves, strict=True)]).sum(0)
+
+    return losses
