@@ -18,7 +18,8 @@ def rows(losses: Any, name: str) -> Tensor:
     return losses
 
 
-def opened(source: Any) -> Iterable[Any]:
+def opened(source: Any) -> Any:
+    """What is iterated over for one pass."""
     return source() if callable(source) else source
 
 

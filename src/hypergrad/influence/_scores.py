@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from .. import _autodiff, _graph, _torch
 from .._autodiff import Linearisation, users_autocast
 from .._random import random_state_kept_on_error
-from .._solution import NotConverged, Solution, inner_distance, warn, warn_if_not_finite, warn_if_unsolved
+from .._solution import NotConverged, OnFailure, Solution, inner_distance, warn, warn_if_not_finite, warn_if_unsolved
 from .._tree import PyTree
 from .._vector import Vector
 from ..implicit import Problem
@@ -222,13 +222,13 @@ class _System:
         with random_state_kept_on_error(problem.leaves), problem.without_hooks_and_autocast():
             problem.linearisation = problem.linearise()
             self.inner_residual, self.operator = problem.residual.norm(), problem.operator()
-            self.on_failure, path = on_failure_of(solver), damping
-            if damping == "path":
-                path = [float(self._size()) * part for part in PATH]
-            elif isinstance(damping, str):
+            self.on_failure: OnFailure = on_failure_of(solver)
+            if isinstance(damping, str) and damping != "path":
                 raise ValueError(f'damping must be a number ≥ 0, several, or "path", got {damping!r}')
-            self.several = not isinstance(path, (int, float))
-            self.dampings = [float(each) for each in (path if self.several else [path])]
+            self.several = not isinstance(damping, (int, float))
+            size = float(self._size()) if damping == "path" else 1.0
+            given = PATH if damping == "path" else damping if self.several else [damping]
+            self.dampings = [size * float(each) for each in given]
             if not self.dampings or not all(0 <= each < torch.inf for each in self.dampings):
                 raise ValueError(f"damping must be finite numbers ≥ 0, and one at least, got {damping!r}")
             self.inverse = is_inverse(solver)
@@ -290,13 +290,14 @@ class _System:
 
     def examples(self) -> Iterator[tuple[Tensor, tuple[Tensor, Linearisation]]]:
         """The indices of each batch's examples, and its losses: checked to be those that were counted."""
-        seen, sums, first = torch.zeros(self.count, dtype=torch.bool), [], 0
+        index = self.index
+        seen, sums, first, losses = torch.zeros(self.count, dtype=torch.bool), [], 0, torch.zeros(0)
         for batch in bar(opened(self.train), "examples", self.progress, len(self.sums)):
             losses, line = self.evaluated(self.loss, batch, "train_loss")
-            if self.index is None:
+            if index is None:
                 place = torch.arange(first, min(first + len(losses), self.count))
             else:
-                place = torch.as_tensor(self.index(batch)).cpu().long()
+                place = torch.as_tensor(index(batch)).cpu().long()
             if len(place) != len(losses) or not bool(((place >= 0) & (place < self.count)).all()):
                 raise ValueError(
                     f"a batch of {len(losses)} examples has {len(place)} indices in 0 … {self.count - 1}: train must "

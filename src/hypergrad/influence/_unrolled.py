@@ -173,18 +173,19 @@ class _Resumed:
     def reverse(self, losses: Callable[[PyTree, Any], Tensor], memory: str) -> tuple[Tensor, Tensor]:
         """The scores, and the losses of the queries."""
         self._forward()
-        last = len(self.bounds) - 2
-        done = self._load("adjoint.pt") if (self.folder / "adjoint.pt").exists() else {"segment": last + 1}
+        path, last = self.folder / "adjoint.pt", len(self.bounds) - 2
+        done: dict[str, Any] = self._load(path.name) if path.exists() else {"segment": last + 1}
         for segment in bar(range(done["segment"] - 1, -1, -1), "reverse pass", self.progress):
-            alpha = done.get("alpha")
-            result = self._through(segment, losses if alpha is None else _along(alpha), memory)
-            grads = [
-                g for g, x in zip(split(result.start_grads)[0], split(result.params)[0], strict=True) if _smooth(x)
-            ]
-            so_far = {"scores": result.grads, "losses": result.outer_value} if alpha is None else done
-            scores = result.grads if alpha is None else done["scores"] + result.grads
-            done = {"segment": segment, "alpha": grads, "scores": scores, "losses": so_far["losses"]}
-            self._save("adjoint.pt", done)
+            first = segment == last
+            result = self._through(segment, losses if first else _along(done["alpha"]), memory)
+            pairs = zip(split(result.start_grads)[0], split(result.params)[0], strict=True)
+            done = {
+                "segment": segment,
+                "alpha": [g for g, x in pairs if _smooth(x)],
+                "scores": result.grads if first else done["scores"] + result.grads,
+                "losses": result.outer_value if first else done["losses"],
+            }
+            self._save(path.name, done)
         self._begin(last + 1)
         return done["scores"], done["losses"]
 
