@@ -292,7 +292,7 @@ BAD = {
 UNREPLAYED = {
     "NumPy": (numpy_random, RuntimeError, "other numbers"),
     "iterator": (iterator_outside, RuntimeError, "other numbers"),
-    "buffers": (buffers, RuntimeError, "other numbers"),
+    "buffers": (buffers, RuntimeError, "other numbers|changed in place"),
 }
 
 
@@ -469,7 +469,9 @@ def test_under_no_grad_and_torch_func():
         results = [
             reverse(descend, start, hparams, total, 12, **stored(m)).grads["a"] for m in ("graph", "sqrt", "200KB")
         ]
-    assert results[0] == results[1] == results[2] != 0
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-13, atol=0)
+    assert results[0] != 0
 
 
 RULES = {

@@ -6,8 +6,7 @@ No graph is kept: the second evaluates the step again, with its derivative, as o
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import Any
@@ -20,7 +19,7 @@ from .. import _autodiff, _random
 from .._recorded import NotCompiled
 from .._traced import Traced
 from .._tree import parse_bytes
-from ._steps import Iterate, Recorded, Run, is_continuous, leaf
+from ._steps import KIND, Iterate, Recorded, Run, is_continuous, leaf
 
 Key = tuple[Any, ...]
 FORMS = 8  # of batches, for each of which both functions are compiled
@@ -44,21 +43,6 @@ class Pair:
     reached: list[bool]  # for each of the differentiated leaves of λ, whether the step depends on it
 
 
-# What was compiled for a step, as long as the step lives: by the identity of its function, or object and method.
-_PAIRS: dict[tuple[int, Any], tuple[weakref.ref[Any], dict[Key, Pair]]] = {}
-
-
-def _pairs_of(step: Callable[..., Any]) -> dict[Key, Pair]:
-    owner, name = getattr(step, "__self__", step), getattr(step, "__func__", None)
-    place = id(owner), name
-    if place not in _PAIRS or _PAIRS[place][0]() is not owner:
-        try:
-            _PAIRS[place] = weakref.ref(owner, lambda _: _PAIRS.pop(place, None)), {}
-        except TypeError:  # it cannot be watched
-            return {}
-    return _PAIRS[place][1]
-
-
 class Compiled:
     """The steps of a run, compiled: what `Run` gives the reverse pass, without a graph.
 
@@ -68,11 +52,11 @@ class Compiled:
 
     def __init__(self, run: Run, backend: str):
         self.run, self.backend = run, backend
-        self.pairs = _pairs_of(run.step)
+        self.pairs: dict[Key, Pair] = run.found.setdefault("compiled", {})
         self.seconds = 0.0  # of building
         self.used: dict[Key, Pair] = {}
         self.outer = [x.detach().contiguous() for x in run.outer]
-        self.form = (backend, run.paths.spec, *map(_form, (*run.start, *run.outer)))
+        self.form: Key = (backend, *run.form)
         if any(x.layout is not torch.strided or hasattr(x, "placements") for x in (*run.start, *run.outer)):
             raise NotCompiled("sparse and sharded tensors are not compiled")
 
@@ -154,7 +138,7 @@ class Compiled:
         inputs += [x.detach().contiguous() for x in leaves if isinstance(x, Tensor)]
         if not all(isinstance(x, (Tensor, int, float, str, type(None))) for x in leaves):
             raise NotCompiled("batches hold leaves that are neither tensors nor plain values")
-        return inputs, (*self.form, spec, *(_form(x) if isinstance(x, Tensor) else x for x in leaves))
+        return inputs, (*self.form, spec, *(KIND(x) if isinstance(x, Tensor) else x for x in leaves))
 
     def _at(self, tensors: Sequence[Tensor], t: int) -> tuple[Pair, list[Tensor]]:
         """The functions for step t, and what they take; built where its batch has another form than those before."""
@@ -264,10 +248,6 @@ def iterates_kept(first: Iterate, length: int, memory: str, checkpoints: int | N
     if budget < 2 * size:
         raise ValueError(f"a budget of {budget:.0f} bytes is too small: two iterates need {2 * size}")
     return min(int(budget // size) - 1, length)
-
-
-def _form(x: Tensor) -> Key:
-    return x.shape, x.dtype, x.device
 
 
 def _flat(xs: Sequence[Tensor]) -> Tensor:

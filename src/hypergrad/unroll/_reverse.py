@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import comb, prod
+from math import ceil, comb, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def reverse(
         memory: what is kept for the reverse pass, I being the bytes of an iterate, G those of the graph of a step:
             "graph", all graphs: T evaluations, T G;
             "iterates", all iterates: 2T − 1 evaluations, T I + G;
-            "sqrt", n ≈ √(2TG/I) iterates and the graph of one block of steps: less than 2T evaluations, n I + G;
+            "sqrt", n < √(2TG/I) iterates and the graph of one block of steps: 2T − √T/2 evaluations, n I + √T/2 G;
             a budget such as "64MiB": the graph if it fits, else blocks as in "sqrt", else checkpoints.
         checkpoints: c, instead of memory: so many iterates, the start included (revolve), c I + G and
             T + rT − C(c+r, r−1) evaluations, with r the smallest for which C(c+r, c) ≥ T, the fewest there are.
@@ -117,7 +117,7 @@ def reverse(
     Cost: the evaluations above and T reverse passes. Beside what memory says, five iterates, hparams, and the working
         memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget measure I
         and G at the first two steps, a budget the working memory as well, by one more reverse pass and call of
-        outer_loss; later steps that need more can exceed it. One device synchronisation, and one for each tensor of
+        outer_loss, once for a step and the forms of its arguments; later steps that need more can exceed it. One device synchronisation, and one for each tensor of
         the iterate after a replayed block. compile: 2T + 1 evaluations with "iterates", less than 4T with "sqrt", and
         seconds to build, once (the compiler keeps its results on disk for later processes).
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
@@ -209,14 +209,19 @@ def _schedule(
     if checkpoints is not None or memory == "iterates":
         return single, checkpoints or end - begin
     if memory == "sqrt":
-        iterate, graph, _ = run.measure(first, begin)
-        n, total = 1, 1
+        iterate, graph = run.sizes("sqrt", begin, lambda: run.measure(first, begin)[:2])
+        last = ceil(sqrt(end - begin) / 2)  # steps of the last block, which are not evaluated twice
+        n, total = 1, last
         while total < end - begin:
-            total += 1 + n * iterate // graph
+            total += last + n * iterate // graph
             n += 1
-        bounds = _blocks(begin, end, n * iterate + graph, iterate, graph)
+        bounds = _blocks(begin, end, n * iterate + last * graph, iterate, graph)
     else:
-        iterate, graph, room = _measured(run, first, begin, parse_bytes(memory) or 0.0)
+        budget = parse_bytes(memory) or 0.0
+        iterate, graph, working, least = run.sizes("budget", begin, lambda: _measured(run, first, begin))
+        if budget < least:
+            raise ValueError(f"a budget of {budget:.0f} bytes is too small: one step needs about {least}")
+        room = budget - working
         bounds = _blocks(begin, end, room, iterate, graph)
         if bounds is None:
             return single, int((room - graph) // iterate)
@@ -224,8 +229,8 @@ def _schedule(
     return bounds, len(bounds) - 1
 
 
-def _measured(run: Run, first: Iterate, begin: int, budget: float) -> tuple[int, int, float]:
-    """Bytes of an iterate and of a step's graph, and how many of the budget are left for both."""
+def _measured(run: Run, first: Iterate, begin: int) -> tuple[int, int, int, int]:
+    """Bytes of an iterate, of a step's graph, of what is needed beside both, and the least for one step."""
 
     def pull() -> None:
         alpha = [y.new_zeros((*run.lead, *y.shape)) for y in both.outputs if is_continuous(y)]
@@ -246,15 +251,13 @@ def _measured(run: Run, first: Iterate, begin: int, budget: float) -> tuple[int,
     # and the random state where it is kept by run and by those who put it back.
     working = 5 * params + several + hparams + 5 * drawn + max(most - after, ahead)
     least = max(working + graph + iterate, params + several + hparams + 5 * drawn + max(most, after + ahead))
-    if budget < least:
-        raise ValueError(f"a budget of {budget:.0f} bytes is too small: one step needs about {least:.0f}")
-    return iterate, graph, budget - working
+    return iterate, graph, working, least
 
 
 def _blocks(begin: int, end: int, room: float, iterate: int, graph: int) -> list[int] | None:
     """Boundaries of blocks: while i iterates are kept, the graph of as many steps as fit beside them. None if too few.
 
-    room = n · iterate + graph gives n blocks at most.
+    room = n · iterate + m · graph gives n blocks at most, the last of m steps.
     """
     bounds = [begin]
     while bounds[-1] < end:

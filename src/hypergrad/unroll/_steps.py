@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -29,6 +30,10 @@ IN_PLACE = (
     "step changed its params (or hparams) in place, and with them the iterates that the reverse pass starts from: "
     "write w = w - lr * g, not w -= lr * g or w.sub_(lr * g), and build a new container"
 )
+CHANGED_LATER = (
+    "a step changed in place what the derivative of an earlier one needs (a buffer of a module, or a tensor outside): "
+    "it must enter through params and be returned anew"
+)
 NO_SECOND = (
     "step takes a gradient with respect to its params that has no graph, so the second derivatives are lost: write "
     "create_graph=True there. If a first-order hypergradient is meant, pass allow_detached=True"
@@ -41,6 +46,22 @@ UNUSED_PARAMS = (
     "outer_loss does not depend on the params that it is called with{}: compute it from its argument (a module by "
     "torch.func.functional_call(model, params, inputs)), with gradients enabled and without .item() or .detach()"
 )
+
+
+# What was found out about a step, as long as it lives: by the identity of its function, or of its object and method.
+_FOUND: dict[tuple[int, Any], tuple[weakref.ref[Any], dict[Any, Any]]] = {}
+
+
+def found_of(step: Callable[..., Any]) -> dict[Any, Any]:
+    """What calls of this step have found out (sizes, compiled functions), for later ones."""
+    owner, name = getattr(step, "__self__", step), getattr(step, "__func__", None)
+    place = id(owner), name
+    if place not in _FOUND or _FOUND[place][0]() is not owner:
+        try:
+            _FOUND[place] = weakref.ref(owner, lambda _: _FOUND.pop(place, None)), {}
+        except TypeError:  # it cannot be watched
+            return {}
+    return _FOUND[place][1]
 
 
 def check_whole(**numbers: tuple[Any, int]) -> None:
@@ -94,7 +115,7 @@ class Run:
         allow_detached: bool,
     ):
         self.step, self.outer_loss, self.allow_detached = step, outer_loss, allow_detached
-        self.batches = _batch_at(batches, steps)
+        self.batches, self.indexed = _batch_at(batches, steps), not callable(batches)
         self.with_time = with_time or batches is not None
         start = list(start) if isinstance(start, Iterator) else start
         self.leaves, spec = optree.tree_flatten(start)
@@ -120,6 +141,8 @@ class Run:
         self.evaluations = 0
         self.several, self.lead = False, ()  # whether E gives [k] losses, and (k,) once it did
         self._random: dict[torch.device, Tensor] = {}
+        self.found = found_of(step)
+        self.form = (self.paths.spec, *map(KIND, (*self.start, *self.outer)))
         # What `measure` evaluated ahead: iterates by t, and the graph of the steps from t₀ on, as (t₀, steps, graph).
         self._known: dict[int, Iterate] = {}
         self._recorded: tuple[int, int, Recorded] | None = None
@@ -271,6 +294,20 @@ class Run:
             outputs, rebuild = self.evaluate(inputs, rebuild, t)
         return Recorded(leaves, outputs, rebuild)
 
+    def sizes(self, kind: str, begin: int, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        """What `measure` gives: bytes, found out once for a step and the forms of its arguments.
+
+        A function that gives batches is called for steps alone, so there it is found out each time, as for several
+        losses at once.
+        """
+        if self.several or (self.batches and not self.indexed):
+            return measure()
+        batch = map(KIND, split(self.batches(begin))[0]) if self.batches else ()
+        key = kind, getattr(self.outer_loss, "__code__", None), *self.form, *batch
+        if key not in self.found:
+            self.found[key] = measure()
+        return self.found[key]
+
     def measure(self, iterate: Iterate, begin: int) -> tuple[int, int, Recorded]:
         """Bytes of an iterate and of the graph of the second step from here, and the graph of both.
 
@@ -341,7 +378,12 @@ class Run:
             return _autodiff.stacked(outputs, [*inputs, *self.differentiated], cotangents)
         # Between hparams that one network computes torch would free the network's graph as well.
         retain = retain or not all(x.is_leaf for x in self.differentiated)
-        return _autodiff.grad_or_none(outputs, [*inputs, *self.differentiated], cotangents, retain_graph=retain)
+        try:
+            return _autodiff.grad_or_none(outputs, [*inputs, *self.differentiated], cotangents, retain_graph=retain)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(CHANGED_LATER) from error
 
     def start_gradients(self, alpha: list[Tensor]) -> list[Tensor]:
         each = iter(alpha)
