@@ -19,6 +19,7 @@ from .._tree import PyTree
 from .._vector import Vector
 from ..implicit import grad as implicit_grad
 from ..operators import Sum
+from ._compiled import CompiledDirections
 from ._filters import Average, Filter
 from ._oracles import Batch, Grads, LossLike, Oracles, copy_all, dot, plus, put_back, times
 from ._report import Comparison, Report, Watch
@@ -34,6 +35,10 @@ NONFINITE = (
     "batches out and counts them"
 )
 
+NOT_HERE = (
+    "{}: compile needs batches=(outer batch, inner batch), both losses as functions of a batch, no GradScaler, and a "
+    "tracker without recursive momentum or tables"
+)
 ANOTHER = (
     ".grad of params holds the direction that another tracker of this model added, so it will count twice in the next "
     "step: after the backward of one of them set it to None, or make one tracker of both levels' hparams"
@@ -80,6 +85,7 @@ class Tracker(ABC):
         self._watch = Watch(type(self).__name__)
         self._written: tuple[weakref.ref[Tensor], int] | None = None  # .grad of the first of params, and its version
         _LIVING.add(self)
+        self._compiled: CompiledDirections | None = None
         self._reached = self._overflowed = False
         self._before: Grads = []  # D_λ of the batch before the last
         self._last: Grads = []
@@ -109,6 +115,8 @@ class Tracker(ABC):
         index: tuple[int, int] | None = None,
         adjoint_losses: Iterable[LossLike] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        batches: tuple[Any, Any] | None = None,
+        compile: bool | str = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Add the directions of a pair of batches to .grad of params and of hparams, as loss.backward() does.
 
@@ -123,6 +131,12 @@ class Tracker(ABC):
                 as it goes.
             scaler: the GradScaler by which both losses were scaled, in closures too. .grad of params and hparams are
                 then scaled, and scaler.step(tracker) is tracker.step().
+            batches: a validation and a training batch, pytrees of tensors; both losses are then functions of a batch.
+            compile: with batches: True computes the directions by one function that torch's inductor compiles, once for
+                each form of the batches and as long as both losses are the same functions; or another backend of
+                torch.compile. At the 1st, 2nd, 4th, 8th, … call it is compared with what is computed as it is.
+                Where it cannot be compiled a warning (NotCompiled) says why. For small models, whose time goes into
+                Python: not with recursive momentum, tables or a GradScaler.
 
         Returns:
             The values of the outer and the inner loss, detached; None for one that was not evaluated.
@@ -132,6 +146,13 @@ class Tracker(ABC):
             ValueError: a loss that does not depend on params, none that depends on hparams, NaN or infinity
                 (on_nonfinite="raise"). On any error nothing is changed.
         """
+        compiled = None
+        if compile:
+            if batches is None or outer_loss is None or scaler is not None or {*self.filters} - {"average"}:
+                raise TypeError(NOT_HERE.format(type(self).__name__))
+            compiled = self._compiled_for((outer_loss, inner_loss), compile)
+        if batches is not None:
+            outer_loss, inner_loss = self._on(outer_loss, inner_loss, batches)
         others = {"index": index, "adjoint_losses": adjoint_losses}
         for name, value in others.items():
             if value is not None and name not in self.takes:
@@ -147,7 +168,10 @@ class Tracker(ABC):
                 if outer is None:
                     found = Directions(oracles.gradients(inner).params, [], [None] * len(oracles.hparams), {})
                 else:
-                    found = self.directions(outer, inner, *(others[name] for name in self.takes))
+                    if compiled is not None and batches is not None:
+                        found = compiled(outer, inner, batches)
+                    else:
+                        found = self.directions(outer, inner, *(others[name] for name in self.takes))
                     self._check_reached(found.hparams)
                 average = self.filters.get("average")
                 if isinstance(average, Average) and outer:
@@ -305,6 +329,29 @@ class Tracker(ABC):
             each.to(device)
         self._before, self._last = [], []
         return self
+
+    # Compiled directions.
+
+    @staticmethod
+    def _on(outer_loss: Any, inner_loss: Any, batches: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Both losses as closures over their batches."""
+        for name, loss in (("outer_loss", outer_loss), ("inner_loss", inner_loss)):
+            if loss is not None and not callable(loss):
+                raise TypeError(f"with batches {name} must be a function of a batch, got {type(loss).__name__}")
+        if not isinstance(batches, (tuple, list)) or len(batches) != 2:
+            raise TypeError("batches must be a pair: that of the outer loss, and that of the inner loss")
+        valid, train = batches
+        return outer_loss and (lambda: outer_loss(valid)), lambda: inner_loss(train)
+
+    def _compiled_for(self, losses: tuple[Any, Any], compile: bool | str) -> CompiledDirections:
+        """What was compiled for these two functions, or nothing yet."""
+        if not isinstance(compile, (bool, str)):
+            raise TypeError(f"compile must be True, False or the name of a backend of torch.compile, got {compile!r}")
+        backend = "inductor" if compile is True else compile
+        known = self._compiled
+        if known is None or known.backend != backend or any(x != y for x, y in zip(known.losses, losses, strict=True)):
+            known = self._compiled = CompiledDirections(self, losses, backend)
+        return known
 
     # What subclasses use.
 

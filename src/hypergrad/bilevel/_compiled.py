@@ -1,0 +1,179 @@
+"""compile=: what one pair of batches gives, evaluations and all reverse passes, as one compiled function.
+
+Its inputs are the two batches; live parameters, hparams and the tracker's own variables are read where they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import optree
+import torch
+from torch import Tensor
+
+from .. import _random
+from .._recorded import NotCompiled
+from .._solution import warn
+from .._traced import Traced
+from ._oracles import Batch, put_back, statistics_of
+
+if TYPE_CHECKING:
+    from ._tracker import Directions, Tracker
+
+FORMS = 8  # of pairs of batches
+CHANGED = (
+    "what the losses read beside tensors (a number, a module's parameter that was replaced) has changed since it was "
+    "compiled, by at most {} batches ago, and directions since then were of what it was: compiled anew. Put what "
+    "changes into the batches, as tensors"
+)
+
+
+class CompiledDirections:
+    """The directions of a tracker for two losses, compiled once for each form of the batches.
+
+    At the 1st, 2nd, 4th, 8th, … call the directions are computed as they are, and compared.
+
+    Args:
+        losses: of the outer and the inner batch.
+    """
+
+    def __init__(self, tracker: Tracker, losses: Sequence[Callable[[Any], Tensor]], backend: str):
+        self.tracker, self.losses, self.backend = tracker, losses, backend
+        self.programs: dict[Any, Program | None] = {}  # None where it cannot be compiled
+        self.calls = 0
+
+    def __call__(self, outer: Batch, inner: Batch, batches: Sequence[Any]) -> Directions:
+        self.calls += 1
+        leaves, spec = optree.tree_flatten(tuple(batches), none_is_leaf=True)
+        key = self._key(leaves, spec)
+        program = self.programs.get(key)
+        tensors = [x.detach().contiguous() for x in leaves if isinstance(x, Tensor)]
+        if program is not None and self.calls & (self.calls - 1):
+            return program(tensors, outer, inner)
+        devices = _random.devices_of(self.tracker.oracles.params)
+        state = _random.capture(devices)
+        before = dict(self.tracker.oracles.counts)
+        found = _directions(self.tracker, outer, inner)
+        if key in self.programs and program is None:
+            return found
+        recorded, after = statistics_of(self.losses), _random.capture(devices)
+        counts = self.tracker.oracles.counts
+        delta = {name: counts[name] - before[name] for name in counts}
+        kept = list(self.tracker.oracles.recorded)
+        try:
+            self.programs[key] = self._checked(program, tensors, leaves, spec, state, (found, outer, inner), delta)
+        except NotCompiled as error:
+            self.programs[key] = None
+            warn(f"{type(self.tracker).__name__} could not be compiled and goes on as it is: {error}", NotCompiled)
+        finally:
+            put_back(recorded)
+            self.tracker.oracles.recorded[:] = kept
+            counts.update({name: before[name] + delta[name] for name in counts})
+            _random.restore(after)
+        return found
+
+    def _key(self, leaves: list[Any], spec: Any) -> Any:
+        forms = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
+        if not all(isinstance(x, (Tensor, int, float, str, type(None))) for x in leaves):
+            raise TypeError("batches must hold tensors and plain values alone with compile")
+        return spec, *forms, torch.is_autocast_enabled(), torch.is_autocast_enabled("cpu")
+
+    def _checked(
+        self,
+        program: Program | None,
+        tensors: list[Tensor],
+        leaves: list[Any],
+        spec: Any,
+        state: Any,
+        true: tuple[Directions, Batch, Batch],
+        delta: dict[str, int],
+    ) -> Program:
+        """The program, compared with what was computed as it is; compiled, or anew, where there is none or another."""
+        if program is not None:
+            _random.restore(state)
+            if program.error(tensors, true) <= program.tolerance:
+                return program
+            warn(CHANGED.format(self.calls // 2))
+        if len(self.programs) >= FORMS:
+            raise NotCompiled(
+                f"there are more than {FORMS} forms of batches: give them one shape, and numbers as tensors"
+            )
+        _random.restore(state)
+        program = Program(self.tracker, self.losses, tensors, leaves, spec, self.backend, delta)
+        _random.restore(state)
+        if (error := program.error(tensors, true)) > program.tolerance:
+            raise NotCompiled(f"compiled directions are off by {error:.1e}")
+        return program
+
+
+class Program:
+    """One compiled function of the tensors of both batches, and the form of what it gives."""
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        losses: Sequence[Callable[[Any], Tensor]],
+        tensors: list[Tensor],
+        leaves: list[Any],
+        spec: Any,
+        backend: str,
+        counts: dict[str, int],
+    ):
+        oracles, shape = tracker.oracles, {}
+        self.oracles, self.counts = oracles, counts
+
+        def function(*given: Tensor) -> list[Tensor]:
+            each = iter(given)
+            outer_batch, inner_batch = spec.unflatten([next(each) if isinstance(x, Tensor) else x for x in leaves])
+            outer = oracles.batch(lambda: losses[0](outer_batch), "outer_loss")
+            inner = oracles.batch(lambda: losses[1](inner_batch), "inner_loss")
+            found = _directions(tracker, outer, inner)
+            shape["like"] = found
+            return [x.contiguous() for x in _flat(found, outer, inner)]
+
+        self._traced = Traced(function, tensors, backend)
+        self.like: Directions = shape["like"]
+        self.tolerance = max(torch.finfo(x.dtype).eps for x in oracles.params) ** 0.5
+
+    def __call__(self, tensors: list[Tensor], outer: Batch, inner: Batch) -> Directions:
+        results = iter(self._traced(tensors))
+        like = self.like
+        params, own = [next(results) for _ in like.params], [next(results) for _ in like.own]
+        hparams = [None if g is None else next(results) for g in like.hparams]
+        watched = {name: next(results) for name in like.watched}
+        outer.value, inner.value = next(results), next(results)
+        for name, count in self.counts.items():
+            self.oracles.counts[name] += count
+        return type(like)(params, own, hparams, watched)
+
+    def error(self, tensors: list[Tensor], true: tuple[Directions, Batch, Batch]) -> float:
+        """How far off its directions are, relatively; infinite where they are of another form."""
+        outer, inner = (self.oracles.batch(batch.loss, batch.name) for batch in true[1:])
+        found = self(tensors, outer, inner)
+        errors = []
+        for one, other in zip(_parts(*true), _parts(found, outer, inner), strict=True):
+            if len(one) != len(other):
+                return math.inf
+            size, off = float(one.norm()), float((one - other).norm())
+            errors.append(off / size if size else off)
+        return max(e for e in (*errors, 0.0) if not math.isnan(e))
+
+
+def _directions(tracker: Tracker, outer: Batch, inner: Batch) -> Directions:
+    return tracker.directions(outer, inner, *[None for _ in tracker.takes])
+
+
+def _parts(found: Directions, outer: Batch, inner: Batch) -> list[Tensor]:
+    """Each direction, and the values of both losses, as one vector in double precision."""
+    groups = found.params, found.own, found.hparams, [outer.value, inner.value]
+    return [torch.cat([torch.zeros(1)] + [x.reshape(-1).cpu() for x in xs if x is not None]).double() for xs in groups]
+
+
+def _flat(found: Directions, outer: Batch, inner: Batch) -> list[Tensor]:
+    tensors: list[Any] = [*found.params, *found.own, *(g for g in found.hparams if g is not None)]
+    tensors += [*found.watched.values(), outer.value, inner.value]
+    if any(not isinstance(x, Tensor) or x.layout is not torch.strided for x in tensors):
+        raise NotCompiled("a direction is sparse")
+    return tensors
