@@ -83,9 +83,17 @@ def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequen
     """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors."""
     known = {id(x) for x in declared}
     seen = {_edge(x)[0] for x in declared if x.requires_grad}  # what declared tensors were computed from is not entered
-    edges = _behind(_edges(outputs), seen)
-    variables = (getattr(node, "variable", None) for node, _ in edges)
-    return list({id(x): x for x in variables if x is not None and id(x) not in known}.values())
+    found, stack = {}, [node for node, _ in _edges(outputs)]
+    while stack:  # not by `_behind`, which takes twice as long: this is walked at every evaluation of a map
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        stack += [parent for parent, _ in node.next_functions if parent is not None]
+        x = getattr(node, "variable", None)
+        if x is not None and id(x) not in known:
+            found[id(x)] = x
+    return list(found.values())
 
 
 def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._torch import numbers
 from ._tree import full
-from ._vector import Vector, anywhere, norm, ratio, read, squares_are_exact
+from ._vector import Vector, anywhere, norm, ratio, read, square_root, squares_are_exact
 from ._versions import with_help
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
@@ -286,8 +286,8 @@ def inner_distance(residual: Tensor, solution: Solution, point: Vector) -> Tenso
     """‖F‖ ‖v‖ / (‖b‖ ‖w‖) of an adjoint v: an estimate of the relative distance of w from the inner solution."""
     space, f, size = solution.value.space, read(residual), norm(point)
     norm2, b = read(solution.value.dot(solution.value)), read(solution.rhs_norm)
-    exact = squares_are_exact(norm2, space) and b
-    stretch = math.sqrt(norm2) / b if exact else norm(solution.value / solution.rhs_norm)
+    exact = squares_are_exact(norm2, space) and anywhere(b)
+    stretch = square_root(norm2) / b if exact else norm(solution.value / solution.rhs_norm)
     known = (f != 0) & (b != 0) & (read(solution.residual_norm) < math.inf)
     return space.tensor(ratio(f * stretch, size, known))
 

@@ -70,8 +70,16 @@ def norm(v: Vector, read: Callable[[Tensor], Scalar] = read) -> Scalar:
 
 
 def squares_are_exact(norm2: Scalar, space: Space) -> bool:
-    """Whether ‖v‖² is a number in whose sum no square that matters underflowed, and none overflowed."""
-    return space.uniform and not isinstance(norm2, Tensor) and space.tiny**0.5 <= norm2 <= space.tiny**-0.5
+    """Whether no square that matters underflowed in ‖v‖², and none overflowed, as far as reading is free.
+
+    Of several systems those where it is 0 are left out of account.
+    """
+    low, high = space.tiny**0.5, space.tiny**-0.5
+    if isinstance(norm2, Tensor):
+        if not (space.uniform and norm2.ndim and norm2.device.type in FREE_TO_READ):
+            return False
+        return bool(((norm2 == 0) | ((norm2 >= low) & (norm2 <= high))).all())
+    return space.uniform and low <= norm2 <= high
 
 
 def is_plain(leaf: Tensor) -> bool:
@@ -149,13 +157,13 @@ class Space:
 
     def stack_of(self, count: int) -> Space:
         """The space of `count` vectors of this one, stacked along a leading axis of every leaf."""
-        return self._reshaped([torch.Size((count, *shape)) for shape in self.shapes], 1)
+        return self._reshaped([torch.Size((count, *shape)) for shape in self.shapes], self.batch_dims + 1)
 
     @cached_property
     def one(self) -> Vector:
-        """Of a batch: zeros in the space of one system."""
+        """Of a batch: zeros in the space of one system (or, of a stack of batches, of one batch)."""
         # Stored in the same order: leaves that are small alone may be large in the batch.
-        return self._reshaped([shape[1:] for shape in self.shapes], 0, self.groups).zeros()
+        return self._reshaped([shape[1:] for shape in self.shapes], self.batch_dims - 1, self.groups).zeros()
 
     def _reshaped(self, shapes: list[torch.Size], batch_dims: int, groups: list[list[int]] | None = None) -> Space:
         kinds = zip(shapes, self.dtypes, self.devices, strict=True)

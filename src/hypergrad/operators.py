@@ -163,24 +163,29 @@ class LinearOperator:
         """
         if self.batch_dims:
             raise ValueError("this operator has batch_dims=1: independent systems cannot be stacked once more")
+        return stacked(self)
 
-        def product(op: LinearOperator) -> Product:
-            def apply(v: Vector) -> Vector:
-                basis = Basis(v.space.one, v.space.batch_shape[0]).with_leaves(v.leaves)
-                return v.space.pack(op.many(basis).leaves())
 
-            return apply
+def stacked(op: LinearOperator) -> LinearOperator:
+    """`op.stacked()`, also of independent systems, each of which has k right hand sides: leaves [k, B, ...]."""
 
-        new = LinearOperator(
-            product(self),
-            product(self.T) if self.has_transpose and not self.symmetric else None,
-            symmetric=self.symmetric,
-            positive_definite=self.positive_definite,
-            batch_dims=1,
-            stochastic=self.stochastic,
-        )
-        new.each = self
-        return new
+    def product(op: LinearOperator) -> Product:
+        def apply(v: Vector) -> Vector:
+            basis = Basis(v.space.one, v.space.batch_shape[0]).with_leaves(v.leaves)
+            return v.space.pack(op.many(basis).leaves())
+
+        return apply
+
+    new = LinearOperator(
+        product(op),
+        product(op.T) if op.has_transpose and not op.symmetric else None,
+        symmetric=op.symmetric,
+        positive_definite=op.positive_definite,
+        batch_dims=op.batch_dims + 1,
+        stochastic=op.stochastic,
+    )
+    new.each = op
+    return new
 
 
 def function(

@@ -827,13 +827,13 @@ def test_hparams_from_a_generator_and_in_a_pytree():
     assert rel(layer.bias.grad, slope) < 1e-10 and rel(layer.weight.grad, torch.outer(slope, x)) < 1e-10
 
 
-def test_vmap_runs_it_once_for_each_entry():
+def test_vmap_runs_it_once_for_each_entry_where_it_reads_numbers():
     shapes = []
 
     @implicit.solver(residual=lambda w, a, b: w**2 - a * b, argnums=(0, 1), solver=DENSE)
     def fit(a, b, scale):
-        shapes.append((a.shape, b.shape, scale.shape))
         assert type(a.item()) is float  # a plain tensor
+        shapes.append((a.shape, b.shape, scale.shape))
         return (a * b).sqrt()
 
     a, b = double([1.0, 4.0, 9.0]), double(4.0)

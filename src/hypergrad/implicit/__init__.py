@@ -9,7 +9,7 @@ from ._correction import Correction as Correction
 from ._correction import correct as correct
 from ._correction import newton_step as newton_step
 from ._correction import polish, refine
-from ._function import Info, WarmStart
+from ._equation import Info, WarmStart
 from ._hypergradient import Hypergradient, backward, grad
 from ._hypergradient import accumulate as accumulate
 from ._jacobian import jacobian

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from .. import _torch
 from .._autodiff import as_scalar
+from .._below import Leaves
 from .._modules import name_of
 from .._tree import PyTree, filled, flatten, matching, split
 from ..operators import LinearOperator, has_curvature
 from ..solvers import Auto, Recycled, Solver
-from ._function import Equation, Function, Info, Leaves, LinearSolve, Root, WarmStart, pull
+from ._equation import Equation, Function, Info, WarmStart, pull
+from ._function import LinearSolve, Root
 
 # solver, symmetric, positive_definite, batch_dims, info, warm_start: the keywords that all forms share
 Settings: TypeAlias = "tuple[Solver | None, bool, bool, int, Info | None, WarmStart | Recycled | None]"
@@ -118,7 +120,8 @@ def root(
         solution: w, any pytree of floating point tensors. Its own derivatives are ignored. Where some leaves are
             parameters that require grad, those that do not are frozen: constants, not unknowns.
         hparams: λ, any pytree; its floating point tensors are differentiated.
-        solver: linear solver of Aᵀv = w̄, and of Aẇ = b in forward mode; default `solvers.Auto()`.
+        solver: linear solver of Aᵀv = w̄, and of Aẇ = b in forward mode; default `solvers.Auto()`. It factorises each of
+            many small systems, once for all right hand sides that jacrev, jacfwd or vmap bring.
             `solvers.OneStep()` and `solvers.Neumann(max_steps=...)` are cheap approximations.
         symmetric: ∂₁F is symmetric.
         positive_definite: ∂₁F is symmetric and positive definite: `solvers.Dense` takes Cholesky's factors then.
@@ -255,7 +258,8 @@ def solver(
     """Make any code that computes a solution a differentiable function of its hparams.
 
     The decorated function is run on plain tensors, outside of every graph and transform: it may use torch.optim, SciPy
-    or a compiled solver. Under vmap it runs once for each entry.
+    or a compiled solver. Under vmap it runs once for all entries where torch.func.vmap can run it, and once for each
+    where that refuses (numbers or branches that depend on an entry, NumPy, .backward(), random numbers, aux).
 
     Args:
         argmin, fixed_point, residual: what the returned w solves, exactly one: g(w, *hparams) → scalar, Φ(w, *hparams),
@@ -283,13 +287,15 @@ def solver(
     settings = (solver, symmetric, positive_definite, batch_dims, info, warm_start)
 
     def decorate(compute: Callable[..., Any]) -> Callable[..., Any]:
+        refused: list[str] = []  # why torch.func.vmap could not run it
+
         @functools.wraps(compute)
         def differentiable(*args: Any, **kwargs: Any) -> Any:
             if max(chosen) >= len(args):
                 raise TypeError(
                     f"{compute.__name__}: hparams are positional arguments {chosen}, got {len(args)} of them"
                 )
-            return _computed(form, user, compute, chosen, has_aux, args, kwargs, settings)
+            return _computed(form, user, compute, chosen, has_aux, args, kwargs, settings, refused)
 
         return differentiable
 
@@ -305,6 +311,7 @@ def _computed(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     settings: Settings,
+    refused: list[str],
 ) -> Any:
     """What `compute` returns, with derivatives in the arguments in `chosen`."""
     args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
@@ -313,19 +320,28 @@ def _computed(
     found: list[tuple[Structure, Any]] = []
 
     def find(tensors: Leaves) -> Leaves:
-        with torch.enable_grad():
-            plain_args, plain_kwargs = rebuild([t.detach() for t in tensors])
-            result = compute(*plain_args, **plain_kwargs)
+        at_once = _torch.transforms_active()  # `find_all` tries all entries of a vmap together
+        if at_once and (has_aux or refused):
+            raise NotImplementedError
+        try:
+            with torch.enable_grad():
+                plain_args, plain_kwargs = rebuild([t.detach() for t in tensors])
+                result = compute(*plain_args, **plain_kwargs)
+        except Exception as error:
+            if at_once:
+                refused.append(str(error))
+            raise
         if has_aux and found:
             raise NotImplementedError("has_aux under vmap: each entry has its own aux; map without has_aux")
         result, aux = result if has_aux else (result, None)
         new = Structure(result, f"the result of {compute.__name__}")
-        if found and len(new.places) < len(new.leaves):
+        if (found or at_once) and len(new.places) < len(new.leaves):
             raise NotImplementedError(
                 "under vmap each entry has frozen leaves (requires_grad=False) of its own: pass them in hparams"
             )
         found[:] = [(new, aux)]
-        return tuple(leaf.clone() for leaf in new.unknowns)
+        unknowns, new.unknowns = new.unknowns, []
+        return tuple(leaf.clone() for leaf in unknowns)
 
     def arguments(tensors: Leaves) -> tuple[PyTree, ...]:
         return tuple(rebuild(tensors)[0][i] for i in chosen)

@@ -1,6 +1,8 @@
 """Linear solvers: frozen configuration, called as solver(op, b, x0=None) → Solution."""
 
 from .._solution import HypergradientWarning, Solution, SolverError, Status
+from ._at_once import solve_at_once as solve_at_once
+from ._at_once import solves_at_once as solves_at_once
 from ._auto import Auto
 from ._block import BlockCG
 from ._direct import Dense

@@ -8,12 +8,14 @@ import torch
 
 from .._solution import Status
 from .._vector import anywhere, where
+from ._direct import AT_ONCE, materialise, regular_solve
 from ._krylov import GMRES, arnoldi
 from ._normal import LSQR
 from ._solver import IterativeSolver, LinearSolver, Outcome, System, continued, event
 from ._symmetric import CG, MINRES
 from ._theory import SystemStructure
 
+SMALL = 32  # unknowns up to which many systems are solved densely
 LANCZOS_STEPS = 40  # products for the least eigenvalue of a system that turned out to be indefinite
 
 
@@ -25,6 +27,7 @@ class Auto(IterativeSolver):
     |---|---|---|
     | symmetric | CG | MINRES, where A is singular or indefinite; GMRES, where A is not symmetric after all |
     | any | GMRES | LSQR, where GMRES stagnates and Aᵀ is known |
+    | several of up to 32 unknowns each | a factorisation of each | the above, where one is singular |
 
     Where A is declared positive definite, as that of an inner loss is at a minimum, negative curvature shows that the
     point is none: Auto ends there as NOT_POSITIVE_DEFINITE, and `Solution.curvature` is an estimate of the least
@@ -39,7 +42,29 @@ class Auto(IterativeSolver):
 
     restart: int = 30
 
+    @property
+    def aims_at_tolerance(self) -> bool:
+        return self.rtol is not None or self.atol is not None or self.max_steps is None
+
     def _iterate(self, system: System) -> Outcome:
+        return self._dense(system) or self._iterative(system)
+
+    def _dense(self, system: System) -> Outcome | None:
+        """What a factorisation of each of several small systems gives, if all are regular."""
+        op, space = system.op, system.b.space
+        n, count = space.length, space.batch_shape.numel()
+        few = 0 < n <= min(SMALL, system.max_steps) and count * n**2 <= AT_ONCE
+        if not (space.batch_dims and op.each is None and few and all(space.plain)) or system.goal is None:
+            return None
+        x, r = system.start()
+        rows, rhs, stop = materialise(op, r).mT, r.flat().unsqueeze(-2), system.stop.unsqueeze(-1)
+        found = regular_solve(rows, rhs, stop, space.eps, op.symmetric, op.positive_definite)
+        if found is None:
+            return None
+        trace = torch.stack([r.norm(), found[1].squeeze(-1)])
+        return Outcome(x + space.from_flat(found[0].squeeze(-2)), trace, 1, None, f"Dense: {count} small systems")
+
+    def _iterative(self, system: System) -> Outcome:
         symmetric = system.op.symmetric
         method: LinearSolver = CG() if symmetric else GMRES(restart=self.restart)
         why = "declared symmetric" if symmetric else "not declared symmetric"

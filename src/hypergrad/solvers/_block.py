@@ -92,7 +92,7 @@ def products(system: System) -> Callable[[Tensor], Tensor]:
     """P ↦ AP for any number of columns, in memory of its own."""
     op, like = system.op, system.b
     if op.batch_dims:
-        if op.each is None:
+        if op.each is None or op.each.batch_dims:
             raise TypeError(
                 "BlockCG solves for several right hand sides of one operator: pass op.stacked(), where op has no "
                 "batch axis; independent systems have no Krylov space in common, so use CG"

@@ -101,3 +101,25 @@ def factorised(a: Tensor, b: Tensor, positive_definite: bool, eps: float) -> tup
     diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
     singular = diagonal.amin(-1) <= rounding(a, eps) * diagonal.amax(-1)
     return torch.where(singular.unsqueeze(-1), torch.nan, y), code
+
+
+def regular_solve(
+    rows: Tensor, rhs: Tensor, stop: Tensor, eps: float, symmetric: bool, positive_definite: bool
+) -> tuple[Tensor, Tensor] | None:
+    """(x, ‖b − Ax‖) for Aᵀ = rows [*B, n, n] and right hand sides [*B, k, n], each matrix factorised once.
+
+    None where a residual is above its limit [*B, k], a pivot below rounding, or A not what it was declared to be.
+    Matrices and vectors are stored in rows, which are LAPACK's columns.
+    """
+    if symmetric and bool(((rows - rows.mT).abs().amax((-2, -1)) > eps**0.5 * rows.abs().amax((-2, -1))).any()):
+        return None
+    if positive_definite:
+        factor, info = torch.linalg.cholesky_ex(rows.mT)
+        x = torch.cholesky_solve(rhs.mT, factor).mT
+    else:
+        lu, pivots, info = torch.linalg.lu_factor_ex(rows.mT)
+        x = torch.linalg.lu_solve(lu, pivots, rhs.mT).mT
+        size = lu.diagonal(dim1=-2, dim2=-1).abs()
+        info = info + (size.amin(-1) <= rounding(rows, eps) * size.amax(-1))
+    residual = torch.linalg.vector_norm((x @ rows).sub_(rhs), dim=-1)
+    return None if bool(info.any() | ~(residual <= stop).all()) else (x, residual)

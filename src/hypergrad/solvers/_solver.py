@@ -318,7 +318,7 @@ def _give_up(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
 def _scaled(b: Vector) -> tuple[Scalar, Scalar]:
     """A power of two by which b is divided, and ‖b‖ after that: near 1 where it is not 0."""
     norm2 = read(b.dot(b))
-    if not squares_are_exact(norm2, b.space):
+    if isinstance(norm2, Tensor) or not squares_are_exact(norm2, b.space):
         scale = b.scale(read)
         return scale, norm(b.scale_(1 / scale))
     # Near enough to 1 as it is: squares of residuals, and of Aᵀr, neither vanish nor overflow.

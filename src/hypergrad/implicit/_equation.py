@@ -1,0 +1,326 @@
+"""F(w, λ) = 0 on leaves, and the solution of its linear systems at plain tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .. import _autodiff, _graph, _torch, operators
+from .._autodiff import Linearisation, users_autocast
+from .._basis import Basis
+from .._below import Leaves
+from .._solution import Solution, at_kink, inner_distance, warn, warn_if_unsolved, warned_of_kink
+from .._tree import difference, filled, flatten
+from .._vector import Space, Vector
+from ..operators import LinearOperator
+from ..solvers import Recycled, Solver, on_failure_of, solve, solve_at_once, solves_at_once
+from ._problem import INNER_UNREACHED
+
+Function: TypeAlias = "Callable[[Leaves, Leaves], Leaves]"  # F(w, λ) on leaves
+
+_within_a_map: ContextVar[bool] = ContextVar("within_a_map", default=False)  # whether an Equation is being evaluated
+
+OUTSIDE = "one that a transform outside (grad, jvp, vmap, ...) differentiates or maps"
+
+
+def undeclared(names: str) -> ValueError:
+    return ValueError(
+        f"the map uses a tensor that requires grad and was not declared: {names}. Its derivative would be lost. Pass "
+        f"it in hparams (for a module: torch.func.functional_call with dict(module.named_parameters()) in hparams), or "
+        f"detach it"
+    )
+
+
+@dataclass
+class Info:
+    """Filled in when a derivative is computed: how the adjoint (or tangent) system was solved.
+
+    Attributes:
+        solution: status, steps, true residual and trace of the last solve; None before.
+        solves: how many systems were solved since this object was made.
+    """
+
+    solution: Solution | None = None
+    solves: int = 0
+
+
+@dataclass
+class WarmStart:
+    """Keeps v from one backward pass as the start of the next. One object for each place in a model where it is used.
+
+    Attributes:
+        value: the last v as leaves; None to start from zero (set it so when the problem changes).
+    """
+
+    value: list[Tensor] | None = None
+
+    def start(self, op: LinearOperator, b: Vector) -> tuple[Vector, None] | None:
+        """v of the last pass."""
+        if self.value is None:
+            return None
+        space = b.space
+        held = [(leaf.shape, leaf.dtype, leaf.device) for leaf in self.value]
+        if held != list(zip(space.shapes, space.dtypes, space.devices, strict=True)):
+            raise ValueError(
+                f"warm_start holds a v of shapes {[tuple(leaf.shape) for leaf in self.value]}, and the solution has "
+                f"{[tuple(shape) for shape in space.shapes]}: set its value to None when the problem changes"
+            )
+        return space.pack(self.value), None
+
+    def keep(self, v: Vector) -> None:
+        """Keep v, and zeros for a system where it is not finite."""
+        self.value = [leaf.clone() for leaf in v.where(torch.isfinite(v.largest()), v.zeros()).leaves]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, in a form that torch.load(weights_only=True) reads."""
+        return {"value": None if self.value is None else [leaf.clone() for leaf in self.value]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = None if state["value"] is None else [leaf.clone() for leaf in state["value"]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A leading axis of a map: whether w and λ are the same along it, and the leaves of λ that have it."""
+
+    copied: bool
+    carried: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Equation:
+    """F and how its linear systems are solved: what both Functions carry along unchanged."""
+
+    function: Function  # F, or Φ where fixed_point (F = w − Φ), or ∇₁g of a g that it minimises, on tuples of leaves
+    count: int  # of the leaves of w
+    solver: Solver  # of Aᵀv = b and of Av = b
+    name: Callable[[Tensor], str]  # how an error speaks of an undeclared tensor
+    fixed_point: bool = False
+    minimises: bool = False
+    symmetric: bool = False
+    positive_definite: bool = False
+    batch_dims: int = 0
+    transposed: bool = False  # whether systems are those of Aᵀ
+    info: Info = field(default_factory=Info)
+    warm: WarmStart | Recycled | None = None
+    axes: tuple[Axis, ...] = ()  # of the maps that it is under, the outermost first: the leading axes of b and w
+    base: Equation | None = None  # the same without the axes that are copied
+
+    @property
+    def T(self) -> Equation:
+        """The same with Aᵀ for A."""
+        if self.symmetric:
+            return self
+        return replace(self, transposed=not self.transposed, base=None if self.base is None else self.base.T)
+
+    def vmapped(self, dims: Sequence[int | None], copied: bool = False) -> Equation:
+        """The same over one more leading axis of w, and of those leaves of λ whose entry in dims is 0.
+
+        copied: neither varies along it.
+        """
+        mapped, base = torch.func.vmap(self.function, in_dims=(0, tuple(dims))), self.base
+        if copied:
+            base = base or self
+        elif base is not None:
+            base = base.vmapped(dims)
+        axis = Axis(copied, frozenset(i for i, dim in enumerate(dims) if dim is not None))
+        axes, batch_dims = (axis, *self.axes), self.batch_dims + 1
+        return replace(self, function=mapped, batch_dims=batch_dims, warm=None, base=base, axes=axes)
+
+    def once(self, leaf: Tensor, place: int | None = None) -> Tensor:
+        """A leaf of w, or that of λ at this place, without the axes along which it is copied."""
+        own = [axis for axis in self.axes if place is None or place in axis.carried]
+        return leaf[tuple(0 if axis.copied else slice(None) for axis in own)]
+
+    def evaluate(self, leaves: Leaves) -> Leaves:
+        """F (or Φ) at the leaves of (w, λ)."""
+        outermost = _within_a_map.set(True)
+        try:
+            with _torch.differentiated_rightly(dense=True), users_autocast():
+                return self.function(leaves[: self.count], leaves[self.count :])
+        except RuntimeError as error:
+            if _torch.is_of_ended_transform(error):
+                raise undeclared(OUTSIDE) from error
+            raise
+        finally:
+            _within_a_map.reset(outermost)
+
+    def residual(self, leaves: Leaves) -> Leaves:
+        """F(w, λ)."""
+        values = self.evaluate(leaves)
+        return difference(leaves[: self.count], values) if self.fixed_point else values
+
+    def pulled(self, u: Leaves, leaves: Leaves) -> Leaves:
+        """∂₁Fᵀ u as a differentiable function of u, w and λ."""
+        return pull(self.residual, leaves, u, range(self.count))
+
+    def linearise(self, w: Leaves, hparams: Leaves, wanted: Sequence[Tensor] = ()) -> Linearisation:
+        """The retained graph of F (or Φ) at plain tensors; undeclared tensors in it are an error."""
+        outputs = self.evaluate((*w, *hparams))
+        if any(map(_torch.is_wrapped, outputs)):
+            raise undeclared(OUTSIDE)
+        others = _graph.undeclared_leaves(outputs, [*w, *hparams])
+        if others:
+            raise undeclared(", ".join(self.name(leaf) for leaf in others[:3]))
+        return Linearisation(outputs, w, list(wanted))
+
+    def check_declared(self, w: Sequence[Tensor], hparams: Sequence[Tensor]) -> None:
+        """Look at once for undeclared tensors that `linearise` would miss, by an evaluation of F at constants.
+
+        It runs below all transforms, where what they differentiate or map looks like a constant, and not at all where
+        no declared tensor requires grad, or the map of another implicit function asks for the derivative in an
+        undeclared tensor alone.
+        """
+        count = len(w)
+        constants = tuple(leaf.detach() for leaf in (*w, *hparams))
+        if _torch.transforms_active():
+            mapped = set().union(*map(_torch.mapped_levels, constants))
+            outputs = torch.func.vjp(lambda *w: self.evaluate((*w, *constants[count:])), *constants[:count])[0]
+            if any(_torch.depends_on_transform(y, mapped) for y in outputs):
+                raise undeclared(OUTSIDE)
+        elif torch.is_grad_enabled() and (
+            _within_a_map.get() or not any(leaf.requires_grad for leaf in (*w, *hparams))
+        ):
+            self.linearise(tuple(leaf.requires_grad_() for leaf in constants[:count]), constants[count:])
+
+    def solved(
+        self, b: Leaves, w: Leaves, hparams: Leaves, wanted: Sequence[int] = (), adjoint: bool = False
+    ) -> tuple[Leaves, Leaves]:
+        """A⁻¹b (or A⁻ᵀb) at plain tensors and, for an adjoint, λ̄ = −∂₂Fᵀ of it for the leaves of λ in wanted."""
+        places = [i - self.count for i in wanted]
+        if self.base is not None:
+            axes = tuple(i for i, axis in enumerate(self.axes) if axis.copied)
+            first = tuple(range(len(axes)))
+            shape = b[0].movedim(axes, first).shape[: len(axes)]
+            b = tuple(x.movedim(axes, first).flatten(0, len(axes) - 1) for x in b)
+            hparams = tuple(self.once(x, i) for i, x in enumerate(hparams))
+            found = self.base._solved(b, tuple(map(self.once, w)), hparams, places, adjoint, True)
+            v, bars = (tuple(x.unflatten(0, shape).movedim(first, axes) for x in xs) for xs in found)
+            return v, bars
+        return self._solved(b, w, hparams, places, adjoint, False)
+
+    def _solved(
+        self, b: Leaves, w: Leaves, hparams: Leaves, places: list[int], adjoint: bool, stacked: bool
+    ) -> tuple[Leaves, Leaves]:
+        """As `solved`; stacked: b has one more leading axis, of right hand sides for the same A."""
+        w = tuple(x.detach().requires_grad_() for x in w)
+        hparams = tuple(x.detach().requires_grad_(i in places) for i, x in enumerate(hparams))
+        chosen = [hparams[i] for i in places]
+        with torch.enable_grad():
+            linearisation = self.linearise(w, hparams, chosen)
+        space = Space(*flatten(list(w), "w"), self.batch_dims)
+        bars: list[Any] = []
+
+        def last(v: Vector) -> Vector:
+            both = linearisation.vjp_both_many(v.leaves) if stacked else linearisation.vjp_both(v.leaves, False)
+            image, found = v.space.pack(both[0]), both[1]
+            keep(found)
+            return v - image if self.fixed_point else image
+
+        def keep(found: Sequence[Tensor | None]) -> None:
+            if chosen and all(x is None for x in found):
+                warn(INNER_UNREACHED)
+            lead = (len(b[0]),) if stacked else ()
+            bars[:] = _autodiff.scaled(_autodiff.new_zeros(found, chosen, *lead), 1.0 if self.fixed_point else -1.0)
+
+        right = (space.stack_of(len(b[0])) if stacked else space).pack([x.detach() for x in b])
+        v = self.run(linearisation, space, right, last if adjoint else None, keep)
+        # New tensors: autograd hangs the graph on what it gets back, and Info would keep it alive.
+        return tuple(x.detach() for x in v.leaves), tuple(bars)
+
+    def run(self, linearisation: Linearisation, space: Space, b: Vector, last: Any, keep: Any) -> Vector:
+        """Solve with A or Aᵀ, reporting a failure and filling in Info. b: of space, or a stack of such vectors."""
+        if not space.length or 0 in b.space.batch_shape:  # nothing to solve for
+            return b if last is None else last(b)
+        point, value = (space.pack([x.detach() for x in xs]) for xs in (linearisation.params, linearisation.outputs))
+        f = point - value if self.fixed_point else value
+        residual, kink = f.norm(), at_kink(point, f) if self.minimises else None
+        del f, value
+        linearisation.drop_values()
+        op = operators.adjoint(
+            lambda: linearisation,
+            fixed_point=self.fixed_point,
+            symmetric=self.symmetric,
+            positive_definite=self.positive_definite,
+            batch_dims=self.batch_dims,
+        )
+        op = op if self.transposed else op.T
+        solution = None
+        if b.space is not space:
+            solution = self.factorised(linearisation, point, b, keep if last else None)
+            op = operators.stacked(op)
+        if solution is None:
+            solution = solve(self.solver, op, b.copy(), None if last is None else self.warm, last)
+        self.info.solution, self.info.solves = solution, self.info.solves + 1
+        policy = on_failure_of(self.solver)
+        solution.report("the linear system of an implicit derivative", policy)
+        if policy != "ignore":
+            distance = inner_distance(residual, solution, point)
+            if not warned_of_kink(kink, residual, distance, space.eps):
+                warn_if_unsolved(distance, residual)
+        return solution.value
+
+    def factorised(self, linearisation: Linearisation, point: Vector, b: Vector, keep: Any) -> Solution | None:
+        """The solution for a stack of right hand sides by one factorisation, if the solver allows it and it succeeds.
+
+        keep: takes ∂₂Fᵀ of the solutions, if that is to be taken too.
+        """
+        n, k = point.space.length, b.space.batch_shape[0]
+        if not solves_at_once(self.solver, n, k) or not all(point.space.plain):
+            return None
+        units = Basis.from_rows(point, torch.eye(n, dtype=point.space.dtype, device=point.space.device)).leaves()
+        crosses: list[Tensor | None] = []
+        if keep is None or k < n:
+            rows = linearisation.vjp_many(units)
+        else:  # one pass gives ∂₂F as well, which is no larger than what is asked for
+            rows, crosses = linearisation.vjp_both_many(units)
+        rows = point.space.joined(point.space.chunks_of(rows, (n,))).movedim(0, -2 if self.transposed else -1)
+        rows = torch.eye(n, dtype=rows.dtype, device=rows.device) - rows if self.fixed_point else rows.contiguous()
+        found = solve_at_once(self.solver, rows, b, self.symmetric, self.positive_definite)
+        if found is None or keep is None:
+            return found and found[0]
+        solution, x = found
+        lead = b.space.batch_shape
+        if k < n:
+            crosses = linearisation.vjp_both_many(solution.value.leaves)[1]
+        else:
+            crosses = [None if c is None else _combined(x, c, lead) for c in crosses]
+        keep(crosses)
+        return solution
+
+
+def _combined(x: Tensor, rows: Tensor, lead: torch.Size) -> Tensor:
+    """Σᵢ xᵢ rowᵢ for x [*B, k, n] and rows [n, *B, ...]: [k, *B, ...]."""
+    flat = rows.flatten(len(lead)) if rows.ndim > len(lead) else rows.unsqueeze(-1)
+    product = x.to(flat.dtype) @ flat.movedim(0, -2)
+    return product.movedim(-2, 0).reshape(*lead, *rows.shape[len(lead) :])
+
+
+def pull(function: Callable[[Leaves], Leaves], leaves: Leaves, cotangent: Leaves, wanted: Sequence[int]) -> Leaves:
+    """Σ ∂function/∂leafᵢᵀ cotangent for the leaves i in wanted, as a differentiable function of leaves and cotangent.
+
+    By torch.autograd, which takes what torch.func refuses: modules that write their buffers or have hooks, Functions
+    without setup_context, checkpoints. Under a transform by torch.func.grad, which sees no derivative but those of its
+    own level. (A pullback of torch.func.vjp could not be called after its level has ended.)
+    """
+    at = tuple(leaves[i] for i in wanted)
+    if _torch.transforms_active():
+
+        def paired(at: Leaves) -> Tensor:
+            pairs = zip(function(tuple(filled(leaves, wanted, at))), cotangent, strict=True)
+            return functools.reduce(
+                torch.add, [((y * c.conj()).real if y.is_complex() else y * c).sum() for y, c in pairs]
+            )
+
+        return torch.func.grad(paired)(at)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = tuple(_torch.tracked(leaf.view_as(leaf)) for leaf in at)  # a view, for forward mode
+        outputs = function(tuple(filled(leaves, wanted, at)))
+        return tuple(_autodiff.grad(outputs, at, cotangent, create_graph=create_graph))
