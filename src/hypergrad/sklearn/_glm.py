@@ -1,0 +1,272 @@
+"""Logistic and softmax regression, and ridge regression without factors, by Newton's method and CG.
+
+    ∇g = Xᵀ(s ∘ ℓ'(XW)) + a ∘ W,    A V = Xᵀ(s ∘ ℓ''(XW) XV) + a ∘ V,    A V = ∇E(W),    ∂E/∂ log aⱼ = −aⱼ ⟨wⱼ, vⱼ⟩
+
+The systems of all folds (and targets, for the squared loss) are solved side by side: B weights on the rows of one X, so
+that a product with it serves all of them, and their validation predictions come with it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from ..operators import function
+from ..solvers import CG
+from ._folds import Folds
+
+DENSE, MEMORY = 1_000, 60_000_000  # coefficients of a system that is factorised; numbers in all factors
+STALE = 15  # steps of CG after which the factors are made anew
+
+
+def squared(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """½ Σ_c (z − y)², and its derivative."""
+    return (z - y).square().sum(-1) / 2, z - y
+
+
+def logistic(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-loss of one logit against y in {0, 1}, or of C logits against one-hot y."""
+    if z.shape[-1] == 1:
+        return (torch.nn.functional.softplus(z) - y * z).sum(-1), torch.sigmoid(z) - y
+    return torch.logsumexp(z, -1) - (y * z).sum(-1), torch.softmax(z, -1) - y
+
+
+class Linear:
+    """The folds of a penalised linear model whose inner loss is `inner`, by products with X alone.
+
+    Args:
+        X: [n, d], dense or a scipy.sparse matrix.
+        y: [n, C] of one problem, or [n, T] of T problems where `inner` is `squared`.
+        outer: (predictions [R, C], y [R, C]) ↦ losses of the rows and their derivatives; [R, T] for `squared`.
+        solution: (strengths, targets) ↦ W [B, d + 1, C] in place of our own, from a solver of the user's.
+    """
+
+    def __init__(
+        self,
+        X: Any,
+        y: Tensor,
+        folds: Folds,
+        inner: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        outer: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        fit_intercept: bool = True,
+        solution: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        self.y, self.folds, self.inner, self.outer, self.given = y, folds, inner, outer, solution
+        self.fit_intercept, self.shape = fit_intercept, X.shape
+        self.separate = inner is squared
+        self.C = 1 if self.separate else y.shape[1]
+        if scipy.sparse.issparse(X):
+            ones = scipy.sparse.csr_array((X.shape[0], 1)) if not fit_intercept else [[1.0]] * X.shape[0]
+            rows = scipy.sparse.csr_array(scipy.sparse.hstack([X, ones], format="csr"))
+            self.X, self.Xt = compressed(rows), compressed(rows.T.tocsr())
+        else:
+            self.X = torch.cat([X, torch.full((len(X), 1), float(fit_intercept), dtype=X.dtype)], 1)
+            self.Xt = self.X.mT
+        targets = y.shape[1] if self.separate else 1
+        self.W = y.new_zeros(folds.number, targets, X.shape[1] + 1, self.C)
+        self.V = torch.zeros_like(self.W)
+        size, systems = self.W[0, 0].numel(), folds.number
+        self.dense = not scipy.sparse.issparse(X) and size <= DENSE and systems * size**2 <= MEMORY
+        self.dense = self.dense and not self.separate
+        self.factors: Tensor | None = None
+        self.rtol = 1e-8 if self.dense else 1e-4
+
+    def scale(self) -> float:
+        """The mean eigenvalue of XᵀSX, as though its columns were orthogonal to one."""
+        total = self.folds.train.mean(0)
+        values = self.X.values() if self.X.layout == torch.sparse_csr else self.X
+        if self.X.layout == torch.sparse_csr:
+            counts = self.X.crow_indices().diff()
+            squares = torch.repeat_interleave(total, counts) @ values.square()
+        else:
+            squares = (total @ values.square()).sum()
+        return float(squares - (total.sum() if self.fit_intercept else 0.0)) / min(self.shape)
+
+    # products with all systems at once: [B, d + 1, C] ↔ [n, B, C]
+
+    def _times(self, w: Tensor) -> Tensor:
+        return (self.X @ w.permute(1, 0, 2).flatten(1)).unflatten(1, w.shape[::2])
+
+    def _transposed(self, r: Tensor) -> Tensor:
+        return (self.Xt @ r.flatten(1)).unflatten(1, r.shape[1:]).permute(1, 0, 2)
+
+    def _curved(self, z: Tensor, zv: Tensor) -> Tensor:
+        """ℓ''(z) zv."""
+        if self.separate:
+            return zv
+        if self.C == 1:
+            p = torch.sigmoid(z)
+            return p * (1 - p) * zv
+        p = torch.softmax(z, -1)
+        return p * (zv - (p * zv).sum(-1, keepdim=True))
+
+    def evaluate(
+        self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [F, T] (T = 1 for a classifier) and slopes like strengths, [T, d] or [C, d]."""
+        folds, rtol = self.folds.number, min(self.rtol, 1e-12) if tighter else self.rtol
+        which = targets if self.separate else torch.zeros(1, dtype=torch.long)
+        a, y, train = self._systems(strengths, which)
+        w = self._solution(a, y, train, strengths, which, rtol)
+        z = self._times(w)
+        predictions = z.unflatten(1, (folds, len(which)))  # [n, F, T, C]
+        losses, pull = [], torch.zeros_like(predictions)
+        for fold in range(folds):
+            rows = self.folds.rows(fold)
+            weights = self.folds.valid[fold, rows]
+            own, truth = predictions[rows, fold], self.y[rows]
+            own, truth = (own[..., 0], truth[:, which]) if self.separate else (own[:, 0], truth)
+            loss, slope = self.outer(own, truth)
+            losses.append(weights @ loss.reshape(len(rows), -1))
+            pull[rows, fold] = (weights.reshape(-1, 1) * slope).reshape(pull[rows, fold].shape)
+        losses = torch.stack(losses)
+        if not gradient:
+            return losses, torch.zeros_like(strengths)
+        v = self._adjoint(a, train, z, self._transposed(pull.flatten(1, 2)), which, min(rtol * 10, 1e-3))
+        share = self.folds.share.repeat_interleave(len(which))
+        slopes = -share[:, None, None] * a * w * v
+        slopes = slopes.unflatten(0, (folds, len(which))).sum(0)[:, :-1]
+        if self.separate:
+            return losses, slopes[..., 0]
+        return losses, slopes[0].mT if len(strengths) > 1 else slopes[0].sum(1)[None]
+
+    def _systems(self, strengths: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Strengths [B, d + 1, 1 or C], targets [n, B or 1, C], weights of the rows [n, B, 1]."""
+        folds = self.folds.number
+        zero = strengths.new_zeros(len(strengths), 1)
+        a = torch.cat([strengths, zero], 1)
+        if self.separate:
+            a = a.expand(len(which), -1)[None].expand(folds, -1, -1).flatten(0, 1)[..., None]
+            y = self.y[:, which].repeat(1, folds)[..., None]
+        else:
+            a, y = a.mT[None].expand(folds, -1, -1), self.y[:, None]
+        return a, y, self.folds.train.mT.repeat_interleave(len(which), 1)[..., None]
+
+    def _solution(
+        self, a: Tensor, y: Tensor, train: Tensor, strengths: Tensor, which: Tensor, rtol: float
+    ) -> Tensor:
+        """W [B, d + 1, C], by Newton's method from the last solution, to ‖∇g‖ ≤ rtol ‖∇g(0)‖."""
+        if self.given is not None:
+            return self.given(strengths, which)
+        w = self.W[:, which].flatten(0, 1)
+        z = self._times(w)
+        size = self._transposed(train * self.inner(torch.zeros_like(z), y)[1]).flatten(1).norm(dim=1)
+        size = size.clamp(min=1e-300)
+        for _ in range(50):
+            value, slope = self.inner(z, y)
+            value = (train[..., 0] * value).sum(0) + (a * w * w).sum((1, 2)) / 2
+            gradient = self._transposed(train * slope) + a * w
+            rest = gradient.flatten(1).norm(dim=1) / size
+            if bool((rest <= rtol).all()) or not bool(torch.isfinite(rest).all()):
+                break
+            step = self._solve(a, train, z, gradient, None, min(0.1, max(rtol / float(rest.max()), 1e-3)))
+            along, length = self._times(step), torch.ones_like(value)
+            for _ in range(20):
+                trial = w - length[:, None, None] * step
+                reached = (train[..., 0] * self.inner(z - length[:, None] * along, y)[0]).sum(0)
+                reached = reached + (a * trial * trial).sum((1, 2)) / 2
+                worse = reached > value + 1e-14 * value.abs()
+                if not worse.any():
+                    break
+                length = torch.where(worse, length / 2, length)
+            length = torch.where(worse, torch.where(rest > 1e-9, length, 1.0), length)
+            w, z = w - length[:, None, None] * step, z - length[:, None] * along
+        self.W[:, which] = w.unflatten(0, (self.folds.number, len(which)))
+        return w
+
+    def _adjoint(self, a: Tensor, train: Tensor, z: Tensor, q: Tensor, which: Tensor, rtol: float) -> Tensor:
+        v = self._solve(a, train, z, q, self.V[:, which].flatten(0, 1), rtol)
+        self.V[:, which] = v.unflatten(0, (self.folds.number, len(which)))
+        return v
+
+    def _solve(self, a: Tensor, train: Tensor, z: Tensor, r: Tensor, x0: Tensor | None, rtol: float) -> Tensor:
+        """A⁻¹r of every system, by preconditioned CG."""
+        floating = float(self.C > 1 and self.fit_intercept)  # the sum of the intercepts, which a softmax ignores
+
+        def product(v: Tensor) -> Tensor:
+            image = self._transposed(train * self._curved(z, self._times(v))) + a * v
+            image[:, -1] += v[:, -1].mean(-1, keepdim=True) * floating + v[:, -1] * (1 - self.fit_intercept)
+            return image
+
+        precondition = self._preconditioner(a, train, z, floating)
+        solver = CG(max_steps=1000, rtol=rtol, preconditioner=precondition, on_failure="ignore")
+        solution = solver(function(product, symmetric=True, batch_dims=1), r, x0=x0)
+        if int(torch.as_tensor(solution.steps).max()) > STALE:
+            self.factors = None
+        return solution.value
+
+    def _preconditioner(self, a: Tensor, train: Tensor, z: Tensor, floating: float) -> Callable[[Tensor], Tensor]:
+        """The factors of an earlier A, or the diagonal of this one."""
+        if not self.dense:
+            p = torch.softmax(z, -1) if self.C > 1 else torch.sigmoid(z)
+            curvature = torch.ones_like(z) if self.separate else p * (1 - p)
+            diagonal = self._squares(train * curvature) + a
+            diagonal[:, -1] += 1.0 - self.fit_intercept
+            return lambda r: r / diagonal.clamp(min=1e-300)
+        if self.factors is None:
+            self.factors = self._factors(a, train, z, floating)
+        return lambda r: torch.cholesky_solve(r.mT.reshape(len(r), -1, 1), self.factors).reshape(r.mT.shape).mT
+
+    def _squares(self, weights: Tensor) -> Tensor:
+        """(X∘X)ᵀ weights: [n, B, C] ↦ [B, d + 1, C]."""
+        if not hasattr(self, "_squared"):
+            sparse = self.Xt.layout == torch.sparse_csr
+            self._squared = squared_csr(self.Xt) if sparse else self.Xt.square()
+        return (self._squared @ weights.flatten(1)).unflatten(1, weights.shape[1:]).permute(1, 0, 2)
+
+    def _factors(self, a: Tensor, train: Tensor, z: Tensor, floating: float) -> Tensor:
+        """Cholesky factors of A, [B, C(d + 1), C(d + 1)], of a dense X."""
+        p = torch.softmax(z, -1) if self.C > 1 else torch.sigmoid(z)
+        side, each = self.X.shape[1], []
+        for system in range(z.shape[1]):
+            blocks = z.new_zeros(self.C, side, self.C, side)
+            own = p[:, system]
+            for c in range(self.C):
+                for k in range(c + 1):
+                    weights = train[:, system, 0] * own[:, c] * (float(c == k) - own[:, k])
+                    block = (self.Xt * weights) @ self.X
+                    block[-1, -1] += floating / self.C
+                    blocks[c, :, k] = blocks[k, :, c] = block
+            matrix = blocks.reshape(self.C * side, -1)
+            strengths = a[system].expand(-1, self.C).mT.clone()
+            strengths[:, -1] += 1.0 - self.fit_intercept
+            matrix.diagonal().add_(strengths.flatten())
+            matrix.diagonal().mul_(1 + 1e-12)
+            each.append(torch.linalg.cholesky(matrix))
+        return torch.stack(each)
+
+    def coefficients(self, strengths: Tensor) -> tuple[Tensor, Tensor]:
+        """W [C or T, d] and intercepts of the first fold, to the last digits."""
+        which = torch.arange(self.W.shape[1])
+        a, y, train = self._systems(strengths, which)
+        w = self._solution(a, y, train, strengths, which, 1e-10 if self.dense else 1e-6)
+        w = w[: len(which)]
+        w = w[..., 0] if self.separate else w[0].mT
+        return w[:, :-1], w[:, -1]
+
+    def residual(self, strengths: Tensor, which: Tensor) -> Tensor:
+        """‖∇g‖ / ‖∇g(0)‖ of each system at the solution."""
+        a, y, train = self._systems(strengths, which)
+        w = self._solution(a, y, train, strengths, which, self.rtol)
+        z = self._times(w)
+        gradient = self._transposed(train * self.inner(z, y)[1]) + a * w
+        start = self._transposed(train * self.inner(torch.zeros_like(z), y)[1])
+        return gradient.flatten(1).norm(dim=1) / start.flatten(1).norm(dim=1).clamp(min=1e-300)
+
+
+def compressed(x: Any) -> Tensor:
+    """A scipy.sparse matrix as torch's compressed rows."""
+    parts = (torch.from_numpy(part.copy()) for part in (x.indptr.astype("int64"), x.indices.astype("int64"), x.data))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(*parts, size=x.shape)
+
+
+def squared_csr(x: Tensor) -> Tensor:
+    parts = x.crow_indices(), x.col_indices(), x.values().square()
+    return torch.sparse_csr_tensor(*parts, size=x.shape)

@@ -1,0 +1,169 @@
+"""Ridge regression with many strengths, in closed form: one factorisation serves the solution and the adjoint.
+
+    A = XᵀSX + diag a,    A w = XᵀSy,    A v = ∇E(w),    ∂E/∂ log aⱼ = −aⱼ wⱼ vⱼ
+
+of each fold and target, rows centred by the fold's training mean, S the weights of its training rows. Where features
+outnumber rows the factor is that of I + S½ X diag(1/a) Xᵀ S½, as kernels have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._folds import Folds, Labels
+
+KERNELS, CHUNK = 30_000_000, 20_000_000  # numbers: of kernels that are kept, of factors at one time
+
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (prediction, y) ↦ losses of the rows, their derivatives
+
+
+class Ridge:
+    """The folds of a ridge regression with T targets.
+
+    Args:
+        X: [n, d], centred or near it.
+        y: [n, T].
+        solution: (strengths [T, d], targets) ↦ [F, T, d] in place of our own, from a solver of the user's.
+    """
+
+    def __init__(
+        self,
+        X: Tensor,
+        y: Tensor,
+        folds: Folds,
+        labels: Labels,
+        loss: Loss,
+        fit_intercept: bool = True,
+        solution: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        self.X, self.y, self.folds, self.loss, self.given = X, y, folds, loss, solution
+        self.mean, self.offset = folds.train @ X, folds.train @ y
+        if not fit_intercept:
+            self.mean, self.offset = torch.zeros_like(self.mean), torch.zeros_like(self.offset)
+        self.rows = [folds.rows(fold) for fold in range(folds.number)]
+        parts = [self._scaled(fold) for fold in range(folds.number)]
+        self.dual = max(len(x) for x, _ in parts) < X.shape[1]
+        self.q = torch.stack([x.mT @ t for x, t in parts]).mT  # [F, T, d]
+        if self.dual:
+            height = max(len(x) for x, _ in parts)
+            pad = torch.nn.functional.pad
+            self.Xt = torch.stack([pad(x, (0, 0, 0, height - len(x))) for x, _ in parts])
+            self.yt = torch.stack([pad(t, (0, 0, 0, height - len(t))) for _, t in parts])
+            self.kernels, self.first = self._kernels(labels)
+        else:
+            self.G = torch.stack([x.mT @ x for x, _ in parts])
+
+    def _scaled(self, fold: int) -> tuple[Tensor, Tensor]:
+        """S½ (X − x̄), S½ (y − ȳ), of the training rows."""
+        rows = self.folds.rows(fold, "train")
+        root = self.folds.train[fold, rows].sqrt()[:, None]
+        return root * (self.X[rows] - self.mean[fold]), root * (self.y[rows] - self.offset[fold])
+
+    def _kernels(self, labels: Labels) -> tuple[Tensor | None, Tensor]:
+        """Kernels of the groups [F, p, n, n], where there are few, and one feature of each group."""
+        folds, height, _ = self.Xt.shape
+        if labels.coupled or labels.count * folds * height**2 > KERNELS or labels.count > self.X.shape[1] / 4:
+            return None, torch.empty(0)
+        members = [(labels.index == group).nonzero()[:, 0] for group in range(labels.count)]
+        kernels = torch.stack([self.Xt[..., each] @ self.Xt[..., each].mT for each in members], 1)
+        return kernels, torch.stack([each[0] for each in members])
+
+    def scale(self) -> float:
+        """The mean eigenvalue of XᵀSX."""
+        trace = self.Xt.square().sum() if self.dual else self.G.diagonal(dim1=1, dim2=2).sum()
+        return float(trace) / (len(self.q) * min(self.Xt.shape[1:] if self.dual else self.G.shape[1:]))
+
+    def evaluate(
+        self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [F, T] and slopes like strengths, which are [T, d], or [1, d] for all targets alike."""
+        side = self.Xt.shape[1] if self.dual else self.X.shape[1]
+        step = len(targets) if len(strengths) == 1 else max(1, CHUNK // (len(self.q) * side**2))
+        losses, slopes = [], []
+        for part in range(0, len(targets), step):
+            some = strengths if len(strengths) == 1 else strengths[part : part + step]
+            loss, slope = self._evaluate(some, targets[part : part + step], gradient, 2 if tighter else 0)
+            losses.append(loss)
+            slopes.append(slope)
+        return torch.cat(losses, 1), torch.cat(slopes)
+
+    def _evaluate(self, a: Tensor, targets: Tensor, gradient: bool, refinements: int) -> tuple[Tensor, Tensor]:
+        factor = None if self.given is not None and not gradient else self._factor(a)
+        w = self._solution(a, targets, factor, refinements)
+        losses, pulls = [], []
+        for fold, rows in enumerate(self.rows):
+            x, weights = self.X[rows] - self.mean[fold], self.folds.valid[fold, rows]
+            prediction = x @ w[fold].mT + self.offset[fold, targets]
+            loss, slope = self.loss(prediction, self.y[rows][:, targets])
+            losses.append(weights @ loss)
+            pulls.append((x.mT @ (weights[:, None] * slope)).mT)
+        losses = torch.stack(losses)
+        if not gradient:
+            return losses, torch.zeros_like(a)
+        assert factor is not None
+        v = self._refined(a, factor, torch.stack(pulls), None, refinements)
+        return losses, -a * torch.einsum("f,ftd,ftd->td", self.folds.share, w, v)
+
+    def _solution(self, a: Tensor, targets: Tensor, factor: Tensor | None, refinements: int = 2) -> Tensor:
+        if self.given is not None:
+            return self.given(a.expand(len(targets), -1), targets)
+        assert factor is not None
+        return self._refined(a, factor, self.q[:, targets], targets, refinements)
+
+    def coefficients(self, strengths: Tensor) -> tuple[Tensor, Tensor]:
+        """w [T, d] and intercepts [T] of the first fold."""
+        targets, each = torch.arange(self.y.shape[1]), []
+        for target in targets.tolist():
+            a = strengths[[min(target, len(strengths) - 1)]]
+            each.append(self._solution(a, targets[[target]], self._factor(a))[0, 0])
+        w = torch.stack(each)
+        return w, self.offset[0] - w @ self.mean[0]
+
+    def _factor(self, a: Tensor) -> Tensor:
+        """Cholesky factors [F, S, k, k], k the smaller of rows and features: one after the other, which stays in cache."""
+        folds, side = len(self.q), self.Xt.shape[1] if self.dual else self.X.shape[1]
+        factors = a.new_empty(folds, len(a), side, side).mT  # column by column, as LAPACK has them
+        for fold in range(folds):
+            for system, strengths in enumerate(a):
+                matrix = self._kernel(fold, strengths) if self.dual else self.G[fold] + strengths.diag()
+                factors[fold, system] = torch.linalg.cholesky(matrix)
+        return factors
+
+    def _kernel(self, fold: int, strengths: Tensor) -> Tensor:
+        """I + S½ X diag(1/a) Xᵀ S½."""
+        if self.kernels is None:
+            half = self.Xt[fold] * strengths.rsqrt()
+            kernel = half @ half.mT
+        else:
+            kernel = torch.zeros_like(self.kernels[fold, 0])
+            for group, inverse in enumerate((1 / strengths[self.first]).tolist()):
+                kernel.add_(self.kernels[fold, group], alpha=inverse)
+        kernel.diagonal().add_(1.0)
+        return kernel
+
+    def _refined(self, a: Tensor, factor: Tensor, r: Tensor, targets: Tensor | None, refinements: int) -> Tensor:
+        """A⁻¹r for r [F, T, d]; with targets, r is their XᵀSy, and kernels solve for it without cancellation."""
+        x = self._solve(a, factor, r, targets)
+        for _ in range(refinements):
+            product = (x @ self.Xt.mT) @ self.Xt if self.dual else x @ self.G
+            x = x + self._solve(a, factor, r - product - a * x, None)
+        return x
+
+    def _solve(self, a: Tensor, factor: Tensor, r: Tensor, targets: Tensor | None) -> Tensor:
+        if not self.dual:
+            return _columns(factor, r)
+        if targets is not None:
+            return (_columns(factor, self.yt[..., targets].mT) @ self.Xt) / a
+        return (r - _columns(factor, (r / a) @ self.Xt.mT) @ self.Xt) / a
+
+
+def _columns(factor: Tensor, r: Tensor) -> Tensor:
+    """Solve for r [F, T, k] with factors [F, S, k, k]: S = T, or 1 for all."""
+    r = r.mT if factor.shape[1] == 1 else r[..., None]
+    factor = factor[:, 0] if factor.shape[1] == 1 else factor
+    half = torch.linalg.solve_triangular(factor, r, upper=False)
+    x = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return x.mT if r.ndim == 3 else x[..., 0]

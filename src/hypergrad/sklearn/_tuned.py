@@ -1,0 +1,302 @@
+"""What the three estimators share: reading the arguments, the start, the search, the attributes."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.extmath import safe_sparse_dot
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor
+
+from ._folds import Folds, Labels, make_folds, make_labels, whole
+from ._search import Found, Objective, search
+
+DENSE = 20_000_000  # numbers of a sparse X that is made dense
+WRONG, ROUGH = 1e-2, 1e-4  # ‖∇g‖ / ‖∇g(0)‖ at the coefficients of a user's estimator: an error, a warning
+
+
+class Data:
+    """X and y as the problems take them, weights, and the mean that was taken off a dense X."""
+
+    def __init__(self, X: Any, y: np.ndarray, weights: np.ndarray, center: bool):
+        self.sparse = scipy.sparse.issparse(X) and math.prod(X.shape) > DENSE
+        self.y, self.weights, self.given = y, weights, X
+        self.mean = np.zeros(X.shape[1])
+        if self.sparse:
+            self.X: Any = scipy.sparse.csr_array(X, dtype=np.float64)
+            return
+        dense = X.toarray() if scipy.sparse.issparse(X) else X
+        dense = np.asarray(dense, dtype=np.float64)
+        if center:
+            self.mean = weights @ dense / weights.sum()
+            dense = dense - self.mean
+            flat = np.abs(dense).max(0) <= 1e-13 * np.abs(self.mean)  # constant columns, to rounding
+            dense[:, flat] = 0.0
+        self.X = dense
+
+
+def row_losses(scoring: Any, default: str, joint: bool) -> tuple[Callable[..., Any], bool]:
+    """(predictions, y) ↦ losses of the rows and derivatives; whether it is a log-loss.
+
+    Raises: ValueError for a name that is not known.
+    """
+    from ._glm import logistic
+
+    name = default if scoring is None else scoring
+    if name == "squared_error" and not joint:
+        return (lambda p, y: ((p - y).square(), 2 * (p - y))), False
+    if name == "log_loss" and joint:
+        return logistic, True
+    if not callable(scoring):
+        raise ValueError(
+            f"scoring={scoring!r} is no differentiable loss: give {default!r}, or a function of tensors (prediction, y) "
+            f"that returns the loss of each row"
+        )
+
+    def loss(prediction: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = prediction.detach().clone().requires_grad_()
+        given, truth = leaf, y
+        if joint:
+            given = leaf[:, 0] if leaf.shape[1] == 1 else leaf
+            truth = y[:, 0].long() if leaf.shape[1] == 1 else y.argmax(1)
+        values = scoring(given, truth)
+        shape = (len(y),) if joint else y.shape
+        if not isinstance(values, Tensor) or values.shape != shape:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"scoring must return the loss of each row, a tensor of shape {tuple(shape)}, not {got}")
+        if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+            raise ValueError("scoring returned losses that are negative or not finite")
+        if not values.requires_grad:
+            raise ValueError("scoring is not differentiable: its losses do not depend on the predictions by torch")
+        return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
+
+    return loss, False
+
+
+class Tuned(BaseEstimator):
+    """A linear model whose strengths are tuned; subclasses say which problem it is."""
+
+    # set by the constructors of the subclasses
+    penalty: Any
+    alphas: Any
+    cv: Any
+    scoring: Any
+    estimator: Any
+    shrinkage: float
+    early_stopping: bool
+    max_iter: int
+    fit_intercept: bool
+    warm_start: bool
+    progress: bool
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+    # what a subclass gives
+
+    def _problem(self, data: Data, folds: Folds, labels: Labels) -> Any:
+        raise NotImplementedError
+
+    def _unit(self, data: Data) -> float:
+        """alpha_ over the strength beside a mean loss."""
+        return float(data.weights.sum())
+
+    def _grid(self, problem: Any, outputs: int) -> Tensor:
+        """Single strengths from strong to weak, [A, T] or [A, 1]."""
+        return (torch.logspace(5, -5, 21, dtype=torch.float64) * max(problem.scale(), 1e-300))[:, None]
+
+    def _labels(self, data: Data) -> Labels:
+        names = getattr(self, "feature_names_in_", None)
+        return make_labels(self.penalty, data.X.shape[1], data.y.shape[1], self._joint, names)
+
+    _joint = False
+
+    # fitting
+
+    def _check_arguments(self) -> None:
+        if not isinstance(self.shrinkage, numbers.Real) or not 0 <= float(self.shrinkage) < math.inf:
+            raise ValueError(f"shrinkage must be a finite number ≥ 0, got {self.shrinkage!r}")
+        if not isinstance(self.max_iter, numbers.Integral) or self.max_iter < 0:
+            raise ValueError(f"max_iter must be an integer ≥ 0, got {self.max_iter!r}")
+        if self.alphas is not None:
+            alphas = np.asarray(self.alphas, dtype=float)
+            if not alphas.size or alphas.ndim > 1 or not np.all(np.isfinite(alphas) & (alphas > 0)):
+                raise ValueError(f"alphas must be positive finite numbers, got {self.alphas!r}")
+
+    def _weights(self, sample_weight: Any, X: Any) -> np.ndarray:
+        weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        if not weights.sum() > 0:
+            raise ValueError("sample_weight is zero for every sample: at least one must count")
+        return weights
+
+    def _objective(
+        self, data: Data, groups: Any, classes: np.ndarray | None, labels: Labels | None = None
+    ) -> Objective:
+        folds = make_folds(self.cv, data.given, data.y, data.weights, groups, classes, self.early_stopping)
+        labels = self._labels(data) if labels is None else labels
+        _, likelihood = row_losses(self.scoring, self._default_scoring, self._joint)
+        return Objective(self._problem(data, folds, labels), labels, folds, float(self.shrinkage), likelihood)
+
+    _default_scoring = "squared_error"
+
+    def _fit(self, data: Data, groups: Any, classes: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        """The search; coefficients and intercepts of the refit on all rows."""
+        objective = self._objective(data, groups, classes)
+        unit, problems = self._unit(data), 1 if objective.labels.coupled or self._joint else data.y.shape[1]
+        before = getattr(self, "_theta", None) if self.warm_start else None
+        if before is not None and before.shape == (problems, objective.labels.count):
+            theta, single = before.clone(), before.mean(1).exp()
+        else:
+            single = self._start(objective, data, unit, problems)
+            theta = single.log()[:, None].repeat(1, objective.labels.count)
+        self._check_given(objective, theta)
+        found = search(objective, theta, int(self.max_iter), self._bar(), self._nothing_to_tune(objective, data, theta))
+        self._record(objective, found, data, unit, single)
+        final = self._problem(data, whole(data.weights), objective.labels)
+        return final.coefficients(objective.labels.strengths(found.best.theta))
+
+    def _start(self, objective: Objective, data: Data, unit: float, problems: int) -> Tensor:
+        """The best single strength of each problem, [P]."""
+        outputs = 1 if self._joint else data.y.shape[1]
+        grid = self._grid(objective.problem, outputs)
+        if self.alphas is not None:
+            ordered = np.sort(np.ravel(np.asarray(self.alphas, dtype=float)))[::-1]
+            grid = torch.from_numpy(ordered / unit)[:, None]
+        targets, scores = torch.arange(outputs), []
+        for strengths in grid:
+            a = strengths[:, None].expand(-1, data.X.shape[1])
+            losses, _ = objective.problem.evaluate(a, targets, gradient=False)
+            loss = objective.folds.share @ losses
+            loss = loss if objective.likelihood else loss.clamp(min=torch.finfo(loss.dtype).tiny).log()
+            scores.append(loss.sum(0, keepdim=True) if problems < outputs else loss)
+            if self._iterative(objective) and len(scores) > 3 and bool((scores[-1] > scores[-3]).all()):
+                break
+        best = torch.stack(scores).argmin(0)
+        return grid[best, torch.arange(problems) if grid.shape[1] > 1 else 0].expand(problems).clone()
+
+    def _iterative(self, objective: Objective) -> bool:
+        return hasattr(objective.problem, "rtol")
+
+    def _nothing_to_tune(self, objective: Objective, data: Data, theta: Tensor) -> dict[int, str]:
+        """Problems without a search: a CV loss of zero, or one that no strength reaches."""
+        outputs = 1 if self._joint else data.y.shape[1]
+        point = objective(theta.clone(), torch.arange(outputs))
+        done = {}
+        constant = np.ptp(data.y, axis=0) == 0
+        for problem in range(len(theta)):
+            if not self._joint and (bool(constant.all()) if len(theta) < outputs else constant[problem]):
+                done[problem] = "y is constant: there is nothing to tune"
+            elif bool((point.loss[problem if len(theta) == outputs else slice(None)] == 0).all()):
+                done[problem] = "the CV loss is zero: there is nothing to tune"
+            elif not bool(point.slope[problem].any()):
+                done[problem] = (
+                    "no strength reaches the CV loss, for every coefficient is zero at the best single strength: the "
+                    "features predict nothing there, or alphas are too large"
+                )
+                warnings.warn(f"{type(self).__name__}: {done[problem]}", ConvergenceWarning, stacklevel=4)
+        return done
+
+    def _check_given(self, objective: Objective, theta: Tensor) -> None:
+        """Whether the user's estimator solves this problem."""
+        if self.estimator is None:
+            return
+        outputs = len(theta) if not objective.labels.coupled else len(objective.labels.index)
+        which = torch.zeros(1, dtype=torch.long) if self._joint else torch.arange(outputs)
+        rest = float(objective.problem.residual(objective.labels.strengths(theta), which).max())
+        if rest > WRONG:
+            raise ValueError(
+                f"the coefficients of estimator={self.estimator!r} do not solve this problem: they leave {rest:.1e} of "
+                f"its gradient. Give one with the same loss and penalty, or a smaller tolerance of its own"
+            )
+        if rest > ROUGH:
+            warnings.warn(
+                f"the coefficients of estimator={self.estimator!r} leave {rest:.1e} of the inner problem's gradient, "
+                f"and the hypergradient is as inaccurate: give it a smaller tolerance",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    def _bar(self) -> Callable[[Any], Any]:
+        if not self.progress:
+            return lambda steps: steps
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as error:
+            raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+        return lambda steps: tqdm(steps, desc=type(self).__name__)
+
+    def _record(self, objective: Objective, found: Found, data: Data, unit: float, single: Tensor) -> None:
+        single_output = self._single
+        self._theta = found.best.theta
+        dtype = np.float32 if data.given.dtype == np.float32 else np.float64
+        strengths = (objective.labels.strengths(found.best.theta) * unit).numpy()
+        self.alpha_ = strengths[0] if len(strengths) == 1 and single_output else strengths
+        self.alpha_ = self.alpha_.astype(dtype)
+        self.start_alpha_ = float(single[0] * unit) if len(single) == 1 else (single * unit).numpy()
+        path = torch.stack(found.path).numpy()
+        self.cv_loss_path_ = path[:, 0] if path.shape[1] == 1 else path
+        self.n_iter_ = max(found.steps, 1)
+        self.stop_reason_ = found.reasons[0] if len(found.reasons) == 1 else np.array(found.reasons)
+        outputs = torch.arange(1 if self._joint else data.y.shape[1])
+        exact = objective(found.best.theta, outputs, tighter=True).slope
+        size = float(exact.norm())
+        self.hypergradient_error_ = float((found.best.slope - exact).norm()) / size if size else 0.0
+        ended = [reason for reason in found.reasons if reason.startswith("max_iter")]
+        if ended and self.max_iter:
+            warnings.warn(
+                f"{type(self).__name__}: {len(ended)} of {len(found.reasons)} searches ended by max_iter={self.max_iter} "
+                f"before they converged; the best point that was scored is returned. Increase max_iter",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    _single = True
+
+    def _loss_at(
+        self, data: Data, alpha: Any, groups: Any, classes: np.ndarray | None
+    ) -> tuple[float | np.ndarray, np.ndarray]:
+        features = data.X.shape[1]
+        every = Labels(torch.arange(features), features)  # alpha need not be that of the penalty
+        objective, unit = self._objective(data, groups, classes, every), self._unit(data)
+        outputs = 1 if self._joint else data.y.shape[1]
+        alpha = np.asarray(alpha, dtype=np.float64)
+        shape, rows = (features,), data.y.shape[1]
+        if alpha.shape not in (shape, (rows, *shape)) or not np.all(np.isfinite(alpha) & (alpha > 0)):
+            raise ValueError(
+                f"alpha must hold positive finite numbers of shape {shape} or {(rows, *shape)}, as alpha_ does; got "
+                f"shape {alpha.shape}"
+            )
+        strengths = torch.from_numpy(np.atleast_2d(alpha) / unit)
+        losses, slopes = objective.problem.evaluate(strengths, torch.arange(outputs), tighter=True)
+        loss = (objective.folds.share @ losses).numpy()
+        return float(loss[0]) if len(loss) == 1 else loss, slopes.numpy().reshape(alpha.shape if len(slopes) == len(strengths) else -1)
+
+    def _decision(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
+        return np.asarray(safe_sparse_dot(X, self.coef_.T, dense_output=True)) + self.intercept_
+
+    def plot_path(self, ax: Any = None) -> Any:
+        """The CV loss along the search, on matplotlib's axes `ax` or new ones, which are returned."""
+        check_is_fitted(self)
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot_path needs matplotlib: pip install 'torch-hypergrad[plots]'") from error
+        if ax is None:
+            ax = Figure(layout="constrained").subplots()
+        path = np.asarray(self.cv_loss_path_)
+        ax.plot(path / path[0] if path.ndim > 1 else path, marker=".")
+        ax.set(xlabel="step of the search", ylabel="CV loss" + (" / that of the start" if path.ndim > 1 else ""))
+        return ax
