@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         meta,
         nn,
         operators,
+        sklearn,
         solvers,
         unroll,
     )
@@ -130,13 +131,14 @@ __all__ = [
     "show_versions",
 ]
 
+_EXTRAS = ("sklearn",)  # not in __all__: what they need may not be installed
 _HOMES = ("_solution", "_vector", "_versions", "_recorded", "hypergradients", "implicit", "diff_optimizers")
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module("importlib.metadata").version("torch-hypergrad")
-    if name not in __all__:
+    if name not in __all__ and name not in _EXTRAS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         value = import_module(f".{name}", __name__)
@@ -150,4 +152,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*globals(), *__all__, *_EXTRAS, "__version__"})

@@ -4,7 +4,8 @@
 
 On the support S, with the signs σ, of the solution everything is linear; one factorisation serves solution and adjoint:
 
-    A = X_SᵀX_S + (1 − ρ) diag a_S,    A w_S = X_Sᵀy − ρ a_S σ,    A v = ∇E(w)_S,    ∂E/∂ log aⱼ = −aⱼ (ρ σⱼ + (1 − ρ) wⱼ) vⱼ
+    A = X_SᵀX_S + (1 − ρ) diag a_S,    A w_S = X_Sᵀy − ρ a_S σ,    A v = ∇E(w)_S
+    ∂E/∂ log aⱼ = −aⱼ (ρ σⱼ + (1 − ρ) wⱼ) vⱼ
 
 Features of strength aⱼ are those of strength 1, divided by aⱼ: so coordinate descent serves every strength.
 """
@@ -162,14 +163,15 @@ class Elastic:
     def _descend(
         self, part: _Part, target: int, a: np.ndarray, start: np.ndarray, tolerance: float = TOLERANCE
     ) -> np.ndarray:
-        """Coordinate descent of scikit-learn, on features divided by their strengths and one row more for each ridge."""
+        """Coordinate descent of scikit-learn, on features divided by their strengths; one row more for each ridge."""
         scale = self.ratio * a
         x, y, n = part.x, part.y[:, target], part.rows
-        divided = x.multiply(1 / scale).tocsc() if scipy.sparse.issparse(x) else x / scale
+        sparse = scipy.sparse.issparse(x)
+        divided: Any = scipy.sparse.csc_array(x.multiply(1 / scale)) if sparse else x / scale
         if self.ratio < 1:
             ridge = np.sqrt((1 - self.ratio) * a) / scale
-            more = scipy.sparse.diags_array(ridge) if scipy.sparse.issparse(x) else np.diag(ridge)
-            join = scipy.sparse.vstack if scipy.sparse.issparse(x) else np.vstack
+            more: Any = scipy.sparse.diags_array(ridge) if sparse else np.diag(ridge)
+            join: Any = scipy.sparse.vstack if sparse else np.vstack
             divided, y = join([divided, more]), np.append(y, np.zeros(len(a)))
             n += len(a)
         solver = self.solver
@@ -179,7 +181,7 @@ class Elastic:
             solver.coef_ = start * scale
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # what remains is measured and reported
-            solver.fit(divided.tocsc() if scipy.sparse.issparse(divided) else np.asfortranarray(divided), y)
+            solver.fit(divided.tocsc() if sparse else np.asfortranarray(divided), y)
         return np.ravel(solver.coef_) / scale
 
 
@@ -211,4 +213,3 @@ class _Part:
     def gradient(self, target: int, support: np.ndarray, w: np.ndarray) -> np.ndarray:
         """(X − x̄)ᵀS((X − x̄)w − (y − ȳ))."""
         return np.ravel(self.x.T @ (self.x[:, support] @ w)) - self.q[target]
-

@@ -52,7 +52,7 @@ def make_folds(
 
     Raises: ValueError for a fold without training or validation rows, or without a class in its training rows.
     """
-    splitter = check_cv(cv, y if classes is None else classes, classifier=classes is not None)
+    splitter: Any = check_cv(cv, y if classes is None else classes, classifier=classes is not None)
     splits = [(np.asarray(a), np.asarray(b)) for a, b in splitter.split(X, y if classes is None else classes, groups)]
     if not splits:
         raise ValueError(f"cv={cv!r} gives no split: it must give at least one pair of training and validation rows")
@@ -73,7 +73,7 @@ def make_folds(
                 )
         if classes is not None and (missing := set(np.unique(classes)) - set(classes[train[fold] > 0])):
             raise ValueError(
-                f"the training rows of fold {fold} have no sample of class {sorted(missing)[0]!r}: use fewer folds, or "
+                f"the training rows of fold {fold} have no sample of class {sorted(missing)[0]}: use fewer folds, or "
                 f"a cv= that puts every class into each training part"
             )
     masses = valid.sum(1)
@@ -81,8 +81,14 @@ def make_folds(
     share = np.zeros(len(splits))
     share[scored] = masses[scored] / masses[scored].sum()
     count = weights[(valid[scored] > 0).any(0)].sum()
-    parts = (torch.from_numpy(each / each.sum(1, keepdims=True)) for each in (train, valid))
-    return Folds(*parts, torch.from_numpy(share), len(splits) - 1 if watch else None, float(count))
+    train, valid = (each / each.sum(1, keepdims=True) for each in (train, valid))
+    return Folds(
+        torch.from_numpy(train),
+        torch.from_numpy(valid),
+        torch.from_numpy(share),
+        len(splits) - 1 if watch else None,
+        float(count),
+    )
 
 
 def _masses(rows: list[np.ndarray], weights: np.ndarray) -> np.ndarray:

@@ -20,7 +20,8 @@ from ..operators import function
 from ..solvers import CG
 from ._folds import Folds
 
-DENSE, MEMORY = 1_000, 60_000_000  # coefficients of a system that is factorised; numbers in all factors
+SMALL = 150  # coefficients of a system that is factorised anew for each solve
+DENSE, MEMORY = 1_000, 60_000_000  # coefficients of one whose factors are kept for CG; numbers in all factors
 STALE = 15  # steps of CG after which the factors are made anew
 
 
@@ -147,9 +148,7 @@ class Linear:
             a, y = a.mT[None].expand(folds, -1, -1), self.y[:, None]
         return a, y, self.folds.train.mT.repeat_interleave(len(which), 1)[..., None]
 
-    def _solution(
-        self, a: Tensor, y: Tensor, train: Tensor, strengths: Tensor, which: Tensor, rtol: float
-    ) -> Tensor:
+    def _solution(self, a: Tensor, y: Tensor, train: Tensor, strengths: Tensor, which: Tensor, rtol: float) -> Tensor:
         """W [B, d + 1, C], by Newton's method from the last solution, to ‖∇g‖ ≤ rtol ‖∇g(0)‖."""
         if self.given is not None:
             return self.given(strengths, which)
@@ -165,7 +164,7 @@ class Linear:
             if bool((rest <= rtol).all()) or not bool(torch.isfinite(rest).all()):
                 break
             step = self._solve(a, train, z, gradient, None, min(0.1, max(rtol / float(rest.max()), 1e-3)))
-            along, length = self._times(step), torch.ones_like(value)
+            along, length, worse = self._times(step), torch.ones_like(value), torch.ones_like(value) > 0
             for _ in range(20):
                 trial = w - length[:, None, None] * step
                 reached = (train[..., 0] * self.inner(z - length[:, None] * along, y)[0]).sum(0)
@@ -193,6 +192,10 @@ class Linear:
             image[:, -1] += v[:, -1].mean(-1, keepdim=True) * floating + v[:, -1] * (1 - self.fit_intercept)
             return image
 
+        if self.dense and r[0].numel() <= SMALL:
+            factors = self._factors(a, train, z, floating)
+            x = _backward(factors, r)
+            return x + _backward(factors, r - product(x))
         precondition = self._preconditioner(a, train, z, floating)
         solver = CG(max_steps=1000, rtol=rtol, preconditioner=precondition, on_failure="ignore")
         solution = solver(function(product, symmetric=True, batch_dims=1), r, x0=x0)
@@ -210,7 +213,8 @@ class Linear:
             return lambda r: r / diagonal.clamp(min=1e-300)
         if self.factors is None:
             self.factors = self._factors(a, train, z, floating)
-        return lambda r: torch.cholesky_solve(r.mT.reshape(len(r), -1, 1), self.factors).reshape(r.mT.shape).mT
+        factors = self.factors
+        return lambda r: _backward(factors, r)
 
     def _squares(self, weights: Tensor) -> Tensor:
         """(X∘X)ᵀ weights: [n, B, C] ↦ [B, d + 1, C]."""
@@ -259,14 +263,22 @@ class Linear:
         return gradient.flatten(1).norm(dim=1) / start.flatten(1).norm(dim=1).clamp(min=1e-300)
 
 
+def _backward(factors: Tensor, r: Tensor) -> Tensor:
+    """Solve for r [B, d + 1, C] with Cholesky factors whose rows are ordered by class, then feature."""
+    return torch.cholesky_solve(r.mT.reshape(len(r), -1, 1), factors).reshape(r.mT.shape).mT
+
+
 def compressed(x: Any) -> Tensor:
     """A scipy.sparse matrix as torch's compressed rows."""
-    parts = (torch.from_numpy(part.copy()) for part in (x.indptr.astype("int64"), x.indices.astype("int64"), x.data))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(*parts, size=x.shape)
+    rows, columns = (torch.from_numpy(part.astype("int64")) for part in (x.indptr, x.indices))
+    return _csr(rows, columns, torch.from_numpy(x.data.copy()), x.shape)
 
 
 def squared_csr(x: Tensor) -> Tensor:
-    parts = x.crow_indices(), x.col_indices(), x.values().square()
-    return torch.sparse_csr_tensor(*parts, size=x.shape)
+    return _csr(x.crow_indices(), x.col_indices(), x.values().square(), x.shape)
+
+
+def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: Any) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(rows, columns, values, size=tuple(shape), check_invariants=True)

@@ -24,13 +24,14 @@ class Given:
     """
 
     def __init__(self, estimator: Any, X: Any, y: np.ndarray, folds: Folds, fit_intercept: bool, classifier: bool):
-        self.estimator, self.X, self.y, self.folds, self.classifier = clone(estimator), X, y, folds, classifier
+        self.estimator: Any = clone(estimator)
+        self.X, self.y, self.folds, self.classifier = X, y, folds, classifier
         known = self.estimator.get_params()
-        self.strength = next((name for name in ("alpha", "C") if name in known), None)
-        if self.strength is None or "fit_intercept" not in known:
+        self.strength = next((name for name in ("alpha", "C") if name in known), "")
+        if not self.strength or "fit_intercept" not in known:
             raise TypeError(
-                f"estimator={estimator!r} has no strength `alpha` or `C` beside `fit_intercept`: give a linear model of "
-                f"scikit-learn such as Ridge or LogisticRegression"
+                f"estimator={estimator!r} has no strength `alpha` or `C` beside `fit_intercept`: give a linear model "
+                f"of scikit-learn such as Ridge or LogisticRegression"
             )
         self.estimator.set_params(fit_intercept=fit_intercept)
 
@@ -47,7 +48,8 @@ class Given:
             if not has_fit_parameter(self.estimator, "sample_weight"):
                 raise TypeError(f"estimator={self.estimator!r} takes no sample_weight, but the rows are weighted")
             more["sample_weight"] = weights
-        return clone(self.estimator).set_params(**{self.strength: value}).fit(x, y, **more)
+        solver: Any = clone(self.estimator)
+        return solver.set_params(**{self.strength: value}).fit(x, y, **more)
 
     def regression(self, strengths: Tensor, targets: Tensor) -> Tensor:
         """w [F, T, d]."""
@@ -61,7 +63,9 @@ class Given:
     def classification(self, strengths: Tensor, targets: Tensor) -> Tensor:
         """W [F, d + 1, C]."""
         if len(strengths) > 1:
-            raise ValueError("estimator= takes one strength for each feature, and this penalty has one for each class too")
+            raise ValueError(
+                "estimator= takes one strength for each feature, and this penalty has one for each class too"
+            )
         each, a = [], strengths[0].numpy()
         for fold in range(self.folds.number):
             fitted = self._fit(fold, a, 0)

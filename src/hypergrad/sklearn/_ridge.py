@@ -72,9 +72,17 @@ class Ridge:
         return kernels, torch.stack([each[0] for each in members])
 
     def scale(self) -> float:
-        """The mean eigenvalue of XᵀSX."""
-        trace = self.Xt.square().sum() if self.dual else self.G.diagonal(dim1=1, dim2=2).sum()
-        return float(trace) / (len(self.q) * min(self.Xt.shape[1:] if self.dual else self.G.shape[1:]))
+        """The mean eigenvalue of XᵀSX, of columns that are not constant."""
+        diagonal = self.Xt.square().sum(1) if self.dual else self.G.diagonal(dim1=1, dim2=2)
+        rank = min(self.Xt.shape[1] if self.dual else self.X.shape[1], int((diagonal > 0).any(0).sum()))
+        return float(diagonal.sum()) / (len(diagonal) * max(rank, 1))
+
+    def residual(self, strengths: Tensor, targets: Tensor) -> Tensor:
+        """‖Aw − XᵀSy‖ / ‖XᵀSy‖ of each fold and target."""
+        w = self._solution(strengths, targets, None)
+        product = (w @ self.Xt.mT) @ self.Xt if self.dual else w @ self.G
+        q = self.q[:, targets]
+        return (product + strengths * w - q).norm(dim=-1) / q.norm(dim=-1).clamp(min=1e-300)
 
     def evaluate(
         self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool = False
@@ -123,7 +131,7 @@ class Ridge:
         return w, self.offset[0] - w @ self.mean[0]
 
     def _factor(self, a: Tensor) -> Tensor:
-        """Cholesky factors [F, S, k, k], k the smaller of rows and features: one after the other, which stays in cache."""
+        """Cholesky factors [F, S, k, k], k the smaller of rows and features, one after the other to stay in cache."""
         folds, side = len(self.q), self.Xt.shape[1] if self.dual else self.X.shape[1]
         factors = a.new_empty(folds, len(a), side, side).mT  # column by column, as LAPACK has them
         for fold in range(folds):

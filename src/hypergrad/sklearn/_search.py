@@ -25,14 +25,18 @@ class Problem(Protocol):
         """The losses of the folds [F, T], and ∂(Σ_f share_f loss_f)/∂ log strength, like strengths."""
         ...
 
+    def residual(self, strengths: Tensor, targets: Tensor) -> Tensor:
+        """What is left of the inner gradients at the solutions, relative to those at 0."""
+        ...
+
 
 @dataclass
 class Objective:
-    """J(θ) = h(L(θ)) + ρ/2n Σ_g (θ_g − θ̄)², of each problem, per row of the data.
+    """J(θ) = h(L(θ)) + ρ/2n Σ_g (θ_g − c)², of each problem, per row of the data.
 
-    L is the CV loss, n its sample size, θ̄ the mean of θ; h(L) is L for the log-loss and ½ log L for every other: n h(L)
-    is a negative logarithm of a likelihood, of Gaussian errors with unknown variance in the second case, beside which
-    the last term is that of θ_g ~ N(θ̄, 1/ρ).
+    L is the CV loss, n its sample size, c the logarithm of the best single strength; h(L) is L for the log-loss and
+    ½ log L for every other: n h(L) is a negative log-likelihood, of Gaussian errors with unknown variance in the
+    second case, beside which the last term is that of θ_g ~ N(c, 1/ρ).
     """
 
     problem: Problem
@@ -40,6 +44,7 @@ class Objective:
     folds: Folds
     shrinkage: float
     likelihood: bool
+    center: Tensor = field(default_factory=lambda: torch.zeros(1))
 
     def __call__(self, theta: Tensor, which: Tensor, tighter: bool = False) -> Point:
         losses, slope = self.problem.evaluate(self.labels.strengths(theta), which, tighter=tighter)
@@ -47,7 +52,8 @@ class Objective:
         tiny = torch.finfo(loss.dtype).tiny
         factor = torch.ones_like(loss) if self.likelihood else 0.5 / loss.clamp(min=tiny)
         value = loss if self.likelihood else 0.5 * loss.clamp(min=tiny).log()
-        spread = theta - theta.mean(1, keepdim=True)
+        center = self.center if self.labels.coupled or len(self.center) == 1 else self.center[which]
+        spread = theta - center[:, None]
         strength = self.shrinkage / self.folds.count
         value = value.sum(0, keepdim=True) if self.labels.coupled else value
         value = value + strength / 2 * spread.square().sum(1)
@@ -141,7 +147,6 @@ def search(
         active = torch.tensor([not reason for reason in reasons])
         if not active.any():
             break
-        steps += 1
         before, direction = here.copy(), memory.direction(here.gradient)
         out = ((here.theta <= low) & (direction < 0)) | ((here.theta >= high) & (direction > 0))
         direction[out] = 0.0
@@ -151,6 +156,7 @@ def search(
                 reasons[each], active[each] = f"converged: a further step promises less than {GAIN} nats", False
             if not active.any():
                 break
+        steps += 1
         failed = _line_search(objective, here, direction, active.nonzero()[:, 0], low, high)
         memory.add(here.theta - before.theta, here.gradient - before.gradient)
         path.append(here.loss.clone())
@@ -161,7 +167,9 @@ def search(
         best.put(every, here, better)
         for each in active.nonzero()[:, 0].tolist():
             if each in failed:
-                reasons[each] = "no step along the search direction lowers the objective: it is at its least, to rounding"
+                reasons[each] = (
+                    "no step along the search direction lowers the objective: it is at its least, to rounding"
+                )
             elif objective.folds.watched is not None and unchanged[each] >= PATIENCE:
                 reasons[each] = f"early stopping: the watched fold's loss has not fallen for {PATIENCE} steps"
             elif idle[each] >= 2:

@@ -58,8 +58,8 @@ def row_losses(scoring: Any, default: str, joint: bool) -> tuple[Callable[..., A
         return logistic, True
     if not callable(scoring):
         raise ValueError(
-            f"scoring={scoring!r} is no differentiable loss: give {default!r}, or a function of tensors (prediction, y) "
-            f"that returns the loss of each row"
+            f"scoring={scoring!r} is no differentiable loss: give {default!r}, or a function of tensors (prediction, "
+            f"y) that returns the loss of each row"
         )
 
     def loss(prediction: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +97,8 @@ class Tuned(BaseEstimator):
     fit_intercept: bool
     warm_start: bool
     progress: bool
+    coef_: np.ndarray
+    intercept_: Any
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -113,8 +115,8 @@ class Tuned(BaseEstimator):
         return float(data.weights.sum())
 
     def _grid(self, problem: Any, outputs: int) -> Tensor:
-        """Single strengths from strong to weak, [A, T] or [A, 1]."""
-        return (torch.logspace(5, -5, 21, dtype=torch.float64) * max(problem.scale(), 1e-300))[:, None]
+        """Single strengths from strong to weak, [A, T] or [A, 1]; above the first one hypergradients vanish."""
+        return (torch.logspace(1, -6, 15, dtype=torch.float64) * max(problem.scale(), 1e-300))[:, None]
 
     def _labels(self, data: Data) -> Labels:
         names = getattr(self, "feature_names_in_", None)
@@ -135,10 +137,7 @@ class Tuned(BaseEstimator):
                 raise ValueError(f"alphas must be positive finite numbers, got {self.alphas!r}")
 
     def _weights(self, sample_weight: Any, X: Any) -> np.ndarray:
-        weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        if not weights.sum() > 0:
-            raise ValueError("sample_weight is zero for every sample: at least one must count")
-        return weights
+        return _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
 
     def _objective(
         self, data: Data, groups: Any, classes: np.ndarray | None, labels: Labels | None = None
@@ -154,12 +153,13 @@ class Tuned(BaseEstimator):
         """The search; coefficients and intercepts of the refit on all rows."""
         objective = self._objective(data, groups, classes)
         unit, problems = self._unit(data), 1 if objective.labels.coupled or self._joint else data.y.shape[1]
-        before = getattr(self, "_theta", None) if self.warm_start else None
-        if before is not None and before.shape == (problems, objective.labels.count):
-            theta, single = before.clone(), before.mean(1).exp()
+        before, single = getattr(self, "_found", (None, None)) if self.warm_start else (None, None)
+        if before is not None and single is not None and before.shape == (problems, objective.labels.count):
+            theta = before.clone()
         else:
             single = self._start(objective, data, unit, problems)
             theta = single.log()[:, None].repeat(1, objective.labels.count)
+        objective.center = single.log()
         self._check_given(objective, theta)
         found = search(objective, theta, int(self.max_iter), self._bar(), self._nothing_to_tune(objective, data, theta))
         self._record(objective, found, data, unit, single)
@@ -238,7 +238,7 @@ class Tuned(BaseEstimator):
 
     def _record(self, objective: Objective, found: Found, data: Data, unit: float, single: Tensor) -> None:
         single_output = self._single
-        self._theta = found.best.theta
+        self._found = found.best.theta, single
         dtype = np.float32 if data.given.dtype == np.float32 else np.float64
         strengths = (objective.labels.strengths(found.best.theta) * unit).numpy()
         self.alpha_ = strengths[0] if len(strengths) == 1 and single_output else strengths
@@ -255,8 +255,8 @@ class Tuned(BaseEstimator):
         ended = [reason for reason in found.reasons if reason.startswith("max_iter")]
         if ended and self.max_iter:
             warnings.warn(
-                f"{type(self).__name__}: {len(ended)} of {len(found.reasons)} searches ended by max_iter={self.max_iter} "
-                f"before they converged; the best point that was scored is returned. Increase max_iter",
+                f"{type(self).__name__}: {len(ended)} of {len(found.reasons)} searches ended by max_iter="
+                f"{self.max_iter} before they converged; the best point that was scored is returned. Increase max_iter",
                 ConvergenceWarning,
                 stacklevel=4,
             )
@@ -280,7 +280,9 @@ class Tuned(BaseEstimator):
         strengths = torch.from_numpy(np.atleast_2d(alpha) / unit)
         losses, slopes = objective.problem.evaluate(strengths, torch.arange(outputs), tighter=True)
         loss = (objective.folds.share @ losses).numpy()
-        return float(loss[0]) if len(loss) == 1 else loss, slopes.numpy().reshape(alpha.shape if len(slopes) == len(strengths) else -1)
+        return float(loss[0]) if len(loss) == 1 else loss, slopes.numpy().reshape(
+            alpha.shape if len(slopes) == len(strengths) else -1
+        )
 
     def _decision(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
