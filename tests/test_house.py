@@ -98,17 +98,9 @@ def test_files_functions_and_signatures_are_short(name):
 
 
 def test_the_source_is_short():
-<<<<<<< HEAD
-    new = ("bilevel", "_sum", "distributed", "influence", "_versions", "_traced")
+    new = ("bilevel", "_sum", "distributed", "influence", "_versions", "_traced", "sklearn")
     parts = ("unroll/_compiled.py", "unroll/_jacobian.py", "solvers/_shifted.py", "solvers/_at_once.py")
     whole = [file for file, name in zip(FILES, NAMES, strict=True) if room(name) not in new and name not in parts]
-=======
-    whole = [
-        file
-        for file, name in zip(FILES, NAMES, strict=True)
-        if room(name) not in ("bilevel", "_sum", "distributed", "sklearn")
-    ]
->>>>>>> 98058d8 (hypergrad.sklearn: estimators with one penalty for each feature, group or class)
     assert sum(file.read_text().count("\n") for file in whole) <= LINES_OF_ALL
 
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
         meta,
         nn,
         operators,
-        sklearn,
         solvers,
         unroll,
     )
+    from . import sklearn as sklearn
     from ._recorded import NotCompiled
     from ._solution import (
         HypergradientWarning,
