@@ -246,7 +246,8 @@ class LogisticRegressionHG(ClassifierMixin, Tuned):
 
     Args:
         penalty, alphas, cv, shrinkage, early_stopping, max_iter, fit_intercept, warm_start, progress: as those of
-            `RidgeHG`, but shrinkage is 1. "class" is a strength for each class; labels [d, C] are over all coefficients of C classes.
+            `RidgeHG`, but shrinkage is 1. "class" is a strength for each class; labels [d, C] are over all coefficients
+            of C classes.
         scoring: the outer loss: "log_loss", or a function of tensors (logits, y) that returns the losses [n]; logits
             are [n] with y in {0, 1}, or [n, C] with the number of the class.
         estimator: a classifier of scikit-learn that solves the inner problems: LogisticRegression(tol=1e-8).
