@@ -1,11 +1,19 @@
 """Configuration of the documentation: `make docs` builds it, strictly, into site/."""
 
+import os
 import sys
+import tempfile
 from importlib.metadata import version as version_of
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
+
+# The kernels of the notebooks keep to themselves that they listen on this machine's loopback.
+os.environ["IPYTHONDIR"] = tempfile.mkdtemp()
+profile = Path(os.environ["IPYTHONDIR"], "profile_default")
+profile.mkdir()
+(profile / "ipython_kernel_config.py").write_text('get_config().IPKernelApp.log_level = "ERROR"\n')
 
 project = "hypergrad"
 author = "hypergrad developers"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ def equal(row: str, method: str) -> float:
 
 
 def accurate(method: str) -> float:
-    times = [found("benchmarks_accuracy", row="quadratic", target=1e-6, method=each) for each in (method, "HyperTorch CG")]
+    times = [
+        found("benchmarks_accuracy", row="quadratic", target=1e-6, method=each) for each in (method, "HyperTorch CG")
+    ]
     return times[0]["cpu"]["middle"] / times[1]["cpu"]["middle"]
 
 
@@ -51,7 +52,8 @@ def speed() -> list[str]:
         ),
         (
             "50 outer steps to an error of 1e-6, κ = 10⁵; time over HyperTorch's CG",
-            f"{accurate('hg CG, Recycled(4)'):.2f} (`Recycled`), {accurate('hg CG, Dense reused'):.2f} (`Reused(Dense())`)",
+            f"{accurate('hg CG, Recycled(4)'):.2f} (`Recycled`), "
+            f"{accurate('hg CG, Dense reused'):.2f} (`Reused(Dense())`)",
             f"TorchOpt {accurate('TorchOpt CG'):.2f}, JAXopt {accurate('JAXopt CG, jit'):.2f}",
         ),
         ("hypergradients of eight outer losses; time over HyperTorch's CG", f"{eight:.2f}", "one by one 1.00"),
