@@ -82,10 +82,12 @@ def names() -> list[str]:
     return sorted({*inside, *(name for name in hg.__all__ if name not in MODULES)})
 
 
+# What other files of the library import; users have methods for it.
 INTERNAL = {
     "operators.adjoint",
     "operators.has_curvature",
     "operators.Counter",
+    "operators.stacked",
     "fixed_points.Iterate",
     "fixed_points.Goal",
     "fixed_points.Guard",

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 RULES = {
     r"\b(simply|obviously|clearly|basically|of course)\b": "leave it out: what is simple shows",
     r"\b(utili[sz]e|leverage|facilitate)\w*": "write 'use' or 'help'",
-    r"\b(seamless|blazing|powerful|cutting-edge|state-of-the-art|robust solution|elegant)\w*": "say what it does instead",
+    r"\b(seamless|blazing|powerful|cutting-edge|state-of-the-art|elegant)\w*": "say what it does instead",
     r"\bin order to\b": "write 'to'",
     r"\b(please note|note that|it should be noted)\b": "leave it out",
     r"\b(and/or|etc\.)": "say what is meant",
@@ -37,7 +37,7 @@ def prose(text: str) -> list[tuple[int, str]]:
             fence = None if line.strip().count("$$") == 2 else mark[1]
             continue
         if fence is not None:
-            if line.strip().startswith(fence) or line.strip().endswith("$$") and fence == "$$":
+            if line.strip().startswith(fence) or (line.strip().endswith("$$") and fence == "$$"):
                 fence = None
             continue
         if line.startswith(("    ", "|", "#", ":::")):

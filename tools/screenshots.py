@@ -15,7 +15,8 @@ from pathlib import Path
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell")
 WIDTHS = {"desk": 1300, "phone": 390}
-PROBE = """<!doctype html><meta charset="utf-8"><iframe id="page" width="{width}" height="2000" src="{address}"></iframe>
+PROBE = """<!doctype html><meta charset="utf-8">
+<iframe id="page" width="{width}" height="2000" src="{address}"></iframe>
 <script>page.onload = () => {{ const all = page.contentDocument.documentElement;
 document.title = all.scrollWidth; document.body.append("width=" + all.scrollWidth + ";"); }}</script>"""
 
