@@ -11,7 +11,7 @@ EXAMPLES := $(basename $(notdir $(shell grep -l "parse.Config" examples/*.py)))
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-gpu test-processors lint examples notebook bench bench-peers bench-quick docs check format clean
+.PHONY: help demo test test-slow test-all test-gpu test-processors lint examples notebook bench bench-peers bench-quick docs links prose screenshots wheel check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,7 +60,19 @@ bench-quick: $(VENV)/.dev
 docs: $(VENV)/.docs ## the documentation, into build/site
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going -q -d build/doctrees docs build/site
 
-check: lint test-all examples bench-quick docs ## everything that must pass before a change is merged
+links: docs ## links, sections, alt texts and distances of the built documentation
+	$(BIN)/python tools/links.py build/site
+
+prose: $(VENV)/.docs ## spelling, and the house's rules of prose
+	$(BIN)/python tools/prose.py
+
+screenshots: docs ## the documentation in a headless browser, at two widths, into build/screenshots
+	$(BIN)/python tools/screenshots.py build/site build/screenshots
+
+wheel: ## sdist and wheel, installed in clean environments, with a user's program and its types
+	PYTHON=$(PYTHON) tools/wheel.sh
+
+check: lint prose test-all examples bench-quick docs links ## everything that must pass before a change is merged
 
 format: $(VENV)/.dev ## format, and mend what ruff can
 	$(BIN)/ruff format

@@ -102,8 +102,8 @@ worst = [max(curves[name], default=0.0) for name in ("inner problem", "adjoint")
 table += "\n\nLargest residuals: inner problem ‖∇g‖ = {:.1e}, adjoint ‖b − Av‖ / ‖b‖ = {:.1e}.".format(*worst)
 tuned, one = (scores[name]["test, refitted"]["loss"] for name in ("per pixel and class", "best single strength"))
 table += (
-    f"\n\nRefitted on train and validation rows, 640 strengths have {tuned / one:.2f} times the test loss of one. It is a "
-    "close race, for 640 strengths fit the validation rows that they are tuned on: docs/results/demo.md has five seeds."
+    f"\n\nRefitted on train and validation rows, 640 strengths have {tuned / one:.2f} times the test loss of one. "
+    "It is a close race, for they fit the validation rows that they are tuned on: docs/results/demo.md has five seeds."
 )
 figure = Figure(figsize=(10, 8), layout="constrained")
 left, right, maps = figure.subplot_mosaic("LR;MM").values()

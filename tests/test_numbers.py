@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,27 @@ def test_the_table_of_speed_is_that_of_the_results(line):
 
 def test_the_readme_is_one_page():
     assert len(README.splitlines()) <= 120
+
+
+NUMBER = re.compile(
+    r"(?<![\w.])\d*[.·]\d+(?![\w.])|\d+(?:\.\d+)? ?%|\d[\d,]* times|\d+(?:\.\d+)? (?:s|ms|MiB|minutes|seconds)\b"
+)
+# Thresholds of the library, each of which a test of its own asserts, and versions, which pyproject.toml has.
+KNOWN = {"10 %": "hg.InaccurateHypergradient", "3.10": "requires-python", "2.6": "torch>=", "2.13": "constraints.txt"}
+
+
+def prose(file: Path) -> list[str]:
+    """The lines of a page without code, formulas and addresses."""
+    text = re.sub(r"```.*?```|\$\$.*?\$\$", "", file.read_text(), flags=re.DOTALL)
+    return re.sub(r"`[^`]*`|\$[^$]*\$|\]\([^)]*\)|https?://\S+", "", text).splitlines()
+
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+PAGES += [file for file in sorted((ROOT / "docs").rglob("*.md")) if "results" not in file.parts]
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_measured_numbers_are_those_of_results(file):
+    tables = {re.sub(r"`[^`]*`", "", line) for line in speed()} if file.name == "README.md" else set()
+    numbers = [found for line in prose(file) if line not in tables for found in NUMBER.findall(line)]
+    assert not [number for number in numbers if number not in KNOWN], "state it in docs/results, and link to it"
