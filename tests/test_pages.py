@@ -122,3 +122,20 @@ def test_notebooks_are_stored_without_output(file):
     text = file.read_text()
     assert "{code-cell}" in text or file.stem == "index"
     assert '"outputs"' not in text and "image/png" not in text
+
+
+def examples(file: Path) -> str:
+    return "\n".join(line for line in file.read_text().splitlines() if line.startswith((">>> ", "... ")))
+
+
+EXAMPLES = "\n".join(examples(file) for file in sorted((DOCS / "api").glob("*.md")))
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTED))
+def test_each_public_name_has_an_example(name):
+    value = hg
+    for part in name.split("."):
+        value = getattr(value, part)
+    results = re.findall(r"'(\w+)'", API)  # an example prints the name of the kind of its result
+    last = name.rsplit(".")[-1]
+    assert ">>> " in (value.__doc__ or "") or re.search(rf"\b{last}\b", EXAMPLES) or last in results
