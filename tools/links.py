@@ -37,7 +37,11 @@ class Page(HTMLParser):
 
 def checked(site: Path) -> tuple[list[str], set[str]]:
     """What is wrong, and the addresses elsewhere."""
-    pages = {file: Page(file.read_text(encoding="utf-8")) for file in sorted(site.rglob("*.html"))}
+    pages = {
+        file: Page(file.read_text(encoding="utf-8"))
+        for file in sorted(site.rglob("*.html"))
+        if "_static" not in file.parts
+    }
     wrong, elsewhere, near = [], set(), {}
     for file, page in pages.items():
         near[file] = set()
