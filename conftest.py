@@ -1,11 +1,15 @@
 """Options of the tests, and what every doctest may use without importing it."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 
 import hypergrad as hg
+
+# Its doctests need the extra of the same name.
+collect_ignore = [] if find_spec("transformers") else ["src/hypergrad/transformers.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

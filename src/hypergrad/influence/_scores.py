@@ -390,11 +390,13 @@ def is_inverse(thing: Any) -> bool:
 
 def _multiplied(inverse: Any, tree: PyTree) -> PyTree:
     """inverse @ [tensors in params' own order], in params' structure."""
-    if isinstance(tree, Tensor):
-        return (inverse @ [tree])[0]
+    one = isinstance(tree, Tensor)
+    tensors = [tree] if one else list(tree.values() if isinstance(tree, Mapping) else tree)
+    with torch.enable_grad():  # curvlinops computes its factors at the first product
+        images = [x.detach() for x in inverse @ tensors]
     if isinstance(tree, Mapping):
-        return type(tree)(zip(tree, inverse @ list(tree.values()), strict=True))  # pyright: ignore[reportCallIssue]
-    return type(tree)(inverse @ list(tree))
+        return dict(zip(tree, images, strict=True))
+    return images[0] if one else type(tree)(images)
 
 
 def _checked_groups(groups: Tensor, count: int) -> Tensor:

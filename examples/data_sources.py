@@ -1,0 +1,244 @@
+# %% [markdown]
+# # Weights of data sources, learned while a language model trains
+#
+#     w*(λ) = argmin_w  Σ_s ω_s(λ) ℓ_s(w),      min_λ  ℓ_target(w*(λ))
+#
+# Four sources of text, one of them corrupted, train a small GPT-2; a little text of the target domain tells their
+# weights. `hg.transformers.BilevelTrainer` learns both at once. Beside it, the same training with equal weights, with
+# those that were learned, and without the corrupted source, which only an oracle knows.
+
+# %%
+import math
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import sklearn.datasets
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from examples.common import Base, parse, rounded, save
+from examples.text import docstrings
+
+
+@dataclass
+class Config(Base):
+    steps: int = 400
+    """Of every training."""
+    batch: int = 16
+    """Pieces of text of a batch, of each level."""
+    length: int = 64
+    """Letters of a piece."""
+    pieces: int = 1500
+    """Of each source."""
+    validation: int = 200
+    """Pieces of the target domain that the weights are learned on."""
+    test: int = 400
+    """Further pieces of it, which perplexities are measured on."""
+    width: int = 64
+    """Of the model, of 2 layers."""
+    lr: float = 3e-3
+    """Of AdamW, with a cosine schedule."""
+    penalty: float = 10.0
+    """Of F2SA."""
+    outer_lr: float = 0.05
+    """Of Adam on the logits of the weights."""
+    begin: int = 50
+    """Steps before the weights begin to move."""
+    seeds: int = 3
+    """Repetitions: other pieces, starts and orders."""
+
+
+FAST: dict[str, Any] = {"steps": 6, "batch": 4, "length": 16, "pieces": 40, "validation": 8, "test": 8, "width": 8}
+FAST |= {"begin": 2, "seeds": 1}
+SOURCES = ("docstrings of NumPy", "code of the standard library", "descriptions of data sets", "corrupted docstrings")
+LETTERS = 128
+
+# %% [markdown]
+# ## Texts
+# The target domain are docstrings of SciPy. The corrupted source has the docstrings of scikit-learn, with the letters
+# of each piece in a random order: right frequencies of letters, and nothing else to learn.
+
+
+# %%
+def letters(texts: list[str], config: Config, count: int, draw: np.random.RandomState) -> Tensor:
+    """Pieces of texts as numbers of letters [count, length]."""
+    whole = np.frombuffer("\n\n".join(texts).encode("ascii", "replace"), np.uint8) % LETTERS
+    starts = draw.randint(0, len(whole) - config.length, count)
+    return torch.tensor(np.stack([whole[i : i + config.length] for i in starts])).long()
+
+
+def corpora(config: Config, seed: int) -> tuple[list[dict[str, Any]], ...]:
+    """Rows of the sources, of validation and of the test."""
+    draw = np.random.RandomState(seed)
+    scipy = docstrings(("scipy.linalg", "scipy.optimize", "scipy.stats", "scipy.signal", "scipy.special"))[0]
+    half = len(scipy) // 2
+    stdlib, described = Path(sysconfig.get_paths()["stdlib"]), Path(sklearn.datasets.__file__).parent / "descr"
+    sources = (
+        docstrings(("numpy", "numpy.linalg", "numpy.fft", "numpy.random"))[0],
+        [path.read_text("utf-8", "replace") for path in sorted(stdlib.glob("*.py"))[:80]],
+        [path.read_text("utf-8", "replace") for path in sorted(described.glob("*.rst"))],
+        docstrings(("sklearn.linear_model", "sklearn.metrics", "sklearn.ensemble"))[0],
+    )
+    train = []
+    for source, texts in enumerate(sources):
+        pieces = letters(texts, config, config.pieces, draw)
+        if source == len(sources) - 1:
+            pieces = torch.stack([piece[torch.tensor(draw.permutation(len(piece)))] for piece in pieces])
+        train += [{"input_ids": x, "labels": x, "source": source} for x in pieces]
+    parts = [(scipy[:half], config.validation), (scipy[half:], config.test)]
+    rest = [[{"input_ids": x, "labels": x} for x in letters(texts, config, n, draw)] for texts, n in parts]
+    return train, *rest
+
+
+# %% [markdown]
+# ## Trainings
+
+
+# %%
+def trained(config: Config, seed: int, data: tuple[Any, ...], logits: Tensor | None, done: Callable[[], Any]) -> Any:
+    """A trainer after its training: weights are learned, or stay as they are given."""
+    from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainingArguments
+
+    from hypergrad.transformers import BilevelTrainer, SourceWeights, f2sa
+
+    torch.manual_seed(seed)
+    size = {"n_embd": config.width, "n_positions": config.length, "n_layer": 2, "n_head": 4, "vocab_size": LETTERS}
+    model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))
+    train, valid, test = data
+    hparams = SourceWeights(len(SOURCES))
+    if logits is not None:
+        hparams.logits.data.copy_(logits)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch,
+            per_device_eval_batch_size=100,
+            learning_rate=config.lr,
+            lr_scheduler_type="cosine",
+            logging_steps=max(config.steps // 40, 1),
+            save_strategy="no",
+            report_to=[],
+            seed=seed,
+            use_cpu=True,
+            disable_tqdm=True,
+            log_level="error",
+            dataloader_pin_memory=False,
+        )
+        trainer = BilevelTrainer(
+            model,
+            arguments,
+            train_dataset=train,
+            valid_dataset=valid,
+            eval_dataset=test,
+            hparams=hparams,
+            method=partial(f2sa, penalty=config.penalty) if logits is None else None,
+            outer_optimizer=torch.optim.Adam(hparams.parameters(), lr=config.outer_lr),
+            begin=config.begin,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    done()
+    return trainer
+
+
+def perplexity(trainer: Any) -> float:
+    """Of a letter of the test."""
+    return math.exp(trainer.evaluate()["eval_loss"])
+
+
+def cell(config: Config, seed: int, done: Callable[[], Any]) -> dict[str, Any]:
+    data = corpora(config, seed)
+    begin = time.process_time()
+    learned = trained(config, seed, data, None, done)
+    seconds = time.process_time() - begin
+    steps = [entry for entry in learned.state.log_history if "weight/0" in entry]
+    path = [[entry["step"], *(entry[f"weight/{i}"] for i in range(len(SOURCES)))] for entry in steps]
+    oracle = torch.zeros(len(SOURCES))
+    oracle[-1] = -torch.inf
+    begin = time.process_time()
+    uniform = perplexity(trained(config, seed, data, torch.zeros(len(SOURCES)), done))
+    plain = time.process_time() - begin
+    again = perplexity(trained(config, seed, data, learned.hparams.logits.detach(), done))
+    return {
+        "perplexity": {
+            "equal weights": uniform,
+            "weights learned on the way": perplexity(learned),
+            "trained anew with them": again,
+            "without the corrupted source (oracle)": perplexity(trained(config, seed, data, oracle, done)),
+        },
+        "weights": learned.hparams.weights.tolist(),
+        "path": path,
+        "seconds": {"bilevel": seconds, "plain": plain},
+    }
+
+
+# %% [markdown]
+# ## Report
+
+
+# %%
+def main() -> None:
+    config = parse(Config, "weights of data sources for a language model", FAST)
+    if find_spec("transformers") is None:
+        print("this example needs transformers: pip install 'torch-hypergrad[transformers]'")
+        return
+    bar = tqdm(total=4 * config.seeds, desc="trainings")
+    runs = [cell(config, seed, bar.update) for seed in range(config.seed, config.seed + config.seeds)]
+    bar.close()
+    save(config, "Data sources: weights learned while a language model trains", table(config, runs), figure(runs),
+         rounded({"sources": SOURCES, "runs": runs}))  # fmt: skip
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(config: Config, runs: list[dict[str, Any]]) -> str:
+    lines = ["| weights | perplexity of a letter |", "|---|---|"]
+    for name in runs[0]["perplexity"]:
+        lines.append(f"| {name} | {spread([run['perplexity'][name] for run in runs])} |")
+    lines += ["", "| source | learned weight |", "|---|---|"]
+    for i, name in enumerate(SOURCES):
+        lines.append(f"| {name} | {spread([run['weights'][i] for run in runs], 2)} |")
+    times = {kind: mean(run["seconds"][kind] for run in runs) for kind in ("bilevel", "plain")}
+    return (
+        "\n".join(lines)
+        + f"""
+
+A GPT-2 of 2 layers and width {config.width} on single letters, {config.steps} steps of {config.batch} pieces of
+{config.length} letters; {config.pieces:,} pieces of each source. The weights, whose mean is 1, are learned from
+{config.validation} pieces of docstrings of SciPy, which the model is never trained on; perplexities are those of
+{config.test} further pieces of other docstrings. Mean ± standard deviation over {config.seeds} seeds. F2SA of order 2
+with a penalty of {config.penalty:g}. CPU seconds of a training: {times["bilevel"]:.0f} with weights that are learned,
+{times["plain"]:.0f} with weights that stay."""
+    )
+
+
+def figure(runs: list[dict[str, Any]]) -> Figure:
+    """The weights over the steps, a line for each source and seed."""
+    made = Figure(figsize=(7, 3.6), layout="constrained")
+    ax = made.subplots()
+    for number, run in enumerate(runs):
+        rows = np.array(run["path"])
+        for i, name in enumerate(SOURCES):
+            ax.plot(rows[:, 0], rows[:, 1 + i], color=f"C{i}", alpha=0.8, label=name if not number else None)
+    ax.set_xlabel("step")
+    ax.set_ylabel("weight")
+    ax.legend(fontsize=8)
+    return made
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""A Trainer of Hugging Face's transformers that learns weights of its training data while it trains.
+
+    w ← w − η ∇₁g,      g(w, λ) = Σ ω(λ) ℓ(w) / (number of tokens),      λ ← λ − γ dℓ_valid(w*(λ))/dλ
+
+The weights ω of sources, examples or tokens are those of a small module, and move by a tracker of `hg.bilevel`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .bilevel import F2SA, Tracker, cycle
+
+try:
+    from transformers import Trainer, TrainerCallback  # pyright: ignore[reportMissingImports]
+except ImportError as error:
+    raise ImportError(
+        "hypergrad.transformers needs transformers and accelerate: pip install 'torch-hypergrad[transformers]'"
+    ) from error
+
+STATE = "bilevel.pt"  # of a checkpoint: what the Trainer does not know of
+MakeTracker = Callable[[list[nn.Parameter], list[nn.Parameter], torch.optim.Optimizer], Tracker]
+
+
+class SourceWeights(nn.Module):
+    """ω = n · softmax(logits)[source], one weight for each of n sources; their mean stays 1.
+
+    Each training example has a column "source", an integer from 0.
+
+    Example:
+        >>> SourceWeights(2)(torch.zeros(3, 5), {"source": torch.tensor([0, 1, 1])}).shape
+        torch.Size([3, 1])
+    """
+
+    columns = ("source",)
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(count))
+
+    @property
+    def weights(self) -> Tensor:
+        """ω of all sources."""
+        return len(self.logits) * self.logits.softmax(0)
+
+    def forward(self, losses: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.weights[inputs["source"]].unsqueeze(1)
+
+
+class ExampleWeights(nn.Module):
+    """ω = 2σ(logits)[index], one weight for each of n examples, 1 at the start.
+
+    Each training example has a column "index", its number from 0.
+
+    Example:
+        >>> ExampleWeights(2)(torch.zeros(2, 5), {"index": torch.tensor([1, 0])}).detach().flatten()
+        tensor([1., 1.])
+    """
+
+    columns = ("index",)
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(count))
+
+    @property
+    def weights(self) -> Tensor:
+        """ω of all examples."""
+        return 2 * self.logits.sigmoid()
+
+    def forward(self, losses: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.weights[inputs["index"]].unsqueeze(1)
+
+
+class TokenWeights(nn.Module):
+    """ω = 2σ(logits)[token], one weight for each token that is to be predicted, 1 at the start.
+
+    Example:
+        >>> TokenWeights(10)(torch.zeros(1, 2), {"labels": torch.tensor([[3, 1, -100]])}).shape
+        torch.Size([1, 2])
+    """
+
+    columns = ()
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(vocabulary))
+
+    @property
+    def weights(self) -> Tensor:
+        """ω of all tokens."""
+        return 2 * self.logits.sigmoid()
+
+    def forward(self, losses: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.weights[inputs["labels"][:, -losses.shape[1] :].clamp(min=0)]
+
+
+def f2sa(
+    params: list[nn.Parameter], hparams: list[nn.Parameter], optimizer: torch.optim.Optimizer, **options: Any
+) -> Tracker:
+    """The default method: F2SA, whose copies are moved by an optimizer like the Trainer's, group by group.
+
+    Args:
+        options: of F2SA: functools.partial(f2sa, penalty=30.0).
+    """
+    kind, places = type(optimizer), {id(x): i for i, x in enumerate(params)}
+    known = signature(kind).parameters
+
+    def like(copies: list[Tensor]) -> torch.optim.Optimizer:
+        groups = []
+        for group in optimizer.param_groups:
+            rows = [places[id(x)] for x in group["params"] if id(x) in places]
+            own = {name: value for name, value in group.items() if name in known and name != "params"}
+            groups.append(own | {"params": [copies[k + i] for k in range(0, len(copies), len(params)) for i in rows]})
+        make: Any = kind
+        return make(groups)
+
+    return F2SA(params, hparams, optimizer=like, **options)
+
+
+class BilevelTrainer(Trainer):
+    """A Trainer that learns `hparams`, weights of its training data, from the loss on `valid_dataset`.
+
+        trainer = BilevelTrainer(model, args, train_dataset=train, valid_dataset=valid, hparams=SourceWeights(4))
+        trainer.train()
+        trainer.hparams.weights
+
+    The model is trained on the weighted loss alone; validation data reaches it through the weights. Everything else is
+    the Trainer's own: gradient accumulation, bf16 and fp16, PEFT, schedules, callbacks, logging, checkpoints, resume.
+    The losses are those of a causal language model (labels of the form of input_ids) or of a classifier (one label an
+    example); override `token_losses` for others.
+
+    Args:
+        args, kwargs: the Trainer's, but for compute_loss_func.
+        valid_dataset: what the weights are learned on, in batches of per_device_train_batch_size; not the eval_dataset,
+            on which the Trainer evaluates.
+        hparams: a module (losses [rows, tokens], inputs) ↦ weights that broadcast to losses; its `columns` name what
+            inputs hold beside the model's arguments. SourceWeights, ExampleWeights, TokenWeights, or your own.
+        method: (params, hparams, optimizer) ↦ a tracker of hg.bilevel: F2SA by default, with the Trainer's optimizer
+            for its copies; lambda params, hparams, optimizer: SAMA(params, hparams, optimizer=optimizer). SOBA and the
+            others with second derivatives need attn_implementation="eager". None: the weights stay as they are, to
+            train anew with those that were learned.
+        outer_optimizer: of hparams' parameters; torch.optim.Adam(lr=0.1) by default.
+        restart: steps after which copies of F2SA start anew from the model, for those of a network drift apart; None:
+            never.
+        begin: steps before hparams begin to move.
+
+    Raises: ValueError for more than one process or device, DeepSpeed and label smoothing.
+    Source: the trackers': see `hg.bilevel`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        valid_dataset: Any,
+        hparams: nn.Module,
+        method: MakeTracker | None = f2sa,
+        outer_optimizer: torch.optim.Optimizer | None = None,
+        restart: int | None = 25,
+        begin: int = 0,
+        **kwargs: Any,
+    ):
+        if kwargs.get("compute_loss_func") is not None:
+            raise TypeError(
+                "BilevelTrainer weighs the losses itself: override token_losses in place of compute_loss_func"
+            )
+        if (restart is not None and restart < 1) or begin < 0:
+            raise ValueError(f"restart must be at least 1 and begin at least 0, got {restart} and {begin}")
+        super().__init__(*args, **kwargs)
+        if self.args.world_size > 1 or self.args.n_gpu > 1 or self.is_deepspeed_enabled:
+            raise ValueError(
+                "BilevelTrainer runs in one process on one device, without DeepSpeed: for many ranks use hg.bilevel "
+                "with hg.distributed, or set CUDA_VISIBLE_DEVICES to one device"
+            )
+        if self.args.label_smoothing_factor:
+            raise ValueError("BilevelTrainer takes no label_smoothing_factor: override token_losses")
+        self.hparams, self.method, self.restart, self.begin = hparams.to(self.args.device), method, restart, begin
+        self.outer_optimizer = outer_optimizer or torch.optim.Adam(self.hparams.parameters(), lr=0.1)
+        self.valid_dataset = valid_dataset
+        self.tracker: Tracker | None = None
+        self._checkpoint: str | None = None
+        self.add_callback(_Outer(self))
+
+    # What a batch's losses are.
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Which of the losses count: [rows, tokens], of a classifier [rows, 1]."""
+        return (labels[:, 1:] if labels.ndim == 2 else labels[:, None]) != -100
+
+    def token_losses(self, outputs: Any, labels: Tensor) -> Tensor:
+        """The losses [rows, tokens] of a batch; of a classifier [rows, 1]."""
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if labels.ndim + 1 != logits.ndim or logits.ndim not in (2, 3):
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)} are neither those of "
+                f"a causal language model nor those of a classifier: override token_losses and counted"
+            )
+        logits, labels = (logits[:, :-1], labels[:, 1:]) if logits.ndim == 3 else (logits[:, None], labels[:, None])
+        logits = logits if logits.element_size() >= 4 else logits.float()
+        return nn.functional.cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none")
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean of a batch's losses, without weights: that of evaluation, and of validation."""
+        loss, outputs = self._loss(model, inputs, None, None)
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of one step, and how many losses count in them."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        counts = [self.counted(_labels(batch)).sum() for batch in batches]
+        return batches, torch.stack(counts).sum().to(self.args.device) if counts else None
+
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, Any], hparams: nn.Module | None, count: Any
+    ) -> tuple[Tensor, Any]:
+        """Σ ω ℓ / count, by default over what counts in this batch, and the model's outputs."""
+        labels, others = _labels(inputs), ("labels", *self._columns)
+        outputs = model(**{name: value for name, value in inputs.items() if name not in others})
+        losses, counted = self.token_losses(outputs, labels), self.counted(labels)
+        weights = 1.0 if hparams is None else hparams(losses, inputs)
+        return (weights * losses * counted).sum() / (counted.sum() if count is None else count), outputs
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return tuple(getattr(self.hparams, "columns", ()))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in self._columns if name not in self._signature_columns]
+
+    def get_valid_dataloader(self) -> DataLoader:
+        """The batches that the weights are learned on: shuffled by args.seed."""
+        return DataLoader(
+            self.valid_dataset,
+            batch_size=min(self.args.per_device_train_batch_size, len(self.valid_dataset)),
+            shuffle=True,
+            drop_last=True,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="validation"),
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    # The loop.
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Add the directions of this batch and of one of validation to .grad of the model and of hparams."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        if self.tracker is None:
+            with self.compute_loss_context_manager():
+                loss = self._loss(model, inputs, self.hparams, num_items_in_batch)[0]
+            self.accelerator.backward(loss)
+            return loss.detach()
+        valid = self._prepare_inputs(next(self._valid))
+        scaler, parts = self._scaler, self.current_gradient_accumulation_steps
+        scaled = scaler.scale if scaler is not None else lambda loss: loss
+
+        def inner_loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                return scaled(self._loss(model, inputs, self.hparams, num_items_in_batch)[0])
+
+        def outer_loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                return scaled(self._loss(model, valid, None, None)[0] / parts)
+
+        _, value = self.tracker.backward(outer_loss, inner_loss, scaler=scaler)
+        assert value is not None
+        return value if scaler is None else value / scaler.get_scale()
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _start(self) -> None:
+        """A tracker for the model and the optimizer that train() has prepared, with the state of a checkpoint."""
+        self.hparams.requires_grad_(self.method is not None)
+        if self.method is None:
+            return
+        params = [x for x in self.model.parameters() if x.requires_grad]
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # within accelerate's
+        self.tracker = self.method(params, list(self.hparams.parameters()), optimizer)
+        self._valid = cycle(self.get_valid_dataloader())
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE
+        if not path.is_file():
+            raise ValueError(f"{checkpoint} holds no {STATE}: it is no checkpoint of a BilevelTrainer")
+        state = torch.load(path, weights_only=True, map_location=self.args.device)
+        self.hparams.load_state_dict(state["hparams"])
+        self.outer_optimizer.load_state_dict(state["outer_optimizer"])
+        self.tracker.load_state_dict(state["tracker"])
+        batches = state["valid"] | {"random": [x.cpu() for x in state["valid"]["random"] or []] or None}
+        self._valid.load_state_dict(batches)
+
+    def _outer_step(self) -> None:
+        """Move hparams and the tracker's own variables, before the Trainer moves the model."""
+        if self.tracker is None:
+            return
+        if getattr(self.method, "func", self.method) is f2sa and self.tracker.optimizer is not None:
+            for own, group in zip(self.tracker.optimizer.param_groups, self.optimizer.param_groups, strict=True):
+                own["lr"] = group["lr"]  # copies move as the model does
+        self.tracker.step()
+        grads = [x.grad for x in self.hparams.parameters() if x.grad is not None]
+        if self._scaler is not None:
+            for grad in grads:
+                grad /= self._scaler.get_scale()
+        if self.state.global_step >= self.begin and all(bool(torch.isfinite(grad).all()) for grad in grads):
+            self.outer_optimizer.step()
+        self.outer_optimizer.zero_grad()
+
+    def _after_step(self) -> None:
+        if isinstance(self.tracker, F2SA) and self.restart and self.state.global_step % self.restart == 0:
+            self.tracker.restart()
+
+    # What it says, and what it keeps.
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, and in training the tracker's numbers and the weights, where they are few."""
+        if "loss" in logs and self.tracker is not None:
+            own = {f"bilevel/{name}": value for name, value in self.tracker.metrics().items() if math.isfinite(value)}
+            weights = getattr(self.hparams, "weights", None)
+            if isinstance(weights, Tensor) and weights.numel() <= 20:
+                own |= {f"weight/{i}": value for i, value in enumerate(weights.detach().flatten().tolist())}
+            logs |= own
+        super().log(logs, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.tracker is not None:
+            state = {
+                "hparams": self.hparams.state_dict(),
+                "outer_optimizer": self.outer_optimizer.state_dict(),
+                "tracker": self.tracker.state_dict(),
+                "valid": self._valid.state_dict(),
+            }
+            torch.save(state, os.path.join(output_dir, STATE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._checkpoint = checkpoint
+
+
+def _labels(batch: Mapping[str, Any]) -> Tensor:
+    if "labels" not in batch:
+        raise ValueError(f"a batch needs labels, and has {sorted(batch)}: take a collator that makes them")
+    return batch["labels"]
+
+
+class _Outer(TrainerCallback):
+    """Calls a BilevelTrainer where the Trainer's loop has come to its steps."""
+
+    def __init__(self, trainer: BilevelTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._start()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._outer_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._after_step()
