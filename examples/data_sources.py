@@ -108,7 +108,7 @@ def corpora(config: Config, seed: int) -> tuple[list[dict[str, Any]], ...]:
 # %%
 def trained(config: Config, seed: int, data: tuple[Any, ...], logits: Tensor | None, done: Callable[[], Any]) -> Any:
     """A trainer after its training: weights are learned, or stay as they are given."""
-    from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainingArguments
+    from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainingArguments  # pyright: ignore
 
     from hypergrad.transformers import BilevelTrainer, SourceWeights, f2sa
 

@@ -460,7 +460,7 @@ def figure(data: Digits, result: influence.Influence, columns: int = 5) -> Figur
         pixels = [data.xq[q], *[data.x[i] for i in (*best, *worst)]]
         colours = ["black", *["tab:green"] * columns, *["tab:red"] * columns]
         for ax, title, image, colour in zip(axes[q], titles, pixels, colours, strict=True):
-            ax.imshow(image.reshape(side, side), cmap="gray_r")
+            ax.imshow(image.reshape(side, side).numpy(), cmap="gray_r")
             ax.set_title(title, fontsize=8, color=colour)
             ax.set_xticks([])
             ax.set_yticks([])

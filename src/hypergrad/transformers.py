@@ -105,12 +105,18 @@ class TokenWeights(nn.Module):
 
 
 def f2sa(
-    params: list[nn.Parameter], hparams: list[nn.Parameter], optimizer: torch.optim.Optimizer, **options: Any
+    params: list[nn.Parameter],
+    hparams: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    order: int = 2,
+    penalty: float = 10.0,
+    average: float | None = None,
 ) -> Tracker:
     """The default method: F2SA, whose copies are moved by an optimizer like the Trainer's, group by group.
 
     Args:
-        options: of F2SA: functools.partial(f2sa, penalty=30.0).
+        order, penalty, average: of F2SA: method=functools.partial(f2sa, penalty=30.0).
     """
     kind, places = type(optimizer), {id(x): i for i, x in enumerate(params)}
     known = signature(kind).parameters
@@ -124,10 +130,10 @@ def f2sa(
         make: Any = kind
         return make(groups)
 
-    return F2SA(params, hparams, optimizer=like, **options)
+    return F2SA(params, hparams, order=order, penalty=penalty, optimizer=like, average=average)
 
 
-class BilevelTrainer(Trainer):
+class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
     """A Trainer that learns `hparams`, weights of its training data, from the loss on `valid_dataset`.
 
         trainer = BilevelTrainer(model, args, train_dataset=train, valid_dataset=valid, hparams=SourceWeights(4))
@@ -360,7 +366,7 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
     return batch["labels"]
 
 
-class _Outer(TrainerCallback):
+class _Outer(TrainerCallback):  # pyright: ignore[reportGeneralTypeIssues]
     """Calls a BilevelTrainer where the Trainer's loop has come to its steps."""
 
     def __init__(self, trainer: BilevelTrainer):
