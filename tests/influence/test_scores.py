@@ -206,6 +206,7 @@ def test_approximate_inverses():
     np.testing.assert_allclose(preconditioned.scores.numpy(), dense(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:the inner problem is not solved")
 def test_curvlinops():
     curvlinops = pytest.importorskip("curvlinops")
     model = torch.nn.Linear(4, 3, bias=False).double()
