@@ -33,7 +33,7 @@ from examples.text import docstrings
 
 @dataclass
 class Config(Base):
-    steps: int = 400
+    steps: int = 300
     """Of every training."""
     batch: int = 16
     """Pieces of text of a batch, of each level."""

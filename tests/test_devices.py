@@ -321,6 +321,45 @@ SOLVERS = {
     "Optimizer": S.Optimizer(build=lambda x: torch.optim.SGD(x, lr=0.1), **FIXED),
 }
 
+# --- attribution ------------------------------------------------------------------------------------------------------
+
+
+def influence(d, own=False, grouped=False, gauss_newton=False, **options):
+    rows = lambda z, batch: (z - batch[1]).square() / 2  # noqa: E731
+    model = lambda w, batch: batch[0] @ w["w"] + w["b"]  # noqa: E731
+    loss = lambda w, batch: rows(model(w, batch), batch)  # noqa: E731
+    given = {"train_loss": rows, "model": model} if gauss_newton else {"train_loss": loss}
+    given |= {"train": [(d.x[0], d.y[0]), (d.x[1], d.y[1])], "params": d.w, "penalty": lambda w: w["w"].square().sum()}
+    if own:
+        result = hg.influence.self_influence(**given, **options)
+    else:
+        groups = torch.arange(16, device="cpu") % 3 if grouped else None
+        queries = [(d.x[2], d.y[2])]
+        result = hg.influence.scores(query_loss=loss, queries=queries, groups=groups, **given, **options)
+    return result.scores, result.residual, result.query_losses, result.inner_residual
+
+
+def through(d):
+    """Scores through a training."""
+
+    def step(w, weights):
+        value = weights @ (d.x[0] @ w["w"] + w["b"] - d.y[0]).square() / 8
+        grads = torch.autograd.grad(value, [w["w"], w["b"]], create_graph=True)
+        return {name: x - 0.1 * g for (name, x), g in zip(w.items(), grads, strict=True)}
+
+    loss = lambda w, batch: (batch[0] @ w["w"] + w["b"] - batch[1]).square()  # noqa: E731
+    options = {"examples": 8, "queries": [(d.x[2], d.y[2])], "steps": 6}
+    result = hg.influence.unrolled(step, d.w, loss, **options)
+    return result.scores, result.query_losses
+
+
+def several_dampings(d):
+    rows = d.x[0]
+    op = hg.operators.matrix(rows.mT @ rows / 8, symmetric=True)
+    found = S.shifted(op, d.x[1][0], [0.1, 1.0], max_steps=3, on_failure="ignore")
+    return [(s.value, s.code, s.residual_norm) for s in found]
+
+
 # --- diagnostics ------------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +456,12 @@ DOORS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
     "Equilibrium, BatchNorm": (partial(equilibrium, forward=FP.Anderson(**FIXED), backward=GMRES, norm="batch"), 0),
     "Equilibrium, penalty": (penalty, None),
     "functional": (functional, 0),
+    "influence.scores": (partial(influence, solver=CG), None),
+    "influence.scores, groups": (partial(influence, grouped=True, gauss_newton=True), None),
+    "influence.scores, path": (partial(influence, damping="path"), None),
+    "influence.self_influence": (partial(influence, own=True), None),
+    "influence.unrolled": (through, None),
+    "solvers.shifted": (several_dampings, None),
     "diagnostics, inner_loss": (checked, None),
     "diagnostics, fp_map": (partial(checked, form="fp_map"), None),
     "structure, findings": (structured, None),

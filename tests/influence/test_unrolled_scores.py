@@ -141,6 +141,16 @@ def test_batches():
     assert torch.equal(plain.scores, timed.scores)
 
 
+def test_scalar_params_with_a_folder(tmp_path):
+    x = torch.tensor([1.0, 3.0], dtype=F64)
+    mean = lambda w, weights: w - 0.5 * (weights * (w - x)).mean()  # noqa: E731
+    case = {"examples": 2, "queries": [torch.ones(1, dtype=F64)], "steps": 6}
+    zero = torch.zeros((), dtype=F64)
+    whole = influence.unrolled(mean, zero, lambda w, q: w * q, **case)
+    parts = influence.unrolled(mean, zero, lambda w, q: w * q, folder=tmp_path, **case)
+    torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-12, atol=0)
+
+
 def test_batches_with_a_folder(tmp_path):
     x, y, _, _ = tensors()
     given = [(x[i:], y[i:]) for i in range(T)]

@@ -98,11 +98,13 @@ def retrained(
     if not all(0 <= i < examples for i in leave_out):
         raise ValueError(f"leave_out must hold indices in 0 … {examples - 1}, got {list(leave_out)}")
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    drawn = [torch.randperm(examples, generator=generator)[:count] for _ in range(0 if leave_out else subsets)]
-    weights = torch.ones(len(leave_out) or subsets, examples)
-    for row, out in zip(weights, [torch.tensor([i]) for i in leave_out] or drawn, strict=True):
+    drawn = [
+        torch.randperm(examples, generator=generator, device="cpu")[:count] for _ in range(0 if leave_out else subsets)
+    ]
+    weights = torch.ones(len(leave_out) or subsets, examples, device="cpu")
+    for row, out in zip(weights, [[i] for i in leave_out] or drawn, strict=True):
         row[out] = 0
-    ones = torch.ones(examples)
+    ones = torch.ones(examples, device="cpu")
     with random_state_kept_on_error([ones]):
         whole, again = _losses(train, ones), _losses(train, ones)
         if not torch.allclose(whole, again, rtol=torch.finfo(whole.dtype).eps ** 0.5, atol=0):

@@ -197,7 +197,7 @@ class _System:
             fit = GaussNewton(lambda w, h, batch: model(w, batch), lambda z, h, batch: h * train_loss(z, batch).sum())
         weigh = None if penalty is None else (lambda w, h: penalty(w))
         inner = Sum(fit, train, weights=lambda batch: 1 / self.count, penalty=weigh)
-        one = torch.ones((), requires_grad=True)  # the weight of all examples together
+        one = torch.ones((), requires_grad=True, device="cpu")  # the weight of all examples together
         self.problem = Problem(None, params=params, hparams=one, inner_loss=inner)
         self.sums: list[float] = []
         self.count = self._counted()
@@ -291,11 +291,11 @@ class _System:
     def examples(self) -> Iterator[tuple[Tensor, tuple[Tensor, Linearisation]]]:
         """The indices of each batch's examples, and its losses: checked to be those that were counted."""
         index = self.index
-        seen, sums, first, losses = torch.zeros(self.count, dtype=torch.bool), [], 0, torch.zeros(0)
+        seen, sums, first, losses = torch.zeros(self.count, dtype=torch.bool, device="cpu"), [], 0, torch.zeros(0)
         for batch in bar(opened(self.train), "examples", self.progress, len(self.sums)):
             losses, line = self.evaluated(self.loss, batch, "train_loss")
             if index is None:
-                place = torch.arange(first, min(first + len(losses), self.count))
+                place = torch.arange(first, min(first + len(losses), self.count), device="cpu")
             else:
                 place = torch.as_tensor(index(batch)).cpu().long()
             if len(place) != len(losses) or not bool(((place >= 0) & (place < self.count)).all()):
@@ -311,7 +311,7 @@ class _System:
 
     def _compare(self, sums: list[float], all_seen: bool, like: Tensor) -> None:
         """Raise where a pass met other losses than the first."""
-        first, again = (torch.tensor(each, dtype=torch.float64) for each in (self.sums, sums))
+        first, again = (torch.tensor(each, dtype=torch.float64, device="cpu") for each in (self.sums, sums))
         if self.index is not None:
             first, again = first.sum(0, keepdim=True), again.sum(0, keepdim=True)
         near = torch.finfo(like.dtype).eps ** 0.5
@@ -359,7 +359,7 @@ class _System:
             distance = torch.stack(distances).reshape(len(blocks), -1).amax(0).amin(0, keepdim=True)
             warn_if_unsolved(distance, self.inner_residual)
         warn_if_not_finite([found])
-        damping = torch.tensor(self.dampings, dtype=torch.float64)
+        damping = torch.tensor(self.dampings, dtype=torch.float64, device="cpu")
         parts = (found, residual, damping) if self.several else (found[0], residual[0], damping[0])
         losses = torch.cat([block.losses for block in blocks])
         return Influence(parts[0], losses, self.method, parts[1], parts[2], self.inner_residual, self.operator.products)

@@ -78,7 +78,7 @@ def unrolled(
     check_whole(examples=(examples, 1), steps=(steps, 0), segments=(segments, 1))
     if segments is not None and folder is None:
         raise ValueError("segments are kept in a folder: pass folder=")
-    like = next(x for x in [*filter(torch.is_floating_point, split(start)[0]), torch.ones(())])
+    like = next(iter([*filter(torch.is_floating_point, split(start)[0]), torch.ones((), device="cpu")]))
     _warn_of_precision(split(start)[0], like.device)
     weights = torch.ones(examples, dtype=like.dtype, device=like.device, requires_grad=True)
 
@@ -211,6 +211,6 @@ def _along(alpha: list[Tensor]) -> Callable[[PyTree, Any], Tensor]:
 
     def losses(params: PyTree, _: Any) -> Tensor:
         leaves = filter(_smooth, split(params)[0])
-        return torch.stack([a.flatten(1) @ x.flatten() for a, x in zip(alpha, leaves, strict=True)]).sum(0)
+        return torch.stack([a.reshape(len(a), -1) @ x.reshape(-1) for a, x in zip(alpha, leaves, strict=True)]).sum(0)
 
     return losses
