@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,9 +60,56 @@ def write(section: Section, results: list[Any], settings: list[dict], stem: Path
     return text
 
 
+def markdown(lines: Sequence[str]) -> str:
+    """A table of text as one of Markdown for each problem: entries, two blanks apart, go below the nearest title."""
+    parts: list[str] = []
+    titles: list[re.Match[str]] = []
+    open_table = False
+    for line in lines:
+        words = list(re.finditer(r"\S+(?: (?!-\d|to exact)\S+)*", line))
+        named = line[:1].strip() != ""
+        numbers = sum(any(sign.isdigit() for sign in word[0]) for word in words[1:])
+        if len(words) > 2 and 2 * numbers < len(words) - 1 and (named or not titles):
+            titles, open_table = words[named:], False
+            parts += [f"\n**{words[0][0]}**"] if named else []
+        elif named and len(words) < 3:
+            heading = len(line) < 60 and not line.endswith(".") and not (parts and parts[-1][-1:] not in "|")
+            parts += [f"\n**{line}**"] if heading else ["\n"[: open_table or not parts] + line]
+            open_table = False
+        elif words:
+            if not open_table:
+                parts += ["\n|  | " + " | ".join(title[0] for title in titles) + " |", "|---" * (1 + len(titles)) + "|"]
+                open_table = True
+            parts.append("| " + " | ".join(_entries(words, titles)) + " |")
+    return "\n".join(parts).strip()
+
+
+def _entries(words: Sequence[re.Match[str]], titles: Sequence[re.Match[str]]) -> list[str]:
+    """The name of a row and what stands below each title."""
+
+    def away(word: re.Match[str], shift: int) -> list[int]:
+        return [max(title.start() - word.end() + shift, word.start() - shift - title.end()) for title in titles]
+
+    def places(shift: int) -> list[int]:
+        return [min(range(len(titles)), key=away(word, shift).__getitem__) for word in words[1:]]
+
+    # A name longer than its column moves the rest of its line.
+    def fit(shift: int) -> tuple[int, int, int]:
+        edges = [min(abs(title.end() - word.end() + shift) for title in titles) for word in words[1:]]
+        return len({*places(shift)}), -sum(edge > 1 for edge in edges), -shift
+
+    shift = max(range(12), key=fit) if len(words) > 2 else 0
+    entries = [words[0][0], *("" for _ in titles)]
+    for word, nearest in zip(words[1:], places(shift), strict=True):
+        apart = min(away(word, shift)) > 0 and not any(sign.isdigit() for sign in word[0])
+        place = 0 if apart else nearest + 1
+        entries[place] = f"{entries[place]} {word[0]}".strip()
+    return entries
+
+
 def page(stems: Iterable[Path], target: Path) -> None:
     """One page of all sections that were measured, now or before."""
-    parts = ["# Benchmarks"]
+    parts = ["# Benchmarks", "`make bench` measures all of it, `make bench-peers` with the other libraries installed."]
     for stem in stems:
         if not stem.with_suffix(".json").exists():
             continue
@@ -73,7 +121,7 @@ def page(stems: Iterable[Path], target: Path) -> None:
         parts += [
             f"## {document['title']}",
             f"![{document['title']}]({stem.name}.png)",
-            "```text\n" + "\n".join(document["table"]) + "\n```",
+            markdown(document["table"]),
             f"{machine['cpu']}, one thread, Python {machine['python']}; {versions}. "
             f"Load when measured: {machine['load'][0]:.1f}. [All numbers]({stem.name}.json).",
         ]

@@ -77,7 +77,8 @@ def save(config: Base, title: str, table: str, figure: Figure, results: Any) -> 
     (config.output / f"{name}.json").write_text(json.dumps(made | {"results": results}, indent=1) + "\n")
     figure.savefig(config.output / f"{name}.png", dpi=120)
     how = f"`{made['command']}`, {made['date']}, {made['machine']}"
-    text = f"# {title}\n\n{table}\n\n![{title}]({name}.png)\n\n{how}\n\n```json\n{json.dumps(made)}\n```\n"
+    how += f"; [configuration, versions and all numbers]({name}.json)"
+    text = f"# {title}\n\n{table}\n\n![{title}]({name}.png)\n\n{how}\n"
     (config.output / f"{name}.md").write_text(text, encoding="utf-8")
     print(f"\n{table}\n\nwritten: {', '.join(str(config.output / f'{name}.{end}') for end in ('md', 'json', 'png'))}")
 

@@ -338,3 +338,19 @@ def test_batched_tasks(tmp_path):
     assert all(name in text for name in names) and len(text.splitlines()) == 1 + len(results)
     tasks.draw(results, tmp_path / "tasks.png")
     assert (tmp_path / "tasks.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tables_of_markdown_hold_the_numbers_below_their_titles():
+    document = json.loads((Path(__file__).parents[1] / "docs" / "results" / "benchmarks.json").read_text())
+    known = {(r["row"], r["method"]): r for r in document["results"] if r["floor_cpu"]}
+    problem, titles, seen = "", [], 0
+    for line in report.markdown(document["table"]).splitlines():
+        problem = line.strip("*") if line.startswith("**") else problem
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        titles = cells if "MiB" in cells else titles
+        row = known.get((problem, cells[0])) if cells else None
+        if row is not None:
+            seen += 1
+            assert cells[titles.index("× floor, CPU")].split(" [")[0] == f"{row['floor_cpu']['middle']:.3f}"
+            assert cells[titles.index("MiB")] == (f"{row['peak'] / 2**20:.2f}" if row["peak"] is not None else "")
+    assert seen == len(known)
