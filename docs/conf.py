@@ -49,6 +49,7 @@ default_role = "code"
 add_module_names = False
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
+autodoc_mock_imports = ["transformers", "accelerate"]  # large, and read for their names alone
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

@@ -96,6 +96,7 @@ INTERNAL = {
 }
 API = "\n".join(file.read_text() for file in sorted((DOCS / "api").glob("*.md")))
 DOCUMENTED = set(re.findall(r"auto(?:function|class|exception|data):: hypergrad\.(\S+)", API)) | {"torch_grad"}
+DOCUMENTED -= {name for name in DOCUMENTED if name.startswith("transformers.")}  # a large package, not always there
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in INTERNAL])
