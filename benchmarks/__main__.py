@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import hypergrad as hg
 
-from . import accuracy, bilevel, blocks, checks, counts, equal, report, scaling, sums, tasks, unrolled
+from . import accuracy, bilevel, blocks, checks, counts, equal, loops, report, scaling, sums, tasks, unrolled
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SECTIONS = {
@@ -22,6 +22,7 @@ SECTIONS = {
     "accuracy": accuracy.SECTION,
     "blocks": blocks.SECTION,
     "unrolled": unrolled.SECTION,
+    "loops": loops.SECTION,
     "tasks": tasks.SECTION,
     "bilevel": bilevel.SECTION,
     "sums": sums.SECTION,

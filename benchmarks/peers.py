@@ -28,6 +28,7 @@ from .problems import Problem
 
 if TYPE_CHECKING:
     from .bilevel import Case
+    from .loops import Loop
     from .unrolled import Descent
 
 Tensors = list[Tensor]
@@ -238,6 +239,73 @@ def higher_unrolled(descent: Descent, steps: int) -> Tensors:
             for t in range(steps):
                 step.step(functional(t))
             return list(torch.autograd.grad(functional(None), descent.hparams))
+
+
+class LoopLoss(nn.Module):
+    """The inner loss of a loop, with params as TorchOpt wants them: owned by a module."""
+
+    def __init__(self, loop: Loop):
+        super().__init__()
+        self.loop = loop
+        self.owned = nn.ParameterList(nn.Parameter(x.clone()) for x in loop.start)
+
+    def forward(self) -> Tensor:
+        return self.loop.inner(list(self.owned), self.loop.lam)
+
+
+def torchopt_loop(loop: Loop) -> Tensor:
+    from .loops import BETAS, EPS, LR, MOMENTUM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module, torchopt, lr = LoopLoss(loop), load("torchopt"), LR[loop.rule]
+        if loop.rule == "SGD":
+            optimizer = torchopt.MetaSGD(module, lr=lr, momentum=MOMENTUM)
+        else:
+            optimizer = torchopt.MetaAdam(module, lr=lr, betas=BETAS, eps=EPS)
+        for _ in range(loop.steps):
+            optimizer.step(module())
+        return torch.autograd.grad(loop.outer(list(module.owned)), loop.lam)[0]
+
+
+def jax_loop(loop: Loop) -> Callable[[], Tensor]:
+    """A scan over the steps, each recomputed in the reverse pass, under jit."""
+    from .loops import BETAS, EPS, LR, MOMENTUM
+
+    jax, jnp = load("jax"), load("jax.numpy")
+    jax.config.update("jax_enable_x64", True)
+    x, y, xv, yv = map(_to_jax, loop.data)
+    lr = LR[loop.rule]
+
+    def cross_entropy(w: Any, x: Any, y: Any) -> Any:
+        for i in range(0, len(w), 2):
+            x = x @ w[i].T + w[i + 1]
+            x = jax.nn.relu(x) if i < len(w) - 2 else x
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(x), y[:, None], 1))
+
+    def inner(w: Any, lam: Any) -> Any:
+        return cross_entropy(w, x, y) + jnp.dot(jnp.exp(lam), jnp.stack([jnp.sum(v * v) for v in w])) / 2
+
+    def outer(lam: Any, start: Any) -> Any:
+        def step(carry: Any, t: Any) -> Any:
+            w, m, v = carry
+            g = jax.grad(inner)(w, lam)
+            if loop.rule == "SGD":
+                m = [MOMENTUM * a + b for a, b in zip(m, g, strict=True)]
+                return ([a - lr * b for a, b in zip(w, m, strict=True)], m, v), None
+            m = [BETAS[0] * a + (1 - BETAS[0]) * b for a, b in zip(m, g, strict=True)]
+            v = [BETAS[1] * a + (1 - BETAS[1]) * b * b for a, b in zip(v, g, strict=True)]
+            one, two = ((1 - beta ** (t + 1.0)).astype(lam.dtype) for beta in BETAS)
+            moved = [a - lr / one * b / (jnp.sqrt(c / two) + EPS) for a, b, c in zip(w, m, v, strict=True)]
+            return (moved, m, v), None
+
+        zeros = [jnp.zeros_like(w) for w in start]
+        carry = start, zeros, zeros if loop.rule == "Adam" else []
+        (w, _, _), _ = jax.lax.scan(jax.checkpoint(step), carry, jnp.arange(loop.steps))
+        return cross_entropy(w, xv, yv)
+
+    compiled, lam, start = jax.jit(jax.grad(outer)), _to_jax(loop.lam), [_to_jax(w) for w in loop.start]
+    return lambda: torch.from_dlpack(jax.block_until_ready(compiled(lam, start))).clone()
 
 
 def _jax_losses(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any]]:

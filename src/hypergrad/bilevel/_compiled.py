@@ -46,7 +46,8 @@ class CompiledDirections:
 
     def __call__(self, outer: Batch, inner: Batch, batches: Sequence[Any]) -> Directions:
         self.calls += 1
-        leaves, spec = optree.tree_flatten(tuple(batches), none_is_leaf=True)
+        pair: Any = tuple(batches)
+        leaves, spec = optree.tree_flatten(pair, none_is_leaf=True)
         key = self._key(leaves, spec)
         program = self.programs.get(key)
         tensors = [x.detach().contiguous() for x in leaves if isinstance(x, Tensor)]

@@ -347,7 +347,7 @@ class Tracker(ABC):
         """What was compiled for these two functions, or nothing yet."""
         if not isinstance(compile, (bool, str)):
             raise TypeError(f"compile must be True, False or the name of a backend of torch.compile, got {compile!r}")
-        backend = "inductor" if compile is True else compile
+        backend = compile if isinstance(compile, str) else "inductor"
         known = self._compiled
         if known is None or known.backend != backend or any(x != y for x, y in zip(known.losses, losses, strict=True)):
             known = self._compiled = CompiledDirections(self, losses, backend)
