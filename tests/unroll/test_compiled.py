@@ -245,10 +245,39 @@ def test_what_cannot_be_compiled_is_evaluated_as_it_is(step, reason):
         check(reverse(step, w, lam, outer, 6), compiled)
 
 
+def test_what_cannot_be_compiled_is_tried_once():
+    (w, lam), calls = start(), []
+
+    def step(w, lam):
+        calls.append(1)
+        return 0.5 * w + lam * (w.detach().sum().item() * 0 + 1)
+
+    numbers = []
+    for _ in range(2):
+        with pytest.warns(hg.HypergradientWarning, match="a number is read"):
+            reverse(step, w, lam, outer, 6, memory="iterates", compile="eager")
+        numbers.append(len(calls))
+    assert numbers[1] - numbers[0] == 11 < numbers[0]
+
+
+def test_rounding_that_a_step_magnifies_is_no_difference():
+    """Adam's first step divides gradients that are all rounding by their own size."""
+    rule = hg.diff_optimizers.Adam(lr=0.01, eps=1e-12)
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = x[:, 0] - x[:, 1] - (x[:, 0] - x[:, 1] + 1e-7 * x[:, 2])
+
+    def loss(w, lam):
+        return (x @ w).sin().mean() + lam * 0.1 * w.square().sum()
+
+    w, lam = torch.full((4,), 1e-3), torch.tensor(1.0, requires_grad=True)
+    result = reverse(rule.on(loss), (w, rule.init(w)), lam, lambda c, lam: c[0].square().sum(), 5, compile="aot_eager")
+    assert "compiled by aot_eager" in (result.compiled or "")
+
+
 def test_an_iterator_outside_is_noticed():
     w, lam = start()
     with pytest.warns(hg.HypergradientWarning, match="not the same at each call"), pytest.raises(RuntimeError):
-        reverse(UNCOMPILED["iterator"][0], w, lam, outer, 6, compile="eager")
+        reverse(UNCOMPILED["iterator"][0], w, lam, outer, 6, memory="iterates", compile="eager")
 
 
 def test_hparams_of_the_surroundings_are_noticed():
