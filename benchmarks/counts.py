@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hypergrad as hg
 
-from . import accuracy, bilevel, illconditioned, problems, unrolled
+from . import accuracy, bilevel, illconditioned, loops, problems, unrolled
 from .illconditioned import Step
 from .measure import counted, counting, peak_memory
 from .methods import METHODS, Method, graph_and_product, hypergradient, implicit, layer, library
@@ -165,6 +165,17 @@ def check_unrolled(descent: Descent, column: unrolled.Column, exact: Tensor) -> 
     return result.evaluations
 
 
+def check_loop(rule: str, steps: int = 12) -> int:
+    """Evaluations of a step once it is compiled: one to compare, one forwards and one backwards for each step."""
+    call = loops.library(loops.Loop(rule, steps, torch.float64), memory="iterates", compile="eager")
+    call()
+    with patch("hypergrad.unroll._reverse.ReverseResult", wraps=hg.unroll.ReverseResult) as made:
+        call()
+    evaluations = made.call_args.kwargs["evaluations"]
+    expect(f"{rule}, compiled: evaluations of {steps} steps", evaluations, 2 * steps + 1)
+    return evaluations
+
+
 def check_tracker(case: bilevel.Case, method: bilevel.Method) -> dict[str, int]:
     """Evaluations, reverse passes and second-order products of a tracker's step; and its answer where it is exact."""
     found = bilevel.count(case, method)
@@ -221,6 +232,8 @@ def run() -> None:
         for column in unrolled.COLUMNS:
             if column.evaluations:
                 print(f"  {column.name:32}{check_unrolled(descent, column, exact):4} evaluations of a step")
+    for rule in ("SGD", "Adam"):
+        print(f"{rule}, compiled step: {check_loop(rule)} evaluations of 12 steps")
     for build_case in bilevel.QUICK.values():
         case = build_case()
         print(f"{case.name}: {case.lower.weight.numel()} params, {case.hparams[0].numel()} hparams")
