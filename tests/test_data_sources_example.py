@@ -21,6 +21,7 @@ def test_sources():
     assert not any(" the " in text and "array" in text for text in corrupted) and any("array" in text for text in sound)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_cell():
     pytest.importorskip("transformers")

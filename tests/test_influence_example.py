@@ -59,6 +59,7 @@ def test_scores_and_what_they_find():
     assert 0 <= found["wrong labels"]["harm"] <= 1 and found["copies"]["unrolled"]["ten"] > 0.5
 
 
+@pytest.mark.slow
 def test_texts():
     found = example.texts(SMALL)
     assert found["leave-one-out"]["correlation"] > 0.9 and found["residual"] < 1e-5

@@ -183,7 +183,7 @@ def test_groups_of_the_optimizer_are_those_of_the_copies(tmp_path):
     assert [decay[id(x)] for x in copies] == [of_model[id(w)] for w in params] and {*decay.values()} == {0.0, 0.3}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_a_resumed_training_is_the_same(tmp_path, dropout):
     options = {
         "max_steps": 7,
@@ -263,6 +263,7 @@ def test_other_weights(tmp_path, make):
     assert seen > 10 and not any("weight/0" in entry for entry in run.state.log_history if len(hparams.logits) > 20)
 
 
+@pytest.mark.slow
 def test_wrong_examples_lose_weight(tmp_path):
     """One source of random tokens beside two of a sequence that is to be learned."""
     rows = (torch.arange(64)[:, None] + torch.arange(LENGTH)) % VOCABULARY

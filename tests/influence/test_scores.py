@@ -51,6 +51,13 @@ def test_several_dampings(curvature):
         one.at(0)
 
 
+def test_damping_of_the_solver_is_added():
+    solver = solvers.CG(rtol=1e-12, damping=0.2, preconditioner=solvers.Dense())
+    result = influence.scores(**problem(solver=solver, damping=0.1))
+    np.testing.assert_allclose(result.scores.numpy(), dense(0.3), rtol=0, atol=1e-10)
+    assert float(result.damping) == pytest.approx(0.3)
+
+
 def test_a_path_of_dampings():
     result = influence.scores(**problem(damping="path"))
     dampings = result.damping

@@ -23,7 +23,7 @@ from .._tree import PyTree
 from .._vector import Vector
 from ..implicit import Problem
 from ..operators import GaussNewton, LinearOperator, Sum, function
-from ..solvers import CG, BlockCG, is_recipe, on_failure_of, shifted, solve
+from ..solvers import CG, BlockCG, LinearSolver, is_recipe, on_failure_of, shifted, solve
 from ._data import bar, opened, rows
 from ._result import Influence
 
@@ -67,9 +67,9 @@ def scores(
             Nystrom(...), which is built once, or with an operator on single vectors. Or an approximate inverse of
             A + γI: an operator with @ on a list of tensors in params' order (curvlinops' K-FAC and EKFAC inverses) or a
             LinearOperator; `residual` then tells how far it is from solving the systems.
-        damping: γ ≥ 0, or several, or "path": nine from 1e-4 ‖A‖ to ‖A‖. Several are solved in one Krylov space
-            (`solvers.shifted`), with rtol, max_steps and on_failure of the solver, a CG or BlockCG without
-            preconditioner.
+        damping: γ ≥ 0, added to the solver's own; or several, or "path": nine from 1e-4 ‖A‖ to ‖A‖. Several are solved
+            in one Krylov space (`solvers.shifted`), with rtol, max_steps and on_failure of the solver, a CG or BlockCG
+            without preconditioner.
         groups: integers [n]: the group of each example, from 0. Scores are those of groups, the sums over their
             examples.
         index: batch ↦ indices of its examples, for batches that come in no fixed order (shuffle=True).
@@ -232,6 +232,7 @@ class _System:
             if not self.dampings or not all(0 <= each < torch.inf for each in self.dampings):
                 raise ValueError(f"damping must be finite numbers ≥ 0, and one at least, got {damping!r}")
             self.inverse = is_inverse(solver)
+            self.own = solver.damping if isinstance(solver, LinearSolver) else 0.0  # which the solver adds itself
             self.solver = self._shared(BlockCG() if solver is None else solver)
             named = solver if self.inverse or callable(solver) else self.solver
             self.method = "shifted" if self.several else getattr(named, "__name__", type(named).__name__)
@@ -265,7 +266,7 @@ class _System:
         if isinstance(given, LinearOperator):
             return given
         if is_recipe(given):
-            factors = given.factors(self.operator.damped(self.dampings[0]), self.problem.point)
+            factors = given.factors(self.operator.damped(self.dampings[0] + self.own), self.problem.point)
             return LinearOperator(lambda v: given.apply(factors, v), symmetric=True)
         return function(partial(_multiplied, given) if is_inverse(given) else given, symmetric=True)
 
@@ -359,7 +360,7 @@ class _System:
             distance = torch.stack(distances).reshape(len(blocks), -1).amax(0).amin(0, keepdim=True)
             warn_if_unsolved(distance, self.inner_residual)
         warn_if_not_finite([found])
-        damping = torch.tensor(self.dampings, dtype=torch.float64, device="cpu")
+        damping = self.own + torch.tensor(self.dampings, dtype=torch.float64, device="cpu")
         parts = (found, residual, damping) if self.several else (found[0], residual[0], damping[0])
         losses = torch.cat([block.losses for block in blocks])
         return Influence(parts[0], losses, self.method, parts[1], parts[2], self.inner_residual, self.operator.products)
