@@ -54,7 +54,7 @@ class Elastic:
         return torch.from_numpy(np.max([np.abs(part.q).max(1) for part in self.parts], 0) / self.ratio)
 
     def evaluate(
-        self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool = False
+        self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool | str = False
     ) -> tuple[Tensor, Tensor]:
         """Losses [F, T] and slopes like strengths, [T, d] or [1, d]."""
         losses = torch.zeros(len(self.parts), len(targets), dtype=torch.float64)

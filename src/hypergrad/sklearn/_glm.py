@@ -61,13 +61,17 @@ class Linear:
         self.fit_intercept, self.shape = fit_intercept, X.shape
         self.separate = inner is squared
         self.C = 1 if self.separate else y.shape[1]
+        self.used = folds.train.any(0).nonzero()[:, 0]  # rows that some fold is trained on
+        self.train = folds.train[:, self.used]
         if scipy.sparse.issparse(X):
             ones = scipy.sparse.csr_array((X.shape[0], 1)) if not fit_intercept else [[1.0]] * X.shape[0]
             rows = scipy.sparse.csr_array(scipy.sparse.hstack([X, ones], format="csr"))
-            self.X, self.Xt = compressed(rows), compressed(rows.T.tocsr())
+            self.every, self.X = compressed(rows), compressed(rows[self.used.numpy()])
+            self.every_t, self.Xt = compressed(rows.T.tocsr()), compressed(rows[self.used.numpy()].T.tocsr())
         else:
-            self.X = torch.cat([X, torch.full((len(X), 1), float(fit_intercept), dtype=X.dtype)], 1)
-            self.Xt = self.X.mT
+            self.every = torch.cat([X, torch.full((len(X), 1), float(fit_intercept), dtype=X.dtype)], 1)
+            self.X = self.every if len(self.used) == len(X) else self.every[self.used]
+            self.every_t, self.Xt = self.every.mT, self.X.mT
         targets = y.shape[1] if self.separate else 1
         self.W = y.new_zeros(folds.number, targets, X.shape[1] + 1, self.C)
         self.V = torch.zeros_like(self.W)
@@ -75,11 +79,11 @@ class Linear:
         self.dense = not scipy.sparse.issparse(X) and size <= DENSE and systems * size**2 <= MEMORY
         self.dense = self.dense and not self.separate
         self.factors: Tensor | None = None
-        self.rtol = 1e-8 if self.dense else 1e-4
+        self.rtol = 1e-8 if self.dense else 1e-2
 
     def scale(self) -> float:
         """The mean eigenvalue of XᵀSX, as though its columns were orthogonal to one."""
-        total = self.folds.train.mean(0)
+        total = self.train.mean(0)
         values = self.X.values() if self.X.layout == torch.sparse_csr else self.X
         if self.X.layout == torch.sparse_csr:
             counts = self.X.crow_indices().diff()
@@ -90,11 +94,11 @@ class Linear:
 
     # products with all systems at once: [B, d + 1, C] ↔ [n, B, C]
 
-    def _times(self, w: Tensor) -> Tensor:
-        return (self.X @ w.permute(1, 0, 2).flatten(1)).unflatten(1, w.shape[::2])
+    def _times(self, w: Tensor, x: Tensor | None = None) -> Tensor:
+        return ((self.X if x is None else x) @ w.permute(1, 0, 2).flatten(1)).unflatten(1, w.shape[::2])
 
-    def _transposed(self, r: Tensor) -> Tensor:
-        return (self.Xt @ r.flatten(1)).unflatten(1, r.shape[1:]).permute(1, 0, 2)
+    def _transposed(self, r: Tensor, x: Tensor | None = None) -> Tensor:
+        return ((self.Xt if x is None else x) @ r.flatten(1)).unflatten(1, r.shape[1:]).permute(1, 0, 2)
 
     def _curved(self, z: Tensor, zv: Tensor) -> Tensor:
         """ℓ''(z) zv."""
@@ -107,15 +111,16 @@ class Linear:
         return p * (zv - (p * zv).sum(-1, keepdim=True))
 
     def evaluate(
-        self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool = False
+        self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool | str = False
     ) -> tuple[Tensor, Tensor]:
         """Losses [F, T] (T = 1 for a classifier) and slopes like strengths, [T, d] or [C, d]."""
-        folds, rtol = self.folds.number, min(self.rtol, 1e-12) if tighter else self.rtol
+        folds, rtol = self.folds.number, self.rtol * (1 if gradient else 10)
+        rtol = 1e-11 if tighter == "all" else rtol / 100 if tighter else rtol
         which = targets if self.separate else torch.zeros(1, dtype=torch.long)
         a, y, train = self._systems(strengths, which)
         w = self._solution(a, y, train, strengths, which, rtol)
-        z = self._times(w)
-        predictions = z.unflatten(1, (folds, len(which)))  # [n, F, T, C]
+        everywhere = self._times(w, self.every)
+        predictions = everywhere.unflatten(1, (folds, len(which)))  # [n, F, T, C]
         losses, pull = [], torch.zeros_like(predictions)
         for fold in range(folds):
             rows = self.folds.rows(fold)
@@ -128,7 +133,8 @@ class Linear:
         losses = torch.stack(losses)
         if not gradient:
             return losses, torch.zeros_like(strengths)
-        v = self._adjoint(a, train, z, self._transposed(pull.flatten(1, 2)), which, min(rtol * 10, 1e-3))
+        q = self._transposed(pull.flatten(1, 2), self.every_t)
+        v = self._adjoint(a, train, everywhere[self.used], q, which, min(rtol, 1e-2))
         share = self.folds.share.repeat_interleave(len(which))
         slopes = -share[:, None, None] * a * w * v
         slopes = slopes.unflatten(0, (folds, len(which))).sum(0)[:, :-1]
@@ -143,27 +149,28 @@ class Linear:
         a = torch.cat([strengths, zero], 1)
         if self.separate:
             a = a.expand(len(which), -1)[None].expand(folds, -1, -1).flatten(0, 1)[..., None]
-            y = self.y[:, which].repeat(1, folds)[..., None]
+            y = self.y[self.used][:, which].repeat(1, folds)[..., None]
         else:
-            a, y = a.mT[None].expand(folds, -1, -1), self.y[:, None]
-        return a, y, self.folds.train.mT.repeat_interleave(len(which), 1)[..., None]
+            a, y = a.mT[None].expand(folds, -1, -1), self.y[self.used][:, None]
+        return a, y, self.train.mT.repeat_interleave(len(which), 1)[..., None]
 
     def _solution(self, a: Tensor, y: Tensor, train: Tensor, strengths: Tensor, which: Tensor, rtol: float) -> Tensor:
-        """W [B, d + 1, C], by Newton's method from the last solution, to ‖∇g‖ ≤ rtol ‖∇g(0)‖."""
+        """W [B, d + 1, C], by Newton's method from the last solution, to ‖∇g‖ ≤ rtol ‖a ∘ W‖, or to rounding."""
         if self.given is not None:
             return self.given(strengths, which)
         w = self.W[:, which].flatten(0, 1)
         z = self._times(w)
         size = self._transposed(train * self.inner(torch.zeros_like(z), y)[1]).flatten(1).norm(dim=1)
-        size = size.clamp(min=1e-300)
+        rounding = 4e-16 * size.clamp(min=1e-300)
         for _ in range(50):
             value, slope = self.inner(z, y)
             value = (train[..., 0] * value).sum(0) + (a * w * w).sum((1, 2)) / 2
             gradient = self._transposed(train * slope) + a * w
-            rest = gradient.flatten(1).norm(dim=1) / size
-            if bool((rest <= rtol).all()) or not bool(torch.isfinite(rest).all()):
+            left, pull = gradient.flatten(1).norm(dim=1), (a * w).flatten(1).norm(dim=1)
+            if bool((left <= torch.maximum(rtol * pull, rounding)).all()) or not bool(torch.isfinite(left).all()):
                 break
-            step = self._solve(a, train, z, gradient, None, min(0.1, max(rtol / float(rest.max()), 1e-3)))
+            rest = left / torch.maximum(pull, rounding)
+            step = self._solve(a, train, z, gradient, None, min(0.3, max(rtol / float(rest.max()), 1e-3)))
             along, length, worse = self._times(step), torch.ones_like(value), torch.ones_like(value) > 0
             for _ in range(20):
                 trial = w - length[:, None, None] * step
@@ -248,7 +255,7 @@ class Linear:
         """W [C or T, d] and intercepts of the first fold, to the last digits."""
         which = torch.arange(self.W.shape[1])
         a, y, train = self._systems(strengths, which)
-        w = self._solution(a, y, train, strengths, which, 1e-10 if self.dense else 1e-6)
+        w = self._solution(a, y, train, strengths, which, 1e-10 if self.dense else 1e-4)
         w = w[: len(which)]
         w = w[..., 0] if self.separate else w[0].mT
         return w[:, :-1], w[:, -1]

@@ -85,7 +85,7 @@ class Ridge:
         return (product + strengths * w - q).norm(dim=-1) / q.norm(dim=-1).clamp(min=1e-300)
 
     def evaluate(
-        self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool = False
+        self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool | str = False
     ) -> tuple[Tensor, Tensor]:
         """Losses [F, T] and slopes like strengths, which are [T, d], or [1, d] for all targets alike."""
         side = self.Xt.shape[1] if self.dual else self.X.shape[1]

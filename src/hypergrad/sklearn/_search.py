@@ -20,9 +20,12 @@ class Problem(Protocol):
     """The folds of a problem with strengths, solved side by side."""
 
     def evaluate(
-        self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool = False
+        self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool | str = False
     ) -> tuple[Tensor, Tensor]:
-        """The losses of the folds [F, T], and ∂(Σ_f share_f loss_f)/∂ log strength, like strengths."""
+        """The losses of the folds [F, T], and ∂(Σ_f share_f loss_f)/∂ log strength, like strengths.
+
+        Systems are solved further where `tighter`, and as far as they can be where that is "all".
+        """
         ...
 
     def residual(self, strengths: Tensor, targets: Tensor) -> Tensor:

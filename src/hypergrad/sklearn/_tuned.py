@@ -173,20 +173,19 @@ class Tuned(BaseEstimator):
         if self.alphas is not None:
             ordered = np.sort(np.ravel(np.asarray(self.alphas, dtype=float)))[::-1]
             grid = torch.from_numpy(ordered / unit)[:, None]
-        targets, scores = torch.arange(outputs), []
-        for strengths in grid:
+        targets = torch.arange(outputs)
+
+        def score(strengths: Tensor) -> Tensor:
             a = strengths[:, None].expand(-1, data.X.shape[1])
             losses, _ = objective.problem.evaluate(a, targets, gradient=False)
             loss = objective.folds.share @ losses
             loss = loss if objective.likelihood else loss.clamp(min=torch.finfo(loss.dtype).tiny).log()
-            scores.append(loss.sum(0, keepdim=True) if problems < outputs else loss)
-            if self._iterative(objective) and len(scores) > 3 and bool((scores[-1] > scores[-3]).all()):
-                break
-        best = torch.stack(scores).argmin(0)
-        return grid[best, torch.arange(problems) if grid.shape[1] > 1 else 0].expand(problems).clone()
+            return loss.sum(0, keepdim=True) if problems < outputs else loss
 
-    def _iterative(self, objective: Objective) -> bool:
-        return hasattr(objective.problem, "rtol")
+        if self.alphas is None and getattr(objective.problem, "dense", True) is False:
+            return _bisected(score, grid).expand(problems).clone()
+        best = torch.stack([score(strengths) for strengths in grid]).argmin(0)
+        return grid[best, torch.arange(problems) if grid.shape[1] > 1 else 0].expand(problems).clone()
 
     def _nothing_to_tune(self, objective: Objective, data: Data, theta: Tensor) -> dict[int, str]:
         """Problems without a search: a CV loss of zero, or one that no strength reaches."""
@@ -278,7 +277,7 @@ class Tuned(BaseEstimator):
                 f"shape {alpha.shape}"
             )
         strengths = torch.from_numpy(np.atleast_2d(alpha) / unit)
-        losses, slopes = objective.problem.evaluate(strengths, torch.arange(outputs), tighter=True)
+        losses, slopes = objective.problem.evaluate(strengths, torch.arange(outputs), tighter="all")
         loss = (objective.folds.share @ losses).numpy()
         return float(loss[0]) if len(loss) == 1 else loss, slopes.numpy().reshape(
             alpha.shape if len(slopes) == len(strengths) else -1
@@ -302,3 +301,22 @@ class Tuned(BaseEstimator):
         ax.plot(path / path[0] if path.ndim > 1 else path, marker=".")
         ax.set(xlabel="step of the search", ylabel="CV loss" + (" / that of the start" if path.ndim > 1 else ""))
         return ax
+
+
+def _bisected(score: Callable[[Tensor], Tensor], grid: Tensor) -> Tensor:
+    """The best strength where each score is dear: every second one until they rise, those beside the best, a parabola."""
+    known = {}
+    for k in range(0, len(grid), 2):
+        known[k] = float(score(grid[k]).sum())
+        if k > 2 and known[k] > known[k - 2]:
+            break
+    best = min(known, key=lambda k: known[k])
+    for k in {best - 1, best + 1} & set(range(len(grid))):
+        known[k] = float(score(grid[k]).sum())
+    best = min(known, key=lambda k: known[k])
+    if best - 1 not in known or best + 1 not in known:
+        return grid[best]
+    below, here, above = known[best - 1], known[best], known[best + 1]
+    curvature = below - 2 * here + above
+    shift = 0.5 * (below - above) / curvature if curvature > 0 else 0.0
+    return grid[best] * (grid[best] / grid[best - 1]) ** shift
