@@ -9,6 +9,7 @@
 # sparho and himalaya take part where they are installed; what is missing is named.
 
 # %%
+import importlib
 import importlib.util
 import time
 import warnings
@@ -81,7 +82,7 @@ def installed(name: str) -> bool:
 
 
 # %%
-def split(load: Callable[..., Any], classes: bool, seed: int) -> Made:
+def split(load: Callable[..., Any], classes: bool, seed: int) -> Any:
     """Seven tenths to train, standardised; the rest to test."""
     x, y = load(return_X_y=True)
     x, xt, y, yt = train_test_split(x, y, test_size=0.3, random_state=seed, stratify=y if classes else None)
@@ -126,8 +127,7 @@ class Optuna:
         self.trials, self.groups, self.classes, self.seed = trials, groups, classes, seed
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> Any:
-        import optuna
-
+        optuna: Any = importlib.import_module("optuna")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         names = [f"group {group}" for group in range(self.groups.max() + 1)]
         start = np.log10((LogisticRegressionHG if self.classes else RidgeHG)(max_iter=0).fit(x, y).start_alpha_)
@@ -154,13 +154,14 @@ class Optuna:
 
 def sparho_lasso(x: np.ndarray, y: np.ndarray) -> Fixed:
     """Its weighted lasso by HOAG on five folds, from the best single strength of LassoCV, on centred data."""
-    import sparho
-    from sparho.adapters import SklearnWeightedLasso
-
+    sparho: Any = importlib.import_module("sparho")
     offset = y.mean()
     start = LassoCV(cv=5).fit(x, y).alpha_
     problem = sparho.Problem(sparho.SquaredLoss(), sparho.WeightedL1(), x, y - offset)
-    criterion, solver = sparho.CrossVal.kfold(len(x), k=5), SklearnWeightedLasso()
+    criterion, solver = (
+        sparho.CrossVal.kfold(len(x), k=5),
+        importlib.import_module("sparho.adapters").SklearnWeightedLasso(),
+    )
     found = sparho.hoag_search(problem, np.full(x.shape[1], start), solver=solver, criterion=criterion, n_iter=50)
     return Fixed(np.ravel(solver(problem, found.best_hyperparam).coef), offset)
 
@@ -169,18 +170,17 @@ def himalaya(solver: str, groups: np.ndarray, iterations: int, seed: int) -> Fit
     """Its banded ridge: random search over the shares of the bands, or hypergradients over kernels."""
 
     def fit(x: np.ndarray, y: np.ndarray) -> Any:
-        from himalaya.kernel_ridge import MultipleKernelRidgeCV
-        from himalaya.ridge import GroupRidgeCV
-
+        kernel_ridge: Any = importlib.import_module("himalaya.kernel_ridge")
+        ridge: Any = importlib.import_module("himalaya.ridge")
         y = y.reshape(len(y), -1)
         offset, alphas = y.mean(0), np.logspace(-5, 8, 27)
         if solver == "random search":
             more = {"n_iter": iterations, "alphas": alphas, "progress_bar": False}
-            model = GroupRidgeCV(groups=groups, solver_params=more, cv=5, random_state=seed).fit(x, y - offset)
+            model = ridge.GroupRidgeCV(groups=groups, solver_params=more, cv=5, random_state=seed).fit(x, y - offset)
             return Fixed(model.coef_, offset)
         kernels = np.stack([x[:, groups == g] @ x[:, groups == g].T for g in np.unique(groups)])
         more = {"max_iter": iterations, "progress_bar": False}
-        model = MultipleKernelRidgeCV(
+        model = kernel_ridge.MultipleKernelRidgeCV(
             kernels="precomputed", solver="hyper_gradient", solver_params=more, cv=5, random_state=seed
         ).fit(kernels, y - offset)
         weights = np.exp(model.deltas_)[groups]
@@ -211,9 +211,8 @@ def methods(config: Config, problem: str, seed: int) -> dict[str, Fit]:
             found[f"Optuna, ridge, {config.trials} trials"] = Optuna(config.trials, np.arange(10), False, seed)
     elif problem in ("breast cancer", "digits"):
         digits = problem == "digits"
-        found["LogisticRegressionCV"] = LogisticRegressionCV(
-            Cs=10, cv=5, scoring="neg_log_loss", max_iter=1000, l1_ratios=(0.0,), use_legacy_attributes=False
-        )
+        options: Any = {"scoring": "neg_log_loss", "l1_ratios": (0.0,), "use_legacy_attributes": False}
+        found["LogisticRegressionCV"] = LogisticRegressionCV(Cs=10, cv=5, max_iter=1000, **options)
         found["LogisticRegressionHG, single"] = LogisticRegressionHG(max_iter=0)
         found["LogisticRegressionHG"] = LogisticRegressionHG()
         found["LogisticRegressionHG, no shrinkage"] = LogisticRegressionHG(shrinkage=0.0, max_iter=30)

@@ -304,7 +304,7 @@ class Tuned(BaseEstimator):
 
 
 def _bisected(score: Callable[[Tensor], Tensor], grid: Tensor) -> Tensor:
-    """The best strength where each score is dear: every second one until they rise, those beside the best, a parabola."""
+    """The best strength, with few scores: every second one until they rise, those beside the best, a parabola."""
     known = {}
     for k in range(0, len(grid), 2):
         known[k] = float(score(grid[k]).sum())
