@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import hypergrad as hg
 
-from . import accuracy, bilevel, blocks, checks, counts, equal, loops, report, scaling, sums, tasks, unrolled
+from . import accuracy, bilevel, blocks, checks, counts, equal, loops, report, scaling, small, sums, tasks, unrolled
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SECTIONS = {
@@ -26,6 +26,7 @@ SECTIONS = {
     "tasks": tasks.SECTION,
     "bilevel": bilevel.SECTION,
     "sums": sums.SECTION,
+    "small": small.SECTION,
     "checks": checks.SECTION,
     "scaling": scaling.SECTION,
 }

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import hypergrad as hg
 
-from . import accuracy, bilevel, illconditioned, loops, problems, unrolled
+from . import accuracy, bilevel, illconditioned, loops, problems, small_rows, unrolled
 from .illconditioned import Step
-from .measure import counted, counting, peak_memory
+from .measure import counted, counting, operations, peak_memory
 from .methods import METHODS, Method, graph_and_product, hypergradient, implicit, layer, library
 from .problems import Problem
 from .unrolled import Descent
@@ -149,6 +149,32 @@ def check_normal_memory(problem: Problem) -> float:
     return held
 
 
+def check_gmres_memory(steps: int, n: int = 20_000) -> float:
+    """Vectors that GMRES holds at its peak: those of the steps that it takes, eight at a time, and seven others."""
+    diagonal, b = torch.linspace(1.0, 2.0, n), torch.ones(n)
+    op, solver = hg.operators.function(lambda v: diagonal * v), hg.solvers.GMRES(max_steps=steps)
+    held = peak_memory(lambda: solver(op, b)) / (n * b.element_size())
+    expect(f"GMRES, {steps} steps: vectors", held, 8 * (steps // 8 + 1) + 7, at_most=True)
+    return held
+
+
+def check_factorisations(n: int = 3, count: int = 4) -> Counter[str]:
+    """Operations of vmap(jacrev(root)) by default: each matrix is factorised and solved with once."""
+    with operations() as found:
+        small_rows.roots(n, count).columns[1].run()
+    for name in ("linalg_lu_factor_ex", "linalg_lu_solve"):
+        expect(f"{count} roots: {name}", found[name], 1)
+    return found
+
+
+def check_mapped_solver(count: int = 4) -> int:
+    """Factorisations of 1 + 12 steps of Newton's method for all entries of a vmap: the user's code ran once."""
+    with operations() as found:
+        small_rows.solved(count, 3).columns[1].run()
+    expect(f"{count} solves under vmap: factorisations", found["linalg_lu_factor_ex"], 13)
+    return found["linalg_lu_factor_ex"]
+
+
 def check_forward_memory(problem: Problem) -> None:
     """The layer's memory does not depend on how many steps the forward solver takes."""
     few, many = (peak_memory(lambda steps=steps: layer(problem, steps)) for steps in (3, 60))
@@ -248,6 +274,9 @@ def run() -> None:
     )
     check_forward_memory(problems.equilibrium("equilibrium", 200, 20, 30, 3, 0.9))
     print(f"CG holds {check_memory(problems.wide()):.2f} vectors beside the graph and one product")
+    print(f"GMRES holds {check_gmres_memory(5):.1f} vectors in 5 steps, {check_gmres_memory(20):.1f} in 20")
+    print(f"4 roots and their Jacobians: {check_factorisations()['linalg_lu_factor_ex']} call of LU for all")
+    print(f"4 solutions under vmap, 12 steps of Newton's method, and the gradient: {check_mapped_solver()} calls of LU")
     held = check_normal_memory(problems.equilibrium("equilibrium", 2000, 20, 30, 3, 0.9, steps=4))
     print(f"CG_normaleq holds {held:.2f} vectors beside the graph of a tanh map and one product")
 

@@ -143,6 +143,26 @@ def counted(reads: bool = True) -> Iterator[Counter[str]]:
         yield counts
 
 
+class _Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self, counts: Counter[str]):
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def operations() -> Iterator[Counter[str]]:
+    """Counts torch's operations in the block, by name; those of many entries under vmap are one."""
+    counts: Counter[str] = Counter()
+    with _Operations(counts):
+        yield counts
+
+
 def counting(function: Callable[..., Any], counts: Counter[str], key: str) -> Callable[..., Any]:
     """The function, each of whose calls is counted under this key."""
 

@@ -47,6 +47,13 @@ def load(name: str) -> Any:
         return import_module(name)
 
 
+def jax_in_double() -> tuple[Any, Any]:
+    """jax and jax.numpy, in float64."""
+    jax = load("jax")
+    jax.config.update("jax_enable_x64", True)
+    return jax, load("jax.numpy")
+
+
 def torchopt_root(problem: Problem, solve: Callable[..., Any]) -> Tensors:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch has moved functorch

@@ -22,7 +22,7 @@ import hypergrad as hg
 from .measure import Spread
 
 MIB = 2.0**-20
-PEERS = ("torchopt", "higher", "torchdeq", "betty-ml", "boat-torch", "jaxopt", "jax")
+PEERS = ("torchopt", "higher", "torchdeq", "betty-ml", "boat-torch", "jaxopt", "jax", "optimistix")
 BLUE, GREY, RED = "#3465a4", "#b8b8b8", "#cc3333"
 
 

@@ -28,6 +28,9 @@ from benchmarks import (
     problems,
     report,
     scaling,
+    small,
+    small_layers,
+    small_rows,
     tasks,
     unrolled,
 )
@@ -80,6 +83,57 @@ def test_memory_of_cg() -> None:
 
 def test_memory_of_the_normal_equations() -> None:
     counts.check_normal_memory(problems.equilibrium("equilibrium", 2000, 20, 30, 3, 0.9, steps=4))
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_memory_of_gmres(steps: int) -> None:
+    counts.check_gmres_memory(steps)
+
+
+def test_many_small_problems_are_factorised_once() -> None:
+    counts.check_factorisations()
+    counts.check_mapped_solver()
+
+
+SMALL = {
+    "roots": lambda: small_rows.roots(3, 4),
+    "minima": lambda: small_rows.minima(3, 4),
+    "programs": lambda: small_rows.quadratic_programs(3, 4, 3, 1),
+    "solved": lambda: small_rows.solved(4, 3),
+    "CG": lambda: small_rows.small_call(6, 3),
+    "fixed_point": lambda: small_rows.small_fixed_point(6, 3),
+    "dense": lambda: small_rows.small_dense(5),
+    "Picard": lambda: small_layers.layer("Picard", 6, 3),
+    "Anderson": lambda: small_layers.layer("Anderson", 6, 3),
+    "MAML": lambda: small_layers.maml(2, True),
+    "MAML, first order": lambda: small_layers.maml(2, False),
+    "bags": lambda: small_layers.bags(40, 5, 6, 3),
+    "outer steps": lambda: small_layers.outer_steps(4),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_rows_are_right(name: str, tmp_path: Path) -> None:
+    """Every column agrees with its oracle, and gets a time; all that the section writes."""
+    row = replace(SMALL[name](), repeat=1)
+    results = small.measure_row(row, None, rounds=1)
+    own = [r for r in results if r.library in ("hypergrad", "floor", "floor (loop)")]
+    assert all(r.correct and r.ratio is not None and r.ratio.middle > 0 for r in own)
+    assert max(r.error for r in own if r.library == "hypergrad" and r.error is not None) < 1e-10
+    text = small.table(results)
+    assert all(r.method in text for r in results)
+    if name == "roots":
+        small.draw(results, tmp_path / "small.png")
+        assert (tmp_path / "small.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_wrong_small_answer_gets_no_time() -> None:
+    row = SMALL["roots"]()
+    right = row.columns[0]
+    wrong = replace(right, name="scaled", run=lambda: 1.01 * right.run())
+    results = small.measure_row(replace(row, columns=[right, wrong]), None, rounds=1)
+    assert results[0].cpu is not None and results[1].cpu is None
+    assert "wrong by 1.0e-02: no time" in small.table(results)
 
 
 def test_memory_of_a_layer() -> None:

@@ -371,14 +371,7 @@ def each(function: Callable[[Sequence[Tensor]], list[Tensor]], tensors: Sequence
 
     Random numbers are drawn for each entry by itself.
     """
-
-    # vmap's own handling of containers takes as long as a small loss: it gets flat arguments, and one result as it is.
-    def on_flat(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        results = function(tensors)
-        return results[0] if len(results) == 1 else tuple(results)
-
-    results = torch.func.vmap(on_flat, in_dims=(0,) * len(tensors), randomness="different")(*tensors)
-    return [results] if isinstance(results, Tensor) else list(results)
+    return _torch.each(lambda *tensors: function(tensors), tensors)
 
 
 def as_scalar(loss: Any, name: str) -> Tensor:

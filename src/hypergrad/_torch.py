@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import sys
 import threading
-import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
@@ -251,6 +250,20 @@ def transforms_active() -> bool:
     return bool(active is not None and active())
 
 
+def each(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """torch.func.vmap of a function of tensors, whose own handling of containers takes as long as a small loss."""
+    names = ("_vmap_increment_nesting", "_vmap_decrement_nesting", "_add_batch_dim", "_remove_batch_dim")
+    parts: list[Any] = [getattr(_functorch, name, None) for name in names]
+    enter, leave, add, remove = parts
+    if None in parts or not len(tensors[0]):
+        return list(torch.func.vmap(lambda *xs: tuple(function(*xs)), randomness="different")(*tensors))
+    level = enter(len(tensors[0]), "different")
+    try:
+        return [remove(y, level, len(tensors[0]), 0) for y in function(*(add(x, 0, level) for x in tensors))]
+    finally:
+        leave()
+
+
 def is_wrapped(x: Tensor) -> bool:
     """Whether x belongs to a transform of torch.func."""
     return _functorch is not None and _functorch.is_functorch_wrapped_tensor(x)
@@ -422,24 +435,3 @@ def differentiated_rightly(dense: bool = False) -> Iterator[None]:
         _inside.reset(token)
         if cached:
             parametrize._cache_enabled = cached  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def refusing_checkpoints(call: Callable[[], Any], message: str) -> Any:
-    """call(), or RuntimeError with this message where it enters a non-reentrant torch.utils.checkpoint.
-
-    Other hooks on saved tensors (save_on_cpu) are let through, by a second call.
-    """
-    if not torch.is_grad_enabled() or transforms_active():  # no checkpoint then, or torch's own error
-        return call()
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(message))
-        except RuntimeError:  # hooks outside are on already
-            return call()
-        try:
-            return call()
-        except RuntimeError as error:
-            frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-            if message not in str(error) or torch.utils.checkpoint.__file__ in frames:
-                raise
-    return call()

@@ -215,7 +215,8 @@ class FixedPointSolver(ABC):
         while steps < most and (fixed or steps % every or bool(going.any())):
             before = before if steps & (steps - 1) else at.merit
             new = propose(at) if fixed or guard is None else guard.next(propose, at, best, going, steps)
-            new = new if fixed or not space.batch_dims else new.where(going, at.w)
+            if not fixed and space.batch_dims and not (going.device.type == "cpu" and bool(going.all())):
+                new = new.where(going, at.w)
             steps += 1
             at = Iterate(new, phi(new), unknown)
             if not fixed or self.trace or not steps & (steps - 1) or steps == most:

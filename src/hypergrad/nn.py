@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import _autodiff, _torch
@@ -52,9 +54,30 @@ def functional(module: nn.Module) -> Callable[..., Any]:
             with _nothing_recorded(module), _torch.differentiated_rightly():
                 return torch.func.functional_call(module, tensors, args, tie_weights=False)
 
-        return _torch.refusing_checkpoints(call, CHECKPOINT)
+        return _refusing_checkpoints(call, CHECKPOINT)
 
     return function
+
+
+def _refusing_checkpoints(call: Callable[[], Any], message: str) -> Any:
+    """call(), or RuntimeError with this message where it enters a non-reentrant torch.utils.checkpoint.
+
+    Other hooks on saved tensors (save_on_cpu) are let through, by a second call.
+    """
+    if not torch.is_grad_enabled() or _torch.transforms_active():  # no checkpoint then, or torch's own error
+        return call()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(message))
+        except RuntimeError:  # hooks outside are on already
+            return call()
+        try:
+            return call()
+        except RuntimeError as error:
+            frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+            if message not in str(error) or torch.utils.checkpoint.__file__ in frames:
+                raise
+    return call()
 
 
 def _copied(name: str, buffer: Tensor) -> Tensor:
@@ -152,7 +175,8 @@ class Equilibrium(nn.Module):
         hparams = (self._cell_tensors(), u)
         batch_dims = self._batch_dims()
         step = self._step(z)
-        solution, self.forward_info = self.forward_solver.solve_below(step, z, hparams, batch_dims)
+        first = step if _torch.transforms_active() else self._step(z, live=True)
+        solution, self.forward_info = self.forward_solver.solve_below(first, z, hparams, batch_dims)
         if self.warm_start:
             self._last_state = split(self.forward_info.value)[0]
         self._record_statistics(solution.value, u)
@@ -201,17 +225,23 @@ class Equilibrium(nn.Module):
         self._last_adjoint = WarmStart()
         return first
 
-    def _step(self, z: PyTree) -> Callable[[PyTree, PyTree], PyTree]:
-        """(z, (tensors, u)) ↦ cell(z, u) in z's dtype, under the autocast of this call also when differentiated."""
+    def _step(self, z: PyTree, live: bool = False) -> Callable[[PyTree, PyTree], PyTree]:
+        """(z, (tensors, u)) ↦ cell(z, u) in z's dtype, under the autocast of this call also when differentiated.
+
+        live: nothing differentiates it, so that a cell without buffers is called as it is, which takes half the time.
+        """
         dtypes = [leaf.dtype for leaf in split(z)[0]]
         device = split(z)[0][0].device.type
         device = device if torch.amp.is_autocast_available(device) else "cpu"
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        function, cell = self.cell, functional(self.cell) if isinstance(self.cell, nn.Module) else None
+        function, cell = self.cell, None
+        if isinstance(self.cell, nn.Module) and not (live and next(self.cell.buffers(), None) is None):
+            cell = functional(self.cell)
 
         def step(z: PyTree, hparams: PyTree) -> PyTree:
             tensors, u = hparams
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
+            same = torch.is_autocast_enabled(device) == enabled and not enabled
+            with contextlib.nullcontext() if same else torch.autocast(device, dtype=dtype, enabled=enabled):
                 new = function(z, u) if cell is None else cell(tensors, z, u)
             if not enabled:
                 return new

@@ -81,9 +81,13 @@ class Hypergradient:
 
     def warn_if_unsolved(self) -> None:
         """UnsolvedInnerProblem where params are too far from the inner solution for the result to mean much."""
-        thetas = [theta if theta < math.inf else 0.0 for theta, _ in remaining(self.solution)]
-        longer = 1 + torch.tensor(thetas, dtype=torch.float64, device="cpu")
-        warn_if_unsolved(self.inner_distance.reshape(-1).cpu() * longer, self.inner_residual)
+        thetas, distance = (
+            [theta if theta < math.inf else 0.0 for theta, _ in remaining(self.solution)],
+            self.inner_distance,
+        )
+        if any(thetas):
+            distance = distance.reshape(-1).cpu() * (1 + torch.tensor(thetas, dtype=torch.float64, device="cpu"))
+        warn_if_unsolved(distance, self.inner_residual)
 
     def adjoint_error(self, stacked: bool = False) -> tuple[float, float]:
         """Estimated ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from the residual that the solver left, and its rate (see `remaining`).

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import add
-from typing import Literal
+from typing import Any, Literal
 
 import optree
 import torch
@@ -329,7 +329,12 @@ def _plan(
         return Plan(1, 1, None, 'one by one, which reduction="none" is exact with')
     if chunk is not None:
         return Plan(min(chunk, most), min(chunk, most), None, "given")
-    inner, outer, params = _bytes_of_a_task(problem, tasks, hparams)
+    key = _kind_of(problem, tasks, hparams)
+    if key not in _sizes:
+        if len(_sizes) >= 256:
+            _sizes.clear()
+        _sizes[key] = _bytes_of_a_task(problem, tasks, hparams)
+    inner, outer, params = _sizes[key]
     on_cpu = flatten(hparams, "hparams")[0][0].device.type == "cpu"
     if on_cpu and inner > SMALL_TASK:
         kept = f"one task keeps {inner / 2**20:.1f} MiB, so arithmetic is what takes the time"
@@ -340,6 +345,29 @@ def _plan(
     if fit == most:
         why = "all at once" if len(tasks.groups) == 1 else "all of one size at once"
     return Plan(fit, 1 if on_cpu and outer > SMALL_TASK else fit, size, f"{why}: about {size / 2**20:.2f} MiB a task")
+
+
+_sizes: dict[Any, tuple[int, int, int]] = {}  # what `_bytes_of_a_task` found, by the kind of call
+
+
+def _kind_of(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> Any:
+    """What the bytes of a task depend on: the losses' code and what it closes over, and the shapes of tensors."""
+    losses = [without_penalties(problem.inner_loss)[0], problem.outer_loss]
+    codes = [
+        (getattr(f, "__code__", None), tuple(map(_content, getattr(f, "__closure__", None) or ()))) for f in losses
+    ]
+    known = all(f is None or code is not None for f, (code, *_) in zip(losses, codes, strict=True))
+    tensors = [*tasks.tensors, *flatten(hparams, "hparams")[0]]
+    return (*(codes if known else [object()]), *((x.shape, x.dtype, x.device, x.requires_grad) for x in tensors))
+
+
+def _content(cell: Any) -> Any:
+    """What a function closes over: a number or a text itself, another object by its identity."""
+    try:
+        value = cell.cell_contents
+    except ValueError:  # not there yet
+        return None
+    return value if isinstance(value, (int, float, str)) else id(value)
 
 
 def _bytes_of_a_task(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tuple[int, int, int]:

@@ -6,6 +6,8 @@ Letters are those of the papers. A step reads from the device only where the sys
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from .._vector import Vector, where
 from ._solver import IterativeSolver, Outcome, System, divide, event
 from ._symmetric import MINRES
 from ._theory import SystemStructure, steps_needed
+
+BLOCK = 8  # vectors of a Krylov basis whose memory is allocated together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,7 @@ class GMRES(IterativeSolver):
     Args:
         restart: m, steps after which the basis is thrown away.
 
-    Cost: one product a step; m + 1 vectors.
+    Cost: one product a step; a vector for each step of a cycle, allocated eight at a time, m + 1 at most.
     Source: Saad and Schultz 1986.
     """
 
@@ -75,14 +79,41 @@ class GMRES(IterativeSolver):
         return structure.n if steps is None else min(steps, structure.n)
 
 
+class Growing:
+    """A basis of at most m vectors whose memory is allocated as it is needed, `BLOCK` vectors at a time."""
+
+    def __init__(self, m: int):
+        self.m = m
+        self.blocks: list[Basis] = []
+
+    def __setitem__(self, j: int, vector: Vector) -> None:
+        if j == BLOCK * len(self.blocks):
+            self.blocks.append(Basis(vector, min(BLOCK, self.m - j)))
+        self.blocks[j // BLOCK][j % BLOCK] = vector
+
+    def __getitem__(self, j: int) -> Vector:
+        return self.blocks[j // BLOCK][j % BLOCK]
+
+    def coefficients(self, vector: Vector, count: int) -> Tensor:
+        """As those of a Basis."""
+        pairs = zip(self.blocks, range(count, 0, -BLOCK), strict=False)
+        parts = [block.coefficients(vector, min(BLOCK, left)) for block, left in pairs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def combine(self, weights: Tensor) -> Vector:
+        """As that of a Basis."""
+        pairs = zip(self.blocks, weights.split(BLOCK, -1), strict=False)
+        return reduce(add, (block.combine(part) for block, part in pairs))
+
+
 def arnoldi(
     system: System, r: Vector, going: Tensor | bool, most: int, before: int, size: Tensor
-) -> tuple[Basis, Tensor, Tensor, Tensor]:
+) -> tuple[Growing, Tensor, Tensor, Tensor]:
     """The basis, the Hessenberg matrix [steps + 1, steps] (or [B, …]), and whether A takes the space into itself.
 
     size: the largest ‖Av‖ / ‖v‖ of the cycles before; returned with those of this one.
     """
-    basis, beta = Basis(r, most + 1), r.norm()
+    basis, beta = Growing(most + 1), r.norm()
     basis[0] = r * divide(1.0, beta)
     h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
     # ‖βe₁ − Hy‖ is least at β|n₀|, n the unit vector orthogonal to H's columns: one rotation for each new column.

@@ -1,0 +1,172 @@
+"""Many small problems, small calls, equilibria, meta-learning and outer loops, beside code written by hand in torch.
+
+Each column is checked first, in float64, against an oracle that shares no code with it (NumPy, or a dense solve): where
+it solves to a tolerance, at a tight one. Ratios are of CPU time, and of the peak of torch's allocator, to the floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .measure import Spread, interleaved, peak_memory, ratios
+from .report import MIB, Section, bars, cell, ratio_axis
+
+CORRECT = 1e-10
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way to do a row's work.
+
+    `run` is timed; `exact` is what is checked, where `run` stops at a loose tolerance. `floor` names the column that it
+    is compared with; "floor" in `library` says that it is one. `target` and `memory` are the ratios of time and of
+    memory that it should not exceed; `measured` is whether torch sees its memory.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    floor: str
+    library: str = "hypergrad"
+    target: float | None = None
+    memory: float | None = None
+    exact: Callable[[], Any] | None = None
+    correct: float = CORRECT
+
+    @property
+    def measured(self) -> bool:
+        return self.library not in ("JAXopt", "JAX", "optimistix")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Columns with the same answer, `truth`: one tensor, or several. `repeat` calls make one sample of the clock."""
+
+    name: str
+    columns: Sequence[Column]
+    truth: Any
+    repeat: int = 1
+    rounds: int = 15
+
+
+@dataclass(frozen=True)
+class Result:
+    row: str
+    method: str
+    library: str
+    error: float | None
+    correct: bool
+    cpu: Spread | None = None
+    ratio: Spread | None = None
+    peak: int | None = None
+    memory: float | None = None
+    target: float | None = None
+    memory_target: float | None = None
+    failure: str | None = None
+
+
+def flat(value: Any) -> Tensor:
+    """One vector of a tensor, an array, or several of them."""
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    return torch.cat([torch.as_tensor(part).detach().reshape(-1).double() for part in parts])
+
+
+def error_of(value: Any, truth: Any) -> float:
+    a, b = flat(value), flat(truth)
+    return float((a - b).norm() / b.norm())
+
+
+def check(row: Row, column: Column) -> Result:
+    """Whether the answer is right. An error of a peer's own is its result."""
+    try:
+        error = error_of((column.exact or column.run)(), row.truth)
+    except Exception as failure:
+        if column.library in ("hypergrad", "floor"):
+            raise
+        text = f"{type(failure).__name__}: {' '.join(str(failure).split())[:90]}"
+        return Result(row.name, column.name, column.library, None, False, failure=text)
+    return Result(row.name, column.name, column.library, error, error <= column.correct)
+
+
+def measure_row(row: Row, words: Sequence[str] | None, rounds: int | None) -> list[Result]:
+    """Answers first, then the clock for those that are right."""
+    columns = [c for c in row.columns if not words or "floor" in c.library or any(word in c.name for word in words)]
+    checked = {c.name: check(row, c) for c in columns}
+    right = [c for c in columns if checked[c.name].correct]
+    turns = rounds or row.rounds
+    with tqdm(total=len(right) * (turns + 1), desc=f"{row.name}: clock", leave=False) as bar:
+        times = interleaved({c.name: c.run for c in right}, turns, row.repeat, bar.update)
+    peaks = {c.name: peak_memory(c.run) for c in right if c.measured}
+    results = []
+    for c in columns:
+        result = checked[c.name]
+        if c.name in times and c.floor in times:
+            ratio, _ = ratios(times[c.name], times[c.floor])
+            peak, base = peaks.get(c.name), peaks.get(c.floor)
+            memory = peak / base if peak and base else None
+            found = {"cpu": Spread.of(times[c.name].cpu), "ratio": ratio, "peak": peak, "memory": memory}
+            result = replace(result, **found, target=c.target, memory_target=c.memory)
+        results.append(result)
+    return results
+
+
+def measure(names: Sequence[str], words: Sequence[str] | None, rounds: int | None) -> tuple[list[Result], list[dict]]:
+    from .small_rows import ROWS
+
+    results, settings = [], []
+    for name in tqdm(names, desc="rows"):
+        row = ROWS[name]()
+        results += measure_row(row, words, rounds)
+        work = getattr(ROWS[name], "func", ROWS[name]).__doc__
+        turns = rounds or row.rounds
+        settings.append({"row": name, "work": work, "rounds": turns, "calls": row.repeat, "threads": 1})
+    return results, settings
+
+
+def table(results: Sequence[Result]) -> str:
+    lines = [f"{'':46}{'ms':>10}  {'× floor, CPU':22}{'target':>8}{'MiB':>8}{'× floor':>9}{'target':>8}{'error':>8}"]
+    row = None
+    for r in results:
+        if r.row != row:
+            row = r.row
+            lines.append(row)
+        if r.cpu is None or r.ratio is None:
+            lines.append(f"  {r.method:44}   {r.failure or f'wrong by {r.error:.1e}: no time'}")
+            continue
+        quartiles = f"{r.ratio.middle:.2f} [{r.ratio.low:.2f}, {r.ratio.high:.2f}]"
+        lines.append(
+            f"  {r.method:44}{1e3 * r.cpu.middle:10.3f}  {quartiles:22}{cell(r.target, '.2f'):>8}"
+            f"{cell(r.peak, '.2f', MIB):>8}{cell(r.memory, '.2f'):>9}{cell(r.memory_target, '.2f'):>8}"
+            f"{cell(r.error, '.0e'):>8}"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    rows = list(dict.fromkeys(r.row for r in results))
+    with bars(path, rows, "Small problems: CPU time over code written by hand (red: target)", height=2.6) as axes:
+        for axis, row in zip(axes, rows, strict=True):
+            cells = [r for r in results if r.row == row and r.ratio]
+            ratio_axis(
+                axis,
+                [r.method for r in cells],
+                [r.ratio for r in cells],
+                [r.library == "hypergrad" for r in cells],
+                [r.target for r in cells],
+            )
+            axis.set(title=row)
+
+
+def rows() -> list[str]:
+    from .small_rows import ROWS
+
+    return list(ROWS)
+
+
+SECTION = Section("Small problems and small calls", rows, measure, table, draw)

@@ -1,0 +1,342 @@
+"""Rows of `small`: equilibrium layers, meta-learning, sparse features, and outer loops on real data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hypergrad as hg
+
+from . import peers
+from .small import Column, Row
+
+FLOOR = "by hand"
+TIGHT, LOOSE = 1e-13, 1e-6  # rtol of what is checked, and of what is timed
+
+
+class Tanh(nn.Module):
+    """z ↦ tanh(zWᵀ + u), a contraction by .9."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        w = np.random.RandomState(0).randn(size, size)
+        self.weight = nn.Parameter(torch.from_numpy(0.9 * w / np.linalg.norm(w, 2)))
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(z @ self.weight.mT + u)
+
+
+def solved(new: Tensor, z: Tensor, rtol: float) -> bool:
+    """Whether each sample is: the one that is hardest decides."""
+    return bool(((new - z).norm(dim=1) <= rtol * new.norm(dim=1)).all())
+
+
+def picard(phi: Callable[[Tensor], Tensor], z: Tensor, rtol: float) -> Tensor:
+    for _ in range(1000):
+        new = phi(z)
+        done = solved(new, z, rtol)
+        z = new
+        if done:
+            break
+    return z
+
+
+def anderson(phi: Callable[[Tensor], Tensor], z: Tensor, rtol: float, m: int = 5) -> Tensor:
+    """As in the tutorial of Kolter, Duvenaud and Johnson 2020, each sample by itself, m iterates remembered."""
+    count, n = z.shape
+    x, f = z.new_zeros(count, m, n), z.new_zeros(count, m, n)
+    x[:, 0], f[:, 0] = z, phi(z)
+    x[:, 1], f[:, 1] = f[:, 0], phi(f[:, 0])
+    h, y = z.new_zeros(count, m + 1, m + 1), z.new_zeros(count, m + 1, 1)
+    h[:, 0, 1:] = h[:, 1:, 0] = 1
+    y[:, 0] = 1
+    k = 2
+    while not solved(f[:, (k - 1) % m], x[:, (k - 1) % m], rtol) and k < 1000:
+        size = min(k, m)
+        g = f[:, :size] - x[:, :size]
+        h[:, 1 : size + 1, 1 : size + 1] = g @ g.mT + 1e-12 * torch.eye(size, dtype=z.dtype) * (g * g).sum((1, 2)).max()
+        alpha = torch.linalg.solve(h[:, : size + 1, : size + 1], y[:, : size + 1])[:, 1 : size + 1, 0]
+        x[:, k % m] = (alpha[:, None] @ f[:, :size])[:, 0]
+        f[:, k % m] = phi(x[:, k % m])
+        k += 1
+    return f[:, (k - 1) % m]
+
+
+def layer(method: str, size: int = 128, count: int = 64) -> Row:
+    """Forward and backward through z = tanh(zWᵀ + u): 64 samples of 128 states, to a relative 1e-6."""
+    cell = Tanh(size)
+    u = torch.from_numpy(0.5 * np.random.RandomState(1).randn(count, size)).requires_grad_()
+    solve = {"Picard": picard, "Anderson": anderson}[method]
+    forward = {"Picard": hg.fixed_points.Picard, "Anderson": hg.fixed_points.Anderson}[method]
+    inputs = [cell.weight, u]
+
+    def by_hand(rtol: float) -> Sequence[Tensor]:
+        with torch.no_grad():
+            z = solve(lambda z: cell(z, u), torch.zeros_like(u), rtol)
+        z = z.requires_grad_()
+        image = cell(z, u)
+        bar = 2 * image.detach() / count
+
+        def pull(v: Tensor) -> Tensor:
+            return torch.autograd.grad(image, z, v, retain_graph=True)[0] + bar
+
+        return torch.autograd.grad(image, inputs, solve(pull, bar, rtol))
+
+    def ours(rtol: float, backward: Callable[..., Any] = hg.solvers.GMRES) -> Sequence[Tensor]:
+        module = hg.nn.Equilibrium(cell, forward=forward(rtol=rtol), backward=backward(rtol=rtol))
+        return torch.autograd.grad(module(u).square().sum() / count, inputs)
+
+    with torch.no_grad():
+        z = picard(lambda z: cell(z, u), torch.zeros_like(u), 1e-15).numpy()
+    w, d = cell.weight.detach().numpy(), 1 - z**2
+    v = np.stack([np.linalg.solve(np.eye(size) - w.T * s, 2 * x / count) for s, x in zip(d, z, strict=True)])
+    truth = [(v * d).T @ z, v * d]
+    target = {"Picard": 1.3, "Anderson": 1.2}[method]
+    fixed = partial(ours, backward=hg.solvers.FixedPoint)
+    columns = [
+        Column(FLOOR, partial(by_hand, LOOSE), FLOOR, "floor", exact=partial(by_hand, TIGHT)),
+        Column("nn.Equilibrium, GMRES", partial(ours, LOOSE), FLOOR, target=target, exact=partial(ours, TIGHT)),
+        Column("nn.Equilibrium, FixedPoint", partial(fixed, LOOSE), FLOOR, target=target, exact=partial(fixed, TIGHT)),
+    ]
+    if peers.installed("torchdeq"):
+        name = {"Picard": "fixed_point_iter", "Anderson": "anderson"}[method]
+        deq = partial(torchdeq, name, cell, u, inputs)
+        columns.append(
+            Column("torchdeq", partial(deq, LOOSE), FLOOR, "torchdeq", exact=partial(deq, 1e-12), correct=1e-6)
+        )
+    return Row(f"equilibrium, {method}", columns, truth)
+
+
+def torchdeq(name: str, cell: nn.Module, u: Tensor, inputs: Sequence[Tensor], tol: float) -> Sequence[Tensor]:
+    steps = {"f_max_iter": 500, "b_max_iter": 500, "f_tol": tol, "b_tol": tol}
+    deq = peers.load("torchdeq").get_deq(f_solver=name, b_solver=name, ift=True, **steps)
+    z = deq(lambda z: cell(z, u), torch.zeros_like(u))[0][-1]
+    return torch.autograd.grad(z.square().sum() / len(u), inputs)
+
+
+def perceptron(params: Sequence[Tensor], x: Tensor) -> Tensor:
+    """A network 1-40-40-1 for each task: params [tasks, out, in] and [tasks, 1, out]."""
+    for i in range(0, 4, 2):
+        x = F.relu(x @ params[i].mT + params[i + 1])
+    return x @ params[4].mT + params[5]
+
+
+def maml(tasks: int, second: bool, steps: int = 5, lr: float = 0.01) -> Row:
+    """The meta-gradient of a network 1-40-40-1 over sinusoids, five gradient steps of each of the tasks."""
+    draw = np.random.RandomState(0)
+    shapes = [(40, 1), (1, 40), (40, 40), (1, 40), (1, 40), (1, 1)]
+    start = [torch.from_numpy(draw.randn(*s) / np.sqrt(s[-1])).requires_grad_() for s in shapes]
+    x = torch.from_numpy(draw.uniform(-5, 5, (tasks, 20, 1)))
+    y = torch.from_numpy(draw.uniform(0.1, 5, (tasks, 1, 1))) * torch.sin(
+        x + torch.from_numpy(draw.uniform(0, np.pi, (tasks, 1, 1)))
+    )
+
+    def by_hand() -> Sequence[Tensor]:
+        params = [p.expand(tasks, *p.shape) for p in start]
+        if not second:
+            params = [p.detach().requires_grad_() for p in params]
+        for _ in range(steps):
+            loss = (perceptron(params, x[:, :10]) - y[:, :10]).square().mean((1, 2)).sum()
+            grads = torch.autograd.grad(loss, params, create_graph=second)
+            params = [p - lr * g for p, g in zip(params, grads, strict=True)]
+            params = params if second else [p.detach().requires_grad_() for p in params]
+        outer = (perceptron(params, x[:, 10:]) - y[:, 10:]).square().mean((1, 2)).mean()
+        return torch.autograd.grad(outer, start) if second else [g.sum(0) for g in torch.autograd.grad(outer, params)]
+
+    def loss(w: Sequence[Tensor], h: Sequence[Tensor], task: Sequence[Tensor]) -> Tensor:
+        return (perceptron(w, task[0]) - task[1]).square().mean()
+
+    def ours() -> Sequence[Tensor]:
+        return hg.meta.grad(
+            lambda w, h, task: loss(w, h, task[2:]),
+            loss,
+            start,
+            (x[:, :10], y[:, :10], x[:, 10:], y[:, 10:]),
+            method=hg.meta.Unrolled() if second else hg.meta.FirstOrder(),
+            steps=steps,
+            rule=hg.diff_optimizers.SGD(lr=lr),
+        ).grads
+
+    def each() -> Sequence[Tensor]:
+        """A task after the other, for the truth and as a peer."""
+        total = [torch.zeros_like(p) for p in start]
+        for i in range(tasks):
+            params: list[Tensor] = list(start)
+            for _ in range(steps):
+                grads = torch.autograd.grad(
+                    loss(params, start, (x[i, :10], y[i, :10])), params, create_graph=second, retain_graph=True
+                )
+                params = [p - lr * g for p, g in zip(params, grads, strict=True)]
+            at = start if second else params
+            found = torch.autograd.grad(loss(params, start, (x[i, 10:], y[i, 10:])), at)
+            total = [a + b / tasks for a, b in zip(total, found, strict=True)]
+        return total
+
+    name = "hg.meta, " + ("Unrolled" if second else "FirstOrder")
+    columns = [
+        Column("by hand, tasks together", by_hand, "by hand, tasks together", "floor"),
+        Column(name, ours, "by hand, tasks together", target=1.25 if tasks == 4 else 1.15),
+        Column("by hand, a loop over tasks", each, "by hand, tasks together", "floor (loop)"),
+    ]
+    order = "second" if second else "first"
+    return Row(f"MAML, {tasks} tasks, {order} order", columns, each())
+
+
+def bags(vocabulary: int = 20_000, texts: int = 400, words: int = 50, steps: int = 10) -> Row:
+    """Logistic regression on bags of 50 of 20,000 embedded words, a hypergradient by 10 steps of conjugate gradients.
+
+    torch's EmbeddingBag itself has no second derivative.
+    """
+    draw = np.random.RandomState(0)
+    index, labels = draw.randint(vocabulary, size=(2 * texts, words)), draw.randint(2, size=2 * texts).astype(float)
+    model = nn.Embedding(vocabulary, 1, dtype=torch.float64)
+    w, decay = 0.1 * draw.randn(vocabulary), -3.0
+    with torch.no_grad():
+        model.weight.copy_(torch.from_numpy(w)[:, None])
+    log_decay = torch.tensor(decay, dtype=torch.float64, requires_grad=True)
+    ids, y = torch.from_numpy(index), torch.from_numpy(labels)
+
+    def losses() -> tuple[Tensor, Tensor]:
+        inner = F.binary_cross_entropy_with_logits(model(ids[:texts]).mean((1, 2)), y[:texts])
+        inner = inner + 0.5 * log_decay.exp() * model.weight.square().sum()
+        return inner, F.binary_cross_entropy_with_logits(model(ids[texts:]).mean((1, 2)), y[texts:])
+
+    def by_hand() -> Tensor:
+        inner, outer = losses()
+        (slope,) = torch.autograd.grad(inner, model.weight, create_graph=True)
+        (b,) = torch.autograd.grad(outer, model.weight)
+        v, r, p, rr = torch.zeros_like(b), b.clone(), b.clone(), (b * b).sum()
+        for _ in range(steps):
+            (ap,) = torch.autograd.grad(slope, model.weight, p, retain_graph=True)
+            alpha = rr / (p * ap).sum()
+            v, r, old = v + alpha * p, r - alpha * ap, rr
+            rr = (r * r).sum()
+            p = r + rr / old * p
+        return -torch.autograd.grad(slope, log_decay, v)[0]
+
+    def ours() -> Tensor:
+        inner, outer = losses()
+        solver = hg.solvers.CG(max_steps=steps, on_failure="ignore")
+        return hg.implicit.grad(
+            outer, inner_loss=inner, params=[model.weight], hparams=[log_decay], solver=solver
+        ).grads[0]
+
+    counts = np.zeros((2 * texts, vocabulary))
+    np.add.at(counts, (np.arange(2 * texts)[:, None], index), 1 / words)
+    train, valid = counts[:texts], counts[texts:]
+    s = 1 / (1 + np.exp(-train @ w))
+    b = valid.T @ (1 / (1 + np.exp(-valid @ w)) - labels[texts:]) / texts
+    v, r, p = np.zeros_like(b), b, b
+    for _ in range(steps):
+        ap = train.T @ (s * (1 - s) * (train @ p)) / texts + np.exp(decay) * p
+        alpha = r @ r / (p @ ap)
+        v, r, old = v + alpha * p, r - alpha * ap, r @ r
+        p = r + r @ r / old * p
+    truth = -np.exp(decay) * (w @ v)
+    columns = [
+        Column("CG by hand", by_hand, "CG by hand", "floor"),
+        Column("implicit.grad, CG", ours, "CG by hand", target=1.0),
+    ]
+    return Row("bags of 20,000 words", columns, [truth], repeat=2)
+
+
+def outer_steps(steps: int = 100, rtol: float = 1e-4) -> Row:
+    """100 outer steps on the breast cancer data: Newton's method inside, warm-started CG to 1e-4, gradient descent."""
+    datasets = peers.load("sklearn.datasets")
+    x, y = datasets.load_breast_cancer(return_X_y=True)
+    x = (x - x.mean(0)) / x.std(0)
+    order = np.random.RandomState(0).permutation(len(x))
+    tx, ty, vx, vy = x[order[:285]], y[order[:285]].astype(float), x[order[285:]], y[order[285:]].astype(float)
+    data = [torch.from_numpy(a) for a in (tx, ty, vx, vy)]
+
+    def inner(w: Tensor, theta: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(data[0] @ w, data[1]) + 0.5 * (theta.exp() * w * w).sum()
+
+    def outer(w: Tensor, theta: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(data[2] @ w, data[3])
+
+    def newton(w: Tensor, theta: Tensor, count: int = 3) -> Tensor:
+        with torch.no_grad():
+            for _ in range(count):
+                s = torch.sigmoid(data[0] @ w)
+                g = data[0].mT @ (s - data[1]) / len(s) + theta.exp() * w
+                h = (data[0].mT * (s * (1 - s))) @ data[0] / len(s) + theta.exp().diag()
+                w = w - torch.linalg.solve(h, g)
+        return w
+
+    def loop(direction: Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]) -> Tensor:
+        theta, state = torch.full((30,), -3.0, dtype=torch.float64), None
+        w = newton(torch.zeros(30, dtype=torch.float64), theta, 10)
+        for _ in range(steps):
+            w = newton(w, theta)
+            g, state = direction(w, theta.requires_grad_(), state)
+            theta = (theta - 10 * g).detach()
+        return theta
+
+    def by_hand(rtol: float) -> Tensor:
+        def direction(w: Tensor, theta: Tensor, v: Any) -> tuple[Tensor, Any]:
+            w = w.requires_grad_()
+            (slope,) = torch.autograd.grad(inner(w, theta), w, create_graph=True)
+            (b,) = torch.autograd.grad(outer(w, theta), w)
+            v = torch.zeros_like(b) if v is None else v
+            r = b - torch.autograd.grad(slope, w, v, retain_graph=True)[0]
+            p, rr, goal = r, (r @ r).item(), rtol * b.norm().item()
+            while rr**0.5 > goal:
+                (ap,) = torch.autograd.grad(slope, w, p, retain_graph=True)
+                alpha = rr / (p @ ap).item()
+                v, r, old = v + alpha * p, r - alpha * ap, rr
+                rr = (r @ r).item()
+                p = r + rr / old * p
+            return -torch.autograd.grad(slope, theta, v)[0], v
+
+        return loop(direction)
+
+    def ours(rtol: float) -> Tensor:
+        def direction(w: Tensor, theta: Tensor, x0: Any) -> tuple[Tensor, Any]:
+            solver = hg.solvers.CG(rtol=rtol)
+            result = hg.implicit.grad(outer, inner_loss=inner, params=w, hparams=theta, solver=solver, x0=x0)
+            return result.grads, result.adjoint
+
+        return loop(direction)
+
+    columns = [
+        Column("warm CG by hand", partial(by_hand, rtol), "warm CG by hand", "floor", exact=partial(by_hand, 1e-13)),
+        Column(
+            "implicit.grad, CG, x0=", partial(ours, rtol), "warm CG by hand", target=1.0, exact=partial(ours, 1e-13)
+        ),
+    ]
+    return Row(f"{steps} outer steps, breast cancer", columns, by_numpy(tx, ty, vx, vy, steps), rounds=5)
+
+
+def by_numpy(tx: Any, ty: Any, vx: Any, vy: Any, steps: int) -> Any:
+    """The same outer steps with dense solves."""
+    theta, w = np.full(tx.shape[1], -3.0), np.zeros(tx.shape[1])
+    for step in range(steps):
+        for _ in range(3 if step else 13):
+            s = 1 / (1 + np.exp(-tx @ w))
+            h = (tx.T * (s * (1 - s))) @ tx / len(tx) + np.diag(np.exp(theta))
+            w = w - np.linalg.solve(h, tx.T @ (s - ty) / len(tx) + np.exp(theta) * w)
+        s = 1 / (1 + np.exp(-tx @ w))
+        h = (tx.T * (s * (1 - s))) @ tx / len(tx) + np.diag(np.exp(theta))
+        b = vx.T @ (1 / (1 + np.exp(-vx @ w)) - vy) / len(vx)
+        theta = theta + 10 * np.exp(theta) * w * np.linalg.solve(h, b)
+    return theta
+
+
+ROWS: dict[str, Callable[[], Row]] = {
+    "equilibrium, Picard": partial(layer, "Picard"),
+    "equilibrium, Anderson": partial(layer, "Anderson"),
+    **{
+        f"MAML {tasks} {order}": partial(maml, tasks, order == "second")
+        for order in ("second", "first")
+        for tasks in (4, 16, 64)
+    },
+    "bags of words": bags,
+    "outer steps": outer_steps,
+}
