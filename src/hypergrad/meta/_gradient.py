@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import add
+from types import FunctionType
 from typing import Any, Literal
 
 import optree
@@ -330,7 +331,7 @@ def _plan(
     if chunk is not None:
         return Plan(min(chunk, most), min(chunk, most), None, "given")
     key = _kind_of(problem, tasks, hparams)
-    if key not in _sizes:
+    if key is None or key not in _sizes:
         if len(_sizes) >= 256:
             _sizes.clear()
         _sizes[key] = _bytes_of_a_task(problem, tasks, hparams)
@@ -351,14 +352,17 @@ _sizes: dict[Any, tuple[int, int, int]] = {}  # what `_bytes_of_a_task` found, b
 
 
 def _kind_of(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> Any:
-    """What the bytes of a task depend on: the losses' code and what it closes over, and the shapes of tensors."""
-    losses = [without_penalties(problem.inner_loss)[0], problem.outer_loss]
-    codes = [
-        (getattr(f, "__code__", None), tuple(map(_content, getattr(f, "__closure__", None) or ()))) for f in losses
-    ]
-    known = all(f is None or code is not None for f, (code, *_) in zip(losses, codes, strict=True))
+    """What the bytes of a task depend on: the losses' code and what they close over, and shapes; None if unknown.
+
+    What a loss reads from elsewhere may change unseen: then the plan is that of before, and the answer the same.
+    """
+    functions = [without_penalties(problem.inner_loss)[0], problem.outer_loss, problem.start]
+    if any(f is not None and not isinstance(f, FunctionType) for f in functions):
+        return None
+    codes = [f and (f.__code__, *map(_content, f.__closure__ or ())) for f in functions]
     tensors = [*tasks.tensors, *flatten(hparams, "hparams")[0]]
-    return (*(codes if known else [object()]), *((x.shape, x.dtype, x.device, x.requires_grad) for x in tensors))
+    kinds = [(x.shape, x.dtype, x.device, x.requires_grad) for x in tensors]
+    return (*codes, *kinds, *map(len, tasks.groups))
 
 
 def _content(cell: Any) -> Any:

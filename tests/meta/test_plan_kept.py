@@ -1,0 +1,45 @@
+"""The plan of a call is kept for the next call of its kind, and made anew for another kind."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hypergrad as hg
+
+
+def meta(width: int, tasks: int = 3) -> Any:
+    """A meta-gradient whose losses keep `width` numbers beside their arguments."""
+    features = torch.ones(width, 2, dtype=torch.float64)
+
+    def loss(w: Tensor, start: Tensor, task: Tensor) -> Tensor:
+        return ((features @ w).tanh() - task.mean()).square().mean()
+
+    start = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    data = torch.arange(2.0 * tasks, dtype=torch.float64).reshape(tasks, 2)
+    for _ in range(2):
+        result = hg.meta.grad(loss, loss, start, data, method=hg.meta.Unrolled(), steps=2)
+    return result
+
+
+def test_a_second_call_evaluates_each_loss_no_more_than_it_needs() -> None:
+    once, calls, method = [], [], hg.meta.Unrolled()
+    features = torch.ones(5, 2, dtype=torch.float64)
+
+    def loss(w: Tensor, start: Tensor, task: Tensor) -> Tensor:
+        calls.append(1)
+        return ((features @ w).tanh() - task.mean()).square().mean()
+
+    start = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    for _ in range(3):
+        result = hg.meta.grad(loss, loss, start, torch.ones(3, 2, dtype=torch.float64), method=method, steps=2)
+        once.append(len(calls))
+        calls.clear()
+    assert once[1] == once[2] == once[0] - 2  # one of each loss, which told their sizes
+    assert result.plan.chunk == 3
+
+
+def test_other_losses_and_other_shapes_have_plans_of_their_own() -> None:
+    sizes = [meta(width).plan.task_bytes for width in (4, 400, 40)]
+    assert sizes[1] > sizes[2] > sizes[0]
+    assert [meta(4, tasks).plan.chunk for tasks in (2, 5)] == [2, 5]
