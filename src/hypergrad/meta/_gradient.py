@@ -357,21 +357,24 @@ def _kind_of(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> Any:
     What a loss reads from elsewhere may change unseen: then the plan is that of before, and the answer the same.
     """
     functions = [without_penalties(problem.inner_loss)[0], problem.outer_loss, problem.start]
-    if any(f is not None and not isinstance(f, FunctionType) for f in functions):
-        return None
-    codes = [f and (f.__code__, *map(_content, f.__closure__ or ())) for f in functions]
     tensors = [*tasks.tensors, *flatten(hparams, "hparams")[0]]
-    kinds = [(x.shape, x.dtype, x.device, x.requires_grad) for x in tensors]
-    return (*codes, *kinds, *map(len, tasks.groups))
-
-
-def _content(cell: Any) -> Any:
-    """What a function closes over: a number or a text itself, another object by its identity."""
     try:
-        value = cell.cell_contents
-    except ValueError:  # not there yet
+        return tuple(map(_content, (functions, tensors, [*map(len, tasks.groups)])))
+    except (TypeError, ValueError):  # something else, or a cell that is empty yet
         return None
-    return value if isinstance(value, (int, float, str)) else id(value)
+
+
+def _content(value: Any) -> Any:
+    """What stands for a value: never its identity, which another object may have afterwards."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.device, value.requires_grad
+    if isinstance(value, FunctionType):
+        return value.__code__, *(_content(cell.cell_contents) for cell in value.__closure__ or ())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_content, value))
+    if value is None or isinstance(value, (int, float, str)):
+        return value
+    raise TypeError
 
 
 def _bytes_of_a_task(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tuple[int, int, int]:
