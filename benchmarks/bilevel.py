@@ -34,7 +34,7 @@ Tensors = list[Tensor]
 PENALTIES = (10.0, 100.0, 1000.0)
 STEPS = 300  # to where the slowest stands still
 INNER = 10  # K of AmIGO, BOME, VFO and VSO
-ROUNDS = {"ridge": 20, "cleaning": 10, "CNN": 30}
+ROUNDS = {"ridge": 20, "cleaning": 10, "CNN": 30, "logistic, d = 22": 100}
 
 
 class Values(nn.Module):
@@ -276,63 +276,87 @@ def measure_case(case: Case, methods: Sequence[Method], rounds: int, steps: int)
 
 
 class Network:
-    """A small convolutional network on random images, with a weight for each example; losses of one batch each."""
+    """A model on random data, with hparams; losses of one batch each, as functions of the batch."""
 
-    def __init__(self, batch: int = 100, side: int = 28, channels: int = 8):
-        torch.manual_seed(0)
-        self.model = nn.Sequential(
-            nn.Conv2d(1, channels, 5, stride=2, padding=2),
-            nn.ReLU(),
-            nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(2 * channels * ((side + 3) // 4) ** 2, 10),
-        )
-        self.logits = torch.zeros(batch, requires_grad=True)
-        self.x, self.xv = torch.randn(2, batch, 1, side, side)
-        self.y, self.yv = torch.randint(10, (2, batch))
-        self.params = list(self.model.parameters())
+    def __init__(self, model: nn.Module, hparams: Tensor, x: Tensor, classes: int):
+        self.model, self.hparams = model, hparams.requires_grad_()
+        self.params = list(model.parameters())
+        labels = torch.randint(classes, (2, x.shape[1]))
+        self.train, self.valid = zip(x, labels, strict=True)
         self.v = [torch.randn_like(w) for w in self.params]
-        self.tracker = hg.bilevel.SOBA(self.params, [self.logits], lr=0.0)
+        self.tracker, self.compiled = (hg.bilevel.SOBA(self.params, [hparams], lr=0.0) for _ in range(2))
 
-    def inner(self) -> Tensor:
-        losses = cross_entropy(self.model(self.x), self.y, reduction="none")
-        return (self.logits.sigmoid() * losses).mean() + 1e-3 * sum((w**2).sum() for w in self.params)
+    def inner(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """A weight for each example where there are as many hparams, else a strength for each weight."""
+        losses = cross_entropy(self.model(batch[0]), batch[1], reduction="none")
+        if len(self.hparams) == len(losses):
+            return (self.hparams.sigmoid() * losses).mean() + 1e-3 * sum((w**2).sum() for w in self.params)
+        return losses.mean() + (self.hparams.exp() * self.params[0] ** 2).sum()
 
-    def outer(self) -> Tensor:
-        return cross_entropy(self.model(self.xv), self.yv)
+    def outer(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(self.model(batch[0]), batch[1])
 
     def by_hand(self) -> Any:
         """The passes of a step and nothing else: three of g, two of f."""
-        slopes = torch.autograd.grad(self.outer(), self.params)
-        gradient = torch.autograd.grad(self.inner(), self.params, create_graph=True)
-        return slopes, torch.autograd.grad(gradient, [*self.params, self.logits], self.v)
+        slopes = torch.autograd.grad(self.outer(self.valid), self.params)
+        gradient = torch.autograd.grad(self.inner(self.train), self.params, create_graph=True)
+        return slopes, torch.autograd.grad(gradient, [*self.params, self.hparams], self.v)
 
     def step(self) -> None:
         """What a user's step calls, but for the optimizers of both levels."""
-        for x in (*self.params, self.logits):
-            x.grad = None
-        self.tracker.backward(self.outer, self.inner)
+        self._clear()
+        self.tracker.backward(lambda: self.outer(self.valid), lambda: self.inner(self.train))
         self.tracker.step()
+
+    def compiled_step(self) -> None:
+        self._clear()
+        self.compiled.backward(self.outer, self.inner, batches=(self.valid, self.train), compile=True)
+        self.compiled.step()
 
     def training(self) -> None:
         """An ordinary step's passes on g, for scale."""
-        torch.autograd.grad(self.inner(), self.params)
+        torch.autograd.grad(self.inner(self.train), self.params)
+
+    def _clear(self) -> None:
+        for x in (*self.params, self.hparams):
+            x.grad = None
 
 
-def measure_network(network: Network, rounds: int) -> list[Result]:
+def convolutional(batch: int = 100, side: int = 28, channels: int = 8) -> Network:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, channels, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2 * channels * ((side + 3) // 4) ** 2, 10),
+    )
+    return Network(model, torch.zeros(batch), torch.randn(2, batch, 1, side, side), 10)
+
+
+def logistic(batch: int = 64, size: int = 22) -> Network:
+    torch.manual_seed(0)
+    return Network(nn.Linear(size, 2, bias=False), torch.full((size,), -3.0), torch.randn(2, batch, size), 2)
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {"CNN": convolutional, "logistic, d = 22": logistic}
+
+
+def measure_network(row: str, network: Network, rounds: int) -> list[Result]:
     calls = {
         "its passes by hand": network.by_hand,
         "SOBA, backward and step": network.step,
+        "SOBA, compile=True": network.compiled_step,
         "∇g alone": network.training,
     }
-    with tqdm(total=len(calls) * (rounds + 1), desc="CNN: clock", leave=False) as bar:
+    with tqdm(total=len(calls) * (rounds + 1), desc=f"{row}: clock", leave=False) as bar:
         times = interleaved(calls, rounds, 5, bar.update)
     peaks = {name: peak_memory(call) for name, call in calls.items()}
     vector = sum(w.numel() * w.element_size() for w in network.params)
     first = "its passes by hand"
     return [
-        Result("CNN", name, "hypergrad" if "SOBA" in name else "floor", None, None, Spread.of(times[name].cpu),
+        Result(row, name, "hypergrad" if "SOBA" in name else "floor", None, None, Spread.of(times[name].cpu),
                ratios(times[name], times[first])[0], peaks[name], (peaks[name] - peaks[first]) / vector)
         for name in calls
     ]  # fmt: skip
@@ -362,9 +386,9 @@ def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None
             results += measure_case(case, available(words), turns, STEPS)
             sizes = {"params": case.lower.weight.numel(), "hparams": case.hparams[0].numel(), "steps": STEPS}
         else:
-            network = Network()
-            results += measure_network(network, turns)
-            sizes = {"params": sum(w.numel() for w in network.params), "hparams": network.logits.numel()}
+            network = NETWORKS[name]()
+            results += measure_network(name, network, turns)
+            sizes = {"params": sum(w.numel() for w in network.params), "hparams": network.hparams.numel()}
         settings.append({"row": name, **sizes, "rounds": turns, "calls a round": 5, "threads": 1})
     return results, settings
 
@@ -372,10 +396,10 @@ def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None
 def table(results: Sequence[Result]) -> str:
     lines = []
     for row in dict.fromkeys(r.row for r in results):
-        over = "by hand" if row == "CNN" else "SOBA"
+        over = "by hand" if row in NETWORKS else "SOBA"
         lines.append(
             f"{row:26}{'':10}{'error':>9}{'cosine':>9}{'ms a step':>11}  {f'over {over}, CPU':22}{'peak KiB':>10}"
-            f"{'vectors beyond' if row == 'CNN' else '':>16}"
+            f"{'vectors beyond' if row in NETWORKS else '':>16}"
         )
         for r in results:
             if r.row == row:
@@ -391,7 +415,9 @@ def table(results: Sequence[Result]) -> str:
 def draw(results: Sequence[Result], path: Path) -> None:
     """A bar a method: how long a step takes over the base; its error beside it."""
     rows = list(dict.fromkeys(r.row for r in results))
-    with bars(path, rows, "A step: CPU time over SOBA's (CNN: over its passes by hand), and error", 7.5, 5.5) as axes:
+    with bars(
+        path, rows, "A step: CPU time over SOBA's (networks: over its passes by hand), and error", 7.5, 5.5
+    ) as axes:
         for axis, row in zip(axes, rows, strict=True):
             chosen = [r for r in results if r.row == row and r.ratio]
             for place, r in enumerate(chosen):

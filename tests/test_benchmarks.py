@@ -184,7 +184,7 @@ def test_a_step_of_a_tracker_does_what_it_claims(name: str, method: bilevel.Meth
 
 
 def test_memory_of_a_step_of_soba() -> None:
-    counts.check_step_memory(bilevel.Network())
+    counts.check_step_memory(bilevel.convolutional())
 
 
 def test_bilevel_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
