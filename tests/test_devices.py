@@ -435,7 +435,7 @@ DOORS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
     **{f"hg.{n}": (partial(hypertorch, name=n), 1) for n in ("reverse", "reverse_unroll", "exact")},
     "reverse, graph": (partial(reverse, memory="graph"), 1),
     "reverse, iterates": (partial(reverse, memory="iterates"), 1 + 5 * 2),
-    "reverse, sqrt": (partial(reverse, memory="sqrt"), 1 + 5 * 2),
+    "reverse, sqrt": (partial(reverse, memory="sqrt"), 1 + 2 * 2),
     "reverse, budget": (partial(reverse, memory="1MB"), 1),
     "reverse, checkpoints": (partial(reverse, checkpoints=2), 1 + 5 * 2),
     "reverse, from_torch": (converted, 1),
