@@ -14,7 +14,23 @@ from tqdm import tqdm
 
 import hypergrad as hg
 
-from . import accuracy, bilevel, blocks, checks, counts, equal, loops, report, scaling, small, sums, tasks, unrolled
+from . import (
+    accuracy,
+    bilevel,
+    blocks,
+    checks,
+    counts,
+    equal,
+    estimators,
+    loops,
+    report,
+    scaling,
+    size,
+    small,
+    sums,
+    tasks,
+    unrolled,
+)
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SECTIONS = {
@@ -27,6 +43,8 @@ SECTIONS = {
     "bilevel": bilevel.SECTION,
     "sums": sums.SECTION,
     "small": small.SECTION,
+    "estimators": estimators.SECTION,
+    "size": size.SECTION,
     "checks": checks.SECTION,
     "scaling": scaling.SECTION,
 }
@@ -36,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="assert counts on small problems; no times")
+    parser.add_argument("--full", action="store_true", help=f"rows of several GiB too: {', '.join(size.FULL)}")
     parser.add_argument("--rows", nargs="+", metavar="WORD", help="only rows whose name holds one of these")
     parser.add_argument("--methods", nargs="+", metavar="WORD", help="only methods whose name holds one of these")
     parser.add_argument("--rounds", type=int, help="rounds of the clock (default: each row's own)")
@@ -54,6 +73,7 @@ def main() -> None:
     for name in tqdm(options.sections or SECTIONS, desc="sections"):
         section = SECTIONS[name]
         rows = [r for r in section.rows() if not options.rows or any(word in r for word in options.rows)]
+        rows = [r for r in rows if options.full or r not in size.FULL]
         if rows:
             results, settings = section.measure(rows, options.methods, options.rounds)
             print(f"{section.title}\n{report.write(section, results, settings, stem(options.output, name))}\n")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hypergrad as hg
 
-from . import accuracy, bilevel, illconditioned, loops, problems, small_rows, unrolled
+from . import accuracy, bilevel, estimators, illconditioned, loops, networks, problems, small_rows, unrolled
 from .illconditioned import Step
 from .measure import counted, counting, operations, peak_memory
 from .methods import METHODS, Method, graph_and_product, hypergradient, implicit, layer, library
@@ -213,6 +213,19 @@ def check_tracker(case: bilevel.Case, method: bilevel.Method) -> dict[str, int]:
     return found
 
 
+def check_estimators() -> tuple[list[estimators.Result], dict]:
+    """Passes of the estimators on a small model trained to the end, and the answers of those that are right there."""
+    make, steps = functools.partial(networks.linear, count=40, steps=400), 400
+    results, stood = estimators.measure_row("linear", make, list(estimators.METHODS), 1)
+    expect("linear: differences of retraining", max(stood["differences, 0.0001"]), 1e-7, at_most=True)
+    for r in results:
+        if r.method in estimators.PASSES:
+            expect(f"linear, {r.method}: reverse passes", r.passes[0], estimators.PASSES[r.method](steps))
+        if r.method in estimators.RIGHT:
+            expect(f"linear, {r.method}: error", r.errors[0], estimators.RIGHT[r.method], at_most=True)
+    return results, stood
+
+
 def check_step_memory(network: bilevel.Network) -> float:
     """Vectors of params' size that a step of SOBA holds at its peak beyond its passes by hand."""
     network.step()
@@ -267,6 +280,9 @@ def run() -> None:
             if tracker.counts:
                 found = check_tracker(case, tracker)
                 show(tracker.name, Counter(found))
+    print("linear, to the end: estimators")
+    for name, passes in {r.method: r.passes[0] for r in check_estimators()[0]}.items():
+        print(f"  {name:32}{passes:4} reverse passes")
     theirs, cold, warm, recycled = check_sequence(list(illconditioned.quick_sequence()))
     print(
         f"reverse passes to 1e-3 over 6 outer steps: HyperTorch {theirs}, cold {cold}, warm-started {warm}, "

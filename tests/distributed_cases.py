@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 from torch import nn
 from torch.nn.functional import softplus
 
@@ -337,6 +338,219 @@ class Cases:
             assert mine.adjoint["w"].placements == (Shard(0),)
         return found
 
+    def case_sharded_along_a_later_axis(self):
+        """A matrix whose columns are shared by the ranks: tangents, vectors and adjoint are shared likewise."""
+        from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+        hg, found, mesh = self.hg, {}, init_device_mesh("cpu", (2,))
+        (x, y, xv, yv), lam = self.all, hparams()[:2].detach()
+        w = torch.randn(D, 2, dtype=F64, generator=torch.Generator().manual_seed(3)) / 5
+
+        def output(w, x):
+            return torch.tanh(x @ w).sum(1)
+
+        def losses(rows, whole):
+            return hg.operators.GaussNewton(
+                lambda w, h: output(whole(w), rows[0]),
+                lambda z, h: (z - rows[1]).square().mean(),
+                lambda w, h: (whole(h).exp() * whole(w).square()).sum(),
+            ), lambda w, h: (output(whole(w), rows[2]) - rows[3]).square().mean()
+
+        def results(start, inner, outer):
+            def step(w, h):
+                return w - 0.1 * torch.autograd.grad(inner(w, h), w, create_graph=True)[0]
+
+            solver = hg.solvers.CG(max_steps=5, damping=5.0, on_failure="ignore")
+            forward = hg.unroll.forward(step, start, lam.clone().requires_grad_(), outer, steps=4)
+            problem = {"params": start, "solver": solver}
+            return forward, *(
+                hg.implicit.grad(outer, inner_loss=g, hparams=lam.clone().requires_grad_(), **problem)
+                for g in (lambda w, h: inner(w, h), inner)
+            )
+
+        truth = results(w, *losses((x, y, xv, yv), lambda t: t))
+        mine = results(distribute_tensor(w, mesh, [Shard(1)]), *losses(self.mine, hg.distributed.gathered))
+        for name, one, other in zip(("unroll.forward", "implicit.grad", "GaussNewton"), mine, truth, strict=True):
+            found[f"{name}, Shard(1)"] = gap(one.grads, other.grads)
+        assert mine[0].params.placements == mine[1].adjoint.placements == (Shard(1),)
+        return found
+
+    def case_weights_of_ones_own_rows(self):
+        """λ as a table that is split over ranks: its gradient is that of this rank's loss, of whose mean it is half."""
+        hg, found, (xv, yv) = self.hg, {}, self.mine[2:]
+
+        def inner(w, h, x, y):
+            errors = softplus(-y.sign() * (x @ w["w"] + w["b"]))
+            return (h.exp() * errors).mean() + 0.1 * (w["w"].square().sum() + w["b"] ** 2)
+
+        table = torch.linspace(-1, 1, ROWS, dtype=F64)
+        own, whole = local(table, self.rank).clone().requires_grad_(), table.clone().requires_grad_()
+        own_x, own_y, all_x, all_y = *self.mine[:2], *self.all[:2]
+        for name, solver in {"CG": hg.solvers.CG(rtol=1e-12), "default": None}.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", hg.UnsolvedInnerProblem)
+                mine = hg.implicit.grad(
+                    lambda w, h: outer_loss(self.both(w), hparams().detach(), xv, yv),
+                    inner_loss=lambda w, h: inner(self.both(w), h, own_x, own_y),
+                    params=self.w,
+                    hparams=own,
+                    solver=solver,
+                ).grads
+                truth = hg.implicit.grad(
+                    lambda w, h: outer_loss(w, hparams().detach(), *self.all[2:]),
+                    inner_loss=lambda w, h: inner(w, h, all_x, all_y),
+                    params=self.w,
+                    hparams=whole,
+                    solver=solver,
+                ).grads
+            found[f"weights of one's own rows, {name}"] = gap(mine / 2, local(truth, self.rank))
+        ends = []
+        for h, rows, copies in ((own, self.mine, self.both), (whole, self.all, lambda t: t)):
+            w = {k: x.clone().requires_grad_() for k, x in self.w.items()}
+            tracker = hg.bilevel.SOBA(w, [h])
+            for _ in range(3):
+                tracker.backward(
+                    outer_loss(copies(w), hparams().detach(), *rows[2:]), inner(copies(w), h, rows[0], rows[1])
+                )
+                tracker.step()
+            ends.append(h.grad)
+        found["weights of one's own rows, SOBA"] = gap(ends[0] / 2, local(ends[1], self.rank))
+        return found
+
+    def case_matrix(self):
+        """Tensor parallelism and FSDP2's parameters in a copy without hooks, exact; what cannot be says what to do."""
+        from copy import deepcopy
+
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import init_device_mesh
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        hg, found, mesh = self.hg, {}, init_device_mesh("cpu", (2,))
+        solver = hg.solvers.CG(max_steps=4, damping=5.0, on_failure="ignore")
+
+        def hypergradient(call, params, rows, whole):
+            x, y, xv, yv = rows
+
+            def inner(w, lam):
+                return whole(lam).exp().sum() * self.fit(lambda x: call(whole(w), x), x, y)
+
+            def outer(w, lam):
+                return self.fit(lambda x: call(whole(w), x), xv, yv)
+
+            return hg.implicit.grad(outer, inner_loss=inner, params=params, hparams=hparams(), solver=solver).grads
+
+        def of(net):
+            return lambda w, x: torch.func.functional_call(net, w, (x,))
+
+        net = self.network()
+        w = {name: p.detach() for name, p in net.named_parameters()}
+        truth = hypergradient(of(net), w, self.all, lambda t: t)
+        skeleton, sharded = deepcopy(net), fully_shard(deepcopy(net), mesh=mesh)
+        found["FSDP2, a copy without hooks"] = gap(
+            hypergradient(of(skeleton), dict(sharded.named_parameters()), self.mine, hg.distributed.gathered), truth
+        )
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallel = parallelize_module(deepcopy(net), mesh, plan)
+        weights = {name: p.detach().requires_grad_() for name, p in parallel.named_parameters()}
+        found["tensor parallelism"] = gap(hypergradient(of(parallel), weights, self.all, lambda t: t), truth)
+
+        x, y, xv, yv = self.mine
+        lam = torch.zeros((), dtype=F64, requires_grad=True)
+        refused = {
+            "an evaluated loss": lambda: hg.implicit.grad(
+                self.fit(sharded, xv, yv),
+                inner_loss=self.both(lam).exp() * self.fit(sharded, x, y),
+                params=sharded.parameters(),
+                hparams=[lam],
+            ),
+            "call": lambda: hg.distributed.call(sharded, x),
+        }
+        for name, run in refused.items():
+            try:
+                run()
+            except (TypeError, ValueError) as error:
+                assert "gathered" in str(error), (name, error)
+            else:
+                raise AssertionError(f"{name}: second derivatives through FSDP2's hooks")
+        return found
+
+    def case_mixed_precision(self):
+        """FSDP2 in bfloat16 with params in float32: directions to the digits of bfloat16, gradients in float32."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.tensor import init_device_mesh
+
+        hg, mesh = self.hg, init_device_mesh("cpu", (2,))
+        B = hg.bilevel
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        makers = {
+            "F2SA": lambda w, h: B.F2SA(w, h, penalty=2.0, lr=0.05),
+            "BOME": lambda w, h: B.BOME(w, h, steps=4, lr=0.2, eta=5.0),
+            "SAMA": lambda w, h: B.SAMA(w, h, lr=0.05, radius=1.0),
+        }
+
+        def direction(net, make, rows, share):
+            x, y, xv, yv = rows
+            lam = torch.zeros((), dtype=net[0].weight.dtype, requires_grad=True)
+            tracker = make(list(net.parameters()), [lam])
+            for _ in range(8):
+                for p in (*net.parameters(), lam):
+                    p.grad = None
+                tracker.backward(
+                    lambda: self.fit(net, xv, yv),
+                    lambda: (self.both(lam) if share else lam).exp() * self.fit(net, x, y),
+                )
+                tracker.step()
+            assert {p.grad.dtype for p in (*net.parameters(), lam)} == {lam.dtype}
+            return lam.grad.double()
+
+        for name, make in makers.items():
+            truth = direction(self.network(), make, self.all, False)
+            net = fully_shard(self.network().float(), mesh=mesh, mp_policy=policy)
+            mine = direction(net, make, [x.float() for x in self.mine], True)
+            assert abs(float(mine - truth)) < 0.2 * abs(float(truth)), (name, mine, truth)
+        return {}
+
+    def case_an_error_of_one_rank(self):
+        """Within `together` it is one of both ranks, at every door, and they go on afterwards."""
+        hg, (x, y, xv, yv) = self.hg, self.mine
+
+        def inner(w, lam, fail):
+            w, lam = self.both((w, lam))
+            with hg.distributed.together():
+                if fail and self.rank == 1:
+                    raise KeyError("a batch that is spoilt")
+                return inner_loss(w, lam, x, y)
+
+        def outer(w, lam):
+            return outer_loss(*self.both((w, lam)), xv, yv)
+
+        w, lam = {k: v.clone().requires_grad_() for k, v in self.w.items()}, hparams()
+        total = hg.operators.Sum(lambda w, lam, fail: inner(w, lam, fail) / 2, [False, True])
+        problem = {"params": self.w, "hparams": lam}
+        doors = {
+            "implicit.grad": lambda: hg.implicit.grad(outer, inner_loss=lambda w, h: inner(w, h, True), **problem),
+            "implicit.backward": lambda: hg.implicit.backward(
+                outer, inner_loss=lambda w, h: inner(w, h, True), **problem
+            ),
+            "Sum": lambda: hg.implicit.grad(outer, inner_loss=total, **problem),
+            "SOBA": lambda: hg.bilevel.SOBA(w, lam).backward(outer(w, lam), inner(w, lam, True)),
+            "F2SA": lambda: hg.bilevel.F2SA(w, lam).backward(lambda: outer(w, lam), lambda: inner(w, lam, True)),
+        }
+        for name, run in doors.items():
+            try:
+                run()
+            except KeyError:
+                assert self.rank == 1, name
+            except RuntimeError as error:
+                assert self.rank == 0 and "rank 1 failed" in str(error), (name, error)
+            else:
+                raise AssertionError(f"{name}: no error")
+            assert lam.grad is None and all(v.grad is None for v in w.values())
+        whole = self.losses()[2:]
+        after = hg.implicit.grad(outer, inner_loss=lambda w, h: inner(w, h, False), **problem).grads
+        truth = hg.implicit.grad(whole[1], inner_loss=whole[0], **problem).grads
+        return {"after errors": gap(after, truth)}
+
     def case_fsdp(self):
         """FSDP2 modules as they are under algorithms without second derivatives; an error under others."""
         from torch.distributed.fsdp import fully_shard
@@ -391,6 +605,7 @@ class Cases:
         hg = self.hg
         x, y, xv, yv = self.mine
         wrapped = nn.parallel.DistributedDataParallel(self.network())
+        mean_over_ranks = torch.distributed.nn.functional.all_reduce
         calls = {
             "functions": lambda: hg.implicit.grad(
                 lambda w, lam: outer_loss(w, lam, xv, yv),
@@ -411,6 +626,12 @@ class Cases:
                 hparams(),
                 lambda w, lam: outer_loss(w, lam, xv, yv),
                 steps=2,
+            ),
+            "an all-reduced loss": lambda: hg.implicit.grad(
+                lambda w, lam: outer_loss(*self.both((w, lam)), xv, yv),
+                inner_loss=lambda w, lam: mean_over_ranks(inner_loss(w, lam, x, y)) / 2,
+                params=self.w,
+                hparams=hparams(),
             ),
             "DistributedDataParallel": lambda: hg.bilevel.SOBA(wrapped.parameters(), [lam := hparams()]).backward(
                 self.fit(wrapped, xv, yv), self.fit(wrapped, x, y) * lam.exp().sum()

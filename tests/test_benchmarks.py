@@ -22,12 +22,15 @@ from benchmarks import (
     checks,
     counts,
     equal,
+    estimators,
     illconditioned,
     measure,
+    networks,
     peers,
     problems,
     report,
     scaling,
+    size,
     small,
     small_layers,
     small_rows,
@@ -408,3 +411,33 @@ def test_tables_of_markdown_hold_the_numbers_below_their_titles():
             assert cells[titles.index("× floor, CPU")].split(" [")[0] == f"{row['floor_cpu']['middle']:.3f}"
             assert cells[titles.index("MiB")] == (f"{row['peak'] / 2**20:.2f}" if row["peak"] is not None else "")
     assert seen == len(known)
+
+
+def test_estimators(tmp_path: Path) -> None:
+    """On a model trained to the end those that should be right are, in the passes that they claim."""
+    results, settings = counts.check_estimators()
+    assert len(results) == 2 * len(estimators.METHODS) and settings["seeds"] == 1
+    text = estimators.table(results)
+    assert all(m in text for m in estimators.METHODS)
+    estimators.draw(results, tmp_path / "estimators.png")
+    assert (tmp_path / "estimators.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", networks.available())
+def test_networks_end_where_their_differentiated_steps_end(name: str) -> None:
+    point = estimators.Point(networks.CASES[name](0))
+    truth = point.truth()  # raises where they do not
+    assert all(bool(g.isfinite().all()) and bool(g.any()) for g in truth.values())
+
+
+def test_large_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones: what is written by hand gives the same, and the parts of the page are written."""
+    rows = {"one": size.Row(5000, rounds=1), "leaves": size.Row(5000, leaves=50, rounds=1)}
+    monkeypatch.setattr(size, "SIZES", rows | {"each": size.Row(5000, each=True, rounds=1)})
+    results, settings = size.measure(list(size.SIZES), None, None)
+    assert [s["leaves"] for s in settings] == [3, 50, 3] and settings[2]["hparams"] == settings[2]["parameters"]
+    assert max(r.error for r in results) < 1e-4  # float32
+    assert all(m in size.table(results) for m in size.METHODS)
+    size.draw(results, tmp_path / "size.png")
+    assert (tmp_path / "size.png").read_bytes()[:4] == b"\x89PNG"

@@ -113,13 +113,26 @@ def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
     return sizes
 
 
-COLLECTIVES = ("CopyToRanks", "MeanOverRanks", "_ToTorchTensor", "_FromTorchTensor", "Redistribute")
+COLLECTIVES = ("CopyToRanks", "MeanOverRanks", "GatherShards", "MeanToShards")
+COLLECTIVES += ("_ToTorchTensor", "_FromTorchTensor", "Redistribute")
 
 
 def crosses_ranks(outputs: Iterable[Tensor | GradientEdge]) -> bool:
     """Whether a derivative of outputs is taken over many ranks: `distributed` functions, or DTensors."""
     nodes = (node for node, _ in _behind(_edges(outputs), set()))
     return any(type(node).__name__.startswith(COLLECTIVES) for node in nodes)
+
+
+def refuse_freed(leaves: Sequence[Tensor]) -> None:
+    """Raise for leaves whose memory is gone: FSDP2 frees its gathered parameters after a reverse pass."""
+    if _torch.ranks() > 1 and any(
+        not hasattr(x, "placements") and x.numel() and not x.untyped_storage().nbytes() for x in leaves if x.is_leaf
+    ):
+        raise ValueError(
+            "params are those that FSDP2 gathered for an evaluation, and freed: its hooks give no graph for second "
+            "derivatives. Evaluate a copy of the model made before fully_shard, by torch.func.functional_call at "
+            "hg.distributed.gathered(its parameters), or take bilevel.F2SA, BOME or SAMA, which take the model as it is"
+        )
 
 
 def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> tuple[list[int], list[Tensor]]:

@@ -183,6 +183,22 @@ def full(x: Tensor) -> Tensor:
     return x if gather is None else gather()
 
 
+def largest_of_parts(x: Tensor) -> Tensor:
+    """The largest |entry| of a sharded tensor; any other tensor as it is.
+
+    A part may be empty, for which torch's own reductions of sharded tensors fail.
+    """
+    sharded: Any = x
+    if not hasattr(x, "placements") or any(p.is_partial() for p in sharded.placements):
+        return full(x)
+    from torch.distributed.tensor import DTensor, Partial
+
+    own = local(x)
+    top = own.abs().amax() if own.numel() else own.new_zeros(())
+    placements = [Partial("max") if p.is_shard() else p for p in sharded.placements]
+    return DTensor.from_local(top, sharded.device_mesh, placements, run_check=False).full_tensor()
+
+
 def local(x: Tensor) -> Tensor:
     """This rank's part of a sharded tensor."""
     sharded: Any = x

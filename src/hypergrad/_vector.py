@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._tree import Paths, PyTree, Unflatten, arranged, describe, filled, flatten, full
+from ._tree import Paths, PyTree, Unflatten, arranged, describe, filled, flatten, full, largest_of_parts
 
 # A scalar of an iteration: a number where reading is free, else a tensor, 0-d or [B]. Arithmetic with numbers costs
 # nothing beside a small product; that with 0-d tensors does.
@@ -434,6 +434,7 @@ class Vector:
         """The largest |entry| of each system: 0-d, or [B]."""
         space, tops = self.space, []
         for chunk, plain in zip(self.chunks, space.plain, strict=True):
+            chunk = chunk if plain or space.batch_dims else largest_of_parts(chunk)
             own = chunk if plain else chunk.flatten(space.batch_dims)
             top = torch.linalg.vector_norm(own, math.inf, -1) if own.numel() else own.new_zeros(space.batch_shape)
             tops.append(top if space.uniform else space.cast(full(top)))
@@ -444,5 +445,5 @@ class Vector:
 
 
 def sharded_dot(x: Tensor, y: Tensor, batch_dims: int) -> Tensor:
-    product = x * y
-    return full(product.flatten(1).sum(-1) if batch_dims else product.sum())
+    product = x * y  # which cannot be flattened where it is sharded along a later axis
+    return full(product.sum(tuple(range(batch_dims, x.ndim))) if x.ndim > batch_dims else product)

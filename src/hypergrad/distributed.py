@@ -13,7 +13,8 @@ of the mean.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,6 +79,52 @@ class MeanOverRanks(torch.autograd.Function):
         return MeanOverRanks.apply(group, *tensors), in_dims[1:]
 
 
+class GatherShards(torch.autograd.Function):
+    """Sharded tensors as whole ones on every rank; backward: the mean over ranks, sharded as they are.
+
+    (The backward of DTensor's own conversions has a derivative of zero, so products with a transpose would be lost.)
+    """
+
+    @staticmethod
+    def forward(*tensors: Any) -> tuple[Tensor, ...]:
+        return tuple(x.detach().full_tensor() for x in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.layouts = [(x.device_mesh, x.placements) for x in inputs]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        wanted = _torch.wanted_inputs(ctx, skip=0)
+        found = MeanToShards.apply([ctx.layouts[i] for i in wanted], *(grads[i] for i in wanted)) if wanted else ()
+        means: list[Any] = [None] * len(grads)
+        for i, mean in zip(wanted, found, strict=True):
+            means[i] = mean
+        return tuple(means)
+
+
+class MeanToShards(torch.autograd.Function):
+    """The mean over ranks, sharded; backward: the whole tensors."""
+
+    @staticmethod
+    def forward(layouts: list[Any], *tensors: Tensor) -> tuple[Any, ...]:
+        from torch.distributed.tensor import DTensor, Partial
+
+        means = []
+        for x, (mesh, placements) in zip(tensors, layouts, strict=True):
+            mean = DTensor.from_local(x.detach(), mesh, [Partial("avg")] * mesh.ndim, run_check=False)
+            means.append(mean.redistribute(placements=placements))
+        return tuple(means)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return (None, *GatherShards.apply(*grads))
+
+
 def _reduced(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
     """The means over ranks, in memory of their own."""
     kinds: dict[Any, list[int]] = {}
@@ -131,14 +178,10 @@ def gathered(tree: PyTree, group: Any = None) -> PyTree:
     if plain:
         for i, x in zip(plain, CopyToRanks.apply(group, *(tensors[i] for i in plain)), strict=True):
             whole[i] = x
-    if len(plain) < len(tensors):
-        from torch.distributed.tensor import Partial, Replicate
-
-        for i in {*range(len(tensors))} - {*plain}:
-            sharded: Any = tensors[i]
-            count = sharded.device_mesh.ndim
-            full = sharded.redistribute(placements=[Replicate()] * count)
-            whole[i] = full.to_local(grad_placements=[Partial("avg")] * count)
+    sharded = [i for i in range(len(tensors)) if i not in plain]
+    if sharded:
+        for i, x in zip(sharded, GatherShards.apply(*(tensors[i] for i in sharded)), strict=True):
+            whole[i] = x
     return rebuild(whole)
 
 
@@ -186,6 +229,47 @@ def share(count: float, group: Any = None, device: torch.device | str | None = N
     total = torch.tensor(float(count), dtype=torch.float64, device="cpu" if device is None else device)
     torch.distributed.all_reduce(total, group=group)
     return count * torch.distributed.get_world_size(group) / float(total)
+
+
+@contextmanager
+def together(group: Any = None) -> Iterator[None]:
+    """An error of one rank in this block is an error of all ranks, at its end.
+
+        def inner_loss(w, h):
+            w, h = replicated((w, h))
+            with together():
+                return local_loss(w, h, next(batches))
+
+    Without it a rank that fails leaves the others waiting in their next collective until its process ends (gloo) or a
+    timeout passes (NCCL): a rank cannot know in which collective they are. So the block must hold what communicates
+    nothing: the loading of a batch, the evaluation of a loss; no reverse pass through `replicated`.
+
+    Args:
+        group: a process group; None: all ranks.
+
+    Raises: RuntimeError on the ranks that did not fail themselves, which names one that did.
+    Cost: an all-reduce of one number, which is read.
+    """
+    _check_started()
+    try:
+        yield
+    except Exception:
+        _first_to_fail(True, group)
+        raise
+    rank = _first_to_fail(False, group)
+    if rank is not None:
+        raise RuntimeError(f"rank {rank} failed in a block of hg.distributed.together; its own error says why")
+
+
+def _first_to_fail(failed: bool, group: Any) -> int | None:
+    """The rank, of the lowest number in the group, whose block failed."""
+    size = torch.distributed.get_world_size(group)
+    on_cpu = any(name in torch.distributed.get_backend(group) for name in ("gloo", "mpi"))
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    rank = torch.distributed.get_rank(group) if failed else size
+    lowest = torch.tensor(rank, device=device)
+    torch.distributed.all_reduce(lowest, op=torch.distributed.ReduceOp.MIN, group=group)
+    return None if int(lowest) == size else int(lowest)
 
 
 def _check_started() -> None:

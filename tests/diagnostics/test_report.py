@@ -361,6 +361,8 @@ def test_the_advice_on_a_network_in_training_names_what_would_do():
     assert values[0] < 0 < values[0] + damping and damping < 10 * -values[0]
     assert f"damping={damping:.2g}" in found.message and "operators.GaussNewton(model, loss)" in found.message
     assert not report.ok and "no minimum" in report.verdict
+    (advice,) = [line for line in report.advice if "in mid-training" in line]
+    assert "unroll.reverse" in advice and "solve=" in advice
     quiet = {"rtol": 1e-6, "on_failure": "ignore"}
     damped = hg.implicit.grad(outer, inner_loss=inner, solver=S.CG(damping=damping, **quiet), **given)
     gauss_newton = hg.implicit.grad(

@@ -87,10 +87,13 @@ def better_solver(structure: Structure | None, solution: Solution | None) -> str
     return "".join([*against, *better])
 
 
-def remedies(e: Estimate, there: Structure | None, fixed_point: bool, better: str) -> Iterator[str]:
+def remedies(
+    e: Estimate, at: Structure | None, there: Structure | None, fixed_point: bool, better: str
+) -> Iterator[str]:
     """What to do about the error.
 
     Args:
+        at: the structure at params.
         there: the structure at the estimated inner solution.
         better: see `better_solver`.
     """
@@ -116,6 +119,13 @@ def remedies(e: Estimate, there: Structure | None, fixed_point: bool, better: st
         yield (
             f"the adjoint system is not solved: its relative residual is {e.adjoint_relative_residual:.1e}. Give its "
             f"solver more steps or a smaller rtol, or a preconditioner{better}"
+        )
+    if at is not None and not fixed_point and at.definiteness == "indefinite":
+        yield (
+            "if params are in mid-training and the derivative of training is meant: on small networks "
+            "(docs/estimators.md) answers of one linear system were off by .3 to 1 of its size. For its direction take "
+            "operators.GaussNewton, or the damping of the finding above; for itself unroll.reverse through the steps, "
+            "with which check(..., solve=the training) compares"
         )
     pair = sorted([(e.from_inner, "inner problem"), (e.from_adjoint, "adjoint system")])
     if e.settled and pair[0][0] < 0.1 * pair[1][0] and most == pair[1][0]:

@@ -176,7 +176,7 @@ def check(
             # How fast the inner solver is on its way depends on A where the way ends.
             there = _structure(problem.again(found.params), budget)
     ok, sentence = verdict(found, wrong)
-    lines = (sentence, *map(str, wrong), *remedies(found, there, problem.fixed_point, better))
+    lines = (sentence, *map(str, wrong), *remedies(found, system, there, problem.fixed_point, better))
     left_out = tuple(dict.fromkeys(budget.left_out))
     return Report(ok, sentence, found, differences, system, tuple(wrong), lines, budget.done, left_out)
 

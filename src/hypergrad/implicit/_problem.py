@@ -151,6 +151,7 @@ class Problem:
         if not self.stochastic and self.linearisation is None:
             self.linearisation = self.linearise()
         if self.linearisation is not None:
+            _graph.refuse_freed(self.leaves)
             warn_of_local(self.linearisation.outputs, self.kind)
             self.residual_norm = self.residual.norm()
             self.at_kink = at_kink(self.point, self.residual) if self.kind == "inner_loss" else None

@@ -46,6 +46,14 @@ def placed(values: Tensor, like: Tensor, lead: int = 0) -> Tensor:
     return distribute_tensor(values, sharded.device_mesh, placements)
 
 
+def _products(z: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
+    """⟨z_i, a⟩ for each of the stacked z_i."""
+    if not hasattr(z, "placements"):
+        return z.reshape(len(z), a.numel()).to(dtype) @ a.reshape(-1).to(dtype)
+    # One shared along a later axis cannot be flattened.
+    return full((z.to(dtype) * a.to(dtype)).sum(tuple(range(1, z.ndim)))) if a.ndim else full(z.to(dtype) * a.to(dtype))
+
+
 @dataclass(frozen=True)
 class Tangents:
     """Z, along the entries of λ that something has depended on. Along the others it is zero, and not kept.
@@ -81,8 +89,7 @@ class Tangents:
             dtype = torch.promote_types(dtype, a.dtype)
         total = torch.zeros(len(self.rows), dtype=dtype, device=alpha[0].device)
         for z, a in zip(self.leaves, alpha, strict=True):
-            products = z.reshape(len(z), a.numel()).to(dtype) @ a.reshape(-1, 1).to(dtype)
-            total = total + full(products).squeeze(1).to(total.device)
+            total = total + _products(z, a, dtype).to(total.device)
         flat = total.new_zeros(self.count).index_copy(0, self.rows.to(total.device), total)
         parts = zip(flat.split([x.numel() for x in self.like]), self.like, self.reached, strict=True)
         return [placed(h.reshape(x.shape), x) if reached else None for h, x, reached in parts]
