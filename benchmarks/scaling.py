@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import hypergrad as hg
 
-from . import problems, unrolled
+from . import problems, small_rows, unrolled
 from .measure import Times, interleaved, peak_memory
 from .methods import floor, implicit
 from .problems import Problem
@@ -203,12 +203,43 @@ def tasks(rounds: int) -> list[Result]:
     ]
 
 
+def small_problems(rounds: int) -> list[Result]:
+    """The Jacobians of 10 to 10⁵ roots of 5 unknowns, by vmap(jacrev(root)) with the default solver."""
+    calls: Calls = {("at once", n): small_rows.roots(5, n).columns[1].run for n in (10, 100, 1000, 10_000, 100_000)}
+    times = clock("small problems", calls, rounds)
+    return [curve("small problems", "at once", seconds(times, "at once"), (0.8, 1.1), start=10_000)]
+
+
+def leaves(rounds: int) -> list[Result]:
+    """A hypergradient of 10,000 parameters in 1 to 1,000 leaves, K = 10."""
+    calls: Calls = {}
+    for count in (1, 10, 100, 1000):
+        params = list(torch.linspace(0.1, 1.0, 10_000).split(10_000 // count))
+        decay = torch.tensor(0.0, requires_grad=True)
+
+        def inner(w: Any, h: Any) -> Tensor:
+            return h.exp() * torch.stack([(x**2).sum() + (x**4).sum() for x in w]).sum()
+
+        calls["implicit.grad, CG", count] = partial(
+            hg.implicit.grad,
+            lambda w, h: torch.stack([x.sum() for x in w]).sum(),
+            inner_loss=inner,
+            params=params,
+            hparams=decay,
+            solver=hg.solvers.CG(max_steps=10, on_failure="ignore"),
+        )
+    values = seconds(clock("leaves", calls, rounds), "implicit.grad, CG")
+    return [curve("leaves", "implicit.grad, CG", values, (0.0, 1.1), start=10)]
+
+
 ROWS: dict[str, tuple[Callable[[int], list[Result]], int]] = {
     "parameters": (parameters, 3),
     "hyperparameters": (hyperparameters, 15),
     "solver's steps": (solver_steps, 7),
     "optimiser's steps": (optimiser_steps, 3),
     "tasks": (tasks, 7),
+    "small problems": (small_problems, 5),
+    "leaves": (leaves, 7),
 }
 
 

@@ -120,6 +120,72 @@ def torchdeq(name: str, cell: nn.Module, u: Tensor, inputs: Sequence[Tensor], to
     return torch.autograd.grad(z.square().sum() / len(u), inputs)
 
 
+class Convolutions(nn.Module):
+    """z ↦ norm(relu(z + norm(u + conv(norm(relu(conv(z))))))), the residual block of Bai, Koltun and Kolter 2020."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        torch.manual_seed(0)
+        kind: dict[str, Any] = {"padding": 1, "bias": False, "dtype": torch.float64}
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, **kind) for _ in range(2))
+        self.norms = nn.ModuleList([nn.GroupNorm(8, channels, dtype=torch.float64) for _ in range(3)])
+        for convolution in (self.first, self.second):
+            nn.init.normal_(convolution.weight, std=0.01)
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        inner = self.norms[0](F.relu(self.first(z)))
+        return self.norms[2](F.relu(z + self.norms[1](u + self.second(inner))))
+
+
+def convolutions(channels: int = 32, count: int = 8, size: int = 16) -> Row:
+    """Forward and backward through a layer of two convolutions with GroupNorm, to a relative 1e-6."""
+    cell = Convolutions(channels)
+    u = torch.from_numpy(np.random.RandomState(1).randn(count, channels, size, size)).requires_grad_()
+    inputs = [*cell.parameters(), u]
+
+    def by_hand(rtol: float) -> Sequence[Tensor]:
+        def flat(x: Tensor) -> Tensor:
+            return x.reshape(count, -1)
+
+        with torch.no_grad():
+            z = anderson(lambda z: flat(cell(z.view_as(u), u)), flat(torch.zeros_like(u)), rtol)
+        z = z.view_as(u).requires_grad_()
+        image = cell(z, u)
+        bar = 2 * image.detach() / count
+
+        def pull(v: Tensor) -> Tensor:
+            return flat(torch.autograd.grad(image, z, v.view_as(u), retain_graph=True)[0] + bar)
+
+        return torch.autograd.grad(image, inputs, anderson(pull, flat(bar), rtol).view_as(u))
+
+    def ours(rtol: float) -> Sequence[Tensor]:
+        forward, backward = hg.fixed_points.Anderson(rtol=rtol, max_steps=500), hg.solvers.GMRES(rtol=rtol)
+        module = hg.nn.Equilibrium(cell, forward=forward, backward=backward)
+        return torch.autograd.grad(module(u).square().sum() / count, inputs)
+
+    with torch.no_grad():
+        z = picard(lambda z: cell(z.view_as(u), u).flatten(1), torch.zeros_like(u).flatten(1), 1e-15)
+    z = z.view_as(u).requires_grad_()
+    image = cell(z, u)
+    bar = 2 * image.detach() / count
+
+    def pull(v: Tensor) -> Tensor:
+        return (torch.autograd.grad(image, z, v.view_as(u), retain_graph=True)[0] + bar).flatten(1)
+
+    v = picard(pull, bar.flatten(1), 1e-15)
+    truth = torch.autograd.grad(image, inputs, v.view_as(u))
+    columns = [
+        Column(FLOOR, partial(by_hand, LOOSE), FLOOR, "floor", exact=partial(by_hand, 1e-12)),
+        Column("nn.Equilibrium, GMRES", partial(ours, LOOSE), FLOOR, target=1.0, exact=partial(ours, 1e-12)),
+    ]
+    if peers.installed("torchdeq"):
+        deq = partial(torchdeq, "anderson", cell, u, inputs)
+        columns.append(
+            Column("torchdeq", partial(deq, LOOSE), FLOOR, "torchdeq", exact=partial(deq, 1e-11), correct=1e-6)
+        )
+    return Row("equilibrium, convolutions with GroupNorm", columns, truth, rounds=3)
+
+
 def perceptron(params: Sequence[Tensor], x: Tensor) -> Tensor:
     """A network 1-40-40-1 for each task: params [tasks, out, in] and [tasks, 1, out]."""
     for i in range(0, 4, 2):
@@ -280,38 +346,83 @@ def outer_steps(steps: int = 100, rtol: float = 1e-4) -> Row:
         return theta
 
     def by_hand(rtol: float) -> Tensor:
-        def direction(w: Tensor, theta: Tensor, v: Any) -> tuple[Tensor, Any]:
-            w = w.requires_grad_()
-            (slope,) = torch.autograd.grad(inner(w, theta), w, create_graph=True)
-            (b,) = torch.autograd.grad(outer(w, theta), w)
-            v = torch.zeros_like(b) if v is None else v
-            r = b - torch.autograd.grad(slope, w, v, retain_graph=True)[0]
-            p, rr, goal = r, (r @ r).item(), rtol * b.norm().item()
-            while rr**0.5 > goal:
-                (ap,) = torch.autograd.grad(slope, w, p, retain_graph=True)
-                alpha = rr / (p @ ap).item()
-                v, r, old = v + alpha * p, r - alpha * ap, rr
-                rr = (r @ r).item()
-                p = r + rr / old * p
-            return -torch.autograd.grad(slope, theta, v)[0], v
-
-        return loop(direction)
+        return loop(lambda w, theta, v: warm_cg(inner, outer, w, theta, v, rtol))
 
     def ours(rtol: float) -> Tensor:
-        def direction(w: Tensor, theta: Tensor, x0: Any) -> tuple[Tensor, Any]:
-            solver = hg.solvers.CG(rtol=rtol)
-            result = hg.implicit.grad(outer, inner_loss=inner, params=w, hparams=theta, solver=solver, x0=x0)
-            return result.grads, result.adjoint
-
-        return loop(direction)
+        return loop(lambda w, theta, v: implicit(inner, outer, w, theta, v, rtol))
 
     columns = [
-        Column("warm CG by hand", partial(by_hand, rtol), "warm CG by hand", "floor", exact=partial(by_hand, 1e-13)),
-        Column(
-            "implicit.grad, CG, x0=", partial(ours, rtol), "warm CG by hand", target=1.0, exact=partial(ours, 1e-13)
-        ),
+        Column(FLOOR, partial(by_hand, rtol), FLOOR, "floor", exact=partial(by_hand, 1e-13)),
+        Column("implicit.grad, CG, x0=", partial(ours, rtol), FLOOR, target=1.0, exact=partial(ours, 1e-13)),
     ]
     return Row(f"{steps} outer steps, breast cancer", columns, by_numpy(tx, ty, vx, vy, steps), rounds=5)
+
+
+def ridge_steps(steps: int = 100, rtol: float = 1e-4) -> Row:
+    """100 outer steps on cubic features of the diabetes data, a penalty each: exact solutions, warm CG to 1e-4."""
+    x, y = peers.load("sklearn.datasets").load_diabetes(return_X_y=True)
+    x = peers.load("sklearn.preprocessing").PolynomialFeatures(3, include_bias=False).fit_transform(x / x.std(0))
+    x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
+    order = np.random.RandomState(0).permutation(len(x))
+    parts = x[order[:221]], y[order[:221]], x[order[221:]], y[order[221:]]
+    tx, ty, vx, vy = map(torch.from_numpy, parts)
+    n, count = len(tx), tx.shape[1]
+
+    def inner(w: Tensor, theta: Tensor) -> Tensor:
+        return (tx @ w - ty).square().sum() / (2 * n) + 0.5 * (theta.exp() * w * w).sum()
+
+    def outer(w: Tensor, theta: Tensor) -> Tensor:
+        return (vx @ w - vy).square().mean() / 2
+
+    def loop(direction: Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]) -> Tensor:
+        theta, state = torch.full((count,), -1.0, dtype=torch.float64), None
+        for _ in range(steps):
+            with torch.no_grad():
+                w = torch.linalg.solve(tx.mT @ tx / n + theta.exp().diag(), tx.mT @ ty / n)
+            g, state = direction(w, theta.requires_grad_(), state)
+            theta = (theta - 30 * g).detach()
+        return theta
+
+    def by_hand(rtol: float) -> Tensor:
+        return loop(lambda w, theta, v: warm_cg(inner, outer, w, theta, v, rtol))
+
+    def ours(rtol: float) -> Tensor:
+        return loop(lambda w, theta, v: implicit(inner, outer, w, theta, v, rtol))
+
+    theta = np.full(count, -1.0)
+    for _ in range(steps):
+        a = parts[0].T @ parts[0] / n + np.diag(np.exp(theta))
+        w = np.linalg.solve(a, parts[0].T @ parts[1] / n)
+        v = np.linalg.solve(a, parts[2].T @ (parts[2] @ w - parts[3]) / len(parts[2]))
+        theta = theta + 30 * np.exp(theta) * w * v
+    columns = [
+        Column(FLOOR, partial(by_hand, rtol), FLOOR, "floor", exact=partial(by_hand, 1e-13)),
+        Column("implicit.grad, CG, x0=", partial(ours, rtol), FLOOR, target=1.0, exact=partial(ours, 1e-13)),
+    ]
+    return Row(f"{steps} outer steps, diabetes", columns, theta, rounds=5)
+
+
+def warm_cg(inner: Any, outer: Any, w: Tensor, theta: Tensor, v: Any, rtol: float) -> tuple[Tensor, Tensor]:
+    """The hypergradient by conjugate gradients from the last v, and the new one."""
+    w = w.requires_grad_()
+    (slope,) = torch.autograd.grad(inner(w, theta), w, create_graph=True)
+    (b,) = torch.autograd.grad(outer(w, theta), w)
+    v = torch.zeros_like(b) if v is None else v
+    r = b - torch.autograd.grad(slope, w, v, retain_graph=True)[0]
+    p, rr, goal = r, (r @ r).item(), rtol * b.norm().item()
+    while rr**0.5 > goal:
+        (ap,) = torch.autograd.grad(slope, w, p, retain_graph=True)
+        alpha = rr / (p @ ap).item()
+        v, r, old = v + alpha * p, r - alpha * ap, rr
+        rr = (r @ r).item()
+        p = r + rr / old * p
+    return -torch.autograd.grad(slope, theta, v)[0], v
+
+
+def implicit(inner: Any, outer: Any, w: Tensor, theta: Tensor, x0: Any, rtol: float) -> tuple[Tensor, Tensor]:
+    solver = hg.solvers.CG(rtol=rtol)
+    result = hg.implicit.grad(outer, inner_loss=inner, params=w, hparams=theta, solver=solver, x0=x0)
+    return result.grads, result.adjoint
 
 
 def by_numpy(tx: Any, ty: Any, vx: Any, vy: Any, steps: int) -> Any:
@@ -332,11 +443,13 @@ def by_numpy(tx: Any, ty: Any, vx: Any, vy: Any, steps: int) -> Any:
 ROWS: dict[str, Callable[[], Row]] = {
     "equilibrium, Picard": partial(layer, "Picard"),
     "equilibrium, Anderson": partial(layer, "Anderson"),
+    "equilibrium, convolutions": convolutions,
     **{
         f"MAML {tasks} {order}": partial(maml, tasks, order == "second")
         for order in ("second", "first")
         for tasks in (4, 16, 64)
     },
     "bags of words": bags,
-    "outer steps": outer_steps,
+    "outer steps, breast cancer": outer_steps,
+    "outer steps, diabetes": ridge_steps,
 }

@@ -111,7 +111,9 @@ SMALL = {
     "MAML": lambda: small_layers.maml(2, True),
     "MAML, first order": lambda: small_layers.maml(2, False),
     "bags": lambda: small_layers.bags(40, 5, 6, 3),
+    "convolutions": lambda: small_layers.convolutions(8, 2, 4),
     "outer steps": lambda: small_layers.outer_steps(4),
+    "ridge steps": lambda: small_layers.ridge_steps(2),
 }
 
 
