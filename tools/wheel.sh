@@ -27,6 +27,7 @@ about = metadata("torch-hypergrad")
 assert about["Version"] == hypergrad.__version__
 assert about["License-Expression"] == "MIT" and "LICENSE" in about["License-File"]
 assert (Path(hypergrad.__file__).parent / "py.typed").exists()
+assert "## NotConverged" in (Path(hypergrad.__file__).parent / "warnings.md").read_text()  # which warnings refer to
 END
     )
 done

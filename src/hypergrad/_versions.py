@@ -7,6 +7,7 @@ import platform
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
 
 import torch
 
@@ -50,7 +51,10 @@ def with_help(text: str, section: str) -> str:
     """A message that ends with the section of the documentation that has its causes and cures."""
     addresses = dict(entry.split(", ", 1) for entry in metadata(DISTRIBUTION).get_all("Project-URL") or [])
     site = addresses.get("Documentation")
-    page = "docs/howto/warnings.md" if site is None else f"{site.rstrip('/')}/howto/warnings.html"
+    beside = Path(__file__).with_name("warnings.md")  # a wheel holds the page
+    page = (
+        f"{site.rstrip('/')}/howto/warnings.html" if site else beside if beside.exists() else "docs/howto/warnings.md"
+    )
     return f"{text.rstrip('.')}. Help: {page}#{section.lower()}"
 
 
