@@ -46,6 +46,8 @@ class Config(Base):
     """Of Optuna."""
     optuna_splits: int = 2
     """Splits on which Optuna takes part where each of its trials is dear."""
+    iterations: int = 30
+    """Of himalaya's random search and of its hypergradients."""
     rows: int = 400
     """Of training data in the banded problem."""
     features: int = 600
@@ -171,17 +173,15 @@ def himalaya(solver: str, groups: np.ndarray, iterations: int, seed: int) -> Fit
 
     def fit(x: np.ndarray, y: np.ndarray) -> Any:
         kernel_ridge: Any = importlib.import_module("himalaya.kernel_ridge")
-        ridge: Any = importlib.import_module("himalaya.ridge")
         y = y.reshape(len(y), -1)
-        offset, alphas = y.mean(0), np.logspace(-5, 8, 27)
-        if solver == "random search":
-            more = {"n_iter": iterations, "alphas": alphas, "progress_bar": False}
-            model = ridge.GroupRidgeCV(groups=groups, solver_params=more, cv=5, random_state=seed).fit(x, y - offset)
-            return Fixed(model.coef_, offset)
+        offset = y.mean(0)
         kernels = np.stack([x[:, groups == g] @ x[:, groups == g].T for g in np.unique(groups)])
-        more = {"max_iter": iterations, "progress_bar": False}
+        search = solver == "random_search"
+        more: dict[str, Any] = {"progress_bar": False, "n_iter" if search else "max_iter": iterations}
+        if search:
+            more["alphas"] = np.logspace(-5, 8, 27)
         model = kernel_ridge.MultipleKernelRidgeCV(
-            kernels="precomputed", solver="hyper_gradient", solver_params=more, cv=5, random_state=seed
+            kernels="precomputed", solver=solver, solver_params=more, cv=5, random_state=seed
         ).fit(kernels, y - offset)
         weights = np.exp(model.deltas_)[groups]
         return Fixed((x.T @ model.dual_coef_) * weights, offset)
@@ -231,8 +231,8 @@ def methods(config: Config, problem: str, seed: int) -> dict[str, Fit]:
         if targets > 1:
             found["RidgeHG, shared by targets"] = RidgeHG(np.tile(groups[:, None], targets))
         if installed("himalaya"):
-            found["himalaya, random search"] = himalaya("random search", groups, 100, seed)
-            found["himalaya, hypergradients"] = himalaya("hypergradients", groups, 100, seed)
+            found["himalaya, random search"] = himalaya("random_search", groups, config.iterations, seed)
+            found["himalaya, hypergradients"] = himalaya("hyper_gradient", groups, config.iterations, seed)
         if installed("optuna") and targets == 1 and seed < config.optuna_splits:
             found[f"Optuna, {config.trials} trials"] = Optuna(config.trials, groups, False, seed)
     return {name: each.fit if hasattr(each, "fit") else each for name, each in found.items()}
