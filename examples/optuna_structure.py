@@ -38,8 +38,8 @@ if __name__ == "__main__":
         print("This example needs Optuna: pip install optuna")
         raise SystemExit(0)  # nothing is wrong: Optuna belongs to no extra
     optuna: Any = importlib.import_module("optuna")
-    x, y = load_diabetes(return_X_y=True)
-    parts: Any = train_test_split(x, y, random_state=config.seed)
+    data: Any = load_diabetes(return_X_y=True)
+    parts: Any = train_test_split(*data, random_state=config.seed)
     x, xt, y, yt = parts
 
     def objective(trial: Any) -> float:
