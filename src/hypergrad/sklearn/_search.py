@@ -131,17 +131,16 @@ class Memory:
 
 
 def search(
-    objective: Objective, theta: Tensor, max_iter: int, progress: Callable[[Any], Any], done: dict[int, str]
+    objective: Objective, here: Point, max_iter: int, progress: Callable[[Any], Any], done: dict[int, str]
 ) -> Found:
-    """From θ down J, each problem by itself.
+    """From `here` down J, each problem by itself; `here` is moved.
 
     Args:
         progress: wraps the range of steps.
         done: problems that are not searched, and why.
     """
-    problems = len(theta)
+    theta, problems = here.theta.clone(), len(here.theta)
     every = torch.arange(problems)
-    here = objective(theta.clone(), _targets(objective, every))
     memory, path, best = Memory(), [here.loss.clone()], here.copy()
     reasons = [done.get(each, "") for each in range(problems)]
     low, high = theta - RANGE, theta + RANGE

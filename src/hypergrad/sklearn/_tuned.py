@@ -18,7 +18,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor
 
 from ._folds import Folds, Labels, make_folds, make_labels, whole
-from ._search import Found, Objective, search
+from ._search import Found, Objective, Point, search
 
 DENSE = 20_000_000  # numbers of a sparse X that is made dense
 WRONG, ROUGH = 1e-2, 1e-4  # ‖∇g‖ / ‖∇g(0)‖ at the coefficients of a user's estimator: an error, a warning
@@ -161,7 +161,8 @@ class Tuned(BaseEstimator):
             theta = single.log()[:, None].repeat(1, objective.labels.count)
         objective.center = single.log()
         self._check_given(objective, theta)
-        found = search(objective, theta, int(self.max_iter), self._bar(), self._nothing_to_tune(objective, data, theta))
+        here = objective(theta, torch.arange(1 if self._joint else data.y.shape[1]))
+        found = search(objective, here, int(self.max_iter), self._bar(), self._nothing_to_tune(data, here))
         self._record(objective, found, data, unit, single)
         final = self._problem(data, whole(data.weights), objective.labels)
         return final.coefficients(objective.labels.strengths(found.best.theta))
@@ -187,16 +188,15 @@ class Tuned(BaseEstimator):
         best = torch.stack([score(strengths) for strengths in grid]).argmin(0)
         return grid[best, torch.arange(problems) if grid.shape[1] > 1 else 0].expand(problems).clone()
 
-    def _nothing_to_tune(self, objective: Objective, data: Data, theta: Tensor) -> dict[int, str]:
+    def _nothing_to_tune(self, data: Data, point: Point) -> dict[int, str]:
         """Problems without a search: a CV loss of zero, or one that no strength reaches."""
-        outputs = 1 if self._joint else data.y.shape[1]
-        point = objective(theta.clone(), torch.arange(outputs))
+        outputs, problems = 1 if self._joint else data.y.shape[1], len(point.theta)
         done = {}
         constant = np.ptp(data.y, axis=0) == 0
-        for problem in range(len(theta)):
-            if not self._joint and (bool(constant.all()) if len(theta) < outputs else constant[problem]):
+        for problem in range(problems):
+            if not self._joint and (bool(constant.all()) if problems < outputs else constant[problem]):
                 done[problem] = "y is constant: there is nothing to tune"
-            elif bool((point.loss[problem if len(theta) == outputs else slice(None)] == 0).all()):
+            elif bool((point.loss[problem if problems == outputs else slice(None)] == 0).all()):
                 done[problem] = "the CV loss is zero: there is nothing to tune"
             elif not bool(point.slope[problem].any()):
                 done[problem] = (
