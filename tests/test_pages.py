@@ -92,6 +92,8 @@ INTERNAL = {
     "fixed_points.Goal",
     "fixed_points.Guard",
     "distributed.CopyToRanks",
+    "distributed.GatherShards",
+    "distributed.MeanToShards",
     "distributed.MeanOverRanks",
 }
 API = "\n".join(file.read_text() for file in sorted((DOCS / "api").glob("*.md")))
