@@ -16,7 +16,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -42,7 +42,7 @@ class Row:
 SIZES = {
     "1e6 parameters": Row(10**6, rounds=7),
     "1e7 parameters": Row(10**7),
-    "1e6 parameters, 20,000 leaves": Row(10**6, leaves=20_000),
+    "1e5 parameters, 20,000 leaves": Row(10**5, leaves=20_000, rounds=1),
     "1e7 parameters, 1e7 hparams": Row(10**7, each=True, rounds=2),
     "1e8 parameters": Row(10**8, rounds=1),
 }
@@ -71,7 +71,9 @@ class Case:
         self.shapes: list[tuple[int, int]] | None = None
         if row.leaves is not None:
             self.shapes = shapes
-            weights = list(torch.cat([w.flatten() for w in weights]).tensor_split(row.leaves))
+            flat = torch.cat([w.flatten() for w in weights])
+            length = -(-len(flat) // row.leaves)
+            weights = list(nn.functional.pad(flat, (0, length * row.leaves - len(flat))).view(row.leaves, length))
         self.w = [w.clone() for w in weights]
         kind = (lambda w: torch.zeros_like(w)) if row.each else (lambda w: torch.tensor(0.0))
         self.h = (
@@ -83,7 +85,9 @@ class Case:
 
     def fit(self, w: Sequence[Tensor], rows: slice) -> Tensor:
         if self.shapes is not None:
-            parts = torch.cat(list(w)).split([a * b for a, b in self.shapes])
+            sizes = [a * b for a, b in self.shapes]
+            # The second derivatives of torch.cat and torch.stack take all numbers once for each part.
+            parts = torch.stack(list(w)).flatten()[: sum(sizes)].split(sizes)
             w = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
         z = self.x[rows]
         for layer in w[:-1]:
@@ -91,7 +95,7 @@ class Case:
         return cross_entropy(z @ w[-1].mT, self.y[rows])
 
     def penalty(self, w: Sequence[Tensor], h: Sequence[Tensor]) -> Tensor:
-        whole = w if len(h) == len(w) else [torch.cat(list(w))]
+        whole = w if len(h) == len(w) else [torch.stack(list(w))]
         return torch.stack([(s.exp() * x.square()).sum() / 2 for s, x in zip(h, whole, strict=True)]).sum()
 
     def inner(self, w: Sequence[Tensor], h: Sequence[Tensor]) -> Tensor:
