@@ -113,7 +113,7 @@ def trained(config: Config, seed: int, data: tuple[Any, ...], logits: Tensor | N
     from hypergrad.transformers import BilevelTrainer, SourceWeights, f2sa
 
     torch.manual_seed(seed)
-    size = {"n_embd": config.width, "n_positions": config.length, "n_layer": 2, "n_head": 4, "vocab_size": LETTERS}
+    size: Any = {"n_embd": config.width, "n_positions": config.length, "n_layer": 2, "n_head": 4, "vocab_size": LETTERS}
     model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))
     train, valid, test = data
     hparams = SourceWeights(len(SOURCES))

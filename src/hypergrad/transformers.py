@@ -243,7 +243,8 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self._columns if name not in self._signature_columns]
+        known = self._signature_columns or []
+        self._signature_columns = known + [name for name in self._columns if name not in known]
 
     def get_valid_dataloader(self) -> DataLoader:
         """The batches that the weights are learned on: shuffled by args.seed."""
@@ -261,8 +262,9 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Add the directions of this batch and of one of validation to .grad of the model and of hparams."""
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()
         inputs = self._prepare_inputs(inputs)
         if self.tracker is None:
             with self.compute_loss_context_manager():
@@ -295,8 +297,9 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         self.hparams.requires_grad_(self.method is not None)
         if self.method is None:
             return
-        params = [x for x in self.model.parameters() if x.requires_grad]
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # within accelerate's
+        model: Any = self.model
+        params = [x for x in model.parameters() if x.requires_grad]
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # within accelerate's
         self.tracker = self.method(params, list(self.hparams.parameters()), optimizer)
         self._valid = cycle(self.get_valid_dataloader())
         checkpoint, self._checkpoint = self._checkpoint, None
@@ -317,7 +320,8 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         if self.tracker is None:
             return
         if getattr(self.method, "func", self.method) is f2sa and self.tracker.optimizer is not None:
-            for own, group in zip(self.tracker.optimizer.param_groups, self.optimizer.param_groups, strict=True):
+            optimizer: Any = self.optimizer
+            for own, group in zip(self.tracker.optimizer.param_groups, optimizer.param_groups, strict=True):
                 own["lr"] = group["lr"]  # copies move as the model does
         self.tracker.step()
         grads = [x.grad for x in self.hparams.parameters() if x.grad is not None]

@@ -109,8 +109,8 @@ class Tracker(ABC):
     @final
     def backward(
         self,
-        outer_loss: LossLike | None,
-        inner_loss: LossLike,
+        outer_loss: LossLike | Callable[[Any], Tensor] | None,
+        inner_loss: LossLike | Callable[[Any], Tensor],
         *,
         index: tuple[int, int] | None = None,
         adjoint_losses: Iterable[LossLike] | None = None,
@@ -151,8 +151,9 @@ class Tracker(ABC):
             if batches is None or outer_loss is None or scaler is not None or {*self.filters} - {"average"}:
                 raise TypeError(NOT_HERE.format(type(self).__name__))
             compiled = self._compiled_for((outer_loss, inner_loss), compile)
+        losses: tuple[Any, Any] = (outer_loss, inner_loss)
         if batches is not None:
-            outer_loss, inner_loss = self._on(outer_loss, inner_loss, batches)
+            losses = self._on(outer_loss, inner_loss, batches)
         others = {"index": index, "adjoint_losses": adjoint_losses}
         for name, value in others.items():
             if value is not None and name not in self.takes:
@@ -161,8 +162,8 @@ class Tracker(ABC):
         oracles.check_forms()
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         oracles.scale = 1.0 if scaler is None else scaler.get_scale()
-        inner = oracles.batch(inner_loss, "inner_loss")
-        outer = None if outer_loss is None else oracles.batch(outer_loss, "outer_loss")
+        inner = oracles.batch(losses[1], "inner_loss")
+        outer = None if losses[0] is None else oracles.batch(losses[0], "outer_loss")
         with oracles.of_one_call():
             with oracles.hooks_suspended():
                 if outer is None:
