@@ -34,6 +34,7 @@ Tensors = list[Tensor]
 PENALTIES = (10.0, 100.0, 1000.0)
 STEPS = 300  # to where the slowest stands still
 INNER = 10  # K of AmIGO, BOME, VFO and VSO
+COMPILE: bool | str = True  # the backend of compiled steps
 ROUNDS = {"ridge": 20, "cleaning": 10, "CNN": 30, "logistic, d = 22": 100}
 
 
@@ -310,7 +311,7 @@ class Network:
 
     def compiled_step(self) -> None:
         self._clear()
-        self.compiled.backward(self.outer, self.inner, batches=(self.valid, self.train), compile=True)
+        self.compiled.backward(self.outer, self.inner, batches=(self.valid, self.train), compile=COMPILE)
         self.compiled.step()
 
     def training(self) -> None:

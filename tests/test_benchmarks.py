@@ -196,6 +196,7 @@ def test_bilevel_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """Every method that is installed has its row, first-order ones nearer the hypergradient as the penalty grows."""
     monkeypatch.setattr(bilevel, "CASES", bilevel.QUICK)
     monkeypatch.setattr(bilevel, "STEPS", 60)
+    monkeypatch.setattr(bilevel, "COMPILE", "eager")  # inductor takes its time
     results, settings = bilevel.measure(["ridge", "CNN"], ["SOBA", "penalty", "SAMA"], rounds=1)
     assert [setting["row"] for setting in settings] == ["ridge", "CNN"]
     errors = {(r.library, r.method): r.error for r in results if r.error is not None}
