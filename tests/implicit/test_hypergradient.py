@@ -102,7 +102,8 @@ def test_default_solver(name, form):
     p = problem_at(name)
     result = hypergradient(p, form)
     default = S.Dense() if p.batch_dims else S.CG() if p.symmetric else S.GMRES()
-    torch.testing.assert_close(flat(result.grads), flat(hypergradient(p, form, default).grads), rtol=0, atol=0)
+    rtol = 1e-12 if p.batch_dims else 0.0  # by other operations
+    torch.testing.assert_close(flat(result.grads), flat(hypergradient(p, form, default).grads), rtol=rtol, atol=0)
     assert result.solution.ok
     assert result.solution.relative_residual.max() <= 1e-6
     assert_agrees(p, result.grads, tolerance=1e-6 * p.condition)
