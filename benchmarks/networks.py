@@ -7,6 +7,7 @@ logarithm of the decay of each tensor of weights, and of the weight of each trai
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
@@ -279,7 +280,9 @@ def lora(seed: int) -> Case:
     before = Case("GPT-2", net, data, adam(0.003), 100, 0)
     net.load_state_dict(before.start, strict=False)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"], fan_in_fan_out=True)
-    adapted = peft.get_peft_model(net.requires_grad_(True), config, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that transformers will change
+        adapted = peft.get_peft_model(net.requires_grad_(True), config, autocast_adapter_dtype=False)
     return Case("LoRA of GPT-2", adapted, text(seed, 1), adam(0.005), 40, 60)
 
 

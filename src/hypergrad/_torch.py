@@ -30,6 +30,11 @@ try:
 except ImportError:  # every node then counts as that of a torch.autograd.Function
     BackwardCFunction = object
 
+try:
+    from torch._functorch.vmap import lazy_load_decompositions as _load_decompositions
+except ImportError:  # torch.func.vmap is then called
+    _load_decompositions = None
+
 # What torch.autograd.grad calls in the end; its checks of the arguments take a quarter of a small product's time.
 _run_backward = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
@@ -255,8 +260,9 @@ def each(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -
     names = ("_vmap_increment_nesting", "_vmap_decrement_nesting", "_add_batch_dim", "_remove_batch_dim")
     parts: list[Any] = [getattr(_functorch, name, None) for name in names]
     enter, leave, add, remove = parts
-    if None in parts or not len(tensors[0]):
+    if None in parts or _load_decompositions is None or not len(tensors[0]):
         return list(torch.func.vmap(lambda *xs: tuple(function(*xs)), randomness="different")(*tensors))
+    _load_decompositions()  # without them nll_loss, say, is a slow loop over the entries
     level = enter(len(tensors[0]), "different")
     try:
         return [remove(y, level, len(tensors[0]), 0) for y in function(*(add(x, 0, level) for x in tensors))]

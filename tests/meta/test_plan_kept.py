@@ -1,5 +1,7 @@
 """The plan of a call is kept for the next call of its kind, and made anew for another kind."""
 
+import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -43,3 +45,17 @@ def test_other_losses_and_other_shapes_have_plans_of_their_own() -> None:
     sizes = [meta(width).plan.task_bytes for width in (4, 400, 40)]
     assert sizes[1] > sizes[2] > sizes[0]
     assert [meta(4, tasks).plan.chunk for tasks in (2, 5)] == [2, 5]
+
+
+PROGRAM = """
+import torch, torch.nn.functional as F, hypergrad as hg
+def loss(w, start, task): return F.cross_entropy(task @ w, torch.tensor([0, 1]))
+start = torch.zeros(3, 2, requires_grad=True)
+hg.meta.grad(loss, loss, start, torch.ones(4, 2, 3), method=hg.meta.Unrolled(), steps=2)
+"""
+
+
+def test_the_first_call_of_a_process_maps_cross_entropy_without_a_loop() -> None:
+    """torch warns of the loop ("performance drop") where its decompositions are not loaded."""
+    done = subprocess.run([sys.executable, "-W", "always", "-c", PROGRAM], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and "performance drop" not in done.stderr, done.stderr
