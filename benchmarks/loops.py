@@ -126,7 +126,7 @@ def by_hand(loop: Loop) -> Tensor:
     return total
 
 
-def library(loop: Loop, rule: bool = False, **options: Any) -> Callable[[], Tensor]:
+def reversed_by(loop: Loop, rule: bool = False, **options: Any) -> Callable[[], hg.unroll.ReverseResult]:
     """unroll.reverse on the step written by hand, or on the library's own rule."""
     if rule:
         own = hg.diff_optimizers.SGD(lr=LR["SGD"], momentum=MOMENTUM)
@@ -134,9 +134,14 @@ def library(loop: Loop, rule: bool = False, **options: Any) -> Callable[[], Tens
         step, start = own.on(loop.inner), (loop.start, own.init(loop.start))
     else:
         step, start, options = loop.step, (loop.start, *loop.state()), {"with_time": True, **options}
-    return lambda: (
-        hg.unroll.reverse(step, start, loop.lam, lambda carry, lam: loop.outer(carry[0]), loop.steps, **options).grads
+    return lambda: hg.unroll.reverse(
+        step, start, loop.lam, lambda carry, lam: loop.outer(carry[0]), loop.steps, **options
     )
+
+
+def library(loop: Loop, **options: Any) -> Callable[[], Tensor]:
+    call = reversed_by(loop, **options)
+    return lambda: call().grads
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Loop], Callable[[], Tensor]]]] = {

@@ -6,6 +6,7 @@ do the random numbers that it draws: they are drawn before it, in its order, as 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,9 +17,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import _torch
+from ._autodiff import without_autocast
 from ._recorded import NotCompiled
 
 KEPT = 64  # compiled functions
+ROUNDING = 30  # how many times what rounding of params changes a compiled function may be off
 aten = torch.ops.aten
 # What reads a tensor without an operation that a trace would see.
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
@@ -112,9 +115,30 @@ class Traced:
         self._compiled = _COMPILED[key]
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The results; inputs are contiguous."""
-        with torch.no_grad():
-            return self._compiled(*inputs, *[draw() for draw in self.draws], *self.held)
+        """The results; inputs are contiguous. Raises NotCompiled where a tensor has another form than when traced."""
+        try:
+            with torch.no_grad(), without_autocast(self.held[0].device if self.held else inputs[0].device):
+                return self._compiled(*inputs, *[draw() for draw in self.draws], *self.held)
+        except Exception as error:  # whatever compiled code may raise at another form
+            raise NotCompiled(_reason(error)) from error
+
+
+def autocast_state() -> tuple[Any, ...]:
+    """What of torch.autocast a trace depends on."""
+    kinds = (kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+
+
+def gap(x: Tensor, y: Tensor) -> float:
+    """‖x − y‖: 0 for entries that are both NaN or the same infinity, and ∞ where only one of two is finite."""
+    same = (x == y) | (x.isnan() & y.isnan())
+    found = float(torch.linalg.vector_norm((x - y).masked_fill(same, 0)))
+    return math.inf if math.isnan(found) else found
+
+
+def size(x: Tensor) -> float:
+    """‖x‖ over the entries that are finite."""
+    return float(torch.linalg.vector_norm(x.masked_fill(~x.isfinite(), 0)))
 
 
 def _trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:

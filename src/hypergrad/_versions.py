@@ -49,7 +49,8 @@ def show_versions() -> None:
 
 def with_help(text: str, section: str) -> str:
     """A message that ends with the section of the documentation that has its causes and cures."""
-    addresses = dict(entry.split(", ", 1) for entry in metadata(DISTRIBUTION).get_all("Project-URL") or [])
+    urls = metadata(DISTRIBUTION).get_all("Project-URL") if installed(DISTRIBUTION) else None
+    addresses = dict(entry.split(", ", 1) for entry in urls or [])
     site = addresses.get("Documentation")
     beside = Path(__file__).with_name("warnings.md")  # a wheel holds the page
     page = (

@@ -147,6 +147,51 @@ def test_a_number_that_changes_is_noticed():
     assert torch.allclose(direction("eager"), direction(False), rtol=1e-12)
 
 
+def test_data_of_another_shape_is_compiled_anew():
+    """A table that the losses read is replaced by one of another size, between calls that compare."""
+    results = []
+    for compile in (False, "eager"):
+        program, found = Program(), []
+        tracker = hg.bilevel.SOBA(program.model.parameters(), [program.decay])
+        plain, more = program.train, [X[:3]]
+        model = program.model
+        program.train = lambda b, f=plain, x=more, m=model: f(b) + m(x[0]).square().mean()
+        for rows in (3, 3, 3, 3, 5, 5, 5):
+            more[0] = X[:rows]
+            tracker.backward(program.valid, program.train, batches=(batch(0), batch(1)), compile=compile)
+            found.append(program.decay.grad)
+            program.decay.grad = None
+            program.model.zero_grad()
+        results.append(found)
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-11, atol=0)
+
+
+def test_autocast_is_that_of_the_call():
+    program = Program()
+    program.model.float()
+    tracker = hg.bilevel.SOBA(program.model.parameters(), [program.decay])
+    pair = tuple({name: x.float() for name, x in batch(t).items()} for t in range(2))
+
+    def value(compile: Any, enabled: bool) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return tracker.backward(program.valid, program.train, batches=pair, compile=compile)[1]  # pyright: ignore[reportReturnType]
+
+    for enabled in (False, False, True, True, False):
+        torch.testing.assert_close(value("eager", enabled), value(False, enabled), rtol=1e-6, atol=0)
+
+
+def test_batches_without_an_answer_are_not_compared():
+    """The second batch is not finite; the program of the first one stays."""
+    program = Program()
+    tracker = hg.bilevel.SOBA(program.model.parameters(), [program.decay], on_nonfinite="ignore")
+    bad = {"x": X[:8] * torch.nan, "y": Y[:8]}
+    for pair in ((batch(0), batch(1)), (bad, bad), (batch(0), batch(1))):
+        program.decay.grad = None
+        tracker.backward(program.valid, program.train, batches=pair, compile="eager")
+    assert program.decay.grad is not None and bool(program.decay.grad.isfinite().all())
+
+
 def test_reading_numbers_is_not_compiled():
     program = Program()
     program.train = lambda batch, plain=program.train: plain(batch) * (1 + 0 * float(batch["x"].sum()))  # type: ignore[method-assign]
@@ -233,3 +278,27 @@ def test_inductor():
     with warnings.catch_warnings():
         warnings.simplefilter("error", hg.HypergradientWarning)
         check(trained(Program(), "SOBA", False), trained(Program(), "SOBA", True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
+def test_directions_that_vanish_are_not_compared_to_rounding():
+    """At the solution what is left of a direction is rounding, which compiled code does in another order."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 40, generator=draw) / 14, torch.randn(200, generator=draw)
+    w, lam = torch.zeros(40, requires_grad=True), torch.zeros(40, requires_grad=True)
+    tracker = hg.bilevel.SOBA([w], [lam], lr=0.3)
+    optimizer = torch.optim.SGD([w], lr=0.3)
+
+    def valid(b: Tensor) -> Tensor:
+        return ((x[:100] @ w - b) ** 2).sum() / 2
+
+    def train(b: Tensor) -> Tensor:
+        return ((x @ w - b) ** 2).sum() / 2 + 0.1 * (lam.exp() * w.square()).sum()
+
+    for _ in range(1100):  # a warning is an error
+        tracker.backward(valid, train, batches=(y[:100], y), compile=True)
+        optimizer.step()
+        tracker.step()
+        optimizer.zero_grad()
+        lam.grad = None

@@ -112,6 +112,9 @@ def test_a_folder_of_another_run(tmp_path):
     for other in ({"segments": 4}, {"segments": 3, "steps": T + 3}, {"segments": 3, "examples": N + 1}):
         with pytest.raises(ValueError, match="holds another run"):
             called(folder=tmp_path, **other)
+    for other in (queries(2)[:1], [tuple(x.flip(0) for x in batch) for batch in queries(2)]):
+        with pytest.raises(ValueError, match="holds the reverse pass of other queries"):
+            called(folder=tmp_path, segments=3, queries=other)
     with pytest.raises(ValueError, match="pass folder="):
         called(segments=3)
 

@@ -8,7 +8,7 @@ import scipy.sparse
 import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import ElasticNet, LinearRegression, LogisticRegression, Ridge
+from sklearn.linear_model import ElasticNet, Lasso, LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import KFold, PredefinedSplit
 from sklearn.svm import LinearSVC
 
@@ -191,6 +191,19 @@ def test_an_estimator_of_scikit_learn_as_inner_solver(model, estimator, load):
         warnings.simplefilter("ignore", ConvergenceWarning)
         fitted = model(cv=3, estimator=estimator, max_iter=1).fit(x, y)
     assert fitted.cv_loss_path_[-1] <= fitted.cv_loss_path_[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "estimator"),
+    [(RidgeHG(), Ridge(solver="lsqr", tol=1e-10)), (ElasticNetHG(l1_ratio=1.0), Lasso(alpha=0.3, tol=1e-10))],
+)
+def test_the_users_estimator_is_not_changed(model, estimator):
+    before = estimator.get_params()
+    model.set_params(estimator=estimator, cv=3, max_iter=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(*scaled(load_diabetes))
+    assert model.estimator is estimator and estimator.get_params() == before and not hasattr(estimator, "coef_")
 
 
 def test_an_estimator_that_solves_another_problem_is_refused():

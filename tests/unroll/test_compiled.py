@@ -206,6 +206,44 @@ def test_a_number_of_the_surroundings_that_changes_is_noticed():
         check(*both(step, w, lam, outer, 8))
 
 
+def test_infinite_entries_that_are_carried_hide_no_difference():
+    """A least loss so far begins at infinity; a number of the surroundings changes between two calls."""
+    lr, (w, lam) = [0.3], start()
+
+    def step(carry, lam):
+        return carry[0] - lr[0] * (carry[0] - lam), carry[1]
+
+    for lr[0] in (0.3, 0.1):
+        carry = w, torch.tensor(torch.inf, dtype=F64)
+        check(*both(step, carry, lam, lambda c, lam: outer(c[0], lam), 5, allow_detached=True))
+
+
+def test_data_of_another_shape_is_compiled_anew():
+    rows, (w, lam) = [X], start()
+
+    def step(w, lam):
+        return w - 0.1 * (rows[0].T @ (rows[0] @ w)) / len(rows[0]) + 0.1 * lam
+
+    for rows[0] in (X, X[:7], X):
+        check(*both(step, w, lam, outer, 6))
+
+
+def test_autocast_is_that_of_the_call():
+    w, lam = draw(3, seed=2).float(), draw(3, seed=3).float().requires_grad_()
+    x = X.float()
+
+    def step(w, lam):
+        return w - 0.1 * (x.T @ (x @ w.unsqueeze(1))).squeeze(1).to(w.dtype) / len(x) + 0.1 * lam
+
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            plain, compiled = (
+                reverse(step, w, lam, lambda w, lam: w.square().sum(), 5, compile=c) for c in (False, "eager")
+            )
+        assert compiled.compiled is not None
+        torch.testing.assert_close(compiled.grads, plain.grads, rtol=1e-5, atol=1e-6)
+
+
 class Model:
     """A step that is a method, and one that cannot be referred to weakly."""
 

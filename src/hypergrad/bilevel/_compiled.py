@@ -5,7 +5,6 @@ Its inputs are the two batches; live parameters, hparams and the tracker's own v
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import _random
+from .._autodiff import users_autocast
 from .._recorded import NotCompiled
 from .._solution import warn
-from .._traced import Traced
+from .._traced import ROUNDING, Traced, autocast_state, gap, size
 from ._oracles import Batch, put_back, statistics_of
 
 if TYPE_CHECKING:
@@ -52,12 +52,17 @@ class CompiledDirections:
         program = self.programs.get(key)
         tensors = [x.detach().contiguous() for x in leaves if isinstance(x, Tensor)]
         if program is not None and self.calls & (self.calls - 1):
-            return program(tensors, outer, inner)
+            try:
+                return program(tensors, outer, inner)
+            except NotCompiled:  # a tensor of the surroundings has another form now
+                program = None
+                del self.programs[key]
         devices = _random.devices_of(self.tracker.oracles.params)
         state = _random.capture(devices)
         before = dict(self.tracker.oracles.counts)
         found = _directions(self.tracker, outer, inner)
-        if key in self.programs and program is None:
+        judged = all(bool(x.isfinite().all()) for x in _parts(found, outer, inner))
+        if not judged or (key in self.programs and program is None):
             return found
         recorded, after = statistics_of(self.losses), _random.capture(devices)
         counts = self.tracker.oracles.counts
@@ -79,7 +84,8 @@ class CompiledDirections:
         forms = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
         if not all(isinstance(x, (Tensor, int, float, str, type(None))) for x in leaves):
             raise TypeError("batches must hold tensors and plain values alone with compile")
-        return spec, *forms, torch.is_autocast_enabled(), torch.is_autocast_enabled("cpu")
+        with users_autocast():
+            return spec, *forms, autocast_state()
 
     def _checked(
         self,
@@ -93,20 +99,49 @@ class CompiledDirections:
     ) -> Program:
         """The program, compared with what was computed as it is; compiled, or anew, where there is none or another."""
         if program is not None:
-            _random.restore(state)
-            if program.error(tensors, true) <= program.tolerance:
+            if not self._error(program, tensors, state, true):
                 return program
             warn(CHANGED.format(self.calls // 2))
+            del self.programs[self._key(leaves, spec)]
         if len(self.programs) >= FORMS:
             raise NotCompiled(
                 f"there are more than {FORMS} forms of batches: give them one shape, and numbers as tensors"
             )
         _random.restore(state)
         program = Program(self.tracker, self.losses, tensors, leaves, spec, self.backend, delta)
-        _random.restore(state)
-        if (error := program.error(tensors, true)) > program.tolerance:
+        if error := self._error(program, tensors, state, true):
             raise NotCompiled(f"compiled directions are off by {error:.1e}")
         return program
+
+    def _error(
+        self, program: Program, tensors: list[Tensor], state: Any, true: tuple[Directions, Batch, Batch]
+    ) -> float:
+        """How far off its directions are, relatively; 0 where it is no more than rounding of params explains."""
+        oracles = self.tracker.oracles
+        eps = max(torch.finfo(x.dtype).eps for x in oracles.params)
+
+        def again() -> tuple[Batch, Batch]:
+            _random.restore(state)
+            outer, inner = (oracles.batch(batch.loss, batch.name) for batch in true[1:])
+            return outer, inner
+
+        due, pair = _parts(*true), again()
+        try:
+            got = _parts(program(tensors, *pair), *pair)
+        except NotCompiled:
+            return torch.inf
+        if any(len(x) != len(y) for x, y in zip(due, got, strict=True)):
+            return torch.inf
+        errors = [gap(x, y) for x, y in zip(due, got, strict=True)]
+        if all(error <= eps**0.5 * size(x) for error, x in zip(errors, due, strict=True)):
+            return 0.0
+        pair = again()
+        with oracles.at([x.detach() * (1 + eps) for x in oracles.params]):
+            rounded = _parts(_directions(self.tracker, *pair), *pair)
+        noise = [ROUNDING * size(x - y) + eps**0.5 * size(x) for x, y in zip(due, rounded, strict=True)]
+        if all(error <= most for error, most in zip(errors, noise, strict=True)):
+            return 0.0
+        return max(error / (size(x) or 1.0) for error, x in zip(errors, due, strict=True))
 
 
 class Program:
@@ -136,7 +171,6 @@ class Program:
 
         self._traced = Traced(function, tensors, backend)
         self.like: Directions = shape["like"]
-        self.tolerance = max(torch.finfo(x.dtype).eps for x in oracles.params) ** 0.5
 
     def __call__(self, tensors: list[Tensor], outer: Batch, inner: Batch) -> Directions:
         results = iter(self._traced(tensors))
@@ -149,18 +183,6 @@ class Program:
             self.oracles.counts[name] += count
         return type(like)(params, own, hparams, watched)
 
-    def error(self, tensors: list[Tensor], true: tuple[Directions, Batch, Batch]) -> float:
-        """How far off its directions are, relatively; infinite where they are of another form."""
-        outer, inner = (self.oracles.batch(batch.loss, batch.name) for batch in true[1:])
-        found = self(tensors, outer, inner)
-        errors = []
-        for one, other in zip(_parts(*true), _parts(found, outer, inner), strict=True):
-            if len(one) != len(other):
-                return math.inf
-            size, off = float(one.norm()), float((one - other).norm())
-            errors.append(off / size if size else off)
-        return max(e for e in (*errors, 0.0) if not math.isnan(e))
-
 
 def _directions(tracker: Tracker, outer: Batch, inner: Batch) -> Directions:
     return tracker.directions(outer, inner, *[None for _ in tracker.takes])
@@ -169,7 +191,8 @@ def _directions(tracker: Tracker, outer: Batch, inner: Batch) -> Directions:
 def _parts(found: Directions, outer: Batch, inner: Batch) -> list[Tensor]:
     """Each direction, and the values of both losses, as one vector in double precision."""
     groups = found.params, found.own, found.hparams, [outer.value, inner.value]
-    return [torch.cat([torch.zeros(1)] + [x.reshape(-1).cpu() for x in xs if x is not None]).double() for xs in groups]
+    dense = ([x.to_dense() if x.is_sparse else x for x in xs if x is not None] for xs in groups)
+    return [torch.cat([torch.zeros(1)] + [x.reshape(-1).cpu() for x in xs]).double() for xs in dense]
 
 
 def _flat(found: Directions, outer: Batch, inner: Batch) -> list[Tensor]:

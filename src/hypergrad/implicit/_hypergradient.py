@@ -81,10 +81,8 @@ class Hypergradient:
 
     def warn_if_unsolved(self) -> None:
         """UnsolvedInnerProblem where params are too far from the inner solution for the result to mean much."""
-        thetas, distance = (
-            [theta if theta < math.inf else 0.0 for theta, _ in remaining(self.solution)],
-            self.inner_distance,
-        )
+        thetas = [theta if theta < math.inf else 0.0 for theta, _ in remaining(self.solution)]
+        distance = self.inner_distance
         if any(thetas):
             distance = distance.reshape(-1).cpu() * (1 + torch.tensor(thetas, dtype=torch.float64, device="cpu"))
         warn_if_unsolved(distance, self.inner_residual)

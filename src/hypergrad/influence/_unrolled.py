@@ -56,7 +56,8 @@ def unrolled(
         steps: T.
         batches, with_time, memory: as in `unroll.reverse`.
         folder: where iterates between segments of the training, and the gradients of those that are done, are kept. The
-            same call goes on from there after it was interrupted, and gives the same scores bit for bit. Files are
+            same call goes on from there after it was interrupted, and gives the same scores bit for bit. A folder
+            belongs to one step and its queries: another step is not noticed where its segments are done. Files are
             removed by you alone.
         segments: how many, with folder; about √T by default.
         progress: show a bar over segments (needs tqdm).
@@ -174,7 +175,10 @@ class _Resumed:
         """The scores, and the losses of the queries."""
         self._forward()
         path, last = self.folder / "adjoint.pt", len(self.bounds) - 2
-        done: dict[str, Any] = self._load(path.name) if path.exists() else {"segment": last + 1}
+        done: dict[str, Any] = {"segment": last + 1}
+        if path.exists():
+            done = self._load(path.name)
+            self._check_queries(losses, done["losses"])
         for segment in bar(range(done["segment"] - 1, -1, -1), "reverse pass", self.progress):
             first = segment == last
             result = self._through(segment, losses if first else _along(done["alpha"]), memory)
@@ -188,6 +192,17 @@ class _Resumed:
             self._save(path.name, done)
         self._begin(last + 1)
         return done["scores"], done["losses"]
+
+    def _check_queries(self, losses: Callable[[PyTree, Any], Tensor], known: Tensor) -> None:
+        """Raise where what the reverse pass has done so far was for other queries."""
+        with torch.no_grad():
+            values = losses(self.rebuild(self._begin(len(self.bounds) - 1)), None)
+        tolerance = torch.finfo(known.dtype).eps ** 0.5
+        if values.shape != known.shape or not torch.allclose(values, known, rtol=tolerance, atol=0, equal_nan=True):
+            raise ValueError(
+                f"{self.folder} holds the reverse pass of other queries: remove adjoint.pt in it to go back for these "
+                f"(the iterates of the training stay)"
+            )
 
     def _through(self, segment: int, outer: Callable[[PyTree, Any], Tensor], memory: str) -> ReverseResult:
         begin, end = self.bounds[segment : segment + 2]

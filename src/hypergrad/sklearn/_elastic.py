@@ -19,6 +19,7 @@ import numpy as np
 import scipy.sparse
 import torch
 from scipy.linalg import cho_factor, cho_solve
+from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso
 from torch import Tensor
@@ -45,7 +46,7 @@ class Elastic:
         self.X, self.y, self.folds, self.loss, self.ratio = X, y, folds, loss, ratio
         self.parts = [_Part(X, y, folds.train[fold].numpy(), fit_intercept) for fold in range(folds.number)]
         self.rows = [folds.rows(fold).numpy() for fold in range(folds.number)]
-        self.solver = Lasso(alpha=1.0, tol=TOLERANCE, max_iter=10_000) if estimator is None else estimator
+        self.solver: Any = Lasso(alpha=1.0, tol=TOLERANCE, max_iter=10_000) if estimator is None else clone(estimator)
         self.given = estimator is not None
         self.w = np.zeros((folds.number, y.shape[1], X.shape[1]))
 

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from .. import _autodiff, _random
 from .._recorded import NotCompiled
-from .._traced import Traced
+from .._traced import ROUNDING, Traced, autocast_state, gap, size
 from .._tree import parse_bytes
 from ._steps import KIND, Iterate, Recorded, Run, is_continuous, leaf
 
 Key = tuple[Any, ...]
 FORMS = 8  # of batches, for each of which both functions are compiled
-ROUNDING = 30  # how many times what rounding of params changes a compiled function may be off
 OTHER = (
     "compiled, step {} gives other numbers than step itself (off by {:.1e} of the change of params): step reads "
     "something beside tensors that is not the same at each call (an iterator, a counter, NumPy's random numbers). Pass "
@@ -58,7 +57,7 @@ class Compiled:
         self.seconds = 0.0  # of building
         self.used: dict[Key, Pair] = {}
         self.outer = [x.detach().contiguous() for x in run.outer]
-        self.form: Key = (backend, *run.form)
+        self.form: Key = (backend, autocast_state(), *run.form)
         if any(x.layout is not torch.strided or hasattr(x, "placements") for x in (*run.start, *run.outer)):
             raise NotCompiled("sparse and sharded tensors are not compiled")
 
@@ -226,11 +225,11 @@ class Compiled:
         _random.restore(iterate.random)
         found = pair.forward(self._inputs(iterate.tensors, t)[0])
         due, got, before = map(_flat, (true.outputs, found, true.leaves))
-        error, change = float((due - got).norm()), float((due - before).norm())
-        allowed = self._eps**0.5 * change + 8 * self._eps * float(due.norm())
+        error, change = gap(due, got), size(due - before)
+        allowed = self._eps**0.5 * change + 8 * self._eps * size(due)
         if error > allowed:
             again, rounded = (_flat(self._evaluated(iterate, t, off).outputs) for off in (0.0, self._eps))
-            if (due - again).norm() > allowed or not error <= ROUNDING * float((due - rounded).norm()):
+            if gap(due, again) > allowed or error > ROUNDING * size(due - rounded):
                 raise NotCompiled(OTHER.format(t, error / change if change else error))
         _random.restore(iterate.random)
 
@@ -241,11 +240,11 @@ class Compiled:
         due = self._joined(*self.run.pull(true, alpha, nothing))
         _random.restore(iterate.random)
         got = self._joined(*self._pull(pair, self._inputs(iterate.tensors, t)[0], alpha, nothing))
-        error, size = float((due - got).norm()), float(due.norm())
-        if error > self._eps**0.5 * size:
+        error, norm = gap(due, got), size(due)
+        if error > self._eps**0.5 * norm:
             rounded = self._joined(*self.run.pull(self._evaluated(iterate, t, self._eps), alpha, nothing))
-            if not error <= ROUNDING * float((due - rounded).norm()):
-                raise NotCompiled(DERIVATIVE.format(t, error / size if size else error))
+            if error > ROUNDING * size(due - rounded):
+                raise NotCompiled(DERIVATIVE.format(t, error / norm if norm else error))
         _random.restore(iterate.random)
 
     def _joined(self, alpha: list[Tensor], grads: list[Tensor | None]) -> Tensor:
@@ -262,10 +261,10 @@ def iterates_kept(first: Iterate, length: int, memory: str, checkpoints: int | N
         return checkpoints or length
     if memory == "sqrt":
         return ceil(sqrt(2 * length))
-    budget, size = parse_bytes(memory) or 0.0, max(1, sum(x.nbytes for x in first.tensors))
-    if budget < 2 * size:
-        raise ValueError(f"a budget of {budget:.0f} bytes is too small: two iterates need {2 * size}")
-    return min(int(budget // size) - 1, length)
+    budget, each = parse_bytes(memory) or 0.0, max(1, sum(x.nbytes for x in first.tensors))
+    if budget < 2 * each:
+        raise ValueError(f"a budget of {budget:.0f} bytes is too small: two iterates need {2 * each}")
+    return min(int(budget // each) - 1, length)
 
 
 def _flat(xs: Sequence[Tensor]) -> Tensor:
