@@ -86,7 +86,6 @@ def names() -> list[str]:
 INTERNAL = {
     "operators.adjoint",
     "operators.has_curvature",
-    "operators.Counter",
     "operators.stacked",
     "fixed_points.Iterate",
     "fixed_points.Goal",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -19,13 +20,6 @@ from ._tree import PyTree, flatten
 from ._vector import Vector
 
 Product = Callable[[Vector], Vector]
-
-
-class Counter:
-    """How many products an operator, its transpose and its damped forms have done together."""
-
-    def __init__(self) -> None:
-        self.products = 0
 
 
 class LinearOperator:
@@ -72,16 +66,12 @@ class LinearOperator:
         self._transpose, self._many_transpose = transpose, many_transpose
         if self.symmetric:
             self._transpose, self._many_transpose = self._matvec, many
-        self._counter = Counter()
+        self._counter = SimpleNamespace(products=0)  # that of the transpose and of the damped forms too
 
     @property
     def products(self) -> int:
         """Products done so far, with A or Aᵀ; a product with m vectors at once counts m."""
         return self._counter.products
-
-    def count_by(self, counter: Counter) -> None:
-        """Count products from here on by another counter; before any damped form is made."""
-        self._counter = counter
 
     @property
     def has_transpose(self) -> bool:

@@ -3,7 +3,6 @@
 from ._differences import Differences, finite_differences
 from ._error import Estimate
 from ._findings import Finding, findings
-from ._plots import plot_spectrum
 from ._report import Report, check
 from ._structure import SolverChoice, Structure, operator_structure, solver_choice, structure
 
@@ -23,5 +22,4 @@ __all__ = [
     # what is wrong
     "Finding",
     "findings",
-    "plot_spectrum",
 ]

@@ -11,7 +11,6 @@ from .._solution import Status
 from .._tree import PyTree
 from .._vector import Vector
 from ..implicit import Correction, Problem, correct, newton_step
-from ..operators import Counter, LinearOperator
 from ..solvers import GMRES, MINRES, Dense, IterativeSolver, Solver, solve
 
 LONG = 3.0  # seconds after which a bar appears by itself
@@ -171,11 +170,6 @@ class Budget:
         if self.bar is not None:
             self.bar.update(products)
 
-    def counted(self, operator: LinearOperator) -> LinearOperator:
-        """The operator, whose products are counted here."""
-        operator.count_by(_Spending(self))
-        return operator
-
     def limited(self, solver: Any, systems: int, rtol: float) -> Any:
         """The solver with as many steps as its share of what is left, with so many systems to come."""
         if not isinstance(solver, IterativeSolver):
@@ -185,22 +179,6 @@ class Budget:
         share, own = max(1, self.left // systems), 1000 if solver.max_steps is None else solver.max_steps
         self.tight = self.tight or share < own
         return replace(solver, max_steps=min(share, own))
-
-
-class _Spending(Counter):
-    """The counter of an operator whose products a budget pays."""
-
-    def __init__(self, budget: Budget):
-        self._budget, self._products = budget, 0
-
-    @property
-    def products(self) -> int:
-        return self._products
-
-    @products.setter
-    def products(self, count: int) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self._budget.spend(count - self._products)
-        self._products = count
 
 
 def _bar(most: int, progress: bool | None) -> Any:
@@ -223,7 +201,7 @@ class _Systems:
 
     def _take(self, problem: Problem) -> None:
         problem.evaluate(keep=True)
-        self.op = self.budget.counted(problem.operator())
+        self.op, self.counted = problem.operator(), 0
         self.problem, self.before = problem, self.budget.done
 
     def solver(self, systems: int) -> Solver:
@@ -235,15 +213,25 @@ class _Systems:
             chosen = Dense(on_failure="ignore") if few else krylov(on_failure="ignore")
         return self.budget.limited(chosen, systems, space.rtol)
 
+    def spend(self) -> None:
+        """Take the products since the last call from the budget."""
+        self.budget.spend(self.op.products - self.counted)
+        self.counted = self.op.products
+
     def adjoint(self, start: Vector | None = None) -> Vector:
-        return solve(self.solver(4), self.op, self.problem.b.copy(), start).value
+        v = solve(self.solver(4), self.op, self.problem.b.copy(), start).value
+        self.spend()
+        return v
 
     def correct(self, v: Vector) -> Correction:
-        return correct(self.problem, v, self.solver(3), self.op)
+        correction = correct(self.problem, v, self.solver(3), self.op)
+        self.spend()
+        return correction
 
     def effect(self, r: Vector) -> Vector:
         """−∂₂Fᵀ A⁻ᵀ r: what r in the right hand side of the adjoint system changes of the hypergradient."""
         solve(self.solver(2), self.op, r.copy(), None, self.problem.last_product)
+        self.spend()
         return self.problem.cross_vector().copy()
 
     def newton_step(self, step: Vector) -> bool:
