@@ -42,7 +42,7 @@ def _parts(each: Any, depth: int) -> Iterable[Any]:
         return _of_function(each)
     if isinstance(each, (dict, list, tuple)):
         return list(each.values() if isinstance(each, dict) else each) if len(each) <= LONG else []
-    if isinstance(each, (torch.Tensor, type)) or not (callable(each) or depth):
+    if isinstance(each, (torch.Tensor, type)) or not (callable(each) or depth) or _known(type(each).__module__):
         return []
     attributes = getattr(each, "__dict__", None)
     return list(attributes.values()) if isinstance(attributes, dict) else []
@@ -55,12 +55,18 @@ def _of_function(function: types.FunctionType) -> list[Any]:
             cells.append(cell.cell_contents)
         except ValueError:  # not filled yet
             continue
-    names = _names(function.__code__)
+    names = () if _known(function.__globals__.get("__name__", "")) else _names(function.__code__)
     used = [function.__globals__[name] for name in names if name in function.__globals__]
     used = [each for each in used if not isinstance(each, types.ModuleType)]
     return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *used]
 
 
+def _known(module: str) -> bool:
+    """Whether a module is torch's, or one of trackers: what it defines names no module of the user's."""
+    return module == "torch" or module.startswith(("torch.", "hypergrad.bilevel."))
+
+
+@functools.lru_cache(1024)
 def _names(code: types.CodeType) -> set[str]:
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return set(code.co_names).union(*map(_names, inner))

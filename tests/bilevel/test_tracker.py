@@ -358,6 +358,18 @@ def test_running_statistics_are_recorded_once_at_the_users_point(name, switch):
             each.zero_grad()
 
 
+def test_a_model_is_found_behind_functions_of_torch():
+    """A closure that torch has wrapped, on an object that holds the tracker too: statistics are still put back."""
+    p = Program(nn.BatchNorm1d(programs.WIDTH))
+    p.tracker = tracker = make("F2SA", p)
+    before = copy.deepcopy([*p.model.buffers()])
+    outer, inner = p.closures(0)
+    with pytest.raises(ValueError, match="NaN"):
+        tracker.backward(torch.enable_grad()(lambda: outer() * torch.nan), torch.enable_grad()(inner))
+    for mine, theirs in zip(p.model.buffers(), before, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_every_evaluation_of_a_batch_draws_the_same_numbers(name):
     """And afterwards the random state is that after one evaluation of each loss."""
