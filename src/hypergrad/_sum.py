@@ -151,9 +151,8 @@ class Job:
                 room = self.keep - sum(sizes.values())
                 if room > 0:
                     self.kept[number] = leaves, values
-            parts = [None if y is None else y.detach() * weight for y in values]
+            sums = [_added(x, y, weight) for x, y in zip(sums or [None] * len(values), values, strict=True)]
             del values, leaves
-            sums = [_added(x, y) for x, y in zip(sums, parts, strict=True)] if sums else parts
         return sums
 
     def transposed(self, count: int, wanted: Sequence[int], reached: Sequence[int]) -> Job:
@@ -183,8 +182,9 @@ class Job:
         return Job(pull, self.batches, self.keep)
 
 
-def _added(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    return y if x is None else x if y is None else x.add_(y)
+def _added(x: Tensor | None, y: Tensor | None, weight: float) -> Tensor | None:
+    """x + weight · y, without y's graph, in place of x."""
+    return x if y is None else y.detach() * weight if x is None else x.add_(y.detach(), alpha=weight)
 
 
 class Accumulated(torch.autograd.Function):
@@ -323,7 +323,7 @@ class Sum:
                 with torch.enable_grad(), users_autocast():
                     one = self.loss.on(batch).linearise(params, hparams, leaves, (), message)
                 image = one.vjp_many(v) if batched else one.vjp(v)
-                total = [_added(x, y * weight) for x, y in zip(total, image, strict=True)]
+                total = [_added(x, y, weight) for x, y in zip(total, image, strict=True)]
             whole = [x / batches.total if self.mean else x for x in total if x is not None]
             if bent is None:
                 return whole
