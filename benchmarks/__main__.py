@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="assert counts on small problems; no times")
     parser.add_argument("--full", action="store_true", help=f"rows of several GiB too: {', '.join(size.FULL)}")
+    parser.add_argument("--redraw", action="store_true", help="pictures and pages alone, from the JSON files")
     parser.add_argument("--rows", nargs="+", metavar="WORD", help="only rows whose name holds one of these")
     parser.add_argument("--methods", nargs="+", metavar="WORD", help="only methods whose name holds one of these")
     parser.add_argument("--rounds", type=int, help="rounds of the clock (default: each row's own)")
@@ -68,6 +69,11 @@ def main() -> None:
     if options.quick:
         counts.run()
         return
+    if options.redraw:
+        for name in options.sections or SECTIONS:
+            report.redraw(SECTIONS[name], options.output / f"benchmarks_{name}")
+        report.pages(SECTIONS, options.output)
+        return
     # What the library has to say about float32 after K steps is in the table: the errors.
     warnings.simplefilter("ignore", hg.HypergradientWarning)
     for name in tqdm(options.sections or SECTIONS, desc="sections"):
@@ -76,12 +82,10 @@ def main() -> None:
         rows = [r for r in rows if options.full or r not in size.FULL]
         if rows:
             results, settings = section.measure(rows, options.methods, options.rounds)
-            print(f"{section.title}\n{report.write(section, results, settings, stem(options.output, name))}\n")
-    report.page([stem(options.output, name) for name in SECTIONS], options.output / "benchmarks.md")
-
-
-def stem(folder: Path, name: str) -> Path:
-    return folder / ("benchmarks" if name == "equal" else f"benchmarks_{name}")
+            print(
+                f"{section.title}\n{report.write(section, results, settings, options.output / f'benchmarks_{name}')}\n"
+            )
+    report.pages(SECTIONS, options.output)
 
 
 if __name__ == "__main__":

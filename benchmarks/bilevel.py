@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ import hypergrad as hg
 
 from . import peers
 from .measure import Spread, counted, counting, interleaved, peak_memory, ratios
-from .report import BLUE, GREY, Section, bars, cell
+from .pictures import Bar, Panel
+from .pictures import draw as draw_panels
+from .report import Section, cell
 
 Tensors = list[Tensor]
 PENALTIES = (10.0, 100.0, 1000.0)
@@ -415,24 +417,18 @@ def table(results: Sequence[Result]) -> str:
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """A bar a method: how long a step takes over the base; its error beside it."""
-    rows = list(dict.fromkeys(r.row for r in results))
-    with bars(
-        path, rows, "A step: CPU time over SOBA's (networks: over its passes by hand), and error", 7.5, 5.5
-    ) as axes:
-        for axis, row in zip(axes, rows, strict=True):
-            chosen = [r for r in results if r.row == row and r.ratio]
-            for place, r in enumerate(chosen):
-                assert r.ratio is not None
-                low, middle, high = r.ratio.low, r.ratio.middle, r.ratio.high
-                colour = BLUE if r.library == "hypergrad" else GREY
-                axis.barh(place, middle, color=colour, xerr=[[middle - low], [high - middle]], ecolor="0.3")
-                error = "" if r.error is None else f", off by {r.error:.0e}"
-                axis.text(high, place, f"  {middle:.2f}{error}", va="center", fontsize=8)
-            axis.set_yticks(range(len(chosen)), [f"{r.library}: {r.method}" for r in chosen], fontsize=8)
-            axis.set(title=row)
-            axis.margins(x=0.4)
-            axis.invert_yaxis()
-            axis.spines[["top", "right"]].set_visible(False)
+    panels = []
+    for row in dict.fromkeys(r.row for r in results):
+        cells = [r for r in results if r.row == row and r.ratio and not r.method.endswith((" 10", " 1000"))]
+        chosen = [Bar(f"{r.library}: {r.method}", r.ratio, own=r.library == "hypergrad") for r in cells]
+        panels.append(Panel(row, [replace(b, text=off(b, r)) for b, r in zip(chosen, cells, strict=True)], line=1))
+    title = "A step: CPU time over SOBA's (networks: over its\npasses by hand), and error of the direction"
+    draw_panels(path, title, panels)
+
+
+def off(bar: Bar, r: Result) -> str:
+    assert isinstance(bar.value, Spread)
+    return f"{bar.value.middle:.2f}" + ("" if r.error is None else f", off by {r.error:.0e}")
 
 
 SECTION = Section("Minibatch algorithms: a step", lambda: ROUNDS, measure, table, draw)

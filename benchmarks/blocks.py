@@ -26,8 +26,10 @@ from .accuracy import MOST, TOLERANCES, cg, hypertorch_cg
 from .illconditioned import problem_at
 from .measure import Spread, counted, interleaved, ratios
 from .methods import hypergradient
+from .pictures import Bar, Panel
+from .pictures import draw as draw_panels
 from .problems import Problem
-from .report import BLUE, GREY, Section, bars
+from .report import Section
 
 LOSSES, TARGET, ROUNDS = 8, 1e-6, 5
 Losses = Sequence[Callable[..., Tensor]]
@@ -132,20 +134,18 @@ def table(results: list[Result]) -> str:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    rows = list(dict.fromkeys(r.row for r in results))
-    title = f"{LOSSES} hypergradients on one inner problem, each to {TARGET:.0e}: CPU seconds"
-    with bars(path, rows, title, height=2.6) as axes:
-        for axis, row in zip(axes, rows, strict=True):
-            cells = [r for r in results if r.row == row and r.cpu]
-            for place, r in enumerate(cells):
-                assert r.cpu
-                axis.barh(place, r.cpu.middle, color=BLUE if r.method.startswith("hg") else GREY)
-                axis.text(r.cpu.middle, place, f" {r.cpu.middle:.3f} s, {r.passes} passes", va="center", fontsize=7)
-            axis.set(yticks=range(len(cells)), title=row)
-            axis.set_yticklabels([r.method for r in cells], fontsize=8)
-            axis.set_xlim(right=1.6 * max(r.cpu.middle for r in cells if r.cpu))
-            axis.invert_yaxis()
-            axis.spines[["top", "right"]].set_visible(False)
+    panels = [
+        Panel(
+            row,
+            [
+                Bar(r.method, r.cpu, f"{r.cpu.middle:.3f} s, {r.passes} passes", r.method.startswith("hg"))
+                for r in results
+                if r.row == row and r.cpu
+            ],
+        )
+        for row in dict.fromkeys(r.row for r in results)
+    ]
+    draw_panels(path, f"{LOSSES} hypergradients on one inner problem,\neach to {TARGET:.0e}: CPU seconds", panels)
 
 
 def rows() -> list[str]:

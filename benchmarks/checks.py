@@ -28,8 +28,10 @@ from hypergrad.implicit import _hypergradient, _problem
 from . import problems
 from .measure import Spread, interleaved, ratios
 from .methods import hypergradient
+from .pictures import Bar, Panel
+from .pictures import draw as draw_panels
 from .problems import Problem
-from .report import BLUE, RED, Section, bars
+from .report import Section
 
 ROWS = ("mlp", "logistic")  # on which the limit is due; the calls on others are too short or too odd
 LIMIT = 0.02
@@ -155,18 +157,14 @@ def table(results: list[Result]) -> str:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    with bars(path, [None], "What implicit.grad does beside its products", height=2.8) as (axis,):
-        for place, r in enumerate(results):
-            low, middle, high = (100 * x for x in (r.share.low, r.share.middle, r.share.high))
-            axis.barh(place, middle, color=BLUE, xerr=[[middle - low], [high - middle]], ecolor="0.3")
-            axis.text(high, place, f"  {middle:.2f} %", va="center", fontsize=8)
-            if r.limit:
-                axis.plot([100 * r.limit] * 2, [place - 0.45, place + 0.45], color=RED, linewidth=2)
-        axis.set_yticks(range(len(results)), [f"{r.row}: {r.method}" for r in results], fontsize=8)
-        axis.margins(x=0.2)
-        axis.set(xscale="log", xlabel="% (of the call; or over the products). Median, quartiles; red: limit")
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
+    chosen = [
+        Bar(
+            f"{r.row}: {r.method}", r.share.times(100), f"{100 * r.share.middle:.2f} %", True, r.limit and 100 * r.limit
+        )
+        for r in results
+    ]
+    panels = [Panel("", chosen, label="% (of the call; or over the products)", log=True)]
+    draw_panels(path, "What implicit.grad does beside its products (red: limit)", panels)
 
 
 SECTION = Section("Beside the products", lambda: ROUNDS, measure, table, draw)

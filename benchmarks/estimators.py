@@ -26,7 +26,8 @@ import hypergrad as hg
 from . import networks
 from .measure import counted
 from .networks import F64, Case, Named
-from .report import Section, bars
+from .pictures import BLUE, RED, column
+from .report import Section
 
 SEEDS = 3
 PARTS = {"decay": "decay of each tensor", "weights": "weight of each example"}
@@ -275,25 +276,28 @@ def table(results: Sequence[Result]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """The median cosine of each estimator on each network, as a colour; the relative error as a number."""
+    """A point a network: the median cosine of each estimator; hollow: the one trained to the end; a line: the median."""
     rows = list(dict.fromkeys(r.row for r in results))
     methods = list(dict.fromkeys(r.method for r in results))
     places = {(r.part, r.row, r.method): r for r in results}
-    with bars(path, list(PARTS), "Cosine with the derivative of retraining (relative error)", 8.5, 5.4) as axes:
+    ends, midway = ([row for row in rows if row.endswith("to the end") is over] for over in (True, False))
+    title = "Cosine with the derivative of retraining: a point a network\n(hollow: trained to the end), a line at the median"
+    with column(path, title, [0.36 * len(methods) + 0.6] * len(PARTS)) as axes:
         for axis, part in zip(axes, PARTS, strict=True):
-            cosines = [[median(places[part, row, m].cosines) for row in rows] for m in methods]
-            axis.imshow(cosines, cmap="RdYlGn", vmin=-1, vmax=1, aspect="auto")
             for i, m in enumerate(methods):
-                for j, row in enumerate(rows):
-                    error = median(places[part, row, m].errors)
-                    text = (
-                        f"{cosines[i][j]:.2f} ({error:.2g})" if error > 0.001 else f"{cosines[i][j]:.2f} ({error:.0e})"
-                    )
-                    axis.text(j, i, text, ha="center", va="center", fontsize=7)
-            names = [row.replace(", ", ",\n").replace("BatchNorm ", "BatchNorm\n") for row in rows]
-            axis.set_xticks(range(len(rows)), names, fontsize=7)
-            axis.set_yticks(range(len(methods)), methods, fontsize=8)
-            axis.set(title=PARTS[part])
+                cosines = [median(places[part, row, m].cosines) for row in midway]
+                solved = [median(places[part, row, m].cosines) for row in ends]
+                axis.plot(cosines, [i] * len(cosines), "o", color=BLUE, alpha=0.6, markersize=5, markeredgewidth=0)
+                axis.plot(solved, [i] * len(solved), "o", color=BLUE, markersize=7, fillstyle="none")
+                if cosines:
+                    axis.plot([median(cosines)] * 2, [i - 0.35, i + 0.35], color=RED, linewidth=2)
+            axis.set_yticks(range(len(methods)), methods, fontsize=9)
+            axis.set(xlim=(-1.05, 1.05), ylim=(len(methods) - 0.5, -0.5))
+            axis.set_title(PARTS[part], fontsize=10, loc="left", fontweight="bold")
+            axis.axvline(0, color="0.3", linewidth=0.8, zorder=0)
+            axis.grid(axis="y", color="0.9")
+            axis.tick_params(axis="x", labelsize=9)
+            axis.spines[["top", "right"]].set_visible(False)
 
 
 SECTION = Section("Estimators on networks in mid-training", networks.available, measure, table, draw)

@@ -23,7 +23,9 @@ import hypergrad as hg
 
 from . import peers
 from .measure import Spread, interleaved, peak_memory, ratios
-from .report import BLUE, GREY, MIB, Section, bars, cell
+from .pictures import Bar, Panel
+from .pictures import draw as draw_panels
+from .report import MIB, Section, cell
 
 Tensors = list[Tensor]
 WIDTHS = (32, 64, 64, 10)
@@ -233,22 +235,17 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+SHOWN = ("√T blocks by hand", 'memory="graph"', 'memory="sqrt"', 'compile=True, "sqrt"')  # in the picture
+
+
 def draw(results: Sequence[Result], path: Path) -> None:
     """CPU time of each method over the plain graph."""
-    rows = list(dict.fromkeys(r.row for r in results))
-    with bars(path, rows, "Unrolled loops of small steps: CPU time over the plain graph") as axes:
-        for axis, row in zip(axes, rows, strict=True):
-            chosen = [r for r in results if r.row == row and r.ratio]
-            for place, r in enumerate(chosen):
-                middle = r.ratio.middle if r.ratio else 0.0
-                axis.barh(place, middle, color=BLUE if r.library == "hypergrad" else GREY)
-                axis.text(middle, place, f" {middle:.2f}", va="center", fontsize=8)
-            axis.set_yticks(range(len(chosen)), [r.method for r in chosen], fontsize=8)
-            axis.axvline(1, color="black", linewidth=0.8)
-            axis.set(title=row)
-            axis.margins(x=0.15)
-            axis.invert_yaxis()
-            axis.spines[["top", "right"]].set_visible(False)
+    panels = []
+    for row in dict.fromkeys(r.row for r in results):
+        cells = [r for r in results if r.row == row and r.ratio]
+        cells = [r for r in cells if r.method in SHOWN] or cells
+        panels.append(Panel(row, [Bar(r.method, r.ratio, own=r.library == "hypergrad") for r in cells], line=1))
+    draw_panels(path, "Unrolled loops of small steps:\nCPU time over the plain graph", panels)
 
 
 SECTION = Section("Unrolled loops of small steps", lambda: ROWS, measure, table, draw)

@@ -44,6 +44,9 @@ class Spread:
         low, _, high = quantiles(values, n=4, method="inclusive")
         return cls(low, median(values), high)
 
+    def times(self, factor: float) -> Spread:
+        return Spread(factor * self.low, factor * self.middle, factor * self.high)
+
 
 def interleaved(
     calls: dict[Name, Call], rounds: int, repeat: int = 1, step: Callable[[], object] = int, warm_up: int = 1

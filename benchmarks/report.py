@@ -7,12 +7,11 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ import hypergrad as hg
 from .measure import Spread
 
 MIB = 2.0**-20
+_SPREAD = {"low", "middle", "high"}
 PEERS = ("torchopt", "higher", "torchdeq", "betty-ml", "boat-torch", "jaxopt", "jax", "optimistix")
-BLUE, GREY, RED = "#3465a4", "#b8b8b8", "#cc3333"
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def markdown(lines: Sequence[str]) -> str:
     titles: list[re.Match[str]] = []
     open_table = False
     for line in lines:
-        words = list(re.finditer(r"\S+(?: (?!-\d|to exact)\S+)*", line))
+        words = list(re.finditer(r"\S+(?: (?!-\d|to exact)(?<!\] )\S+)*", line))
         named = line[:1].strip() != ""
         numbers = sum(any(sign.isdigit() for sign in word[0]) for word in words[1:])
         if len(words) > 2 and 2 * numbers < len(words) - 1 and (named or not titles):
@@ -107,25 +106,41 @@ def _entries(words: Sequence[re.Match[str]], titles: Sequence[re.Match[str]]) ->
     return entries
 
 
-def page(stems: Iterable[Path], target: Path) -> None:
-    """One page of all sections that were measured, now or before."""
-    parts = ["# Benchmarks", "`make bench` measures all of it, `make bench-peers` with the other libraries installed."]
-    for stem in stems:
+def pages(names: Iterable[str], folder: Path) -> None:
+    """A page for each section that was measured, now or before, and one that lists them."""
+    listing = [
+        "# Benchmarks",
+        "`make bench` measures all of it, `make bench-peers` with the other libraries installed.",
+    ]
+    for name in names:
+        stem = folder / f"benchmarks_{name}"
         if not stem.with_suffix(".json").exists():
             continue
         document = json.loads(stem.with_suffix(".json").read_text())
-        if "table" not in document:
-            continue
+        title = document["title"]
         machine, packages = document["machine"], document["machine"]["packages"]
-        versions = ", ".join(f"{name} {number}" for name, number in packages.items())
-        parts += [
-            f"## {document['title']}",
-            f"![{document['title']}]({stem.name}.png)",
+        versions = ", ".join(f"{package} {number}" for package, number in packages.items())
+        parts = [
+            f"# {title}",
+            f"![{title}: a picture of the table below]({stem.name}.png)",
             markdown(document["table"]),
-            f"{machine['cpu']}, one thread, Python {machine['python']}; {versions}. "
+            f"`python -m benchmarks {name}`, {machine['cpu']}, one thread, Python {machine['python']}; {versions}. "
             f"Load when measured: {machine['load'][0]:.1f}. [All numbers]({stem.name}.json).",
         ]
-    target.write_text("\n\n".join(parts) + "\n")
+        stem.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+        listing.append(f"- [{title}]({stem.name}.md)")
+    (folder / "benchmarks.md").write_text("\n\n".join(listing[:2]) + "\n\n" + "\n".join(listing[2:]) + "\n")
+
+
+def redraw(section: Section, stem: Path) -> None:
+    """The picture anew, from the results that were written."""
+
+    def revived(entry: dict[str, Any]) -> SimpleNamespace:
+        spreads = {k: Spread(**v) for k, v in entry.items() if isinstance(v, dict) and v.keys() == _SPREAD}
+        return SimpleNamespace(**entry | spreads)
+
+    document = json.loads(stem.with_suffix(".json").read_text())
+    section.draw([revived(entry) for entry in document["results"]], stem.with_suffix(".png"))
 
 
 def surroundings() -> dict[str, Any]:
@@ -151,51 +166,3 @@ def surroundings() -> dict[str, Any]:
         "packages": packages,
         "commit": commit.stdout.strip(),
     }
-
-
-@contextmanager
-def bars(path: Path, panels: Sequence[Any], title: str, width: float = 6.5, height: float = 3.6) -> Iterator[list[Any]]:
-    """Axes for as many panels, two a line; saved at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    columns = min(len(panels), 2)
-    lines = ceil(len(panels) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
-    for spare in axes.flat[len(panels) :]:
-        spare.remove()
-    yield list(axes.flat[: len(panels)])
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def ratio_axis(
-    axis: Any,
-    names: Sequence[str],
-    ratios: Sequence[Spread | None],
-    own: Sequence[bool],
-    targets: Sequence[float | None],
-) -> None:
-    """A bar a name on a logarithmic axis, with quartiles; "wrong" where there is no ratio; a tick at the target."""
-    for place, (ratio, ours, target) in enumerate(zip(ratios, own, targets, strict=True)):
-        if ratio is None:
-            axis.text(1.02, place, "wrong: no time", va="center", fontsize=8, color=RED)
-            continue
-        width = [[max(ratio.middle - ratio.low, 0)], [max(ratio.high - ratio.middle, 0)]]
-        axis.barh(place, ratio.middle, color=BLUE if ours else GREY, xerr=width, ecolor="0.3")
-        axis.text(ratio.high * 1.06, place, f"{ratio.middle:.2f}", va="center", fontsize=8)
-        if target:
-            axis.plot([target, target], [place - 0.45, place + 0.45], color=RED, linewidth=2)
-    highest = max((r.high for r in ratios if r is not None), default=1.0)
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set(xscale="log", xlim=(0.25, max(8.0, 2 * highest)), yticks=range(len(names)))
-    ticks = [t for t in (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256) if t < max(8.0, 2 * highest)]
-    axis.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
-    axis.set_xticks([], minor=True)
-    axis.set_yticklabels(names, fontsize=8)
-    axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)

@@ -24,8 +24,9 @@ import hypergrad as hg
 from . import problems, small_rows, unrolled
 from .measure import Times, interleaved, peak_memory
 from .methods import floor, implicit
+from .pictures import BLUE, GREY, RED, column
 from .problems import Problem
-from .report import BLUE, GREY, RED, Section, bars
+from .report import Section
 
 Calls = dict[tuple[str, int], Callable[[], Any]]
 
@@ -267,7 +268,7 @@ def table(results: list[Result]) -> str:
 
 def draw(results: list[Result], path: Path) -> None:
     rows = list(dict.fromkeys(r.row for r in results))
-    with bars(path, rows, "How the cost grows", height=3.4) as axes:
+    with column(path, "How the cost grows", [3.0] * len(rows)) as axes:
         for axis, row in zip(axes, rows, strict=True):
             for place, r in enumerate(r for r in results if r.row == row and r.unit != "×"):
                 met = r.expected is None or r.expected[0] <= r.exponent <= r.expected[1]
@@ -277,7 +278,7 @@ def draw(results: list[Result], path: Path) -> None:
                 if r.expected:
                     label += f" (due {r.expected[0]:g} … {r.expected[1]:g})"
                 axis.plot(r.sizes, values, "o-", color=colour, label=label, linewidth=1.5, markersize=5)
-            axis.set(xscale="log", yscale="log", title=row, ylabel="CPU seconds", xlabel=row)
+            axis.set(xscale="log", yscale="log", ylabel="CPU seconds", xlabel=row)
             low, high = axis.get_ylim()
             axis.set_ylim(low / 3, high * 8)
             axis.legend(fontsize=8, loc="upper left", frameon=False)

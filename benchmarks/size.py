@@ -23,7 +23,9 @@ from tqdm import tqdm
 import hypergrad as hg
 
 from .measure import Spread, Times, interleaved, peak_memory, ratios
-from .report import BLUE, Section, bars, cell
+from .pictures import Bar, Panel
+from .pictures import draw as draw_panels
+from .report import Section, cell
 
 Tensors = list[Tensor]
 FEATURES, CLASSES, ROWS, BATCHES, STEPS = 64, 10, 32, 2, 3
@@ -333,19 +335,24 @@ def table(results: Sequence[Result]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    rows = list(dict.fromkeys(r.row for r in results))
-    with bars(path, rows, "Time over the same passes by hand, and vectors held beyond a graph and a product") as axes:
-        for axis, row in zip(axes, rows, strict=True):
-            chosen = [r for r in results if r.row == row]
-            for place, r in enumerate(chosen):
-                axis.barh(place, r.ratio.middle, color=BLUE)
-                text = f"  {r.ratio.middle:.2f}; {r.vectors:.1f} vectors (by hand {r.by_hand:.1f})"
-                axis.text(r.ratio.middle, place, text, va="center", fontsize=8)
-            axis.set_yticks(range(len(chosen)), [r.method for r in chosen], fontsize=8)
-            axis.set(title=row)
-            axis.margins(x=0.6)
-            axis.invert_yaxis()
-            axis.spines[["top", "right"]].set_visible(False)
+    panels = [
+        Panel(
+            row,
+            [
+                Bar(
+                    r.method,
+                    r.ratio,
+                    f"{r.ratio.middle:.2f}; {r.vectors:.1f} vectors ({round(r.by_hand, 1) + 0.0:.1f} by hand)",
+                )
+                for r in results
+                if r.row == row
+            ],
+            line=1,
+        )
+        for row in dict.fromkeys(r.row for r in results)
+    ]
+    title = "Time over the same passes by hand, and vectors held\nbeyond a graph and a product"
+    draw_panels(path, title, panels)
 
 
 SECTION = Section("Large problems", lambda: SIZES, measure, table, draw)

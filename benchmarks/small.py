@@ -16,7 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .measure import Spread, interleaved, peak_memory, ratios
-from .report import MIB, Section, bars, cell, ratio_axis
+from .pictures import Bar, Panel
+from .pictures import draw as draw_panels
+from .report import MIB, Section, cell
 
 CORRECT = 1e-10
 
@@ -148,19 +150,30 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+NOT_OTHERS = ("hypergrad", "floor", "floor (loop)")
+KINDS = {
+    "hg.": "Small calls, over HyperTorch's",
+    "dense": "Whole loops and single calls",
+    "equilibrium": "Equilibrium layers",
+    "MAML": "MAML",
+    "outer steps": "Whole loops and single calls",
+    "bags": "Whole loops and single calls",
+    "": "Many small problems at once",
+}  # by a part of a row's name
+
+
 def draw(results: Sequence[Result], path: Path) -> None:
-    rows = list(dict.fromkeys(r.row for r in results))
-    with bars(path, rows, "Small problems: CPU time over code written by hand (red: target)", height=2.6) as axes:
-        for axis, row in zip(axes, rows, strict=True):
-            cells = [r for r in results if r.row == row and r.ratio]
-            ratio_axis(
-                axis,
-                [r.method for r in cells],
-                [r.ratio for r in cells],
-                [r.library == "hypergrad" for r in cells],
-                [r.target for r in cells],
-            )
-            axis.set(title=row)
+    """A bar a problem: hypergrad's default over code by hand; what other libraries take beside it."""
+    kinds: dict[str, list[Bar]] = {}
+    for row in dict.fromkeys(r.row for r in results):
+        cells = [r for r in results if r.row == row and r.ratio]
+        own = next(r for r in cells if r.library == "hypergrad")
+        others = [f"{r.library} {r.ratio.middle:.2f}" for r in cells if r.library not in NOT_OTHERS and r.ratio]
+        text = "; ".join([f"{own.ratio.middle:.2f}" if own.ratio else "", *others])
+        kind = next(name for sign, name in KINDS.items() if sign in row)
+        kinds.setdefault(kind, []).append(Bar(row, own.ratio, text, target=own.target))
+    panels = [Panel(kind, chosen, log=True, line=1) for kind, chosen in kinds.items()]
+    draw_panels(path, "CPU time over code written by hand (red: target)", panels)
 
 
 def rows() -> list[str]:

@@ -15,7 +15,9 @@ from tqdm import tqdm
 import hypergrad as hg
 
 from .measure import Spread, interleaved, peak_memory, ratios
-from .report import BLUE, GREY, MIB, Section, bars, cell
+from .pictures import Bar, Panel
+from .pictures import draw as draw_panels
+from .report import MIB, Section, cell
 
 ROUNDS = {"network, 8,192 rows": 7}
 ROWS, BATCH, FEATURES, CLASSES, HIDDEN = 8192, 256, 100, 10, 256
@@ -137,17 +139,12 @@ def table(results: list[Result]) -> str:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    with bars(path, [None], "A hypergradient over 32 batches", height=2.4) as (axis,):
-        for place, r in enumerate(results):
-            axis.barh(place, r.ratio.middle, color=GREY if r.method in (BY_HAND, ONE_GRAPH) else BLUE)
-            axis.text(
-                r.ratio.middle, place, f"  {r.ratio.middle:.2f}, {r.memory * MIB:.0f} MiB", va="center", fontsize=8
-            )
-        axis.set_yticks(range(len(results)), [r.method for r in results], fontsize=8)
-        axis.margins(x=0.2)
-        axis.set(xlabel="CPU time over the loop by hand, and peak memory")
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
+    chosen = [
+        Bar(r.method, r.ratio, f"{r.ratio.middle:.2f}, {r.memory * MIB:.0f} MiB", r.method not in (BY_HAND, ONE_GRAPH))
+        for r in results
+    ]
+    panels = [Panel("", chosen, label="CPU time over the loop by hand; peak memory", line=1)]
+    draw_panels(path, "A hypergradient over 32 batches", panels)
 
 
 SECTION = Section("Sums over batches", lambda: ROUNDS, measure, table, draw)

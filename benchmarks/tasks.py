@@ -20,8 +20,10 @@ import hypergrad as hg
 
 from .measure import Spread, interleaved, peak_memory, ratios
 from .methods import HyperTorch
+from .pictures import Bar, Panel
+from .pictures import draw as draw_panels
 from .problems import Problem
-from .report import BLUE, RED, Section, bars
+from .report import Section
 
 LR = 0.01
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # K steps of CG enlarge what rounding does
@@ -274,19 +276,15 @@ def table(results: Sequence[Row]) -> str:
 
 def draw(results: Sequence[Row], path: Path) -> None:
     """A bar a cell: how many times faster than the loop; a tick where the target is."""
-    with bars(path, [None], "Meta-gradients: CPU time of a loop over tasks, over that of hg.meta", 9, 4.5) as (axis,):
-        for place, r in enumerate(results):
-            low, middle, high = r.ratio.low, r.ratio.middle, r.ratio.high
-            axis.barh(place, middle, color=BLUE, xerr=[[middle - low], [high - middle]], ecolor="0.3")
-            axis.text(high, place, f"  {middle:.2f}", va="center", fontsize=8)
-            axis.plot([r.target] * 2, [place - 0.45, place + 0.45], color=RED, linewidth=2)
-        axis.axvline(1, color="black", linewidth=0.8)
-        labels = [f"{r.setting}, {r.method}, {r.tasks} tasks" for r in results]
-        axis.set_yticks(range(len(results)), labels, fontsize=8)
-        axis.set(xlabel="times faster (median, quartiles; red: target)")
-        axis.margins(x=0.1)
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
+    panels = [
+        Panel(
+            setting,
+            [Bar(f"{r.method}, {r.tasks} tasks", r.ratio, target=r.target) for r in results if r.setting == setting],
+            line=1,
+        )
+        for setting in dict.fromkeys(r.setting for r in results)
+    ]
+    draw_panels(path, "How many times faster hg.meta is than a loop over tasks\n(CPU time; red: target)", panels)
 
 
 SECTION = Section("Batched tasks", lambda: [s.name for s in SETTINGS], measure_all, table, draw)

@@ -27,8 +27,10 @@ import hypergrad as hg
 from . import peers
 from .measure import Spread, counting, interleaved, peak_memory, ratios
 from .methods import Tensors
+from .pictures import Bar, Panel
+from .pictures import draw as draw_panels
 from .problems import flat, logistic_inner, logistic_outer, perceptron
-from .report import BLUE, GREY, MIB, RED, Section, bars, cell
+from .report import MIB, Section, cell
 
 TOLERANCE = 1e-3  # of float32, against float64, above which a method gets no time
 GRAPH, HYPERTORCH = "plain graph, by hand", "HyperTorch reverse"
@@ -332,33 +334,28 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+SHOWN = (HYPERTORCH, 'hg memory="graph"', 'hg memory="sqrt"', "TorchOpt MetaSGD", "higher")  # in the picture
+
+
 def draw(results: list[Result], path: Path) -> None:
     """Memory and time of each method, a pair of panels a row; red: the limits of memory="sqrt"."""
-    rows = list(dict.fromkeys(r.row for r in results))
-    with bars(path, [*rows, *rows], "Through the steps of gradient descent (red: limits of sqrt)") as axes:
-        for row, memory, clock in zip(rows, axes[::2], axes[1::2], strict=True):
-            cells = [r for r in results if r.row == row and r.cpu]
-            steps, limited = cells[0].steps, [r for r in cells if r.memory_limit]
-            draw_bars(memory, cells, {r.method: (r.peak or 0.0) * MIB for r in cells}, "MiB")
-            draw_bars(clock, cells, {r.method: r.cpu.middle for r in cells if r.cpu}, "s")
-            for r in limited:
-                base = next((c for c in cells if c.method == HYPERTORCH), None)
-                if base and base.peak and base.cpu and r.memory_limit and r.time_limits:
-                    memory.axvline(base.peak * MIB * r.memory_limit, color=RED, zorder=0)
-                    clock.axvline(base.cpu.middle * r.time_limits[0], color=RED, zorder=0)
-            memory.set(xscale="log", title=f"{row}: peak memory of {steps} steps", xlabel="MiB")
-            clock.set(title=f"{row}: time of {cells[0].timed} steps", xlabel="CPU seconds")
-
-
-def draw_bars(axis: Any, cells: Sequence[Result], values: dict[str, float], unit: str) -> None:
-    for place, r in enumerate(cells):
-        value = values[r.method]
-        axis.barh(place, value, color=BLUE if r.library == "hypergrad" else GREY)
-        axis.text(value, place, f" {value:.3g} {unit}", va="center", fontsize=8)
-    axis.set_yticks(range(len(cells)), [r.method for r in cells], fontsize=8)
-    axis.margins(x=0.2)
-    axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
+    panels = []
+    for row in dict.fromkeys(r.row for r in results):
+        cells = [r for r in results if r.row == row and r.cpu]
+        base = next((c for c in cells if c.method == HYPERTORCH), None)
+        memory, clock = [], []
+        for r in [r for r in cells if r.method in SHOWN] or cells:
+            own, limits = r.library == "hypergrad", (None, None)
+            if base and base.peak and base.cpu and r.memory_limit and r.time_limits:
+                limits = (base.peak * MIB * r.memory_limit, base.cpu.middle * r.time_limits[0])
+            mib, seconds = (r.peak or 0.0) * MIB, r.cpu.middle if r.cpu else 0.0
+            memory.append(Bar(r.method, mib, f"{mib:,.0f} MiB" if mib >= 100 else f"{mib:.3g} MiB", own, limits[0]))
+            clock.append(Bar(r.method, seconds, f"{seconds:.3g} s", own, limits[1]))
+        panels += [
+            Panel(f"{row}: peak memory of {cells[0].steps} steps", memory, log=True),
+            Panel(f"{row}: CPU time of {cells[0].timed} steps", clock),
+        ]
+    draw_panels(path, "Through the steps of gradient descent (red: limits of sqrt)", panels)
 
 
 SECTION = Section("Through the steps", lambda: ROWS, measure, table, draw)

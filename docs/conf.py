@@ -28,6 +28,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "docstrings",
+    "gallery",
     "inventories",
     "mathml",
     "pictures",

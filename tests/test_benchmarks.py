@@ -317,13 +317,16 @@ def test_exponents() -> None:
 def test_report(tmp_path: Path) -> None:
     problem = replace(row("tiny"), name="tiny", steps=6, small=True)
     results = equal.measure_row(problem, [m for m in METHODS if "CG" in m.name or m.library == "floor"], rounds=1)
-    text = report.write(equal.SECTION, results, [], tmp_path / "benchmarks")
+    text = report.write(equal.SECTION, results, [], tmp_path / "benchmarks_equal")
     assert "hg.implicit.grad, CG" in text and "× floor" in text
-    document = json.loads((tmp_path / "benchmarks.json").read_text())
+    document = json.loads((tmp_path / "benchmarks_equal.json").read_text())
     assert document["table"] == text.splitlines() and len(document["results"]) == len(results)
-    report.page([tmp_path / "benchmarks", tmp_path / "absent"], tmp_path / "benchmarks.md")
-    assert report.markdown(document["table"]) in (tmp_path / "benchmarks.md").read_text()
-    assert (tmp_path / "benchmarks.png").stat().st_size > 1000
+    report.pages(["equal", "absent"], tmp_path)
+    assert report.markdown(document["table"]) in (tmp_path / "benchmarks_equal.md").read_text()
+    assert "](benchmarks_equal.md)" in (tmp_path / "benchmarks.md").read_text()
+    (tmp_path / "benchmarks_equal.png").unlink()
+    report.redraw(equal.SECTION, tmp_path / "benchmarks_equal")
+    assert (tmp_path / "benchmarks_equal.png").stat().st_size > 1000
 
 
 @pytest.mark.skipif(not peers.installed("torchopt", "betty", "torchdeq", "jaxopt"), reason="make bench-peers")
@@ -401,7 +404,7 @@ def test_batched_tasks(tmp_path):
 
 
 def test_tables_of_markdown_hold_the_numbers_below_their_titles():
-    document = json.loads((Path(__file__).parents[1] / "docs" / "results" / "benchmarks.json").read_text())
+    document = json.loads((Path(__file__).parents[1] / "docs" / "results" / "benchmarks_equal.json").read_text())
     known = {(r["row"], r["method"]): r for r in document["results"] if r["floor_cpu"]}
     problem, titles, seen = "", [], 0
     for line in report.markdown(document["table"]).splitlines():
