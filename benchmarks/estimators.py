@@ -276,12 +276,12 @@ def table(results: Sequence[Result]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A point a network: the median cosine of each estimator; hollow: the one trained to the end; a line: the median."""
+    """A point a network: the median cosine of each estimator; hollow: trained to the end; a line: the median."""
     rows = list(dict.fromkeys(r.row for r in results))
     methods = list(dict.fromkeys(r.method for r in results))
     places = {(r.part, r.row, r.method): r for r in results}
     ends, midway = ([row for row in rows if row.endswith("to the end") is over] for over in (True, False))
-    title = "Cosine with the derivative of retraining: a point a network\n(hollow: trained to the end), a line at the median"
+    title = "Cosine with the derivative of retraining: a point a network\n(hollow: trained to the end), a line: median"
     with column(path, title, [0.36 * len(methods) + 0.6] * len(PARTS)) as axes:
         for axis, part in zip(axes, PARTS, strict=True):
             for i, m in enumerate(methods):

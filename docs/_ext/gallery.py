@@ -1,4 +1,4 @@
-"""The directive `gallery`: for each page named in it, a card with the page's first picture and title, which links to it.
+"""The directive `gallery`: for each page named in it, a card with its first picture and title, which links to it.
 
 Pictures of notebooks exist once the notebooks have been executed, so the cards are filled in when all pages are read.
 """
@@ -29,7 +29,11 @@ def card(app: Sphinx, page: str, here: str) -> nodes.Element | None:
         return None
     link = nodes.reference("", "", internal=True, refuri=app.builder.get_relative_uri(here, page))
     link += nodes.image(
-        uri=picture["uri"], candidates=picture["candidates"], alt=picture["alt"], loading="lazy", classes=["no-scaled-link"]
+        uri=picture["uri"],
+        candidates=picture["candidates"],
+        alt=picture["alt"],
+        loading="lazy",
+        classes=["no-scaled-link"],
     )
     link += nodes.inline("", app.env.titles[page].astext())
     item = nodes.list_item("", nodes.paragraph("", "", link))
