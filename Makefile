@@ -27,7 +27,7 @@ test-slow: $(VENV)/.dev
 
 test-all: test test-slow ## every test, the slow ones too
 
-test-gpu: $(VENV)/.dev ## every door of the library on an accelerator: make test-gpu DEVICE=cuda:1
+test-gpu: $(VENV)/.dev ## every public function on an accelerator: make test-gpu DEVICE=cuda:1
 	$(BIN)/python -m pytest -q tests/test_devices.py --device $(or $(DEVICE),cuda)
 
 # What rounding decides shows where products are: solvers and hypergradients.
