@@ -84,7 +84,8 @@ clean: ## remove .venv and everything that was built
 
 # One stamp for each extra of pyproject.toml: demo, examples, dev, docs, peers.
 $(VENV)/.demo $(VENV)/.examples $(VENV)/.dev $(VENV)/.docs $(VENV)/.peers: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing hypergrad[$*] into $(VENV) (the first time takes a minute or two)"
+	@echo "Installing hypergrad[$*] into $(VENV): the first time downloads torch, which takes minutes."
+	@echo "Without a GPU a smaller torch does: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(firstword $(MAKECMDGOALS))"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 

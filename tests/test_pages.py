@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import hypergrad as hg
 
@@ -141,3 +143,28 @@ def test_each_public_name_has_an_example(name):
     results = re.findall(r"'(\w+)'", API)  # an example prints the name of the kind of its result
     last = name.rsplit(".")[-1]
     assert ">>> " in (value.__doc__ or "") or re.search(rf"\b{last}\b", EXAMPLES) or last in results
+
+
+def test_the_way_of_a_newcomer_from_the_demo_to_a_cure():
+    """The page that the demo names runs; a warning refers to a section that exists and has the cure; the cure works."""
+    (page,) = re.findall(r"next: (\S+\.md)", (ROOT / "examples" / "tune_digits.py").read_text())
+    code = re.findall(r"^(?:>>>|\.\.\.) (.*)$", (ROOT / page).read_text(), flags=re.MULTILINE)
+    own: dict = {}
+    exec("\n".join(code), own)
+    losses = {"inner_loss": own["train"], "hparams": own["lam"]}
+    with pytest.warns(hg.UnsolvedInnerProblem) as caught:
+        hg.implicit.grad(own["valid"], params=0.5 * own["w"], **losses)
+    link, anchor = str(caught[0].message).rsplit("Help: ")[1].split("#")
+    parts = re.split(r"^##+ ", (ROOT / link).read_text(), flags=re.MULTILINE)
+    (section,) = [part for part in parts if part.lower().startswith(anchor)]
+    assert "Train longer" in section and "# the cure: train" in section
+    w = (0.5 * own["w"]).requires_grad_()
+    optimizer = torch.optim.SGD([w], lr=0.2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        own["train"](w, own["lam"].detach()).backward()
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cured = hg.implicit.grad(own["valid"], params=w.detach(), **losses)
+    torch.testing.assert_close(cured.grads, own["result"].grads, rtol=1e-5, atol=1e-9)
