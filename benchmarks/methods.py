@@ -380,6 +380,11 @@ if peers.installed("betty"):
             "Betty Neumann", peers.betty_neumann, lambda k: k + 2, FLOOR, "fixed_point", needs="loss", library="Betty"
         ),
     ]
+if peers.installed("boat_torch"):
+    METHODS += [
+        Method("BOAT CG", peers.boat_cg, lambda k: k + 4, FLOOR, "cg", needs="loss", library="BOAT"),
+        Method("BOAT NS", peers.boat_neumann, lambda k: k + 3, FLOOR, "fixed_point", needs="loss", library="BOAT"),
+    ]
 if peers.installed("torchdeq"):
     torchdeq = peers.torchdeq_layer
     METHODS.append(

@@ -1,7 +1,8 @@
 """Columns of other libraries; each is there if it is installed, and through its public interface.
 
 TorchOpt: `diff.implicit.custom_root` around a solver that returns the known solution. torchdeq: `get_deq` with
-implicit differentiation. Betty: its hypergradient functions, on a stand-in for its two problems, without its engine.
+implicit differentiation. Betty and BOAT: their hypergradient functions, without their engines; for Betty on a stand-in
+for its two problems.
 JAXopt: `implicit_diff.root_vjp`, the whole hypergradient under `jax.jit`, data as arguments. Through the steps:
 TorchOpt's `MetaSGD` and higher's `innerloop_ctx`, on a module that owns the params.
 """
@@ -159,6 +160,29 @@ def betty_sama(case: Case) -> Callable[[], Tensor]:
         return cross[0]
 
     return step
+
+
+def boat_implicit(problem: Problem, name: str, steps: int) -> Tensors:
+    """BOAT's function of that name, on the map of a gradient step, without its engine."""
+    function, step_size = getattr(load("boat_torch.utils.op_utils"), name), problem.step_size
+    assert step_size is not None
+    params, hparams = [w.detach().requires_grad_() for w in problem.params], problem.hparams
+
+    def fp_map(params: Tensors, loss: Tensor) -> Tensors:
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        return [w - step_size * g for w, g in zip(params, grads, strict=True)]
+
+    losses = problem.outer_loss(params, hparams), problem.inner_loss(params, hparams)
+    return list(function(params, hparams, *losses, steps, fp_map, 0.0))
+
+
+def boat_cg(problem: Problem) -> Tensors:
+    return boat_implicit(problem, "conjugate_gradient", problem.steps)
+
+
+def boat_neumann(problem: Problem) -> Tensors:
+    """K terms of the series, of which the first costs no product."""
+    return boat_implicit(problem, "neumann", problem.steps - 1)
 
 
 def boat(name: str, case: Case, penalty: float = 1.0, steps: int = 1) -> Callable[[], Tensor]:
