@@ -2,7 +2,7 @@
 
 What follows `--` goes to pytest: `nox -s "tests-3.13(torch='newest')" -- tests/test_torch.py`.
 
-Versions other than the pinned one download several gigabytes, so nothing here runs in CI.
+Versions other than the pinned one download several gigabytes; .github/workflows/checks.yml runs some of them.
 """
 
 import nox

@@ -168,3 +168,17 @@ def test_the_way_of_a_newcomer_from_the_demo_to_a_cure():
         warnings.simplefilter("error")
         cured = hg.implicit.grad(own["valid"], params=w.detach(), **losses)
     torch.testing.assert_close(cured.grads, own["result"].grads, rtol=1e-5, atol=1e-9)
+
+
+def test_the_versions_of_ci_are_those_of_nox():
+    text = (ROOT / "noxfile.py").read_text()
+    pythons, torches = (
+        set(re.findall(r'"([^"]+)"', re.search(rf"^{name} = (.*)", text, re.M)[1])) for name in ("PYTHONS", "TORCH")
+    )
+    jobs = re.findall(
+        r'python: "([^"]+)", torch: "([^"]+)"', (ROOT / ".github" / "workflows" / "checks.yml").read_text()
+    )
+    assert jobs and all(python in pythons and torch in torches for python, torch in jobs)
+    project = (ROOT / "pyproject.toml").read_text()
+    least = min(jobs, key=lambda job: [int(part) for part in job[0].split(".")])
+    assert f'requires-python = ">={least[0]}"' in project and f'"torch>={least[1].removesuffix(".0")}"' in project
