@@ -259,8 +259,8 @@ def notes(results: dict[str, Any], config: Config) -> str:
 # %%
 def draw(results: dict[str, Any]) -> Figure:
     """For each problem its first metric against evaluations and against CPU seconds."""
-    figure = Figure((13, 3.6 * len(results)), layout="constrained")
-    grid = figure.subplots(len(results), 2, squeeze=False)
+    figure = Figure((6, 7.6 * len(results)), layout="constrained")
+    grid = figure.subplots(2 * len(results), 1, squeeze=False).reshape(-1, 2)
     for axes, (name, each) in zip(grid, results.items(), strict=True):
         metric, colours = each["metrics"][0], {}
         for method, found in each["rows"].items():
@@ -276,7 +276,7 @@ def draw(results: dict[str, Any]) -> Figure:
         scale = "linear" if metric == "test error" else "log"
         for ax, label in zip(axes, ("per-sample evaluations a seed", "CPU seconds"), strict=True):
             ax.set(xscale="log", yscale=scale, xlabel=label, ylabel=metric, title=f"{name} ({each['data']})")
-        axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes[1].legend(fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
 
 

@@ -75,7 +75,7 @@ def save(config: Base, title: str, table: str, figure: Figure, results: Any) -> 
     config.output.mkdir(parents=True, exist_ok=True)
     made = record(config)
     (config.output / f"{name}.json").write_text(json.dumps(made | {"results": results}, indent=1) + "\n")
-    figure.savefig(config.output / f"{name}.png", dpi=120)
+    figure.savefig(config.output / f"{name}.png", dpi=150)
     how = f"`{made['command']}`, {made['date']}, {made['machine']}"
     how += f"; [configuration, versions and all numbers]({name}.json)"
     text = f"# {title}\n\n{table}\n\n![{title}]({name}.png)\n\n{how}\n"

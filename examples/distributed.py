@@ -266,8 +266,8 @@ def main(config: Config) -> None:
 
 
 def picture(results: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(10.5, 3.6), layout="constrained")
-    for axes, (name, rows) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
+    figure = Figure(figsize=(5.5, 2.8 * len(results)), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(len(results), 1), results.items(), strict=True):
         axes.bar([str(ranks) for ranks in rows], [row["seconds"] for row in rows.values()])
         axes.set(title=name, xlabel="ranks, on one machine", ylabel="seconds")
     return figure

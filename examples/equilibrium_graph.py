@@ -174,8 +174,8 @@ def table(history: dict[str, dict[str, list]]) -> str:
 
 
 def plot(history: dict[str, dict[str, list]]) -> Figure:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    figure = Figure(figsize=(6, 7.5), layout="constrained")
+    left, right = figure.subplots(2, 1)
     for i, (name, past) in enumerate(history.items()):
         curves = torch.tensor(past["curve"])
         left.plot(curves.mean(0), c=f"C{i}", label=name)

@@ -222,8 +222,8 @@ def table(history: dict[str, dict[str, list[float]]]) -> str:
 
 
 def plot(history: dict[str, dict[str, list[float]]]) -> Figure:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(6, 7.5), layout="constrained")
+    left, right = figure.subplots(2, 1)
     for (name, past), marker in zip(history.items(), "osv*", strict=True):
         seconds = [median(past["seconds"]) * step for step in past["step"]]
         left.plot(seconds, past["accuracy"], marker=marker, label=name)

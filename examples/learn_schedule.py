@@ -310,8 +310,8 @@ def table(results: dict[str, dict[str, Any]], config: Config) -> str:
 
 
 def plot(results: dict[str, dict[str, Any]], config: Config) -> Figure:
-    figure = Figure(figsize=(14, 8), layout="constrained")
-    (lr, momentum, speed), (curves, outer, norm) = figure.subplots(2, 3)
+    figure = Figure(figsize=(6, 19), layout="constrained")
+    curves, outer, norm, lr, momentum, speed = figure.subplots(6, 1)
     for key, result in results.items():
         style = {"label": key, "lw": 2 if key == "learned" else 1.5}
         eta, mu = torch.tensor(result["lr"]), torch.tensor(result["momentum"])

@@ -326,8 +326,8 @@ steps were made, and know of no solution."""
 
 
 def draw(results: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    (inner, terms, losses), (errors, test, strengths) = figure.subplots(2, 3)
+    figure = Figure(figsize=(6, 20), layout="constrained")
+    errors, losses, test, strengths, inner, terms = figure.subplots(6, 1)
     published, best = results["runs"]["reverse"], results["optimum"]
     inner.semilogy(results["above the minimum"])
     inner.set(title="Inner problem at λ = 1", xlabel="inner step", ylabel="g(w_t) − min g")

@@ -427,7 +427,7 @@ on further images that are no test images (--holdout). CPU time of everything: {
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
     """A point a seed, and the mean."""
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(6.2, 6), layout="constrained")
     axes: Any = figure.subplots()
     for place, row in enumerate(rows):
         for key, colour, shift in (("live", "C0", -0.15), ("anew", "C1", 0.15)):
@@ -441,7 +441,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.set_xlim(left=100 * mean(rows[0]["anew"]) - 5)  # what lies further left is in the table
-    axes.set(xlabel="test accuracy, %", title="Blue: the live params. Orange: trained anew with the learned weights")
+    axes.set(xlabel="test accuracy, %", title="Blue: the live params.\nOrange: trained anew with the learned weights")
     return figure
 
 

@@ -318,7 +318,7 @@ def table(problem: str, result: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(10, 1.2 + 2.2 * len(results)), layout="constrained")
+    figure = Figure(figsize=(6.2, 1.2 + 2.2 * len(results)), layout="constrained")
     axes = figure.subplots(len(results), 1, squeeze=False)[:, 0]
     for ax, (problem, result) in zip(axes, results.items(), strict=True):
         names = list(result["scores"])

@@ -448,8 +448,8 @@ best, {accuracies[best]:.2%}, at outer step {best + 1}, and fell while its valid
 
 
 def draw(results: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    loss, accuracy, bars = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    figure = Figure(figsize=(6, 12), layout="constrained")
+    loss, accuracy, bars = figure.subplots(3, 1, height_ratios=(3, 4, 2))
     for name, mine in results["curves"].items():
         loss.loglog(mine["seconds"], [score[0] for score in mine["validation"]], label=name)
         accuracy.semilogx(mine["seconds"], [score[1] for score in mine["test"]], label=name)

@@ -174,7 +174,7 @@ def table(curves: dict[str, list[float]], report: hg.diagnostics.Report, after: 
     ]
     lines = ["| | validation loss | norm of the hypergradient |", "|---|---|---|"]
     lines += [f"| {name} | {loss:.4f} | {'' if norm is None else f'{norm:.2f}'} |" for name, loss, norm in rows]
-    return "\n".join(lines) + f"\n\nThe report:\n\n```\n{report}\n```"
+    return "\n".join(lines) + f"\n\nThe report:\n\n```text\n{report}\n```"
 
 
 # %% [markdown]
@@ -183,8 +183,8 @@ def table(curves: dict[str, list[float]], report: hg.diagnostics.Report, after: 
 
 # %%
 def plot(curves: dict[str, list[float]], report: hg.diagnostics.Report, after: dict[str, list[float]]) -> Figure:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(6, 8), layout="constrained")
+    left, right = figure.subplots(2, 1)
     e, last, steps = report.estimate, len(curves["loss"]) - 1, range(len(curves["loss"]))
     says, true, better = "#d9822b", "#b5403c", "#3b6fb6"
     beyond = [last + i for i in range(len(after["loss"]))]

@@ -227,7 +227,7 @@ def CG(
     """Hypergradient by K steps of conjugate gradients on (I − ∂₁Φᵀ) v = ∇₁E. Arguments and cost: as `fixed_point`.
 
     Calling this declares I − ∂₁Φ symmetric positive definite, as it is for a gradient step on a strongly convex loss.
-    A Φ for which it is not (momentum, an equilibrium cell) is found and warned of: use `fixed_point` or `CG_normaleq`.
+    A warning names a Φ for which it is not (momentum, an equilibrium cell): use `fixed_point` or `CG_normaleq` there.
 
     Source: Pedregosa 2016; Grazzi et al. 2020, section 2.2 (AID-CG).
     """

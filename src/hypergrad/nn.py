@@ -115,14 +115,14 @@ class Equilibrium(nn.Module):
     """z* = cell(z*, x) as a layer: any forward solver, gradients by the implicit function theorem.
 
     The memory does not depend on the number of forward steps. Each sample (first axis of each leaf of z) converges by
-    itself, forward and backward. It may stand under torch.func (also vmap: per-sample gradients, ensembles), in a
+    itself, forward and backward. It works under torch.func (also vmap: per-sample gradients, ensembles), in a
     non-reentrant checkpoint, and its cell may call torch.autograd.grad.
 
     Args:
         cell: a Module or a function (z, u) ↦ z; u = x, or inject(x). A function may use no tensor that requires grad.
         forward: solver from hg.fixed_points; default Anderson().
         backward: linear solver of (I − ∂₁cellᵀ) v = z̄; default GMRES().
-        inject: a Module or a function of x for all that does not depend on z (xB + c): evaluated once a call, not at
+        inject: a Module or a function of x for all that does not depend on z (xB + c): evaluated once per call, not at
             every step, and differentiated as usual.
         start: x ↦ the first z, or None for zeros like inject(x), or like x.
         batch_dims: 1 where the first axis of each leaf of z counts independent samples, 0 where the samples are coupled

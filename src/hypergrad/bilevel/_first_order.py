@@ -30,15 +30,15 @@ class F2SA(Tracker):
 
         y_k ≈ argmin g + kσ f,      D_λ = Σ_k c_k ∇₂(g + kσ f)(y_k) / σ,      σ = 1 / penalty
 
-    with the coefficients c_k of the difference of that order: the error is O(σ^order). params go on minimising g
+    with the coefficients c_k of the difference of that order: the error is O(σ^order). params keep minimising g
     alone, so they never see validation data; the copies do, and belong to the tracker.
 
     Args:
         params, hparams, average, on_nonfinite: as in SOBA. Both losses must be closures.
         order: 1 (one copy, and params), 2 (two) or 4 (four).
-        penalty: 1/σ. Copies with k < 0 ascend f: a penalty too small ruins the difference, of which a warning tells.
-        lr: the step size of the copies' plain gradient steps, best that of params; .1 by default.
-        optimizer: in its place, makes the copies' torch.optim optimizer from a list of tensors.
+        penalty: 1/σ. Copies with k < 0 ascend f: too small a penalty ruins the difference, and a warning says so.
+        lr: the step size of the copies' plain gradient steps; that of params is a good one; .1 by default.
+        optimizer: in place of lr, a function that makes the copies' torch.optim optimizer from a list of tensors.
 
     Cost: of a `backward`: an evaluation and a reverse pass of g at params, and of g + kσf at each copy. Memory: one
         copy of params for each.

@@ -74,8 +74,8 @@ class SOBA(_Adjoint):
     Args:
         params: w, a module's parameters() or any pytree of leaf tensors; those that do not require grad are left out.
         hparams: λ, likewise.
-        lr: the step size of v, best that of a plain gradient step on w; .1 by default.
-        optimizer: in its place, makes the torch.optim optimizer of v from a list of tensors.
+        lr: the step size of v; that of a plain gradient step on w is a good one; .1 by default.
+        optimizer: in place of lr, a function that makes the torch.optim optimizer of v from a list of tensors.
         average: the weight β of the newest direction in a running mean of D_λ (MA-SOBA).
         recursive: the weight η of the newest batch in recursive momentum (STORM) of all three directions; both losses
             must then be closures.

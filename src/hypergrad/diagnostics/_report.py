@@ -113,9 +113,9 @@ def check(
     Args:
         result: a Hypergradient, a result of `unroll`, or the gradients themselves in hparams' structure (HyperTorch's
             lists).
-        outer_loss, inner_loss, fp_map, residual, params, hparams, symmetric: as in `implicit.grad`; functions. A
-            hypergradient meant as that of a damped system is judged as such by an inner_loss with γ/2 ‖w − w₀‖² added,
-            w₀ being params.
+        outer_loss, inner_loss, fp_map, residual, params, hparams, symmetric: as in `implicit.grad`; functions. To
+            judge a hypergradient as that of a damped system, add γ/2 ‖w − w₀‖² to inner_loss, w₀ being a
+            detached copy of params.
         solver: of the linear systems behind the estimate (default: Dense up to 200 unknowns, else MINRES where A is
             symmetric and GMRES where it is not), without damping.
         solve: hparams ↦ params, solving the inner problem from scratch: asks for finite differences.

@@ -175,15 +175,15 @@ def grad(
         fp_map: Φ, of params' structure, w = Φ(w, λ): A = I − ∂₁Φ.
         residual: F, of params' structure, F(w, λ) = 0: A = ∂₁F. Each of the three may be an `operators.Stochastic`.
         solver: a linear solver from hg.solvers, or a function (op, b, x0) of Vectors. Default: `solvers.Auto()`.
-        x0: start for v, in params' structure: the last hypergradient's `adjoint`, say; or a `solvers.Recycled`, kept
-            from one outer step to the next.
+        x0: start for v, in params' structure, for example the last hypergradient's `adjoint`; or a
+            `solvers.Recycled` that is kept from one outer step to the next.
         symmetric: A of fp_map or residual is symmetric (that of inner_loss always is).
         positive_definite: it is symmetric positive definite.
         batch_dims: 1 where each leaf of params has a leading axis of independent inner problems (inner_loss their
             sum): A is block diagonal, and scalars are per problem.
         compile: True replays one recorded product in place of reverse passes, where enough products follow; the name
             of a backend of torch.compile ("inductor") compiles that recording. The result's `compiled` says what was
-            done. Products with many vectors at once, and with Aᵀ where A is not symmetric, are as without it.
+            done. Products with many vectors at once, and with Aᵀ where A is not symmetric, are not compiled.
 
     Raises:
         TypeError, ValueError: something is not of the form above (the message names the leaf and both forms), or no
@@ -195,8 +195,8 @@ def grad(
         params nor hparams of evaluated losses, or where params have gradient hooks.
     Cost: one evaluation of each loss, the solver's products, and one last product with respect to params and hparams
         together, which also gives the true residual. The graph of ∇₁g (or Φ, F) is kept meanwhile. Beside what the
-        solver reads from the device, at most six numbers for the checks behind the warnings, more where one is due, and
-        none with on_failure="ignore".
+        solver reads from the device, the checks behind the warnings read at most six numbers, more where a warning is
+        due, and none with on_failure="ignore".
     Source: Grazzi et al. 2020, section 2; Pedregosa 2016, Algorithm 1.
 
     Example:

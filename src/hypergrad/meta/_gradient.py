@@ -63,8 +63,8 @@ def grad(
 ) -> MetaGradient:
     """Meta-gradient ∇f(λ) of f(λ) = (1/B) Σᵢ E(wᵢ(λ), λ, taskᵢ) over B tasks at once. Changes nothing of the user's.
 
-    wᵢ is where T steps of the rule on g(·, λ, taskᵢ) end, from w₀(λ). Losses are those of one task; all tasks, or as
-    many as pay, are evaluated side by side (torch.func.vmap), and their adjoint systems are solved together.
+    wᵢ is the result of T steps of the rule on g(·, λ, taskᵢ) from w₀(λ). Losses are those of one task; all tasks, or as
+    many as is faster, are evaluated side by side (torch.func.vmap), and their adjoint systems are solved together.
 
     Args:
         outer_loss: E(params, hparams, task), scalar; None with `Reptile`, which needs none.

@@ -69,10 +69,10 @@ def reverse(
 ) -> ReverseResult:
     """Gradient of E(w_T(λ), λ) through T steps of w_{t+1} = Φ_t(w_t, λ), in reverse mode. Writes no .grad.
 
-    Iterates between which nothing is kept are evaluated again from the last one that is (a checkpoint). torch's random
+    Iterates that are not kept are evaluated again, from the last one that is (a checkpoint). torch's random
     numbers, on the CPU and on the CUDA devices in use, are replayed bit for bit, and each replay is checked to end
-    where the first run did. Afterwards the random state is as after one run of the steps and outer_loss. In the inner
-    gradient write create_graph=True: without it second derivatives are lost, with a warning.
+    where the first run did. Afterwards the random state is as after one run of the steps and outer_loss. Write
+    create_graph=True in the inner gradient: without it second derivatives are lost, with a warning.
 
     Args:
         step: Φ(params, hparams), of params' structure (mappings are matched by key); called with gradients enabled,
@@ -95,8 +95,8 @@ def reverse(
         with_time: pass t to step.
         compile: True compiles step, and its transposed derivative, once for each form of its arguments, by torch's
             inductor; or the name of another backend of torch.compile. No graph is kept: "iterates" keeps T iterates,
-            "sqrt" about √(2T) and a budget as many as fit, whatever a compiled function needs while it runs not
-            counted. t is a 0-d tensor then. What step reads beside tensors is as it was at its first call: step is
+            "sqrt" about √(2T) and a budget as many as fit, not counting what a compiled function needs while it
+            runs. t is a 0-d tensor then. What step reads beside tensors is as it was at its first call: step is
             compared with what was compiled at the start of every call, and where they differ it is compiled anew. A
             step that cannot be compiled is evaluated as it is, with a warning (NotCompiled) that says why. Define step
             once, outside of the loop over λ: what was compiled is kept with it.
@@ -111,8 +111,8 @@ def reverse(
             step's result has no graph; step or outer_loss uses a live start or model instead of its argument.
         RuntimeError: step changed its arguments in place, or did not replay.
 
-    Warns: HypergradientWarning where a leaf of hparams is reached by nothing, where at the second step a part of params
-        reaches nothing (a momentum detached between steps), where the first step takes a gradient without a graph,
+    Warns: HypergradientWarning where nothing depends on a leaf of hparams, where at the second step nothing depends on
+        a part of params (a momentum detached between steps), where the first step takes a gradient without a graph,
         where start has gradient hooks, which are not called, and where the result is not finite.
     Cost: the evaluations above and T reverse passes. Beside what memory says, five iterates, hparams, and the
         working memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget
