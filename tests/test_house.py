@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ ORDER = (
     "sklearn",
     "__init__",
 )
-LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS = 13_602, 450, 50, 12
+LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS = 13_316, 450, 50, 12
 FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [str(file.relative_to(SOURCE)) for file in FILES]
 TREES = {name: ast.parse(file.read_text()) for name, file in zip(NAMES, FILES, strict=True)}
@@ -98,11 +99,24 @@ def test_files_functions_and_signatures_are_short(name):
             assert not (isinstance(annotation, ast.Name) and annotation.id == "Any"), f"{node.name} hides its signature"
 
 
+def lines_of_examples(file: Path) -> int:
+    """Those of doctests, with what they print, and of the title above them: tests that stand where they are read."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    texts = [
+        ast.get_docstring(node) or ""
+        for node in ast.walk(TREES[str(file.relative_to(SOURCE))])
+        if isinstance(node, documented)
+    ]
+    examples = [each for text in texts for each in doctest.DocTestParser().get_examples(text)]
+    titles = sum(2 for text in texts if "Example:\n" in text)
+    return titles + sum(each.source.count("\n") + each.want.count("\n") for each in examples)
+
+
 def test_the_source_is_short():
     new = ("bilevel", "_sum", "distributed", "influence", "transformers", "_versions", "_traced", "sklearn")
     parts = ("unroll/_compiled.py", "unroll/_jacobian.py", "solvers/_shifted.py", "solvers/_at_once.py")
     whole = [file for file, name in zip(FILES, NAMES, strict=True) if room(name) not in new and name not in parts]
-    assert sum(file.read_text().count("\n") for file in whole) <= LINES_OF_ALL
+    assert sum(file.read_text().count("\n") - lines_of_examples(file) for file in whole) <= LINES_OF_ALL
 
 
 PRIVATE = ("torch._C", "torch._functorch", "torch.utils._python_dispatch", "torch.multiprocessing.reductions")

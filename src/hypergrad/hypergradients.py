@@ -136,6 +136,15 @@ def reverse(
     Raises: ValueError for fewer maps than steps, or a map whose result is not like its argument.
     Cost: K evaluations of the map and K reverse passes; the memory of one step beside the iterates.
     Source: Grazzi et al. 2020, Algorithm 1 (reverse); Franceschi et al. 2017.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
+        >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
+        >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+        >>> fp_map = hg.GradientDescent(inner, 0.5)
+        >>> hg.reverse([[w]] * 21, [lam], [fp_map] * 20, outer)[0].round(decimals=3)  # all iterates at the solution
+        tensor([-2., -2.])
     """
     hparams, steps = _list(hparams, "hparams"), len(params_history) - 1
     if steps < 0:
@@ -217,6 +226,15 @@ def neumann(
     """Hypergradient by K + 1 terms of the Neumann series: `fixed_point` with K + 1 steps.
 
     Source: Lorraine, Vicol and Duvenaud 2020; Liao et al. 2018.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
+        >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
+        >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+        >>> _ = hg.neumann([w], [lam], 20, hg.GradientDescent(inner, 0.5), outer)
+        >>> lam.grad.round(decimals=3)
+        tensor([-2., -2.])
     """
     return fixed_point(params, hparams, K + 1, fp_map, outer_loss, tol, set_grad)
 
@@ -230,6 +248,15 @@ def CG(
     A warning names a Φ for which it is not (momentum, an equilibrium cell): use `fixed_point` or `CG_normaleq` there.
 
     Source: Pedregosa 2016; Grazzi et al. 2020, section 2.2 (AID-CG).
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
+        >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
+        >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+        >>> _ = hg.CG([w], [lam], 20, hg.GradientDescent(inner, 0.5), outer)
+        >>> lam.grad.round(decimals=3)
+        tensor([-2., -2.])
     """
     solver, draws = solvers.CG(max_steps=K, rtol=tol, on_failure="ignore"), int(stochastic)
     return _implicit(params, hparams, outer_loss, solver, set_grad, fp_map=fp_map, draws=draws, symmetric=True).grads
@@ -242,6 +269,15 @@ def CG_normaleq(
 
     Cost: K products with ∂₁Φᵀ and K with ∂₁Φ, all from one evaluation of Φ, and the last.
     Source: Grazzi et al. 2020, section 2.2.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
+        >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
+        >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+        >>> _ = hg.CG_normaleq([w], [lam], 20, hg.GradientDescent(inner, 0.5), outer)
+        >>> lam.grad.round(decimals=3)
+        tensor([-2., -2.])
     """
     solver = solvers.NormalCG(max_steps=K, rtol=tol, on_failure="ignore")
     return _implicit(params, hparams, outer_loss, solver, set_grad, fp_map=fp_map).grads
@@ -251,6 +287,14 @@ def exact(opt_params_f: Callable[[Any], Any], hparams: Tensors, outer_loss: Loss
     """Hypergradient by backpropagation through λ ↦ w(λ), a closed form (opt_params_f) of the inner solution.
 
     Otherwise as `reverse_unroll`.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
+        >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
+        >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+        >>> hg.exact(lambda hparams: [hparams[0]], [lam], outer)[0]
+        tensor([-2., -2.])
     """
     return _backpropagated(lambda hparams: outer_loss(opt_params_f(hparams), hparams), hparams, set_grad, False)
 
@@ -288,6 +332,15 @@ def stoch_AID(
     Raises: ValueError where v is not finite in the end, or for J > 1 without its stoch flag; else as `implicit.grad`.
     Cost: J_outer evaluations of outer_loss, K products, J_inner last products.
     Source: Grazzi, Pontil and Salzo 2021, Algorithm 1.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
+        >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
+        >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+        >>> _ = hg.stoch_AID([w], [lam], outer, 20, fp_map=hg.GradientDescent(inner, 0.5), verbose=False)
+        >>> lam.grad.round(decimals=3)
+        tensor([-2., -2.])
     """
     for J, stochastic, name in ((J_inner, stoch_inner, "inner"), (J_outer, stoch_outer, "outer")):
         if J < 1 or (J > 1 and not stochastic):

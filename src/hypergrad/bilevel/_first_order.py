@@ -44,6 +44,21 @@ class F2SA(Tracker):
         copy of params for each.
     Source: Kwon, Kwon, Wright and Nowak 2023 (F2SA, arXiv:2301.10945); Chen, Li, Chen and Zhang 2025 (F2SA-p,
         arXiv:2509.02937). The outer step is not normalised here: that is the outer optimizer's part.
+
+    Example:
+        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+
+        >>> import torch, hypergrad as hg
+        >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        >>> tracker = hg.bilevel.F2SA([w], [lam], lr=0.5, penalty=10.0)
+        >>> optimizer = torch.optim.SGD([w, lam], lr=0.1)
+        >>> for _ in range(400):
+        ...     _ = tracker.backward(lambda: ((w - 1) ** 2).sum() / 2, lambda: ((w - lam) ** 2).sum() / 2)
+        ...     optimizer.step()
+        ...     tracker.step()
+        ...     optimizer.zero_grad()
+        >>> bool((lam - 1).abs() < 0.1)
+        True
     """
 
     def __init__(
@@ -119,6 +134,21 @@ class BOME(Tracker):
 
     Cost: of a `backward`: an evaluation and a reverse pass of f and K + 1 of g. Memory: two copies of params.
     Source: Ye, Liu, Wright, Stone and Liu 2022 (arXiv:2209.08709), algorithm 1, with φ = η‖∇q‖².
+
+    Example:
+        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+
+        >>> import torch, hypergrad as hg
+        >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        >>> tracker = hg.bilevel.BOME([w], [lam], steps=10, lr=0.3)
+        >>> optimizer = torch.optim.SGD([w, lam], lr=0.1)
+        >>> for _ in range(400):
+        ...     _ = tracker.backward(lambda: ((w - 1) ** 2).sum() / 2, lambda: ((w - lam) ** 2).sum() / 2)
+        ...     optimizer.step()
+        ...     tracker.step()
+        ...     optimizer.zero_grad()
+        >>> bool((lam - 1).abs() < 0.1)
+        True
     """
 
     def __init__(
@@ -173,6 +203,21 @@ class SAMA(Tracker):
         optimizer: its state and the graph of its step while that is differentiated.
     Source: Choe et al. 2023 (SAMA, arXiv:2310.05674), sections 3.1 and 3.2, but with bias correction, and at the step
         that is about to be made; Liu, Simonyan and Yang 2019 (DARTS, arXiv:1806.09055), equation 8.
+
+    Example:
+        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+
+        >>> import torch, hypergrad as hg
+        >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        >>> tracker = hg.bilevel.SAMA([w], [lam], lr=0.1)
+        >>> optimizer = torch.optim.SGD([w, lam], lr=0.1)
+        >>> for _ in range(400):
+        ...     _ = tracker.backward(lambda: ((w - 1) ** 2).sum() / 2, lambda: ((w - lam) ** 2).sum() / 2)
+        ...     optimizer.step()
+        ...     tracker.step()
+        ...     optimizer.zero_grad()
+        >>> bool((lam - 1).abs() < 0.1)
+        True
     """
 
     def __init__(

@@ -151,6 +151,21 @@ class SABA(SOBA):
 
     Cost: that of SOBA. Memory: v, and (2 |w| + |λ|) for each training batch, (|w| + |λ|) for each validation batch.
     Source: Dagréou et al. 2022, section 3.2; its tables begin with zeros.
+
+    Example:
+        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+
+        >>> import torch, hypergrad as hg
+        >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        >>> tracker = hg.bilevel.SABA([w], [lam], batches=(1, 1), lr=0.5)
+        >>> optimizer = torch.optim.SGD([w, lam], lr=0.1)
+        >>> for _ in range(400):
+        ...     _ = tracker.backward(lambda: ((w - 1) ** 2).sum() / 2, lambda: ((w - lam) ** 2).sum() / 2, index=(0, 0))
+        ...     optimizer.step()
+        ...     tracker.step()
+        ...     optimizer.zero_grad()
+        >>> bool((lam - 1).abs() < 0.01)
+        True
     """
 
     takes = ("index",)
@@ -214,6 +229,22 @@ class SRBA(SOBA):
     Cost: of a `backward`: twice SOBA's; now and then that of all data. Memory: v, two points and two directions.
     Source: Dagréou, Moreau, Vaiter and Ablin 2024 (SRBA, arXiv:2302.08766), algorithm 1; Chu, Xu, Yao and Hu 2024
         (SPABA, arXiv:2405.18777).
+
+    Example:
+        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+
+        >>> import torch, hypergrad as hg
+        >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        >>> full = lambda: ([((w - 1) ** 2).sum() / 2], [((w - lam) ** 2).sum() / 2])  # of all batches
+        >>> tracker = hg.bilevel.SRBA([w], [lam], full=full, period=10, lr=0.5)
+        >>> optimizer = torch.optim.SGD([w, lam], lr=0.1)
+        >>> for _ in range(400):
+        ...     _ = tracker.backward(lambda: ((w - 1) ** 2).sum() / 2, lambda: ((w - lam) ** 2).sum() / 2)
+        ...     optimizer.step()
+        ...     tracker.step()
+        ...     optimizer.zero_grad()
+        >>> bool((lam - 1).abs() < 0.01)
+        True
     """
 
     def __init__(
@@ -286,6 +317,21 @@ class AmIGO(_Adjoint):
         reverse pass for each of adjoint_losses. Memory: v.
     Source: Arbel and Mairal 2022 (AmIGO, arXiv:2111.14580); Ji, Yang and Liang 2021 (stocBiO, arXiv:2010.07962); Yang,
         Ji and Liang 2021 (MRBO, arXiv:2106.04692).
+
+    Example:
+        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+
+        >>> import torch, hypergrad as hg
+        >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        >>> tracker = hg.bilevel.AmIGO([w], [lam], steps=5, lr=0.5)
+        >>> optimizer = torch.optim.SGD([w, lam], lr=0.1)
+        >>> for _ in range(400):
+        ...     _ = tracker.backward(lambda: ((w - 1) ** 2).sum() / 2, lambda: ((w - lam) ** 2).sum() / 2)
+        ...     optimizer.step()
+        ...     tracker.step()
+        ...     optimizer.zero_grad()
+        >>> bool((lam - 1).abs() < 0.01)
+        True
     """
 
     takes = ("adjoint_losses",)

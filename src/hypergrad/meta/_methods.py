@@ -57,6 +57,14 @@ class Implicit(Method):
 
     Cost: T + 1 gradients and the solver's products of each task; one graph at a time, whatever T is.
     Source: Rajeswaran, Finn, Kakade and Levine 2019.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> start, tasks = torch.tensor(0.0, requires_grad=True), torch.tensor([1.0, 3.0])
+        >>> loss = lambda w, start, task: (w - task) ** 2 / 2
+        >>> inner = hg.meta.biased(loss, strength=1.0)  # w = (task + start) / 2
+        >>> hg.meta.grad(loss, inner, start, tasks, method=hg.meta.Implicit(), steps=200).grads.round(decimals=3)
+        tensor(-0.5000)
     """
 
     solver: Solver = field(default_factory=Auto)
@@ -117,6 +125,13 @@ class Unrolled(Method):
 
     Cost: T to 2T evaluations and T reverse passes of each task, or more with checkpoints.
     Source: Finn, Abbeel and Levine 2017.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> start, tasks = torch.tensor(0.0, requires_grad=True), torch.tensor([1.0, 3.0])
+        >>> loss = lambda w, start, task: (w - task) ** 2 / 2
+        >>> hg.meta.grad(loss, loss, start, tasks, method=hg.meta.Unrolled(), steps=1).grads  # w = .1 task + .9 start
+        tensor(-1.6200)
     """
 
     memory: str = "graph"
@@ -151,6 +166,13 @@ class FirstOrder(Method):
 
     Cost: T + 1 gradients of each task.
     Source: Finn, Abbeel and Levine 2017, section 5.2.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> start, tasks = torch.tensor(0.0, requires_grad=True), torch.tensor([1.0, 3.0])
+        >>> loss = lambda w, start, task: (w - task) ** 2 / 2
+        >>> hg.meta.grad(loss, loss, start, tasks, method=hg.meta.FirstOrder(), steps=1).grads  # ∇E at w
+        tensor(-1.8000)
     """
 
     def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found:
@@ -172,6 +194,13 @@ class Reptile(Method):
 
     Cost: T gradients of each task, and the outer loss where there is one, to report it.
     Source: Nichol, Achiam and Schulman 2018, Algorithm 2; not divided by the step size.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> start, tasks = torch.tensor(0.0, requires_grad=True), torch.tensor([1.0, 3.0])
+        >>> loss = lambda w, start, task: (w - task) ** 2 / 2
+        >>> hg.meta.grad(None, loss, start, tasks, method=hg.meta.Reptile(), steps=1).grads  # start less the mean of w
+        tensor(-0.2000)
     """
 
     def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found:

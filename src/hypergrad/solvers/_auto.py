@@ -38,6 +38,13 @@ class Auto(IterativeSolver):
         restart: of GMRES.
 
     Cost: that of the methods; a read from the device after each; at negative curvature 40 products more.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), positive_definite=True)
+        >>> solution = hg.solvers.Auto(rtol=1e-6)(op, torch.tensor([1.0, 2.0]))
+        >>> solution.value.round(decimals=3), solution.status.name
+        (tensor([0.0910, 0.6360]), 'CONVERGED')
     """
 
     restart: int = 30

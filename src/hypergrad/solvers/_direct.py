@@ -32,6 +32,12 @@ class Dense(LinearSolver):
 
     Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation, one more where
         A is declared positive definite, and one more outside of a hypergradient.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[2.0, 1.0], [0.0, 1.0]]))
+        >>> hg.solvers.Dense()(op, torch.tensor([1.0, 2.0])).value.round(decimals=3)
+        tensor([-0.5000,  2.0000])
     """
 
     def _iterate(self, system: System) -> Outcome:

@@ -130,6 +130,13 @@ class Reused(Kept):
 
     Raises: TypeError for a recipe of another form; ValueError at a solve without a tolerance: with a fixed number of
         steps nothing shows that the preconditioner has aged.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[4.0, 1.0], [1.0, 3.0]]).double(), positive_definite=True)
+        >>> inverse = hg.solvers.Reused(hg.solvers.Dense())  # one object for a sequence of systems
+        >>> [hg.solvers.CG(preconditioner=inverse, rtol=1e-8)(op, torch.ones(2).double()).steps for _ in range(2)]
+        [1, 1]
     """
 
     recipe: Any

@@ -36,6 +36,12 @@ class GMRES(IterativeSolver):
 
     Cost: one product a step; a vector for each step of a cycle, allocated eight at a time, m + 1 at most.
     Source: Saad and Schultz 1986.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[2.0, 1.0], [0.0, 1.0]]))
+        >>> hg.solvers.GMRES(rtol=1e-6)(op, torch.tensor([1.0, 2.0])).value.round(decimals=3)
+        tensor([-0.5000,  2.0000])
     """
 
     restart: int = 30
@@ -181,6 +187,12 @@ class BiCGStab(IterativeSolver):
 
     Cost: two products a step; seven vectors beside b.
     Source: van der Vorst 1992.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[2.0, 1.0], [0.0, 1.0]]))
+        >>> hg.solvers.BiCGStab(rtol=1e-6)(op, torch.tensor([1.0, 2.0])).value.round(decimals=3)
+        tensor([-0.5000,  2.0000])
     """
 
     def _iterate(self, system: System) -> Outcome:

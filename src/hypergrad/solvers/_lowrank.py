@@ -33,6 +33,13 @@ class Nystrom(LinearSolver):
     Cost: k products, vectorised; k vectors.
     Source: Frangella, Tropp and Udell 2023, Algorithms 2.1 and 5.1; as a solver for hypergradients Hataya and Yamada
         2023 (who sketch with columns of A).
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[4.0, 1.0], [1.0, 3.0]]).double(), positive_definite=True)
+        >>> sketch = hg.solvers.Nystrom(rank=2, damping=1e-6)
+        >>> hg.solvers.CG(preconditioner=sketch, rtol=1e-6)(op, torch.ones(2).double()).status.name
+        'CONVERGED'
     """
 
     rank: int = 10

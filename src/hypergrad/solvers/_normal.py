@@ -21,6 +21,12 @@ class NormalCG(IterativeSolver):
 
     Cost: one product with A and one with Aᵀ a step; five vectors beside b.
     Source: Hestenes and Stiefel 1952, section 10; the form is that of CGLS in Paige and Saunders 1982.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[2.0, 1.0], [0.0, 1.0]]))
+        >>> hg.solvers.NormalCG(rtol=1e-6)(op, torch.tensor([1.0, 2.0])).value.round(decimals=3)
+        tensor([-0.5000,  2.0000])
     """
 
     def _iterate(self, system: System) -> Outcome:
@@ -70,6 +76,12 @@ class LSQR(IterativeSolver):
 
     Cost: one product with A and one with Aᵀ a step; four vectors beside b.
     Source: Paige and Saunders 1982.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[2.0, 1.0], [0.0, 1.0]]))
+        >>> hg.solvers.LSQR(rtol=1e-6)(op, torch.tensor([1.0, 2.0])).value.round(decimals=3)
+        tensor([-0.5000,  2.0000])
     """
 
     def _iterate(self, system: System) -> Outcome:

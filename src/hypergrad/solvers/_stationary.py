@@ -68,6 +68,12 @@ class FixedPoint(IterativeSolver):
 
     Cost: one product a step, none in the first from zero; two vectors beside b.
     Source: Grazzi et al. 2020, section 3.2.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[1.0, 0.2], [0.1, 0.9]]))
+        >>> hg.solvers.FixedPoint(rtol=1e-5)(op, torch.tensor([1.0, 2.0])).status.name
+        'CONVERGED'
     """
 
     def _iterate(self, system: System) -> Outcome:
@@ -91,6 +97,12 @@ class Neumann(IterativeSolver):
 
     Cost: one product a step; two vectors beside b.
     Source: Lorraine, Vicol and Duvenaud 2020, Algorithm 3; the start x0 is continued likewise.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), positive_definite=True)
+        >>> hg.solvers.Neumann(step_size=0.2, max_steps=100)(op, torch.tensor([1.0, 2.0])).value.round(decimals=3)
+        tensor([0.0910, 0.6360])
     """
 
     step_size: float = 1.0
@@ -132,6 +144,12 @@ class OneStep(LinearSolver):
 
     Cost: no product (one with x0).
     Source: Luketina et al. 2016 (T1–T2); Fung et al. 2022 (Jacobian-free backpropagation).
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[1.0, 0.2], [0.1, 0.9]]))
+        >>> hg.solvers.OneStep()(op, torch.tensor([1.0, 2.0])).value
+        tensor([1., 2.])
     """
 
     _runs_to_tolerance: ClassVar[bool] = False

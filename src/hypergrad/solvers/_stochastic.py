@@ -30,6 +30,13 @@ class Optimizer(IterativeSolver):
 
     Cost: one product a step for an optimizer that evaluates once (LBFGS: more); the optimizer's state.
     Source: Grazzi, Pontil and Salzo 2021, Algorithm 1 (step 2).
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), positive_definite=True)
+        >>> descent = hg.solvers.Optimizer(build=lambda x: torch.optim.SGD(x, lr=0.2), max_steps=100)
+        >>> descent(op, torch.tensor([1.0, 2.0])).value.round(decimals=3)
+        tensor([0.0910, 0.6360])
     """
 
     build: Callable[[list[Tensor]], Any] = gradient_descent

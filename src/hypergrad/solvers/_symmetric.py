@@ -141,6 +141,12 @@ class MINRES(IterativeSolver):
     Cost: one product a step; seven vectors beside b (two more with a preconditioner).
     Source: Paige and Saunders 1975; letters as in Elman, Silvester and Wathen, Algorithm 6.1. The end is our own: the
         rounding of x grows along the null space, and does not show in η.
+
+    Example:
+        >>> import torch, hypergrad as hg
+        >>> op = hg.operators.matrix(torch.diag(torch.tensor([2.0, -1.0])), symmetric=True)
+        >>> hg.solvers.MINRES(rtol=1e-6)(op, torch.tensor([2.0, 3.0])).value.round(decimals=3)
+        tensor([ 1., -3.])
     """
 
     preconditioner: Any = None
