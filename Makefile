@@ -66,7 +66,7 @@ links: docs ## links, sections, alt texts and distances of the built documentati
 prose: $(VENV)/.docs ## spelling, and the house's rules of prose
 	$(BIN)/python tools/prose.py
 
-screenshots: docs ## the documentation in a headless browser, at two widths, into build/screenshots
+screenshots: docs ## the documentation in a headless browser: widths, contrast, pictures; into build/screenshots
 	$(BIN)/python tools/screenshots.py build/site build/screenshots
 
 wheel: ## sdist and wheel, installed in clean environments, with a user's program and its types
