@@ -472,8 +472,8 @@ def kinds(classes: Classes) -> str:
 
 def plot(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: FewShot, config: Config) -> Figure:
     on_curve = nearest_neighbour(draw(seen(data), config.curve_tasks, config, TEST_SEED // 2)).tolist()
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 1.5, 1.2))
+    figure = Figure(figsize=(6, 12.5), layout="constrained")
+    middle, right, left = figure.subplots(3, 1)
     tasks = draw(data.test, 1, config, TEST_SEED)
     shown = [*tasks.support[0][0], *(tasks.query[0][0][i * config.queries + j] for j in range(3) for i in range(5))]
     columns = min(config.ways, 5)
