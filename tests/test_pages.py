@@ -182,3 +182,11 @@ def test_the_versions_of_ci_are_those_of_nox():
     project = (ROOT / "pyproject.toml").read_text()
     least = min(jobs, key=lambda job: [int(part) for part in job[0].split(".")])
     assert f'requires-python = ">={least[0]}"' in project and f'"torch>={least[1].removesuffix(".0")}"' in project
+
+
+def test_the_gallery_has_every_tutorial_and_every_result():
+    listed = re.findall(r"^((?:tutorials|results)/\w+)$", (DOCS / "gallery.md").read_text(), flags=re.MULTILINE)
+    pages = {f"{folder}/{file.stem}" for folder in ("tutorials", "results") for file in (DOCS / folder).glob("*.md")}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == pages - {"tutorials/index", "results/index", "results/benchmarks"}
+    assert all("![" in (DOCS / f"{page}.md").read_text() for page in listed if page.startswith("results/"))
