@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .._torch import has_step_hooks
 from ._rule import PerLeaf, Rule, State, is_zero
-from ._rules import SGD, Adadelta, Adagrad, Adam, Adamax, RAdam, RMSprop
+from ._rules import SGD, Adagrad, Adam, RMSprop
 
-RULES: tuple[type[Rule], ...] = (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, RAdam)
-TWINS: dict[type, type[Rule]] = {getattr(torch.optim, rule.__name__): rule for rule in RULES}
+TWINS: dict[type, type[Rule]] = {getattr(torch.optim, rule.__name__): rule for rule in (SGD, Adam, RMSprop, Adagrad)}
 TWINS[torch.optim.AdamW] = Adam
 FLAGS = ("maximize", "nesterov", "amsgrad", "centered", "decoupled_weight_decay")
 
@@ -35,7 +34,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> Twin:
     rule. Later steps of the optimizer do not touch the copies.
 
     Args:
-        optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax or RAdam, of torch.optim itself.
+        optimizer: SGD, Adam, AdamW, RMSprop or Adagrad, of torch.optim itself.
 
     Returns:
         Twin(rule, params, state). SGD keeps no count of its steps: state["step"] is 1 where it has stepped.

@@ -1,4 +1,4 @@
-"""Rules for inner problems with a constraint or a term that is not smooth: proximal gradient and FISTA."""
+"""Rules for inner problems with a constraint or a term that is not smooth: proximal gradient."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import torch
 from torch import Tensor
 
 from ._rule import Hyper, Number, Rule, Values
-from ._rules import Slots, Update, sqrt
+from ._rules import Update, sqrt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prox(ABC):
     """prox_{ηr}(w) = argmin_u ½‖u − w‖² + η r(u), leaf by leaf. Hyperparameters as in `Rule`.
 
-    At a kink the derivative is that of one side, and where the result is constant it is 0.
+    At a kink the derivative is that of one side, and where the result is constant it is 0. A term or a constraint of
+    your own is a dataclass with its `leaf`.
     """
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            number = getattr(self, f.name)
-            if f.name not in ("dim", "lower", "upper") and isinstance(number, (int, float)) and not number >= 0:
-                raise ValueError(f"{type(self).__name__}: {f.name} must be ≥ 0, got {number!r}")
+        for name in {f.name for f in fields(self)} & {"strength", "l1", "l2", "radius"}:
+            number = getattr(self, name)
+            if isinstance(number, (int, float)) and not number >= 0:
+                raise ValueError(f"{type(self).__name__}: {name} must be ≥ 0, got {number!r}")
 
     @abstractmethod
-    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
-        """prox_{ηr} of one leaf."""
+    def leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
+        """prox_{ηr} of one leaf; value(self, name) is a hyperparameter's value for it."""
 
 
 def shrink(w: Tensor, threshold: Number) -> Tensor:
@@ -46,7 +47,7 @@ class L1(Prox):
 
     strength: Hyper
 
-    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
+    def leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
         return shrink(w, lr * value(self, "strength"))
 
 
@@ -61,29 +62,8 @@ class ElasticNet(Prox):
     l1: Hyper
     l2: Hyper
 
-    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
+    def leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
         return shrink(w, lr * value(self, "l1")) / (1 + lr * value(self, "l2"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Box(Prox):
-    """lower ≤ w ≤ upper; the prox is the projection.
-
-    Args:
-        lower, upper: the bounds, with lower ≤ upper.
-    """
-
-    lower: Hyper = 0.0
-    upper: Hyper = 1.0
-
-    def __post_init__(self) -> None:
-        bounds = self.lower, self.upper
-        if all(isinstance(x, (int, float)) for x in bounds) and not bounds[0] <= bounds[1]:  # pyright: ignore[reportOperatorIssue]
-            raise ValueError(f"Box: lower must be ≤ upper, got {bounds}")
-
-    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
-        lower, upper = value(self, "lower"), value(self, "upper")
-        return torch.where(w < lower, lower, torch.where(w > upper, upper, w))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +78,7 @@ class Simplex(Prox):
 
     radius: Hyper = 1.0
 
-    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
+    def leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
         radius = value(self, "radius")
         # A shift of all entries changes nothing, and without it the radius is lost beside large ones.
         w = w - w.amax(-1, keepdim=True).detach()
@@ -125,7 +105,7 @@ class GroupLasso(Prox):
     strength: Hyper
     dim: int | None = -1
 
-    def _leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
+    def leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
         dims, limits = tuple(range(w.ndim)) if self.dim is None else (self.dim,), torch.finfo(w.dtype)
         # Scaled, for the squares of numbers below 1e-22 or above 1e19 are 0 or infinite in float32.
         scale = w.abs().amax(dims, keepdim=True).detach().clamp(min=limits.tiny, max=limits.max)
@@ -149,38 +129,6 @@ class ProximalGradient(Rule):
     lr: Hyper = 1e-3
     prox: Prox
 
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+    def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
         lr = value(self, "lr")
-        return self.prox._leaf(w - lr * g, lr, value), {}
-
-
-def _one(w: Tensor) -> Tensor:
-    """The number 1 as a state of its own for each leaf, on the CPU, as the counter is."""
-    return torch.ones((), dtype=torch.promote_types(w.dtype, torch.float32), device="cpu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FISTA(Rule):
-    """Accelerated proximal gradient. The params are y, where the gradient is taken; the solution x is state["x"].
-
-        x₊ = prox_{ηr}(y − ηg(y)),    t₊ = (1 + √(1 + 4t²))/2,    y₊ = x₊ + (t − 1)/t₊ · (x₊ − x)
-
-    t is kept on the CPU: a reverse pass through the step reads from the device once for each leaf.
-
-    Args:
-        lr: η, at most 1/L.
-        prox: r.
-
-    Source: Beck & Teboulle 2009, equations 4.1 to 4.3.
-    """
-
-    lr: Hyper = 1e-3
-    prox: Prox
-
-    def _slots(self) -> Slots:
-        return {"x": torch.clone, "t": _one}
-
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
-        lr = value(self, "lr")
-        x, t = self.prox._leaf(w - lr * g, lr, value), (1 + (1 + 4 * s["t"] ** 2).sqrt()) / 2
-        return x + (s["t"] - 1) / t * (x - s["x"]), {"x": x, "t": t}
+        return self.prox.leaf(w - lr * g, lr, value), {}

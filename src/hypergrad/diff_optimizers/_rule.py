@@ -199,7 +199,7 @@ class Rule(ABC):
 
     Every hyperparameter that is not a bool may be a number, a 0-d tensor (with a graph, if it is to be learned),
     `PerStep`, `PerLeaf`, or a callable of hparams that gives one of these; `betas` is a pair of them. In the formulas
-    η is lr, λ weight_decay, μ momentum, (β₁, β₂) betas, ε eps, α alpha, ρ rho, t the number of the update from 1.
+    η is lr, λ weight_decay, μ momentum, (β₁, β₂) betas, ε eps, α alpha, t the number of the update from 1.
 
     Args:
         maximize: step up the gradient instead of down.
@@ -209,7 +209,7 @@ class Rule(ABC):
     maximize: bool = False
     frozen: tuple[int, ...] = ()
     _counts: ClassVar[bool] = False  # whether the formula depends on how many updates a leaf has had
-    _below_one: ClassVar[tuple[str, ...]] = ("alpha", "rho", "betas[0]", "betas[1]")
+    _below_one: ClassVar[tuple[str, ...]] = ("alpha", "betas[0]", "betas[1]")
 
     def __post_init__(self) -> None:
         pairs = [(f.name, getattr(self, f.name)) for f in fields(self)]
@@ -224,13 +224,13 @@ class Rule(ABC):
             if name != "dampening" and not 0 <= value < below:
                 raise ValueError(f"{type(self).__name__}: {name} must be a number in [0, {below}), got {value!r}")
 
-    def _slots(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    def slots(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
         """What the state holds for each leaf, and how each begins."""
         return {}
 
     @abstractmethod
-    def _leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> tuple[Tensor, dict[str, Tensor]]:
-        """The update of one leaf: the rule's formula."""
+    def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> tuple[Tensor, dict[str, Tensor]]:
+        """The update of one leaf, the rule's formula: the new w and s; value(self, name) gives a hyperparameter."""
 
     @property
     def needs_hparams(self) -> bool:
@@ -250,9 +250,9 @@ class Rule(ABC):
         leaves, _, unflatten = flatten(params, "params")
         dtype = torch.promote_types(leaves[0].dtype, torch.float32)
         state: State = {"step": torch.zeros((), dtype=dtype, device="cpu")}
-        if self._counts and self._slots():
+        if self._counts and self.slots():
             state["missed"] = torch.zeros(len(leaves), dtype=dtype, device="cpu")
-        return state | {name: unflatten([new(w) for w in leaves]) for name, new in self._slots().items()}
+        return state | {name: unflatten([new(w) for w in leaves]) for name, new in self.slots().items()}
 
     @final
     def update(self, params: PyTree, state: State, grads: PyTree, hparams: PyTree = None) -> tuple[PyTree, State]:
@@ -276,7 +276,7 @@ class Rule(ABC):
         Cost: elementwise; nothing is read from an accelerator but the counter for a PerStep, if it is there.
         """
         leaves, paths, unflatten = flatten(params, "params")
-        slots = self._slots()
+        slots = self.slots()
         self._check(state, slots, hparams)
         slopes = _dense(aligned(grads, paths, "grads"), paths, "grads")
         buffers = {name: _dense(aligned(state[name], paths, name), paths, name) for name in slots}
@@ -292,7 +292,7 @@ class Rule(ABC):
                     f"grads{paths.within[i]} must be of shape {tuple(w.shape)}, got one of shape {tuple(g.shape)}"
                 )
             own = {name: buffers[name][i] for name in slots}
-            new, s = self._leaf(w, -g if self.maximize else g, own, value.of(i, w))
+            new, s = self.leaf(w, -g if self.maximize else g, own, value.of(i, w))
             # A 0-d float32 leaf times a 0-d float64 number would be float64.
             new_params[i] = new.to(w.dtype)
             for name in slots:
