@@ -40,7 +40,6 @@ SOLVERS: dict[str, tuple[Callable[[int], hg.solvers.LinearSolver], Callable[[int
     "LSQR": (lambda k: hg.solvers.LSQR(max_steps=k, on_failure="ignore"), lambda k: 2 * k),
     "FixedPoint": (lambda k: hg.solvers.FixedPoint(max_steps=k, on_failure="ignore"), lambda k: k - 1),
     "Neumann": (lambda k: hg.solvers.Neumann(max_steps=k, on_failure="ignore"), lambda k: k),
-    "OneStep": (lambda k: hg.solvers.OneStep(on_failure="ignore"), lambda k: 0),
 }
 OWN_PASSES = 3  # of every implicit hypergradient: the gradient or map, the outer gradient, the last product
 

@@ -163,7 +163,7 @@ METHODS: dict[str, Callable[[Point], Named]] = {
     "10 steps unrolled": lambda p: p.unrolled(p.optimizer, 10)[0],
     "one step unrolled": lambda p: p.unrolled(p.optimizer, 1)[0],
     "SAMA": lambda p: p.direction(hg.bilevel.SAMA(p.live, p.h, optimizer=p.optimizer), p.live),
-    "T1–T2": lambda p: p.implicit(hg.solvers.OneStep(on_failure="ignore")),
+    "T1–T2": lambda p: p.implicit(hg.solvers.FixedPoint(max_steps=1, on_failure="ignore")),
 }
 
 

@@ -86,7 +86,6 @@ ROWS = {
     "NormalCG": Row(S.NormalCG, lambda k, n: 2 * k, either(conditioned(1e3), symmetric(1e3))),
     "FixedPoint": Row(S.FixedPoint, lambda k, n: max(k - 1, 0), contracts(1)),
     "Neumann": Row(partial(S.Neumann, step_size=ETA), lambda k, n: k, contracts(ETA)),
-    "OneStep": Row(S.OneStep, lambda k, n: 0, lambda s: [bool(q == 0) for q in s.contraction(1)]),
     "Dense": Row(S.Dense, lambda k, n: n, conditioned(1e6)),
     "Dense, Cholesky": Row(S.Dense, lambda k, n: n, conditioned(1e6), tag="positive_definite"),
     "Nystrom(10)": Row(
@@ -102,7 +101,7 @@ ROWS = {
 KRYLOV = ("CG", "MINRES", "GMRES(5)", "GMRES(60)", "BiCGStab", "LSQR", "NormalCG")
 
 
-LAZY = (*KRYLOV, "FixedPoint", "Neumann", "OneStep", "Auto", "Auto, symmetric")
+LAZY = (*KRYLOV, "FixedPoint", "Neumann", "Auto", "Auto, symmetric")
 
 
 BATCHES = [name for name, system in GRID.items() if system.a.ndim == 3]

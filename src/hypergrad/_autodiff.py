@@ -184,22 +184,6 @@ def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         raise better from error
 
 
-def grads_by_backward(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """What output.backward() adds to .grad of these leaves, which is left as it was.
-
-    FSDP2's hooks act in backward() alone, and give sharded gradients there.
-    """
-    kept = [x.grad for x in inputs]
-    try:
-        for x in inputs:
-            x.grad = None
-        output.backward()
-        return [x.grad for x in inputs]
-    finally:
-        for x, grad in zip(inputs, kept, strict=True):
-            x.grad = grad
-
-
 def add(xs: Sequence[Tensor | None], ys: Sequence[Tensor]) -> list[Tensor]:
     """Sums in memory of their own; None stands for zeros."""
     return [y.clone() if x is None else x + y for x, y in zip(xs, ys, strict=True)]

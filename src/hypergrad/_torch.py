@@ -118,13 +118,6 @@ def ranks() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def is_fully_sharded(module: torch.nn.Module) -> bool:
-    """Whether FSDP2's hooks (fully_shard) act on a module or on a part of it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)
-    return kind is not None and any(isinstance(part, kind) for part in module.modules())
-
-
 def is_python_function(node: Any) -> bool:
     """Whether a node of the graph belongs to a torch.autograd.Function, which only its result keeps alive."""
     return isinstance(node, BackwardCFunction)

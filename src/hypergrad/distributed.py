@@ -13,6 +13,7 @@ of the mean.)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -204,7 +205,7 @@ def call(module: nn.Module, *args: object, group: Any = None, **kwargs: object) 
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         module = module.module
-    if _torch.is_fully_sharded(module):
+    if _is_fully_sharded(module):
         raise TypeError(
             "FSDP2's hooks give no graph for second derivatives: evaluate a copy of the model made before "
             "fully_shard, by torch.func.functional_call at hg.distributed.gathered(its parameters), or take an "
@@ -278,3 +279,10 @@ def _check_started() -> None:
             "torch.distributed is not started: call torch.distributed.init_process_group() on every rank (torchrun "
             "sets what it needs)"
         )
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2's hooks (fully_shard) act on a module or on a part of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    return kind is not None and any(isinstance(part, kind) for part in module.modules())

@@ -832,7 +832,7 @@ def test_numbers_that_are_not_finite(where, bad):
         S.NormalCG(max_steps=4),
         S.FixedPoint(max_steps=4),
         S.Neumann(max_steps=4),
-        S.OneStep(),
+        S.FixedPoint(max_steps=1),
         S.Dense(),
         S.Optimizer(max_steps=4),
         S.Nystrom(rank=3),

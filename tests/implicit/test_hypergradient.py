@@ -120,7 +120,7 @@ EARLY = {
     "LSQR": S.LSQR(max_steps=4, **QUIET),
     "FixedPoint": S.FixedPoint(max_steps=4, **QUIET),
     "Neumann": S.Neumann(max_steps=4, step_size=0.1, **QUIET),
-    "OneStep": S.OneStep(**QUIET),
+    "one step": S.FixedPoint(max_steps=1, **QUIET),
     "Optimizer": S.Optimizer(max_steps=4, build=lambda x: torch.optim.SGD(x, lr=1e-3), **QUIET),
     "Nystrom": S.Nystrom(rank=3, damping=1.0, **QUIET),
     "damped": S.GMRES(max_steps=3, damping=0.7, **QUIET),
@@ -657,7 +657,7 @@ def test_warm_start_from_the_adjoint_before(name, form):
     colder = hypergradient(p, form, solver)
     assert int(torch.as_tensor(nearer.solution.steps).max()) < int(torch.as_tensor(colder.solution.steps).max())
     with untouched(near):
-        hypergradient(p, form, S.OneStep(**QUIET), x0=near)
+        hypergradient(p, form, S.FixedPoint(max_steps=1, **QUIET), x0=near)
 
 
 TASKS, SIZE = 5, 4
@@ -772,7 +772,7 @@ def test_final_draws_average_the_last_product(finite_sum, draws):
     def outer(w, h):
         return (w - t).pow(4).sum()
 
-    fixed = S.OneStep(**QUIET)  # v = ∇E without a product, so that only the last product draws
+    fixed = S.FixedPoint(max_steps=1, **QUIET)  # v = ∇E without a product, so that only the last product draws
     counter = Draws(maps, (0, 1, 2))
     result = hg.implicit.grad(outer, fp_map=hg.operators.Stochastic(counter, draws), solver=fixed, **options)
     assert counter.calls == draws
@@ -812,7 +812,7 @@ def test_one_draw_does_not_say_whether_a_stochastic_problem_is_solved():
         (S.NormalCG(max_steps=3, **QUIET), 7),
         (S.LSQR(max_steps=3, **QUIET), 7),
         (S.Optimizer(max_steps=5, **QUIET), 6),
-        (S.OneStep(**QUIET), 1),
+        (S.FixedPoint(max_steps=1, **QUIET), 1),
     ],
 )
 def test_stochastic_losses_are_evaluated_once_a_product(solver, evaluations):
@@ -977,7 +977,7 @@ COSTS = [
     (S.FixedPoint(max_steps=4), {"vjp": 3, "vjp_both": 1}),
     (S.Neumann(max_steps=4), {"vjp": 4, "vjp_both": 1}),
     (S.Optimizer(max_steps=4), {"vjp": 4, "vjp_both": 1}),
-    (S.OneStep(), {"vjp_both": 1}),
+    (S.FixedPoint(max_steps=1), {"vjp_both": 1}),
     (S.Dense(), {"vjp_many": 1, "vjp_both": 1}),
     (S.CG(max_steps=4, preconditioner=S.Nystrom(rank=3)), {"vjp": 4, "vjp_many": 1, "vjp_both": 1}),
 ]
@@ -1255,7 +1255,7 @@ def test_identities_everywhere():
     """A = I: Φ independent of w, E = ½‖w‖² whose gradient is w itself; one step is exact and nothing is overwritten."""
     hparams = rand(4, requires_grad=True)
     w = hparams.detach().clone()
-    for solver in (S.CG(max_steps=1), S.FixedPoint(max_steps=1), S.OneStep(), S.GMRES(max_steps=1), S.Dense()):
+    for solver in (S.CG(max_steps=1), S.FixedPoint(max_steps=1), S.GMRES(max_steps=1), S.Dense()):
         with untouched(w, hparams):
             result = hg.implicit.grad(
                 lambda w, h: 0.5 * w @ w,
@@ -1315,7 +1315,13 @@ class Stop(torch.autograd.Function):
 @pytest.mark.parametrize("leaves", [1, 2])
 @pytest.mark.parametrize(
     "solver",
-    [S.FixedPoint(max_steps=6), S.Neumann(max_steps=6), S.GMRES(rtol=1e-12), S.NormalCG(rtol=1e-12), S.OneStep()],
+    [
+        S.FixedPoint(max_steps=6),
+        S.Neumann(max_steps=6),
+        S.GMRES(rtol=1e-12),
+        S.NormalCG(rtol=1e-12),
+        S.FixedPoint(max_steps=1),
+    ],
 )
 def test_a_buffer_that_a_backward_hands_out_is_not_written_into(solver, leaves, how, monkeypatch):
     """Φ = λ + a constant as torch sees it: A = I. Leaves are stored one by one, as large ones are."""

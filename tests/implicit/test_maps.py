@@ -1371,13 +1371,13 @@ def test_a_truncated_neumann_series_is_the_phantom_gradient(steps, mixing):
 def test_one_step_takes_the_map_for_its_own_derivative():
     case, info = SMALL, Info()
     w, h = case.solution, case.hparams.clone().requires_grad_()
-    case.value(w, h, solver=S.OneStep(), info=info).backward()
+    case.value(w, h, solver=S.FixedPoint(max_steps=1), info=info).backward()
     truth = jacrev(lambda h: case.outer(case.user(w, h), h))(case.hparams)
     assert rel(h.grad, truth) < 1e-13
     jacobian = jacrev(case.user)(w, case.hparams)
     left = jacobian.T @ grad(case.outer)(w, case.hparams)
     assert rel(info.solution.residual_norm, left.norm()) < 1e-13  # it says how far off it is
-    assert rel(jacfwd(partial(case.value, w, solver=S.OneStep()))(case.hparams), truth) < 1e-13
+    assert rel(jacfwd(partial(case.value, w, solver=S.FixedPoint(max_steps=1)))(case.hparams), truth) < 1e-13
 
 
 @pytest.mark.parametrize("door", ["argmin", "root", "fixed_point", "solver"])

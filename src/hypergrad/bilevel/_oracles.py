@@ -182,7 +182,7 @@ class Oracles:
         self.counts["outer_gradients" if name == "outer_loss" else "inner_gradients"] += 1
         inputs = [*self.params, *self.hparams]
         if self.sharded:
-            grads = self._unscaled(_autodiff.grads_by_backward(value, inputs))
+            grads = self._unscaled(_grads_by_backward(value, inputs))
         else:
             warn_of_local([value], name)
             grads = self._unscaled(_autodiff.grad_or_none([value], inputs, dense=False))
@@ -355,3 +355,19 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     if x.element_size() < 4:
         x, y = x.float(), y.float()
     return torch.linalg.vecdot(x, y) if x.ndim == 1 else torch.linalg.vecdot(x.reshape(-1), y.reshape(-1))
+
+
+def _grads_by_backward(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """What output.backward() adds to .grad of these leaves, which is left as it was.
+
+    FSDP2's hooks act in backward() alone, and give sharded gradients there.
+    """
+    kept = [x.grad for x in inputs]
+    try:
+        for x in inputs:
+            x.grad = None
+        output.backward()
+        return [x.grad for x in inputs]
+    finally:
+        for x, grad in zip(inputs, kept, strict=True):
+            x.grad = grad

@@ -43,13 +43,7 @@ def verdict(e: Estimate, findings: Sequence[Finding]) -> tuple[bool, str]:
 def findings_about_the_check(
     e: Estimate, differences: Differences | None, before: float | None, left_out: Sequence[str], better: str
 ) -> Iterator[Finding]:
-    """What is wrong with the result, or stands in the way of the estimate.
-
-    Args:
-        before: ‖F‖ when the hypergradient was computed.
-        left_out: what max_products left no room for.
-        better: see `better_solver`.
-    """
+    """What is wrong with the result, or stands in the way of the estimate. before: ‖F‖ when it was computed."""
     relative = e.adjoint_relative_residual
     if relative > POOR:
         worse = ", more than v = 0 leaves" if relative >= 1 else ""
@@ -90,13 +84,7 @@ def better_solver(structure: Structure | None, solution: Solution | None) -> str
 def remedies(
     e: Estimate, at: Structure | None, there: Structure | None, fixed_point: bool, better: str
 ) -> Iterator[str]:
-    """What to do about the error.
-
-    Args:
-        at: the structure at params.
-        there: the structure at the estimated inner solution.
-        better: see `better_solver`.
-    """
+    """What to do about the error. at, there: the structure at params, and at the estimated inner solution."""
     if not math.isfinite(e.error) or (e.settled and e.relative_error <= GOOD):
         return
     most = max(e.from_inner, e.from_adjoint, e.from_damping)

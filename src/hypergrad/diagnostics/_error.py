@@ -25,10 +25,10 @@ NEWTON_STEPS = 20
 class Estimate:
     """An estimate of the error of a hypergradient h at (w, v), against the exact ∇f(λ) at the inner solution w*.
 
-    The first-order correction dh (see `implicit.polish`) at the given w and v is a first estimate. If the effect of the
-    inner residual in it exceeds 0.3 % of the hypergradient, or the Newton step δ a tenth of w, w takes Newton steps,
-    each halved until ‖F‖ falls, and v is solved for and the correction taken anew, until a step changes both the
-    estimate and the hypergradient by less than 1 %. The estimate is the distance of h from the hypergradient reached.
+    The first-order correction (see `implicit.polish`) at the given w and v is a first estimate. If the effect of the
+    inner residual in it exceeds 0.3 % of the hypergradient, or the Newton step a tenth of w, w takes Newton steps, each
+    halved until ‖F‖ falls, with a new v and correction, until a step changes the estimate and the hypergradient by less
+    than 1 %. The estimate is the distance of h from the hypergradient reached.
 
     Attributes:
         inner_residual: ‖F‖ = ‖∇₁g‖ or ‖w − Φ(w)‖.
@@ -39,10 +39,8 @@ class Estimate:
         hypergradient_norm: ‖h‖ as given.
         error: estimate of ‖h − ∇f(λ)‖.
         relative_error: the same relative to the corrected hypergradient.
-        from_inner, from_adjoint, from_damping: the first-order effects of the residual F (with v following w), of r_v,
-            and of γ, as norms.
-        uncertainty: how far `error` may be off, relative: the share of the last Newton step; `from_inner` relative to
-            the hypergradient where the first-order estimate was enough.
+        from_inner, from_adjoint, from_damping: norms of the first-order effects of F (v follows w), of r_v, and of γ.
+        uncertainty: how far `error` may be off, relative: by the last Newton step, or to first order.
         settled: whether that is small. If not, do not trust the estimate.
         newton_steps: Newton steps of the inner problem that the estimate took.
         status: the worst status of the linear systems behind the estimate.

@@ -48,21 +48,18 @@ class Finding:
 def findings(problem: Problem, structure: Structure | None = None) -> tuple[Finding, ...]:
     """All that is recognised as wrong with this problem at (w, λ). Nothing found does not prove that nothing is wrong.
 
-    - not symmetric: a fixed point map or residual declared symmetric is not (xᵀAy ≠ yᵀAx for random x, y).
+    - not symmetric: A was declared symmetric, and xᵀAy ≠ yᵀAx for random x, y.
     - indefinite: the Hessian of the inner loss, or an A declared positive definite, has a negative eigenvalue: proven.
     - singular: some singular values of A are zero to rounding, or κ eps > 1 %.
     - expansion: the spectral radius of ∂₁Φ is above 1, so the map does not converge to this point.
-    - stochastic, dropout: two evaluations of a map or loss differ; "dropout" where a module that the callable can be
-      seen to use (closure, partial, bound method, global) drops something in training mode.
-    - kink: the derivative of ∇₁g, Φ or F jumps at w in a random direction d, or ∇₁g, Φ or F itself does. Compared are
-      Jacobian products and values at w ± εd for ε = eps^⅓ and eps^½ (times ‖w‖): those of a smooth map agree better at
-      the smaller ε. A kink that moves the products by less than eps^⅙ (0.25 % in float64, 7 % in float32), as that of
-      one sample in very many may, is not seen; one nearer than eps^½ ‖w‖ counts as at w.
+    - stochastic, dropout: two evaluations of a map or loss differ; "dropout" where a module that can be seen (in a
+      closure, partial, bound method or global) drops something in training mode.
+    - kink: ∇₁g, Φ or F, or a product with its derivative, jumps between w − εd and w + εd for a random d: it changes as
+      much at ε = eps^½ ‖w‖ as at eps^⅓ ‖w‖, a product by eps^⅙ at least (0.25 % in float64, 7 % in float32).
     - wrong derivative: where there is no kink, finite differences of ∇₁g, Φ or F along random directions of w and of λ
-      differ from what autograd gives by more than eps^⅕ (0.07 % in float64, 4 % in float32) and by more than their own
-      error: a value that depends on them was detached, say.
-    - rounding floor: the residual is no larger than what a change of w in its last digit makes of it, and this amounts
-      to more than 1e-8 of ‖w‖. It cannot be solved further in this dtype.
+      differ from what autograd gives by more than eps^⅕ (0.07 % in float64, 4 % in float32) and than their own error.
+    - rounding floor: a change of w in its last digit changes the residual by as much as it is, and w may be off by more
+      than 1e-8 of its norm. It cannot be solved further in this dtype.
     - outer loss ignores params, hyperparameter reaches nothing: by the graphs of the losses.
 
     Of a stochastic map one draw is tested, and neither for kinks nor for rounding.

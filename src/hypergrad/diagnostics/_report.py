@@ -13,7 +13,7 @@ from torch import Tensor
 from .._tree import PyTree
 from ..implicit import Hypergradient, Problem
 from ..operators import has_curvature
-from ..solvers import LinearSolver, Nystrom, OneStep, Solver
+from ..solvers import LinearSolver, Nystrom, Solver
 from ..unroll import ForwardResult, ReverseResult, check_whole
 from ._advice import better_solver, findings_about_the_check, remedies, verdict
 from ._differences import Differences, finite_differences
@@ -106,9 +106,9 @@ def check(
     """How wrong a hypergradient is, and why. Changes nothing of the user's.
 
     A result of `implicit.grad` knows its problem, as long as the losses were functions and neither params nor hparams
-    changed since (check before the optimizer's step). What it does not know is passed as keywords, which replace what
-    it knows. Other results come with all of outer_loss, hparams, params (a result of `unroll` has its own) and one form
-    of the inner problem; whatever they are, their error is that against the exact hypergradient at the inner solution.
+    changed since (check before the optimizer's step); keywords replace what it knows. Other results come with all of
+    outer_loss, hparams, params (a result of `unroll` has its own) and one form of the inner problem; their error is
+    that against the exact hypergradient at the inner solution.
 
     Args:
         result: a Hypergradient, a result of `unroll`, or the gradients themselves in hparams' structure (HyperTorch's
@@ -185,8 +185,8 @@ def _check_solver(solver: Any) -> None:
     """Raise for a solver whose answers are not those of the systems behind the estimate."""
     if solver is not None and not callable(solver):
         raise TypeError(f"solver must be a function, got {solver!r}")
-    if isinstance(solver, (Nystrom, OneStep)):
-        raise TypeError(f"check's solver must solve its systems, and {type(solver).__name__} approximates")
+    if isinstance(solver, Nystrom):
+        raise TypeError("check's solver must solve its systems, and Nystrom approximates")
     if isinstance(solver, LinearSolver) and solver.damping:
         raise TypeError(
             f"check's solver must solve its systems as they are, got damping={solver.damping!r}: to judge a "

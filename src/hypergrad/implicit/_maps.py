@@ -122,7 +122,7 @@ def root(
         hparams: λ, any pytree; its floating point tensors are differentiated.
         solver: linear solver of Aᵀv = w̄, and of Aẇ = b in forward mode; default `solvers.Auto()`. It factorises each of
             many small systems, once for all right hand sides that jacrev, jacfwd or vmap bring.
-            `solvers.OneStep()` and `solvers.Neumann(max_steps=...)` are cheap approximations.
+            `solvers.FixedPoint(max_steps=1)` and `solvers.Neumann(max_steps=...)` are cheap approximations.
         symmetric: ∂₁F is symmetric.
         positive_definite: ∂₁F is symmetric and positive definite: `solvers.Dense` takes Cholesky's factors then.
         batch_dims: 1 where the first axis of each leaf of w counts independent problems.

@@ -17,9 +17,10 @@ from ._solver import Solver as Solver
 from ._solver import check_options as check_options
 from ._solver import on_failure_of as on_failure_of
 from ._solver import solve as solve
-from ._stationary import FixedPoint, Neumann, OneStep
+from ._stationary import FixedPoint, Neumann
 from ._stochastic import Optimizer
 from ._symmetric import CG, MINRES
+from ._theory import Structure as Structure  # public as diagnostics.Structure
 from ._theory import rate_of as rate_of
 from ._theory import steps_needed as steps_needed
 
@@ -41,7 +42,6 @@ __all__ = [
     # stationary
     "FixedPoint",
     "Neumann",
-    "OneStep",
     # direct and low rank
     "Dense",
     "Nystrom",

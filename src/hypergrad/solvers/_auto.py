@@ -13,7 +13,7 @@ from ._krylov import GMRES, arnoldi
 from ._normal import LSQR
 from ._solver import IterativeSolver, LinearSolver, Outcome, System, continued, event
 from ._symmetric import CG, MINRES
-from ._theory import SystemStructure
+from ._theory import Structure
 
 SMALL = 32  # unknowns up to which many systems are solved densely
 LANCZOS_STEPS = 40  # products for the least eigenvalue of a system that turned out to be indefinite
@@ -107,7 +107,7 @@ class Auto(IterativeSolver):
             return LSQR()
         return None
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         """As the method that gives the answer."""
         if not structure.symmetric:
             return GMRES().products_needed(structure, rtol)

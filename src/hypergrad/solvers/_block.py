@@ -14,7 +14,7 @@ from .._solution import Status
 from .._vector import Vector
 from ._solver import IterativeSolver, Outcome, System, event
 from ._symmetric import CG
-from ._theory import SystemStructure
+from ._theory import Structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +80,10 @@ class BlockCG(IterativeSolver):
         x = space.from_flat(x.mT if space.batch_dims else x.squeeze(-1))
         return Outcome(x, torch.stack(trace).reshape(-1, *shape), len(trace) - 1, code)
 
-    def valid_for(self, structure: SystemStructure) -> str | None:
+    def valid_for(self, structure: Structure) -> str | None:
         return CG().valid_for(structure)
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         """As CG for each right hand side, at most."""
         return CG().products_needed(structure, rtol)
 

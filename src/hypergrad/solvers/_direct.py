@@ -13,7 +13,7 @@ from .._solution import Status
 from .._vector import Vector
 from ..operators import LinearOperator
 from ._solver import LinearSolver, Outcome, System, event, require_symmetric
-from ._theory import SystemStructure
+from ._theory import Structure
 
 AT_ONCE = 2**24  # numbers in the columns that are computed at once
 
@@ -53,7 +53,7 @@ class Dense(LinearSolver):
             code = event(code, better, Status.BREAKDOWN)
         return Outcome(x + x.space.from_flat(y), torch.stack([r.norm(), norm]), 1, code)
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         return structure.n
 
     def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:

@@ -18,7 +18,7 @@ from .._solution import Status
 from .._vector import Vector, where
 from ._solver import IterativeSolver, Outcome, System, divide, event
 from ._symmetric import MINRES
-from ._theory import SystemStructure, steps_needed
+from ._theory import Structure, steps_needed
 
 BLOCK = 8  # vectors of a Krylov basis whose memory is allocated together
 
@@ -74,7 +74,7 @@ class GMRES(IterativeSolver):
             del basis  # before the next one is there
         return Outcome(x, torch.cat(trace), steps, code)
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         """As MINRES where A is symmetric, else ‖I − A‖^k, and n at most; all without restarts (Saad 2003, 6.11)."""
         if structure.singular:
             return None
@@ -229,5 +229,5 @@ class BiCGStab(IterativeSolver):
             code = event(code, going & (norm >= system.rhs_norm), Status.BREAKDOWN)
         return Outcome(x, torch.stack(trace), len(trace) - 1, code)
 
-    def valid_for(self, structure: SystemStructure) -> str | None:
+    def valid_for(self, structure: Structure) -> str | None:
         return "A is singular" if structure.singular else super().valid_for(structure)

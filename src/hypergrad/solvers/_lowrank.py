@@ -13,7 +13,7 @@ from .._solution import Status
 from .._vector import Vector
 from ..operators import LinearOperator
 from ._solver import LinearSolver, Outcome, System, event, require_symmetric
-from ._theory import SystemStructure
+from ._theory import Structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +72,14 @@ class Nystrom(LinearSolver):
         u = Basis.from_rows(r, factors[0])
         return r + u.combine(u.coefficients(r, u.m) * factors[1])
 
-    def valid_for(self, structure: SystemStructure) -> str | None:
+    def valid_for(self, structure: Structure) -> str | None:
         if not structure.definiteness.startswith("positive"):
             return super().valid_for(structure) or f"A is {structure.definiteness}, not positive semidefinite"
         if self.rank < structure.n:
             return f"an approximation, exact for a rank of n = {structure.n}; take it as the preconditioner of CG"
         return None
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         return min(self.rank, structure.n)
 
     def _sketch(self, op: LinearOperator, like: Vector, shift: float) -> tuple[Basis, Tensor, Tensor]:

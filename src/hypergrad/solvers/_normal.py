@@ -8,7 +8,7 @@ import torch
 
 from .._solution import Status
 from ._solver import IterativeSolver, Outcome, System, divide, event
-from ._theory import SystemStructure, doubled, rate_of, steps_needed
+from ._theory import Structure, doubled, rate_of, steps_needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class NormalCG(IterativeSolver):
                 del s
         return Outcome(x, torch.stack(trace).sqrt(), len(trace) - 1, code)
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         """2 ((κ − 1)/(κ + 1))^k of the residual, the condition number being squared."""
         return doubled(steps_needed(rate_of(structure.condition), rtol, 2.0))
 
@@ -122,6 +122,6 @@ class LSQR(IterativeSolver):
                 flat = alpha * c.abs() <= 10 * eps * size
         return Outcome(x, torch.stack(trace), len(trace) - 1, code)
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         """As NormalCG, with which it agrees in exact arithmetic (Paige and Saunders 1982)."""
         return doubled(steps_needed(rate_of(structure.condition), rtol, 2.0))

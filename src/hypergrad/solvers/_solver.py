@@ -15,7 +15,7 @@ from .._autodiff import without_autocast
 from .._solution import OnFailure, Solution, Status
 from .._vector import FREE_TO_READ, Scalar, Vector, anywhere, larger, norm, read, squares_are_exact, where
 from ..operators import LinearOperator
-from ._theory import SystemStructure
+from ._theory import Structure
 
 # A solver is anything of this form; a plain function may return the bare value.
 Solver: TypeAlias = Callable[..., Any]
@@ -129,11 +129,11 @@ class LinearSolver(ABC):
     _runs_to_tolerance: ClassVar[bool] = True  # False: an approximation, successful without a tolerance
     _needs_symmetric: ClassVar[bool] = False
 
-    def valid_for(self, structure: SystemStructure) -> str | None:
+    def valid_for(self, structure: Structure) -> str | None:
         """Why this method does not apply to a system of this structure (with the damping in it); None where it does."""
         return "A is not symmetric" if self._needs_symmetric and not structure.symmetric else None
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         """Products with A and Aᵀ that are enough where the method is valid, by theory; None where no bound is known.
 
         Bounds are often far from sharp: a clustered spectrum needs fewer products, and rounding may ask for more. rtol

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._solution import Status
 from .._vector import Scalar, Vector, norm
-from ._solver import IterativeSolver, LinearSolver, Outcome, System, event
-from ._theory import SystemStructure, steps_needed
+from ._solver import IterativeSolver, Outcome, System, event
+from ._theory import Structure, steps_needed
 
 HOPELESS = 1e8  # growth of the residual at which the iteration is given up
 
@@ -64,10 +64,11 @@ class FixedPoint(IterativeSolver):
     """v ← Jᵀv + b, the iteration that the inner problem's own map gives: x ← x + (b − Ax) for any A = I − Jᵀ.
 
     K steps from zero give Σ_{k<K} (Jᵀ)ᵏ b: what reverse mode through the last K steps of the map gives at a solution.
+    One step, v = b, takes A for the identity ("Jacobian-free", "T1–T2").
     The error falls by the contraction factor q = ‖J‖ a step; for q ≥ 1 it ends as DIVERGED with the growth rate.
 
     Cost: one product a step, none in the first from zero; two vectors beside b.
-    Source: Grazzi et al. 2020, section 3.2.
+    Source: Grazzi et al. 2020, section 3.2; of one step Luketina et al. 2016 (T1–T2) and Fung et al. 2022.
 
     Example:
         >>> import torch, hypergrad as hg
@@ -79,10 +80,10 @@ class FixedPoint(IterativeSolver):
     def _iterate(self, system: System) -> Outcome:
         return richardson(system, system.x0, 1.0)
 
-    def valid_for(self, structure: SystemStructure) -> str | None:
+    def valid_for(self, structure: Structure) -> str | None:
         return None if structure.radius < 1 else f"ρ(I − A) = {structure.radius:.6g} ≥ 1: it does not converge"
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         """‖I − A‖^k of the error where that norm is below 1, else about ρ(I − A)^k; the error may grow at first."""
         norm = structure.contraction
         return steps_needed(norm if norm < 1 else structure.radius, rtol)
@@ -113,7 +114,7 @@ class Neumann(IterativeSolver):
         del r  # a vector less
         return richardson(system, x, self.step_size)
 
-    def valid_for(self, structure: SystemStructure) -> str | None:
+    def valid_for(self, structure: Structure) -> str | None:
         rate, values = self._rate(structure), structure.eigenvalues
         if rate is None or rate < 1:
             return None
@@ -121,7 +122,7 @@ class Neumann(IterativeSolver):
         best = f"; step_size={2 / abs(values[0] + values[-1]):.4g} converges" if definite else ""
         return f"ρ(I − ηA) = {rate:.6g} ≥ 1: it does not converge{best}"
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         """One more than ρ(I − ηA)^k of the error asks for; as FixedPoint where A is not symmetric and η = 1."""
         rate, norm = self._rate(structure), structure.contraction
         if rate is not None and not structure.symmetric and norm < 1:
@@ -129,37 +130,8 @@ class Neumann(IterativeSolver):
         steps = None if rate is None else steps_needed(rate, rtol)
         return None if steps is None else steps + 1
 
-    def _rate(self, structure: SystemStructure) -> float | None:
+    def _rate(self, structure: Structure) -> float | None:
         """ρ(I − ηA), where it is known."""
         if structure.symmetric:
             return max(abs(1 - self.step_size * value) for value in structure.eigenvalues)
         return structure.radius if self.step_size == 1 else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneStep(LinearSolver):
-    """x = b: A is taken for the identity ("Jacobian-free", "T1–T2"). An approximation; its residual tells how good.
-
-    From a start x0 it is one step of FixedPoint, x0 + (b − A x0).
-
-    Cost: no product (one with x0).
-    Source: Luketina et al. 2016 (T1–T2); Fung et al. 2022 (Jacobian-free backpropagation).
-
-    Example:
-        >>> import torch, hypergrad as hg
-        >>> op = hg.operators.matrix(torch.tensor([[1.0, 0.2], [0.1, 0.9]]))
-        >>> hg.solvers.OneStep()(op, torch.tensor([1.0, 2.0])).value
-        tensor([1., 2.])
-    """
-
-    _runs_to_tolerance: ClassVar[bool] = False
-
-    def _iterate(self, system: System) -> Outcome:
-        return richardson(replace(system, max_steps=1, goal=None), system.x0, 1.0)
-
-    def valid_for(self, structure: SystemStructure) -> str | None:
-        norm = structure.contraction
-        return None if norm <= 1e-6 else f"an approximation: v = b is up to ‖I − A‖ = {norm:.2g} of ‖v‖ off"
-
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
-        return 0 if structure.contraction <= rtol else None

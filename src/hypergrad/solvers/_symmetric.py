@@ -16,7 +16,7 @@ from .._solution import Status
 from .._vector import Scalar, Vector, larger, norm, ratio, square_root
 from ._preconditioners import build_preconditioner
 from ._solver import IterativeSolver, Outcome, System, divide, event
-from ._theory import SystemStructure, doubled, rate_of, steps_needed
+from ._theory import Structure, doubled, rate_of, steps_needed
 
 ROUNDING = 10  # multiples of eps that count as rounding
 IDLE = 10  # steps of MINRES without a gain after which it has stagnated; in exact arithmetic every other step gains
@@ -107,12 +107,12 @@ class CG(IterativeSolver):
             del ap
         return Outcome(x, _roots(trace), len(trace) - 1, code, "", _least(curvatures), steepest)
 
-    def valid_for(self, structure: SystemStructure) -> str | None:
+    def valid_for(self, structure: Structure) -> str | None:
         definite = structure.definiteness == "positive definite"
         wrong = None if definite else f"A is {structure.definiteness}, not positive definite"
         return super().valid_for(structure) or wrong
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         """2 ((√κ − 1)/(√κ + 1))^k of the error in the norm of A (Saad 2003, section 6.11.4)."""
         return steps_needed(rate_of(math.sqrt(structure.condition)), rtol, 2.0)
 
@@ -200,7 +200,7 @@ class MINRES(IterativeSolver):
             gamma_old, gamma = gamma, gamma_new
         return Outcome(x, torch.stack(trace), len(trace) - 1, code)
 
-    def products_needed(self, structure: SystemStructure, rtol: float = 1e-6) -> float | None:
+    def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         """2 ((√κ − 1)/(√κ + 1))^k of the residual where A is definite, else 2 ((κ − 1)/(κ + 1))^⌊k/2⌋.
 
         Source: Elman, Silvester and Wathen 2014, section 2.4.
