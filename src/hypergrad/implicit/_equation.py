@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .._solution import Solution, at_kink, inner_distance, warn, warn_if_unsolve
 from .._tree import difference, filled, flatten
 from .._vector import Space, Vector
 from ..operators import LinearOperator
-from ..solvers import Recycled, Solver, on_failure_of, solve, solve_at_once, solves_at_once
+from ..solvers import Kept, Recycled, Solver, on_failure_of, solve, solve_at_once, solves_at_once
 from ._problem import INNER_UNREACHED
 
 Function: TypeAlias = "Callable[[Leaves, Leaves], Leaves]"  # F(w, λ) on leaves
@@ -51,7 +51,7 @@ class Info:
 
 
 @dataclass
-class WarmStart:
+class WarmStart(Kept):
     """Keeps v from one backward pass as the start of the next. One object for each place in a model where it is used.
 
     Attributes:
@@ -59,6 +59,7 @@ class WarmStart:
     """
 
     value: list[Tensor] | None = None
+    _state: ClassVar[tuple[str, ...]] = ("value",)
 
     def start(self, op: LinearOperator, b: Vector) -> tuple[Vector, None] | None:
         """v of the last pass."""
@@ -76,13 +77,6 @@ class WarmStart:
     def keep(self, v: Vector) -> None:
         """Keep v, and zeros for a system where it is not finite."""
         self.value = [leaf.clone() for leaf in v.where(torch.isfinite(v.largest()), v.zeros()).leaves]
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, in a form that torch.load(weights_only=True) reads."""
-        return {"value": None if self.value is None else [leaf.clone() for leaf in self.value]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value = None if state["value"] is None else [leaf.clone() for leaf in state["value"]]
 
 
 @dataclass(frozen=True)

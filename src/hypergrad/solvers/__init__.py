@@ -6,6 +6,7 @@ from ._at_once import solves_at_once as solves_at_once
 from ._auto import Auto
 from ._block import BlockCG
 from ._direct import Dense
+from ._kept import Kept as Kept
 from ._kept import Recycled, Reused
 from ._krylov import GMRES, BiCGStab
 from ._lowrank import Nystrom
