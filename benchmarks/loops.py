@@ -1,8 +1,9 @@
 """Unrolled loops of small steps: a network of 6,922 parameters, by SGD with momentum and by Adam.
 
 One strength of weight decay for each tensor is learned. The floor is the plain graph of all steps in torch; beside it
-stand checkpointing by hand, the library with and without a compiled step, TorchOpt, and a scan of JAX under jit. Every
-method is compared in float64 with the plain graph first (1e-10), at 20 steps, where rounding has not grown yet.
+stand checkpointing by hand, the library in reverse and in forward mode, with and without a compiled step, TorchOpt, and
+a scan of JAX under jit. Every method is compared in float64 with the plain graph first (1e-10), at 20 steps, where
+rounding has not grown yet.
 """
 
 from __future__ import annotations
@@ -146,6 +147,14 @@ def library(loop: Loop, **options: Any) -> Callable[[], Tensor]:
     return lambda: call().grads
 
 
+def forward_mode(loop: Loop, **options: Any) -> Callable[[], Tensor]:
+    """unroll.forward, whose tangents are those of the strengths of decay of the tensors."""
+    start, validation = (loop.start, *loop.state()), lambda carry, lam: loop.outer(carry[0])
+    return lambda: (
+        hg.unroll.forward(loop.step, start, loop.lam, validation, loop.steps, with_time=True, **options).grads
+    )
+
+
 COLUMNS: dict[str, tuple[str, Callable[[Loop], Callable[[], Tensor]]]] = {
     GRAPH: ("floor", lambda loop: lambda: plain_graph(loop)),
     "√T blocks by hand": ("floor", lambda loop: lambda: by_hand(loop)),
@@ -155,6 +164,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Loop], Callable[[], Tensor]]]] = {
     'rule of diff_optimizers, "graph"': ("hypergrad", lambda loop: library(loop, rule=True, memory="graph")),
     'compile=True, "iterates"': ("hypergrad", lambda loop: library(loop, memory="iterates", compile=True)),
     'compile=True, "sqrt"': ("hypergrad", lambda loop: library(loop, compile=True)),
+    "forward mode": ("hypergrad", forward_mode),
+    "forward mode, compile=True": ("hypergrad", lambda loop: forward_mode(loop, compile=True)),
 }
 if peers.installed("torchopt"):
     COLUMNS["TorchOpt"] = ("TorchOpt", lambda loop: lambda: peers.torchopt_loop(loop))

@@ -114,7 +114,13 @@ def lines_of_examples(file: Path) -> int:
 
 def test_the_source_is_short():
     new = ("bilevel", "_sum", "distributed", "influence", "transformers", "_versions", "_traced", "sklearn")
-    parts = ("unroll/_compiled.py", "unroll/_jacobian.py", "solvers/_shifted.py", "solvers/_at_once.py")
+    parts = (
+        "unroll/_compiled.py",
+        "unroll/_compiled_push.py",
+        "unroll/_jacobian.py",
+        "solvers/_shifted.py",
+        "solvers/_at_once.py",
+    )
     whole = [file for file, name in zip(FILES, NAMES, strict=True) if room(name) not in new and name not in parts]
     assert sum(file.read_text().count("\n") - lines_of_examples(file) for file in whole) <= LINES_OF_ALL
 

@@ -182,6 +182,7 @@ def _lifted(graph_module: torch.fx.GraphModule) -> tuple[list[Draw], list[Tensor
         for node in places[1:]:
             node.replace_all_uses_with(last)
             graph.erase_node(node)
+    graph.eliminate_dead_code()
     graph_module.recompile()
     return draws, [value for value, _ in constants.values()]
 

@@ -1,12 +1,15 @@
-"""compile=: the steps as two compiled functions, w ↦ Φ_t(w, λ) and (w, α, ∇) ↦ (∂₁Φ_tᵀα, ∇ + ∂₂Φ_tᵀα).
+"""compile=: the steps as compiled functions, compared with the steps themselves.
 
-No graph is kept: the second evaluates the step again, with its derivative, as one function of tensors.
+Reverse mode: w ↦ Φ_t(w, λ) and (w, α, ∇) ↦ (∂₁Φ_tᵀα, ∇ + ∂₂Φ_tᵀα). No graph is kept: the second evaluates the step
+again, with its derivative, as one function of tensors.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import Any
@@ -17,12 +20,15 @@ from torch import Tensor
 
 from .. import _autodiff, _random
 from .._recorded import NotCompiled
+from .._torch import differentiated_rightly
 from .._traced import ROUNDING, Traced, autocast_state, gap, size
 from .._tree import parse_bytes
-from ._steps import KIND, Iterate, Recorded, Run, is_continuous, leaf
+from ._steps import EXHAUSTED, KIND, Iterate, Recorded, Run, is_continuous, leaf
 
 Key = tuple[Any, ...]
-FORMS = 8  # of batches, for each of which both functions are compiled
+Batch = tuple[list[Any], Any] | None  # leaves and structure
+FORMS = 8  # of batches in one call, for each of which the step is compiled
+AS_IT_IS = "the steps could not be compiled and are evaluated as they are: {}"
 OTHER = (
     "compiled, step {} gives other numbers than step itself (off by {:.1e} of the change of params): step reads "
     "something beside tensors that is not the same at each call (an iterator, a counter, NumPy's random numbers). Pass "
@@ -34,68 +40,215 @@ DERIVATIVE = (
 )
 
 
-@dataclass
-class Pair:
-    """Both functions, for one form of the batch."""
+def checked_backend(compile: object) -> str | None:
+    """The backend that `compile` asks for; None for none."""
+    if not isinstance(compile, (bool, str)):
+        raise TypeError(f"compile must be True, False or the name of a backend of torch.compile, got {compile!r}")
+    return "inductor" if compile is True else compile or None
 
-    forward: Traced
-    reverse: Traced
+
+@dataclass
+class Functions:
+    """What a step was compiled to, for one form of the batch."""
+
+    traced: list[Traced]
     reached: list[bool]  # for each of the differentiated leaves of λ, whether the step depends on it
     compared: bool = False  # at two steps, which finds what differs from call to call
 
 
-class Compiled:
-    """The steps of a run, compiled: what `Run` gives the reverse pass, without a graph.
+class Compiled(ABC):
+    """The steps of a run as functions of tensors.
 
-    Each function is compared with the step itself: where it is built (the first two steps and a derivative), and at the
+    They are compared with the step itself: where they are built (the first two steps and a derivative), and at the
     first step of every call.
     """
 
     def __init__(self, run: Run, backend: str):
         self.run, self.backend = run, backend
-        self.pairs: dict[Key, Any] = run.found.setdefault("compiled", {})
+        self.known: dict[Key, Any] = run.found.setdefault("compiled", {})
         self.seconds = 0.0  # of building
-        self.used: dict[Key, Pair] = {}
+        self.used: dict[Key, Functions] = {}
         self.outer = [x.detach().contiguous() for x in run.outer]
-        self.form: Key = (backend, autocast_state(), *run.form)
+        self.form: Key = type(self), backend, autocast_state(), run.with_time, tuple(run.places), *run.form
         if any(x.layout is not torch.strided or hasattr(x, "placements") for x in (*run.start, *run.outer)):
             raise NotCompiled("sparse and sharded tensors are not compiled")
 
+    @abstractmethod
+    def _traced(self, inputs: list[Tensor], batch: Batch) -> Functions:
+        """The step, traced at these inputs, for batches like this one."""
+
+    @abstractmethod
+    def _image(self, functions: Functions, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """Φ_t by the functions."""
+
+    @abstractmethod
+    def _derivative(self, functions: Functions, inputs: list[Tensor]) -> list[Tensor]:
+        """Its derivatives in w and in λ by the functions, each as a vector, in directions that are always the same."""
+
+    @abstractmethod
+    def _true_derivative(self, true: Recorded) -> list[Tensor]:
+        """The same by the step's own graph."""
+
     @property
     def report(self) -> str:
-        pair = next(iter(self.used.values()), None)
-        sizes = "" if pair is None else f" of {pair.forward.operations} and {pair.reverse.operations} operations"
+        functions = next(iter(self.used.values()), None)
+        counts = [] if functions is None else [str(each.operations) for each in functions.traced]
+        sizes = f" of {' and '.join(counts)} operations" if counts else ""
         built = f", built in {self.seconds:.1f} s" if self.seconds else ", which were there"
-        return f"two functions{sizes} compiled by {self.backend}{built}"
+        return f"{'one function' if len(counts) == 1 else 'two functions'}{sizes} compiled by {self.backend}{built}"
+
+    def _first(self, first: Iterate, t: int) -> None:
+        """Functions for the first step of a call: known ones that still give its numbers, or new ones."""
+        self.key = self._inputs(first.tensors, t)[1]
+        if self._found(self.key) is not None:
+            try:
+                self._compare(self.known[self.key], first, t, self._evaluated(first, t))
+                self.used[self.key] = self.known[self.key]
+                return
+            except NotCompiled:  # the step's surroundings have changed since
+                del self.known[self.key]
+        with self._noted():
+            self.used[self.key] = self.known[self.key] = self._built(first, t)
+
+    def _second(self, second: Iterate, t: int) -> None:
+        """New functions are compared at a second step too."""
+        if not self.used[self.key].compared:
+            with self._noted():
+                self._compare(self._at(second.tensors, t)[0], second, t, self._evaluated(second, t))
+            self.used[self.key].compared = True
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Why the step cannot be compiled is kept, for later calls."""
+        try:
+            yield
+        except NotCompiled as error:
+            self.known[self.key] = str(error)
+            raise
+
+    def _found(self, key: Key) -> Functions | None:
+        """What is known for this form. Raises where it is known that nothing can be compiled, and why."""
+        known = self.known.get(key)
+        if isinstance(known, str):
+            raise NotCompiled(known)
+        return known
+
+    @property
+    def _drawn(self) -> bool:
+        """Whether steps may draw random numbers, as far as is known."""
+        return self.run.batches is not None or any(f.traced[0].draws for f in self.used.values())
+
+    def _inputs(self, tensors: Sequence[Tensor], t: int) -> tuple[list[Tensor], Key]:
+        """What the functions take first, and what else they depend on."""
+        run = self.run
+        inputs = [*tensors, *self.outer]
+        if not run.with_time:
+            return inputs, self.form
+        inputs.append(torch.tensor(t, device="cpu"))
+        if run.batches is None:
+            return inputs, self.form
+        leaves, spec = self._batch(t)
+        inputs += [x.detach().contiguous() for x in leaves if isinstance(x, Tensor)]
+        if not all(isinstance(x, (Tensor, int, float, str, type(None))) for x in leaves):
+            raise NotCompiled("batches hold leaves that are neither tensors nor plain values")
+        return inputs, (*self.form, spec, *(KIND(x) if isinstance(x, Tensor) else x for x in leaves))
+
+    def _batch(self, t: int) -> Any:
+        try:
+            return None if self.run.batches is None else optree.tree_flatten(self.run.batches(t), none_is_leaf=True)
+        except StopIteration:
+            raise ValueError(EXHAUSTED.format("batches", t)) from None
+
+    def _at(self, tensors: Sequence[Tensor], t: int) -> tuple[Functions, list[Tensor]]:
+        """The functions for step t, and what they take; built where its batch has another form than those before."""
+        before = _random.capture(self.run.devices) if self.run.batches else None
+        inputs, key = self._inputs(tensors, t)
+        if key not in self.used:
+            if len(self.used) == FORMS:
+                raise NotCompiled(
+                    f"batches have more than {FORMS} forms: give them one shape, and numbers that change as tensors"
+                )
+            before = _random.capture(self.run.devices) if before is None else before
+            iterate = Iterate(list(tensors), self.run.rebuild, before, [])
+            self.used[key] = self.known[key] = self._found(key) or self._built(iterate, t)
+            _random.restore(before)
+            inputs, _ = self._inputs(tensors, t)
+        return self.used[key], inputs
+
+    def _built(self, iterate: Iterate, t: int) -> Functions:
+        """The functions, traced at this iterate, compiled, and compared with the step."""
+        true = self._evaluated(iterate, t)  # first, so that an error of the user's is raised as it is
+        begun = time.perf_counter()
+        _random.restore(iterate.random)
+        inputs, _ = self._inputs(iterate.tensors, t)
+        functions = self._traced(inputs, self._batch(t))
+        self._compare(functions, iterate, t, true)
+        self._compare_derivative(functions, iterate, t, true)
+        self.seconds += time.perf_counter() - begun
+        return functions
+
+    def _step(self, inputs: Sequence[Tensor], batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The step as `Run` evaluates it, of leaves of its own: leaves of w, the results, and leaves of λ."""
+        run = self.run
+        tensors = [leaf(x) for x in inputs[: len(run.start)]]
+        outer, rest = list(inputs[len(run.start) :][: len(run.outer)]), inputs[len(run.start) + len(run.outer) :]
+        for i in run.places:
+            outer[i] = leaf(outer[i])
+        arguments: list[Any] = list(rest[:1])
+        if batch is not None:
+            each = iter(rest[1:])
+            arguments.append(batch[1].unflatten([next(each) if isinstance(x, Tensor) else x for x in batch[0]]))
+        with differentiated_rightly(dense=True):
+            outputs, _ = run.arranged(run.step(run.rebuild(tensors), run.hparams_tree(outer), *arguments))
+        return [x for x in tensors if x.requires_grad], outputs, [outer[i] for i in run.places]
+
+    def _evaluated(self, iterate: Iterate, t: int, off: float = 0.0) -> Recorded:
+        """The step itself, with its graph; where params are off by so much, as by rounding."""
+        _random.restore(iterate.random)
+        leaves = [leaf(x * (1 + off) if off and is_continuous(x) else x) for x in iterate.tensors]
+        with differentiated_rightly(dense=True):
+            return Recorded(leaves, *self.run.evaluate(leaves, iterate.rebuild, t))
+
+    def _compare(self, functions: Functions, iterate: Iterate, t: int, true: Recorded) -> None:
+        """Raise where the compiled step gives other numbers than the step."""
+        _random.restore(iterate.random)
+        found = self._image(functions, self._inputs(iterate.tensors, t)[0])
+        due, got, before = map(flat, (true.outputs, found, true.leaves))
+        error, change = gap(due, got), size(due - before)
+        allowed = self._eps**0.5 * change + 8 * self._eps * size(due)
+        if error > allowed:
+            again, rounded = (flat(self._evaluated(iterate, t, off).outputs) for off in (0.0, self._eps))
+            if gap(due, again) > allowed or error > ROUNDING * size(due - rounded):
+                raise NotCompiled(OTHER.format(t, error / change if change else error))
+        _random.restore(iterate.random)
+
+    def _compare_derivative(self, functions: Functions, iterate: Iterate, t: int, true: Recorded) -> None:
+        """The same of the derivatives in w and in λ, which may differ in size."""
+        _random.restore(iterate.random)
+        got = self._derivative(functions, self._inputs(iterate.tensors, t)[0])
+        for i, (x, y) in enumerate(zip(self._true_derivative(true), got, strict=True)):
+            error, norm = gap(x, y), size(x)
+            if error > self._eps**0.5 * norm:
+                rounded = self._true_derivative(self._evaluated(iterate, t, self._eps))[i]
+                if error > ROUNDING * size(x - rounded):
+                    raise NotCompiled(DERIVATIVE.format(t, error / norm if norm else error))
+        _random.restore(iterate.random)
+
+    @property
+    def _eps(self) -> float:
+        return max(torch.finfo(x.dtype).eps for x in (*self.run.start, *self.run.outer) if is_continuous(x))
+
+
+class CompiledReverse(Compiled):
+    """What `Run` gives the reverse pass, without a graph."""
 
     def begin(self, first: Iterate, steps: int) -> Iterate:
         """The first iterate as the functions take it, after they were compared with the steps that follow it."""
         first = first._replace(tensors=[x.contiguous() for x in first.tensors])
-        _, key = self._inputs(first.tensors, 0)
-        if self._known(key) is not None:
-            try:
-                self._compare(self.pairs[key], first, 0, self._evaluated(first, 0))
-                self.used[key] = self.pairs[key]
-            except NotCompiled:  # the step's surroundings have changed since
-                del self.pairs[key]
-        try:
-            if key not in self.used:
-                self.used[key] = self.pairs[key] = self._built(first, 0)
-            if steps > 1 and not self.used[key].compared:
-                second = self.advance(first, 0, 1)
-                self._compare(self._at(second.tensors, 1)[0], second, 1, self._evaluated(second, 1))
-                self.used[key].compared = True
-        except NotCompiled as error:
-            self.pairs[key] = str(error)
-            raise
+        self._first(first, 0)
+        if steps > 1 and not self.used[self.key].compared:
+            self._second(self.advance(first, 0, 1), 1)
         return first
-
-    def _known(self, key: Key) -> Pair | None:
-        """What is known for this form. Raises where it is known that nothing can be compiled, and why."""
-        known = self.pairs.get(key)
-        if isinstance(known, str):
-            raise NotCompiled(known)
-        return known
 
     def advance(self, iterate: Iterate, begin: int, end: int) -> Iterate:
         """The iterate after steps begin … end − 1."""
@@ -103,8 +256,8 @@ class Compiled:
             _random.restore(iterate.random)
         tensors = iterate.tensors
         for t in range(begin, end):
-            pair, inputs = self._at(tensors, t)
-            tensors = list(pair.forward(inputs))
+            functions, inputs = self._at(tensors, t)
+            tensors = list(self._image(functions, inputs))
         self.run.evaluations += end - begin
         return self.run.keep(tensors, self.run.rebuild) if self._drawn else iterate._replace(tensors=tensors)
 
@@ -118,63 +271,23 @@ class Compiled:
                 alpha = [a.contiguous() for a in alpha]
             if self._drawn:
                 _random.restore(iterate.random)
-            pair, inputs = self._at(iterate.tensors, t)
-            alpha, grads = self._pull(pair, inputs, alpha, grads)
+            functions, inputs = self._at(iterate.tensors, t)
+            alpha, grads = self._pull(functions, inputs, alpha, grads)
             self.run.evaluations += 1
         return alpha, grads
 
-    @property
-    def _drawn(self) -> bool:
-        """Whether steps may draw random numbers, as far as is known."""
-        return callable(self.run.batches) or any(pair.forward.draws for pair in self.used.values())
-
     def _pull(
-        self, pair: Pair, inputs: list[Tensor], alpha: Sequence[Tensor], grads: Sequence[Tensor | None]
+        self, functions: Functions, inputs: list[Tensor], alpha: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         pairs = zip(grads, self.run.differentiated, strict=True)
         given = [torch.zeros_like(x, requires_grad=False) if g is None else g.contiguous() for g, x in pairs]
-        results = list(pair.reverse([*inputs, *alpha, *given]))
+        results = list(functions.traced[1]([*inputs, *alpha, *given]))
         sums = iter(results[len(alpha) :])
-        return results[: len(alpha)], [next(sums) if hit else g for hit, g in zip(pair.reached, grads, strict=True)]
+        return results[: len(alpha)], [
+            next(sums) if hit else g for hit, g in zip(functions.reached, grads, strict=True)
+        ]
 
-    def _inputs(self, tensors: Sequence[Tensor], t: int) -> tuple[list[Tensor], Key]:
-        """What both functions take first, and what else they depend on."""
-        run = self.run
-        inputs = [*tensors, *self.outer]
-        if not run.with_time:
-            return inputs, self.form
-        inputs.append(torch.tensor(t, device="cpu"))
-        if run.batches is None:
-            return inputs, self.form
-        leaves, spec = optree.tree_flatten(run.batches(t), none_is_leaf=True)
-        inputs += [x.detach().contiguous() for x in leaves if isinstance(x, Tensor)]
-        if not all(isinstance(x, (Tensor, int, float, str, type(None))) for x in leaves):
-            raise NotCompiled("batches hold leaves that are neither tensors nor plain values")
-        return inputs, (*self.form, spec, *(KIND(x) if isinstance(x, Tensor) else x for x in leaves))
-
-    def _at(self, tensors: Sequence[Tensor], t: int) -> tuple[Pair, list[Tensor]]:
-        """The functions for step t, and what they take; built where its batch has another form than those before."""
-        before = _random.capture(self.run.devices) if callable(self.run.batches) else None
-        inputs, key = self._inputs(tensors, t)
-        if key not in self.used:
-            if len(self.pairs) == FORMS:
-                raise NotCompiled(
-                    f"batches have more than {FORMS} forms: give them one shape, and numbers that change as tensors"
-                )
-            before = _random.capture(self.run.devices) if before is None else before
-            iterate = Iterate(list(tensors), self.run.rebuild, before, [])
-            self.used[key] = self.pairs[key] = self._known(key) or self._built(iterate, t)
-            _random.restore(before)
-            inputs, _ = self._inputs(tensors, t)
-        return self.used[key], inputs
-
-    def _built(self, iterate: Iterate, t: int) -> Pair:
-        """Both functions, traced at this iterate, compiled, and compared with the step."""
-        true = self._evaluated(iterate, t)  # first, so that an error of the user's is raised as it is
-        begun = time.perf_counter()
-        _random.restore(iterate.random)
-        inputs, _ = self._inputs(iterate.tensors, t)
-        batch = optree.tree_flatten(self.run.batches(t), none_is_leaf=True) if self.run.batches else None
+    def _traced(self, inputs: list[Tensor], batch: Batch) -> Functions:
         forward = Traced(lambda *given: [y.contiguous() for y in self._step(given, batch)[1]], inputs, self.backend)
         reached: list[bool] = []
 
@@ -188,71 +301,23 @@ class Compiled:
             reached[:] = [g is not None for g in cross]
             return [x.contiguous() for x in own] + [a + g for a, g in zip(sums, cross, strict=True) if g is not None]
 
-        like = [*filter(is_continuous, iterate.tensors), *self.run.differentiated]
-        pair = Pair(forward, Traced(reverse, [*inputs, *map(torch.zeros_like, like)], self.backend), reached)
-        self._compare(pair, iterate, t, true)
-        self._compare_derivative(pair, iterate, t, true)
-        self.seconds += time.perf_counter() - begun
-        return pair
+        like = [*filter(is_continuous, self.run.start), *self.run.differentiated]
+        zeros = [torch.zeros_like(x, requires_grad=False) for x in like]
+        return Functions([forward, Traced(reverse, [*inputs, *zeros], self.backend)], reached)
 
-    def _step(
-        self, inputs: Sequence[Tensor], batch: tuple[list[Any], Any] | None
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The step as `Run` evaluates it, of leaves of its own: leaves of w, the results, and leaves of λ.
+    def _image(self, functions: Functions, inputs: list[Tensor]) -> Sequence[Tensor]:
+        return functions.traced[0](inputs)
 
-        batch: leaves and structure of one like it.
-        """
-        run = self.run
-        tensors = [leaf(x) for x in inputs[: len(run.start)]]
-        outer, rest = list(inputs[len(run.start) :][: len(run.outer)]), inputs[len(run.start) + len(run.outer) :]
-        for i in run.places:
-            outer[i] = leaf(outer[i])
-        arguments: list[Any] = list(rest[:1])
-        if batch is not None:
-            each = iter(rest[1:])
-            arguments.append(batch[1].unflatten([next(each) if isinstance(x, Tensor) else x for x in batch[0]]))
-        outputs, _ = run.arranged(run.step(run.rebuild(tensors), run.hparams_tree(outer), *arguments))
-        return [x for x in tensors if x.requires_grad], outputs, [outer[i] for i in run.places]
+    def _derivative(self, functions: Functions, inputs: list[Tensor]) -> list[Tensor]:
+        alpha = [torch.ones(x.shape, dtype=x.dtype, device=x.device) for x in self.run.start if is_continuous(x)]
+        return self._joined(*self._pull(functions, inputs, alpha, [None] * len(self.run.differentiated)))
 
-    def _evaluated(self, iterate: Iterate, t: int, off: float = 0.0) -> Recorded:
-        """The step itself, with its graph; where params are off by so much, as by rounding."""
-        _random.restore(iterate.random)
-        leaves = [leaf(x * (1 + off) if off and is_continuous(x) else x) for x in iterate.tensors]
-        return Recorded(leaves, *self.run.evaluate(leaves, iterate.rebuild, t))
-
-    def _compare(self, pair: Pair, iterate: Iterate, t: int, true: Recorded) -> None:
-        """Raise where the compiled step gives other numbers than the step."""
-        _random.restore(iterate.random)
-        found = pair.forward(self._inputs(iterate.tensors, t)[0])
-        due, got, before = map(_flat, (true.outputs, found, true.leaves))
-        error, change = gap(due, got), size(due - before)
-        allowed = self._eps**0.5 * change + 8 * self._eps * size(due)
-        if error > allowed:
-            again, rounded = (_flat(self._evaluated(iterate, t, off).outputs) for off in (0.0, self._eps))
-            if gap(due, again) > allowed or error > ROUNDING * size(due - rounded):
-                raise NotCompiled(OTHER.format(t, error / change if change else error))
-        _random.restore(iterate.random)
-
-    def _compare_derivative(self, pair: Pair, iterate: Iterate, t: int, true: Recorded) -> None:
-        """The same of ∂Φ_tᵀα, for α = 1."""
+    def _true_derivative(self, true: Recorded) -> list[Tensor]:
         alpha = [torch.ones_like(y) for y in true.outputs if is_continuous(y)]
-        nothing: list[Tensor | None] = [None] * len(self.run.differentiated)
-        due = self._joined(*self.run.pull(true, alpha, nothing))
-        _random.restore(iterate.random)
-        got = self._joined(*self._pull(pair, self._inputs(iterate.tensors, t)[0], alpha, nothing))
-        error, norm = gap(due, got), size(due)
-        if error > self._eps**0.5 * norm:
-            rounded = self._joined(*self.run.pull(self._evaluated(iterate, t, self._eps), alpha, nothing))
-            if error > ROUNDING * size(due - rounded):
-                raise NotCompiled(DERIVATIVE.format(t, error / norm if norm else error))
-        _random.restore(iterate.random)
+        return self._joined(*self.run.pull(true, alpha, [None] * len(self.run.differentiated)))
 
-    def _joined(self, alpha: list[Tensor], grads: list[Tensor | None]) -> Tensor:
-        return _flat([*alpha, *_autodiff.or_zeros(grads, self.run.differentiated)])
-
-    @property
-    def _eps(self) -> float:
-        return max(torch.finfo(x.dtype).eps for x in (*self.run.start, *self.run.outer) if is_continuous(x))
+    def _joined(self, alpha: list[Tensor], grads: list[Tensor | None]) -> list[Tensor]:
+        return [flat(alpha), flat(_autodiff.or_zeros(grads, self.run.differentiated))]
 
 
 def iterates_kept(first: Iterate, length: int, memory: str, checkpoints: int | None) -> int:
@@ -267,7 +332,7 @@ def iterates_kept(first: Iterate, length: int, memory: str, checkpoints: int | N
     return min(int(budget // each) - 1, length)
 
 
-def _flat(xs: Sequence[Tensor]) -> Tensor:
+def flat(xs: Sequence[Tensor]) -> Tensor:
     """All tensors, those of whole numbers and truth values too, as one vector in double precision."""
     wide = torch.complex128 if any(x.is_complex() for x in xs) else torch.float64
     flat = [x.detach().reshape(-1) for x in xs]

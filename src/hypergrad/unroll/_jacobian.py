@@ -49,7 +49,7 @@ def jacobian(
     check_whole(steps=(steps, 0), checkpoints=(checkpoints, 1))
     run = Run(step, outer_losses, start, hparams, batches, steps, with_time, allow_detached)
     run.several = True
-    _check_memory(memory, checkpoints, False)
+    _check_memory(memory, checkpoints)
     with random_state_kept_on_error([*run.start, *run.outer]):
         with run.differentiating():
             first = run.keep([x.detach().clone() for x in run.start], run.rebuild)

@@ -18,7 +18,7 @@ from .._recorded import NotCompiled
 from .._solution import warn
 from .._torch import Allocated
 from .._tree import PyTree, parse_bytes
-from ._compiled import Compiled, iterates_kept
+from ._compiled import AS_IT_IS, CompiledReverse, checked_backend, iterates_kept
 from ._steps import Batches, Iterate, Run, check_whole, is_continuous
 
 POLICIES = ("graph", "iterates", "sqrt")
@@ -134,19 +134,20 @@ def reverse(
     """
     check_whole(steps=(steps, 0), truncate=(truncate, 0), checkpoints=(checkpoints, 1))
     run = Run(step, outer_loss, start, hparams, batches, steps, with_time, allow_detached)
-    _check_memory(memory, checkpoints, compile)
+    backend = checked_backend(compile)
+    _check_memory(memory, checkpoints, backend)
     length = steps if truncate is None else min(truncate, steps)
     storage = memory, checkpoints
     with random_state_kept_on_error([*run.start, *run.outer]):
         with run.differentiating():
             first = run.keep([x.detach().clone() for x in run.start], run.rebuild)
             compiled, gradients = None, None
-            if compile and steps:
+            if backend and steps:
                 try:
-                    compiled = Compiled(run, "inductor" if compile is True else compile)
+                    compiled = CompiledReverse(run, backend)
                     gradients = _gradients(run, compiled, compiled.begin(first, steps), steps - length, steps, storage)
                 except NotCompiled as error:
-                    warn(f"the steps could not be compiled and are evaluated as they are: {error}", NotCompiled)
+                    warn(AS_IT_IS.format(error), NotCompiled)
                     _random.restore(first.random)
                     run.evaluations = 0
             alpha, grads = gradients or _gradients(run, None, first, steps - length, steps, storage)
@@ -165,7 +166,7 @@ def reverse(
 
 
 def _gradients(
-    run: Run, compiled: Compiled | None, first: Iterate, begin: int, end: int, storage: tuple[str, int | None]
+    run: Run, compiled: CompiledReverse | None, first: Iterate, begin: int, end: int, storage: tuple[str, int | None]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """α at step `begin`, where differentiation starts, and ∇; storage: memory and checkpoints, as in `reverse`."""
     stepping = compiled or run
@@ -182,10 +183,8 @@ def _gradients(
     return compiled.pull_back(blocks)
 
 
-def _check_memory(memory: str, checkpoints: int | None, compile: object) -> None:
-    if not isinstance(compile, (bool, str)):
-        raise TypeError(f"compile must be True, False or the name of a backend of torch.compile, got {compile!r}")
-    if compile and memory == "graph":
+def _check_memory(memory: str, checkpoints: int | None, backend: str | None = None) -> None:
+    if backend and memory == "graph":
         raise ValueError('compiled steps keep no graphs: with compile use memory="iterates", "sqrt" or bytes')
     if memory not in POLICIES and parse_bytes(memory) is None:
         hint = f" (checkpoints={memory} keeps so many iterates)" if isinstance(memory, int) else ""
@@ -278,7 +277,7 @@ def _stride(length: int, checkpoints: int) -> int:
 
 
 def _backwards(
-    run: Run | Compiled, stack: list[tuple[int, Iterate]], bounds: list[int], checkpoints: int
+    run: Run | CompiledReverse, stack: list[tuple[int, Iterate]], bounds: list[int], checkpoints: int
 ) -> Iterator[tuple[int, int, Iterate]]:
     """The blocks of steps, the last first, each with the iterate that it begins at.
 

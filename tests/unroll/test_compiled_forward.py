@@ -1,0 +1,302 @@
+"""Compiled steps in forward mode: the numbers of the steps themselves, and the reason where there are none."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from test_compiled import F64, RULES, UNCOMPILED, X, Y, descent, draw, inner, outer, start
+from torch import Tensor
+
+import hypergrad as hg
+from hypergrad.unroll import ForwardResult, forward, reverse
+
+
+def both(step: Any, w: Any, lam: Any, loss: Any, steps: int, **options: Any) -> tuple[ForwardResult, ForwardResult]:
+    """Evaluated as they are, and compiled, from the same random numbers, which both leave as one run would."""
+    results, states = [], []
+    for compile in (False, "eager"):
+        torch.manual_seed(0)
+        results.append(forward(step, w, lam, loss, steps, compile=compile, **options))
+        states.append(torch.get_rng_state())
+    assert results[0].compiled is None and "compiled by eager" in (results[1].compiled or "")
+    assert torch.equal(*states)
+    return results[0], results[1]
+
+
+def check(plain: ForwardResult, compiled: ForwardResult) -> None:
+    for name in ("grads", "params", "outer_value"):
+        one, other = (optree.tree_leaves(getattr(r, name)) for r in (plain, compiled))
+        for x, y in zip(one, other, strict=True):
+            assert x.dtype == y.dtype
+            torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2, 3, 7])
+@pytest.mark.parametrize("steps", [0, 1, 2, 13])
+def test_numbers_of_the_steps_for_every_chunk(chunk, steps):
+    w, lam = start()
+    compiled = forward(descent, w, lam, outer, steps, chunk=chunk, compile="eager")
+    check(forward(descent, w, lam, outer, steps), compiled)
+    torch.testing.assert_close(compiled.grads, reverse(descent, w, lam, outer, steps).grads, rtol=1e-10, atol=0)
+
+
+def test_evaluations_are_those_documented():
+    """One of the step itself to compare, and one for each chunk of each step."""
+    w, lam = start()
+    for chunk, due in ((None, 21), (1, 61)):
+        calls = [forward(descent, w, lam, outer, 20, chunk=chunk, compile="eager") for _ in range(2)]
+        assert calls[1].evaluations == due and "which were there" in (calls[1].compiled or "")
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_rules(rule):
+    lam = {"lr": torch.tensor(-2.0, dtype=F64), "m": torch.tensor(-1.0, dtype=F64), "each": draw(9).mul(0.1) - 2}
+    lam = {name: x.requires_grad_() for name, x in lam.items()}
+    w = {"a": draw(3, seed=4), "b": draw(1, seed=5)[0]}
+
+    def loss(w, h):
+        return F.softplus(X @ w["a"] + w["b"] - Y).mean() + w["a"].square().sum() / 10
+
+    def last(carry, h):
+        return outer(carry[0]["a"], h["lr"]) + h["m"] + h["each"].sum()  # not every rule uses every hyperparameter
+
+    check(*both(rule.on(loss), (w, rule.init(w)), lam, last, 9))
+
+
+def test_schedule_whose_entries_are_reached_one_after_the_other():
+    w, lam = draw(3, seed=2), draw(7).mul(0.1).requires_grad_()
+
+    def step(w, lam, t):
+        return w - lam[t].exp() * 0.1 * 0.9**t * (X.T @ (X @ w - Y)) / 12
+
+    check(*both(step, w, lam, outer, 7, with_time=True, chunk=3))
+    check(*both(step, w, lam, outer, 4, with_time=True))  # the last three are never reached
+
+
+def test_batches_are_drawn_once_and_in_order():
+    w, lam = start()
+    batches = [{"x": x, "y": y} for x, y in zip(X.split(5), Y.split(5), strict=True)] * 3  # 5, 5, 2 rows
+
+    def step(w, lam, t, batch):
+        leaf = w if w.requires_grad else w.detach().requires_grad_()
+        return w - 0.3 * torch.autograd.grad(inner(leaf, lam, **batch), leaf, create_graph=True)[0]
+
+    plain, compiled = both(step, w, lam, outer, 9, batches=batches)
+    check(plain, compiled)
+    for _ in range(2):
+        iterator = iter(batches)
+        check(plain, forward(step, w, lam, outer, 9, batches=lambda _, i=iterator: next(i), compile="eager"))
+    iterator = iter(batches[:4])
+    with pytest.raises(ValueError, match="ended at step 4"):
+        forward(step, w, lam, outer, 9, batches=lambda _: next(iterator), compile="eager")
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("kind", ["dropout", "randn", "batches"])
+def test_random_numbers_are_those_of_the_steps(kind, chunk):
+    w, lam = start()
+
+    def step(w, lam, *rest):
+        leaf = w if w.requires_grad else w.detach().requires_grad_()
+        x = F.dropout(X, 0.4) if kind == "dropout" else X + 0.1 * torch.randn_like(X) if kind == "randn" else rest[1]
+        loss = inner(leaf, lam, x) + (torch.rand(3, dtype=F64) * leaf).sum() / 5
+        return w - 0.3 * torch.autograd.grad(loss, leaf, create_graph=True)[0]
+
+    options = {"batches": lambda t: X + 0.1 * torch.randn(12, 3, dtype=F64)} if kind == "batches" else {}
+    for _ in range(2):
+        check(*both(step, w, lam, outer, 11, chunk=chunk, **options))
+
+
+def test_containers_integers_and_transposed_tensors():
+    w = {"z": draw(3, 4, seed=2).T, "count": torch.tensor(3), "flag": torch.tensor(True)}
+    lam = [draw(4, 3).requires_grad_(), draw(2)]  # the second is constant
+
+    def step(w, lam):
+        return {"flag": ~w["flag"], "count": w["count"] + 1, "z": (0.5 * w["z"] + lam[0] / w["count"]).T.contiguous().T}
+
+    def loss(w, lam):
+        return (w["z"] * lam[1].sum()).square().sum()
+
+    plain, compiled = both(step, w, lam, loss, 6)
+    check(plain, compiled)
+    assert compiled.params["count"] == 9 and isinstance(compiled.params, dict)
+
+
+def test_start_computed_from_hparams_and_hooks():
+    results = []
+    for compile in (False, "eager"):
+        lam = torch.tensor([0.1, 0.2, 0.3], dtype=F64, requires_grad=True)
+        lam.register_hook(lambda g: -g)
+        results.append(forward(descent, lam * 2, lam, outer, 6, compile=compile))
+    check(*results)
+
+
+def test_goes_on_from_either_kind_of_result():
+    """Online, with hyperparameters that change in between, and with entries that nothing has depended on yet."""
+    w, schedule = draw(3, seed=2), draw(9).mul(0.1)
+
+    def step(w, lam, t):
+        return w - lam[t].exp() * 0.1 * (X.T @ (X @ w - Y)) / 12
+
+    found = []
+    for kinds in ((False,) * 3, ("eager", False, "eager"), (False, "eager", "eager")):
+        result: Any = w
+        for turn, compile in enumerate(kinds):
+            lam = (schedule + 0.01 * turn).requires_grad_()
+            result = forward(step, result, lam, outer, 3, with_time=True, compile=compile)
+        found.append(result)
+    assert found[1].steps == 9
+    check(found[0], found[1])
+    check(found[0], found[2])
+
+
+def test_a_number_of_the_surroundings_that_changes_is_noticed():
+    lr, (w, lam) = [0.3], start()
+
+    def step(w, lam):
+        leaf = w if w.requires_grad else w.detach().requires_grad_()
+        return w - lr[0] * torch.autograd.grad(inner(leaf, lam), leaf, create_graph=True)[0]
+
+    for lr[0] in (0.3, 0.29, 0.3):
+        check(*both(step, w, lam, outer, 8))
+
+
+@pytest.mark.parametrize("differentiate", [forward, reverse])
+def test_other_hparams_may_require_grad_at_the_next_call(differentiate):
+    def step(w, lam):
+        return 0.5 * w + 0.3 * lam[0] + lam[1] ** 2
+
+    w = draw(3)
+    for place in (0, 1):
+        lam = [torch.full((3,), 1.0 + k, dtype=F64, requires_grad=k == place) for k in range(2)]
+        due, got = (differentiate(step, w, lam, lambda w, _: w.square().sum(), 4, compile=c) for c in (False, "eager"))
+        assert got.compiled
+        torch.testing.assert_close(got.grads, due.grads, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in UNCOMPILED if name != "iterator"])
+def test_what_cannot_be_compiled_is_evaluated_as_it_is(name):
+    step, reason = UNCOMPILED[name]
+    w, lam = start()
+    for _ in range(2):
+        torch.manual_seed(0)
+        with pytest.warns(hg.HypergradientWarning, match=reason):
+            compiled = forward(step, w, lam, outer, 6, compile="eager")
+        after = torch.rand(3)
+        torch.manual_seed(0)
+        check(forward(step, w, lam, outer, 6), compiled)
+        assert torch.equal(torch.rand(3), after) and compiled.compiled is None
+
+
+def test_what_changes_from_call_to_call_is_noticed():
+    w, lam, calls = *start(), []
+
+    def step(w, lam):
+        calls.append(1)
+        return 0.5 * w + lam * (1 + 1e-3 * (len(calls) % 7))
+
+    with pytest.warns(hg.HypergradientWarning, match="not the same at each call"):
+        assert forward(step, w, lam, outer, 6, compile="eager").compiled is None
+
+
+def test_a_batch_that_cannot_be_compiled_ends_it_where_it_comes():
+    """The steps before are not evaluated again."""
+    w, lam = start()
+
+    def step(w, lam, t, batch):
+        return 0.5 * w + (batch[1] if isinstance(batch, tuple) else batch) * lam + 0.1 * torch.rand(3, dtype=F64)
+
+    batches = [*torch.linspace(0.1, 1.0, 4, dtype=F64), *((object(), b) for b in torch.ones(3, dtype=F64))]
+    results, states = [], []
+    for compile in (False, "eager"):
+        torch.manual_seed(0)
+        if compile:
+            with pytest.warns(hg.HypergradientWarning, match="neither tensors nor plain values"):
+                results.append(forward(step, w, lam, outer, 7, batches=batches, compile=compile))
+        else:
+            results.append(forward(step, w, lam, outer, 7, batches=batches))
+        states.append(torch.get_rng_state())
+    check(*results)
+    assert torch.equal(*states) and results[1].compiled is None
+
+
+@pytest.mark.parametrize("differentiate", [forward, reverse])
+def test_hparams_of_the_surroundings_are_noticed(differentiate):
+    """In float32, with a derivative in λ that is small beside that in w."""
+    w, lam = draw(50).float(), torch.tensor(1.0, requires_grad=True)
+
+    def step(w, argument):
+        return 0.5 * w + 1e-4 * lam + 1e-4 * argument
+
+    with pytest.warns(hg.HypergradientWarning, match="in place of its argument"):
+        compiled = differentiate(step, w, lam, lambda w, lam: w.square().sum(), 6, compile="eager")
+    due = differentiate(step, w, lam, lambda w, lam: w.square().sum(), 6)
+    torch.testing.assert_close(compiled.grads, due.grads)
+
+
+def test_weight_norm_and_sparse_gradients_are_differentiated_rightly():
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2)).double()
+    bag = torch.nn.Embedding(5, 3, sparse=True).double()
+    function, words = hg.nn.functional(layer), torch.tensor([0, 2, 3])
+    w = {name: x.detach() for name, x in layer.named_parameters()}
+    lam = torch.tensor(0.1, dtype=F64, requires_grad=True)
+
+    def step(w, lam):
+        table, *rest = [x if x.requires_grad else x.detach().requires_grad_() for x in (w[0], *w[1].values())]
+        named = dict(zip(w[1], rest, strict=True))
+        loss = function(named, F.embedding(words, table, sparse=True)).square().mean()
+        g = torch.autograd.grad(loss, [table, *rest], create_graph=True)
+        new = [x - lam * y for x, y in zip((table, *rest), g, strict=True)]
+        return new[0], dict(zip(w[1], new[1:], strict=True))
+
+    carry = bag.weight.detach(), w
+    loss = lambda carry, lam: function(carry[1], carry[0]).square().sum()  # noqa: E731
+    plain, compiled = both(step, carry, lam, loss, 4)
+    check(plain, compiled)
+    # The steps of reverse mode take dense gradients for their second derivatives.
+    torch.testing.assert_close(
+        reverse(step, carry, lam, loss, 4, compile="eager").grads, plain.grads, rtol=1e-10, atol=0
+    )
+
+
+def test_derivatives_that_forward_mode_cannot_take_are_errors():
+    class Hidden(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return g.detach() * ctx.saved_tensors[0].cos()
+
+    w, lam = start()
+    with pytest.raises(RuntimeError, match="transpose disagree"):
+        forward(lambda w, lam: Hidden.apply(w) * 0.5 + lam, w, lam, outer, 3, compile="eager")
+    with pytest.raises(TypeError, match="name of a backend"):
+        forward(descent, w, lam, outer, 4, compile=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ZeroDivisionError):
+        forward(lambda w, lam: w * lam / (1 // 0), w, lam, outer, 4, compile="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_inductor(chunk):
+    w, lam = start()
+
+    def step(w, lam):
+        leaf = w if w.requires_grad else w.detach().requires_grad_()
+        return w - 0.3 * torch.autograd.grad(inner(leaf, lam, F.dropout(X, 0.3)), leaf, create_graph=True)[0]
+
+    results = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        results.append(forward(step, w, lam, outer, 30, compile=compile, chunk=chunk))
+    assert "compiled by inductor" in (results[1].compiled or "")
+    check(*results)
