@@ -90,6 +90,7 @@ class Tasks:
             groups.setdefault(_form(batch), []).extend(range(self.count, self.count + count))
             self._places += [(len(self._batches), row) for row in range(count)]
             self._batches.append((tensors, rebuild))
+        self.tried: set[int] = set()
         self.groups = [group for group in groups.values() if group]
         if not self.groups:
             raise ValueError("tasks holds no task")
@@ -227,7 +228,7 @@ class Chunk:
 
     def __init__(self, problem: TaskProblem, tasks: Tasks, index: Sequence[int], loop: bool = False):
         self.problem, self.index, self.loop = problem, list(index), loop
-        self.task = tasks.take(index)
+        self.task, self.tried = tasks.take(index), tasks.tried
         self.rebuild: Callable[..., PyTree] = list
         self.frozen: list[bool] = []
         self.params: PyTree = None

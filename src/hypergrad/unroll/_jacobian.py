@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _random
 from .._random import random_state_kept_on_error
 from .._tree import PyTree
-from ._reverse import ReverseResult, _check_memory, _gradients
+from ._reverse import ReverseResult, _gradients, check_storage
 from ._steps import Batches, Run, check_whole
 
 
@@ -49,7 +49,7 @@ def jacobian(
     check_whole(steps=(steps, 0), checkpoints=(checkpoints, 1))
     run = Run(step, outer_losses, start, hparams, batches, steps, with_time, allow_detached)
     run.several = True
-    _check_memory(memory, checkpoints)
+    check_storage(memory, checkpoints)
     with random_state_kept_on_error([*run.start, *run.outer]):
         with run.differentiating():
             first = run.keep([x.detach().clone() for x in run.start], run.rebuild)

@@ -134,8 +134,7 @@ def reverse(
     """
     check_whole(steps=(steps, 0), truncate=(truncate, 0), checkpoints=(checkpoints, 1))
     run = Run(step, outer_loss, start, hparams, batches, steps, with_time, allow_detached)
-    backend = checked_backend(compile)
-    _check_memory(memory, checkpoints, backend)
+    backend = check_storage(memory, checkpoints, compile)
     length = steps if truncate is None else min(truncate, steps)
     storage = memory, checkpoints
     with random_state_kept_on_error([*run.start, *run.outer]):
@@ -183,7 +182,9 @@ def _gradients(
     return compiled.pull_back(blocks)
 
 
-def _check_memory(memory: str, checkpoints: int | None, backend: str | None = None) -> None:
+def check_storage(memory: str, checkpoints: int | None, compile: bool | str = False) -> str | None:
+    """The backend to compile by, if any. Raises where these options do not go together."""
+    backend = checked_backend(compile)
     if backend and memory == "graph":
         raise ValueError('compiled steps keep no graphs: with compile use memory="iterates", "sqrt" or bytes')
     if memory not in POLICIES and parse_bytes(memory) is None:
@@ -191,6 +192,7 @@ def _check_memory(memory: str, checkpoints: int | None, backend: str | None = No
         raise ValueError(f'memory must be "graph", "iterates", "sqrt", or bytes like "64MiB", got {memory!r}{hint}')
     if checkpoints is not None and memory != "sqrt":
         raise ValueError(f"pass checkpoints={checkpoints} or memory={memory!r}, not both")
+    return backend
 
 
 def _schedule(
