@@ -117,6 +117,7 @@ def test_the_source_is_short():
     parts = (
         "unroll/_compiled.py",
         "unroll/_compiled_push.py",
+        "meta/_compiled.py",
         "unroll/_jacobian.py",
         "solvers/_shifted.py",
         "solvers/_at_once.py",

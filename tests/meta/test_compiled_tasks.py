@@ -42,7 +42,7 @@ class Losses:
 
     def grad(self, compile, tasks, h, steps=4, **options):
         self.calls = 0
-        method = meta.Unrolled(compile=compile)
+        method = meta.Unrolled(memory="iterates", compile=compile) if compile else meta.Unrolled()
         return meta.grad(self.outer, self.inner, h, tasks, method=method, steps=steps, chunk=4, **options)
 
 
@@ -76,8 +76,8 @@ def test_biased_and_parts_of_all_tasks():
     for seed in range(2):
         inner = meta.biased(losses.inner, strength=0.5)
         plain, compiled = (
-            meta.grad(losses.outer, inner, h, tasks_of(seed, 5), method=meta.Unrolled(compile=c), steps=3, chunk=2)
-            for c in (False, "eager")
+            meta.grad(losses.outer, inner, h, tasks_of(seed, 5), method=method, steps=3, chunk=2)
+            for method in (meta.Unrolled(), meta.Unrolled(memory="sqrt", compile="eager"))
         )
         check(plain, compiled)
 
@@ -116,8 +116,8 @@ def test_what_cannot_be_compiled_is_evaluated_as_it_is():
 def test_graphs_are_not_kept_by_compiled_steps():
     losses, h, tasks = Losses(), hparams(), tasks_of(0)
     with pytest.raises(ValueError, match="keep no graphs"):
-        meta.grad(losses.outer, losses.inner, h, tasks, method=meta.Unrolled(memory="graph", compile="eager"), steps=2)
-    for options in ({"memory": "sqrt"}, {"checkpoints": 2}):
+        meta.grad(losses.outer, losses.inner, h, tasks, method=meta.Unrolled(compile="eager"), steps=2)
+    for options in ({"memory": "sqrt"}, {"memory": "sqrt", "checkpoints": 2}):
         method = meta.Unrolled(compile="eager", **options)
         compiled = meta.grad(losses.outer, losses.inner, h, tasks, method=method, steps=4)
         check(losses.grad(False, tasks, h), compiled)

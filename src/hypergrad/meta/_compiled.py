@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from .._tree import PyTree
 from ._tasks import Chunk, without_penalties
+
+
+def stepping(chunk: Chunk, compile: bool | str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The step for `unroll.reverse`, with options. Tasks that come again, without some others, are not compiled for."""
+    again = not chunk.tried.isdisjoint(chunk.index)
+    chunk.tried.update(chunk.index)
+    if again or not compile:
+        return chunk.step, {}
+    return TaskStep(chunk), {"batches": [chunk.task] * chunk.problem.steps, "compile": compile}
 
 
 class TaskStep:

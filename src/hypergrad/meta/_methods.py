@@ -15,7 +15,7 @@ from .. import _autodiff, _graph, implicit, unroll
 from .._solution import NotFinite, Status
 from .._tree import PyTree, filled, flatten
 from ..solvers import Auto, LinearSolver, Solver
-from ._compiled import TaskStep
+from ._compiled import stepping
 from ._tasks import Chunk, Diverged
 
 
@@ -122,10 +122,9 @@ class Unrolled(Method):
 
     Args:
         memory, checkpoints: what is kept of the steps for the reverse pass, as in `unroll.reverse`: "graph" (each step
-            evaluated once; the default), "iterates" (the default with compile), "sqrt", or a number of checkpoints with
-            memory="sqrt".
-        compile: as in `unroll.reverse`. Tasks are arguments of the compiled step, which is kept with inner_loss: define
-            that once. Tasks that are evaluated again after others of their chunk diverged are evaluated as they are.
+            evaluated once), "iterates", "sqrt", or a number of checkpoints with memory="sqrt".
+        compile: as in `unroll.reverse`, not with "graph". Tasks are arguments of the compiled step, which is kept with
+            inner_loss: define that once. Where tasks diverge, the others of their chunk are evaluated as they are.
 
     Cost: T to 2T evaluations and T reverse passes of each task, or more with checkpoints.
     Source: Finn, Abbeel and Levine 2017.
@@ -138,43 +137,36 @@ class Unrolled(Method):
         tensor(-1.6200)
     """
 
-    memory: str | None = None
+    memory: str = "graph"
     checkpoints: int | None = None
     compile: bool | str = False
 
     def __post_init__(self) -> None:
-        unroll.check_storage(self._storage, self.checkpoints, self.compile)
+        unroll.check_storage(self.memory, self.checkpoints, self.compile)
 
     def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found:
         start, problem = chunk.start(hparams), chunk.problem
-        compile = self.compile if chunk.tried.isdisjoint(chunk.index) else False
-        chunk.tried.update(chunk.index)
+        step, options = stepping(chunk, self.compile)
         with warnings.catch_warnings():
             # Reported once for all tasks, under the numbers that they have for the user.
             warnings.simplefilter("ignore", NotFinite)
             result = unroll.reverse(
-                TaskStep(chunk) if compile else chunk.step,
+                step,
                 (start, problem.rule.init(chunk.rebuild(start))),
                 hparams,
                 lambda carry, hparams: chunk.outer(carry[0], hparams),
                 problem.steps,
-                memory=self._storage,
+                memory=self.memory,
                 checkpoints=self.checkpoints,
-                batches=[chunk.task] * problem.steps if compile else None,
-                compile=compile,
+                **options,
             )
         return Found(flatten(result.grads, "grads")[0], set())  # unroll itself warns of hparams that are unreached
 
     def _need(self, steps: int) -> tuple[float, float]:
-        if self._storage == "graph":
+        if self.memory == "graph":
             return 3 + 2 * steps, 12 + 2 * steps
-        iterates = self.checkpoints or {"iterates": steps, "sqrt": 2 * sqrt(steps)}.get(self._storage, 0)
-        return 5 + sqrt(steps) * (self._storage == "sqrt"), 14 + iterates
-
-    @property
-    def _storage(self) -> str:
-        default = "sqrt" if self.checkpoints is not None else "iterates" if self.compile else "graph"
-        return self.memory or default
+        iterates = self.checkpoints or {"iterates": steps, "sqrt": 2 * sqrt(steps)}.get(self.memory, 0)
+        return 5 + sqrt(steps) * (self.memory == "sqrt"), 14 + iterates
 
 
 @dataclass(frozen=True)

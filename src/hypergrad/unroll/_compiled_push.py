@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,37 @@ from torch import Tensor
 from .. import _random
 from .._autodiff import Linearisation
 from .._recorded import NotCompiled
+from .._solution import warn
 from .._traced import Traced
-from ._compiled import Batch, Compiled, Functions, flat
+from ._compiled import AS_IT_IS, Batch, Compiled, Functions, flat
 from ._steps import Iterate, Recorded, Run, is_continuous
-from ._tangents import Push, Tangents, check_adjoint, explained, pushed_by
+
+if TYPE_CHECKING:
+    from ._forward import Push, Tangents
+
+
+class CompiledPushes:
+    """The steps of a run that can be compiled: to the first that cannot, of which it warns. backend: None for none."""
+
+    def __init__(self, run: Run, push: Push, backend: str | None):
+        self.run, self.push, self.backend = run, push, backend
+        self.steps: CompiledPush | None = None
+
+    def __call__(self, tensors: list[Tensor], tangents: Tangents, t: int) -> tuple[list[Tensor], Tangents] | None:
+        """Φ_t and the tangents after it; None where the step is to be evaluated as it is."""
+        if self.backend is None:
+            return None
+        try:
+            self.steps = self.steps or CompiledPush(self.run, self.backend, self.push)
+            return self.steps(tensors, tangents, t)
+        except NotCompiled as error:
+            warn(AS_IT_IS.format(error), NotCompiled)
+            self.backend = self.steps = None
+            return None
+
+    @property
+    def report(self) -> str | None:
+        return self.steps and self.steps.report
 
 
 class CompiledPush(Compiled):
@@ -45,7 +72,9 @@ class CompiledPush(Compiled):
             elif self.steps == 1:
                 self._second(iterate, t)
             self.steps += 1
-            return self._pushed(iterate, self.push.whole(tangents), t)
+            if len(tangents.rows) < self.count:
+                tangents = self.push.begun(tangents, torch.ones(self.count, dtype=torch.bool, device="cpu"))
+            return self._pushed(iterate, tangents, t)
         except NotCompiled:
             _random.restore(before)
             raise
@@ -74,7 +103,7 @@ class CompiledPush(Compiled):
             leaves, outputs, moving = self._step(given[: len(inputs)], batch)
             linear = Linearisation(list(filter(is_continuous, outputs)), [*leaves, *moving])
             reached[:] = [g is not None for g in linear.pulled[len(leaves) :]]
-            pushed = pushed_by(linear, given[len(inputs) :])
+            pushed = self.push.along(linear, given[len(inputs) :])
             return [y.contiguous() for y in (*outputs, *pushed)]
 
         return Functions([Traced(push, [*inputs, *self._columns(1, 1)], self.backend)], reached)
@@ -88,15 +117,9 @@ class CompiledPush(Compiled):
 
     def _true_derivative(self, true: Recorded) -> list[Tensor]:
         inputs = [x for x in true.leaves if x.requires_grad]
-        outputs, probe, found = list(filter(is_continuous, true.outputs)), self.push.probe, []
-        linear = Linearisation(outputs, [*inputs, *self.run.differentiated], probe=probe)
-        with explained():
-            for each in ((1, 0), (0, 1)):
-                columns = self._columns(*each)
-                pushed = pushed_by(linear, columns)
-                check_adjoint(probe, pushed, linear.pulled, columns)
-                found.append(flat(pushed))
-        return found
+        outputs = list(filter(is_continuous, true.outputs))
+        linear = Linearisation(outputs, [*inputs, *self.run.differentiated], probe=self.push.probe)
+        return [flat(self.push.along(linear, self._columns(*each), check=True)) for each in ((1, 0), (0, 1))]
 
     def _columns(self, along_params: int, along_hparams: int) -> list[Tensor]:
         """Directions to compare in: a normal vector along params, and unit vectors along hparams, or zeros."""

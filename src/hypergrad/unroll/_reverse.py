@@ -93,13 +93,12 @@ def reverse(
         truncate: k, differentiate the last k steps only, the iterate before them taken as constant.
         batches: batch t for step t, by index or by call; drawn again at a replay.
         with_time: pass t to step.
-        compile: True compiles step, and its transposed derivative, once for each form of its arguments, by torch's
-            inductor; or the name of another backend of torch.compile. No graph is kept: "iterates" keeps T iterates,
-            "sqrt" about √(2T) and a budget as many as fit, not counting what a compiled function needs while it
-            runs. t is a 0-d tensor then. What step reads beside tensors is as it was at its first call: step is
-            compared with what was compiled at the start of every call, and where they differ it is compiled anew. A
-            step that cannot be compiled is evaluated as it is, with a warning (NotCompiled) that says why. Define step
-            once, outside of the loop over λ: what was compiled is kept with it.
+        compile: True compiles step, and its transposed derivative, once for each form of their arguments, by torch's
+            inductor; a string names another backend of torch.compile. No graph is kept: "iterates" keeps T iterates,
+            "sqrt" about √(2T), a budget as many as fit. t is a 0-d tensor then. At the start of every call step is
+            compared with what was compiled, and compiled anew where they differ. A step that cannot be compiled is
+            evaluated as it is, with a warning (NotCompiled) that says why. Define step once, outside of the loop over
+            λ: what was compiled is kept with it.
         allow_detached: accept tensors in step's result that have no graph, a part of params that reaches nothing, an
             outer_loss that does not use its params, and an inner gradient without a graph.
 
