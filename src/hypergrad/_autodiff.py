@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -341,13 +341,13 @@ def many(
     batched: Callable[[Sequence[Tensor]], list[Any]],
     stacks: Sequence[Tensor],
 ) -> list[Any]:
-    """The batched product where torch can vectorise it, else one product at a time."""
-    try:
-        return batched(stacks)
-    except RuntimeError:
-        # A map may write every product into the same memory.
-        columns = [copies(one([stack[j : j + 1].squeeze(0) for stack in stacks])) for j in range(len(stacks[0]))]
-        return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
+    """The batched product of several where torch can vectorise it, else one product at a time."""
+    with suppress(RuntimeError):
+        if len(stacks[0]) != 1:
+            return batched(stacks)
+    # A map may write every product into the same memory.
+    columns = [copies(one([stack[j : j + 1].squeeze(0) for stack in stacks])) for j in range(len(stacks[0]))]
+    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
 
 
 def each(function: Callable[[Sequence[Tensor]], list[Tensor]], tensors: Sequence[Tensor]) -> list[Tensor]:

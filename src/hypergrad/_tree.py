@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import optree
@@ -14,6 +15,7 @@ from torch import Tensor
 
 PyTree: TypeAlias = Any
 Unflatten: TypeAlias = "Callable[[Iterable[Tensor]], PyTree]"
+KIND = attrgetter("shape", "dtype", "device")
 UNREGISTERED = "register this dataclass as a pytree (optree.dataclasses.dataclass), or pass a dict of its fields"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import _autodiff, _torch
 from ._modules import couples_samples, records_statistics
 from ._solution import Solution
-from ._tree import PyTree, flatten, split
+from ._tree import KIND, PyTree, flatten, split
 from .fixed_points import Anderson, FixedPointSolver
 from .implicit import Info, WarmStart, fixed_point
 from .solvers import GMRES, Solver
@@ -207,8 +207,10 @@ class Equilibrium(nn.Module):
         with torch.enable_grad():
             outputs = flatten(self._step(z)(rebuild(leaves), (self._cell_tensors(), u)), "cell(z, x)")[0]
             total = outputs[0].new_zeros(())
+            device = outputs[0].device if generator is None else generator.device
             for _ in range(probes):
-                v = [_normal_like(y, generator) for y in outputs]
+                drawn = (torch.randn(y.shape, generator=generator, dtype=y.dtype, device=device) for y in outputs)
+                v = [each.to(y.device) for each, y in zip(drawn, outputs, strict=True)]
                 rows = _autodiff.grad(outputs, leaves, v, create_graph=True)
                 total = total + sum((row**2).sum() for row in rows)
         return total / (probes * sum(leaf.numel() for leaf in leaves))
@@ -220,7 +222,7 @@ class Equilibrium(nn.Module):
         if not self.warm_start:
             return first
         leaves, rebuild = split(first)
-        if _kinds(leaves) == _kinds(self._last_state):
+        if [*map(KIND, leaves)] == [*map(KIND, self._last_state)]:
             return rebuild(self._last_state)
         self._last_adjoint = WarmStart()
         return first
@@ -288,15 +290,6 @@ class Equilibrium(nn.Module):
         if self.warm_start:
             self._last_state, self._last_adjoint = kept["state"], WarmStart(kept["adjoint"] or None)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _kinds(leaves: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
-    return [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
-
-
-def _normal_like(y: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = y.device if generator is None else generator.device
-    return torch.randn(y.shape, generator=generator, dtype=y.dtype, device=device).to(y.device)
 
 
 def project_spectral_(weight: Tensor, radius: float) -> Tensor:

@@ -118,6 +118,6 @@ def test_graphs_are_not_kept_by_compiled_steps():
     with pytest.raises(ValueError, match="keep no graphs"):
         meta.grad(losses.outer, losses.inner, h, tasks, method=meta.Unrolled(compile="eager"), steps=2)
     for options in ({"memory": "sqrt"}, {"memory": "sqrt", "checkpoints": 2}):
-        method = meta.Unrolled(compile="eager", **options)
+        method = meta.Unrolled(compile="eager", **options)  # pyright: ignore[reportArgumentType]
         compiled = meta.grad(losses.outer, losses.inner, h, tasks, method=method, steps=4)
         check(losses.grad(False, tasks, h), compiled)

@@ -9,7 +9,7 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
-from test_compiled import F64, RULES, UNCOMPILED, X, Y, descent, draw, inner, outer, start
+from test_compiled import F64, RULES, UNCOMPILED, X, Y, descent, draw, inner, outer, start  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 import hypergrad as hg

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, sqrt
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from .. import _autodiff, _random
 from .._recorded import NotCompiled
+from .._solution import warn
 from .._torch import differentiated_rightly
 from .._traced import ROUNDING, Traced, autocast_state, gap, size
-from .._tree import parse_bytes
-from ._steps import EXHAUSTED, KIND, Iterate, Recorded, Run, is_continuous, leaf
+from .._tree import KIND, parse_bytes
+from ._steps import EXHAUSTED, Iterate, Recorded, Run, is_continuous, leaf
 
 Key = tuple[Any, ...]
 Batch = tuple[list[Any], Any] | None  # leaves and structure
@@ -318,6 +319,35 @@ class CompiledReverse(Compiled):
 
     def _joined(self, alpha: list[Tensor], grads: list[Tensor | None]) -> list[Tensor]:
         return [flat(alpha), flat(_autodiff.or_zeros(grads, self.run.differentiated))]
+
+
+def compiled_gradients(
+    run: Run,
+    backend: str,
+    first: Iterate,
+    begin: int,
+    end: int,
+    storage: tuple[str, int | None],
+    backwards: Callable[..., Iterator[tuple[int, int, Iterate]]],
+) -> tuple[tuple[list[Tensor], list[Tensor | None]] | None, str | None]:
+    """(α, ∇) as `_gradients` has them, and what was compiled; Nones, after a warning, where nothing can be."""
+    if not end:
+        return None, None
+    before = first.random
+    try:
+        compiled = CompiledReverse(run, backend)
+        first = compiled.advance(compiled.begin(first, end), 0, begin)
+        if begin == end:
+            return run.close(first.tensors, first.rebuild), compiled.report
+        kept = iterates_kept(first, end - begin, *storage)
+        blocks = backwards(compiled, [(0, first)], list(range(begin, end + 1)), kept)
+        del first
+        return compiled.pull_back(blocks), compiled.report
+    except NotCompiled as error:
+        warn(AS_IT_IS.format(error), NotCompiled)
+        _random.restore(before)
+        run.evaluations = 0
+        return None, None
 
 
 def iterates_kept(first: Iterate, length: int, memory: str, checkpoints: int | None) -> int:

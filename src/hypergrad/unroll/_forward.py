@@ -15,10 +15,10 @@ from torch import Tensor
 from .. import _graph, _torch
 from .._autodiff import Linearisation
 from .._random import random_state_kept_on_error
-from .._tree import PyTree, describe, full
+from .._tree import KIND, PyTree, describe, full
 from ._compiled import checked_backend
 from ._compiled_push import CompiledPushes
-from ._steps import KIND, Batches, Run, add, check_whole, leaf
+from ._steps import Batches, Run, add, check_whole, leaf
 
 PASS = 2**20  # numbers in the tangents of one vectorised pass; measured: above it one at a time is as fast
 COMPLEX = (
@@ -217,7 +217,7 @@ class Push:
         self.floats = [x for x in run.start if x.is_floating_point()]
         self.half = any(torch.finfo(x.dtype).bits < 32 for x in (*self.floats, *self.hparams))
         self.chunk = chunk or max(1, PASS // max(1, sum(x.numel() for x in self.floats)))
-        self.kept: tuple[Tensor, list[Tensor]] | None = None
+        self.kept: tuple[Tensor | None, list[Tensor]] = None, []
         # Its own generator, for the user's random numbers must be those of a plain run.
         draw = torch.Generator("cpu").manual_seed(0)
         self.probe = [placed(torch.randn(x.shape, generator=draw, device="cpu"), x) for x in self.floats]
@@ -282,10 +282,9 @@ class Push:
 
     def directions(self, tangents: Tangents, own: slice) -> list[Tensor]:
         """Unit vectors for some of the entries that are kept; made once while they are the same at each step."""
-        if len(tangents.rows) > self.chunk:
-            return self.units(tangents.rows[own])
-        if self.kept is None or self.kept[0] is not tangents.rows:
-            self.kept = tangents.rows, self.units(tangents.rows)
+        rows = tangents.rows if len(tangents.rows) <= self.chunk else tangents.rows[own]
+        if self.kept[0] is not rows:
+            self.kept = rows, self.units(rows)
         return self.kept[1]
 
     def _columns(self, linear: Linearisation, tangents: Tangents, inputs: int, check: bool) -> list[Tensor]:
@@ -300,9 +299,7 @@ class Push:
 
     def along(self, linear: Linearisation, columns: Sequence[Tensor], check: bool = False) -> list[Tensor]:
         """∂Φ u for a stack of u; check: compared with the transpose."""
-        one = len(columns[0]) == 1
-        pushed = linear.jvp([x.squeeze(0) for x in columns]) if one else linear.jvp_many(columns)
-        pushed = [z.unsqueeze(0) for z in pushed] if one else pushed
+        pushed = linear.jvp_many(columns)
         if check:
             _check_adjoint(self.probe, pushed, linear.pulled, columns)
         return pushed

@@ -53,7 +53,7 @@ def jacobian(
     with random_state_kept_on_error([*run.start, *run.outer]):
         with run.differentiating():
             first = run.keep([x.detach().clone() for x in run.start], run.rebuild)
-            alpha, grads = _gradients(run, None, first, 0, steps, (memory, checkpoints))
+            alpha, grads = _gradients(run, first, 0, steps, (memory, checkpoints))
             _random.restore(run.random_after)
             start_grads = run.start_gradients(alpha)
             grads = run.through_start(start_grads, grads)

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from .. import _random
 from .._random import random_state_kept_on_error
-from .._recorded import NotCompiled
-from .._solution import warn
 from .._torch import Allocated
 from .._tree import PyTree, parse_bytes
-from ._compiled import AS_IT_IS, CompiledReverse, checked_backend, iterates_kept
+from ._compiled import CompiledReverse, checked_backend, compiled_gradients
 from ._steps import Batches, Iterate, Run, check_whole, is_continuous
 
 POLICIES = ("graph", "iterates", "sqrt")
@@ -118,8 +116,7 @@ def reverse(
         measure I and G at the first two steps, a budget the working memory as well, by one more reverse pass and
         call of outer_loss, once for a step and the forms of its arguments; later steps that need more can exceed
         it. One device synchronisation, and one for each tensor of the iterate after a replayed block. compile: 2T +
-        1 evaluations with "iterates", less than 4T with "sqrt", and seconds to build, once (the compiler keeps its
-        results on disk for later processes).
+        1 evaluations with "iterates", less than 4T with "sqrt", and seconds to build, once.
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
         over blocks of steps whose graph is kept at once.
 
@@ -139,16 +136,9 @@ def reverse(
     with random_state_kept_on_error([*run.start, *run.outer]):
         with run.differentiating():
             first = run.keep([x.detach().clone() for x in run.start], run.rebuild)
-            compiled, gradients = None, None
-            if backend and steps:
-                try:
-                    compiled = CompiledReverse(run, backend)
-                    gradients = _gradients(run, compiled, compiled.begin(first, steps), steps - length, steps, storage)
-                except NotCompiled as error:
-                    warn(AS_IT_IS.format(error), NotCompiled)
-                    _random.restore(first.random)
-                    run.evaluations = 0
-            alpha, grads = gradients or _gradients(run, None, first, steps - length, steps, storage)
+            span = first, steps - length, steps, storage
+            gradients, compiled = compiled_gradients(run, backend, *span, _backwards) if backend else (None, None)
+            alpha, grads = gradients or _gradients(run, *span)
             _random.restore(run.random_after)
             start_grads = run.start_gradients(alpha) if length == steps else None
             if start_grads is not None:
@@ -159,26 +149,20 @@ def reverse(
             params=run.params,
             outer_value=run.outer_value,
             evaluations=run.evaluations,
-            compiled=compiled.report if compiled and gradients else None,
+            compiled=compiled,
         )
 
 
 def _gradients(
-    run: Run, compiled: CompiledReverse | None, first: Iterate, begin: int, end: int, storage: tuple[str, int | None]
+    run: Run, first: Iterate, begin: int, end: int, storage: tuple[str, int | None]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """α at step `begin`, where differentiation starts, and ∇; storage: memory and checkpoints, as in `reverse`."""
-    stepping = compiled or run
-    first = stepping.advance(first, 0, begin)
+    first = run.advance(first, 0, begin)
     if begin == end:
         return run.close(first.tensors, first.rebuild)
-    if compiled is None:
-        blocks = _backwards(run, [(0, first)], *_schedule(run, first, begin, end, *storage))
-        del first
-        return _pull_back(run, blocks)
-    kept = iterates_kept(first, end - begin, *storage)
-    blocks = _backwards(compiled, [(0, first)], list(range(begin, end + 1)), kept)
+    blocks = _backwards(run, [(0, first)], *_schedule(run, first, begin, end, *storage))
     del first
-    return compiled.pull_back(blocks)
+    return _pull_back(run, blocks)
 
 
 def check_storage(memory: str, checkpoints: int | None, compile: bool | str = False) -> str | None:
@@ -197,13 +181,7 @@ def check_storage(memory: str, checkpoints: int | None, compile: bool | str = Fa
 def _schedule(
     run: Run, first: Iterate, begin: int, end: int, memory: str, checkpoints: int | None
 ) -> tuple[list[int], int]:
-    """How steps begin … end − 1 are cut, and how many iterates may be kept.
-
-    Args:
-        first: the iterate before these steps.
-
-    Returns: the boundaries of the blocks of steps whose graph is kept at once, and a number of iterates.
-    """
+    """The boundaries of blocks of steps whose graph is kept at once, and how many iterates may be."""
     single = list(range(begin, end + 1))
     if memory == "graph" or end - begin < 2:
         return sorted({begin, end}), 1
@@ -282,10 +260,8 @@ def _backwards(
 ) -> Iterator[tuple[int, int, Iterate]]:
     """The blocks of steps, the last first, each with the iterate that it begins at.
 
-    Revolve: a block is reached from the last checkpoint before it, leaving others on the way.
-
-    Args:
-        stack: checkpoints with the blocks that they are before; the first.
+    Revolve: a block is reached from the last checkpoint before it, leaving others on the way. stack: the first of them,
+    with the number of the block that it is before.
     """
     for end in range(len(bounds) - 1, 0, -1):
         at, iterate = stack[-1]

@@ -17,14 +17,14 @@ from .. import _autodiff, _graph, _random
 from .._autodiff import as_losses, as_scalar
 from .._graph import check_hparams
 from .._solution import warn, warn_if_not_finite
-from .._torch import differentiated_rightly, hooks_suspended, version_of
-from .._tree import Paths, PyTree, describe, filled, flatten, refuse_objects, split
+from .._torch import differentiated_rightly, hooks_suspended, versions_of
+from .._tree import KIND, Paths, PyTree, describe, filled, flatten, refuse_objects, split
 from ..implicit import warn_of_local
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
 Batches: TypeAlias = "Sequence[Any] | Callable[[int], Any] | None"
 
-KIND, LIVE = attrgetter("shape", "dtype", "device"), attrgetter("requires_grad")
+LIVE = attrgetter("requires_grad")
 NODE = 512  # bytes of one node of a graph, beside the tensors it keeps
 IN_PLACE = (
     "step changed its params (or hparams) in place, and with them the iterates that the reverse pass starts from: "
@@ -151,7 +151,8 @@ class Run:
     def differentiating(self) -> Iterator[None]:
         """Gradients can be taken, and hooks of start and hparams do not act: those of hparams do once, on the total."""
         leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-        with leave, torch.enable_grad(), hooks_suspended([*self.start, *self.outer]) as self.hooked:
+        hooks = hooks_suspended([*self.start, *self.outer])
+        with leave, torch.enable_grad(), differentiated_rightly(), hooks as self.hooked:
             for i, x in enumerate(self.leaves if self.hooked else ()):
                 if _among(x, self.hooked) and not _among(x, self.outer):
                     warn(
@@ -164,11 +165,11 @@ class Run:
         new = _random.capture(self.devices)
         if not self._random or not _random.equal(new, self._random):
             self._random = new
-        return Iterate(tensors, rebuild, self._random, list(map(version_of, tensors)))
+        return Iterate(tensors, rebuild, self._random, versions_of(tensors))
 
     def resume(self, iterate: Iterate) -> list[Tensor]:
         """The leaves of a new graph at this iterate."""
-        if list(map(version_of, iterate.tensors)) != iterate.versions:
+        if versions_of(iterate.tensors) != iterate.versions:
             raise RuntimeError(IN_PLACE)
         _random.restore(iterate.random)
         return [leaf(x) for x in iterate.tensors]
@@ -177,26 +178,23 @@ class Run:
         """Φ_t, checked: tensors like the start, with a graph, and nothing changed in place."""
         arguments = (t,) if self.with_time else ()
         guarded = [*tensors, *self.outer]
-        versions = list(map(version_of, guarded))
+        versions = versions_of(guarded)
         self.evaluations += 1
         watched = self.evaluations == 1 and not self.allow_detached
         try:
             if self.batches:
                 arguments = (t, self.batches(t))
-            with (
-                _autodiff.gradients_taken(tensors) if watched else nullcontext(()) as with_graph,
-                differentiated_rightly(),
-            ):
+            with _autodiff.gradients_taken(tensors) if watched else nullcontext(()) as with_graph:
                 value = self.step(rebuild(tensors), self.hparams, *arguments)
         except StopIteration:
             raise ValueError(EXHAUSTED.format("step (or batches)", t)) from None
         except RuntimeError as error:
             if "in-place operation" not in str(error) and "inplace operation" not in str(error):
                 raise
-            if list(map(version_of, guarded)) == versions and not self._writes(tensors, rebuild, arguments):
+            if versions_of(guarded) == versions and not self._writes(tensors, rebuild, arguments):
                 raise
             raise RuntimeError(IN_PLACE) from error
-        if list(map(version_of, guarded)) != versions:
+        if versions_of(guarded) != versions:
             raise RuntimeError(IN_PLACE)
         if not all(with_graph):
             warn(NO_SECOND)
@@ -213,15 +211,16 @@ class Run:
     def _writes(self, tensors: list[Tensor], rebuild: Rebuild, arguments: tuple[Any, ...]) -> bool:
         """Whether step writes into what it is given, found by a call with copies, and not a module."""
         copies = [x.clone() for x in (*tensors, *self.outer)]
-        versions = list(map(version_of, copies))
+        versions = versions_of(copies)
         with suppress(Exception):
             self.step(rebuild(copies[: len(tensors)]), self.hparams_tree(copies[len(tensors) :]), *arguments)
-        return list(map(version_of, copies)) != versions
+        return versions_of(copies) != versions
 
-    def arranged(self, value: PyTree) -> tuple[list[Tensor], Rebuild]:
+    def arranged(self, value: Any) -> tuple[list[Tensor], Rebuild]:
         """The tensors of step's result, put into the start's containers: mappings are matched by key."""
-        value = list(value) if isinstance(value, Iterator) else value
-        leaves, spec = optree.tree_flatten(value)
+        leaves, spec = optree.tree_flatten(list(value) if isinstance(value, Iterator) else value)
+        if spec == self.paths.spec and len(leaves) == len(self.start) and all(isinstance(x, Tensor) for x in leaves):
+            return leaves, spec.unflatten
         if spec != self.paths.spec:
             order = self.paths.order(Paths("step's result", spec))
             value = self.paths.spec.unflatten(leaves if order is None else [leaves[i] for i in order])
@@ -297,8 +296,7 @@ class Run:
     def sizes(self, kind: str, begin: int, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
         """What `measure` gives: bytes, found out once for a step and the forms of its arguments.
 
-        A function that gives batches is called for steps alone, so there it is found out each time, as for several
-        losses at once.
+        It is found out each time with several losses, and where a function gives batches: for steps alone is it called.
         """
         if self.several or (self.batches and not self.indexed):
             return measure()
