@@ -128,11 +128,6 @@ def version_of(x: Tensor) -> int:
     return 0 if x.is_inference() else getattr(x, "_version", 0)
 
 
-def versions_of(tensors: Iterable[Tensor]) -> list[int]:
-    """The same of several that were not made under torch.inference_mode()."""
-    return [getattr(x, "_version", 0) for x in tensors]
-
-
 def saved_values(node: Any) -> list[Any]:
     """What a node of the graph keeps for its derivative; nothing where torch does not tell."""
     values = [getattr(node, name) for name in _saved_names(type(node))]

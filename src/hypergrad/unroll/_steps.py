@@ -17,14 +17,14 @@ from .. import _autodiff, _graph, _random
 from .._autodiff import as_losses, as_scalar
 from .._graph import check_hparams
 from .._solution import warn, warn_if_not_finite
-from .._torch import differentiated_rightly, hooks_suspended, versions_of
+from .._torch import differentiated_rightly, hooks_suspended
 from .._tree import KIND, Paths, PyTree, describe, filled, flatten, refuse_objects, split
 from ..implicit import warn_of_local
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
 Batches: TypeAlias = "Sequence[Any] | Callable[[int], Any] | None"
 
-LIVE = attrgetter("requires_grad")
+LIVE, VERSION = attrgetter("requires_grad"), attrgetter("_version")  # of tensors that are not of inference mode
 NODE = 512  # bytes of one node of a graph, beside the tensors it keeps
 IN_PLACE = (
     "step changed its params (or hparams) in place, and with them the iterates that the reverse pass starts from: "
@@ -165,11 +165,11 @@ class Run:
         new = _random.capture(self.devices)
         if not self._random or not _random.equal(new, self._random):
             self._random = new
-        return Iterate(tensors, rebuild, self._random, versions_of(tensors))
+        return Iterate(tensors, rebuild, self._random, list(map(VERSION, tensors)))
 
     def resume(self, iterate: Iterate) -> list[Tensor]:
         """The leaves of a new graph at this iterate."""
-        if versions_of(iterate.tensors) != iterate.versions:
+        if list(map(VERSION, iterate.tensors)) != iterate.versions:
             raise RuntimeError(IN_PLACE)
         _random.restore(iterate.random)
         return [leaf(x) for x in iterate.tensors]
@@ -178,7 +178,7 @@ class Run:
         """Φ_t, checked: tensors like the start, with a graph, and nothing changed in place."""
         arguments = (t,) if self.with_time else ()
         guarded = [*tensors, *self.outer]
-        versions = versions_of(guarded)
+        versions = list(map(VERSION, guarded))
         self.evaluations += 1
         watched = self.evaluations == 1 and not self.allow_detached
         try:
@@ -191,10 +191,10 @@ class Run:
         except RuntimeError as error:
             if "in-place operation" not in str(error) and "inplace operation" not in str(error):
                 raise
-            if versions_of(guarded) == versions and not self._writes(tensors, rebuild, arguments):
+            if list(map(VERSION, guarded)) == versions and not self._writes(tensors, rebuild, arguments):
                 raise
             raise RuntimeError(IN_PLACE) from error
-        if versions_of(guarded) != versions:
+        if list(map(VERSION, guarded)) != versions:
             raise RuntimeError(IN_PLACE)
         if not all(with_graph):
             warn(NO_SECOND)
@@ -211,16 +211,18 @@ class Run:
     def _writes(self, tensors: list[Tensor], rebuild: Rebuild, arguments: tuple[Any, ...]) -> bool:
         """Whether step writes into what it is given, found by a call with copies, and not a module."""
         copies = [x.clone() for x in (*tensors, *self.outer)]
-        versions = versions_of(copies)
+        versions = list(map(VERSION, copies))
         with suppress(Exception):
             self.step(rebuild(copies[: len(tensors)]), self.hparams_tree(copies[len(tensors) :]), *arguments)
-        return versions_of(copies) != versions
+        return list(map(VERSION, copies)) != versions
 
     def arranged(self, value: Any) -> tuple[list[Tensor], Rebuild]:
         """The tensors of step's result, put into the start's containers: mappings are matched by key."""
-        leaves, spec = optree.tree_flatten(list(value) if isinstance(value, Iterator) else value)
+        leaves, spec = optree.tree_flatten(value)
         if spec == self.paths.spec and len(leaves) == len(self.start) and all(isinstance(x, Tensor) for x in leaves):
             return leaves, spec.unflatten
+        if isinstance(value, Iterator):
+            return self.arranged(list(value))
         if spec != self.paths.spec:
             order = self.paths.order(Paths("step's result", spec))
             value = self.paths.spec.unflatten(leaves if order is None else [leaves[i] for i in order])
@@ -228,8 +230,9 @@ class Run:
         if len(leaves) > len(tensors):
             refuse_objects(leaves)
         if len(tensors) != len(self.start):
-            kind = type(value).__name__
-            raise ValueError(f"step must give the {len(self.start)} tensors that it gets: {len(tensors)} in a {kind}")
+            raise ValueError(
+                f"step must give {len(self.start)} tensors, not {len(tensors)} in a {type(value).__name__}"
+            )
         return tensors, rebuild
 
     def _warn_if_cut(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
