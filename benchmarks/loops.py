@@ -147,12 +147,15 @@ def library(loop: Loop, **options: Any) -> Callable[[], Tensor]:
     return lambda: call().grads
 
 
-def forward_mode(loop: Loop, **options: Any) -> Callable[[], Tensor]:
+def forwards(loop: Loop, **options: Any) -> Callable[[], hg.unroll.ForwardResult]:
     """unroll.forward, whose tangents are those of the strengths of decay of the tensors."""
     start, validation = (loop.start, *loop.state()), lambda carry, lam: loop.outer(carry[0])
-    return lambda: (
-        hg.unroll.forward(loop.step, start, loop.lam, validation, loop.steps, with_time=True, **options).grads
-    )
+    return lambda: hg.unroll.forward(loop.step, start, loop.lam, validation, loop.steps, with_time=True, **options)
+
+
+def forward_mode(loop: Loop, **options: Any) -> Callable[[], Tensor]:
+    call = forwards(loop, **options)
+    return lambda: call().grads
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Loop], Callable[[], Tensor]]]] = {

@@ -173,6 +173,16 @@ def test_storing_the_steps_takes_the_evaluations_that_it_claims(name: str) -> No
             counts.check_unrolled(descent, column, exact)
 
 
+def test_compiled_steps_take_the_evaluations_that_they_claim() -> None:
+    counts.check_loop("SGD", steps=4)
+    counts.check_pushed("SGD", steps=4)
+
+
+@pytest.mark.parametrize("steps", [3, 60])
+def test_a_layer_saves_as_many_tensors_however_many_steps_it_takes(steps: int) -> None:
+    counts.check_saved(steps)
+
+
 def test_a_wrong_unrolled_answer_gets_no_time() -> None:
     descent = unrolled.QUICK["logistic"]().to(torch.float64)
     right = unrolled.COLUMNS[0]

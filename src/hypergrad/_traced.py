@@ -131,14 +131,17 @@ def autocast_state() -> tuple[Any, ...]:
 
 def gap(x: Tensor, y: Tensor) -> float:
     """‖x − y‖: 0 for entries that are both NaN or the same infinity, and ∞ where only one of two is finite."""
-    same = (x == y) | (x.isnan() & y.isnan())
-    found = float(torch.linalg.vector_norm((x - y).masked_fill(same, 0)))
+    found = float(torch.linalg.vector_norm(x - y))
+    if not math.isfinite(found):
+        same = (x == y) | (x.isnan() & y.isnan())
+        found = float(torch.linalg.vector_norm((x - y).masked_fill(same, 0)))
     return math.inf if math.isnan(found) else found
 
 
 def size(x: Tensor) -> float:
     """‖x‖ over the entries that are finite."""
-    return float(torch.linalg.vector_norm(x.masked_fill(~x.isfinite(), 0)))
+    found = float(torch.linalg.vector_norm(x))
+    return found if math.isfinite(found) else float(torch.linalg.vector_norm(x.masked_fill(~x.isfinite(), 0)))
 
 
 def _trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:

@@ -87,7 +87,7 @@ def test_truncated():
 def test_evaluations_are_those_documented():
     w, lam = start()
     reverse(descent, w, lam, outer, 20, memory="iterates", compile="eager")
-    assert reverse(descent, w, lam, outer, 20, memory="iterates", compile="eager").evaluations == 41
+    assert reverse(descent, w, lam, outer, 20, memory="iterates", compile="eager").evaluations == 40
     assert reverse(descent, w, lam, outer, 200, compile="eager").evaluations < 4 * 200
 
 

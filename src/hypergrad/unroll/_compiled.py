@@ -98,18 +98,23 @@ class Compiled(ABC):
         built = f", built in {self.seconds:.1f} s" if self.seconds else ", which were there"
         return f"{'one function' if len(counts) == 1 else 'two functions'}{sizes} compiled by {self.backend}{built}"
 
-    def _first(self, first: Iterate, t: int) -> None:
-        """Functions for the first step of a call: known ones that still give its numbers, or new ones."""
+    def _first(self, first: Iterate, t: int) -> list[Tensor]:
+        """Functions for the first step of a call: known ones that still give its numbers, or new ones.
+
+        Gives what the step itself gave.
+        """
         self.key = self._inputs(first.tensors, t)[1]
-        if self._found(self.key) is not None:
+        found, true = self._found(self.key), self._evaluated(first, t)
+        if found is not None:
             try:
-                self._compare(self.known[self.key], first, t, self._evaluated(first, t))
-                self.used[self.key] = self.known[self.key]
-                return
+                self._compare(found, first, t, true)
+                self.used[self.key] = found
             except NotCompiled:  # the step's surroundings have changed since
                 del self.known[self.key]
-        with self._noted():
-            self.used[self.key] = self.known[self.key] = self._built(first, t)
+        if self.key not in self.used:
+            with self._noted():
+                self.used[self.key] = self.known[self.key] = self._built(first, t, true)
+        return [y.detach().contiguous() for y in true.outputs]
 
     def _second(self, second: Iterate, t: int) -> None:
         """New functions are compared at a second step too."""
@@ -171,14 +176,16 @@ class Compiled(ABC):
                 )
             before = _random.capture(self.run.devices) if before is None else before
             iterate = Iterate(list(tensors), self.run.rebuild, before, [])
-            self.used[key] = self.known[key] = self._found(key) or self._built(iterate, t)
+            self.used[key] = self.known[key] = self._found(key) or self._built(iterate, t, self._evaluated(iterate, t))
             _random.restore(before)
             inputs, _ = self._inputs(tensors, t)
         return self.used[key], inputs
 
-    def _built(self, iterate: Iterate, t: int) -> Functions:
-        """The functions, traced at this iterate, compiled, and compared with the step."""
-        true = self._evaluated(iterate, t)  # first, so that an error of the user's is raised as it is
+    def _built(self, iterate: Iterate, t: int, true: Recorded) -> Functions:
+        """The functions, traced at this iterate, compiled, and compared with the step.
+
+        true: the step itself, evaluated before, so that an error of the user's is raised as it is.
+        """
         begun = time.perf_counter()
         _random.restore(iterate.random)
         inputs, _ = self._inputs(iterate.tensors, t)
@@ -243,10 +250,13 @@ class Compiled(ABC):
 class CompiledReverse(Compiled):
     """What `Run` gives the reverse pass, without a graph."""
 
+    ahead: Sequence[Tensor] = ()  # what the step that was compared gave, which is not evaluated again
+
     def begin(self, first: Iterate, steps: int) -> Iterate:
         """The first iterate as the functions take it, after they were compared with the steps that follow it."""
         first = first._replace(tensors=[x.contiguous() for x in first.tensors])
-        self._first(first, 0)
+        ahead = self._first(first, 0)
+        self.ahead = [] if self._drawn else ahead
         if steps > 1 and not self.used[self.key].compared:
             self._second(self.advance(first, 0, 1), 1)
         return first
@@ -256,6 +266,8 @@ class CompiledReverse(Compiled):
         if self._drawn:
             _random.restore(iterate.random)
         tensors = iterate.tensors
+        if begin == 0 < end and self.ahead:
+            tensors, self.ahead, begin = list(self.ahead), (), 1
         for t in range(begin, end):
             functions, inputs = self._at(tensors, t)
             tensors = list(self._image(functions, inputs))

@@ -115,8 +115,8 @@ def reverse(
         working memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget
         measure I and G at the first two steps, a budget the working memory as well, by one more reverse pass and
         call of outer_loss, once for a step and the forms of its arguments; later steps that need more can exceed
-        it. One device synchronisation, and one for each tensor of the iterate after a replayed block. compile: 2T +
-        1 evaluations with "iterates", less than 4T with "sqrt", and seconds to build, once.
+        it. One device synchronisation, and one for each tensor of the iterate after a replayed block. compile: 2T
+        evaluations with "iterates", less than 4T with "sqrt", and seconds to build, once.
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
         over blocks of steps whose graph is kept at once.
 
