@@ -14,8 +14,8 @@ from systems import GRID, System, with_singular_values, with_spectrum
 ABSTRACT = (hg.solvers.LinearSolver, hg.solvers.IterativeSolver)
 SOLVERS = [
     name
-    for name, kind in vars(hg.solvers).items()
-    if isinstance(kind, type) and issubclass(kind, ABSTRACT) and kind not in ABSTRACT
+    for name in hg.solvers.__all__
+    if isinstance(kind := getattr(hg.solvers, name), type) and issubclass(kind, ABSTRACT) and kind not in ABSTRACT
 ]
 PER_STEP = {"NormalCG": 2, "LSQR": 2}  # products
 REAL = {

@@ -41,15 +41,22 @@ def bands(seed=0, targets=3, n=120, width=60):
     return x[:n], y[:n], x[n:], y[n:], labels
 
 
+def checks_of(*estimators):
+    """parametrize_with_checks with a list of cases, which pytest 9 wants and scikit-learn before 1.8 does not give."""
+    mark = parametrize_with_checks(list(estimators))
+    names, cases = mark.args
+    return pytest.mark.parametrize(names, list(cases), **mark.kwargs)
+
+
 @pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks([RidgeHG()])
+@checks_of(RidgeHG())
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks([RidgeHG("class"), ElasticNetHG(), LogisticRegressionHG(), LogisticRegressionHG("class")])
+@checks_of(RidgeHG("class"), ElasticNetHG(), LogisticRegressionHG(), LogisticRegressionHG("class"))
 def test_scikit_learns_checks_of_the_others(estimator, check):
     check(estimator)
 

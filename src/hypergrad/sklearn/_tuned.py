@@ -137,7 +137,10 @@ class Tuned(BaseEstimator):
                 raise ValueError(f"alphas must be positive finite numbers, got {self.alphas!r}")
 
     def _weights(self, sample_weight: Any, X: Any) -> np.ndarray:
-        return _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        if not weights.any():  # older versions of scikit-learn let them pass
+            raise ValueError("sample_weight must have at least one non-zero entry, got zeros only")
+        return weights
 
     def _objective(
         self, data: Data, groups: Any, classes: np.ndarray | None, labels: Labels | None = None
