@@ -383,10 +383,12 @@ def structured(d):
 
 ON = {"max_steps": 5}
 RULES = {
-    **{n: getattr(D, n)(lr=0.1) for n in ("SGD", "Adam", "AdamW", "AMSGrad", "RMSprop", "Adagrad")},
+    **{n: getattr(D, n)(lr=0.1) for n in ("SGD", "Adam", "AdamW", "AMSGrad", "RMSprop", "Adagrad", "Adadelta")},
+    **{n: getattr(D, n)(lr=0.1) for n in ("Adamax", "RAdam")},
     "PerStep": D.SGD(lr=lambda h: D.PerStep(h.sigmoid().repeat(2)), momentum=0.5),
     "PerLeaf": D.Adam(lr=D.PerLeaf({"w": 0.1, "b": 0.2})),
     "ElasticNet": D.ProximalGradient(lr=0.1, prox=D.ElasticNet(l1=lambda h: h[0].exp() / 9, l2=0.1)),
+    "Box": D.ProximalGradient(lr=0.1, prox=D.Box(lower=-0.1, upper=0.1)),
     "Simplex": D.ProximalGradient(lr=0.1, prox=D.Simplex(), frozen=(0,)),
     "GroupLasso": D.ProximalGradient(lr=0.1, prox=D.GroupLasso(strength=0.1), frozen=(0,)),
 }
@@ -440,7 +442,7 @@ DOORS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
     "forward": (forward, 1 + 1 + 4 * 2),
     "forward, continued": (continued, None),
     **{f"rules.{name}": (partial(reverse, memory="graph", rule=rule), 1) for name, rule in RULES.items()},
-    "rules.L1": (partial(reverse, memory="graph", rule=D.ProximalGradient(lr=0.1, prox=D.L1(strength=0.1))), 1),
+    "rules.FISTA": (partial(reverse, memory="graph", rule=D.FISTA(lr=0.1, prox=D.L1(strength=0.1))), 1 + 6 * 2),
     **{f"meta.{n}": (partial(meta, method=m), 3 if n in ("Implicit", "Unrolled") else 2) for n, m in METHODS.items()},
     **{f"bilevel.{n}": (partial(bilevel, make=getattr(hg.bilevel, n), names=o), 0) for n, o in TRACKERS.items()},
     "bilevel.SOBA, raise": (partial(bilevel, make=hg.bilevel.SOBA, on_nonfinite="raise"), 2),

@@ -535,6 +535,9 @@ OPTIMISERS = {
     "AdamW": {"amsgrad": (False, True), "weight_decay": (0, 0.1)},
     "RMSprop": {"centered": (False, True), "momentum": (0, 0.9), "weight_decay": (0, 0.1)},
     "Adagrad": {"lr_decay": (0, 0.1), "initial_accumulator_value": (0, 0.1), "weight_decay": (0, 0.1)},
+    "Adadelta": {"rho": (0.9, 0.5), "weight_decay": (0, 0.1)},
+    "Adamax": {"weight_decay": (0, 0.1)},
+    "RAdam": {"weight_decay": (0, 0.1)},
 }
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_rules import IDS, OPTIONS
+from test_rules import IDS, OPTIONS, TO_1E_12, distance
 
 import hypergrad as hg
 
@@ -20,9 +20,12 @@ def build(name, options, params):
     return getattr(torch.optim, name)(params, **options)
 
 
-def assert_as_torch(ours, theirs):
+def assert_as_torch(name, ours, theirs):
     for x, y in zip(ours, theirs, strict=True):
-        assert torch.equal(x.detach(), y.detach())
+        if name in TO_1E_12:
+            assert distance([x], [y]) < (1e-12 if x.dtype is torch.float64 else 1e-5)
+        else:
+            assert torch.equal(x.detach(), y.detach())
 
 
 def train(optimizer, loss, steps):
@@ -78,7 +81,7 @@ def test_frozen_and_unused_parameters_are_skipped_as_torch_skips_them(name, opti
     assert [w.requires_grad for w in twin.params] == [True, False, True, True]
     ours = follow(twin, some_used, range(before, before + 9))
     train(optimizer, some_used, range(before, before + 9))
-    assert_as_torch(ours, theirs)
+    assert_as_torch(name, ours, theirs)
     assert torch.equal(ours[1], start[1]) and torch.equal(ours[2], start[2]) and not torch.equal(ours[0], start[0])
 
 
@@ -125,7 +128,7 @@ def test_groups_that_do_not_say_whether_the_decay_is_decoupled(decoupled):
     assert D.from_torch(optimizer).rule.decoupled_weight_decay is decoupled
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad", "RMSprop"])
+@pytest.mark.parametrize("name", ["Adam", "RAdam", "SGD", "Adagrad", "RMSprop"])
 def test_options_that_a_group_lacks_have_their_defaults(name):
     w = torch.tensor([1.0, -2.0], requires_grad=True)
     optimizer = build(name, {}, [w])

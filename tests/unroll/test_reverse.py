@@ -477,7 +477,7 @@ def test_under_no_grad_and_torch_func():
 RULES = {
     "SGD": hg.diff_optimizers.SGD(lr=lambda h: PerStep(h["log_lr"].exp()), momentum=0.9, nesterov=True),
     "Adam": hg.diff_optimizers.Adam(lr=lambda h: PerStep(h["log_lr"].exp())),
-    "AMSGrad": hg.diff_optimizers.AMSGrad(lr=lambda h: PerStep(h["log_lr"].exp())),
+    "RAdam": hg.diff_optimizers.RAdam(lr=lambda h: PerStep(h["log_lr"].exp())),
 }
 
 

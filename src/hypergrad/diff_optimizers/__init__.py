@@ -18,16 +18,16 @@ from ._hypertorch import (
     heavy_ball_step,
     torch_momentum_step,
 )
-from ._proximal import L1, ElasticNet, GroupLasso, Prox, ProximalGradient, Simplex
+from ._proximal import FISTA, L1, Box, ElasticNet, GroupLasso, Prox, ProximalGradient, Simplex
 from ._rule import PerLeaf, PerStep, Rule
 from ._rule import State as State  # used by hypergrad.meta: what a rule carries, {"step": ..., buffers by name}
-from ._rules import SGD, Adagrad, Adam, AdamW, AMSGrad, RMSprop
+from ._rules import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, AMSGrad, RAdam, RMSprop
 from ._rules import plus as plus  # used by hypergrad.meta: x + a y, rounded as torch.optim does
 
 __all__ = ["Rule", "PerStep", "PerLeaf"]
-__all__ += ["SGD", "Adam", "AdamW", "AMSGrad", "RMSprop", "Adagrad"]
+__all__ += ["SGD", "Adam", "AdamW", "AMSGrad", "RMSprop", "Adagrad", "Adadelta", "Adamax", "RAdam"]
 # with a constraint or a term that is not smooth
-__all__ += ["ProximalGradient", "Prox", "L1", "ElasticNet", "Simplex", "GroupLasso"]
+__all__ += ["ProximalGradient", "FISTA", "Prox", "L1", "ElasticNet", "Box", "Simplex", "GroupLasso"]
 __all__ += ["from_torch", "Twin"]
 # HyperTorch's interface
 __all__ += ["DifferentiableOptimizer", "GradientDescent", "HeavyBall", "Momentum"]

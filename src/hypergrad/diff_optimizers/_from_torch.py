@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .._torch import has_step_hooks
 from ._rule import PerLeaf, Rule, State, is_zero
-from ._rules import SGD, Adagrad, Adam, RMSprop
+from ._rules import SGD, Adadelta, Adagrad, Adam, Adamax, RAdam, RMSprop
 
-TWINS: dict[type, type[Rule]] = {getattr(torch.optim, rule.__name__): rule for rule in (SGD, Adam, RMSprop, Adagrad)}
+RULES: tuple[type[Rule], ...] = (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, RAdam)
+TWINS: dict[type, type[Rule]] = {getattr(torch.optim, rule.__name__): rule for rule in RULES}
 TWINS[torch.optim.AdamW] = Adam
 FLAGS = ("maximize", "nesterov", "amsgrad", "centered", "decoupled_weight_decay")
 
@@ -34,7 +35,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> Twin:
     rule. Later steps of the optimizer do not touch the copies.
 
     Args:
-        optimizer: SGD, Adam, AdamW, RMSprop or Adagrad, of torch.optim itself.
+        optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax or RAdam, of torch.optim itself.
 
     Returns:
         Twin(rule, params, state). SGD keeps no count of its steps: state["step"] is 1 where it has stepped.

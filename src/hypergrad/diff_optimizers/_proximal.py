@@ -1,4 +1,4 @@
-"""Rules for inner problems with a constraint or a term that is not smooth: proximal gradient."""
+"""Rules for inner problems with a constraint or a term that is not smooth: proximal gradient and FISTA."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ import torch
 from torch import Tensor
 
 from ._rule import Hyper, Number, Rule, Values
-from ._rules import Update, sqrt
+from ._rules import Slots, Update, sqrt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prox(ABC):
     """prox_{ηr}(w) = argmin_u ½‖u − w‖² + η r(u), leaf by leaf. Hyperparameters as in `Rule`.
 
-    At a kink the derivative is that of one side, and where the result is constant it is 0. A term or a constraint of
-    your own is a dataclass with its `leaf`.
+    At a kink the derivative is that of one side, and where the result is constant it is 0.
     """
 
     def __post_init__(self) -> None:
-        for name in {f.name for f in fields(self)} & {"strength", "l1", "l2", "radius"}:
-            number = getattr(self, name)
-            if isinstance(number, (int, float)) and not number >= 0:
-                raise ValueError(f"{type(self).__name__}: {name} must be ≥ 0, got {number!r}")
+        for f in fields(self):
+            number = getattr(self, f.name)
+            if f.name not in ("dim", "lower", "upper") and isinstance(number, (int, float)) and not number >= 0:
+                raise ValueError(f"{type(self).__name__}: {f.name} must be ≥ 0, got {number!r}")
 
     @abstractmethod
     def leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
@@ -64,6 +63,27 @@ class ElasticNet(Prox):
 
     def leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
         return shrink(w, lr * value(self, "l1")) / (1 + lr * value(self, "l2"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box(Prox):
+    """lower ≤ w ≤ upper; the prox is the projection.
+
+    Args:
+        lower, upper: the bounds, with lower ≤ upper.
+    """
+
+    lower: Hyper = 0.0
+    upper: Hyper = 1.0
+
+    def __post_init__(self) -> None:
+        bounds = self.lower, self.upper
+        if all(isinstance(x, (int, float)) for x in bounds) and not bounds[0] <= bounds[1]:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(f"Box: lower must be ≤ upper, got {bounds}")
+
+    def leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
+        lower, upper = value(self, "lower"), value(self, "upper")
+        return torch.where(w < lower, lower, torch.where(w > upper, upper, w))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,3 +152,35 @@ class ProximalGradient(Rule):
     def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
         lr = value(self, "lr")
         return self.prox.leaf(w - lr * g, lr, value), {}
+
+
+def _one(w: Tensor) -> Tensor:
+    """The number 1 as a state of its own for each leaf, on the CPU, as the counter is."""
+    return torch.ones((), dtype=torch.promote_types(w.dtype, torch.float32), device="cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FISTA(Rule):
+    """Accelerated proximal gradient. The params are y, where the gradient is taken; the solution x is state["x"].
+
+        x₊ = prox_{ηr}(y − ηg(y)),    t₊ = (1 + √(1 + 4t²))/2,    y₊ = x₊ + (t − 1)/t₊ · (x₊ − x)
+
+    t is kept on the CPU: a reverse pass through the step reads from the device once for each leaf.
+
+    Args:
+        lr: η, at most 1/L.
+        prox: r.
+
+    Source: Beck & Teboulle 2009, equations 4.1 to 4.3.
+    """
+
+    lr: Hyper = 1e-3
+    prox: Prox
+
+    def slots(self) -> Slots:
+        return {"x": torch.clone, "t": _one}
+
+    def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        lr = value(self, "lr")
+        x, t = self.prox.leaf(w - lr * g, lr, value), (1 + (1 + 4 * s["t"] ** 2).sqrt()) / 2
+        return x + (s["t"] - 1) / t * (x - s["x"]), {"x": x, "t": t}

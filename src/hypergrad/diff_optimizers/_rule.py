@@ -199,7 +199,7 @@ class Rule(ABC):
 
     Every hyperparameter that is not a bool may be a number, a 0-d tensor (with a graph, if it is to be learned),
     `PerStep`, `PerLeaf`, or a callable of hparams that gives one of these; `betas` is a pair of them. In the formulas
-    η is lr, λ weight_decay, μ momentum, (β₁, β₂) betas, ε eps, α alpha, t the number of the update from 1.
+    η is lr, λ weight_decay, μ momentum, (β₁, β₂) betas, ε eps, α alpha, ρ rho, t the number of the update from 1.
 
     Args:
         maximize: step up the gradient instead of down.
@@ -209,7 +209,7 @@ class Rule(ABC):
     maximize: bool = False
     frozen: tuple[int, ...] = ()
     _counts: ClassVar[bool] = False  # whether the formula depends on how many updates a leaf has had
-    _below_one: ClassVar[tuple[str, ...]] = ("alpha", "betas[0]", "betas[1]")
+    _below_one: ClassVar[tuple[str, ...]] = ("alpha", "rho", "betas[0]", "betas[1]")
 
     def __post_init__(self) -> None:
         pairs = [(f.name, getattr(self, f.name)) for f in fields(self)]

@@ -1,7 +1,7 @@
 """Update rules, side by side, each its formula in the order in which torch.optim computes it.
 
-In the formulas η is lr, λ weight_decay, μ momentum, (β₁, β₂) betas, ε eps, α alpha, and t the number of the update
-from 1. Unless a rule says otherwise the first line of each is g ← ∇g(w) + λw. Fields and buffers have
+In the formulas η is lr, λ weight_decay, μ momentum, (β₁, β₂) betas, ε eps, α alpha, ρ rho, and t the number of the
+update from 1. Unless a rule says otherwise the first line of each is g ← ∇g(w) + λw. Fields and buffers have
 torch.optim's names.
 """
 
@@ -61,6 +61,18 @@ def between(x: Tensor, y: Tensor, a: Number) -> Tensor:
 def decayed(rule: Any, w: Tensor, g: Tensor, value: Values) -> Tensor:
     """g + λw"""
     return g if is_zero(rule.weight_decay) else plus(g, value(rule, "weight_decay"), w)
+
+
+def decoupled(rule: Any, w: Tensor, g: Tensor, value: Values) -> tuple[Tensor, Tensor]:
+    """(w, g + λw), or ((1 − ηλ) w, g) where the decay does not pass through the moments."""
+    if not rule.decoupled_weight_decay:
+        return w, decayed(rule, w, g, value)
+    return w * (1 - value(rule, "lr") * value(rule, "weight_decay")), g
+
+
+def moments(s: Mapping[str, Tensor], g: Tensor, b1: Number, b2: Number) -> tuple[Tensor, Tensor]:
+    """β₁m + (1 − β₁)g and β₂v + (1 − β₂)g²"""
+    return between(s["exp_avg"], g, 1 - b1), plus_product(b2 * s["exp_avg_sq"], 1 - b2, g, g)
 
 
 def zeros(*names: str) -> Slots:
@@ -142,12 +154,9 @@ class Adam(Rule):
         return zeros("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.amsgrad else []))
 
     def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
-        if self.decoupled_weight_decay:
-            w = w * (1 - value(self, "lr") * value(self, "weight_decay"))
-        else:
-            g = decayed(self, w, g, value)
+        w, g = decoupled(self, w, g, value)
         b1, b2 = value(self, "betas")
-        m, v = between(s["exp_avg"], g, 1 - b1), plus_product(b2 * s["exp_avg_sq"], 1 - b2, g, g)
+        m, v = moments(s, g, b1, b2)
         new = {"exp_avg": m, "exp_avg_sq": v}
         if self.amsgrad:
             v = new["max_exp_avg_sq"] = torch.maximum(s["max_exp_avg_sq"], v)
@@ -222,3 +231,90 @@ class Adagrad(Rule):
         v = plus_product(s["sum"], 1, g, g)
         lr = value(self, "lr") / (1 + ((value.number or value.t) - 1) * value(self, "lr_decay"))
         return plus_ratio(w, -lr, g, sqrt(v) + value(self, "eps")), {"sum": v}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adadelta(Rule):
+    """Adadelta.
+
+        v ← ρv + (1 − ρ)g²,    d = g √(u + ε)/√(v + ε),    u ← ρu + (1 − ρ)d²,    w ← w − ηd
+
+    with ε > 0.
+
+    Source: Zeiler 2012; as in torch.optim.Adadelta.
+    """
+
+    lr: Hyper = 1.0
+    rho: Hyper = 0.9
+    eps: Hyper = 1e-6
+    weight_decay: Hyper = 0.0
+
+    def slots(self) -> Slots:
+        return zeros("square_avg", "acc_delta")
+
+    def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        g, rho, eps = decayed(self, w, g, value), value(self, "rho"), value(self, "eps")
+        v = plus_product(rho * s["square_avg"], 1 - rho, g, g)
+        d = (s["acc_delta"] + eps).sqrt() / (v + eps).sqrt() * g
+        u = plus_product(rho * s["acc_delta"], 1 - rho, d, d)
+        return plus(w, -value(self, "lr"), d), {"square_avg": v, "acc_delta": u}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adamax(Rule):
+    """Adamax, m ← β₁m + (1 − β₁)g, u ← max(β₂u, |g| + ε), w ← w − η/(1 − β₁ᵗ) · m/u, with ε > 0.
+
+    Source: Kingma & Ba, ICLR 2015, section 7.1; as in torch.optim.Adamax.
+    """
+
+    _counts = True
+    lr: Hyper = 2e-3
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999)
+    eps: Hyper = 1e-8
+    weight_decay: Hyper = 0.0
+
+    def slots(self) -> Slots:
+        return zeros("exp_avg", "exp_inf")
+
+    def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        g, (b1, b2) = decayed(self, w, g, value), value(self, "betas")
+        m = between(s["exp_avg"], g, 1 - b1)
+        u = torch.maximum(b2 * s["exp_inf"], g.abs() + value(self, "eps"))
+        return plus_ratio(w, -(value(self, "lr") / (1 - value.power(b1))), m, u), {"exp_avg": m, "exp_inf": u}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RAdam(Rule):
+    """RAdam, with m and v as in `Adam`.
+
+        ρ_∞ = 2/(1 − β₂) − 1,    ρ = ρ_∞ − 2tβ₂ᵗ/(1 − β₂ᵗ),    r² = (ρ − 4)(ρ − 2)ρ_∞ / ((ρ_∞ − 4)(ρ_∞ − 2)ρ)
+        w ← w − η/(1 − β₁ᵗ) · m · r √(1 − β₂ᵗ)/(√v + ε)        (ρ > 5; otherwise w − η/(1 − β₁ᵗ) · m)
+
+    with decoupled_weight_decay as in `Adam`.
+
+    Source: Liu et al., ICLR 2020; as in torch.optim.RAdam. The step is not continuous in β₂ where ρ = 5.
+    """
+
+    _counts = True
+    lr: Hyper = 1e-3
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999)
+    eps: Hyper = 1e-8
+    weight_decay: Hyper = 0.0
+    decoupled_weight_decay: bool = False
+
+    def slots(self) -> Slots:
+        return zeros("exp_avg", "exp_avg_sq")
+
+    def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
+        w, g = decoupled(self, w, g, value)
+        (b1, b2), t = value(self, "betas"), value.t
+        m, v = moments(s, g, b1, b2)
+        limit = 2 / (1 - b2) - 1
+        rho = limit - 2 * t * b2**t / (1 - b2**t)
+        rectify = rho > 5
+        # Both branches are differentiated: where the first is not taken it is taken at ρ = ρ_∞ = 6, where it is smooth.
+        on, off = rectify.to(rho.dtype), (~rectify).to(rho.dtype)
+        rho, limit = torch.where(rectify, rho, 6.0), on * limit + off * 6.0
+        r = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)).sqrt() * (1 - b2**t).sqrt()
+        factor = on * r / (sqrt(v) + value(self, "eps")) + off
+        return w - value(self, "lr") / (1 - b1**t) * (m * factor), {"exp_avg": m, "exp_avg_sq": v}
