@@ -13,7 +13,7 @@ from torch import Tensor
 from .._tree import PyTree
 from ..implicit import Hypergradient, Problem
 from ..operators import has_curvature
-from ..solvers import LinearSolver, Nystrom, Solver
+from ..solvers import IterativeSolver, LinearSolver, Nystrom, Solver
 from ..unroll import ForwardResult, ReverseResult, check_whole
 from ._advice import better_solver, findings_about_the_check, remedies, verdict
 from ._differences import Differences, finite_differences
@@ -123,9 +123,7 @@ def check(
             names what was left out.
         progress: True shows a bar (by tqdm), None after three seconds where there are a terminal and tqdm, False never.
 
-    Returns:
-        A Report.
-
+    Returns: a Report.
     Raises:
         ValueError: params or hparams changed since, or the problem is stochastic.
         TypeError: a part of the problem is missing or complex, solver approximates, or the result is that of
@@ -185,8 +183,10 @@ def _check_solver(solver: Any) -> None:
     """Raise for a solver whose answers are not those of the systems behind the estimate."""
     if solver is not None and not callable(solver):
         raise TypeError(f"solver must be a function, got {solver!r}")
-    if isinstance(solver, Nystrom):
-        raise TypeError("check's solver must solve its systems, and Nystrom approximates")
+    given = (solver.max_steps, solver.rtol, solver.atol) if isinstance(solver, IterativeSolver) else (None,)
+    fixed_steps = given[0] is not None and given[1:] == (None, None)
+    if fixed_steps or isinstance(solver, Nystrom):
+        raise TypeError(f"check's solver must solve its systems, and {solver!r} approximates: give one with an rtol")
     if isinstance(solver, LinearSolver) and solver.damping:
         raise TypeError(
             f"check's solver must solve its systems as they are, got damping={solver.damping!r}: to judge a "
