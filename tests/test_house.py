@@ -1,12 +1,20 @@
-"""The order of the source and its limits: what a file may import, and how long files, functions and signatures are."""
+"""The order of the source and its limits: what a file may import, how long files, functions and signatures are, and how
+many files a small call runs through.
+"""
 
 from __future__ import annotations
 
 import ast
 import doctest
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import hypergrad as hg
 
 SOURCE = Path(__file__).parent.parent / "src" / "hypergrad"
 # A file imports only files above it; a folder's files may import one another.
@@ -140,3 +148,41 @@ def test_private_interfaces_of_torch_are_used_in_one_file(name):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             owner = ast.unparse(node.value)
             assert not owner.startswith("torch"), f"{name} uses {owner}.{node.attr}"
+
+
+def small_calls() -> dict[str, tuple[int, Callable[[], Any]]]:
+    """Calls on one number, and the files of src/hypergrad that each may enter, `__init__` not counted."""
+    lam = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    w, listed = lam.detach(), ([lam.detach()], [lam], 20, lambda w, lam: [(w[0] + lam[0]) / 2])
+
+    def grad(solver: Any, compile: bool = False) -> Any:
+        options: Any = {"params": w, "hparams": lam, "solver": solver, "compile": compile}
+        return hg.implicit.grad(
+            lambda w, lam: (w**2).sum(), inner_loss=lambda w, lam: ((w - lam) ** 2).sum(), **options
+        )
+
+    def loss(w: Any, lam: Any) -> Any:
+        return (w[0] ** 2).sum()
+
+    return {
+        "CG": (11, lambda: hg.CG(*listed, loss, set_grad=False)),
+        "fixed_point": (11, lambda: hg.fixed_point(*listed, loss, set_grad=False)),
+        "grad by GMRES": (11, lambda: grad(hg.solvers.GMRES())),
+        "grad by Dense": (11, lambda: grad(hg.solvers.Dense())),
+        "grad with compile": (11, lambda: grad(hg.solvers.CG(max_steps=50), compile=True)),
+        "root": (14, lambda: torch.autograd.grad(hg.implicit.root(lambda w, a: w - a, w, lam).sum(), lam)),
+    }
+
+
+@pytest.mark.parametrize("name", list(small_calls()))
+def test_a_small_call_runs_through_few_files(name):
+    most, call = small_calls()[name]
+    call()  # what is imported or made once is left out
+    entered, before = set(), sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: entered.add(frame.f_code.co_filename))
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    own = {str(Path(file).relative_to(SOURCE)) for file in entered if file.startswith(str(SOURCE))}
+    assert len({file for file in own if not file.endswith("__init__.py")}) <= most, sorted(own)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _torch
-from ._graph import undeclared_leaves
+from ._graph import check_independent, undeclared_leaves
+from ._tree import check_distinct
 
 FREED = (
     "the graph of this loss or map, or of hparams, was already freed by an earlier backward(), grad() or "
@@ -45,13 +46,18 @@ def graphs_kept() -> Iterator[None]:
 _users_autocast: ContextVar[dict[str, Any] | None] = ContextVar("users_autocast", default=None)
 
 
-@contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
+_NOTHING = nullcontext()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """torch.autocast does not act on what is computed meanwhile, but for what `users_autocast` encloses."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        yield
-        return
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _autocast_off(kind) if on else _NOTHING
+
+
+@contextmanager
+def _autocast_off(kind: str) -> Iterator[None]:
     token = _users_autocast.set({"device_type": kind, "dtype": torch.get_autocast_dtype(kind)})
     try:
         with torch.autocast(kind, enabled=False):
@@ -63,7 +69,7 @@ def without_autocast(device: torch.device) -> Iterator[None]:
 def users_autocast() -> AbstractContextManager[Any]:
     """For the evaluation of losses and maps of the user's: the autocast that `without_autocast` took off."""
     kept = _users_autocast.get()
-    return nullcontext() if kept is None else torch.autocast(**kept)
+    return _NOTHING if kept is None else torch.autocast(**kept)
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
@@ -350,12 +356,46 @@ def many(
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*columns, strict=True)]
 
 
-def each(function: Callable[[Sequence[Tensor]], list[Tensor]], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """function(tensors) for each entry of their first axis, all at once: results stacked.
+def taking_derivatives(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """function(w, λ) on leaves, which may call torch.autograd.grad with respect to w itself.
 
-    Random numbers are drawn for each entry by itself.
+    Where that fails because w requires no grad, the function is called again with a w that does: at a level of its own
+    under a transform. From then on it is called so at once.
     """
-    return _torch.each(lambda *tensors: function(tensors), tensors)
+    alone = True
+
+    def evaluate(w: tuple[Tensor, ...], h: Any) -> Any:
+        nonlocal alone
+        if alone:
+            try:
+                return function(w, h)
+            except RuntimeError as error:
+                if not any(text in str(error) for text in ("does not require grad", "requires_grad_()")):
+                    raise
+        if _torch.transforms_active():
+            with _torch.requires_grad_allowed():
+                values = torch.func.vjp(lambda *w: tuple(function(w, h)), *w)[0]
+        else:
+            with torch.enable_grad():
+                values = function(tuple(map(_torch.tracked, w)), h)
+        alone = False
+        return values
+
+    return evaluate
+
+
+def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> tuple[list[int], list[Tensor]]:
+    """The leaves that require grad, and their places.
+
+    Raises: ValueError for none, for one tensor twice, for one computed from another.
+    """
+    check_distinct(leaves, names)
+    if not all(x.is_leaf for x in leaves):
+        check_independent(leaves, names)
+    places = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+    if not places:
+        raise ValueError("none of hparams requires grad; call requires_grad_() on those to differentiate")
+    return places, [leaves[i] for i in places]
 
 
 def as_scalar(loss: Any, name: str) -> Tensor:

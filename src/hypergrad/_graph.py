@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _torch
-from ._tree import check_distinct, local
+from ._tree import local
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
 
@@ -67,8 +67,6 @@ def unreached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
 
 def computed_from(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The first (i, j) where tensor i was computed from tensor j, or None."""
-    if all(x.is_leaf for x in tensors):
-        return None
     places = {_edge(x): i for i, x in enumerate(tensors) if x.requires_grad}
     seen: set[Any] = set()
     for i, x in enumerate(tensors):
@@ -82,8 +80,11 @@ def computed_from(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequence[Tensor]) -> list[Tensor]:
     """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors."""
     known = {id(x) for x in declared}
-    seen = {_edge(x)[0] for x in declared if x.requires_grad}  # what declared tensors were computed from is not entered
-    found, stack = {}, [node for node, _ in _edges(outputs)]
+    seen = {x.grad_fn for x in declared}  # what declared tensors were computed from is not entered
+    found, stack = (
+        {},
+        [getattr(y, "grad_fn", None) or _edge(y)[0] for y in outputs if getattr(y, "requires_grad", True)],
+    )
     while stack:  # not by `_behind`, which takes twice as long: this is walked at every evaluation of a map
         node = stack.pop()
         if node in seen:
@@ -124,28 +125,14 @@ def crosses_ranks(outputs: Iterable[Tensor | GradientEdge]) -> bool:
 
 
 def refuse_freed(leaves: Sequence[Tensor]) -> None:
-    """Raise for leaves whose memory is gone: FSDP2 frees its gathered parameters after a reverse pass."""
-    if _torch.ranks() > 1 and any(
-        not hasattr(x, "placements") and x.numel() and not x.untyped_storage().nbytes() for x in leaves if x.is_leaf
-    ):
+    """Raise, on many ranks, for leaves whose memory is gone: FSDP2 frees what it gathered after a reverse pass."""
+    own = [x for x in leaves if x.is_leaf and not hasattr(x, "placements")]
+    if any(x.numel() and not x.untyped_storage().nbytes() for x in own):
         raise ValueError(
             "params are those that FSDP2 gathered for an evaluation, and freed: its hooks give no graph for second "
             "derivatives. Evaluate a copy of the model made before fully_shard, by torch.func.functional_call at "
             "hg.distributed.gathered(its parameters), or take bilevel.F2SA, BOME or SAMA, which take the model as it is"
         )
-
-
-def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> tuple[list[int], list[Tensor]]:
-    """The leaves that require grad, and their places.
-
-    Raises: ValueError for none, for one tensor twice, for one computed from another.
-    """
-    check_distinct(leaves, names)
-    check_independent(leaves, names)
-    places = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-    if not places:
-        raise ValueError("none of hparams requires grad; call requires_grad_() on those to differentiate")
-    return places, [leaves[i] for i in places]
 
 
 def check_independent(leaves: list[Tensor], names: Sequence[str]) -> None:

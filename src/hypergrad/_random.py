@@ -12,7 +12,7 @@ from torch import Tensor
 
 def devices_of(leaves: Iterable[Any]) -> list[torch.device]:
     """The CUDA devices of these leaves; the CPU counts always."""
-    return sorted({x.device for x in leaves if isinstance(x, Tensor) and x.device.type == "cuda"}, key=str)
+    return sorted({x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda}, key=str)
 
 
 def capture(devices: Iterable[torch.device] = ()) -> dict[torch.device, Tensor]:
@@ -33,21 +33,6 @@ def restore(states: Mapping[torch.device, Tensor]) -> None:
 def equal(states: Mapping[torch.device, Tensor], others: Mapping[torch.device, Tensor]) -> bool:
     """Whether nothing was drawn between two captures on the same devices."""
     return all(torch.equal(state, others[device]) for device, state in states.items())
-
-
-@contextmanager
-def random_state_kept_on_error(leaves: Iterable[Any]) -> Iterator[None]:
-    """The random state, on the CPU and where these leaves are, is put back if an error leaves a half-done call."""
-    cuda = {device: torch.cuda.get_rng_state(device) for device in devices_of(leaves)}
-    # A clone takes half the memory of the state as a tensor.
-    generator = torch.default_generator
-    kept = generator.clone_state() if hasattr(generator, "clone_state") else generator
-    state = torch.get_rng_state() if kept is generator else None
-    try:
-        yield
-    except BaseException:
-        restore(cuda | {torch.device("cpu"): kept.get_state() if state is None else state})
-        raise
 
 
 @contextmanager

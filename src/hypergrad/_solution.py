@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._torch import numbers
 from ._tree import full
-from ._vector import Vector, anywhere, norm, ratio, read, square_root, squares_are_exact
+from ._vector import FREE_TO_READ, Scalar, Vector, anywhere, norm, ratio, read, square_root, squares_are_exact
 from ._versions import with_help
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
@@ -203,6 +203,13 @@ class Solution:
         """‖b − Ax‖ / ‖b‖, and 0 where both are 0."""
         return (self.residual_norm / self.rhs_norm).where(self.residual_norm != 0, 0.0)
 
+    @cached_property
+    def stretch(self) -> Scalar:
+        """‖x‖ / ‖b‖ of a Vector, as a number where reading is free."""
+        norm2, b = read(self.value.dot(self.value)), read(self.rhs_norm)
+        exact = squares_are_exact(norm2, self.value.space) and anywhere(b)
+        return square_root(norm2) / b if exact else norm(self.value / self.rhs_norm)
+
     @property
     def growth_rate(self) -> Tensor:
         """The factor by which a step multiplied the residual, as the geometric mean over the last half of the steps."""
@@ -261,14 +268,17 @@ def remaining(solution: Solution) -> list[tuple[float, float]]:
 
 def _remaining_of(solution: Solution) -> list[tuple[float, float]]:
     r, b = read(solution.residual_norm), read(solution.rhs_norm)
-    if not isinstance(r, Tensor) and r <= 1e-3 * b:  # what most calls end with, at the cost of no operation
-        return [(0.0, 0.0)]
-    relative = numbers(solution.relative_residual.nan_to_num(0.0, math.inf).reshape(-1))
+    if isinstance(r, Tensor):
+        relative = numbers(solution.relative_residual.nan_to_num(0.0, math.inf).reshape(-1))
+    else:  # at the cost of no operation where the residual is small, as it is in most calls
+        relative = [r / b if r > 1e-3 * b > 0 else 0.0]
     if not any(1e-3 < q < math.inf for q in relative):
         return [(0.0, 0.0)] * len(relative)
-    rhs = solution.rhs_norm
-    traces = numbers((solution.trace / rhs).reshape(len(solution.trace), -1).T)
-    stretches = numbers((solution.value / rhs).norm().reshape(-1))
+    if isinstance(r, Tensor):
+        traces = numbers((solution.trace / solution.rhs_norm).reshape(len(solution.trace), -1).T)
+        stretches = numbers(solution.stretch.reshape(-1))
+    else:
+        traces, stretches = [[size / b for size in numbers(solution.trace)]], [solution.stretch]
     rounding = 1000 * solution.value.space.eps
     return [
         _remaining(q, trace) if max(1e-3, rounding * (1 + stretch)) < q < math.inf else (0.0, 0.0)
@@ -294,17 +304,13 @@ def _remaining(q: float, trace: list[float]) -> tuple[float, float]:
 
 def inner_distance(residual: Tensor, solution: Solution, point: Vector) -> Tensor:
     """‖F‖ ‖v‖ / (‖b‖ ‖w‖) of an adjoint v: an estimate of the relative distance of w from the inner solution."""
-    space, f, size = solution.value.space, read(residual), norm(point)
-    norm2, b = read(solution.value.dot(solution.value)), read(solution.rhs_norm)
-    exact = squares_are_exact(norm2, space) and anywhere(b)
-    stretch = square_root(norm2) / b if exact else norm(solution.value / solution.rhs_norm)
+    f, b = read(residual), read(solution.rhs_norm)
     known = (f != 0) & (b != 0) & (read(solution.residual_norm) < math.inf)
-    return space.tensor(ratio(f * stretch, size, known))
+    return solution.value.space.tensor(ratio(f * solution.stretch, norm(point), known))
 
 
-def warn_if_unsolved(distance: Tensor, residual: Tensor) -> None:
+def warn_if_unsolved(worst: float, residual: Tensor) -> None:
     """UnsolvedInnerProblem for an estimated relative distance from the inner solution above a tenth."""
-    worst = float(distance.max())
     if worst > UNSOLVED:
         away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
         warn(
@@ -315,10 +321,13 @@ def warn_if_unsolved(distance: Tensor, residual: Tensor) -> None:
         )
 
 
-def at_kink(point: Vector, slope: Vector) -> Tensor:
-    """The norm of ∇₁g over the entries of w that are exactly 0."""
+def at_kink(point: Vector, slope: Vector) -> Tensor | None:
+    """The norm of ∇₁g over the entries of w that are exactly 0; None where it is free to see that there are none."""
+    space = point.space
+    if space.device.type in FREE_TO_READ and all(space.plain) and all(bool(w.all()) for w in point.chunks):
+        return None
     pairs = zip(point.chunks, slope.chunks, strict=True)
-    return Vector(point.space, [torch.where(w == 0, g, 0.0) for w, g in pairs]).norm()
+    return Vector(space, [torch.where(w == 0, g, 0.0) for w, g in pairs]).norm()
 
 
 def warned_of_kink(at_kink: Tensor | None, residual: Tensor | None, distance: Tensor, eps: float) -> bool:

@@ -36,7 +36,7 @@ except ImportError:  # torch.func.vmap is then called
     _load_decompositions = None
 
 # What torch.autograd.grad calls in the end; its checks of the arguments take a quarter of a small product's time.
-_run_backward = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
+_run_backward: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
 
 def reverse_pass(
@@ -47,12 +47,16 @@ def reverse_pass(
     create_graph: bool,
     batched: bool,
 ) -> Sequence[Tensor | None]:
-    """torch.autograd.grad with allow_unused=True; outputs may be edges of the graph."""
-    if _run_backward is None or cotangents is None or batched or has_torch_function(cotangents + inputs):
+    """torch.autograd.grad with allow_unused=True; outputs may be edges of the graph. batched: is_grads_batched."""
+    mapped = not batched or (None not in _vmap_parts and cotangents and len(cotangents[0]))
+    if _run_backward is None or not mapped or cotangents is None or has_torch_function(cotangents + inputs):
         return torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph, create_graph, allow_unused=True, is_grads_batched=batched
         )
-    return _run_backward(outputs, cotangents, retain_graph, create_graph, inputs, True, accumulate_grad=False)
+    options: Any = (retain_graph, create_graph, inputs, True, False)  # allow_unused, and nothing goes into .grad
+    if batched:  # torch's older vmap takes as long as a small product
+        return each(lambda *v: _run_backward(outputs, v, *options), cotangents, "error")
+    return _run_backward(outputs, cotangents, *options)
 
 
 @contextmanager
@@ -92,6 +96,23 @@ def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor], hooked: Sequen
             if x.retains_grad:
                 x.grad = retained
     return grads
+
+
+@contextmanager
+def random_state_kept_on_error(leaves: Iterable[Any]) -> Iterator[None]:
+    """The random state, on the CPU and where these leaves are, is put back if an error leaves a half-done call."""
+    devices = {x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda}
+    cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+    generator: Any = torch.default_generator
+    # A clone takes half the memory of the state as a tensor.
+    kept = generator.clone_state() if hasattr(generator, "clone_state") else generator.get_state()
+    try:
+        yield
+    except BaseException:
+        generator.set_state(kept if isinstance(kept, Tensor) else kept.get_state())
+        for device, own in cuda.items():
+            torch.cuda.set_rng_state(own, device)
+        raise
 
 
 _will_execute = getattr(torch._C, "_will_engine_execute_node", None)
@@ -248,17 +269,19 @@ def transforms_active() -> bool:
     return bool(active is not None and active())
 
 
-def each(function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> list[Tensor]:
+_vmap_names = ("_vmap_increment_nesting", "_vmap_decrement_nesting", "_add_batch_dim", "_remove_batch_dim")
+_vmap_parts: Any = tuple(getattr(_functorch, name, None) for name in _vmap_names)
+
+
+def each(function: Callable[..., Sequence[Any]], tensors: Sequence[Tensor], randomness: str = "different") -> list[Any]:
     """torch.func.vmap of a function of tensors, whose own handling of containers takes as long as a small loss."""
-    names = ("_vmap_increment_nesting", "_vmap_decrement_nesting", "_add_batch_dim", "_remove_batch_dim")
-    parts: list[Any] = [getattr(_functorch, name, None) for name in names]
-    enter, leave, add, remove = parts
-    if None in parts or _load_decompositions is None or not len(tensors[0]):
-        return list(torch.func.vmap(lambda *xs: tuple(function(*xs)), randomness="different")(*tensors))
+    if None in _vmap_parts or _load_decompositions is None or not len(tensors[0]):
+        return list(torch.func.vmap(lambda *xs: tuple(function(*xs)), randomness=randomness)(*tensors))
+    enter, leave, add, remove = _vmap_parts
     _load_decompositions()  # without them nll_loss, say, is a slow loop over the entries
-    level = enter(len(tensors[0]), "different")
+    level = enter(count := len(tensors[0]), randomness)
     try:
-        return [remove(y, level, len(tensors[0]), 0) for y in function(*(add(x, 0, level) for x in tensors))]
+        return [y if y is None else remove(y, level, count, 0) for y in function(*(add(x, 0, level) for x in tensors))]
     finally:
         leave()
 
@@ -328,54 +351,26 @@ def is_of_ended_transform(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def _requires_grad_allowed() -> Iterator[None]:
+def requires_grad_allowed() -> Iterator[None]:
     """x.requires_grad_() may be called under a transform, where torch.func does the same for its own inputs."""
-    allowed = getattr(_functorch, "get_inplace_requires_grad_allowed", None)
+    allowed = getattr(_functorch, "get_inplacerequires_grad_allowed", None)
     if allowed is None or not transforms_active():
         yield
         return
     before = allowed()
-    _functorch.set_inplace_requires_grad_allowed(True)
+    _functorch.set_inplacerequires_grad_allowed(True)
     try:
         yield
     finally:
-        _functorch.set_inplace_requires_grad_allowed(before)
+        _functorch.set_inplacerequires_grad_allowed(before)
 
 
 def tracked(x: Tensor) -> Tensor:
     """x as a tensor that requires grad, connected with x where that requires grad itself."""
     if x.requires_grad and torch.is_grad_enabled():
         return x.view_as(x)
-    with _requires_grad_allowed():
+    with requires_grad_allowed():
         return x.detach().requires_grad_()
-
-
-def taking_derivatives(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """function(w, λ) on leaves, which may call torch.autograd.grad with respect to w itself.
-
-    Where that fails because w requires no grad, the function is called again with a w that does: at a level of its own
-    under a transform. From then on it is called so at once.
-    """
-    alone = True
-
-    def evaluate(w: tuple[Tensor, ...], h: Any) -> Any:
-        nonlocal alone
-        if alone:
-            try:
-                return function(w, h)
-            except RuntimeError as error:
-                if not any(text in str(error) for text in ("does not require grad", "requires_grad_()")):
-                    raise
-        if transforms_active():
-            with _requires_grad_allowed():
-                values = torch.func.vjp(lambda *w: tuple(function(w, h)), *w)[0]
-        else:
-            with torch.enable_grad():
-                values = function(tuple(map(tracked, w)), h)
-        alone = False
-        return values
-
-    return evaluate
 
 
 def _weight_norm_written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -397,6 +392,7 @@ _replaced: list[tuple[Any, str, Any, Any]] = [  # where torch's modules find a f
     (sys.modules.get("torch.nn.utils.weight_norm"), "_weight_norm", _weight_norm, _weight_norm_written_out),
     (torch, "embedding", _torch_embedding, _embedding),
 ]
+_replaced = [(holder, name, own, other) for holder, name, own, other in _replaced if hasattr(holder, name)]
 _lock, _users = threading.Lock(), 0  # of all threads
 
 
@@ -406,8 +402,7 @@ def _change_users(by: int) -> None:
     with _lock:
         _users += by
         for holder, name, own, other in _replaced:
-            if hasattr(holder, name):
-                setattr(holder, name, other if _users else own)
+            setattr(holder, name, other if _users else own)
 
 
 @contextmanager

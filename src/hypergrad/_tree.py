@@ -15,7 +15,8 @@ from torch import Tensor
 
 PyTree: TypeAlias = Any
 Unflatten: TypeAlias = "Callable[[Iterable[Tensor]], PyTree]"
-KIND = attrgetter("shape", "dtype", "device")
+Kind: TypeAlias = "tuple[torch.Size, torch.dtype, torch.device]"
+KIND: Callable[[Tensor], Kind] = attrgetter("shape", "dtype", "device")
 UNREGISTERED = "register this dataclass as a pytree (optree.dataclasses.dataclass), or pass a dict of its fields"
 
 
@@ -134,12 +135,20 @@ def arranged(tree: PyTree, like: Paths, name: str) -> tuple[list[Tensor], Sequen
     return (leaves, paths) if order is None else ([leaves[i] for i in order], [paths[i] for i in order])
 
 
-def matching(tree: PyTree, paths: Paths, like: Sequence[Tensor], name: str) -> list[Tensor]:
-    """The leaves of a tree that must have these paths, shapes, dtypes and devices: nothing is broadcast silently."""
+def matching(
+    tree: PyTree, paths: Paths, kinds: Iterable[Kind], name: str, places: Sequence[int] | None = None
+) -> list[Tensor]:
+    """The leaves of a tree that must have these paths, shapes, dtypes and devices: nothing is broadcast silently.
+
+    A list, a tuple and an iterator count as the same structure; mappings are matched by key. places: of the leaves that
+    are compared and given.
+    """
     leaves, names = arranged(tree, paths, name)
-    for i, (leaf, expected) in enumerate(zip(leaves, like, strict=True)):
-        if leaf.shape != expected.shape or leaf.dtype != expected.dtype or leaf.device != expected.device:
-            one, other = (describe(x.shape, x.dtype, x.device) for x in (expected, leaf))
+    places = range(len(leaves)) if places is None else places
+    leaves = [leaves[i] for i in places]
+    for i, leaf, kind in zip(places, leaves, kinds, strict=True):
+        if KIND(leaf) != kind:
+            one, other = describe(*kind), describe(*KIND(leaf))
             raise ValueError(f"{names[i]} must be like {paths[i]}: expected {one}, got {other}")
     return leaves
 

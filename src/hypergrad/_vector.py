@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._tree import Paths, PyTree, Unflatten, arranged, describe, filled, flatten, full, largest_of_parts
+from ._tree import KIND, Paths, PyTree, Unflatten, filled, flatten, full, largest_of_parts, matching
 
 # A scalar of an iteration: a number where reading is free, else a tensor, 0-d or [B]. Arithmetic with numbers costs
 # nothing beside a small product; that with 0-d tensors does.
@@ -135,9 +135,8 @@ class Space:
             others = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
             self.places, self.unflatten = places, lambda new: unflatten(filled(others, places, new))
             leaves = [leaves[i] for i in places]
-        self.shapes = [leaf.shape for leaf in leaves]
-        self.dtypes = [leaf.dtype for leaf in leaves]
-        self.devices = [leaf.device for leaf in leaves]
+        self.kinds = list(map(KIND, leaves))
+        self.shapes, self.dtypes, self.devices = map(list, zip(*self.kinds, strict=True))
         self.batch_dims = batch_dims
         self.batch_shape = self._batch_shape() if batch_dims else torch.Size()
         self.rows = [len(shape) == batch_dims + 1 for shape in self.shapes]  # leaves that are stored as they are
@@ -241,21 +240,8 @@ class Space:
         return self.pack([leaf.detach() for leaf in self.check(tree, name)])
 
     def check(self, tree: PyTree, name: str) -> list[Tensor]:
-        """The leaves of a tree of this space's structure, shapes, dtypes and devices; else an error that says which.
-
-        A list, a tuple and an iterator count as the same structure; mappings are matched by key.
-        """
-        leaves, paths = arranged(tree, self.paths, name)
-        places = range(len(leaves)) if self.places is None else self.places
-        leaves = leaves if self.places is None else [leaves[i] for i in places]
-        for i, place in enumerate(places):
-            got = (leaves[i].shape, leaves[i].dtype, leaves[i].device)
-            expected = (self.shapes[i], self.dtypes[i], self.devices[i])
-            if got != expected:
-                raise ValueError(
-                    f"{paths[place]} must be like {self._name(i)}: expected {describe(*expected)}, got {describe(*got)}"
-                )
-        return leaves
+        """The leaves of a tree of this space's structure, shapes, dtypes and devices; else an error that says which."""
+        return matching(tree, self.paths, self.kinds, name, self.places)
 
     def zeros(self) -> Vector:
         """A new vector of zeros, of plain tensors."""

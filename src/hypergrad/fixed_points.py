@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from . import _torch, operators
-from ._autodiff import Linearisation, users_autocast, without_autocast
+from ._autodiff import Linearisation, taking_derivatives, users_autocast, without_autocast
 from ._basis import Basis
 from ._below import Call, Leaves, solved
 from ._solution import OnFailure, Solution, Status
-from ._tree import PyTree, flatten, matching, split
+from ._tree import KIND, PyTree, flatten, matching, split
 from ._vector import Space, Vector
 from .solvers import GMRES, LinearSolver, check_options, solve
 
@@ -176,11 +176,11 @@ class FixedPointSolver(ABC):
         leaves, paths, unflatten = flatten(start, "start")
         given, rebuild = split(hparams)
 
-        @_torch.taking_derivatives
+        @taking_derivatives
         def function(w: Leaves, h: Leaves) -> Sequence[Tensor]:
             tree = unflatten(w)
             value = fp_map(tree) if hparams is None else fp_map(tree, rebuild(h))
-            return matching(value, paths, w, "the value of the fixed point map")
+            return matching(value, paths, map(KIND, w), "the value of the fixed point map")
 
         call = Call(self._solve, function, unflatten, self.batch_dims if batch_dims is None else batch_dims)
         return solved(call, tuple(leaves), tuple(given))

@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 from torch.autograd import grad as torch_grad
 
 from . import _autodiff, _graph, _torch, implicit, operators, solvers
 from ._autodiff import Linearisation, as_scalar
-from ._random import random_state_kept_on_error
 from ._solution import Status, warn_if_not_finite
+from ._torch import random_state_kept_on_error
 from ._tree import filled, flatten
 
 Loss = Callable[[Any, Any], Tensor]
@@ -40,7 +41,7 @@ def _backpropagated(
 ) -> tuple[Any, ...]:
     """∇ of an outer loss whose graph reaches hparams, in memory of its own."""
     leaves, names, rebuild = flatten(_list(hparams, "hparams"), "hparams", complex=True)
-    places, needed = _graph.check_hparams(leaves, names)
+    places, needed = _autodiff.check_hparams(leaves, names)
     with random_state_kept_on_error(leaves):
         with torch.enable_grad():
             loss = as_scalar(evaluate(rebuild(leaves)), "outer_loss")
@@ -60,9 +61,8 @@ def _implicit(
     outer_loss: Loss,
     solver: solvers.LinearSolver,
     set_grad: bool,
+    forms: dict[str, Any],
     *,
-    fp_map: Map | None = None,
-    inner_loss: Loss | None = None,
     draws: int = 0,
     symmetric: bool = False,
     start: Tensors | None = None,
@@ -76,12 +76,10 @@ def _implicit(
     # [w, w] are two variables to a map: the state of HeavyBall at a fixed point.
     params, hparams = _detached(params), _list(hparams, "hparams")
     if draws:
-        fp_map, inner_loss = (form and operators.Stochastic(form, draws) for form in (fp_map, inner_loss))
-    forms: Any = {"fp_map": fp_map, "inner_loss": inner_loss}
-    with random_state_kept_on_error(params):
-        result = implicit.grad(
-            outer_loss, params=params, hparams=hparams, solver=solver, x0=start, symmetric=symmetric, **forms
-        )
+        forms = {kind: form and operators.Stochastic(form, draws) for kind, form in forms.items()}
+    problem = implicit.Problem(outer_loss, params=params, hparams=hparams, symmetric=symmetric, **forms)
+    with random_state_kept_on_error(problem.leaves):
+        result = implicit.hypergradient_of(problem, solver, start)
         if (status := result.solution.status).value > Status.STAGNATED.value:
             result.solution.report("the adjoint system of the hypergradient", "raise" if status in fatal else "warn")
         result.check_finite()
@@ -185,8 +183,8 @@ def _at(params: Any, hparams: Tensors, outer_loss: Loss, step: Map) -> implicit.
 
 def _detached(params: Any) -> list[Any]:
     """Iterates as points: all of their tensors are variables, whichever of them have a graph."""
-    leaves, _, rebuild = flatten(_list(params, "params"), "params")
-    return rebuild([leaf.detach() for leaf in leaves])
+    tree: Any = _list(params, "params")
+    return optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)  # pyright: ignore[reportReturnType]
 
 
 def fixed_point(
@@ -217,7 +215,7 @@ def fixed_point(
     """
     every = max(1, min(5, K // 3))  # of few steps enough are measured to see their rate
     solver = solvers.FixedPoint(max_steps=K, rtol=tol, check_every=every, on_failure="ignore")
-    return _implicit(params, hparams, outer_loss, solver, set_grad, fp_map=fp_map, draws=int(stochastic)).grads
+    return _implicit(params, hparams, outer_loss, solver, set_grad, {"fp_map": fp_map}, draws=int(stochastic)).grads
 
 
 def neumann(
@@ -258,8 +256,8 @@ def CG(
         >>> lam.grad.round(decimals=3)
         tensor([-2., -2.])
     """
-    solver, draws = solvers.CG(max_steps=K, rtol=tol, on_failure="ignore"), int(stochastic)
-    return _implicit(params, hparams, outer_loss, solver, set_grad, fp_map=fp_map, draws=draws, symmetric=True).grads
+    solver, form, draws = solvers.CG(max_steps=K, rtol=tol, on_failure="ignore"), {"fp_map": fp_map}, int(stochastic)
+    return _implicit(params, hparams, outer_loss, solver, set_grad, form, draws=draws, symmetric=True).grads
 
 
 def CG_normaleq(
@@ -280,7 +278,7 @@ def CG_normaleq(
         tensor([-2., -2.])
     """
     solver = solvers.NormalCG(max_steps=K, rtol=tol, on_failure="ignore")
-    return _implicit(params, hparams, outer_loss, solver, set_grad, fp_map=fp_map).grads
+    return _implicit(params, hparams, outer_loss, solver, set_grad, {"fp_map": fp_map}).grads
 
 
 def exact(opt_params_f: Callable[[Any], Any], hparams: Tensors, outer_loss: Loss, set_grad=True) -> tuple[Any, ...]:
@@ -358,8 +356,7 @@ def stoch_AID(
         averaged_loss,
         solvers.Optimizer(max_steps=K, build=build, on_failure="ignore"),
         set_grad,
-        fp_map=fp_map,
-        inner_loss=inner_loss,
+        {"fp_map": fp_map, "inner_loss": inner_loss},
         draws=J_inner if stoch_inner else 0,
         start=linsys_start,
         fatal=(Status.NON_FINITE,),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _random, _torch
-from .._autodiff import ATTENTION, COMPILED, as_scalar, users_autocast, without_autocast
-from .._graph import check_hparams, refuse_weight_norm, undeclared_leaves
+from .._autodiff import ATTENTION, COMPILED, as_scalar, check_hparams, users_autocast, without_autocast
+from .._graph import refuse_weight_norm, undeclared_leaves
 from .._modules import modules_of
 from .._tree import PyTree, check_distinct, flatten
 from .._vector import Space, sharded_dot
@@ -251,7 +251,7 @@ class Oracles:
             raise RuntimeError(f"{self.algorithm} takes derivatives, which inference_mode forbids: call it outside")
         self.recorded.clear()
         try:
-            kept, off = _random.random_state_kept_on_error(self.params), without_autocast(self.params[0].device)
+            kept, off = _torch.random_state_kept_on_error(self.params), without_autocast(self.params[0].device)
             with kept, off, torch.enable_grad():
                 yield
         except BaseException:

@@ -114,7 +114,7 @@ def estimate(
         budget.left_out.append("solving the systems behind the estimate to their tolerance")
     moved, error, size = systems.problem.point + last.step, norm(last.corrected - given), norm(last.corrected)
     return Estimate(
-        inner_residual=norm(start.residual),
+        inner_residual=norm(start.residual_of(start.linearisation)),
         distance=ratio(norm(moved - start.point), norm(moved)),
         damping=damping,
         adjoint_residual=norm(r_v),

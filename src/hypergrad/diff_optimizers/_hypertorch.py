@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import _autodiff, _torch
 from .._autodiff import as_scalar
-from .._random import random_state_kept_on_error
 from .._solution import warn
+from .._torch import random_state_kept_on_error
 from .._tree import flatten
 
 Params: TypeAlias = Any  # a list of tensors, or of lists of them

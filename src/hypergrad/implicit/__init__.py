@@ -12,6 +12,7 @@ from ._correction import polish, refine
 from ._equation import Info, WarmStart
 from ._hypergradient import Hypergradient, backward, grad
 from ._hypergradient import accumulate as accumulate
+from ._hypergradient import hypergradient_of as hypergradient_of
 from ._jacobian import jacobian
 from ._maps import argmin, fixed_point, linear_solve, root, solver
 from ._problem import NO_HPARAMS as NO_HPARAMS

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff
-from .._random import random_state_kept_on_error
 from .._solution import InaccurateHypergradient, Solution, SolverError, Status, warn
+from .._torch import random_state_kept_on_error
 from .._tree import PyTree
 from .._vector import Vector, anywhere, norm, ratio, read
 from ..operators import LinearOperator, has_curvature
@@ -78,7 +78,7 @@ def correct(problem: Problem, v: Vector, solver: Solver, operator: LinearOperato
     assert problem.linearisation is not None
     space, outer, n = problem.space, problem.outer_space, len(problem.leaves)
     inputs = [*problem.leaves, *problem.differentiated]
-    operator, f = operator or problem.operator(), problem.residual
+    operator, f = operator or problem.operator(), problem.residual_of(problem.linearisation)
 
     # L up to vᵀw: (E, −F) or, at a fixed point, (E, Φ) pulled back by (1, v).
     outputs = [problem.outer_value, *problem.linearisation.outputs]
@@ -243,11 +243,11 @@ def newton_step(problem: Problem, step: Vector, halvings: int = 20) -> Problem |
 
     Cost: one evaluation of the inner problem for each t.
     """
-    size = norm(problem.residual)
+    size = norm(problem.residual_of(problem.linearisation))
     for k in range(halvings):
         better = problem.again(problem.with_params(problem.point + step * 0.5**k))
         better.linearisation = better.linearise()
-        fell = norm(better.residual) < size
+        fell = norm(better.residual_of(better.linearisation)) < size
         if bool(fell.all() if isinstance(fell, Tensor) else fell):
             return better
     return None

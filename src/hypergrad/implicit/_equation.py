@@ -16,7 +16,7 @@ from .._autodiff import Linearisation, users_autocast
 from .._basis import Basis
 from .._below import Leaves
 from .._solution import Solution, at_kink, inner_distance, warn, warn_if_unsolved, warned_of_kink
-from .._tree import difference, filled, flatten
+from .._tree import KIND, difference, filled, flatten
 from .._vector import Space, Vector
 from ..operators import LinearOperator
 from ..solvers import Kept, Recycled, Solver, on_failure_of, solve, solve_at_once, solves_at_once
@@ -66,8 +66,7 @@ class WarmStart(Kept):
         if self.value is None:
             return None
         space = b.space
-        held = [(leaf.shape, leaf.dtype, leaf.device) for leaf in self.value]
-        if held != list(zip(space.shapes, space.dtypes, space.devices, strict=True)):
+        if list(map(KIND, self.value)) != space.kinds:
             raise ValueError(
                 f"warm_start holds a v of shapes {[tuple(leaf.shape) for leaf in self.value]}, and the solution has "
                 f"{[tuple(shape) for shape in space.shapes]}: set its value to None when the problem changes"
@@ -257,7 +256,7 @@ class Equation:
         if policy != "ignore":
             distance = inner_distance(residual, solution, point)
             if not warned_of_kink(kink, residual, distance, space.eps):
-                warn_if_unsolved(distance, residual)
+                warn_if_unsolved(float(distance.max()), residual)
         return solution.value
 
     def factorised(self, linearisation: Linearisation, point: Vector, b: Vector, keep: Any) -> Solution | None:

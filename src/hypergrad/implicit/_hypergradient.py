@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import optree
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from .. import _autodiff, _torch
 from .._autodiff import without_autocast
-from .._random import random_state_kept_on_error
 from .._solution import (
     NOT_FINITE,
     InaccurateHypergradient,
@@ -33,6 +33,7 @@ from .._solution import (
     warn_if_unsolved,
     warned_of_kink,
 )
+from .._torch import random_state_kept_on_error
 from .._tree import PyTree, flatten, full
 from ..solvers import Auto, IterativeSolver, Recycled, Solver, on_failure_of, solve
 from ._problem import Problem
@@ -81,11 +82,9 @@ class Hypergradient:
 
     def warn_if_unsolved(self) -> None:
         """UnsolvedInnerProblem where params are too far from the inner solution for the result to mean much."""
-        thetas = [theta if theta < math.inf else 0.0 for theta, _ in remaining(self.solution)]
-        distance = self.inner_distance
-        if any(thetas):
-            distance = distance.reshape(-1).cpu() * (1 + torch.tensor(thetas, dtype=torch.float64, device="cpu"))
-        warn_if_unsolved(distance, self.inner_residual)
+        pairs = zip(_torch.numbers(self.inner_distance.reshape(-1)), remaining(self.solution), strict=True)
+        distances = [d * (1 + theta if theta < math.inf else 1) for d, (theta, _) in pairs]
+        warn_if_unsolved(max(distances, default=0.0), self.inner_residual)
 
     def adjoint_error(self, stacked: bool = False) -> tuple[float, float]:
         """Estimated ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from the residual that the solver left, and its rate (see `remaining`).
@@ -93,14 +92,17 @@ class Hypergradient:
         The error of v is taken to be θv, so that of grads is θ times their implicit part −∂₂Fᵀv. Of stacked grads
         (`jacobian`) it is that of the worst.
         """
-        pairs = remaining(self.solution)
-        thetas = [theta for theta, _ in pairs] if stacked else [math.hypot(*(t for t, _ in pairs)) / len(pairs) ** 0.5]
-        rate = max(rate for _, rate in pairs)
-        if max(thetas) in (0.0, math.inf):
-            return max(thetas), rate
-        grads: list[Tensor] = [g if stacked else g[None] for g in optree.tree_leaves(self.grads)]
+        thetas, rates = zip(*remaining(self.solution), strict=True)
+        theta, rate = max(thetas) if stacked else math.hypot(*thetas) / len(thetas) ** 0.5, max(rates)
+        if theta in (0.0, math.inf):
+            return theta, rate
+        grads: list[Tensor] = optree.tree_leaves(self.grads)
         direct = self.direct or [None] * len(grads)
-        cross = [g if d is None else g - (d if stacked else d[None]) for g, d in zip(grads, direct, strict=True)]
+        if all(d is None for d in direct) and any(bool(full(g.any())) for g in grads):
+            return theta / (1 + theta), rate
+        cross = [g if d is None else g - d for g, d in zip(grads, direct, strict=True)]
+        if not stacked:
+            return _off(theta, grads, cross), rate
         return max(_off(theta, [g[i] for g in grads], [c[i] for c in cross]) for i, theta in enumerate(thetas)), rate
 
     def warn_if_inaccurate(self, stacked: bool = False) -> None:
@@ -225,35 +227,44 @@ def grad(
         compile=compile,
     )
     solver = Auto() if solver is None else solver
-    problem.expected_products = _fixed_steps(solver)
     with random_state_kept_on_error(problem.leaves):
-        with problem.without_hooks_and_autocast() as hooked:
-            problem.evaluate()
-            operator = problem.operator()
-            solution = solve(solver, operator, problem.b, x0, problem.last_product)
-            grads = problem.grads()
-        result = result_of(problem, solution, _torch.with_hooks(problem.differentiated, grads, hooked))
-        _report(problem, result, on_failure_of(solver))
+        result = hypergradient_of(problem, solver, x0)
+        report(problem, result, "the adjoint system of the hypergradient", on_failure_of(solver))
     return result
 
 
-def _report(problem: Problem, result: Hypergradient, on_failure: OnFailure) -> None:
+def hypergradient_of(problem: Problem, solver: Solver, x0: Any, outer: Any = None) -> Hypergradient:
+    """∇f(λ) of a problem that is not evaluated yet, without a word on how good it is.
+
+    outer: gives E, ∇₁E and ∇₂E of several outer losses, stacked, as `Problem.evaluate` takes it.
+    """
+    if isinstance(solver, IterativeSolver) and solver.rtol is None and solver.atol is None:
+        problem.expected_products = solver.max_steps
+    with problem.without_hooks_and_autocast() as hooked:
+        problem.evaluate(outer=outer)
+        operator = problem.operator() if outer is None else problem.operator().stacked()
+        solution = solve(solver, operator, problem.b, x0, problem.last_product)
+        grads = problem.grads()
+    if outer is None:
+        return result_of(problem, solution, _torch.with_hooks(problem.differentiated, grads, hooked))
+    if hooked:
+        rows = [_torch.with_hooks(problem.differentiated, row, hooked) for row in zip(*grads, strict=True)]
+        grads = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+    return result_of(problem, solution, grads, len(problem.outer_value))
+
+
+def report(problem: Problem, result: Hypergradient, what: str, on_failure: OnFailure, stacked: bool = False) -> None:
     """Warn of, or raise for, what makes a result doubtful."""
-    result.solution.report("the adjoint system of the hypergradient", on_failure)
+    result.solution.report(what, on_failure)
     if on_failure == "ignore":
         return
     result.check_finite(on_failure)
     # One draw's residual does not say whether the mean is solved.
     if not problem.stochastic:
-        warn_of_inner(problem, result)
+        if not warned_of_kink(problem.at_kink, problem.residual_norm, result.inner_distance, problem.space.eps):
+            result.warn_if_unsolved()
         if result.solution.ok:
-            result.warn_if_inaccurate()
-
-
-def warn_of_inner(problem: Problem, result: Hypergradient) -> None:
-    """Warn where the inner problem is not solved, or has a kink at params."""
-    if not warned_of_kink(problem.at_kink, problem.residual_norm, result.inner_distance, problem.space.eps):
-        result.warn_if_unsolved()
+            result.warn_if_inaccurate(stacked)
 
 
 def backward(
@@ -302,13 +313,6 @@ def backward(
         )
         accumulate(hparams, result.grads)
     return result
-
-
-def _fixed_steps(solver: Solver) -> int | None:
-    """The number of steps of a solver that has no tolerance."""
-    if isinstance(solver, IterativeSolver) and solver.rtol is None and solver.atol is None:
-        return solver.max_steps
-    return None
 
 
 def accumulate(hparams: PyTree, grads: PyTree) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from .. import _autodiff, _torch
+from .. import _autodiff
 from .._autodiff import as_losses, users_autocast
-from .._random import random_state_kept_on_error
+from .._torch import random_state_kept_on_error
 from .._tree import PyTree
 from .._vector import Vector
-from ..solvers import GMRES, BlockCG, Recycled, Solver, on_failure_of, solve
-from ._hypergradient import Hypergradient, result_of, warn_of_inner
+from ..solvers import GMRES, BlockCG, Recycled, Solver, on_failure_of
+from ._hypergradient import Hypergradient, hypergradient_of, report
 from ._problem import Problem
 
 
@@ -75,34 +74,11 @@ def jacobian(
     )
     if problem.stochastic:
         raise TypeError("jacobian takes all its products at one draw, so it has no Stochastic inner problem")
-    if solver is None:
-        solver = BlockCG() if problem.symmetric else GMRES()
-    with random_state_kept_on_error(problem.leaves), problem.without_hooks_and_autocast() as hooked:
-        problem.evaluate(outer=_outer_gradients)
-        solution = solve(solver, problem.operator().stacked(), problem.b, x0, partial(_last_product, problem))
-        grads = problem.grads()
-    values = problem.outer_value
-    if hooked:
-        rows = [_torch.with_hooks(problem.differentiated, row, hooked) for row in zip(*grads, strict=True)]
-        grads = [torch.stack(parts) for parts in zip(*rows, strict=True)]
-    result = result_of(problem, solution, grads, len(values))
-    on_failure = on_failure_of(solver)
-    solution.report("the adjoint systems of the Jacobian", on_failure)
-    if on_failure != "ignore":
-        result.check_finite(on_failure)
-        warn_of_inner(problem, result)
-        if solution.ok:
-            result.warn_if_inaccurate(stacked=True)
+    solver = (BlockCG() if problem.symmetric else GMRES()) if solver is None else solver
+    with random_state_kept_on_error(problem.leaves):
+        result = hypergradient_of(problem, solver, x0, _outer_gradients)
+        report(problem, result, "the adjoint systems of the Jacobian", on_failure_of(solver), stacked=True)
     return result
-
-
-def _last_product(problem: Problem, v: Vector) -> Vector:
-    """Aᵀv for a stack of v; keeps −∂₂Fᵀv, likewise stacked."""
-    assert problem.linearisation is not None
-    pulled, cross = problem.linearisation.vjp_both_many(v.leaves)
-    problem.cross = _autodiff.scaled(cross, 1.0 if problem.fixed_point else -1.0)
-    image = v.space.pack(pulled)
-    return v - image if problem.fixed_point else image
 
 
 def _outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:

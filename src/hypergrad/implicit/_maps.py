@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._autodiff import as_scalar
+from .._autodiff import as_scalar, taking_derivatives
 from .._below import Leaves
 from .._modules import name_of
-from .._tree import PyTree, filled, flatten, matching, split
+from .._tree import KIND, PyTree, filled, flatten, matching, split
 from ..operators import LinearOperator, has_curvature
 from ..solvers import Auto, Recycled, Solver
 from ._equation import Equation, Function, Info, WarmStart, pull
@@ -51,7 +51,7 @@ def _on_leaves(form: str, user: Callable[..., Any], structure: Callable[[], Stru
     def value(w: Leaves, h: Leaves) -> Leaves:
         given = structure()
         like = filled(given.leaves, given.places, w)
-        values = matching(user(given.rebuild(w), *arguments(h)), given.paths, like, VALUES[form])
+        values = matching(user(given.rebuild(w), *arguments(h)), given.paths, map(KIND, like), VALUES[form])
         return tuple(values[i] for i in given.places)
 
     def gradient(w: Leaves, h: Leaves) -> Leaves:
@@ -63,7 +63,7 @@ def _on_leaves(form: str, user: Callable[..., Any], structure: Callable[[], Stru
 
     if has_curvature(user):
         raise TypeError("GaussNewton is for implicit.grad; a minimiser as a differentiable value has its Hessian")
-    return gradient if form == "argmin" else _torch.taking_derivatives(value)
+    return gradient if form == "argmin" else taking_derivatives(value)
 
 
 def _attach(form: str, user: Callable[..., Any], solution: PyTree, hparams: PyTree, settings: Settings) -> PyTree:
@@ -232,7 +232,7 @@ def linear_solve(op: LinearOperator, b: PyTree, solver: Solver | None = None, *,
     theta, rebuild_theta = split(tensors)
 
     def function(v: Leaves, h: Leaves) -> Leaves:
-        return tuple(matching(product(rebuild(v), *rebuild_theta(h)), paths, v, "the operator's product"))
+        return tuple(matching(product(rebuild(v), *rebuild_theta(h)), paths, map(KIND, v), "the operator's product"))
 
     settings = (solver, op.symmetric, op.positive_definite, op.batch_dims, info, None)
     problem = _problem("linear system", product, function, len(leaves), settings)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, _torch, operators
-from .._autodiff import Linearisation, as_scalar, users_autocast, without_autocast
-from .._graph import check_hparams, check_independent
+from .._autodiff import Linearisation, as_scalar, check_hparams, users_autocast, without_autocast
+from .._graph import check_independent
 from .._recorded import Recorded
 from .._solution import at_kink, warn
 from .._tree import PyTree, check_distinct, filled, flatten
@@ -128,7 +128,8 @@ class Problem:
         are left out for good. torch.autocast acts on losses and maps alone.
         """
         suspended = _torch.hooks_suspended([*self._chosen, *self._outer])
-        with suspended as hooked, without_autocast(self.space.device):
+        # Embeddings and weight norms are replaced once for all that is evaluated inside.
+        with suspended as hooked, without_autocast(self.space.device), _torch.differentiated_rightly(dense=True):
             ids = {id(x) for x in hooked}
             names = [name for name, x in zip(self._names, self._given, strict=True) if id(x) in ids] if ids else []
             if names and self.live:
@@ -151,10 +152,13 @@ class Problem:
         if not self.stochastic and self.linearisation is None:
             self.linearisation = self.linearise()
         if self.linearisation is not None:
-            _graph.refuse_freed(self.leaves)
-            warn_of_local(self.linearisation.outputs, self.kind)
-            self.residual_norm = self.residual.norm()
-            self.at_kink = at_kink(self.point, self.residual) if self.kind == "inner_loss" else None
+            if _torch.ranks() > 1:
+                _graph.refuse_freed(self.leaves)
+                warn_of_local(self.linearisation.outputs, self.kind)
+            residual = self.residual_of(self.linearisation)
+            self.residual_norm = residual.norm()
+            self.at_kink = at_kink(self.point, residual) if self.kind == "inner_loss" else None
+            del residual
             if not keep:
                 self.linearisation.drop_values()
         self.outer_value, self.b, self.direct = (outer or outer_gradients)(self, keep)
@@ -162,10 +166,9 @@ class Problem:
     def linearise(self) -> Linearisation:
         """The graph of ∇₁g, Φ or F at params and hparams."""
         with torch.enable_grad(), _torch.differentiated_rightly(dense=True):
-            if has_curvature(self.inner):
-                with users_autocast():
-                    return self.inner.linearise(*self.arguments, self.leaves, self.differentiated, UNREACHED)
             with users_autocast():
+                if has_curvature(self.inner):
+                    return self.inner.linearise(*self.arguments, self.leaves, self.differentiated, UNREACHED)
                 value = self.inner(*self.arguments) if callable(self.inner) else self.inner
             if self.kind == "inner_loss":
                 value = as_scalar(value, "inner_loss")
@@ -181,13 +184,9 @@ class Problem:
             compiled = partial(Recorded, space=self.space, backend=backend, expected=self.expected_products)
         return Linearisation(outputs, self.leaves, self.differentiated, compile=compiled)
 
-    @property
-    def residual(self) -> Vector:
-        """F: ∇₁g, w − Φ, or F itself; with keep, or before the values are dropped."""
-        assert self.linearisation is not None
-        return self._residual_of(self.linearisation)
-
-    def _residual_of(self, linearisation: Linearisation) -> Vector:
+    def residual_of(self, linearisation: Linearisation | None) -> Vector:
+        """F: ∇₁g, w − Φ, or F itself; before the values are dropped."""
+        assert linearisation is not None
         value = self.space.pack([y.detach() for y in linearisation.outputs])
         return self.point - value if self.fixed_point else value
 
@@ -223,11 +222,14 @@ class Problem:
 
     def _product_with_both(self, v: Vector) -> tuple[Vector, Sequence[Tensor | None]]:
         linearisation = self.linearise() if self.linearisation is None else self.linearisation
-        pulled, cross = linearisation.vjp_both(v.leaves, retain_graph=self.keep)
+        if v.space.batch_dims > self.batch_dims:  # that of several outer losses
+            pulled, cross = linearisation.vjp_both_many(v.leaves)
+        else:
+            pulled, cross = linearisation.vjp_both(v.leaves, retain_graph=self.keep)
         if linearisation.params_unreached and callable(self.inner):
             self.check_uses_arguments(linearisation.outputs, self.kind)
         if self.linearisation is None:  # that of the last draw
-            self.residual_norm = self._residual_of(linearisation).norm()
+            self.residual_norm = self.residual_of(linearisation).norm()
         return v.space.pack(pulled), cross
 
     def grads(self) -> list[Tensor]:
@@ -266,9 +268,9 @@ class Problem:
 
     def again(self, params: PyTree | None = None, hparams: PyTree | None = None, inner: Any = None) -> Problem:
         """The same problem, not evaluated yet, at another point or with another inner problem of the same kind."""
-        options: dict[str, Any] = {self.kind: self.inner if inner is None else inner}
-        for name in ("symmetric", "positive_definite", "batch_dims", "compile"):
-            options[name] = getattr(self, name)
+        names = ("symmetric", "positive_definite", "batch_dims", "compile")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options[self.kind] = self.inner if inner is None else inner
         options["params"] = self.params if params is None else params
         return Problem(self.outer_loss, hparams=self.hparams if hparams is None else hparams, **options)
 
@@ -281,9 +283,9 @@ class Problem:
 
     def without_graphs(self) -> Problem:
         """The same to be kept with a result: a description, in the user's memory; None for what was given evaluated."""
+        names = ("kind", "fixed_point", "stochastic", "symmetric", "positive_definite", "batch_dims", "compile")
         kept = object.__new__(Problem)
-        for name in ("kind", "fixed_point", "stochastic", "symmetric", "positive_definite", "batch_dims", "compile"):
-            setattr(kept, name, getattr(self, name))
+        vars(kept).update({name: value for name, value in vars(self).items() if name in names})
         kept.outer_loss = self.outer_loss if callable(self.outer_loss) else None
         kept.inner = self.inner if callable(self.inner) else None
         kept.params = self._rebuild([x if x.is_leaf else x.detach() for x in self._given])

@@ -9,8 +9,8 @@ import optree
 import torch
 from torch import Tensor
 
-from .._random import random_state_kept_on_error
 from .._solution import warn
+from .._torch import random_state_kept_on_error
 from .._tree import PyTree
 from ._data import bar
 from ._result import Influence, spearman

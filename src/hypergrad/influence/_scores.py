@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from .. import _autodiff, _graph, _torch
 from .._autodiff import Linearisation, users_autocast
-from .._random import random_state_kept_on_error
 from .._solution import NotConverged, OnFailure, Solution, inner_distance, warn, warn_if_not_finite, warn_if_unsolved
+from .._torch import random_state_kept_on_error
 from .._tree import PyTree
 from .._vector import Vector
 from ..implicit import Problem
@@ -221,7 +221,7 @@ class _System:
         problem = self.problem
         with random_state_kept_on_error(problem.leaves), problem.without_hooks_and_autocast():
             problem.linearisation = problem.linearise()
-            self.inner_residual, self.operator = problem.residual.norm(), problem.operator()
+            self.inner_residual, self.operator = problem.residual_of(problem.linearisation).norm(), problem.operator()
             self.on_failure: OnFailure = on_failure_of(solver)
             if isinstance(damping, str) and damping != "path":
                 raise ValueError(f'damping must be a number ≥ 0, several, or "path", got {damping!r}')
@@ -357,8 +357,8 @@ class _System:
             self._report(blocks, residual)
             distances = [inner_distance(self.inner_residual, each, self.problem.point).max() for each in pairs]
             # The worst query, at the damping that asks least.
-            distance = torch.stack(distances).reshape(len(blocks), -1).amax(0).amin(0, keepdim=True)
-            warn_if_unsolved(distance, self.inner_residual)
+            distance = torch.stack(distances).reshape(len(blocks), -1).amax(0).amin(0)
+            warn_if_unsolved(float(distance), self.inner_residual)
         warn_if_not_finite([found])
         damping = self.own + torch.tensor(self.dampings, dtype=torch.float64, device="cpu")
         parts = (found, residual, damping) if self.several else (found[0], residual[0], damping[0])

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, _random, _torch
-from .._graph import check_hparams
-from .._random import random_state_kept_on_error
+from .._autodiff import check_hparams
 from .._solution import OnFailure, Status, finite
+from .._torch import random_state_kept_on_error
 from .._tree import PyTree, flatten, memory_bytes, split
 from ..diff_optimizers import Rule
 from ..implicit import accumulate

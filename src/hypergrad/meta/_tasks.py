@@ -351,7 +351,7 @@ class Chunk:
             # By unbind, whose derivatives take sparse gradients: those of x[0] and x.squeeze(0) do not.
             results = [one(own) for own in zip(*(x.unbind() for x in tensors), strict=True)]
             return [torch.stack(own) for own in zip(*results, strict=True)]
-        return _autodiff.each(one, tensors)
+        return _torch.each(lambda *tensors: one(tensors), tensors)
 
 
 def _frozen(start: list[Tensor], hparams: list[Tensor]) -> list[bool]:

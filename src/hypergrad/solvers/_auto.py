@@ -68,8 +68,8 @@ class Auto(IterativeSolver):
         found = regular_solve(rows, rhs, stop, space.eps, op.symmetric, op.positive_definite)
         if found is None:
             return None
-        trace = torch.stack([r.norm(), found[1].squeeze(-1)])
-        return Outcome(x + space.from_flat(found[0].squeeze(-2)), trace, 1, None, f"Dense: {count} small systems")
+        trace, y = [r.norm(), found[1].squeeze(-1)], space.from_flat(found[0].squeeze(-2))
+        return Outcome(y if system.x0 is None else x + y, trace, 1, None, f"Dense: {count} small systems")
 
     def _iterative(self, system: System) -> Outcome:
         symmetric = system.op.symmetric

@@ -42,16 +42,37 @@ class Dense(LinearSolver):
 
     def _iterate(self, system: System) -> Outcome:
         x, r = system.start()
-        a, rhs, limit = materialise(system.op, r), r.flat(), system.stop
-        y, code = factorised(a, rhs, system.op.positive_definite, r.space.eps)
+        a, rhs, op, stop, code = materialise(system.op, r), r.flat(), system.op, system.stop, None
+        limits = stop.unsqueeze(-1) if isinstance(stop, Tensor) else stop
+        found = regular_solve(a.mT, rhs.unsqueeze(-2), limits, r.space.eps, op.symmetric, op.positive_definite)
+        if found is None:
+            y, norm, code = self._irregular(a, rhs, system)
+        else:
+            y, norm = found[0].squeeze(-2), found[1].squeeze(-1)
+        x = x.space.from_flat(y) if system.x0 is None else x + x.space.from_flat(y)
+        return Outcome(x, [system.number(r.norm()), system.number(norm)], 1, code)
+
+    def _irregular(self, a: Tensor, rhs: Tensor, system: System) -> tuple[Tensor, Tensor, Any]:
+        """A⁻¹b, or of singular systems what is nearest to it, ‖b − Ax‖, and what was wrong."""
+        limit, eps, code = system.stop, system.b.space.eps, None
+        if system.op.positive_definite:
+            skew = (a - a.mT).abs().amax((-2, -1)) > eps**0.5 * a.abs().amax((-2, -1))
+            indefinite = torch.linalg.cholesky_ex(a)[1] > 0
+            code = event(event(None, skew, Status.NOT_SYMMETRIC), indefinite, Status.NOT_POSITIVE_DEFINITE)
+        lu, pivots, _ = torch.linalg.lu_factor_ex(a)  # never torch.linalg.solve
+        y = torch.linalg.lu_solve(lu, pivots, rhs.unsqueeze(-1))
+        y = (y + torch.linalg.lu_solve(lu, pivots, rhs.unsqueeze(-1) - a @ y)).squeeze(-1)
+        pivots = lu.diagonal(dim1=-2, dim2=-1).abs()
+        singular = pivots.amin(-1) <= rounding(a, eps) * pivots.amax(-1)
+        y = torch.where(singular.unsqueeze(-1), torch.nan, y)
         norm = torch.linalg.vector_norm(rhs - apply(a, y), dim=-1)
         if bool((~(norm <= limit) & torch.isfinite(a).all((-2, -1))).any()):
-            z = apply(torch.linalg.pinv(torch.nan_to_num(a), rtol=rounding(a, r.space.eps)), rhs)
+            z = apply(torch.linalg.pinv(torch.nan_to_num(a), rtol=rounding(a, eps)), rhs)
             least = torch.linalg.vector_norm(rhs - apply(a, z), dim=-1)
             better = ~(norm <= limit) & ~(norm <= least)
             y, norm = torch.where(better.unsqueeze(-1), z, y), torch.where(better, least, norm)
             code = event(code, better, Status.BREAKDOWN)
-        return Outcome(x + x.space.from_flat(y), torch.stack([r.norm(), norm]), 1, code)
+        return y, norm, code
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         return structure.n
@@ -79,6 +100,9 @@ def materialise(op: LinearOperator, like: Vector) -> Tensor:
     space = like.space
     n = space.length
     size = max(1, min(n, AT_ONCE // max(n, 1)))
+    if size == n:
+        units = torch.eye(n, dtype=space.dtype, device=space.device)
+        return op.many(Basis.from_rows(like, units)).matrix().mT
     columns = torch.empty(*space.batch_shape, n, n, dtype=space.dtype, device=space.device)
     for start in range(0, n, size):
         rows = torch.zeros(min(size, n - start), n, dtype=space.dtype, device=space.device)
@@ -91,34 +115,14 @@ def rounding(a: Tensor, eps: float) -> float:
     return 10 * a.shape[-1] * eps
 
 
-def factorised(a: Tensor, b: Tensor, positive_definite: bool, eps: float) -> tuple[Tensor, Tensor | None]:
-    """A⁻¹b, refined once, and what was wrong with A; NaN where A is singular, to eps. Never by torch.linalg.solve."""
-    code: Any = None
-    if positive_definite:
-        skew = (a - a.mT).abs().amax((-2, -1)) > eps**0.5 * a.abs().amax((-2, -1))
-        factor, info = torch.linalg.cholesky_ex(a)
-        code = event(event(None, skew, Status.NOT_SYMMETRIC), info > 0, Status.NOT_POSITIVE_DEFINITE)
-        if not bool(code.any()):
-            y = torch.cholesky_solve(b.unsqueeze(-1), factor)
-            return (y + torch.cholesky_solve(b.unsqueeze(-1) - a @ y, factor)).squeeze(-1), code
-    lu, pivots, _ = torch.linalg.lu_factor_ex(a)
-    y = torch.linalg.lu_solve(lu, pivots, b.unsqueeze(-1))
-    y = (y + torch.linalg.lu_solve(lu, pivots, b.unsqueeze(-1) - a @ y)).squeeze(-1)
-    diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
-    singular = diagonal.amin(-1) <= rounding(a, eps) * diagonal.amax(-1)
-    return torch.where(singular.unsqueeze(-1), torch.nan, y), code
-
-
 def regular_solve(
-    rows: Tensor, rhs: Tensor, stop: Tensor, eps: float, symmetric: bool, positive_definite: bool
+    rows: Tensor, rhs: Tensor, stop: Tensor | float, eps: float, symmetric: bool, positive_definite: bool
 ) -> tuple[Tensor, Tensor] | None:
     """(x, ‖b − Ax‖) for Aᵀ = rows [*B, n, n] and right hand sides [*B, k, n], each matrix factorised once.
 
     None where a residual is above its limit [*B, k], a pivot below rounding, or A not what it was declared to be.
-    Matrices and vectors are stored in rows, which are LAPACK's columns.
+    Matrices and vectors are stored in rows, which are LAPACK's columns. All checks are one read.
     """
-    if symmetric and bool(((rows - rows.mT).abs().amax((-2, -1)) > eps**0.5 * rows.abs().amax((-2, -1))).any()):
-        return None
     if positive_definite:
         factor, info = torch.linalg.cholesky_ex(rows.mT)
         x = torch.cholesky_solve(rhs.mT, factor).mT
@@ -128,4 +132,8 @@ def regular_solve(
         size = lu.diagonal(dim1=-2, dim2=-1).abs()
         info = info + (size.amin(-1) <= rounding(rows, eps) * size.amax(-1))
     residual = torch.linalg.vector_norm((x @ rows).sub_(rhs), dim=-1)
-    return None if bool(info.any() | ~(residual <= stop).all()) else (x, residual)
+    good = (residual <= stop).all(-1) & (info == 0)
+    if symmetric:
+        skew, size = (torch.linalg.vector_norm(m, torch.inf, (-2, -1)) for m in (rows - rows.mT, rows))
+        good = good & (skew <= eps**0.5 * size)
+    return (x, residual) if bool(good.all()) else None

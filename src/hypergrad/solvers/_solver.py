@@ -68,6 +68,8 @@ def divide(a: Tensor | float, b: Tensor) -> Tensor:
 
 def event(code: Scalar | None, happened: Scalar, status: Status) -> Scalar:
     """Record a status where it happened, unless something else happened before."""
+    if not isinstance(happened, Tensor) and not happened:
+        return code
     code = 0 if code is None else code
     return where(happened & (code == 0), status.value, code)
 
@@ -77,12 +79,16 @@ class Outcome:
     """Where an iteration arrived, in scaled units, before its residual is recomputed."""
 
     x: Vector
-    trace: Tensor | list[float]  # ‖r‖ by the recursion before each step and, if known, after it: [steps (+ 1)(, B)]
+    trace: Tensor | list[Any]  # ‖r‖ by the recursion before each step and, if known, after it: [steps (+ 1)(, B)]
     steps: int
     code: Scalar | None = None  # Status values of what went wrong on the way
     method: str = ""  # where a solver chose one
     curvature: Scalar | None = None  # the least xᵀAx / xᵀx met, where the method knows it
     steepest: Scalar | None = None  # the largest, likewise
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trace, list) and self.trace and isinstance(self.trace[0], Tensor):
+            self.trace = torch.stack(self.trace)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,10 +229,8 @@ def solve(
     with torch.no_grad(), without_autocast(b.space.device):
         ready = x0 is None or isinstance(x0, Vector) or keeps_starts(x0)
         start: Any = x0 if ready else b.space.vector(x0, "x0")
-        if isinstance(solver, LinearSolver):
-            solution = _run(solver, op, b, start, last_product)
-        else:
-            solution = _run_function(solver, op, b, start, last_product or op)
+        run: Any = _run if isinstance(solver, LinearSolver) else _run_function
+        solution = run(solver, op, b, start, last_product)
         if keeps_starts(start):
             start.keep(solution.value)
         return solution
@@ -247,7 +251,7 @@ def _run(solver: LinearSolver, op: LinearOperator, b: Vector, start: Any, last_p
     trace = space.tensor(outcome.trace)
     solution = Solution(
         x,
-        torch.as_tensor(code, device=space.device),
+        code if isinstance(code, Tensor) else torch.scalar_tensor(code, dtype=torch.long, device=space.device),
         _steps(outcome, system),
         space.tensor(residual * scale),
         space.tensor(system.rhs_norm * scale),
@@ -395,7 +399,7 @@ def _run_function(function: Solver, op: LinearOperator, b: Vector, start: Any, l
     tree = value.tree if isinstance(value, Vector) else value
     own = isinstance(value, Vector) and value.space is b.space
     x = value if own else b.space.vector(tree, "the solver's result")
-    residual, rhs_norm = (b - last_product(x)).norm(), b.norm()
+    residual, rhs_norm = (b - (last_product or op)(x)).norm(), b.norm()
     if isinstance(result, Solution):
         code, steps, trace = result.code, result.steps, result.trace
     else:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._solution import Status
 from .._vector import Scalar, Vector, norm
@@ -50,8 +49,7 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
         x = new if x is None or step_size == 1 else x.add_(new, step_size)
         steps += 1
     code = event(None, _diverged(norms), Status.DIVERGED) if norms else None
-    sizes: Any = torch.stack(trace) if trace and isinstance(trace[0], Tensor) else trace
-    return Outcome(b.zeros() if x is None else x, sizes, steps, code)
+    return Outcome(b.zeros() if x is None else x, trace, steps, code)
 
 
 def _diverged(norms: list[Scalar]) -> Scalar:

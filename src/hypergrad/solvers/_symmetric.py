@@ -101,7 +101,7 @@ class CG(IterativeSolver):
             trace.append(rr)
             beta = ratio(rz, old, going)
             pp = rz + beta * beta * pp
-            if k == 0:  # before p is overwritten, whose memory the product may share
+            if k == 0 and system.max_steps > 1:  # before p is overwritten, whose memory the product may share
                 symmetry.take(k, beta * curvature + number(z.dot(ap)), ap)
             p.scale_add_(beta, z)
             del ap

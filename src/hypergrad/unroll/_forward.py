@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _graph, _torch
 from .._autodiff import Linearisation
-from .._random import random_state_kept_on_error
+from .._torch import random_state_kept_on_error
 from .._tree import KIND, PyTree, describe, full
 from ._compiled import checked_backend
 from ._compiled_push import CompiledPushes

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .. import _random
-from .._random import random_state_kept_on_error
+from .._torch import random_state_kept_on_error
 from .._tree import PyTree
 from ._reverse import ReverseResult, _gradients, check_storage
 from ._steps import Batches, Run, check_whole

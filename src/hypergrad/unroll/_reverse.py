@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _random
-from .._random import random_state_kept_on_error
-from .._torch import Allocated
+from .._torch import Allocated, random_state_kept_on_error
 from .._tree import PyTree, parse_bytes
 from ._compiled import CompiledReverse, checked_backend, compiled_gradients
 from ._steps import Batches, Iterate, Run, check_whole, is_continuous

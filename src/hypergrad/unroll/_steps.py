@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, _random
-from .._autodiff import as_losses, as_scalar
-from .._graph import check_hparams
+from .._autodiff import as_losses, as_scalar, check_hparams
 from .._solution import warn, warn_if_not_finite
 from .._torch import differentiated_rightly, hooks_suspended
 from .._tree import KIND, Paths, PyTree, describe, filled, flatten, refuse_objects, split
