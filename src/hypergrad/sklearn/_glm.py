@@ -3,7 +3,9 @@
     ∇g = Xᵀ(s ∘ ℓ'(XW)) + a ∘ W,    A V = Xᵀ(s ∘ ℓ''(XW) XV) + a ∘ V,    A V = ∇E(W),    ∂E/∂ log aⱼ = −aⱼ ⟨wⱼ, vⱼ⟩
 
 The systems of all folds (and targets, for the squared loss) are solved side by side: B weights on the rows of one X, so
-that a product with it serves all of them, and their validation predictions come with it.
+that a product with it serves all of them, and their validation predictions come with it. Where X is too large to
+factorise, steps and adjoints of low accuracy are solved for in float32, gradients and solutions are of float64, and
+columns of a sparse X that are zero in every training row are left out: their coefficients and slopes are zero.
 """
 
 from __future__ import annotations
@@ -12,17 +14,19 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import scipy.sparse
 import torch
 from torch import Tensor
 
 from ..operators import function
-from ..solvers import CG
+from ..solvers import CG, Status
 from ._folds import Folds
 
 SMALL = 150  # coefficients of a system that is factorised anew for each solve
 DENSE, MEMORY = 1_000, 60_000_000  # coefficients of one whose factors are kept for CG; numbers in all factors
 STALE = 15  # steps of CG after which the factors are made anew
+SINGLE = 1e-4  # relative residual down to which CG runs in float32
 
 
 def squared(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,11 +65,15 @@ class Linear:
         self.fit_intercept, self.shape = fit_intercept, X.shape
         self.separate = inner is squared
         self.C = 1 if self.separate else y.shape[1]
+        self.floating = float(self.C > 1 and fit_intercept)  # the sum of the intercepts, which a softmax ignores
         self.used = folds.train.any(0).nonzero()[:, 0]  # rows that some fold is trained on
         self.train = folds.train[:, self.used]
+        self.kept = torch.arange(X.shape[1])  # columns with a coefficient
         if scipy.sparse.issparse(X):
+            X = scipy.sparse.csr_array(X)
+            self.kept = torch.from_numpy(np.unique(X[self.used.numpy()].indices).astype("int64"))
             ones = scipy.sparse.csr_array((X.shape[0], 1)) if not fit_intercept else [[1.0]] * X.shape[0]
-            rows = scipy.sparse.csr_array(scipy.sparse.hstack([X, ones], format="csr"))
+            rows = scipy.sparse.csr_array(scipy.sparse.hstack([X[:, self.kept.numpy()], ones], format="csr"))
             self.every, self.X = compressed(rows), compressed(rows[self.used.numpy()])
             self.every_t, self.Xt = compressed(rows.T.tocsr()), compressed(rows[self.used.numpy()].T.tocsr())
         else:
@@ -73,12 +81,13 @@ class Linear:
             self.X = self.every if len(self.used) == len(X) else self.every[self.used]
             self.every_t, self.Xt = self.every.mT, self.X.mT
         targets = y.shape[1] if self.separate else 1
-        self.W = y.new_zeros(folds.number, targets, X.shape[1] + 1, self.C)
+        self.W = y.new_zeros(folds.number, targets, len(self.kept) + 1, self.C)
         self.V = torch.zeros_like(self.W)
         size, systems = self.W[0, 0].numel(), folds.number
         self.dense = not scipy.sparse.issparse(X) and size <= DENSE and systems * size**2 <= MEMORY
         self.dense = self.dense and not self.separate
         self.factors: Tensor | None = None
+        self.single: tuple[Tensor, Tensor] | None = None  # X and Xᵀ in float32
         self.rtol = 1e-8 if self.dense else 1e-2
 
     def scale(self) -> float:
@@ -138,15 +147,19 @@ class Linear:
         share = self.folds.share.repeat_interleave(len(which))
         slopes = -share[:, None, None] * a * w * v
         slopes = slopes.unflatten(0, (folds, len(which))).sum(0)[:, :-1]
-        if self.separate:
-            return losses, slopes[..., 0]
-        return losses, slopes[0].mT if len(strengths) > 1 else slopes[0].sum(1)[None]
+        slopes = slopes[..., 0] if self.separate else slopes[0].mT
+        slopes = slopes if len(strengths) > 1 or self.separate else slopes.sum(0, keepdim=True)
+        return losses, self._spread(slopes)
+
+    def _spread(self, kept: Tensor) -> Tensor:
+        """Zeros for the columns that were left out, [..., d]."""
+        return kept.new_zeros(*kept.shape[:-1], self.shape[1]).index_copy_(-1, self.kept, kept)
 
     def _systems(self, strengths: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Strengths [B, d + 1, 1 or C], targets [n, B or 1, C], weights of the rows [n, B, 1]."""
         folds = self.folds.number
         zero = strengths.new_zeros(len(strengths), 1)
-        a = torch.cat([strengths, zero], 1)
+        a = torch.cat([strengths[:, self.kept], zero], 1)
         if self.separate:
             a = a.expand(len(which), -1)[None].expand(folds, -1, -1).flatten(0, 1)[..., None]
             y = self.y[self.used][:, which].repeat(1, folds)[..., None]
@@ -157,7 +170,8 @@ class Linear:
     def _solution(self, a: Tensor, y: Tensor, train: Tensor, strengths: Tensor, which: Tensor, rtol: float) -> Tensor:
         """W [B, d + 1, C], by Newton's method from the last solution, to ‖∇g‖ ≤ rtol ‖a ∘ W‖, or to rounding."""
         if self.given is not None:
-            return self.given(strengths, which)
+            w = self.given(strengths, which)
+            return torch.cat([w[:, self.kept], w[:, -1:]], 1)
         w = self.W[:, which].flatten(0, 1)
         z = self._times(w)
         size = self._transposed(train * self.inner(torch.zeros_like(z), y)[1]).flatten(1).norm(dim=1)
@@ -191,35 +205,53 @@ class Linear:
         return v
 
     def _solve(self, a: Tensor, train: Tensor, z: Tensor, r: Tensor, x0: Tensor | None, rtol: float) -> Tensor:
-        """A⁻¹r of every system, by preconditioned CG."""
-        floating = float(self.C > 1 and self.fit_intercept)  # the sum of the intercepts, which a softmax ignores
+        """A⁻¹r of every system: by factors, by CG in float32 where that reaches rtol, or by CG in float64."""
+        if self.dense and r[0].numel() <= SMALL:
+            factors = self._factors(a, train, z)
+            x = _backward(factors, r)
+            return x + _backward(factors, r - self._product(a, train, z, self.X, self.Xt)(x))
+        if not self.dense and rtol >= SINGLE:
+            if self.single is None:
+                self.single = _float(self.X), _float(self.Xt)
+            size = r.flatten(1).norm(dim=1).clamp(min=1e-300)[:, None, None]
+            start = None if x0 is None else (x0 / size).float()
+            found = self._cg(a.float(), train.float(), z.float(), (r / size).float(), start, rtol, *self.single)
+            x0 = torch.where(found.value.isfinite(), found.value, 0.0).to(r.dtype) * size
+            if found.status is Status.CONVERGED:
+                return x0
+        return self._cg(a, train, z, r, x0, rtol, self.X, self.Xt).value
+
+    def _product(self, a: Tensor, train: Tensor, z: Tensor, x: Tensor, xt: Tensor) -> Callable[[Tensor], Tensor]:
+        """V ↦ AV."""
 
         def product(v: Tensor) -> Tensor:
-            image = self._transposed(train * self._curved(z, self._times(v))) + a * v
-            image[:, -1] += v[:, -1].mean(-1, keepdim=True) * floating + v[:, -1] * (1 - self.fit_intercept)
+            image = self._transposed(train * self._curved(z, self._times(v, x)), xt).addcmul(a, v)
+            image[:, -1] += v[:, -1].mean(-1, keepdim=True) * self.floating + v[:, -1] * (1 - self.fit_intercept)
             return image
 
-        if self.dense and r[0].numel() <= SMALL:
-            factors = self._factors(a, train, z, floating)
-            x = _backward(factors, r)
-            return x + _backward(factors, r - product(x))
-        precondition = self._preconditioner(a, train, z, floating)
-        solver = CG(max_steps=1000, rtol=rtol, preconditioner=precondition, on_failure="ignore")
-        solution = solver(function(product, symmetric=True, batch_dims=1), r, x0=x0)
+        return product
+
+    def _cg(
+        self, a: Tensor, train: Tensor, z: Tensor, r: Tensor, x0: Tensor | None, rtol: float, x: Tensor, xt: Tensor
+    ) -> Any:
+        solver = CG(max_steps=1000, rtol=rtol, preconditioner=self._preconditioner(a, train, z), on_failure="ignore")
+        product = function(self._product(a, train, z, x, xt), symmetric=True, batch_dims=1)
+        solution = solver(product, r, x0=x0)
         if int(torch.as_tensor(solution.steps).max()) > STALE:
             self.factors = None
-        return solution.value
+        return solution
 
-    def _preconditioner(self, a: Tensor, train: Tensor, z: Tensor, floating: float) -> Callable[[Tensor], Tensor]:
+    def _preconditioner(self, a: Tensor, train: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
         """The factors of an earlier A, or the diagonal of this one."""
         if not self.dense:
             p = torch.softmax(z, -1) if self.C > 1 else torch.sigmoid(z)
             curvature = torch.ones_like(z) if self.separate else p * (1 - p)
-            diagonal = self._squares(train * curvature) + a
+            diagonal = self._squares((train * curvature).double()) + a
             diagonal[:, -1] += 1.0 - self.fit_intercept
-            return lambda r: r / diagonal.clamp(min=1e-300)
+            inverse = (1 / diagonal.clamp(min=1e-300)).to(a.dtype)
+            return lambda r: r * inverse
         if self.factors is None:
-            self.factors = self._factors(a, train, z, floating)
+            self.factors = self._factors(a, train, z)
         factors = self.factors
         return lambda r: _backward(factors, r)
 
@@ -230,7 +262,7 @@ class Linear:
             self._squared = squared_csr(self.Xt) if sparse else self.Xt.square()
         return (self._squared @ weights.flatten(1)).unflatten(1, weights.shape[1:]).permute(1, 0, 2)
 
-    def _factors(self, a: Tensor, train: Tensor, z: Tensor, floating: float) -> Tensor:
+    def _factors(self, a: Tensor, train: Tensor, z: Tensor) -> Tensor:
         """Cholesky factors of A, [B, C(d + 1), C(d + 1)], of a dense X."""
         p = torch.softmax(z, -1) if self.C > 1 else torch.sigmoid(z)
         side, each = self.X.shape[1], []
@@ -241,7 +273,7 @@ class Linear:
                 for k in range(c + 1):
                     weights = train[:, system, 0] * own[:, c] * (float(c == k) - own[:, k])
                     block = (self.Xt * weights) @ self.X
-                    block[-1, -1] += floating / self.C
+                    block[-1, -1] += self.floating / self.C
                     blocks[c, :, k] = blocks[k, :, c] = block
             matrix = blocks.reshape(self.C * side, -1)
             strengths = a[system].expand(-1, self.C).mT.clone()
@@ -251,6 +283,13 @@ class Linear:
             each.append(torch.linalg.cholesky(matrix))
         return torch.stack(each)
 
+    def begin(self, other: Linear) -> None:
+        """Start from the mean of the solutions of other folds."""
+        places = torch.cat([self.kept, torch.tensor([self.shape[1]])])
+        w = self.W.new_zeros(1, other.W.shape[1], self.shape[1] + 1, self.C)
+        w[:, :, torch.cat([other.kept, torch.tensor([self.shape[1]])])] = other.W.mean(0, keepdim=True)
+        self.W = w[:, :, places].repeat(self.folds.number, 1, 1, 1)
+
     def coefficients(self, strengths: Tensor) -> tuple[Tensor, Tensor]:
         """W [C or T, d] and intercepts of the first fold, to the last digits."""
         which = torch.arange(self.W.shape[1])
@@ -258,7 +297,7 @@ class Linear:
         w = self._solution(a, y, train, strengths, which, 1e-10 if self.dense else 1e-4)
         w = w[: len(which)]
         w = w[..., 0] if self.separate else w[0].mT
-        return w[:, :-1], w[:, -1]
+        return self._spread(w[:, :-1]), w[:, -1]
 
     def residual(self, strengths: Tensor, which: Tensor) -> Tensor:
         """‖∇g‖ / ‖∇g(0)‖ of each system at the solution."""
@@ -275,9 +314,15 @@ def _backward(factors: Tensor, r: Tensor) -> Tensor:
     return torch.cholesky_solve(r.mT.reshape(len(r), -1, 1), factors).reshape(r.mT.shape).mT
 
 
+def _float(x: Tensor) -> Tensor:
+    if x.layout != torch.sparse_csr:
+        return x.float()
+    return _csr(x.crow_indices(), x.col_indices(), x.values().float(), x.shape)
+
+
 def compressed(x: Any) -> Tensor:
     """A scipy.sparse matrix as torch's compressed rows."""
-    rows, columns = (torch.from_numpy(part.astype("int64")) for part in (x.indptr, x.indices))
+    rows, columns = (torch.from_numpy(part) for part in (x.indptr, x.indices))
     return _csr(rows, columns, torch.from_numpy(x.data.copy()), x.shape)
 
 

@@ -168,6 +168,8 @@ class Tuned(BaseEstimator):
         found = search(objective, here, int(self.max_iter), self._bar(), self._nothing_to_tune(data, here))
         self._record(objective, found, data, unit, single)
         final = self._problem(data, whole(data.weights), objective.labels)
+        if hasattr(final, "begin"):
+            final.begin(objective.problem)
         return final.coefficients(objective.labels.strengths(found.best.theta))
 
     def _start(self, objective: Objective, data: Data, unit: float, problems: int) -> Tensor:
