@@ -217,3 +217,33 @@ def test_an_estimator_that_solves_another_problem_is_refused():
     rough = Ridge(solver="lsqr", tol=3e-3)
     with pytest.warns(ConvergenceWarning, match="smaller tolerance"):
         RidgeHG(max_iter=0, alphas=[10.0], estimator=rough).fit(*scaled(load_diabetes))
+
+
+def test_large_sparse_classifier_is_that_of_its_columns_in_use():
+    """More than 20 million numbers: CG in float32 on the few columns that some row uses gives the dense solution."""
+    rng = np.random.RandomState(0)
+    few = scipy.sparse.random_array((2_100, 20), density=0.5, rng=rng, format="csr")
+    wide = scipy.sparse.hstack([few, scipy.sparse.csr_array((2_100, 9_600))], format="csr")
+    y = (few @ rng.randn(20, 3) + rng.randn(2_100, 3)).argmax(1)
+    alpha = np.exp(rng.randn(20))
+    loss, gradient = LogisticRegressionHG(cv=2).cv_loss(wide, y, np.append(alpha, np.ones(9_600)))
+    true, slope = LogisticRegressionHG(cv=2).cv_loss(few, y, alpha)
+    assert loss == pytest.approx(true, rel=1e-10)
+    assert np.linalg.norm(gradient[:20] - slope) <= 1e-8 * np.linalg.norm(slope) and not gradient[20:].any()
+    found = LogisticRegressionHG(cv=2, max_iter=0, alphas=[3.0]).fit(wide, y)
+    coef = LogisticRegressionHG(cv=2, max_iter=0, alphas=[3.0]).fit(few, y).coef_
+    assert np.abs(found.coef_[:, :20] - coef).max() < 1e-3 * np.abs(coef).max() and not found.coef_[:, 20:].any()
+
+
+def test_targets_of_equal_strengths_share_factors_and_nothing_else():
+    """Losses and hypergradients of many targets are those of each by itself, some of their strengths alike."""
+    rng = np.random.RandomState(0)
+    x = rng.randn(40, 60)
+    y = x[:, :4] @ rng.randn(4, 5) + rng.randn(40, 5)
+    alpha = np.exp(rng.randn(5, 60))
+    alpha[[1, 4]] = alpha[0]
+    loss, gradient = RidgeHG(cv=4).cv_loss(x, y, alpha)
+    for target in range(5):
+        true, slope = RidgeHG(cv=4).cv_loss(x, y[:, target], alpha[target])
+        assert loss[target] == pytest.approx(true, rel=1e-11)
+        assert np.linalg.norm(gradient[target] - slope) <= 1e-10 * np.linalg.norm(slope)

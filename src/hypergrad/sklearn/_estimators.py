@@ -110,7 +110,8 @@ class RidgeHG(_Regressor):
         start_alpha_: the best single strength, of each target.
         coef_, intercept_: fitted on all rows.
         cv_loss_path_: the CV loss at the start and after each step, [n_iter_ + 1] or [n_iter_ + 1, T].
-        hypergradient_error_: relative distance of the last hypergradient from one whose systems were solved further.
+        hypergradient_error_: relative distance of the last hypergradient from one whose systems were solved further
+            (of ten targets or so, where there are more).
         n_iter_, stop_reason_: steps, and why the search ended (of each target).
 
     Cost: K T (k³/3 + 2 n d) a step, k = min(n, d).

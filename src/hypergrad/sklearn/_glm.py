@@ -25,6 +25,7 @@ from ._folds import Folds
 
 SMALL = 150  # coefficients of a system that is factorised anew for each solve
 DENSE, MEMORY = 1_000, 60_000_000  # coefficients of one whose factors are kept for CG; numbers in all factors
+INEXACT = 200  # steps of CG for a step of Newton's method, which need not be exact
 STALE = 15  # steps of CG after which the factors are made anew
 SINGLE = 1e-4  # relative residual down to which CG runs in float32
 
@@ -184,7 +185,7 @@ class Linear:
             if bool((left <= torch.maximum(rtol * pull, rounding)).all()) or not bool(torch.isfinite(left).all()):
                 break
             rest = left / torch.maximum(pull, rounding)
-            step = self._solve(a, train, z, gradient, None, min(0.3, max(rtol / float(rest.max()), 1e-3)))
+            step = self._solve(a, train, z, gradient, None, min(0.3, max(rtol / float(rest.max()), 1e-3)), INEXACT)
             along, length, worse = self._times(step), torch.ones_like(value), torch.ones_like(value) > 0
             for _ in range(20):
                 trial = w - length[:, None, None] * step
@@ -204,7 +205,9 @@ class Linear:
         self.V[:, which] = v.unflatten(0, (self.folds.number, len(which)))
         return v
 
-    def _solve(self, a: Tensor, train: Tensor, z: Tensor, r: Tensor, x0: Tensor | None, rtol: float) -> Tensor:
+    def _solve(
+        self, a: Tensor, train: Tensor, z: Tensor, r: Tensor, x0: Tensor | None, rtol: float, most: int = 1000
+    ) -> Tensor:
         """A⁻¹r of every system: by factors, by CG in float32 where that reaches rtol, or by CG in float64."""
         if self.dense and r[0].numel() <= SMALL:
             factors = self._factors(a, train, z)
@@ -215,11 +218,12 @@ class Linear:
                 self.single = _float(self.X), _float(self.Xt)
             size = r.flatten(1).norm(dim=1).clamp(min=1e-300)[:, None, None]
             start = None if x0 is None else (x0 / size).float()
-            found = self._cg(a.float(), train.float(), z.float(), (r / size).float(), start, rtol, *self.single)
+            system = a.float(), train.float(), z.float(), (r / size).float()
+            found = self._cg(*system, start, *self.single, rtol, most)
             x0 = torch.where(found.value.isfinite(), found.value, 0.0).to(r.dtype) * size
-            if found.status is Status.CONVERGED:
+            if found.status is Status.CONVERGED or (found.status is Status.MAX_STEPS and most == INEXACT):
                 return x0
-        return self._cg(a, train, z, r, x0, rtol, self.X, self.Xt).value
+        return self._cg(a, train, z, r, x0, self.X, self.Xt, rtol, most).value
 
     def _product(self, a: Tensor, train: Tensor, z: Tensor, x: Tensor, xt: Tensor) -> Callable[[Tensor], Tensor]:
         """V ↦ AV."""
@@ -232,9 +236,18 @@ class Linear:
         return product
 
     def _cg(
-        self, a: Tensor, train: Tensor, z: Tensor, r: Tensor, x0: Tensor | None, rtol: float, x: Tensor, xt: Tensor
+        self,
+        a: Tensor,
+        train: Tensor,
+        z: Tensor,
+        r: Tensor,
+        x0: Tensor | None,
+        x: Tensor,
+        xt: Tensor,
+        rtol: float,
+        most: int,
     ) -> Any:
-        solver = CG(max_steps=1000, rtol=rtol, preconditioner=self._preconditioner(a, train, z), on_failure="ignore")
+        solver = CG(max_steps=most, rtol=rtol, preconditioner=self._preconditioner(a, train, z), on_failure="ignore")
         product = function(self._product(a, train, z, x, xt), symmetric=True, batch_dims=1)
         solution = solver(product, r, x0=x0)
         if int(torch.as_tensor(solution.steps).max()) > STALE:
@@ -294,7 +307,7 @@ class Linear:
         """W [C or T, d] and intercepts of the first fold, to the last digits."""
         which = torch.arange(self.W.shape[1])
         a, y, train = self._systems(strengths, which)
-        w = self._solution(a, y, train, strengths, which, 1e-10 if self.dense else 1e-4)
+        w = self._solution(a, y, train, strengths, which, 1e-10 if self.dense else 1e-3)
         w = w[: len(which)]
         w = w[..., 0] if self.separate else w[0].mT
         return self._spread(w[:, :-1]), w[:, -1]

@@ -8,14 +8,15 @@ outnumber rows the factor is that of I + S½ X diag(1/a) Xᵀ S½, as kernels ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ._folds import Folds, Labels
 
-KERNELS, CHUNK = 30_000_000, 20_000_000  # numbers: of kernels that are kept, of factors at one time
+KERNELS, CHUNK = 30_000_000, 3_000_000  # numbers: of kernels that are kept, of factors at one time
+TOGETHER = 400_000  # numbers of matrices that are made at one time
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (prediction, y) ↦ losses of the rows, their derivatives
 
@@ -87,16 +88,14 @@ class Ridge:
     def evaluate(
         self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool | str = False
     ) -> tuple[Tensor, Tensor]:
-        """Losses [F, T] and slopes like strengths, which are [T, d], or [1, d] for all targets alike."""
+        """Losses [F, T] and slopes [T, d]; strengths are [T, d], or [1, d] for all targets alike."""
         side = self.Xt.shape[1] if self.dual else self.X.shape[1]
-        step = len(targets) if len(strengths) == 1 else max(1, CHUNK // (len(self.q) * side**2))
-        losses, slopes = [], []
-        for part in range(0, len(targets), step):
-            some = strengths if len(strengths) == 1 else strengths[part : part + step]
-            loss, slope = self._evaluate(some, targets[part : part + step], gradient, 2 if tighter else 0)
-            losses.append(loss)
-            slopes.append(slope)
-        return torch.cat(losses, 1), torch.cat(slopes)
+        losses = self.q.new_zeros(len(self.q), len(targets))
+        slopes = self.q.new_zeros(len(targets), self.X.shape[1])
+        for a, places in _alike(strengths, len(targets), max(1, CHUNK // (len(self.q) * side**2))):
+            found = self._evaluate(a, targets[places], gradient, 2 if tighter else 0)
+            losses[:, places], slopes[places] = found
+        return losses, slopes
 
     def _evaluate(self, a: Tensor, targets: Tensor, gradient: bool, refinements: int) -> tuple[Tensor, Tensor]:
         factor = None if self.given is not None and not gradient else self._factor(a)
@@ -110,7 +109,7 @@ class Ridge:
             pulls.append((x.mT @ (weights[:, None] * slope)).mT)
         losses = torch.stack(losses)
         if not gradient:
-            return losses, torch.zeros_like(a)
+            return losses, torch.zeros_like(w[0])
         assert factor is not None
         v = self._refined(a, factor, torch.stack(pulls), None, refinements)
         return losses, -a * torch.einsum("f,ftd,ftd->td", self.folds.share, w, v)
@@ -123,34 +122,35 @@ class Ridge:
 
     def coefficients(self, strengths: Tensor) -> tuple[Tensor, Tensor]:
         """w [T, d] and intercepts [T] of the first fold."""
-        targets, each = torch.arange(self.y.shape[1]), []
-        for target in targets.tolist():
-            a = strengths[[min(target, len(strengths) - 1)]]
-            each.append(self._solution(a, targets[[target]], self._factor(a))[0, 0])
-        w = torch.stack(each)
+        w = self.y.new_zeros(self.y.shape[1], self.X.shape[1])
+        for a, targets in _alike(strengths, len(w), 1):
+            w[targets] = self._solution(a, targets, self._factor(a))[0]
         return w, self.offset[0] - w @ self.mean[0]
 
     def _factor(self, a: Tensor) -> Tensor:
         """Cholesky factors [F, S, k, k], k the smaller of rows and features, one after the other to stay in cache."""
         folds, side = len(self.q), self.Xt.shape[1] if self.dual else self.X.shape[1]
         factors = a.new_empty(folds, len(a), side, side).mT  # column by column, as LAPACK has them
+        size = self.Xt[0].numel() if self.dual and self.kernels is None else side**2
+        step = max(1, TOGETHER // size)
         for fold in range(folds):
-            for system, strengths in enumerate(a):
-                matrix = self._kernel(fold, strengths) if self.dual else self.G[fold] + strengths.diag()
-                factors[fold, system] = torch.linalg.cholesky(matrix)
+            for some in range(0, len(a), step):
+                strengths = a[some : some + step]
+                matrices = self._kernel(fold, strengths) if self.dual else self.G[fold] + strengths.diag_embed()
+                for system, matrix in enumerate(matrices, some):
+                    factors[fold, system] = torch.linalg.cholesky(matrix)
         return factors
 
     def _kernel(self, fold: int, strengths: Tensor) -> Tensor:
-        """I + S½ X diag(1/a) Xᵀ S½."""
+        """I + S½ X diag(1/a) Xᵀ S½ of each system."""
         if self.kernels is None:
-            half = self.Xt[fold] * strengths.rsqrt()
-            kernel = half @ half.mT
+            half = self.Xt[fold] * strengths.rsqrt()[:, None]
+            kernels = half @ half.mT
         else:
-            kernel = torch.zeros_like(self.kernels[fold, 0])
-            for group, inverse in enumerate((1 / strengths[self.first]).tolist()):
-                kernel.add_(self.kernels[fold, group], alpha=inverse)
-        kernel.diagonal().add_(1.0)
-        return kernel
+            own = self.kernels[fold]
+            kernels = ((1 / strengths[:, self.first]) @ own.flatten(1)).unflatten(1, own.shape[1:])
+        kernels.diagonal(dim1=1, dim2=2).add_(1.0)
+        return kernels
 
     def _refined(self, a: Tensor, factor: Tensor, r: Tensor, targets: Tensor | None, refinements: int) -> Tensor:
         """A⁻¹r for r [F, T, d]; with targets, r is their XᵀSy, and kernels solve for it without cancellation."""
@@ -166,6 +166,18 @@ class Ridge:
         if targets is not None:
             return (_columns(factor, self.yt[..., targets].mT) @ self.Xt) / a
         return (r - _columns(factor, (r / a) @ self.Xt.mT) @ self.Xt) / a
+
+
+def _alike(strengths: Tensor, targets: int, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Strengths [S, d] and the places of their targets: S = 1 where these share all strengths, else at most `most`."""
+    if len(strengths) == 1:
+        yield strengths, torch.arange(targets)
+        return
+    distinct, which, counts = torch.unique(strengths, dim=0, return_inverse=True, return_counts=True)
+    for row in (counts > 1).nonzero()[:, 0]:
+        yield distinct[row][None], (which == row).nonzero()[:, 0]
+    for places in (counts[which] == 1).nonzero()[:, 0].split(most):
+        yield strengths[places], places
 
 
 def _columns(factor: Tensor, r: Tensor) -> Tensor:
