@@ -313,11 +313,11 @@ def documents(config: Config) -> dict[str, Any]:
     data = text(config.data)
     half = StratifiedShuffleSplit(1, test_size=0.5, random_state=config.seed)
     options: Any = {"scoring": "neg_log_loss", "l1_ratios": (0.0,), "use_legacy_attributes": False}
+    options["Cs"] = config.text_strengths
     found = {
         "LogisticRegressionHG, single": LogisticRegressionHG(cv=half, max_iter=0),
         "LogisticRegressionHG": LogisticRegressionHG(cv=half),
-        "LogisticRegressionHG, no shrinkage": LogisticRegressionHG(cv=half, shrinkage=0.0, max_iter=20),
-        "LogisticRegressionCV": LogisticRegressionCV(Cs=config.text_strengths, cv=half, max_iter=1000, **options),
+        "LogisticRegressionCV": LogisticRegressionCV(cv=half, max_iter=1000, **options),
     }
     scores, seconds, accuracy = {}, {}, {}
     for name, model in tqdm(found.items(), desc=data.name):
