@@ -125,7 +125,7 @@ class Linear:
     ) -> tuple[Tensor, Tensor]:
         """Losses [F, T] (T = 1 for a classifier) and slopes like strengths, [T, d] or [C, d]."""
         folds, rtol = self.folds.number, self.rtol * (1 if gradient else 10)
-        rtol = 1e-11 if tighter == "all" else rtol / 100 if tighter else rtol
+        rtol = 1e-11 if tighter == "all" else rtol / (100 if self.dense else 10) if tighter else rtol
         which = targets if self.separate else torch.zeros(1, dtype=torch.long)
         a, y, train = self._systems(strengths, which)
         w = self._solution(a, y, train, strengths, which, rtol)
