@@ -41,6 +41,32 @@ def test_a_second_call_evaluates_each_loss_no_more_than_it_needs() -> None:
     assert result.plan.chunk == 3
 
 
+class Learner:
+    """Losses that are methods."""
+
+    def __init__(self, width: int) -> None:
+        self.features, self.calls = torch.ones(width, 2, dtype=torch.float64), 0
+
+    def loss(self, w: Tensor, start: Tensor, task: Tensor) -> Tensor:
+        self.calls += 1
+        return ((self.features @ w).tanh() - task.mean()).square().mean()
+
+
+def test_methods_of_one_object_share_a_plan_and_those_of_others_do_not() -> None:
+    start, method = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True), hg.meta.Unrolled()
+    sizes = []
+    for width in (4, 400):
+        learner, once = Learner(width), []
+        for _ in range(3):
+            learner.calls = 0
+            tasks = torch.ones(3, 2, dtype=torch.float64)
+            result = hg.meta.grad(learner.loss, learner.loss, start, tasks, method=method, steps=2)
+            once.append(learner.calls)
+        assert once[1] == once[2] == once[0] - 2
+        sizes.append(result.plan.task_bytes)
+    assert sizes[0] < sizes[1]
+
+
 def test_other_losses_and_other_shapes_have_plans_of_their_own() -> None:
     sizes = [meta(width).plan.task_bytes for width in (4, 400, 40)]
     assert sizes[1] > sizes[2] > sizes[0]

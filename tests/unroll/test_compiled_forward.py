@@ -136,6 +136,15 @@ def test_start_computed_from_hparams_and_hooks():
     check(*results)
 
 
+def test_a_hyperparameter_of_the_start_alone_counts():
+    lam = [draw(3, seed=k).requires_grad_() for k in (2, 3)]
+
+    def step(w, lam):
+        return descent(w, 0.3 * lam[1])
+
+    check(*both(step, 2 * lam[0], lam, lambda w, lam: outer(w, lam[1]), 6))
+
+
 def test_goes_on_from_either_kind_of_result():
     """Online, with hyperparameters that change in between, and with entries that nothing has depended on yet."""
     w, schedule = draw(3, seed=2), draw(9).mul(0.1)

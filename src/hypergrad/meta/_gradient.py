@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import add
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, Literal
 
 import optree
@@ -352,10 +353,7 @@ _sizes: dict[Any, tuple[int, int, int]] = {}  # what `_bytes_of_a_task` found, b
 
 
 def _kind_of(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> Any:
-    """What the bytes of a task depend on: the losses' code and what they close over, and shapes; None if unknown.
-
-    What a loss reads from elsewhere may change unseen: then the plan is that of before, and the answer the same.
-    """
+    """What the bytes of a task depend on; None if unknown. Whatever else a loss reads, the answer is the same."""
     functions = [without_penalties(problem.inner_loss)[0], problem.outer_loss, problem.start]
     tensors = [*tasks.tensors, *flatten(hparams, "hparams")[0]]
     try:
@@ -368,6 +366,8 @@ def _content(value: Any) -> Any:
     """What stands for a value: never its identity, which another object may have afterwards."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype, value.device, value.requires_grad
+    if isinstance(value, MethodType):
+        return value.__func__.__code__, weakref.ref(value.__self__)
     if isinstance(value, FunctionType):
         return value.__code__, *(_content(cell.cell_contents) for cell in value.__closure__ or ())
     if isinstance(value, (list, tuple)):
