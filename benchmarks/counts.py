@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 from unittest.mock import patch
@@ -58,7 +58,9 @@ OWN_PASSES = 3  # of every implicit hypergradient: the gradient or map, the oute
 @contextmanager
 def costly_reads() -> Iterator[None]:
     """The library takes the CPU for a device from which reading a number waits for all that was asked of it."""
-    with patch("hypergrad._vector.FREE_TO_READ", ()), patch("hypergrad.solvers._solver.FREE_TO_READ", ()):
+    with ExitStack() as stack:
+        for place in ("_vector", "_solution", "solvers._solver"):
+            stack.enter_context(patch(f"hypergrad.{place}.FREE_TO_READ", ()))
         yield
 
 
