@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections import OrderedDict
@@ -265,7 +266,7 @@ UNCOMPILED = {
     "branch": (lambda w, lam: 0.5 * w + lam if w.sum() > -1e9 else lam, "a number is read"),
     "iterator": (lambda w, lam: 0.5 * w + lam * (1 + 1e-3 * (next(ITERATOR) % 7)), "not the same at each call"),
     "multinomial": (lambda w, lam: 0.5 * w + lam[torch.multinomial(torch.ones(3), 3)], "multinomial"),
-    "generator": (lambda w, lam: 0.5 * w + lam * torch.rand(3, generator=torch.Generator(), dtype=F64), "rand draws"),
+    "generator": (lambda w, lam: 0.5 * w + lam * torch.rand(3, generator=torch.Generator(), dtype=F64), "rand draws|Generator"),
 }
 
 
@@ -279,7 +280,7 @@ def test_what_cannot_be_compiled_is_evaluated_as_it_is(step, reason):
         compiled = reverse(step, w, lam, outer, 1 if reason.startswith("not") else 6, compile="eager")
     assert compiled.compiled is None or reason.startswith("not")
     if not reason.startswith("not"):
-        assert any(reason in str(x.message) for x in caught), [str(x.message) for x in caught]
+        assert any(re.search(reason, str(x.message)) for x in caught), [str(x.message) for x in caught]
         torch.manual_seed(0)
         check(reverse(step, w, lam, outer, 6), compiled)
 
