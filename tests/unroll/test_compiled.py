@@ -266,7 +266,10 @@ UNCOMPILED = {
     "branch": (lambda w, lam: 0.5 * w + lam if w.sum() > -1e9 else lam, "a number is read"),
     "iterator": (lambda w, lam: 0.5 * w + lam * (1 + 1e-3 * (next(ITERATOR) % 7)), "not the same at each call"),
     "multinomial": (lambda w, lam: 0.5 * w + lam[torch.multinomial(torch.ones(3), 3)], "multinomial"),
-    "generator": (lambda w, lam: 0.5 * w + lam * torch.rand(3, generator=torch.Generator(), dtype=F64), "rand draws|Generator"),
+    "generator": (
+        lambda w, lam: 0.5 * w + lam * torch.rand(3, generator=torch.Generator(), dtype=F64),
+        "rand draws|Generator",
+    ),
 }
 
 
