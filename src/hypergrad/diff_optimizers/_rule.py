@@ -232,7 +232,7 @@ class Rule(ABC):
     def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> tuple[Tensor, dict[str, Tensor]]:
         """The update of one leaf, the rule's formula: the new w and s; value(self, name) gives a hyperparameter."""
 
-    @property
+    @cached_property
     def needs_hparams(self) -> bool:
         """Whether a hyperparameter, or one of a part such as prox, is a callable of hparams."""
         return _is_called(self)
