@@ -88,7 +88,7 @@ def test_truncated():
 def test_evaluations_are_those_documented():
     w, lam = start()
     reverse(descent, w, lam, outer, 20, memory="iterates", compile="eager")
-    assert reverse(descent, w, lam, outer, 20, memory="iterates", compile="eager").evaluations == 40
+    assert reverse(descent, w, lam, outer, 20, memory="iterates", compile="eager").evaluations == 41
     assert reverse(descent, w, lam, outer, 200, compile="eager").evaluations < 4 * 200
 
 
@@ -206,6 +206,24 @@ def test_a_number_of_the_surroundings_that_changes_is_noticed():
 
     for lr[0] in (0.3, 0.29, 0.3):
         check(*both(step, w, lam, outer, 8))
+
+
+def test_a_change_that_the_first_step_does_not_show_is_noticed():
+    """A momentum, which begins at zero, and a distance from the start."""
+    numbers, (w, lam) = {"momentum": 0.9, "strength": 0.5}, start()
+
+    def step(carry, lam):
+        w, m = carry
+        leaf = w if w.requires_grad else w.detach().requires_grad_()
+        loss = inner(leaf, lam) + numbers["strength"] * (leaf - begun).square().sum()
+        m = numbers["momentum"] * m + torch.autograd.grad(loss, leaf, create_graph=True)[0]
+        return w - 0.1 * m, m
+
+    begun = w
+    for name, value in (("momentum", 0.5), ("strength", 2.0), ("momentum", 0.9)):
+        check(*both(step, (w, torch.zeros_like(w)), lam, lambda c, lam: outer(c[0], lam), 8))
+        numbers[name] = value
+    check(*both(step, (w, torch.zeros_like(w)), lam, lambda c, lam: outer(c[0], lam), 8))
 
 
 def test_infinite_entries_that_are_carried_hide_no_difference():

@@ -46,9 +46,9 @@ def test_numbers_of_the_steps_for_every_chunk(chunk, steps):
 
 
 def test_evaluations_are_those_documented():
-    """One of the step itself to compare, and one for each chunk of each step."""
+    """Two of the step itself to compare, and one for each chunk of each step."""
     w, lam = start()
-    for chunk, due in ((None, 21), (1, 61)):
+    for chunk, due in ((None, 22), (1, 62)):
         calls = [forward(descent, w, lam, outer, 20, chunk=chunk, compile="eager") for _ in range(2)]
         assert calls[1].evaluations == due and "which were there" in (calls[1].compiled or "")
 
@@ -173,6 +173,18 @@ def test_a_number_of_the_surroundings_that_changes_is_noticed():
 
     for lr[0] in (0.3, 0.29, 0.3):
         check(*both(step, w, lam, outer, 8))
+
+
+def test_a_change_that_the_first_step_does_not_show_is_noticed():
+    """A momentum, which begins at zero."""
+    (w, lam), zeros, momentum = start(), torch.zeros(3, dtype=F64), [0.9]
+
+    def step(carry, lam):
+        m = momentum[0] * carry[1] + X.T @ (X @ carry[0] - Y) / 12 + lam
+        return carry[0] - 0.1 * m, m
+
+    for momentum[0] in (0.9, 0.5, 0.9):
+        check(*both(step, (w, zeros), lam, lambda c, lam: outer(c[0], lam), 8))
 
 
 @pytest.mark.parametrize("differentiate", [forward, reverse])

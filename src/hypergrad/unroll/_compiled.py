@@ -60,8 +60,8 @@ class Functions:
 class Compiled(ABC):
     """The steps of a run as functions of tensors.
 
-    They are compared with the step itself: where they are built (the first two steps and a derivative), and at the
-    first step of every call.
+    They are compared with the step itself: where they are built (the first two steps and a derivative), and in every
+    call, at the first iterate and at the one after it.
     """
 
     def __init__(self, run: Run, backend: str):
@@ -105,16 +105,20 @@ class Compiled(ABC):
         """
         self.key = self._inputs(first.tensors, t)[1]
         found, true = self._found(self.key), self._evaluated(first, t)
+        outputs = [y.detach().contiguous() for y in true.outputs]
         if found is not None:
             try:
                 self._compare(found, first, t, true)
+                # Where momenta and distances from the start are no longer zero.
+                after = first._replace(tensors=outputs)
+                self._compare(found, after, t, self._evaluated(after, t))
                 self.used[self.key] = found
             except NotCompiled:  # the step's surroundings have changed since
                 del self.known[self.key]
         if self.key not in self.used:
             with self._noted():
                 self.used[self.key] = self.known[self.key] = self._built(first, t, true)
-        return [y.detach().contiguous() for y in true.outputs]
+        return outputs
 
     def _second(self, second: Iterate, t: int) -> None:
         """New functions are compared at a second step too."""

@@ -92,10 +92,10 @@ def reverse(
         with_time: pass t to step.
         compile: True compiles step, and its transposed derivative, once for each form of their arguments, by torch's
             inductor; a string names another backend of torch.compile. No graph is kept: "iterates" keeps T iterates,
-            "sqrt" about √(2T), a budget as many as fit. t is a 0-d tensor then. At the start of every call step is
-            compared with what was compiled, and compiled anew where they differ. A step that cannot be compiled is
-            evaluated as it is, with a warning (NotCompiled) that says why. Define step once, outside of the loop over
-            λ: what was compiled is kept with it.
+            "sqrt" about √(2T), a budget as many as fit. t is a 0-d tensor then. Every call compares step with
+            what was compiled, at the first two iterates, and compiles it anew where they differ. A step that cannot be
+            compiled is evaluated as it is, with a warning (NotCompiled) that says why. Define step once, outside of
+            the loop over λ: what was compiled is kept with it.
         allow_detached: accept tensors in step's result that have no graph, a part of params that reaches nothing, an
             outer_loss that does not use its params, and an inner gradient without a graph.
 
@@ -114,8 +114,8 @@ def reverse(
         working memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget
         measure I and G at the first two steps, a budget the working memory as well, by one more reverse pass and
         call of outer_loss, once for a step and the forms of its arguments; later steps that need more can exceed
-        it. One device synchronisation, and one for each tensor of the iterate after a replayed block. compile: 2T
-        evaluations with "iterates", less than 4T with "sqrt", and seconds to build, once.
+        it. One device synchronisation, and one for each tensor of the iterate after a replayed block. compile: 2T +
+        1 evaluations with "iterates", less than 4T with "sqrt", and seconds to build, once.
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
         over blocks of steps whose graph is kept at once.
 
