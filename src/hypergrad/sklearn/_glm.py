@@ -304,10 +304,10 @@ class Linear:
         self.W = w[:, :, places].repeat(self.folds.number, 1, 1, 1)
 
     def coefficients(self, strengths: Tensor) -> tuple[Tensor, Tensor]:
-        """W [C or T, d] and intercepts of the first fold, to the last digits."""
+        """W [C or T, d] and intercepts of the first fold: to the last digits, or as those that the search scores."""
         which = torch.arange(self.W.shape[1])
         a, y, train = self._systems(strengths, which)
-        w = self._solution(a, y, train, strengths, which, 1e-10 if self.dense else 1e-3)
+        w = self._solution(a, y, train, strengths, which, 1e-10 if self.dense else 1e-4 if self.separate else self.rtol)
         w = w[: len(which)]
         w = w[..., 0] if self.separate else w[0].mT
         return self._spread(w[:, :-1]), w[:, -1]
