@@ -501,8 +501,8 @@ def test_another_device_has_the_numbers_of_the_cpu_and_few_are_read(door, device
         (partial(implicit, solver=S.CG(max_steps=5)), 6),
         (partial(implicit, solver=S.GMRES(max_steps=5), form="fp_map"), 6),
         (partial(jacobian, solver=S.BlockCG(max_steps=5)), 6),
-        (partial(attached, door="argmin", solver=S.CG(max_steps=5)), 3),
-        (partial(attached, door="fixed_point", solver=S.GMRES(max_steps=5)), 2),
+        (partial(attached, door="argmin", solver=S.CG(max_steps=5)), 4),
+        (partial(attached, door="fixed_point", solver=S.GMRES(max_steps=5)), 3),
     ],
 )
 def test_the_checks_behind_warnings_read_few_numbers(run, most, device):

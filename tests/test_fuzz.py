@@ -529,6 +529,33 @@ def door_fixed_points(case: Case) -> Answer:
     return Answer(pairs, label, size=size, ok=solution.ok)
 
 
+def door_bilevel(case: Case) -> Answer:
+    """SOBA's directions on its second batch, v being −lr ∇₁f: D_w = ∇₁g and D_λ = ∇²₂₁g v + ∇₂f."""
+    case.a = (case.a + case.a.T) / 2
+    case.container = case.pick(("tensor", "list", "dict", "ordered", "named", "strided", "scalars", "empty", "mixed"))
+    forms, outer = case.functions()
+    lr, w, lam, closures = case.pick((0.1, 1.0)), case.random.randn(case.n), case.hparams(), case.pick((True, False))
+    params = optree.tree_map(lambda x: x.requires_grad_(), case.tree(w))
+    tracker = hg.bilevel.SOBA(params, lam, lr=lr)
+    leaves = [x for x in (lam if isinstance(lam, list) else [lam]) if x.requires_grad]
+    for _ in range(2):
+        for x in [*optree.tree_leaves(params), *leaves]:
+            x.grad = None
+        losses = (lambda: outer(params, lam)), (lambda: forms["inner_loss"](params, lam))
+        tracker.backward(*(losses if closures else (loss() for loss in losses)))
+        tracker.step()
+    f, rho = case.a @ w - case.rhs(case.lam), case.rho(case.lam)
+    v = -lr * (w - case.w - case.d)
+    cross = -(rho**2) * case.lam * (f @ v) - rho * (1 + case.lam) * (case.b.T @ v)
+    found = case.flat(optree.tree_map(lambda x: x.grad, params))
+    norm = np.linalg.norm
+    terms = norm(case.a) * norm(w) + norm(case.rhs(case.lam)) + norm(case.lam)
+    with np.errstate(over="ignore", invalid="ignore"):
+        size = (1 + terms) * (1 + norm(v)) * (1 + norm(case.b))
+    pairs = [(numbers(found), rho * f), (numbers([x.grad for x in leaves]), (case.lam + cross)[case.learned])]
+    return Answer(pairs, f"SOBA, closures={closures}", size=size, power=0)
+
+
 OPTIMISERS = {
     "SGD": {"momentum": (0, 0.9), "nesterov": (False, True), "weight_decay": (0, 0.1), "maximize": (False, True)},
     "Adam": {"amsgrad": (False, True), "weight_decay": (0, 0.1), "maximize": (False, True)},

@@ -1,6 +1,7 @@
 """HyperTorch's interface: its signatures, its meaning of K, and the right numbers where HyperTorch's own are not."""
 
 import inspect
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -947,3 +948,25 @@ def test_few_steps_on_an_ill_conditioned_problem_see_that_it_is_not_solved(metho
 
     with pytest.warns(hg.UnsolvedInnerProblem, match="the inner problem is not solved"):
         method(after(100), hparams, 10, p.fp_map, p.outer_loss, set_grad=False)
+
+
+def test_stoch_aid_warns_of_a_kink():
+    """An L1 term in its inner loss, as implicit.grad does."""
+    lam = torch.tensor([0.5, 0.5], dtype=torch.float64, requires_grad=True)
+    c, w = torch.tensor([2.0, 0.1], dtype=torch.float64), torch.tensor([1.5, 0.0], dtype=torch.float64)
+    inner = lambda w, h: ((w[0] - c) ** 2).sum() / 2 + (h[0] * w[0].abs()).sum()  # noqa: E731
+    with pytest.warns(hg.UnsolvedInnerProblem, match="kink"):
+        hg.stoch_AID([w], [lam], lambda w, h: ((w[0] - 1) ** 2).sum(), 50, inner_loss=inner, verbose=False)
+
+
+@pytest.mark.parametrize("name", ["CG", "fixed_point", "CG_normaleq"])
+def test_frozen_parameters_are_constants(name):
+    """w = λ + frozen, E = ½w² + ½frozen²."""
+    lam = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    params = [torch.nn.Parameter(torch.tensor([x], dtype=torch.float64)) for x in (4.0, 1.0)]
+    params[1].requires_grad_(False)
+    phi = lambda w, h: [w[0] - 0.5 * (w[0] - h[0] - w[1]), w[1]]  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (grad,) = getattr(hg, name)(params, [lam], 60, phi, lambda w, h: (w[0] ** 2 + w[1] ** 2).sum() / 2)
+    assert abs(float(grad) - 4) < 1e-9 and not params[1].requires_grad and params[0].grad is None

@@ -743,17 +743,20 @@ class Checkpointed(Cell):
         return torch.tanh(layer + u)
 
 
-def test_a_checkpoint_inside_a_functional_module_is_refused():
-    """It would recompute with the module's own parameters."""
-    cell, x = Checkpointed(3).double(), batch_of(3).requires_grad_()
+def test_a_checkpoint_inside_a_functional_module():
+    """It is recomputed with the parameters that it was called at, where torch's own takes those of the module."""
+    cell, x = Checkpointed(3).double(), batch_of(3)
     parameters = {name: (2 * p).detach().requires_grad_() for name, p in cell.named_parameters()}
-    with pytest.raises(RuntimeError, match="recompute with the module's own parameters"):
-        hg.nn.functional(cell)(parameters, x, x)
-    layer = Equilibrium(cell)
-    z = layer(x)
-    with pytest.raises(RuntimeError, match="leave the checkpoint out"):
-        z.sum().backward()
-    cell(x, x).sum().backward()  # torch's hooks are on again
+    plain = Cell(3).double()
+    plain.load_state_dict(cell.state_dict())
+    pairs = []
+    for module in (cell, plain):
+        loss = hg.nn.functional(module)(parameters, x, x).sin().sum()
+        first = torch.autograd.grad(loss, [*parameters.values()], create_graph=True)
+        second = torch.autograd.grad(sum((g**2).sum() for g in first), [*parameters.values()])
+        pairs.append((loss.detach(), (*first, *second)))
+    assert_same(pairs[0], pairs[1])
+    assert_same(gradients(Equilibrium(cell, **EXACT), x), gradients(Steps(plain), x))
 
 
 class OnCpu(Cell):

@@ -24,6 +24,7 @@ from ._versions import with_help
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
 KINK = 0.9  # share of ‖∇₁g‖ in the entries of w that are 0 from which on it is taken for that of a nonsmooth loss
 UNSOLVED = 0.1  # estimated relative distance from the inner solution at which a warning is due
+INACCURATE = 0.1  # estimated relative error of a hypergradient, likewise
 
 
 class Status(enum.Enum):
@@ -300,6 +301,26 @@ def _remaining(q: float, trace: list[float]) -> tuple[float, float]:
     early = (middle / first) ** (1 / (half - begin)) if half > begin else rate
     head = (1 - middle) / (1 - early) if early < 1 and middle <= 1 else half - begin
     return q / (1 - rate) / (head + (middle - q) / (1 - rate)), rate
+
+
+def warn_of_few_steps(what: str, solution: Solution, error: float, rate: float) -> None:
+    """InaccurateHypergradient for an estimated relative error above a tenth; the residual falls at this rate."""
+    if not error > INACCURATE:
+        return
+    steps = int(solution.steps.max()) if isinstance(solution.steps, Tensor) else solution.steps
+    text = (
+        f"{what} is off by an estimated {error:.0%}: {solution.method} left a relative residual of "
+        f"{float(solution.relative_residual.max()):.1e} after {steps} steps"
+    )
+    if 0 < rate < 1 and error < math.inf:
+        needed = steps + math.ceil(math.log(INACCURATE / error) / math.log(rate))
+        text += (
+            f", which falls by a factor of {rate:.6g} a step: about {needed} steps (K, max_steps) would bring the "
+            f"error to {INACCURATE:.0%}, fewer with a solver that converges faster"
+        )
+    else:
+        text += ", which does not fall; take another solver"
+    warn(text, InaccurateHypergradient)
 
 
 def inner_distance(residual: Tensor, solution: Solution, point: Vector) -> Tensor:

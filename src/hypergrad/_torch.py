@@ -5,21 +5,20 @@ What a new version of torch needs is changed here, and nowhere else.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
 
 import optree
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.overrides import has_torch_function
+
+from ._replaced import REPLACED, inside
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,6 +78,19 @@ def hooks_suspended(tensors: Iterable[Tensor], retained: bool = True) -> Iterato
             hooks.update(kept)
         for x, grad in before:
             x.grad = grad
+
+
+def outside_inference_mode() -> Any:
+    """torch.inference_mode is off in the block: derivatives are taken there, as under no_grad."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def new_leaf(x: Tensor) -> Tensor:
+    """The numbers of x as a leaf that requires grad; in new memory where x was made under inference_mode."""
+    if not x.is_inference():
+        return x.detach().requires_grad_()
+    with torch.inference_mode(False):
+        return x.clone().requires_grad_()
 
 
 def has_gradient_hooks(x: Tensor) -> bool:
@@ -260,7 +272,6 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 _functorch: Any = getattr(torch._C, "_functorch", None)
-_weight_norm: Any = getattr(torch, "_weight_norm", None)
 
 
 def transforms_active() -> bool:
@@ -373,26 +384,6 @@ def tracked(x: Tensor) -> Tensor:
         return x.detach().requires_grad_()
 
 
-def _weight_norm_written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """g v / ‖v‖, the norm over all axes but dim."""
-    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim] if dim != -1 else None
-    return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=axes is not None))
-
-
-def _embedding(weight: Tensor, indices: Tensor, *args: Any, sparse: bool = False, **kwargs: Any) -> Tensor:
-    """The embedding, with a sparse gradient only where its derivatives are not asked for."""
-    sparse = (args[2] if len(args) == 3 else sparse) and not _inside.get()
-    return _torch_embedding(weight, indices, *args[:2], sparse=sparse, **kwargs)
-
-
-_inside: ContextVar[bool | None] = ContextVar("inside", default=None)  # that of differentiated_rightly; None outside
-_torch_embedding = torch.embedding
-_replaced: list[tuple[Any, str, Any, Any]] = [  # where torch's modules find a function, its name, it, what replaces it
-    (torch, "_weight_norm", _weight_norm, _weight_norm_written_out),
-    (sys.modules.get("torch.nn.utils.weight_norm"), "_weight_norm", _weight_norm, _weight_norm_written_out),
-    (torch, "embedding", _torch_embedding, _embedding),
-]
-_replaced = [(holder, name, own, other) for holder, name, own, other in _replaced if hasattr(holder, name)]
 _lock, _users = threading.Lock(), 0  # of all threads
 
 
@@ -401,7 +392,7 @@ def _change_users(by: int) -> None:
     global _users
     with _lock:
         _users += by
-        for holder, name, own, other in _replaced:
+        for holder, name, own, other in REPLACED:
             setattr(holder, name, other if _users else own)
 
 
@@ -410,15 +401,16 @@ def differentiated_rightly(dense: bool = False) -> Iterator[None]:
     """A map evaluated inside has right derivatives of every order.
 
     torch._weight_norm, whose second derivative is wrong in torch 2.13, is written out as g v / ‖v‖, and
-    parametrize.cached() is off: the cached weight belongs to other parameters, or to no graph. dense: so are the
-    gradients of embeddings, for torch takes the derivatives of sparse ones for zero.
+    parametrize.cached() is off: the cached weight belongs to other parameters, or to no graph. A non-reentrant
+    checkpoint in a module that torch.func.functional_call calls is recomputed with the tensors it was called at. dense:
+    so are the gradients of embeddings, for torch takes the derivatives of sparse ones for zero.
     """
-    before = _inside.get()
+    before = inside.get()
     if before or before is dense:
         yield
         return
     cached = getattr(parametrize, "_cache_enabled", 0)
-    token = _inside.set(dense)
+    token = inside.set(dense)
     _change_users(1)
     try:
         if cached:
@@ -426,6 +418,6 @@ def differentiated_rightly(dense: bool = False) -> Iterator[None]:
         yield
     finally:
         _change_users(-1)
-        _inside.reset(token)
+        inside.reset(token)
         if cached:
             parametrize._cache_enabled = cached  # pyright: ignore[reportAttributeAccessIssue]

@@ -42,8 +42,8 @@ def _backpropagated(
     """∇ of an outer loss whose graph reaches hparams, in memory of its own."""
     leaves, names, rebuild = flatten(_list(hparams, "hparams"), "hparams", complex=True)
     places, needed = _autodiff.check_hparams(leaves, names)
-    with random_state_kept_on_error(leaves):
-        with torch.enable_grad():
+    with random_state_kept_on_error(leaves), _torch.outside_inference_mode():
+        with torch.enable_grad(), _torch.differentiated_rightly():
             loss = as_scalar(evaluate(rebuild(leaves)), "outer_loss")
         with _torch.hooks_suspended(leaves) as hooked:
             found = _autodiff.grad([loss], needed, retain_graph=retain_graph, must_reach=implicit.NO_HPARAMS)
@@ -74,7 +74,13 @@ def _implicit(
     fatal: statuses that are an error.
     """
     # [w, w] are two variables to a map: the state of HeavyBall at a fixed point.
-    params, hparams = _detached(params), _list(hparams, "hparams")
+    params, hparams = _list(params, "params"), _list(hparams, "hparams")
+    given = flatten(params, "params")[0]
+    fixed = [isinstance(x, torch.nn.Parameter) and not x.requires_grad for x in given]
+    params = _detached(params)
+    if any(fixed):  # parameters of a module that are frozen where others are not
+        for x, each in zip(flatten(params, "params")[0], fixed, strict=True):
+            x.requires_grad_(not each)
     if draws:
         forms = {kind: form and operators.Stochastic(form, draws) for kind, form in forms.items()}
     problem = implicit.Problem(outer_loss, params=params, hparams=hparams, symmetric=symmetric, **forms)
@@ -150,7 +156,8 @@ def reverse(
     if len(update_map_history) < steps:
         raise ValueError(f"{steps + 1} iterates need {steps} maps, got {len(update_map_history)}")
     leaves = flatten(hparams, "hparams", complex=True)[0]
-    with random_state_kept_on_error(leaves), _torch.hooks_suspended(leaves) as hooked:
+    kept, outside = random_state_kept_on_error(leaves), _torch.outside_inference_mode()
+    with kept, outside, _torch.hooks_suspended(leaves) as hooked:
         problem = _at(params_history[-1], hparams, outer_loss, _identity)
         _, alpha, total = implicit.outer_gradients(problem, keep=False)  # ∇₁E, ∇₂E
         for t in range(steps):

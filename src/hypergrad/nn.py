@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,21 +18,14 @@ from .fixed_points import Anderson, FixedPointSolver
 from .implicit import Info, WarmStart, fixed_point
 from .solvers import GMRES, Solver
 
-CHECKPOINT = (
-    "a non-reentrant torch.utils.checkpoint inside a module would recompute with the module's own parameters, not with "
-    "those it was called with, and the gradient would be wrong without a word: leave the checkpoint out inside the "
-    "module; one around an hg.nn.Equilibrium is right"
-)
-
 
 def functional(module: nn.Module) -> Callable[..., Any]:
     """A module as a pure function of its parameters: (parameters, *args) ↦ module(*args).
 
     Parameters come as a dict like dict(module.named_parameters()); buffers may be among them, and are copied at each
     call. A tensor that stands under several names goes by its first. BatchNorm in training mode uses its batch's
-    statistics without recording them. Derivatives of all orders are right, through weight_norm too.
-
-    Raises: RuntimeError for a non-reentrant checkpoint inside the module.
+    statistics without recording them. Derivatives of all orders are right, through weight_norm and non-reentrant
+    checkpoints too.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -49,35 +41,11 @@ def functional(module: nn.Module) -> Callable[..., Any]:
         tensors = given | {name: _copied(name, parameters.get(name, x)) for name, x in buffers.items()}
         tensors |= {name: tensors[first] for name, first in further_names.items() if name not in tensors}
 
-        def call() -> Any:
-            # tie_weights=True would leave the given tensors in a module that holds one submodule under two names.
-            with _nothing_recorded(module), _torch.differentiated_rightly():
-                return torch.func.functional_call(module, tensors, args, tie_weights=False)
-
-        return _refusing_checkpoints(call, CHECKPOINT)
+        # tie_weights=True would leave the given tensors in a module that holds one submodule under two names.
+        with _nothing_recorded(module), _torch.differentiated_rightly():
+            return torch.func.functional_call(module, tensors, args, tie_weights=False)
 
     return function
-
-
-def _refusing_checkpoints(call: Callable[[], Any], message: str) -> Any:
-    """call(), or RuntimeError with this message where it enters a non-reentrant torch.utils.checkpoint.
-
-    Other hooks on saved tensors (save_on_cpu) are let through, by a second call.
-    """
-    if not torch.is_grad_enabled() or _torch.transforms_active():  # no checkpoint then, or torch's own error
-        return call()
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(message))
-        except RuntimeError:  # hooks outside are on already
-            return call()
-        try:
-            return call()
-        except RuntimeError as error:
-            frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-            if message not in str(error) or torch.utils.checkpoint.__file__ in frames:
-                raise
-    return call()
 
 
 def _copied(name: str, buffer: Tensor) -> Tensor:

@@ -413,3 +413,16 @@ def test_a_detached_state_is_told():
     params, state = step((w, rule.init(w)))
     with pytest.warns(hg.HypergradientWarning, match="state carries none"):
         step((params, {name: x.detach() for name, x in state.items()}))
+
+
+def test_frozen_parameters_of_a_module_are_named():
+    layer = torch.nn.Linear(2, 1)
+    layer.bias.requires_grad_(False)
+    params = dict(layer.named_parameters())
+    with pytest.raises(ValueError, match=r"params\['bias'\] do not require grad .* SGD\(frozen=\(0,\)\)"):
+        hg.diff_optimizers.SGD(lr=0.1).init(params)
+    rule = hg.diff_optimizers.SGD(lr=0.1, frozen=(0,))
+    moved = rule.on(lambda w, h: sum((x**2).sum() for x in w.values()))((params, rule.init(params)))[0]
+    assert torch.equal(moved["bias"], layer.bias) and not torch.equal(moved["weight"], layer.weight)
+    layer.requires_grad_(False)
+    rule.init(params)  # a point, none of whose tensors requires grad

@@ -275,3 +275,12 @@ def test_the_record_keeps_no_graph_and_no_copy():
     assert result.problem.hparams.grad_fn is None
     same = hypergradient(p, "inner_loss", QUIET).problem
     assert same.hparams is p.hparams and same.params is p.params
+
+
+@pytest.mark.parametrize("correct", [hg.implicit.polish, lambda result: hg.implicit.refine(result, 1e-8)])
+def test_hooks_of_hparams_act_once(correct):
+    lam, calls = torch.tensor(3.0, dtype=torch.float64, requires_grad=True), []
+    w = lam.detach() + 1e-3
+    result = hg.implicit.grad(lambda w, h: w**2 / 2, inner_loss=lambda w, h: (w - h) ** 2, params=w, hparams=lam)
+    lam.register_hook(lambda g: calls.append(g) or -g)
+    assert abs(float(correct(result).grads) + 3) < 1e-7 and len(calls) == 1

@@ -233,3 +233,19 @@ def test_too_few_steps_for_one_of_the_losses_are_said():
     jacobian(lambda w, lam: w[:1])
     with pytest.warns(hg.HypergradientWarning, match="off by an estimated .* FixedPoint left a relative residual"):
         jacobian(lambda w, lam: w)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_default_where_only_the_outer_losses_use_some_params(live):
+    """A row of an embedding, say: A is singular and the systems are inconsistent, yet the hypergradients determined."""
+    q, c = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    h = c.clone().requires_grad_()
+    w = {"fit": torch.linalg.solve(q, c), "row": torch.ones(3, dtype=torch.float64)}
+    w = {name: x.requires_grad_(live) for name, x in w.items()}
+    inner = lambda w, h: w["fit"] @ q @ w["fit"] / 2 - h @ w["fit"]  # noqa: E731
+    outer = lambda w, h: torch.stack([w["fit"].sum() + (w["row"] ** 2).sum(), w["fit"] @ c + w["row"].sum()])  # noqa: E731
+    losses = (outer(w, h), inner(w, h)) if live else (outer, inner)
+    with pytest.warns(hg.NotConverged, match="STAGNATED"):
+        grads = hg.implicit.jacobian(losses[0], inner_loss=losses[1], params=w, hparams=h).grads
+    truth = torch.linalg.solve(q, torch.stack([torch.ones_like(c), c], 1)).T
+    assert float((grads - truth).norm()) < 1e-10

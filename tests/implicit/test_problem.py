@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -335,3 +336,59 @@ def test_an_inner_problem_that_hparams_do_not_reach_is_said(call):
     }
     with pytest.warns(hg.HypergradientWarning, match="the inner problem does not depend on hparams"):
         assert torch.equal(calls[call](), w)
+
+
+@pytest.mark.parametrize("form", ["inner_loss", "fp_map", "residual"])
+def test_a_trained_tensor_that_was_forgotten_is_warned_of(form):
+    """In a closure too: it counts as a constant."""
+    bias, lam = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.5, 3.0))
+    forms = {"inner_loss": lambda w, h: (w + bias - h) ** 2 / 2, "residual": lambda w, h: w + bias - h}
+    forms["fp_map"] = lambda w, h: w / 2 + (h - bias) / 2
+    options = {"params": torch.tensor(2.5, dtype=torch.float64), "hparams": lam}
+    with pytest.warns(hg.HypergradientWarning, match=f"{form} depends on 1 tensors that require grad"):
+        hg.implicit.grad(lambda w, h: w**2, **{form: forms[form]}, **options)
+    bias.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hg.implicit.grad(lambda w, h: w**2, **{form: forms[form]}, **options)
+
+
+INSIDE = {
+    "grad": lambda g, f, phi, w, h: hg.implicit.grad(f, inner_loss=g, params=w, hparams=h).grads,
+    "backward": lambda g, f, phi, w, h: (hg.implicit.backward(f, inner_loss=g, params=w, hparams=h), h.grad)[1],
+    "polish": lambda g, f, phi, w, h: hg.implicit.polish(hg.implicit.grad(f, inner_loss=g, params=w, hparams=h)).grads,
+    "check": lambda g, f, phi, w, h: (
+        3.0 * hg.diagnostics.check(hg.implicit.grad(f, inner_loss=g, params=w, hparams=h)).ok
+    ),
+    "CG": lambda g, f, phi, w, h: hg.CG([w], [h], 9, lambda w, h: [phi(w[0], h[0])], lambda w, h: f(w[0], h[0]))[0],
+    "exact": lambda g, f, phi, w, h: hg.exact(lambda h: [h[0] * 1], [h], lambda w, h: f(w[0], h[0]))[0],
+    "history": lambda g, f, phi, w, h: hg.reverse(
+        [[w]] * 60, [h], [lambda w, h: [phi(w[0], h[0])]] * 59, lambda w, h: f(w[0], h[0])
+    )[0],
+    "reverse": lambda g, f, phi, w, h: hg.unroll.reverse(phi, w, h, f, 60).grads,
+    "meta": lambda g, f, phi, w, h: (
+        hg.meta.grad(
+            lambda w, h, task: f(w, h),
+            lambda w, h, task: g(w, h),
+            h,
+            torch.ones(2),
+            method=hg.meta.Implicit(),
+            steps=1,
+            rule=hg.diff_optimizers.SGD(lr=0.5),
+            start=lambda h, task: w,
+        ).grads
+    ),
+}
+
+
+@pytest.mark.parametrize("made", ["outside", "inside"])
+@pytest.mark.parametrize("door", INSIDE)
+def test_inference_mode_is_left_as_no_grad_is(door, made):
+    lam = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    w = lam.detach().clone()
+    forms = (lambda w, h: (w - h) ** 2 / 2, lambda w, h: w**2 / 2, lambda w, h: (w + h) / 2)
+    with torch.inference_mode():
+        w = w.clone() if made == "inside" else w
+        value = INSIDE[door](*forms, w, lam)
+    assert abs(float(value) - 3) < 1e-8
+    assert lam.grad is None or not lam.grad.is_inference()

@@ -84,7 +84,7 @@ def test_a_folder_changes_nothing(tmp_path, segments):
     assert torch.equal(torch.get_rng_state(), torch_state)
     torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(parts.query_losses, whole.query_losses, rtol=0, atol=0)
-    again = called(folder=tmp_path, segments=segments, step=None)  # nothing is left to be done
+    again = called(folder=tmp_path, segments=segments)
     assert torch.equal(again.scores, parts.scores) and torch.equal(again.query_losses, parts.query_losses)
 
 
@@ -117,6 +117,8 @@ def test_a_folder_of_another_run(tmp_path):
             called(folder=tmp_path, segments=3, queries=other)
     with pytest.raises(ValueError, match="pass folder="):
         called(segments=3)
+    with pytest.raises(ValueError, match="the iterates of another step"):  # though all is done
+        called(folder=tmp_path, segments=3, step=lambda state, *rest: step(step(state, *rest), *rest))
 
     calls = []
 

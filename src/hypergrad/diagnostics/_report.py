@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _torch
 from .._tree import PyTree
 from ..implicit import Hypergradient, Problem
 from ..operators import has_curvature
@@ -160,7 +161,7 @@ def check(
     solution = None if known is None else known.solution
     solved = math.inf if solution is None else float(solution.residual_norm.square().sum().sqrt())
     before = None if known is None else float(known.inner_residual.square().sum().sqrt())
-    with closing(budget):
+    with _torch.outside_inference_mode(), closing(budget):
         system = there = _structure(problem, budget)
         minimum = problem.kind != "inner_loss" or system is None or system.definiteness != "indefinite"
         adjoint = None if known is None else known.adjoint

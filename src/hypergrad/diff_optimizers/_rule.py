@@ -244,10 +244,18 @@ class Rule(ABC):
         Args:
             params: w, any pytree of floating point tensors.
 
+        Raises: ValueError for parameters of a module that do not require grad where others do, and are not `frozen`.
         Returns: a dict of "step", a 0-d tensor on the CPU, of each buffer in params' structure, by torch.optim's
             names, and, where the formula depends on it, of "missed": in how many steps each leaf had no gradient.
         """
-        leaves, _, unflatten = flatten(params, "params")
+        leaves, names, unflatten = flatten(params, "params")
+        fixed = [isinstance(w, torch.nn.Parameter) and not w.requires_grad for w in leaves]
+        lost = [i for i, each in enumerate(fixed) if each and i not in self.frozen]
+        if lost and not all(fixed):
+            raise ValueError(
+                f"{', '.join(names[i] for i in lost[:5])} do not require grad where others do, and a step would move "
+                f"them: pass {type(self).__name__}(frozen={(*lost, *self.frozen)}), or leave them out of params"
+            )
         dtype = torch.promote_types(leaves[0].dtype, torch.float32)
         state: State = {"step": torch.zeros((), dtype=dtype, device="cpu")}
         if self._counts and self.slots():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autodiff
+from .. import _autodiff, _torch
 from .._solution import InaccurateHypergradient, Solution, SolverError, Status, warn
 from .._torch import random_state_kept_on_error
 from .._tree import PyTree
@@ -131,12 +131,12 @@ def polish(result: Hypergradient, solver: Solver | None = None) -> Hypergradient
     """
     solver = Auto() if solver is None else solver
     problem = _again(result, "polish")
-    with random_state_kept_on_error(problem.leaves), problem.without_hooks_and_autocast():
+    with random_state_kept_on_error(problem.leaves), problem.without_hooks_and_autocast() as hooked:
         problem.evaluate(keep=True)
         correction = correct(problem, problem.space.vector(result.adjoint, "result.adjoint"), solver)
     polished = replace(
         result,
-        grads=problem.tree_of(correction.corrected.leaves),
+        grads=problem.tree_of(_torch.with_hooks(problem.differentiated, correction.corrected.leaves, hooked)),
         outer_value=correction.value,
         relative_error=correction.relative.square(),
     )
@@ -193,7 +193,7 @@ def refine(
     rough = at_tolerance(solver, ROUGH)
     problem, start, updates = _again(result, "refine"), result.adjoint, 0
     while True:
-        with random_state_kept_on_error(problem.leaves), problem.without_hooks_and_autocast():
+        with random_state_kept_on_error(problem.leaves), problem.without_hooks_and_autocast() as hooked:
             problem.evaluate(keep=True)
             solution = _adjoint_to(rtol, problem, solver, start)
             grads = problem.grads()
@@ -204,6 +204,7 @@ def refine(
         if better is None:
             break
         problem, start, updates = better, solution.value, updates + 1
+    grads = _torch.with_hooks(problem.differentiated, grads, hooked)
     refined = replace(result_of(problem, solution, grads), relative_error=correction.relative)
     _check_accuracy(refined, rtol, solver.on_failure)
     return refined

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,16 @@ from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation, users_autocast
 from .._basis import Basis
 from .._below import Leaves
-from .._solution import Solution, at_kink, inner_distance, warn, warn_if_unsolved, warned_of_kink
+from .._solution import (
+    Solution,
+    at_kink,
+    inner_distance,
+    remaining,
+    warn,
+    warn_if_unsolved,
+    warn_of_few_steps,
+    warned_of_kink,
+)
 from .._tree import KIND, difference, filled, flatten
 from .._vector import Space, Vector
 from ..operators import LinearOperator
@@ -257,6 +267,11 @@ class Equation:
             distance = inner_distance(residual, solution, point)
             if not warned_of_kink(kink, residual, distance, space.eps):
                 warn_if_unsolved(float(distance.max()), residual)
+            if solution.ok and last is not None:
+                thetas = [theta for theta, _ in remaining(solution)]
+                theta, rate = math.hypot(*thetas) / len(thetas) ** 0.5, max(rate for _, rate in remaining(solution))
+                error = theta / (1 + theta) if theta < math.inf else theta
+                warn_of_few_steps("the derivative of an implicit function", solution, error, rate)
         return solution.value
 
     def factorised(self, linearisation: Linearisation, point: Vector, b: Vector, keep: Any) -> Solution | None:

@@ -20,7 +20,6 @@ from .. import _autodiff, _torch
 from .._autodiff import without_autocast
 from .._solution import (
     NOT_FINITE,
-    InaccurateHypergradient,
     NotFinite,
     OnFailure,
     Solution,
@@ -31,14 +30,13 @@ from .._solution import (
     remaining,
     warn,
     warn_if_unsolved,
+    warn_of_few_steps,
     warned_of_kink,
 )
 from .._torch import random_state_kept_on_error
 from .._tree import PyTree, flatten, full
 from ..solvers import Auto, IterativeSolver, Recycled, Solver, on_failure_of, solve
 from ._problem import Problem
-
-INACCURATE = 0.1  # estimated relative error of a hypergradient at which a warning is due
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class Hypergradient:
             the square of that of the uncorrected hypergradient, which tells the order of magnitude only.
         compiled: with compile, how the products were done, and why.
         direct: ∇₂E(w, λ), a part of grads, for their leaves in order; None stands for zeros, and so does an empty list.
+        at_kink: ‖∇₁g‖ over the entries of w that are exactly 0; None for another form than an inner loss.
     """
 
     grads: PyTree
@@ -71,6 +70,7 @@ class Hypergradient:
     relative_error: Tensor | None = None
     compiled: str | None = None
     direct: list[Tensor | None] = field(default_factory=list, repr=False)
+    at_kink: Tensor | None = field(default=None, repr=False)
 
     def check_finite(self, on_failure: OnFailure = "warn") -> None:
         """Warn of, or raise for, a hypergradient that is not finite though the adjoint is."""
@@ -81,7 +81,9 @@ class Hypergradient:
         warn(NOT_FINITE, NotFinite)
 
     def warn_if_unsolved(self) -> None:
-        """UnsolvedInnerProblem where params are too far from the inner solution for the result to mean much."""
+        """UnsolvedInnerProblem where params are far from the inner solution, or the inner loss has a kink there."""
+        if warned_of_kink(self.at_kink, self.inner_residual, self.inner_distance, self.solution.value.space.eps):
+            return
         pairs = zip(_torch.numbers(self.inner_distance.reshape(-1)), remaining(self.solution), strict=True)
         distances = [d * (1 + theta if theta < math.inf else 1) for d, (theta, _) in pairs]
         warn_if_unsolved(max(distances, default=0.0), self.inner_residual)
@@ -116,23 +118,7 @@ class Hypergradient:
             solution.report("the adjoint system of the hypergradient", "warn")
         if solution.status not in (Status.COMPLETED, Status.MAX_STEPS):
             return
-        error, rate = self.adjoint_error(stacked)
-        if not error > INACCURATE:
-            return
-        steps = int(solution.steps.max()) if isinstance(solution.steps, Tensor) else solution.steps
-        text = (
-            f"the hypergradient is off by an estimated {error:.0%}: {solution.method} left a relative residual of "
-            f"{float(solution.relative_residual.max()):.1e} after {steps} steps"
-        )
-        if 0 < rate < 1 and error < math.inf:
-            needed = steps + math.ceil(math.log(INACCURATE / error) / math.log(rate))
-            text += (
-                f", which falls by a factor of {rate:.6g} a step: about {needed} steps (K, max_steps) would bring the "
-                f"error to {INACCURATE:.0%}, fewer with a solver that converges faster"
-            )
-        else:
-            text += ", which does not fall; take another solver"
-        warn(text, InaccurateHypergradient)
+        warn_of_few_steps("the hypergradient", solution, *self.adjoint_error(stacked))
 
 
 def _off(theta: float, grads: list[Tensor], cross: list[Tensor]) -> float:
@@ -173,7 +159,8 @@ def grad(
         hparams: λ, likewise; at least one leaf requires grad. Leaves may be outputs of a network.
         inner_loss: g, scalar, minimised by w: A = ∇²₁₁g. It may be an `operators.GaussNewton`. What is detached from
             params in it (loss.detach() as the input of a weighting network) counts as a constant, and its derivative
-            is lost without a warning; `diagnostics.check` finds that.
+            is lost without a warning, as is what is detached from hparams in either loss (.data): nothing tells a
+            derivative that is lost from one that is not meant. `diagnostics.check` finds the first, its `solve=` both.
         fp_map: Φ, of params' structure, w = Φ(w, λ): A = I − ∂₁Φ.
         residual: F, of params' structure, F(w, λ) = 0: A = ∂₁F. Each of the three may be an `operators.Stochastic`.
         solver: a linear solver from hg.solvers, or a function (op, b, x0) of Vectors. Default: `solvers.Auto()`.
@@ -193,8 +180,8 @@ def grad(
         SolverError: under on_failure="raise" of the solver, in place of the first two warnings.
         RuntimeError: the graph of an evaluated loss was freed before.
     Warns: HypergradientWarning where the adjoint system was not solved, where the result is not finite, where the inner
-        problem is so far from solved that the result means little, where tensors that require grad are in neither
-        params nor hparams of evaluated losses, or where params have gradient hooks.
+        problem is so far from solved that the result means little, where tensors in it that require grad are in
+        neither params nor hparams, or where params have gradient hooks.
     Cost: one evaluation of each loss, the solver's products, and one last product with respect to params and hparams
         together, which also gives the true residual. The graph of ∇₁g (or Φ, F) is kept meanwhile. Beside what the
         solver reads from the device, the checks behind the warnings read at most six numbers, more where a warning is
@@ -233,17 +220,22 @@ def grad(
     return result
 
 
-def hypergradient_of(problem: Problem, solver: Solver, x0: Any, outer: Any = None) -> Hypergradient:
+def hypergradient_of(
+    problem: Problem, solver: Solver, x0: Any, outer: Any = None, second: Solver | None = None
+) -> Hypergradient:
     """∇f(λ) of a problem that is not evaluated yet, without a word on how good it is.
 
     outer: gives E, ∇₁E and ∇₂E of several outer losses, stacked, as `Problem.evaluate` takes it.
+    second: is taken where the solver ends as NOT_POSITIVE_DEFINITE or DIVERGED.
     """
     if isinstance(solver, IterativeSolver) and solver.rtol is None and solver.atol is None:
         problem.expected_products = solver.max_steps
     with problem.without_hooks_and_autocast() as hooked:
         problem.evaluate(outer=outer)
         operator = problem.operator() if outer is None else problem.operator().stacked()
-        solution = solve(solver, operator, problem.b, x0, problem.last_product)
+        solution = solve(solver, operator, problem.b if second is None else problem.b.copy(), x0, problem.last_product)
+        if second is not None and solution.status in (Status.NOT_POSITIVE_DEFINITE, Status.DIVERGED):
+            solution = solve(second, operator, problem.b, None, problem.last_product)
         grads = problem.grads()
     if outer is None:
         return result_of(problem, solution, _torch.with_hooks(problem.differentiated, grads, hooked))
@@ -261,8 +253,7 @@ def report(problem: Problem, result: Hypergradient, what: str, on_failure: OnFai
     result.check_finite(on_failure)
     # One draw's residual does not say whether the mean is solved.
     if not problem.stochastic:
-        if not warned_of_kink(problem.at_kink, problem.residual_norm, result.inner_distance, problem.space.eps):
-            result.warn_if_unsolved()
+        result.warn_if_unsolved()
         if result.solution.ok:
             result.warn_if_inaccurate(stacked)
 
@@ -321,7 +312,7 @@ def accumulate(hparams: PyTree, grads: PyTree) -> None:
     The hooks of hparams do not act: they did when the gradients were taken.
     """
     leaves = flatten(hparams, "hparams", complex=True)[0]
-    with _torch.hooks_suspended(leaves, retained=False):
+    with _torch.outside_inference_mode(), _torch.hooks_suspended(leaves, retained=False):
         _autodiff.backward(leaves, flatten(grads, "grads", complex=True)[0])
 
 
@@ -341,4 +332,5 @@ def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor], cou
         problem=problem.without_graphs(),
         compiled=None if compiled is None else compiled.report,
         direct=problem.direct_of_leaves,
+        at_kink=problem.at_kink,
     )

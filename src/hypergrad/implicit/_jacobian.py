@@ -12,7 +12,7 @@ from .._autodiff import as_losses, users_autocast
 from .._torch import random_state_kept_on_error
 from .._tree import PyTree
 from .._vector import Vector
-from ..solvers import GMRES, BlockCG, Recycled, Solver, on_failure_of
+from ..solvers import GMRES, Auto, BlockCG, Recycled, Solver, on_failure_of
 from ._hypergradient import Hypergradient, hypergradient_of, report
 from ._problem import Problem
 
@@ -40,7 +40,7 @@ def jacobian(
         outer_losses: E(params, hparams) ↦ [k], or that tensor, evaluated on live tensors.
         params, hparams, inner_loss, fp_map, residual, symmetric, positive_definite: as in `grad`.
         solver: as in `grad`; it sees `op.stacked()`, k systems with the same A. Default: BlockCG() where A is
-            symmetric, else GMRES().
+            symmetric, and Auto() where that ends with another A than a positive definite one, else GMRES().
         x0: start for V: the last result's `adjoint` (a leading axis k in every leaf of params), or a `Recycled`.
 
     Returns: a Hypergradient whose grads and adjoint have a leading axis k in every leaf. outer_value, inner_distance
@@ -74,9 +74,10 @@ def jacobian(
     )
     if problem.stochastic:
         raise TypeError("jacobian takes all its products at one draw, so it has no Stochastic inner problem")
+    second = Auto() if solver is None else None
     solver = (BlockCG() if problem.symmetric else GMRES()) if solver is None else solver
     with random_state_kept_on_error(problem.leaves):
-        result = hypergradient_of(problem, solver, x0, _outer_gradients)
+        result = hypergradient_of(problem, solver, x0, _outer_gradients, second)
         report(problem, result, "the adjoint systems of the Jacobian", on_failure_of(solver), stacked=True)
     return result
 

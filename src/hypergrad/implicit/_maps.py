@@ -134,7 +134,7 @@ def root(
     Warns: HypergradientWarning, when differentiated, for a linear system that was not solved.
     Cost: forward nothing, or one evaluation of F under a transform and where nothing requires grad (to find undeclared
         tensors); backward one evaluation of F, the solver's products, and a last one with respect to w and λ. Second
-        derivatives: one more linear system each. The checks behind the warnings read two numbers from the device,
+        derivatives: one more linear system each. The checks behind the warnings read three numbers from the device,
         none with on_failure="ignore".
     Source: the implicit function theorem; Blondel et al. 2022, section 2.
 

@@ -53,6 +53,8 @@ class Problem:
         expected_products: how many will be taken with Aᵀ, where that is known.
     """
 
+    at_kink: Tensor | None = None
+    others: Sequence[Tensor] = ()  # that require grad, are in the inner problem, and in neither params nor hparams
     expected_products: int | None = None
     linearisation: Linearisation | None = None
     _versions: Sequence[int] = ()
@@ -97,7 +99,7 @@ class Problem:
         self.live = not callable(self.inner) or not (self.outer_loss is None or callable(self.outer_loss))
         if self.live and not trained:
             raise ValueError(f"{names[0]} does not require grad, so no evaluated loss has a derivative in it")
-        self.leaves = self._chosen if self.live else [leaf.detach().requires_grad_() for leaf in self._chosen]
+        self.leaves = self._chosen if self.live else [_torch.new_leaf(leaf) for leaf in self._chosen]
         self._argument = rebuild(filled(given, self._places, self.leaves))
 
     def _set_hparams(self, hparams: PyTree) -> None:
@@ -124,12 +126,15 @@ class Problem:
     def without_hooks_and_autocast(self) -> Iterator[list[Tensor]]:
         """Products and vectors are as they are; gives the hparams that have a gradient hook, to be called at the end.
 
+        torch.inference_mode is left meanwhile.
+
         Gradient hooks of params and hparams do not act meanwhile; warns of those on params of evaluated losses, which
         are left out for good. torch.autocast acts on losses and maps alone.
         """
         suspended = _torch.hooks_suspended([*self._chosen, *self._outer])
         # Embeddings and weight norms are replaced once for all that is evaluated inside.
-        with suspended as hooked, without_autocast(self.space.device), _torch.differentiated_rightly(dense=True):
+        rightly, outside = _torch.differentiated_rightly(dense=True), _torch.outside_inference_mode()
+        with outside, suspended as hooked, without_autocast(self.space.device), rightly:
             ids = {id(x) for x in hooked}
             names = [name for name, x in zip(self._names, self._given, strict=True) if id(x) in ids] if ids else []
             if names and self.live:
@@ -173,9 +178,10 @@ class Problem:
             if self.kind == "inner_loss":
                 value = as_scalar(value, "inner_loss")
                 outputs = _autodiff.grad([value], self.leaves, create_graph=True, must_reach=UNREACHED)
-                self._warn_of_others([value])
             else:
                 outputs = self.space.check(value, f"the value of {self.kind}")
+            values: Any = [value] if self.kind == "inner_loss" else outputs
+            self.others = _graph.undeclared_leaves(values, [*self._given, *self.leaves, *self._outer])
             if self.live:
                 _graph.refuse_weight_norm([value] if isinstance(value, Tensor) else outputs, self.leaves, self.kind)
         compiled = None
@@ -235,12 +241,20 @@ class Problem:
     def grads(self) -> list[Tensor]:
         """∇₂E − ∂₂Fᵀv for the differentiated hparams, after the last product.
 
-        Raises: ValueError where neither loss depends on any of them. Warns where the inner problem does not.
+        Raises: ValueError where neither loss depends on any of them. Warns where the inner problem does not, and of
+            trained tensors in it that are in neither params nor hparams.
         """
         if all(g is None for g in (*self.direct, *self.cross)):
             raise ValueError(NO_HPARAMS)
         if all(g is None for g in self.cross) and self.space.length:
             warn(INNER_UNREACHED)
+        elif self.others:
+            shapes = ", ".join(str(tuple(x.shape)) for x in self.others[:3])
+            warn(
+                f"{self.kind} depends on {len(self.others)} tensors that require grad and are in neither params nor "
+                f"hparams (of shape {shapes}): they count as constants. If they were trained with params, pass them in "
+                f"params; if not, freeze them (requires_grad_(False)) or detach them"
+            )
         return _autodiff.new_zeros(_autodiff.add_or_none(self.direct, self.cross), self.differentiated)
 
     def cross_vector(self) -> Vector:
@@ -330,19 +344,6 @@ class Problem:
             raise ValueError(
                 f"{name} depends neither on params nor on hparams: is it computed under no_grad or inference_mode, "
                 f"from detached tensors, or from numbers (.item())?"
-            )
-
-    def _warn_of_others(self, losses: list[Tensor]) -> None:
-        """Warn of trained tensors in evaluated losses that are in neither params nor hparams."""
-        if not self.live:
-            return
-        others = _graph.undeclared_leaves(losses, [*self._given, *self._outer])
-        if others:
-            shapes = ", ".join(str(tuple(x.shape)) for x in others[:3])
-            warn(
-                f"inner_loss depends on {len(others)} tensors that require grad and are in neither params nor hparams "
-                f"(of shape {shapes}): they count as constants. If they were trained with params, pass them in params; "
-                f"if not, freeze them (requires_grad_(False)) or detach them"
             )
 
 

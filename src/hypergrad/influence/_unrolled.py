@@ -57,8 +57,8 @@ def unrolled(
         batches, with_time, memory: as in `unroll.reverse`.
         folder: where iterates between segments of the training, and the gradients of those that are done, are kept. The
             same call goes on from there after it was interrupted, and gives the same scores bit for bit. A folder
-            belongs to one step and its queries: another step is not noticed where its segments are done. Files are
-            removed by you alone.
+            belongs to one step and its queries; the last segment of the training that is done is repeated, to see
+            that the step is the same. Files are removed by you alone.
         segments: how many, with folder; about √T by default.
         progress: show a bar over segments (needs tqdm).
 
@@ -164,12 +164,23 @@ class _Resumed:
         """All iterates that are not known yet."""
         count = len(self.bounds) - 1
         known = max(s for s in range(count + 1) if (self.folder / f"iterate_{s}.pt").exists())
+        last = self._load(f"iterate_{known}.pt")["tensors"]
+        if known and not all(map(torch.equal, self._trained(known - 1, self._begin(known - 1)), last)):
+            raise ValueError(
+                f"{self.folder} holds the iterates of another step, or of other batches: pass an empty one (a step "
+                f"that is not deterministic cannot be resumed)"
+            )
         tensors = self._begin(known)
         for segment in bar(range(known, count), "training", self.progress):
-            for t in range(self.bounds[segment], self.bounds[segment + 1]):
-                leaves = [x.requires_grad_() if x.is_floating_point() or x.is_complex() else x for x in tensors]
-                tensors = [x.detach() for x in split(self.step(self.rebuild(leaves), self.weights, t))[0]]
+            tensors = self._trained(segment, tensors)
             self._save(f"iterate_{segment + 1}.pt", self._iterate(tensors))
+
+    def _trained(self, segment: int, tensors: list[Tensor]) -> list[Tensor]:
+        """The iterate after a segment."""
+        for t in range(self.bounds[segment], self.bounds[segment + 1]):
+            leaves = [x.requires_grad_() if x.is_floating_point() or x.is_complex() else x for x in tensors]
+            tensors = [x.detach() for x in split(self.step(self.rebuild(leaves), self.weights, t))[0]]
+        return tensors
 
     def reverse(self, losses: Callable[[PyTree, Any], Tensor], memory: str) -> tuple[Tensor, Tensor]:
         """The scores, and the losses of the queries."""

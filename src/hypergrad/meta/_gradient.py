@@ -132,7 +132,8 @@ def grad(
         return again
 
     kept = _autodiff.graphs_kept()  # all chunks share the graphs of hparams, and of what losses close over
-    with random_state_kept_on_error(leaves), torch.enable_grad(), kept, _torch.hooks_suspended(leaves) as hooked:
+    random, outside = random_state_kept_on_error(leaves), _torch.outside_inference_mode()
+    with random, outside, torch.enable_grad(), kept, _torch.hooks_suspended(leaves) as hooked:
         plan = _plan(problem, given, hparams, chunk, memory, method._need(steps), one_by_one=reduction == "none")
         plan = _each_chunk(evaluate, plan, given, leaves)
         failed = [i for piece in pieces for i in piece.index if piece.statuses[0] is Status.NON_FINITE]

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _autodiff, _graph, _random
 from .._autodiff import as_losses, as_scalar, check_hparams
 from .._solution import warn, warn_if_not_finite
-from .._torch import differentiated_rightly, hooks_suspended
+from .._torch import differentiated_rightly, hooks_suspended, outside_inference_mode
 from .._tree import KIND, Paths, PyTree, describe, filled, flatten, refuse_objects, split
 from ..implicit import warn_of_local
 
@@ -149,9 +149,8 @@ class Run:
     @contextmanager
     def differentiating(self) -> Iterator[None]:
         """Gradients can be taken, and hooks of start and hparams do not act: those of hparams do once, on the total."""
-        leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
         hooks = hooks_suspended([*self.start, *self.outer])
-        with leave, torch.enable_grad(), differentiated_rightly(), hooks as self.hooked:
+        with outside_inference_mode(), torch.enable_grad(), differentiated_rightly(), hooks as self.hooked:
             for i, x in enumerate(self.leaves if self.hooked else ()):
                 if _among(x, self.hooked) and not _among(x, self.outer):
                     warn(

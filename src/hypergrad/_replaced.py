@@ -1,0 +1,67 @@
+"""Functions of torch whose derivatives are wrong, and what `_torch.differentiated_rightly` puts in their places."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+_weight_norm: Any = getattr(torch, "_weight_norm", None)
+
+
+def _weight_norm_written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / ‖v‖, the norm over all axes but dim."""
+    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim] if dim != -1 else None
+    return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=axes is not None))
+
+
+def _embedding(weight: Tensor, indices: Tensor, *args: Any, sparse: bool = False, **kwargs: Any) -> Tensor:
+    """The embedding, with a sparse gradient only where its derivatives are not asked for."""
+    sparse = (args[2] if len(args) == 3 else sparse) and not inside.get()
+    return _torch_embedding(weight, indices, *args[:2], sparse=sparse, **kwargs)
+
+
+@contextmanager
+def _called_at(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """A module called at given tensors, by torch.func.functional_call, as checkpoints inside will know."""
+    token = _calls.set((*_calls.get(), (args, kwargs)))
+    try:
+        with _reparametrized(*args, **kwargs):
+            yield
+    finally:
+        _calls.reset(token)
+
+
+def _checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A non-reentrant checkpoint, recomputed with the tensors that its module is called at: torch takes its own."""
+    calls = _calls.get()
+
+    def recompute(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for given, options in calls:
+                stack.enter_context(_reparametrized(*given, **options))
+            return function(*args, **kwargs)
+
+    return _checkpoint(recompute, *args, **kwargs)
+
+
+inside: ContextVar[bool | None] = ContextVar("inside", default=None)  # that of differentiated_rightly; None outside
+_calls: ContextVar[tuple[Any, ...]] = ContextVar("calls", default=())  # the calls of modules at given tensors
+_torch_embedding = torch.embedding
+_stateless: Any = sys.modules.get("torch.nn.utils.stateless")
+_reparametrized: Any = getattr(_stateless, "_reparametrize_module", None)
+_checkpoint: Any = getattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", None)
+REPLACED: list[tuple[Any, str, Any, Any]] = [  # where torch's modules find a function, its name, it, what replaces it
+    (_stateless, "_reparametrize_module", _reparametrized, _called_at),
+    (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _checkpoint, _checkpointed),
+    (torch, "_weight_norm", _weight_norm, _weight_norm_written_out),
+    (sys.modules.get("torch.nn.utils.weight_norm"), "_weight_norm", _weight_norm, _weight_norm_written_out),
+    (torch, "embedding", _torch_embedding, _embedding),
+]
+REPLACED = [(holder, name, own, other) for holder, name, own, other in REPLACED if hasattr(holder, name)]
