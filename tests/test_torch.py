@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hypergrad as hg
+from hypergrad import _torch
 
 A = torch.diag(torch.tensor([0.5, 0.8, 1.1], dtype=torch.float64))
 T = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -142,3 +143,11 @@ def test_a_step_of_an_optimiser_sees_hooks_as_training_does():
     step = hg.GradientDescent(lambda w, h: w[0].square().sum(), 0.1)
     for new in (hg.gd_step([w], w.square().sum(), 0.1), step([w], [])):
         assert new[0][1] == w[1] and new[0][0] != w[0]
+
+
+def test_requires_grad_may_be_set_under_a_transform():
+    def marked(x):
+        with _torch.requires_grad_allowed():
+            return x.clone().requires_grad_().detach() * 2
+
+    assert torch.func.vmap(marked)(torch.ones(2, 3)).sum() == 12

@@ -364,16 +364,16 @@ def is_of_ended_transform(error: RuntimeError) -> bool:
 @contextmanager
 def requires_grad_allowed() -> Iterator[None]:
     """x.requires_grad_() may be called under a transform, where torch.func does the same for its own inputs."""
-    allowed = getattr(_functorch, "get_inplacerequires_grad_allowed", None)
+    allowed = getattr(_functorch, "get_inplace_requires_grad_allowed", None)
     if allowed is None or not transforms_active():
         yield
         return
     before = allowed()
-    _functorch.set_inplacerequires_grad_allowed(True)
+    _functorch.set_inplace_requires_grad_allowed(True)
     try:
         yield
     finally:
-        _functorch.set_inplacerequires_grad_allowed(before)
+        _functorch.set_inplace_requires_grad_allowed(before)
 
 
 def tracked(x: Tensor) -> Tensor:
