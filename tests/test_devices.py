@@ -413,7 +413,7 @@ DOORS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
     "grad, batch": (partial(batch, solver=CG), 0),
     "grad, sequence": (sequence, 0),
     "grad, Reused": (reused, None),
-    "grad, Dense": (partial(implicit, solver=S.Dense(on_failure="ignore")), 2),
+    "grad, Dense": (partial(implicit, solver=S.Dense(on_failure="ignore")), 1),
     "grad, default": (partial(implicit, solver=None), None),
     "backward": (evaluated, 0),
     "jacobian, BlockCG": (partial(jacobian, solver=S.BlockCG(**FIXED)), 0),
