@@ -47,15 +47,14 @@ def reverse_pass(
     batched: bool,
 ) -> Sequence[Tensor | None]:
     """torch.autograd.grad with allow_unused=True; outputs may be edges of the graph. batched: is_grads_batched."""
-    mapped = not batched or (None not in _vmap_parts and cotangents and len(cotangents[0]))
-    if _run_backward is None or not mapped or cotangents is None or has_torch_function(cotangents + inputs):
+    if batched and cotangents and len(cotangents[0]) and None not in _vmap_parts:
+        # torch's older vmap takes as long as a small product.
+        return each(lambda *v: reverse_pass(outputs, inputs, v, retain_graph, create_graph, False), cotangents, "error")
+    if _run_backward is None or cotangents is None or batched or has_torch_function(cotangents + inputs):
         return torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph, create_graph, allow_unused=True, is_grads_batched=batched
         )
-    options: Any = (retain_graph, create_graph, inputs, True, False)  # allow_unused, and nothing goes into .grad
-    if batched:  # torch's older vmap takes as long as a small product
-        return each(lambda *v: _run_backward(outputs, v, *options), cotangents, "error")
-    return _run_backward(outputs, cotangents, *options)
+    return _run_backward(outputs, cotangents, retain_graph, create_graph, inputs, True, accumulate_grad=False)
 
 
 @contextmanager

@@ -30,8 +30,8 @@ class Dense(LinearSolver):
     It is also a preconditioner, the inverse of |A| = V|Λ|Vᵀ of a system before, for sequences in which A changes
     slowly: CG(preconditioner=Reused(Dense())), or MINRES where A is indefinite.
 
-    Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation, one more where
-        A is declared positive definite, and one more outside of a hypergradient.
+    Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation, a few more
+        where A is singular or not what it was declared to be, and one more outside of a hypergradient.
 
     Example:
         >>> import torch, hypergrad as hg
