@@ -176,7 +176,7 @@ class Linear:
         w = self.W[:, which].flatten(0, 1)
         z = self._times(w)
         size = self._transposed(train * self.inner(torch.zeros_like(z), y)[1]).flatten(1).norm(dim=1)
-        rounding = 4e-16 * size.clamp(min=1e-300)
+        rounding, floor = 4e-16 * size.clamp(min=1e-300), 1e-3 if self.dense or rtol < SINGLE else 0.1
         for _ in range(50):
             value, slope = self.inner(z, y)
             value = (train[..., 0] * value).sum(0) + (a * w * w).sum((1, 2)) / 2
@@ -185,7 +185,7 @@ class Linear:
             if bool((left <= torch.maximum(rtol * pull, rounding)).all()) or not bool(torch.isfinite(left).all()):
                 break
             rest = left / torch.maximum(pull, rounding)
-            step = self._solve(a, train, z, gradient, None, min(0.3, max(rtol / float(rest.max()), 1e-3)), INEXACT)
+            step = self._solve(a, train, z, gradient, None, min(0.3, max(rtol / float(rest.max()), floor)), INEXACT)
             along, length, worse = self._times(step), torch.ones_like(value), torch.ones_like(value) > 0
             for _ in range(20):
                 trial = w - length[:, None, None] * step
