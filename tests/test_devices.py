@@ -533,7 +533,10 @@ def test_what_reads_nothing_runs_where_there_are_no_numbers(door):
 @pytest.mark.parametrize("default", ["meta", torch.float16])
 @pytest.mark.parametrize("door", DOORS)
 def test_the_default_device_and_dtype_do_not_matter(door, default):
-    """On a default device without numbers, anything that is made there fails or is lost."""
+    """On a default device without numbers, anything that is made there fails or is lost.
+
+    Where tensors lie in memory decides the last digit of a matrix product, so it is not asked for.
+    """
     run, dtype = DOORS[door][0], torch.get_default_dtype()
     due = run(data())
     try:
@@ -545,4 +548,4 @@ def test_the_default_device_and_dtype_do_not_matter(door, default):
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(dtype)
-    compare(found, due, 0.0)
+    compare(found, due, 1e-9)
