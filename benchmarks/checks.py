@@ -40,12 +40,11 @@ ARITHMETIC = {WIDE: 0.03, "tiny": 1.0}  # where it is measured, with the limit
 CALLS = 15
 ROUNDS = {"mlp": 7, "logistic": 20, "equilibrium": 10, "tiny": 40, WIDE: 5}
 CHECKS = (
-    (_problem.Problem, "_residual_of"),
+    (_problem.Problem, "residual_of"),
     (_hypergradient, "inner_distance"),
     (hg.Hypergradient, "check_finite"),
     (hg.Hypergradient, "warn_if_unsolved"),
     (hg.Hypergradient, "warn_if_inaccurate"),
-    (_hypergradient, "warned_of_kink"),
     (_problem, "at_kink"),
     (_problem.Problem, "without_graphs"),
 )

@@ -114,12 +114,22 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.autograd.grad:
-            many = (kwargs or {}).get("is_grads_batched", False)
-            self.counts["passes"] += (kwargs or {})["grad_outputs"][0].shape[0] if many else 1
+            self.counts["passes"] += _cotangents(**(kwargs or {}))
         # tolist of a 0-d tensor is item(), which the dispatcher reports
         if func in self.READS and args[0].ndim:
             self.counts["reads"] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _cotangents(grad_outputs: Any = None, is_grads_batched: bool = False, **_: Any) -> int:
+    """How many cotangents a reverse pass takes at once, by is_grads_batched or by torch.func.vmap."""
+    first = grad_outputs[0] if isinstance(grad_outputs, (tuple, list)) else grad_outputs
+    if is_grads_batched:
+        return len(first)
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009
+    if first is None or not functorch.is_batchedtensor(first):
+        return 1
+    return functorch.get_unwrapped(first).shape[functorch.maybe_get_bdim(first)]
 
 
 class _Scalars(TorchDispatchMode):

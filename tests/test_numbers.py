@@ -81,6 +81,7 @@ NUMBER = re.compile(
 )
 # Thresholds of the library, each of which a test of its own asserts, and versions, which pyproject.toml has.
 KNOWN = {"10 %": "hg.InaccurateHypergradient", "3.10": "requires-python", "2.6": "torch>=", "2.13": "constraints.txt"}
+KNOWN |= dict.fromkeys(("3.11", "3.12", "3.13", "3.14"), "noxfile.py")
 
 
 def prose(file: Path) -> list[str]:
