@@ -50,7 +50,7 @@ if __name__ == "__main__":
                 for name, value in metrics.items():
                     board.add_scalar(name, value, step)
                 if table is None:
-                    table = csv.DictWriter(file, ["step", *metrics], restval="", extrasaction="ignore")
+                    table = csv.DictWriter(file, [*metrics], restval="", extrasaction="ignore")
                     table.writeheader()
-                table.writerow({"step": step} | metrics)
+                table.writerow(metrics)  # "step" is how many steps the tracker has made
     print(f"{config.steps // config.every} rows in {folder / 'metrics.csv'}; curves: tensorboard --logdir {folder}")
