@@ -45,7 +45,7 @@ if __name__ == "__main__":
                 each.step()
             for each in (inner, outer):
                 each.zero_grad()
-            if step % config.every == 0:
+            if (step + 1) % config.every == 0:
                 metrics = {"train_loss": train_loss.item(), "valid_loss": valid_loss.item()} | tracker.metrics()
                 for name, value in metrics.items():
                     board.add_scalar(name, value, step)

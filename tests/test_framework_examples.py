@@ -129,7 +129,7 @@ def test_loggers_hold_the_same_numbers(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "with_loggers" / "metrics.csv").read_text().splitlines()))
     board = EventAccumulator(str(tmp_path / "with_loggers")).Reload()
-    assert [float(row["step"]) for row in rows] == [1, 11] and "cosine" in rows[0]
+    assert [float(row["step"]) for row in rows] == [10, 20] and "cosine" in rows[0]
     for name in ("valid_loss", "inner_norm"):
         np.testing.assert_allclose(
             [event.value for event in board.Scalars(name)], [float(row[name]) for row in rows], rtol=1e-6
