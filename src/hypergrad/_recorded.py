@@ -13,6 +13,7 @@ from __future__ import annotations
 import linecache
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import count
@@ -56,6 +57,8 @@ QUICK: dict[Any, Any] = {getattr(aten, name).default: getattr(torch, name) for n
 QUICK |= {getattr(aten, name).Tensor: getattr(torch, name) for name in ("mul", "add", "sub")}
 # A view of the first v may be none of a later one, which lies in memory in another way.
 QUICK |= {aten.view.default: torch.reshape, aten._unsafe_view.default: torch.reshape}
+# Products to which a sum is added on the way.
+ADDED: dict[Any, Any] = {aten.mv.default: torch.addmv, aten.mm.default: torch.addmm}
 
 
 class NotCompiled(HypergradientWarning):
@@ -197,7 +200,7 @@ class Program:
                 step = Step(torch.mul, (("v", starts[ends[-1]]), ("d", ends[-1])), (), step.outs)
             kept.append(step)
             live.update(step.values)
-        self.steps = kept[::-1]
+        self.steps = _added(kept[::-1], results)
         self._used = _constants([*(ref for step in self.steps for ref in step.refs), *results])
         given = [f"v{i}" for i in range(inputs)] + [f"c{j}" for j in self._used] + [f"d{i}" for i in ends]
         self._functions: dict[str | None, Product] = {None: _written(given, self.steps, results)}
@@ -242,6 +245,22 @@ def _chains(steps: Sequence[Step]) -> tuple[dict[int, int], dict[int, int]]:
             starts[step.outs[0]] = origins.pop()
             lengths[step.outs[0]] = 1 + max(lengths.get(i, 0) for i in step.values)
     return starts, lengths
+
+
+def _added(steps: Sequence[Step], results: Sequence[Ref]) -> list[Step]:
+    """The same with x + My as one operation, where My is used nowhere else."""
+    uses = Counter([i for step in steps for i in step.values] + [ref[1] for ref in results if ref[0] == "v"])
+    alone = [s for s in steps if s.func in ADDED and uses[s.outs[0]] == 1 and all(ref[0] != "s" for ref in s.args)]
+    products, found = {step.outs[0]: step for step in alone}, {}
+    for step in steps:
+        if step.func is aten.add.Tensor and step.alike and not step.kwargs and len(step.values) == 2:
+            x, y = step.values if step.values[1] in products else reversed(step.values)
+            if y in products:
+                product = products.pop(y)
+                del found[product.outs]
+                step = Step(ADDED[product.func], (("v", x), *product.args), (), step.outs)
+        found[step.outs] = step
+    return list(found.values())
 
 
 def _written(given: list[str], steps: Sequence[Step], results: Sequence[Ref]) -> Product:
@@ -296,6 +315,8 @@ class Recorder:
         self._notes: dict[int, tuple[Any, Ref | None, int]] = {}
         self._memories = count()
         self._versions: list[tuple[Tensor, int]] = []
+        self._left_out: list[Tensor] = []  # zeros, added to values
+        self._transposes: dict[int, Ref] = {}
         self._inputs = [self._value(x, next(self._memories)) for x in v]
         # Memory from elsewhere, of v, and that of which there are views.
         self._shared: set[int | None] = {-1, *self._inputs}
@@ -344,8 +365,26 @@ class Recorder:
             return
         outs = tuple([-1 if x is None else self._value(x, memory) for x in tensors])
         alike = not many and all([self.forms[ref[1]] == self.forms[-1] for ref in args if ref[0] == "v"])
-        named = tuple([(name, self._ref(x)) for name, x in kwargs.items()])
-        self.steps.append(Step(func, args, named, outs, many, alike))
+        same = self._same(func, args, alike and not kwargs)
+        if same is not None:
+            who, _, memory = self._notes[id(out)]
+            self._notes[id(out)] = who, same, memory
+        else:
+            named = tuple([(name, self._ref(x)) for name, x in kwargs.items()])
+            self.steps.append(Step(func, args, named, outs, many, alike))
+            if func is aten.t.default:
+                self._transposes[outs[0]] = args[0]
+
+    def _same(self, func: Any, args: tuple[Ref, ...], alike: bool) -> Ref | None:
+        """The argument that a value is equal to: the transpose of xᵀ, x + 0."""
+        if func is aten.t.default:
+            return self._transposes.get(args[0][1])
+        for x, zero in (args, args[::-1]) if func is aten.add.Tensor and alike else ():
+            # New memory that nothing of v was written into; whether it is zero is seen at the end.
+            if zero[0] == "c" and self._note(self.constants[zero[1]])[2] != -1:
+                self._left_out.append(self.constants[zero[1]])
+                return x
+        return None
 
     def _value(self, x: Tensor, memory: int | None) -> int:
         i = len(self.forms)
@@ -388,6 +427,8 @@ class Recorder:
         refs = tuple(map(self._ref, results))
         if any(_torch.version_of(x) != before for x, before in self._versions):
             self.reason = self.reason or "it changes in place what it has used before"
+        if any(bool(torch.linalg.vector_norm(x)) for x in self._left_out):
+            self.reason = self.reason or "a part of it was done where torch does not see it"
         if self.reason is not None:
             raise NotCompiled(self.reason)
         return _program(tuple(self.steps), refs, len(self._inputs))
