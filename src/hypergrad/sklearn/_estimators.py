@@ -243,7 +243,8 @@ class LogisticRegressionHG(ClassifierMixin, Tuned):
         w(α) = argmin Σᵢ log-loss(xᵢᵀw + b, yᵢ) + ½ Σⱼ αⱼ ‖wⱼ‖²,    min_α  CV loss(w(α)) + shrinkage of log α
 
     As `RidgeHG`, with Newton's method and CG inside, on all folds side by side; from a thousand coefficients on, or
-    with a large sparse X, without factors.
+    with a sparse X, without factors: the gradient at coef_ is then 1e-4 of the penalty's, or 1e-2 where there are more
+    than 100,000 coefficients.
 
     Args:
         penalty, alphas, cv, shrinkage, early_stopping, max_iter, fit_intercept, warm_start, progress: as those of

@@ -27,6 +27,7 @@ SMALL = 150  # coefficients of a system that is factorised anew for each solve
 DENSE, MEMORY = 1_000, 60_000_000  # coefficients of one whose factors are kept for CG; numbers in all factors
 INEXACT = 200  # steps of CG for a step of Newton's method, which need not be exact
 STALE = 15  # steps of CG after which the factors are made anew
+LARGE = 100_000  # coefficients of a classifier whose refit is no more accurate than the search
 SINGLE = 1e-4  # relative residual down to which CG runs in float32
 
 
@@ -307,7 +308,8 @@ class Linear:
         """W [C or T, d] and intercepts of the first fold: to the last digits, or as those that the search scores."""
         which = torch.arange(self.W.shape[1])
         a, y, train = self._systems(strengths, which)
-        w = self._solution(a, y, train, strengths, which, 1e-10 if self.dense else 1e-4 if self.separate else self.rtol)
+        large = not self.separate and self.W[0].numel() > LARGE
+        w = self._solution(a, y, train, strengths, which, 1e-10 if self.dense else self.rtol if large else 1e-4)
         w = w[: len(which)]
         w = w[..., 0] if self.separate else w[0].mT
         return self._spread(w[:, :-1]), w[:, -1]
