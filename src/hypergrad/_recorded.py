@@ -62,7 +62,25 @@ ADDED: dict[Any, Any] = {aten.mv.default: torch.addmv, aten.mm.default: torch.ad
 
 
 class NotCompiled(HypergradientWarning):
-    """Products were to be compiled and could not be; the usual ones took their place."""
+    """Products were to be compiled and could not be; the usual ones took their place.
+
+    Example:
+        >>> import warnings
+        >>> w, scale, lam = torch.ones(50), torch.linspace(1.0, 10.0, 50), torch.ones(50, requires_grad=True)
+        >>> inner_loss = lambda w, lam: ((scale * (w - lam) ** 2).sum() + 1e-3 * (w**4).sum()).exp()
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always", hg.NotCompiled)
+        ...     result = hg.implicit.grad(
+        ...         lambda w, lam: (w**2).sum(),
+        ...         inner_loss=inner_loss,
+        ...         params=w,
+        ...         hparams=lam,
+        ...         solver=hg.solvers.CG(max_steps=100),
+        ...         compile="no_such_backend",
+        ...     )
+        >>> [each.category.__name__ for each in caught], result.compiled[:14]
+        (['NotCompiled'], 'reverse passes')
+    """
 
 
 class Recorded:

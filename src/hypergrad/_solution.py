@@ -28,7 +28,16 @@ INACCURATE = 0.1  # estimated relative error of a hypergradient, likewise
 
 
 class Status(enum.Enum):
-    """How a solve ended. Members are ordered from good to bad; `message` says what happened and what to try."""
+    """How a solve ended. Members are ordered from good to bad; `message` says what happened and what to try.
+
+    Example:
+        >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, 4.0])), symmetric=True)
+        >>> solution = hg.solvers.CG(max_steps=1)(op, torch.ones(2))
+        >>> solution.status.name, solution.status is hg.Status.COMPLETED, solution.ok
+        ('COMPLETED', True, True)
+        >>> print(hg.Status.COMPLETED.message)
+        the number of steps that was asked for is done; no tolerance was given
+    """
 
     message: str
 
@@ -82,27 +91,100 @@ class HypergradientWarning(UserWarning):
 
     Each kind is shown once for each line of your code that leads to it, whatever the numbers in it; the filters
     "always" and "error" take each.
+
+    Example:
+        >>> import warnings
+        >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, -1.0])), symmetric=True)
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", hg.HypergradientWarning)  # every kind is an error now
+        ...     try:
+        ...         _ = hg.solvers.CG()(op, torch.ones(2))
+        ...     except hg.HypergradientWarning as warning:
+        ...         print(type(warning).__name__)
+        NotConverged
     """
 
 
 class NotConverged(HypergradientWarning):
-    """A linear system or a fixed point was not solved to its tolerance."""
+    """A linear system or a fixed point was not solved to its tolerance.
+
+    Example:
+        >>> import warnings
+        >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, 100.0])), symmetric=True)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     solution = hg.solvers.CG(rtol=1e-6, max_steps=1)(op, torch.ones(2))
+        >>> caught[0].category.__name__, solution.status.name
+        ('NotConverged', 'MAX_STEPS')
+    """
 
 
 class NotFinite(HypergradientWarning):
-    """A hypergradient holds NaN or infinity."""
+    """A hypergradient holds NaN or infinity.
+
+    Example:
+        >>> import warnings
+        >>> lam = torch.zeros(1, requires_grad=True)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     result = hg.implicit.grad(
+        ...         lambda w, lam: (w + lam.sqrt()).sum(),  # its slope at λ = 0 is infinite
+        ...         inner_loss=lambda w, lam: ((w - lam) ** 2).sum(),
+        ...         params=torch.zeros(1),
+        ...         hparams=lam,
+        ...     )
+        >>> [each.category.__name__ for each in caught], result.grads
+        (['NotFinite'], tensor([inf]))
+    """
 
 
 class UnsolvedInnerProblem(HypergradientWarning):
-    """params are so far from the inner solution that the hypergradient means little."""
+    """params are so far from the inner solution that the hypergradient means little.
+
+    Example:
+        >>> import warnings
+        >>> lam = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> losses = {"inner_loss": lambda w, lam: ((w - lam) ** 2).sum() / 2, "params": torch.zeros(2), "hparams": lam}
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     result = hg.implicit.grad(lambda w, lam: ((w - 3) ** 2).sum(), **losses)  # w = 0 is not w*(λ) = λ
+        >>> caught[0].category.__name__, result.inner_residual
+        ('UnsolvedInnerProblem', tensor(2.2361))
+    """
 
 
 class InaccurateHypergradient(HypergradientWarning):
-    """A hypergradient with an estimated error above 10 % (too few steps), or above the rtol that `refine` aims at."""
+    """A hypergradient with an estimated error above 10 % (too few steps), or above the rtol that `refine` aims at.
+
+    Example:
+        >>> import warnings
+        >>> scale, lam = torch.tensor([1.0, 0.1]), torch.ones(2, requires_grad=True)
+        >>> inner_loss = lambda w, lam: (scale * (w - lam) ** 2).sum() / 2
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     result = hg.implicit.grad(
+        ...         lambda w, lam: (w**2).sum(),
+        ...         inner_loss=inner_loss,
+        ...         params=torch.ones(2),
+        ...         hparams=lam,
+        ...         solver=hg.solvers.CG(max_steps=1),
+        ...     )
+        >>> caught[0].category.__name__, result.solution.status.name
+        ('InaccurateHypergradient', 'COMPLETED')
+    """
 
 
 class SolverError(ValueError):
-    """A failed solve under on_failure="raise". `solution` holds what was reached."""
+    """A failed solve under on_failure="raise". `solution` holds what was reached.
+
+    Example:
+        >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, -1.0])), symmetric=True)
+        >>> try:
+        ...     _ = hg.solvers.CG(on_failure="raise")(op, torch.ones(2))
+        ... except hg.SolverError as error:
+        ...     print(error.solution.status.name)
+        NOT_POSITIVE_DEFINITE
+    """
 
     def __init__(self, message: str, solution: Solution):
         super().__init__(message)
@@ -169,6 +251,14 @@ class Solution:
         method: the solver's name; of solvers.Auto the method that gave the value, and why it was taken.
         curvature: the least xᵀAx / xᵀx (without the solver's damping) that the method met, where it knows it (CG);
             after negative curvature in solvers.Auto an estimate of the least eigenvalue from below: 0-d, or [B].
+
+    Example:
+        >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, 4.0])), symmetric=True)
+        >>> solution = hg.solvers.CG(rtol=1e-4)(op, torch.ones(2))
+        >>> solution.value, solution.ok, solution.steps
+        (tensor([1.0000, 0.2500]), True, 2)
+        >>> solution.status.name, bool(solution.residual_norm <= 1e-4 * solution.rhs_norm)
+        ('CONVERGED', True)
     """
 
     value: Any

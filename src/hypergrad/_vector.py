@@ -270,6 +270,11 @@ class Vector:
     """A point of a Space, with the arithmetic that solvers need. Scalars are numbers, or tensors 0-d (or [B]).
 
     Operations ending in _ write into the vector and return it.
+
+    Example:
+        >>> v = hg.Vector.of({"a": torch.ones(2), "b": torch.zeros(3)}, "v")
+        >>> (2 * v).norm(), (v + v).tree["a"]
+        (tensor(2.8284), tensor([2., 2.]))
     """
 
     __slots__ = ("_leaves", "chunks", "space")

@@ -153,6 +153,18 @@ def replicated(tree: PyTree, group: Any = None) -> PyTree:
     Raises: RuntimeError without a process group; TypeError for sharded tensors, which are for `gathered`.
     Cost: in every reverse pass one all-reduce of as many numbers as the tree has (of those that the pass asks for).
     Source: Shoeybi et al. 2019 (Megatron-LM), section 3, the conjugate operators f and g, here with means.
+
+    Example:
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> w, lam = torch.tensor(2.0), torch.tensor(2.0, requires_grad=True)
+        >>> def inner_loss(w, lam):
+        ...     w, lam = hg.distributed.replicated((w, lam))
+        ...     return (w - lam) ** 2  # on this rank's rows
+        >>> hg.implicit.grad(
+        ...     lambda w, lam: hg.distributed.replicated(w) ** 2, inner_loss=inner_loss, params=w, hparams=lam
+        ... ).grads
+        tensor(4.)
+        >>> torch.distributed.destroy_process_group()
     """
     _check_started()
     tensors, rebuild = split(tree)
@@ -171,6 +183,16 @@ def gathered(tree: PyTree, group: Any = None) -> PyTree:
         group: of the tensors that are not sharded.
 
     Cost: an all-gather; in every reverse pass a reduce-scatter.
+
+    Example:
+        >>> from torch.distributed.tensor import Shard, distribute_tensor
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        >>> w = distribute_tensor(torch.ones(4), mesh, [Shard(0)]).requires_grad_()
+        >>> (gradient,) = torch.autograd.grad((hg.distributed.gathered(w) ** 2).sum(), w)
+        >>> gradient.to_local(), gradient.placements
+        (tensor([2., 2., 2., 2.]), (Shard(dim=0),))
+        >>> torch.distributed.destroy_process_group()
     """
     _check_started()
     tensors, rebuild = split(tree)
@@ -225,6 +247,12 @@ def share(count: float, group: Any = None, device: torch.device | str | None = N
         count: rows of this rank's batch.
         group: a process group; None: all ranks.
         device: where the counts are added up, such as "cuda" for NCCL; the CPU by default.
+
+    Example:
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> hg.distributed.share(10)  # all rows are this rank's
+        1.0
+        >>> torch.distributed.destroy_process_group()
     """
     _check_started()
     total = torch.tensor(float(count), dtype=torch.float64, device="cpu" if device is None else device)
@@ -250,6 +278,15 @@ def together(group: Any = None) -> Iterator[None]:
 
     Raises: RuntimeError on the ranks that did not fail themselves, which names one that did.
     Cost: an all-reduce of one number, which is read.
+
+    Example:
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> batches = iter([torch.ones(3)])
+        >>> with hg.distributed.together():
+        ...     batch = next(batches)  # what may fail on one rank alone
+        >>> batch
+        tensor([1., 1., 1.])
+        >>> torch.distributed.destroy_process_group()
     """
     _check_started()
     try:

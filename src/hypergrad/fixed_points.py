@@ -135,6 +135,13 @@ class FixedPointSolver(ABC):
         check_every: steps between two looks at the residual (default: 1 on the CPU, 5 elsewhere).
         trace: keep the residual norm of each sample at each step, [steps + 1, B]; else that of the worst, [steps + 1],
             and without a tolerance only at steps 1, 2, 4, … and the last (NaN in between).
+
+    Example:
+        >>> for solver in (hg.fixed_points.Picard(rtol=1e-10), hg.fixed_points.Anderson(rtol=1e-10)):
+        ...     solution = solver(lambda w: w.cos(), torch.tensor(1.0, dtype=torch.float64))
+        ...     print(isinstance(solver, hg.fixed_points.FixedPointSolver), solution.value)
+        True tensor(0.7391, dtype=torch.float64)
+        True tensor(0.7391, dtype=torch.float64)
     """
 
     max_steps: int | None = None

@@ -375,17 +375,35 @@ def stoch_AID(
 
 
 def grd(a: Any, b: Any) -> tuple[Tensor, ...]:
-    """∇ of a with respect to the tensors b, with a graph."""
+    """∇ of a with respect to the tensors b, with a graph.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> (gradient,) = hg.grd((w**3).sum(), [w])
+        >>> hg.grd(gradient.sum(), [w])[0].detach()  # the second derivative
+        tensor([ 6., 12.])
+    """
     return torch_grad(a, b, create_graph=True, retain_graph=True)
 
 
 def list_dot(l1: Sequence[Tensor], l2: Sequence[Tensor]) -> Tensor:
-    """⟨l1, l2⟩ of two lists of tensors."""
+    """⟨l1, l2⟩ of two lists of tensors.
+
+    Example:
+        >>> hg.list_dot([torch.ones(2), torch.tensor(3.0)], [torch.ones(2), torch.tensor(2.0)])
+        tensor(8.)
+    """
     return torch.stack([(a * b).sum() for a, b in zip(l1, l2, strict=True)]).sum()
 
 
 def jvp(fp_map: Callable[[Any], Any], params: Sequence[Tensor], vs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """∂fp_map(params) · vs, with a graph, from one evaluation of fp_map."""
+    """∂fp_map(params) · vs, with a graph, from one evaluation of fp_map.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> hg.jvp(lambda params: [params[0] ** 2], [w], [torch.ones(2)])[0].detach()
+        tensor([2., 4.])
+    """
     value = fp_map(params)
     cotangents = [torch.ones_like(y).requires_grad_() for y in value]
     pulled = grad_unused_zero(list_dot(value, cotangents), params, create_graph=True)
@@ -395,19 +413,38 @@ def jvp(fp_map: Callable[[Any], Any], params: Sequence[Tensor], vs: Sequence[Ten
 def get_outer_gradients(
     outer_loss: Tensor, params: Sequence[Tensor], hparams: Sequence[Tensor], retain_graph=True
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """∇₁E and ∇₂E of an evaluated outer loss; zeros for what it does not depend on."""
+    """∇₁E and ∇₂E of an evaluated outer loss; zeros for what it does not depend on.
+
+    Example:
+        >>> w, lam = torch.tensor([1.0, 2.0], requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> hg.get_outer_gradients((lam * w**2).sum(), [w], [lam])
+        ((tensor([2., 4.]),), (tensor([1., 4.]),))
+    """
     params = list(params)
     grads = grad_unused_zero(outer_loss, [*params, *hparams], retain_graph=retain_graph)
     return grads[: len(params)], grads[len(params) :]
 
 
 def cat_list_to_tensor(list_tx: Sequence[Tensor]) -> Tensor:
-    """All entries as one vector."""
+    """All entries as one vector.
+
+    Example:
+        >>> hg.cat_list_to_tensor([torch.ones(1), torch.zeros(2, 1)])
+        tensor([1., 0., 0.])
+    """
     return torch.cat([x.reshape(-1) for x in list_tx])
 
 
 def update_tensor_grads(hparams: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Add gradients to .grad as they are: no hook runs, and nothing is passed on behind hparams."""
+    """Add gradients to .grad as they are: no hook runs, and nothing is passed on behind hparams.
+
+    Example:
+        >>> lam = torch.zeros(2, requires_grad=True)
+        >>> hg.update_tensor_grads([lam], [torch.ones(2)])
+        >>> hg.update_tensor_grads([lam], [torch.ones(2)])
+        >>> lam.grad
+        tensor([2., 2.])
+    """
     pairs = list(zip(hparams, grads, strict=True))
     for h, g in pairs:
         if g is not None and g.shape != h.shape:
@@ -425,7 +462,13 @@ def grad_unused_zero(
     retain_graph: bool = False,
     create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
-    """torch.autograd.grad with zeros for inputs that output does not depend on."""
+    """torch.autograd.grad with zeros for inputs that output does not depend on.
+
+    Example:
+        >>> w, unused = torch.tensor([1.0, 2.0], requires_grad=True), torch.ones(3, requires_grad=True)
+        >>> hg.grad_unused_zero((w**2).sum(), [w, unused])
+        (tensor([2., 4.]), tensor([0., 0., 0.]))
+    """
     outputs, cotangents = ([x] if isinstance(x, Tensor) else x for x in (output, grad_outputs))
     flags: Any = {"retain_graph": retain_graph, "create_graph": create_graph}
     return tuple(_autodiff.grad(outputs, list(inputs), cotangents, **flags))

@@ -41,6 +41,11 @@ class LinearOperator:
         each: A, where this is its `stacked()` form, else None.
 
     Cost: `products` counts the products of the operator, its transpose and its damped forms together.
+
+    Example:
+        >>> op = hg.operators.LinearOperator(lambda v: 2 * v, symmetric=True)
+        >>> op(torch.ones(3)), op.products
+        (tensor([2., 2., 2.]), 1)
     """
 
     def __init__(

@@ -117,6 +117,14 @@ def f2sa(
 
     Args:
         order, penalty, average: of F2SA: method=functools.partial(f2sa, penalty=30.0).
+
+    Example:
+        >>> from hypergrad.transformers import SourceWeights, f2sa
+        >>> model, weights = torch.nn.Linear(2, 2), SourceWeights(2)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> tracker = f2sa(list(model.parameters()), list(weights.parameters()), optimizer)
+        >>> type(tracker.optimizer).__name__, tracker.optimizer.param_groups[0]["lr"]
+        ('AdamW', 0.001)
     """
     kind, places = type(optimizer), {id(x): i for i, x in enumerate(params)}
     known = signature(kind).parameters
@@ -135,10 +143,6 @@ def f2sa(
 
 class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
     """A Trainer that learns `hparams`, weights of its training data, from the loss on `valid_dataset`.
-
-        trainer = BilevelTrainer(model, args, train_dataset=train, valid_dataset=valid, hparams=SourceWeights(4))
-        trainer.train()
-        trainer.hparams.weights
 
     The model is trained on the weighted loss alone; validation data reaches it through the weights. Everything else is
     the Trainer's own: gradient accumulation, bf16 and fp16, PEFT, schedules, callbacks, logging, checkpoints, resume.
@@ -162,6 +166,23 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
 
     Raises: ValueError for more than one process or device, DeepSpeed and label smoothing.
     Source: the trackers': see `hg.bilevel`.
+
+    Example:
+        >>> import tempfile, transformers
+        >>> from hypergrad.transformers import BilevelTrainer, SourceWeights
+        >>> config = transformers.GPT2Config(
+        ...     vocab_size=8, n_positions=4, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0
+        ... )
+        >>> texts = torch.randint(8, (8, 4))
+        >>> train = [{"input_ids": text, "labels": text, "source": i % 2} for i, text in enumerate(texts)]
+        >>> valid = [{"input_ids": text, "labels": text} for text in texts[::2]]  # those of source 0
+        >>> args = transformers.TrainingArguments(tempfile.mkdtemp(), max_steps=2, report_to="none", use_cpu=True)
+        >>> model = transformers.GPT2LMHeadModel(config)
+        >>> trainer = BilevelTrainer(model, args, train_dataset=train, valid_dataset=valid, hparams=SourceWeights(2))
+        >>> result = trainer.train()
+        {'train_runtime': ...}
+        >>> trainer.hparams.weights.shape
+        torch.Size([2])
     """
 
     def __init__(

@@ -45,6 +45,17 @@ class Batch:
 
     Every evaluation of a closure draws the same random numbers (dropout, augmentation), and only the first one, at the
     present point, records statistics (BatchNorm).
+
+    Example:
+        >>> class Descent(hg.bilevel.Tracker):
+        ...     def directions(self, outer, inner):  # the losses of two batches
+        ...         down, up = self.oracles.gradients(inner), self.oracles.gradients(outer)
+        ...         return hg.bilevel.Directions(down.params, [], up.hparams, {"training loss": inner.value})
+        >>> w, lam = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+        >>> tracker = Descent([w], [lam])
+        >>> _ = tracker.backward((lam * w).sum(), (w**2).sum())
+        >>> tracker.report().others
+        {'training loss': 1.0}
     """
 
     def __init__(self, loss: LossLike, name: str, oracles: Oracles):
@@ -325,12 +336,23 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def plus(xs: Grads, ys: Grads, factor: float | Tensor = 1.0) -> Grads:
-    """xᵢ + factor · yᵢ, None standing for zeros; sparse stays sparse."""
+    """xᵢ + factor · yᵢ, None standing for zeros; sparse stays sparse.
+
+    Example:
+        >>> hg.bilevel.plus([torch.ones(2), None], [torch.ones(2), torch.ones(1)], -0.5)
+        [tensor([0.5000, 0.5000]), tensor([-0.5000])]
+    """
     scaled = ys if isinstance(factor, float) and factor == 1 else [None if y is None else y * factor for y in ys]
     return [x if y is None else y if x is None else x + y for x, y in zip(xs, scaled, strict=True)]
 
 
 def times(xs: Grads, factor: float | Tensor) -> Grads:
+    """factor · xᵢ, None standing for zeros.
+
+    Example:
+        >>> hg.bilevel.times([torch.ones(2), None], 3.0)
+        [tensor([3., 3.]), None]
+    """
     return [None if x is None else x * factor for x in xs]
 
 

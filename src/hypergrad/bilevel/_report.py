@@ -34,6 +34,16 @@ class Report:
         allowed_lr: 2 / curvature: a larger step on v, or a plain gradient step on params, diverges.
         evaluations: how many gradients of both losses and how many second-order products were taken.
         others: numbers of one algorithm only, by name.
+
+    Example:
+        >>> w, lam = torch.full((1,), 2.0, requires_grad=True), torch.full((1,), 2.0, requires_grad=True)
+        >>> tracker = hg.bilevel.SOBA([w], [lam], lr=0.5)
+        >>> for _ in range(20):
+        ...     _ = tracker.backward((w**2).sum() / 2, ((w - lam) ** 2).sum())
+        ...     tracker.step()
+        >>> report = tracker.report()
+        >>> report.step, round(report.curvature, 3), round(report.allowed_lr, 3)  # ∇²₁₁g = 2
+        (20, 2.0, 1.0)
     """
 
     step: int
@@ -66,6 +76,17 @@ class Comparison:
         cosine: of the angle between them.
         relative_error: ‖D_λ − ∇f‖ / ‖∇f‖.
         hypergradient: the result of implicit.grad.
+
+    Example:
+        >>> w, lam = torch.full((1,), 2.0, requires_grad=True), torch.full((1,), 2.0, requires_grad=True)
+        >>> outer, inner = lambda: (w**2).sum() / 2, lambda: ((w - lam) ** 2).sum() / 2  # ∇f(λ) = λ
+        >>> tracker = hg.bilevel.SOBA([w], [lam], lr=0.5)
+        >>> for _ in range(20):
+        ...     _ = tracker.backward(outer(), inner())
+        ...     tracker.step()
+        >>> comparison = tracker.error(outer(), inner())
+        >>> comparison.hypergradient.grads, bool(comparison.relative_error < 1e-4)
+        ([tensor([2.])], True)
     """
 
     cosine: float

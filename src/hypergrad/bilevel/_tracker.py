@@ -47,7 +47,12 @@ _LIVING: weakref.WeakSet[Tracker] = weakref.WeakSet()
 
 
 class Directions(NamedTuple):
-    """What one pair of batches gives: for params, the tracker's own variables and hparams; and numbers to watch."""
+    """What one pair of batches gives: for params, the tracker's own variables and hparams; and numbers to watch.
+
+    Example:
+        >>> hg.bilevel.Directions(params=[torch.ones(2)], own=[], hparams=[None], watched={"loss": torch.tensor(0.5)})
+        Directions(params=[tensor([1., 1.])], own=[], hparams=[None], watched={'loss': tensor(0.5000)})
+    """
 
     params: list[Tensor]
     own: list[Tensor]
@@ -64,6 +69,17 @@ class Tracker(ABC):
         oracles: the derivatives of losses that the algorithm is written in.
         filters: average, recursive momentum or tables, by name.
         steps, skipped: how often `step` was called, and how many batches were left out.
+
+    Example:
+        >>> class Descent(hg.bilevel.Tracker):
+        ...     def directions(self, outer, inner):
+        ...         down, up = self.oracles.gradients(inner), self.oracles.gradients(outer)
+        ...         return hg.bilevel.Directions(down.params, [], up.hparams, {})
+        >>> w, lam = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+        >>> tracker = Descent([w], [lam])
+        >>> _ = tracker.backward((lam**2 * w).sum(), (3 * w).sum())
+        >>> w.grad, lam.grad
+        (tensor([3.]), tensor([2.]))
     """
 
     takes: ClassVar[tuple[str, ...]] = ()  # which further arguments of `backward` the algorithm uses

@@ -49,6 +49,16 @@ class Estimate:
         corrected_norm: norm of the corrected hypergradient.
         corrected: the corrected hypergradient, in hparams' structure.
         params: the estimate of w*: w after the Newton steps, and one more.
+
+    Example:
+        >>> lam, scale = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 4.0])
+        >>> inner_loss = lambda w, lam: (scale * (w - lam) ** 2).sum() / 2
+        >>> result = hg.implicit.grad(
+        ...     lambda w, lam: (w**2).sum() / 2, inner_loss=inner_loss, params=1.01 * lam.detach(), hparams=lam
+        ... )
+        >>> estimate = hg.diagnostics.check(result).estimate
+        >>> f"{estimate.relative_error:.3f}", estimate.corrected
+        ('0.010', tensor([3., 1.], dtype=torch.float64))
     """
 
     inner_residual: float

@@ -35,6 +35,19 @@ class Finding:
             and "max_products" (the estimate could not be finished).
         message: what was seen, with numbers, and what to do.
         numbers: these numbers by name.
+
+    Example:
+        >>> lam = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+        >>> saddle = lambda w, lam: (w[0] - lam[0]) ** 2 - (w[1] - lam[1]) ** 2
+        >>> result = hg.implicit.grad(
+        ...     lambda w, lam: (w**2).sum() / 2,
+        ...     inner_loss=saddle,
+        ...     params=lam.detach(),
+        ...     hparams=lam,
+        ...     solver=hg.solvers.MINRES(),
+        ... )
+        >>> [finding.name for finding in hg.diagnostics.check(result).findings]
+        ['indefinite']
     """
 
     name: str

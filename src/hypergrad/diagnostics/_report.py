@@ -40,6 +40,18 @@ class Report:
         advice: the verdict, the findings, and what to do, in sentences.
         products: with A and Aᵀ, beside the two reverse passes of each correction.
         left_out: what was not done because max_products were spent.
+
+    Example:
+        >>> lam = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+        >>> result = hg.implicit.grad(
+        ...     lambda w, lam: (w**2).sum() / 2,
+        ...     inner_loss=lambda w, lam: ((w - lam) ** 4 / 4 + (w - lam) ** 2).sum(),
+        ...     params=1.01 * lam.detach(),
+        ...     hparams=lam,
+        ... )
+        >>> report = hg.diagnostics.check(result)
+        >>> report.ok, report.verdict
+        (False, 'the hypergradient is off by about 1.00%')
     """
 
     ok: bool

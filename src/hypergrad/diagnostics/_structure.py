@@ -249,7 +249,17 @@ def _next_vector(w: Vector, norm: Tensor, basis: Basis, count: int, generator: t
 
 @dataclass(frozen=True)
 class SolverChoice:
-    """A solver by name, the products that it needs (None: no bound is known), and why it does not apply, if so."""
+    """A solver by name, the products that it needs (None: no bound is known), and why it does not apply, if so.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64))
+        >>> structure = hg.diagnostics.operator_structure(hg.operators.matrix(matrix, symmetric=True), matrix[0])
+        >>> choices = {choice.solver: choice for choice in hg.diagnostics.solver_choice(structure)}
+        >>> choices["CG"].valid, choices["MINRES"].valid
+        (False, True)
+        >>> print(choices["CG"].against)
+        A is indefinite, not positive definite
+    """
 
     solver: str
     products: float | None

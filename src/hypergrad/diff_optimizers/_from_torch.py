@@ -19,7 +19,17 @@ FLAGS = ("maximize", "nesterov", "amsgrad", "centered", "decoupled_weight_decay"
 
 
 class Twin(NamedTuple):
-    """What `from_torch` gives: the rule, copies of the params in the order of the param groups, and the state."""
+    """What `from_torch` gives: the rule, copies of the params in the order of the param groups, and the state.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.fill_(1.0)
+        >>> twin = hg.diff_optimizers.from_torch(torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> new, state = twin.rule.update(twin.params, twin.state, [torch.ones(1, 1)])
+        >>> new[0].detach(), model.weight.data  # the live model is unchanged
+        (tensor([[0.9000]]), tensor([[1.]]))
+    """
 
     rule: Rule
     params: list[Tensor]

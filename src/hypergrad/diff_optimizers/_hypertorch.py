@@ -59,6 +59,12 @@ def heavy_ball_step(
     """Heavy ball (Polyak 1964), w₊ ← w − η ∇g(w) + μ (w − w₋), with aux_params w₋.
 
     Returns (w₊, w); else as `gd_step`.
+
+    Example:
+        >>> w = torch.ones(1, requires_grad=True)
+        >>> params, last = hg.heavy_ball_step([w], [torch.zeros(1)], (w**2).sum() / 2, 0.5, 0.9)
+        >>> params[0].detach(), last[0].detach()
+        (tensor([1.4000]), tensor([1.]))
     """
     params, grads = _gradient(params, loss, create_graph)
     aux: Params = list(aux_params)
@@ -72,6 +78,12 @@ def torch_momentum_step(
     """Momentum of torch.optim.SGD, v₊ ← μ v + ∇g(w), w₊ ← w − η v₊, with aux_params v, zeros at the start.
 
     Returns (w₊, v₊); else as `gd_step`.
+
+    Example:
+        >>> w = torch.ones(1, requires_grad=True)
+        >>> params, velocity = hg.torch_momentum_step([w], [torch.zeros(1)], (w**2).sum() / 2, 0.5, 0.9)
+        >>> params[0].detach(), velocity[0].detach()
+        (tensor([0.5000]), tensor([1.]))
     """
     params, grads = _gradient(params, loss, create_graph)
     aux: Params = list(aux_params)
@@ -89,6 +101,16 @@ class DifferentiableOptimizer:
 
     Attributes:
         curr_loss: the loss at the params of the last call.
+
+    Example:
+        >>> loss = lambda params, hparams: (hparams[0] * params[0] ** 2).sum() / 2
+        >>> class Descent(hg.DifferentiableOptimizer):
+        ...     def step(self, params, hparams, create_graph):
+        ...         gradients = torch.autograd.grad(self.get_loss(params, hparams), params, create_graph=create_graph)
+        ...         return [w - 0.1 * g for w, g in zip(params, gradients)]
+        >>> w, lam = torch.ones(1), torch.ones(1, requires_grad=True)
+        >>> torch.autograd.grad(Descent(loss, dim_mult=1)([w], [lam]), lam)  # w ← w − λw/10
+        (tensor([-0.1000]),)
     """
 
     def __init__(self, loss_f: Callable[..., Tensor], dim_mult: int, data_or_iter: Any = None):
@@ -131,7 +153,15 @@ class DifferentiableOptimizer:
 
 
 class GradientDescent(DifferentiableOptimizer):
-    """Gradient descent, see `gd_step`; step_size is η, or a callable of hparams."""
+    """Gradient descent, see `gd_step`; step_size is η, or a callable of hparams.
+
+    Example:
+        >>> loss = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2
+        >>> step = hg.GradientDescent(loss, step_size=0.5)
+        >>> w, lam = torch.ones(1), torch.zeros(1, requires_grad=True)
+        >>> step([w], [lam])[0].detach(), step.curr_loss.detach()
+        (tensor([0.5000]), tensor(0.5000))
+    """
 
     def __init__(self, loss_f: Callable[..., Tensor], step_size: Coefficient, data_or_iter: Any = None):
         super().__init__(loss_f, dim_mult=1, data_or_iter=data_or_iter)
@@ -162,12 +192,30 @@ class _WithBuffer(DifferentiableOptimizer):
 
 
 class HeavyBall(_WithBuffer):
-    """Heavy ball, see `heavy_ball_step`. As in HyperTorch the state starts from w₋ = 0 (get_opt_params)."""
+    """Heavy ball, see `heavy_ball_step`. As in HyperTorch the state starts from w₋ = 0 (get_opt_params).
+
+    Example:
+        >>> loss = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2
+        >>> step = hg.HeavyBall(loss, step_size=0.5, momentum=0.9)
+        >>> state = step.get_opt_params([torch.ones(1)])  # w and w₋
+        >>> [x.detach() for x in step(state, [torch.zeros(1)])]
+        [tensor([1.4000]), tensor([1.])]
+    """
 
     rule = staticmethod(heavy_ball_step)
 
 
 class Momentum(_WithBuffer):
-    """Momentum as torch.optim.SGD has it, see `torch_momentum_step`."""
+    """Momentum as torch.optim.SGD has it, see `torch_momentum_step`.
+
+    Example:
+        >>> loss = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2
+        >>> step = hg.Momentum(loss, step_size=lambda hparams: hparams[1], momentum=0.9)
+        >>> state, lam = step.get_opt_params([torch.ones(1)]), [torch.zeros(1), torch.tensor(0.5)]
+        >>> for _ in range(2):
+        ...     state = step(state, lam)
+        >>> [x.detach() for x in state]  # w and its velocity
+        [tensor([-0.2000]), tensor([1.4000])]
+    """
 
     rule = staticmethod(torch_momentum_step)

@@ -18,6 +18,17 @@ class Prox(ABC):
     """prox_{ηr}(w) = argmin_u ½‖u − w‖² + η r(u), leaf by leaf. Hyperparameters as in `Rule`.
 
     At a kink the derivative is that of one side, and where the result is constant it is 0.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class NonNegative(D.Prox):
+        ...     def leaf(self, w, lr, value):
+        ...         return w.clamp(min=0)
+        >>> rule, w = D.ProximalGradient(lr=0.1, prox=NonNegative()), torch.ones(2)
+        >>> rule.update(w, rule.init(w), torch.tensor([1.0, 20.0]))[0]
+        tensor([0.9000, 0.0000])
     """
 
     def __post_init__(self) -> None:
@@ -42,6 +53,12 @@ class L1(Prox):
 
     Args:
         strength: α.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, w = D.ProximalGradient(lr=0.5, prox=D.L1(strength=1.0)), torch.tensor([1.0, 0.2])
+        >>> rule.update(w, rule.init(w), torch.zeros(2))[0]  # each moves by ηα towards 0, where it stays
+        tensor([0.5000, 0.0000])
     """
 
     strength: Hyper
@@ -56,6 +73,12 @@ class ElasticNet(Prox):
 
     Args:
         l1, l2: α, β.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, w = D.ProximalGradient(lr=0.5, prox=D.ElasticNet(l1=1.0, l2=2.0)), torch.tensor([1.0, 0.2])
+        >>> rule.update(w, rule.init(w), torch.zeros(2))[0]
+        tensor([0.2500, 0.0000])
     """
 
     l1: Hyper
@@ -71,6 +94,12 @@ class Box(Prox):
 
     Args:
         lower, upper: the bounds, with lower ≤ upper.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, w = D.ProximalGradient(lr=0.5, prox=D.Box(lower=0.0, upper=1.0)), torch.tensor([1.0, 0.2])
+        >>> rule.update(w, rule.init(w), torch.tensor([-1.0, 1.0]))[0]
+        tensor([1., 0.])
     """
 
     lower: Hyper = 0.0
@@ -94,6 +123,12 @@ class Simplex(Prox):
         radius: positive.
 
     Source: Held, Wolfe & Crowder 1974; Duchi et al., ICML 2008, figure 1.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, w = D.ProximalGradient(lr=1.0, prox=D.Simplex()), torch.tensor([0.5, 0.5])
+        >>> rule.update(w, rule.init(w), torch.tensor([-0.4, 0.0]))[0]
+        tensor([0.7000, 0.3000])
     """
 
     radius: Hyper = 1.0
@@ -120,6 +155,12 @@ class GroupLasso(Prox):
         dim: the axis that a group runs along; None where each leaf is one group.
 
     Source: Yuan & Lin 2006.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, w = D.ProximalGradient(lr=1.0, prox=D.GroupLasso(strength=2.5)), torch.tensor([3.0, 4.0])
+        >>> rule.update(w, rule.init(w), torch.zeros(2))[0]  # ‖w‖ = 5, and half of it remains
+        tensor([1.5000, 2.0000])
     """
 
     strength: Hyper
@@ -144,6 +185,14 @@ class ProximalGradient(Rule):
         prox: r.
 
     Source: Beck & Teboulle 2009, ISTA.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> strength = torch.tensor(0.5, requires_grad=True)
+        >>> rule, w = D.ProximalGradient(lr=0.1, prox=D.L1(strength=strength)), torch.tensor([1.0, -2.0])
+        >>> new, _ = rule.update(w, rule.init(w), w)
+        >>> new.detach(), torch.autograd.grad(new[0], strength)
+        (tensor([ 0.8500, -1.7500]), (tensor(-0.1000),))
     """
 
     lr: Hyper = 1e-3
@@ -172,6 +221,15 @@ class FISTA(Rule):
         prox: r.
 
     Source: Beck & Teboulle 2009, equations 4.1 to 4.3.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, y = D.FISTA(lr=0.5, prox=D.L1(strength=0.2)), torch.tensor([1.0, -2.0])
+        >>> state = rule.init(y)
+        >>> for _ in range(60):
+        ...     y, state = rule.update(y, state, y - 1)  # the gradient of ½‖y − 1‖²
+        >>> [x.round(decimals=4) for x in state["x"]]
+        [tensor(0.8000), tensor(0.8000)]
     """
 
     lr: Hyper = 1e-3

@@ -27,6 +27,15 @@ class PerStep:
 
     Args:
         values: a tensor whose first axis counts steps, or a sequence of numbers or 0-d tensors.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, w = D.SGD(lr=D.PerStep(torch.tensor([0.1, 0.2]))), torch.ones(1)
+        >>> state = rule.init(w)
+        >>> for _ in range(2):
+        ...     w, state = rule.update(w, state, torch.ones(1))
+        >>> w  # 1 − 0.1 − 0.2
+        tensor([0.7000])
     """
 
     values: Tensor | Sequence[Number]
@@ -57,6 +66,13 @@ class PerLeaf:
     Args:
         values: of params' structure, or a list in the order of its leaves. Each is a number, a tensor whose shape
             broadcasts to the leaf's (0-d, or one value for each entry), or a PerStep of those.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> w = {"body": torch.ones(1), "head": torch.ones(1)}
+        >>> rule = D.SGD(lr=D.PerLeaf({"body": 0.0, "head": 0.5}))
+        >>> rule.update(w, rule.init(w), w)[0]
+        {'body': tensor([1.]), 'head': tensor([0.5000])}
     """
 
     values: PyTree
@@ -204,6 +220,26 @@ class Rule(ABC):
     Args:
         maximize: step up the gradient instead of down.
         frozen: places, in the order of params' leaves, of leaves that no update changes.
+
+    Example:
+        A rule of your own: its state and its formula, here steps along a running mean of the gradients.
+
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Averaged(hg.diff_optimizers.Rule):
+        ...     lr: float = 0.1
+        ...     alpha: float = 0.9
+        ...
+        ...     def slots(self):
+        ...         return {"mean": torch.zeros_like}
+        ...
+        ...     def leaf(self, w, g, s, value):
+        ...         alpha = value(self, "alpha")
+        ...         mean = alpha * s["mean"] + (1 - alpha) * g
+        ...         return w - value(self, "lr") * mean, {"mean": mean}
+        >>> rule, w = Averaged(lr=lambda hparams: hparams["lr"]), torch.ones(2)
+        >>> rule.update(w, rule.init(w), torch.tensor([1.0, -1.0]), {"lr": 0.5})[0]
+        tensor([0.9500, 1.0500])
     """
 
     maximize: bool = False

@@ -137,8 +137,11 @@ class Adam(Rule):
     Source: Kingma & Ba, ICLR 2015; Reddi et al., ICLR 2018; Loshchilov & Hutter, ICLR 2019; as in torch.optim.Adam.
 
     Example:
-        >>> rule, w = Adam(lr=0.1), torch.tensor([1.0, 2.0])
-        >>> rule.update(w, rule.init(w), w)[0]
+        >>> D, w = hg.diff_optimizers, torch.tensor([1.0, 2.0])
+        >>> for rule in (D.Adam(lr=0.1), D.AdamW(lr=0.1, weight_decay=0.5), D.AMSGrad(lr=0.1)):
+        ...     print(rule.update(w, rule.init(w), w)[0])
+        tensor([0.9000, 1.9000])
+        tensor([0.8500, 1.8000])
         tensor([0.9000, 1.9000])
     """
 
@@ -180,6 +183,12 @@ class RMSprop(Rule):
 
     Source: Hinton's lectures 2012; Graves 2013 (centred); as in torch.optim.RMSprop. Where rounding makes v − a²
         negative, its root is 0 here and NaN in torch.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, w = D.RMSprop(lr=0.05, alpha=0.99), torch.tensor([1.0, 2.0])
+        >>> rule.update(w, rule.init(w), w)[0]  # η / √(1 − α) = 0.5 at first
+        tensor([0.5000, 1.5000])
     """
 
     lr: Hyper = 1e-2
@@ -214,6 +223,12 @@ class Adagrad(Rule):
     with δ the lr_decay, from v = initial_accumulator_value, a number or a 0-d tensor.
 
     Source: Duchi et al., JMLR 2011; as in torch.optim.Adagrad.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, w = D.Adagrad(lr=0.1), torch.tensor([1.0, 2.0])
+        >>> rule.update(w, rule.init(w), w)[0]
+        tensor([0.9000, 1.9000])
     """
 
     _counts = True
@@ -242,6 +257,12 @@ class Adadelta(Rule):
     with ε > 0.
 
     Source: Zeiler 2012; as in torch.optim.Adadelta.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, w = D.Adadelta(lr=1.0), torch.tensor([1.0, 2.0])
+        >>> w - rule.update(w, rule.init(w), w)[0]  # √ε / √(1 − ρ) at first
+        tensor([0.0032, 0.0032])
     """
 
     lr: Hyper = 1.0
@@ -265,6 +286,12 @@ class Adamax(Rule):
     """Adamax, m ← β₁m + (1 − β₁)g, u ← max(β₂u, |g| + ε), w ← w − η/(1 − β₁ᵗ) · m/u, with ε > 0.
 
     Source: Kingma & Ba, ICLR 2015, section 7.1; as in torch.optim.Adamax.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, w = D.Adamax(lr=0.1), torch.tensor([1.0, 2.0])
+        >>> rule.update(w, rule.init(w), w)[0]
+        tensor([0.9000, 1.9000])
     """
 
     _counts = True
@@ -293,6 +320,12 @@ class RAdam(Rule):
     with decoupled_weight_decay as in `Adam`.
 
     Source: Liu et al., ICLR 2020; as in torch.optim.RAdam. The step is not continuous in β₂ where ρ = 5.
+
+    Example:
+        >>> D = hg.diff_optimizers
+        >>> rule, w = D.RAdam(lr=0.1), torch.tensor([1.0, 2.0])
+        >>> rule.update(w, rule.init(w), w)[0]  # the first steps have no second moment
+        tensor([0.9000, 1.8000])
     """
 
     _counts = True

@@ -54,6 +54,14 @@ class Info:
     Attributes:
         solution: status, steps, true residual and trace of the last solve; None before.
         solves: how many systems were solved since this object was made.
+
+    Example:
+        >>> info, lam = hg.implicit.Info(), torch.tensor(3.0, requires_grad=True)
+        >>> w = hg.implicit.argmin(lambda w, lam: (w - lam) ** 2, torch.tensor(3.0), lam, info=info)
+        >>> torch.autograd.grad(w**2, lam)
+        (tensor(6.),)
+        >>> info.solves, info.solution.status.name
+        (1, 'CONVERGED')
     """
 
     solution: Solution | None = None
@@ -66,6 +74,17 @@ class WarmStart(Kept):
 
     Attributes:
         value: the last v as leaves; None to start from zero (set it so when the problem changes).
+
+    Example:
+        >>> kept, lam = hg.implicit.WarmStart(), torch.tensor(3.0, requires_grad=True)
+        >>> for _ in range(2):  # the second system starts from the solution of the first
+        ...     info = hg.implicit.Info()
+        ...     w = hg.implicit.argmin(
+        ...         lambda w, lam: (w - lam) ** 2, torch.tensor(3.0), lam, info=info, warm_start=kept
+        ...     )
+        ...     print(torch.autograd.grad(w, lam), kept.value, info.solution.steps)
+        (tensor(1.),) [tensor(0.5000)] 1
+        (tensor(1.),) [tensor(0.5000)] 0
     """
 
     value: list[Tensor] | None = None

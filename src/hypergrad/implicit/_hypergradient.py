@@ -58,6 +58,17 @@ class Hypergradient:
         compiled: with compile, how the products were done, and why.
         direct: ∇₂E(w, λ), a part of grads, for their leaves in order; None stands for zeros, and so does an empty list.
         at_kink: ‖∇₁g‖ over the entries of w that are exactly 0; None for another form than an inner loss.
+
+    Example:
+        >>> lam = torch.tensor(3.0, requires_grad=True)
+        >>> inner_loss = lambda w, lam: (w - lam) ** 2
+        >>> result = hg.implicit.grad(
+        ...     lambda w, lam: w**2 / 2, inner_loss=inner_loss, params=torch.tensor(3.0), hparams=lam
+        ... )
+        >>> result.grads, result.adjoint, result.outer_value
+        (tensor(3.), tensor(1.5000), tensor(4.5000))
+        >>> result.solution.status.name, result.inner_residual
+        ('CONVERGED', tensor(0.))
     """
 
     grads: PyTree

@@ -51,6 +51,15 @@ class Problem:
         differentiated: the leaves of λ that require grad.
         space, outer_space: the spaces of v and of ∇f.
         expected_products: how many will be taken with Aᵀ, where that is known.
+
+    Example:
+        >>> lam = torch.tensor(3.0, requires_grad=True)
+        >>> inner_loss = lambda w, lam: (w - lam) ** 2
+        >>> result = hg.implicit.grad(
+        ...     lambda w, lam: w**2 / 2, inner_loss=inner_loss, params=torch.tensor(3.0), hparams=lam
+        ... )
+        >>> result.problem.kind, result.problem.params, result.problem.positive_definite
+        ('inner_loss', tensor(3.), True)
     """
 
     at_kink: Tensor | None = None

@@ -24,6 +24,13 @@ class Retrained:
         weights: [trainings, examples]: 1 for an example that was in, 0 for one that was left out.
         losses: [trainings, queries].
         whole: [queries], after the training on all examples.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 6.0])
+        >>> mean = lambda weights: (weights * x).sum() / weights.sum()  # the training, by a formula
+        >>> truth = hg.influence.retrained(lambda weights: mean(weights)[None], 3, leave_out=[0, 2])
+        >>> truth.whole, truth.losses.flatten()
+        (tensor([3.]), tensor([4.0000, 1.5000]))
     """
 
     weights: Tensor

@@ -22,6 +22,17 @@ class Influence:
         damping: γ, 0-d or [dampings]; None for `unrolled`.
         inner_residual: ‖∇g‖ at params: 0 for a minimiser. None for `unrolled`.
         products: products with A that were taken for all queries together.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 6.0])
+        >>> result = hg.influence.scores(
+        ...     lambda w, x: (x - w) ** 2 / 2, lambda w, query: w * query, x.mean(), train=[x], queries=[torch.ones(1)]
+        ... )
+        >>> result.scores  # (xᵢ − mean) / 3
+        tensor([[-0.6667, -0.3333,  1.0000]])
+        >>> values, places = result.top(1, harmful=True)
+        >>> values, places
+        (tensor([[1.]]), tensor([[2]]))
     """
 
     scores: Tensor

@@ -36,7 +36,16 @@ class Found(NamedTuple):
 
 
 class Method(ABC):
-    """How a meta-gradient is taken: `Implicit`, `Unrolled`, `FirstOrder` or `Reptile`."""
+    """How a meta-gradient is taken: `Implicit`, `Unrolled`, `FirstOrder` or `Reptile`.
+
+    Example:
+        >>> loss = lambda w, start, task: (w - task) ** 2 / 2
+        >>> start, tasks = torch.tensor(0.0, requires_grad=True), torch.tensor([1.0, 3.0])
+        >>> for method in (hg.meta.Unrolled(), hg.meta.FirstOrder()):
+        ...     print(hg.meta.grad(loss, loss, start, tasks, method=method, steps=1).grads)  # w = .1 task + .9 start
+        tensor(-1.6200)
+        tensor(-1.8000)
+    """
 
     @abstractmethod
     def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found: ...

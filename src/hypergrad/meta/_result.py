@@ -19,7 +19,18 @@ REMEDY = (
 
 
 class TaskError(ValueError):
-    """Tasks that failed, under on_failure="raise", or all of them. `failed` holds their indices."""
+    """Tasks that failed, under on_failure="raise", or all of them. `failed` holds their indices.
+
+    Example:
+        >>> inner_loss, outer_loss = lambda w, start, task: (w - task.log()) ** 2, lambda w, start, task: w**2
+        >>> start, tasks = torch.tensor(0.0, requires_grad=True), torch.tensor([1.0, -1.0])
+        >>> try:
+        ...     method = hg.meta.Unrolled()
+        ...     _ = hg.meta.grad(outer_loss, inner_loss, start, tasks, method=method, steps=1, on_failure="raise")
+        ... except hg.meta.TaskError as error:
+        ...     print(error.failed)
+        [1]
+    """
 
     def __init__(self, message: str, failed: list[int]):
         super().__init__(message)
@@ -35,6 +46,12 @@ class Plan:
         outer_chunk: tasks at once in the outer loss: chunk, or 1 where its graph is big (many query images).
         task_bytes: estimated memory of one task; None where nothing had to be estimated.
         reason: in words.
+
+    Example:
+        >>> loss = lambda w, start, task: (w - task) ** 2 / 2
+        >>> plan = hg.meta.adapt(loss, torch.tensor(0.0), torch.tensor([1.0, 3.0]), steps=1).plan
+        >>> plan.chunk, plan.reason.split(":")[0]
+        (2, 'all at once')
     """
 
     chunk: int
@@ -59,6 +76,15 @@ class MetaGradient:
         inner_residual: ‖∇₁g‖ at w_T, likewise.
         inner_distance: estimate of the relative distance of w_T from the inner solution, likewise.
         plan: how many tasks went side by side, and why.
+
+    Example:
+        >>> loss = lambda w, start, task: (w - task) ** 2 / 2
+        >>> start, tasks = torch.tensor(0.0, requires_grad=True), torch.tensor([1.0, 3.0])
+        >>> result = hg.meta.grad(loss, loss, start, tasks, method=hg.meta.Unrolled(), steps=1)
+        >>> result.grads, result.params, result.outer_values  # w = .1 task + .9 start
+        (tensor(-1.6200), tensor([0.1000, 0.3000]), tensor([0.4050, 3.6450]))
+        >>> result.failed, [status.name for status in result.statuses]
+        ([], ['COMPLETED', 'COMPLETED'])
     """
 
     grads: PyTree
@@ -84,6 +110,12 @@ class Adaptation:
         params: w_T of each task, as in `MetaGradient`.
         failed: tasks whose params are not finite.
         plan: how many tasks went side by side, and why.
+
+    Example:
+        >>> loss = lambda w, start, task: (w - task) ** 2 / 2
+        >>> adapted = hg.meta.adapt(loss, torch.tensor(0.0), torch.tensor([1.0, 3.0]), steps=1)
+        >>> adapted.params, adapted.failed, adapted.plan.chunk
+        (tensor([0.1000, 0.3000]), [], 2)
     """
 
     params: PyTree

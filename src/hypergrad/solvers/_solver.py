@@ -101,6 +101,14 @@ class LinearSolver(ABC):
         damping: γ ≥ 0, added to the diagonal; residuals are those of the damped system.
         on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore": the status is not read from the
             device, and with a fixed number of steps nothing is (`Dense` and, with a tolerance, every method read).
+
+    Example:
+        >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, 4.0])), symmetric=True)
+        >>> for solver in (hg.solvers.CG(rtol=1e-6), hg.solvers.CG(rtol=1e-6, damping=1.0), hg.solvers.Dense()):
+        ...     print(isinstance(solver, hg.solvers.LinearSolver), solver(op, torch.ones(2)).value)
+        True tensor([1.0000, 0.2500])
+        True tensor([0.5000, 0.2000])
+        True tensor([1.0000, 0.2500])
     """
 
     rtol: float | None = None
@@ -129,8 +137,9 @@ class LinearSolver(ABC):
         """
         vector = b if isinstance(b, Vector) else Vector.of(b, "b", op.batch_dims)
         solution = solve(self, op, vector.copy(), x0)
+        solution = solution if isinstance(b, Vector) else replace(solution, value=solution.value.tree)
         solution.report(type(self).__name__, self.on_failure)
-        return solution if isinstance(b, Vector) else replace(solution, value=solution.value.tree)
+        return solution
 
     _runs_to_tolerance: ClassVar[bool] = True  # False: an approximation, successful without a tolerance
     _needs_symmetric: ClassVar[bool] = False
@@ -162,6 +171,14 @@ class IterativeSolver(LinearSolver):
             1e-4 in float32 (4 eps in half precision).
         check_every: steps between two reads of the residual, each a device synchronisation (default: 1 on the CPU,
             where reading is free, 5 elsewhere). Without a tolerance it is never read.
+
+    Example:
+        >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, 4.0])), symmetric=True)
+        >>> for solver in (hg.solvers.CG(max_steps=1), hg.solvers.CG(rtol=1e-4)):
+        ...     solution = solver(op, torch.ones(2))
+        ...     print(solution.status.name, solution.steps)
+        COMPLETED 1
+        CONVERGED 2
     """
 
     max_steps: int | None = None

@@ -30,6 +30,14 @@ class Structure:
         eps: of the dtype.
         products: what all this cost.
         system: which of B independent systems this is, the worst of them; None without batch_dims.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([1.0, 2.0, 10.0], dtype=torch.float64))
+        >>> structure = hg.diagnostics.operator_structure(hg.operators.matrix(matrix, symmetric=True), matrix[0])
+        >>> structure.n, structure.symmetric, round(structure.condition, 6)
+        (3, True, 10.0)
+        >>> [round(value, 6) for value in structure.eigenvalues]
+        [1.0, 2.0, 10.0]
     """
 
     n: int

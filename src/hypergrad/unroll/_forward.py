@@ -101,6 +101,15 @@ class ForwardResult:
         steps: t, the steps since the start, in this call and those before.
         tangents: Z = ∂w_t/∂λ.
         compiled: what was compiled, and how long that took; None where nothing was.
+
+    Example:
+        >>> step = lambda w, lam: w - 0.5 * (w - lam)
+        >>> lam, start = torch.tensor(2.0, requires_grad=True), torch.tensor(0.0)
+        >>> run = hg.unroll.forward(step, start, lam, lambda w, lam: w**2 / 2, steps=2)
+        >>> run.grads, run.params  # w₂ = ¾λ + ¼w₀
+        (tensor(1.1250), tensor(1.5000))
+        >>> hg.unroll.forward(step, run, lam, lambda w, lam: w**2 / 2, steps=1).steps  # goes on from there
+        3
     """
 
     grads: PyTree

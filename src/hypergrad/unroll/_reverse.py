@@ -39,6 +39,13 @@ class ReverseResult:
         outer_value: E(w_T, λ).
         evaluations: how often step was evaluated, in compiled functions too.
         compiled: what was compiled, and how long that took; None where nothing was.
+
+    Example:
+        >>> step = lambda w, lam: w - 0.5 * (w - lam)
+        >>> lam, start = torch.tensor(2.0, requires_grad=True), torch.tensor(0.0)
+        >>> run = hg.unroll.reverse(step, start, lam, lambda w, lam: w**2 / 2, steps=2)
+        >>> run.params, run.grads, run.start_grads  # w₂ = ¾λ + ¼w₀
+        (tensor(1.5000), tensor(1.1250), tensor(0.3750))
     """
 
     grads: PyTree
