@@ -234,8 +234,8 @@ from its solution."""
 def draw(data: Split, results: dict[str, dict[str, Any]], weights: dict[str, tuple[Tensor, ...]]) -> Figure:
     part = "50%" if "50%" in weights else next(iter(weights))
     lam, labels, wrong = weights[part]
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    panels: Any = figure.subfigures(1, 2, width_ratios=(1, 1.6))
+    figure = Figure(figsize=(6, 14), layout="constrained")
+    panels: Any = figure.subfigures(2, 1, height_ratios=(1, 1.3))
     curves, pictures = panels
     top, bottom = curves.subplots(2, 1)
     for name, row in results.items():
@@ -250,12 +250,12 @@ def draw(data: Split, results: dict[str, dict[str, Any]], weights: dict[str, tup
     bottom.legend()
     side = int((data.x.shape[1] - 1) ** 0.5)
     names = FASHION if "fashion" in data.name.lower() else tuple(map(str, range(10)))
-    pictures.suptitle(f"The most down-weighted ({part} wrong): given label, true label; red where nothing was wrong")
-    for axes, i in zip(pictures.subplots(5, 8).flat, lam.argsort().tolist(), strict=False):
+    pictures.suptitle(f"The most down-weighted ({part} wrong):\ngiven label (true label), red where nothing was wrong")
+    for axes, i in zip(pictures.subplots(5, 4).flat, lam.argsort().tolist(), strict=False):
         axes.imshow(data.x[i, :-1].reshape(side, side).numpy(), "Greys")
         given, true = names[labels[i]], names[data.y[i]]
         title = f"{given}\n({true})" if wrong[i] else f"{given}\n"
-        axes.set_title(title, fontsize=8, color="k" if wrong[i] else "r")
+        axes.set_title(title, fontsize=10, color="k" if wrong[i] else "r")
         axes.set(xticks=[], yticks=[])
     return figure
 

@@ -449,10 +449,10 @@ def said(row: dict[str, Any]) -> str:
     return row["words"] + (" (wrong)" if row["wrong"] else "")
 
 
-def figure(data: Digits, result: influence.Influence, columns: int = 5) -> Figure:
+def figure(data: Digits, result: influence.Influence, columns: int = 2) -> Figure:
     """Queries, the images that help them most, and those that harm most."""
     count, side = min(4, len(data.yq)), round(data.x.shape[1] ** 0.5)
-    made = Figure(figsize=(1.1 * (2 * columns + 1), 1.35 * count), layout="constrained")
+    made = Figure(figsize=(1.2 * (2 * columns + 1), 1.5 * count), layout="constrained")
     axes = made.subplots(count, 2 * columns + 1, squeeze=False)
     for q in range(count):
         best, worst = (result.top(columns, harmful=harmful)[1][q].tolist() for harmful in (False, True))
@@ -461,12 +461,10 @@ def figure(data: Digits, result: influence.Influence, columns: int = 5) -> Figur
         colours = ["black", *["tab:green"] * columns, *["tab:red"] * columns]
         for ax, title, image, colour in zip(axes[q], titles, pixels, colours, strict=True):
             ax.imshow(image.reshape(side, side).numpy(), cmap="gray_r")
-            ax.set_title(title, fontsize=8, color=colour)
+            ax.set_title(title, fontsize=10, color=colour)
             ax.set_xticks([])
             ax.set_yticks([])
-    made.suptitle(
-        "queries; the training images that help most (green) and harm most (red), with their labels", fontsize=9
-    )
+    made.suptitle("Queries, and the training images that help most (green)\nand harm most (red), with their labels")
     return made
 
 

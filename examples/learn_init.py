@@ -244,14 +244,14 @@ def table(results: dict[str, dict], config: Config) -> str:
 
 
 def plot(results: dict[str, dict], starts: dict[str, Params], config: Config) -> Figure:
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    figure = Figure(figsize=(6, 6 + 4 * len(results)), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(6, 4 * len(results)))[:, 0]
     shots, generator = int(list(results)[-1]), Generator().manual_seed(config.seed + 2)
     task = sinusoids(1, generator)
     task = (torch.full_like(task[0], 3.5), task[1])
     support, x = draw(task, shots, generator), torch.linspace(-5, 5, 200)[None, :, None]
     shown = ["MAML", "FOMAML", "Reptile, 5 steps", "all tasks at once"]
-    for axes, method in zip(top.subplots(1, 4, sharey=True), shown, strict=True):
+    for axes, method in zip(top.subplots(2, 2, sharex=True, sharey=True).flat, shown, strict=True):
         first = {name: weight[:1] for name, weight in starts[method].items()}
         path = adapt(first, [support] * config.test_steps, config)
         axes.plot(x[0, :, 0], (task[0] * torch.sin(x - task[1]))[0, :, 0], c="0.6", lw=5, alpha=0.5, label="task")
@@ -260,8 +260,9 @@ def plot(results: dict[str, dict], starts: dict[str, Params], config: Config) ->
             axes.plot(x[0, :, 0], predict(path[steps], x)[0, :, 0].detach(), style, label=label)
         axes.plot(support.x[0, :, 0], support.y[0, :, 0], "ko", ms=5, label=f"its {shots} points")
         axes.set(title=method, xlabel="x")
-    top.axes[0].legend(fontsize="small")
-    panels = bottom.subplots(1, len(results), sharey=True, squeeze=False)[0]
+        axes.label_outer()
+    top.legend(*top.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small")
+    panels = bottom.subplots(len(results), 1, sharey=True, squeeze=False)[:, 0]
     for axes, (shots, methods) in zip(panels, results.items(), strict=True):
         for method, result in methods.items():
             error, half = (torch.tensor(result[key]) for key in ("error", "half_interval"))

@@ -105,20 +105,20 @@ table += (
     f"\n\nRefitted on train and validation rows, 640 strengths have {tuned / one:.2f} times the test loss of one. "
     "It is a close race, for they fit the validation rows that they are tuned on: docs/results/demo.md has five seeds."
 )
-figure = Figure(figsize=(10, 8), layout="constrained")
-left, right, maps = figure.subplot_mosaic("LR;MM").values()
+figure = Figure(figsize=(6, 10), layout="constrained")
+left, right, maps = figure.subplots(3, 1)
 for part, colour in (("validation", "C0"), ("test", "C1")):
     left.plot([*curves[part], scores["per pixel and class"][part]["loss"]], c=colour, label=f"{part}, 640 strengths")
     left.axhline(scores["best single strength"][part]["loss"], c=colour, ls="--", label=f"{part}, best single strength")
 left.set(title="Loss while 640 strengths are tuned", xlabel="outer step", ylabel="cross-entropy (nats)", ylim=0)
 right.semilogy(torch.tensor([*curves.values()][2:]).T, label=[*curves][2:])
-right.set(title="Residuals of each hypergradient", xlabel="outer step", ylabel="adjoint ‖b − Av‖ / ‖b‖, inner ‖∇g‖")
+right.set(title="Residuals of each hypergradient", xlabel="outer step", ylabel="‖b − Av‖ / ‖b‖ and ‖∇g‖")
 tiles = pad((lam.detach() - untuned).exp().log10().reshape(2, 5, 8, 8), (0, 1, 2, 0), value=float("nan"))
 shown = maps.imshow(tiles.permute(0, 2, 1, 3).reshape(20, 45)[:, :-1].numpy(), "RdBu_r", vmin=-1, vmax=1)
 for digit in range(10):
     maps.text(9 * (digit % 5) + 3.5, 10 * (digit // 5) + 1, f"class {digit}", ha="center")
 maps.set(title="Tuned strengths: red pixels are regularised more, blue less", frame_on=False, xticks=[], yticks=[])
-figure.colorbar(shown, ax=maps, label="log₁₀ (tuned / untuned)")
+figure.colorbar(shown, ax=maps, orientation="horizontal", label="log₁₀ (tuned / untuned)")
 left.legend()
 right.legend()
 save(config, "640 tuned regularisation strengths", table, figure, {"table": scores, "curves": curves})

@@ -70,7 +70,7 @@ def test_texts():
 def test_table_and_figure():
     data = example.digits(SMALL, 0)
     result = example.influence.Influence(torch.randn(3, 60), torch.ones(3), "random")
-    assert len(example.figure(data, result).axes) == 3 * 11
+    assert len(example.figure(data, result).axes) == 3 * 5
     row = {"LDS": 0.5, "damping": 0.1, "residual": 0.02, "seconds": 1.0}
     runs = [
         {

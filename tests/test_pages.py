@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import hypergrad as hg
+from test_house import ORDER
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -201,3 +202,9 @@ def test_pictures_can_be_read_on_a_phone(file):
     """One column of at most 6.2 inches at 150 dots an inch, whose letters keep their size on 390 pixels."""
     width = int.from_bytes(file.read_bytes()[16:20], "big")
     assert width <= 930
+
+
+def test_the_map_of_the_source_is_that_of_the_house():
+    rows = re.findall(r"^\| (`.*?) \|", (DOCS / "explanation" / "source_map.md").read_text(), flags=re.MULTILINE)
+    named = [name.removesuffix(".py").removesuffix("/") for row in rows for name in re.findall(r"`(.*?)`", row)]
+    assert named == [name for name in ORDER if name != "__init__"]
