@@ -37,11 +37,6 @@ class Iterate:
         """r = Φ(w) − w."""
         return self.image - self.w
 
-    def measure(self) -> Iterate:
-        self.norm = self.merit = _norm(self.residual)
-        self.size = _norm(self.image)
-        return self
-
     def where(self, mask: Tensor, other: Iterate) -> Iterate:
         """This one for the samples where the mask holds, the other elsewhere."""
         if mask.device.type == "cpu":
@@ -80,10 +75,12 @@ class Goal:
     def __init__(self, rtol: float, atol: float, eps: float, start: Iterate):
         self.rtol, self.atol, self.eps = rtol, atol, eps
         factor = min(max(10.0, 1e-3 / rtol), 1e6) if rtol else 1e6
-        self.limit = factor * torch.maximum(start.norm, start.size)
+        self.limit = factor * torch.maximum(_norm(start.residual), _norm(start.image))
+        self.measure(start)
 
     def measure(self, at: Iterate) -> None:
-        at.measure()
+        at.norm = at.merit = _norm(at.residual)
+        at.size = _norm(at.image)
         beyond = at.size > self.limit
         if beyond.device.type != "cpu" or bool(beyond.any()):
             counted = torch.maximum(at.norm, self.eps * at.size) * (at.size / self.limit)
@@ -213,7 +210,7 @@ class FixedPointSolver(ABC):
         most = 200 if self.max_steps is None else self.max_steps
         every = self.check_every or (1 if space.device.type == "cpu" else 5)
         unknown = space.scalar(torch.nan)
-        at = Iterate(w, phi(w), unknown).measure()
+        at = Iterate(w, phi(w), unknown)
         goal = Goal(space.rtol if default else self.rtol or 0.0, self.atol or 0.0, space.eps, at)
         guard = None if isinstance(self, Picard) else Guard(getattr(self, "history", 5), at)
         best, going = at, goal.unsolved(at)

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
-import optree
 import pytest
 import torch
 import torch.nn.functional as F
-from test_compiled import F64, RULES, UNCOMPILED, X, Y, descent, draw, inner, outer, start  # pyright: ignore[reportMissingImports]
+from test_compiled import F64, UNCOMPILED, X, Y, both, check, descent, draw, inner, outer, start  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 import hypergrad as hg
-from hypergrad.unroll import ForwardResult, forward, reverse
-
-
-def both(step: Any, w: Any, lam: Any, loss: Any, steps: int, **options: Any) -> tuple[ForwardResult, ForwardResult]:
-    """Evaluated as they are, and compiled, from the same random numbers, which both leave as one run would."""
-    results, states = [], []
-    for compile in (False, "eager"):
-        torch.manual_seed(0)
-        results.append(forward(step, w, lam, loss, steps, compile=compile, **options))
-        states.append(torch.get_rng_state())
-    assert results[0].compiled is None and "compiled by eager" in (results[1].compiled or "")
-    assert torch.equal(*states)
-    return results[0], results[1]
-
-
-def check(plain: ForwardResult, compiled: ForwardResult) -> None:
-    for name in ("grads", "params", "outer_value"):
-        one, other = (optree.tree_leaves(getattr(r, name)) for r in (plain, compiled))
-        for x, y in zip(one, other, strict=True):
-            assert x.dtype == y.dtype
-            torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-14)
+from hypergrad.unroll import forward, reverse
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 2, 3, 7])
@@ -53,29 +31,14 @@ def test_evaluations_are_those_documented():
         assert calls[1].evaluations == due and "which were there" in (calls[1].compiled or "")
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_rules(rule):
-    lam = {"lr": torch.tensor(-2.0, dtype=F64), "m": torch.tensor(-1.0, dtype=F64), "each": draw(9).mul(0.1) - 2}
-    lam = {name: x.requires_grad_() for name, x in lam.items()}
-    w = {"a": draw(3, seed=4), "b": draw(1, seed=5)[0]}
-
-    def loss(w, h):
-        return F.softplus(X @ w["a"] + w["b"] - Y).mean() + w["a"].square().sum() / 10
-
-    def last(carry, h):
-        return outer(carry[0]["a"], h["lr"]) + h["m"] + h["each"].sum()  # not every rule uses every hyperparameter
-
-    check(*both(rule.on(loss), (w, rule.init(w)), lam, last, 9))
-
-
 def test_schedule_whose_entries_are_reached_one_after_the_other():
     w, lam = draw(3, seed=2), draw(7).mul(0.1).requires_grad_()
 
     def step(w, lam, t):
         return w - lam[t].exp() * 0.1 * 0.9**t * (X.T @ (X @ w - Y)) / 12
 
-    check(*both(step, w, lam, outer, 7, with_time=True, chunk=3))
-    check(*both(step, w, lam, outer, 4, with_time=True))  # the last three are never reached
+    check(*both(forward, step, w, lam, outer, 7, with_time=True, chunk=3))
+    check(*both(forward, step, w, lam, outer, 4, with_time=True))  # the last three are never reached
 
 
 def test_batches_are_drawn_once_and_in_order():
@@ -86,8 +49,7 @@ def test_batches_are_drawn_once_and_in_order():
         leaf = w if w.requires_grad else w.detach().requires_grad_()
         return w - 0.3 * torch.autograd.grad(inner(leaf, lam, **batch), leaf, create_graph=True)[0]
 
-    plain, compiled = both(step, w, lam, outer, 9, batches=batches)
-    check(plain, compiled)
+    plain = forward(step, w, lam, outer, 9, batches=batches)
     for _ in range(2):
         iterator = iter(batches)
         check(plain, forward(step, w, lam, outer, 9, batches=lambda _, i=iterator: next(i), compile="eager"))
@@ -96,53 +58,13 @@ def test_batches_are_drawn_once_and_in_order():
         forward(step, w, lam, outer, 9, batches=lambda _: next(iterator), compile="eager")
 
 
-@pytest.mark.parametrize("chunk", [None, 1])
-@pytest.mark.parametrize("kind", ["dropout", "randn", "batches"])
-def test_random_numbers_are_those_of_the_steps(kind, chunk):
-    w, lam = start()
-
-    def step(w, lam, *rest):
-        leaf = w if w.requires_grad else w.detach().requires_grad_()
-        x = F.dropout(X, 0.4) if kind == "dropout" else X + 0.1 * torch.randn_like(X) if kind == "randn" else rest[1]
-        loss = inner(leaf, lam, x) + (torch.rand(3, dtype=F64) * leaf).sum() / 5
-        return w - 0.3 * torch.autograd.grad(loss, leaf, create_graph=True)[0]
-
-    options = {"batches": lambda t: X + 0.1 * torch.randn(12, 3, dtype=F64)} if kind == "batches" else {}
-    for _ in range(2):
-        check(*both(step, w, lam, outer, 11, chunk=chunk, **options))
-
-
-def test_containers_integers_and_transposed_tensors():
-    w = {"z": draw(3, 4, seed=2).T, "count": torch.tensor(3), "flag": torch.tensor(True)}
-    lam = [draw(4, 3).requires_grad_(), draw(2)]  # the second is constant
-
-    def step(w, lam):
-        return {"flag": ~w["flag"], "count": w["count"] + 1, "z": (0.5 * w["z"] + lam[0] / w["count"]).T.contiguous().T}
-
-    def loss(w, lam):
-        return (w["z"] * lam[1].sum()).square().sum()
-
-    plain, compiled = both(step, w, lam, loss, 6)
-    check(plain, compiled)
-    assert compiled.params["count"] == 9 and isinstance(compiled.params, dict)
-
-
-def test_start_computed_from_hparams_and_hooks():
-    results = []
-    for compile in (False, "eager"):
-        lam = torch.tensor([0.1, 0.2, 0.3], dtype=F64, requires_grad=True)
-        lam.register_hook(lambda g: -g)
-        results.append(forward(descent, lam * 2, lam, outer, 6, compile=compile))
-    check(*results)
-
-
 def test_a_hyperparameter_of_the_start_alone_counts():
     lam = [draw(3, seed=k).requires_grad_() for k in (2, 3)]
 
     def step(w, lam):
         return descent(w, 0.3 * lam[1])
 
-    check(*both(step, 2 * lam[0], lam, lambda w, lam: outer(w, lam[1]), 6))
+    check(*both(forward, step, 2 * lam[0], lam, lambda w, lam: outer(w, lam[1]), 6))
 
 
 def test_goes_on_from_either_kind_of_result():
@@ -162,29 +84,6 @@ def test_goes_on_from_either_kind_of_result():
     assert found[1].steps == 9
     check(found[0], found[1])
     check(found[0], found[2])
-
-
-def test_a_number_of_the_surroundings_that_changes_is_noticed():
-    lr, (w, lam) = [0.3], start()
-
-    def step(w, lam):
-        leaf = w if w.requires_grad else w.detach().requires_grad_()
-        return w - lr[0] * torch.autograd.grad(inner(leaf, lam), leaf, create_graph=True)[0]
-
-    for lr[0] in (0.3, 0.29, 0.3):
-        check(*both(step, w, lam, outer, 8))
-
-
-def test_a_change_that_the_first_step_does_not_show_is_noticed():
-    """A momentum, which begins at zero."""
-    (w, lam), zeros, momentum = start(), torch.zeros(3, dtype=F64), [0.9]
-
-    def step(carry, lam):
-        m = momentum[0] * carry[1] + X.T @ (X @ carry[0] - Y) / 12 + lam
-        return carry[0] - 0.1 * m, m
-
-    for momentum[0] in (0.9, 0.5, 0.9):
-        check(*both(step, (w, zeros), lam, lambda c, lam: outer(c[0], lam), 8))
 
 
 @pytest.mark.parametrize("differentiate", [forward, reverse])
@@ -277,7 +176,7 @@ def test_weight_norm_and_sparse_gradients_are_differentiated_rightly():
 
     carry = bag.weight.detach(), w
     loss = lambda carry, lam: function(carry[1], carry[0]).square().sum()  # noqa: E731
-    plain, compiled = both(step, carry, lam, loss, 4)
+    plain, compiled = both(forward, step, carry, lam, loss, 4)
     check(plain, compiled)
     # The steps of reverse mode take dense gradients for their second derivatives.
     torch.testing.assert_close(
@@ -303,21 +202,3 @@ def test_derivatives_that_forward_mode_cannot_take_are_errors():
         forward(descent, w, lam, outer, 4, compile=3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ZeroDivisionError):
         forward(lambda w, lam: w * lam / (1 // 0), w, lam, outer, 4, compile="eager")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("chunk", [None, 2])
-def test_inductor(chunk):
-    w, lam = start()
-
-    def step(w, lam):
-        leaf = w if w.requires_grad else w.detach().requires_grad_()
-        return w - 0.3 * torch.autograd.grad(inner(leaf, lam, F.dropout(X, 0.3)), leaf, create_graph=True)[0]
-
-    results = []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        results.append(forward(step, w, lam, outer, 30, compile=compile, chunk=chunk))
-    assert "compiled by inductor" in (results[1].compiled or "")
-    check(*results)

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from .. import _random, operators, solvers
 from .._basis import Basis
 from .._modules import modules_of
+from .._tree import flatten
 from .._vector import Vector
 from ..implicit import Problem
 from ..operators import LinearOperator
@@ -91,7 +91,6 @@ def operator_structure(
         ρ = 0.5, ‖J‖ = 4.06
     """
     check_whole(steps=(steps, 1))
-    require_real(like.leaves if isinstance(like, Vector) else like, "like")
     vector = like if isinstance(like, Vector) else Vector.of(like, "like", op.batch_dims)
     space, before, generator = vector.space, op.products, seeded(generator)
     if not space.length or not vector.norm().numel():
@@ -116,7 +115,7 @@ def operator_structure(
 def checked(problem: Problem) -> Problem:
     """The problem, to be evaluated anew. Raises TypeError for an evaluated inner problem, and for complex hparams."""
     require_callable(problem.inner, problem.kind)
-    require_real(problem.hparams, "hparams")
+    flatten(problem.hparams, "hparams")  # of real tensors
     return problem.again()
 
 
@@ -126,11 +125,6 @@ def require_callable(value: Any, name: str) -> None:
             f"{name} must be a function of (params, hparams), got {type(value).__name__}: an evaluated value has only "
             f"one graph"
         )
-
-
-def require_real(tree: Any, name: str) -> None:
-    if any(isinstance(x, Tensor) and x.is_complex() for x in optree.tree_leaves(tree)):
-        raise TypeError(f"diagnostics take real tensors, and {name} holds a complex one: use torch.view_as_real")
 
 
 @contextmanager
@@ -215,24 +209,16 @@ def _arnoldi(op: LinearOperator, like: Vector, steps: int, generator: torch.Gene
     basis[0] = first / first.norm()
     h = like.space.scalar(0.0)[..., None, None].repeat(*[1] * like.space.batch_dims, steps + 1, steps)
     for j in range(steps):
-        w, h[..., : j + 1, j], norm = _orthogonalised(op(basis[j]), basis, j + 1)
-        h[..., j + 1, j] = norm if j + 1 < like.space.length else 0.0
+        w = op(basis[j])
+        rounding = 100 * w.space.eps * w.norm()
+        for _ in range(2):
+            part = basis.coefficients(w, j + 1)
+            w, h[..., : j + 1, j] = w - basis.combine(part), h[..., : j + 1, j] + part
         if j + 1 < like.space.length:
+            norm = w.norm()
+            h[..., j + 1, j] = norm = torch.where(norm <= rounding, 0.0, norm)
             basis[j + 1] = _next_vector(w, norm, basis, j + 1, generator)
     return h
-
-
-def _orthogonalised(w: Vector, basis: Basis, count: int) -> tuple[Vector, Tensor, Tensor]:
-    """w without its components along the first vectors of the basis; these components; the norm of what is left.
-
-    A rest that is rounding has norm 0.
-    """
-    size, components = w.norm(), torch.zeros_like(basis.coefficients(w, count))
-    for _ in range(2):
-        part = basis.coefficients(w, count)
-        w, components = w - basis.combine(part), components + part
-    norm = w.norm()
-    return w, components, torch.where(norm <= 100 * w.space.eps * size, 0.0, norm)
 
 
 def _next_vector(w: Vector, norm: Tensor, basis: Basis, count: int, generator: torch.Generator) -> Vector:

@@ -1,8 +1,6 @@
-"""Update rules, side by side, each its formula in the order in which torch.optim computes it.
+"""Update rules, side by side, each its formula in the order in which torch.optim computes it; letters as in `Rule`.
 
-In the formulas η is lr, λ weight_decay, μ momentum, (β₁, β₂) betas, ε eps, α alpha, ρ rho, and t the number of the
-update from 1. Unless a rule says otherwise the first line of each is g ← ∇g(w) + λw. Fields and buffers have
-torch.optim's names.
+Unless a rule says otherwise the first line of each is g ← ∇g(w) + λw. Fields and buffers have torch.optim's names.
 """
 
 from __future__ import annotations

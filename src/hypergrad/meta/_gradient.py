@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import add
 from types import FunctionType, MethodType
 from typing import Any, Literal
 
-import optree
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from .._autodiff import check_hparams
 from .._solution import OnFailure, Status, finite
 from .._torch import random_state_kept_on_error
 from .._tree import PyTree, flatten, memory_bytes, split
-from ..diff_optimizers import Rule
+from ..diff_optimizers import SGD, Rule
 from ..implicit import accumulate
 from ..solvers import on_failure_of
 from ..unroll import check_whole
@@ -111,10 +110,11 @@ def grad(
         >>> result.grads, result.params
         (tensor(1.0000), tensor([1.0000, 3.0000]))
     """
-    problem = TaskProblem(outer_loss, inner_loss, start, rule, steps, on_failure)
+    problem = TaskProblem(outer_loss, inner_loss, start, SGD(lr=0.1) if rule is None else rule, steps, on_failure)
     _check_method(method, outer_loss, reduction)
-    hparams, given = _checked_hparams(hparams), Tasks(tasks)
-    leaves, _, rebuild = flatten(hparams, "hparams")
+    leaves, names, rebuild = flatten(hparams, "hparams")
+    check_hparams(leaves, names)
+    hparams, given = rebuild(leaves), Tasks(tasks)
     pieces: list[Piece] = []
     total: list[Tensor] = []
     rows: list[tuple[list[int], list[Tensor]]] = []  # of each task, with "none"
@@ -182,8 +182,8 @@ def backward(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'backward adds one gradient: reduction must be "mean" or "sum", got {reduction!r}')
-    hparams = list(hparams) if isinstance(hparams, Iterator) else hparams
-    leaves = flatten(hparams, "hparams")[0]
+    leaves, _, rebuild = flatten(hparams, "hparams")
+    hparams = rebuild(leaves)
     with random_state_kept_on_error(leaves):
         result = grad(
             outer_loss,
@@ -230,7 +230,8 @@ def adapt(
         >>> adapt(loss, torch.tensor(2.0), torch.tensor([0.0, 4.0]), steps=1).params
         tensor([1.8000, 2.2000])
     """
-    problem, given = TaskProblem(None, inner_loss, start, rule, steps, on_failure), Tasks(tasks)
+    problem = TaskProblem(None, inner_loss, start, SGD(lr=0.1) if rule is None else rule, steps, on_failure)
+    given = Tasks(tasks)
     pieces: list[tuple[Sequence[int], PyTree]] = []
     failed: list[int] = []
 
@@ -247,17 +248,6 @@ def adapt(
         plan = _each_chunk(evaluate, _plan(problem, given, hparams, chunk, memory, (2, 8)), given, leaves)
         report_failed(failed, given.count, on_failure, "they hold NaN or infinity")
     return Adaptation(joined(pieces, given.count), sorted(failed), plan)
-
-
-def _checked_hparams(hparams: PyTree) -> PyTree:
-    hparams = list(hparams) if isinstance(hparams, Iterator) else hparams
-    if any(isinstance(x, Tensor) and x.is_complex() for x in optree.tree_leaves(hparams)):
-        raise TypeError(
-            "hparams holds a complex tensor: pass torch.view_as_real of it, and use torch.view_as_complex in the losses"
-        )
-    leaves, names, _ = flatten(hparams, "hparams")
-    check_hparams(leaves, names)
-    return hparams
 
 
 def _check_method(method: Method, outer_loss: Loss | None, reduction: str) -> None:

@@ -13,8 +13,9 @@ from torch.utils.data import default_collate
 
 from .. import _autodiff, _graph, _torch
 from .._autodiff import as_scalar
-from .._tree import PyTree, arranged, flatten, split
-from ..diff_optimizers import SGD, Rule, plus
+from .._solution import OnFailure
+from .._tree import PyTree, arranged, filled, flatten, split
+from ..diff_optimizers import Rule, plus
 from ..unroll import check_whole
 
 Loss = Callable[[PyTree, PyTree, PyTree], Tensor]
@@ -183,33 +184,32 @@ def _form(batch: PyTree) -> Any:
     )
 
 
+@dataclass(frozen=True)
 class TaskProblem:
     """What is the same for all tasks, checked."""
 
-    def __init__(
-        self,
-        outer_loss: Loss | None,
-        inner_loss: Loss,
-        start: Callable[[PyTree, PyTree], PyTree] | None,
-        rule: Rule | None,
-        steps: int,
-        on_failure: str,
-    ):
-        if not (callable(inner_loss) and (outer_loss is None or callable(outer_loss))):
+    outer_loss: Loss | None
+    inner_loss: Loss
+    start: Callable[[PyTree, PyTree], PyTree] | None
+    rule: Rule
+    steps: int
+    on_failure: OnFailure
+
+    def __post_init__(self) -> None:
+        if not (callable(self.inner_loss) and (self.outer_loss is None or callable(self.outer_loss))):
             raise TypeError("outer_loss and inner_loss must be functions of (params, hparams, task)")
-        check_whole(steps=(steps, 0))
-        if on_failure not in ("warn", "raise", "ignore"):
-            raise ValueError(f'on_failure must be "warn", "raise" or "ignore", got {on_failure!r}')
-        rule = SGD(lr=0.1) if rule is None else rule
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule must be an update rule of hg.diff_optimizers, such as SGD(lr=0.1); got {rule!r}")
-        dim = getattr(getattr(rule, "prox", None), "dim", -1)
+        check_whole(steps=(self.steps, 0))
+        if self.on_failure not in ("warn", "raise", "ignore"):
+            raise ValueError(f'on_failure must be "warn", "raise" or "ignore", got {self.on_failure!r}')
+        if not isinstance(self.rule, Rule):
+            raise TypeError(
+                f"rule must be an update rule of hg.diff_optimizers, such as SGD(lr=0.1); got {self.rule!r}"
+            )
+        dim = getattr(getattr(self.rule, "prox", None), "dim", -1)
         if dim is None or dim >= 0:
             raise ValueError(
                 f"GroupLasso(dim={dim}) would take all tasks, the first axis, for one group: count dim from the end"
             )
-        self.outer_loss, self.inner_loss, self.start = outer_loss, inner_loss, start
-        self.rule, self.steps = rule, steps
 
 
 class Diverged(Exception):
@@ -230,7 +230,7 @@ class Chunk:
         self.problem, self.index, self.loop = problem, list(index), loop
         self.task, self.tried = tasks.take(index), tasks.tried
         self.rebuild: Callable[..., PyTree] = list
-        self.frozen: list[bool] = []
+        self.places: list[int] = []  # of the leaves that are not frozen
         self.params: PyTree = None
         self.values: Tensor | None = None
         self._checked = False
@@ -242,7 +242,7 @@ class Chunk:
         def first(hparams: PyTree, task: PyTree) -> list[Tensor]:
             tree = hparams if start is None else start(hparams, task)
             leaves, _, self.rebuild = flatten(tree, "start(hparams, task)")
-            self.frozen = _frozen(leaves, given)
+            self.places = _moving(leaves, given)
             return leaves
 
         if start is None:
@@ -251,12 +251,11 @@ class Chunk:
 
     def moving(self, leaves: Sequence[Any]) -> list[Any]:
         """The leaves that are not frozen."""
-        return [x for x, frozen in zip(leaves, self.frozen, strict=True) if not frozen]
+        return [leaves[i] for i in self.places]
 
     def completed(self, moving: Iterable[Any], leaves: Sequence[Any]) -> list[Any]:
         """Leaves with others for those that are not frozen."""
-        new = iter(moving)
-        return [x if frozen else next(new) for x, frozen in zip(leaves, self.frozen, strict=True)]
+        return filled(leaves, self.places, moving)
 
     def adapt(self, start: Sequence[Tensor], hparams: PyTree) -> list[Tensor]:
         """w_T of each task: T steps of the rule, without a graph."""
@@ -354,18 +353,16 @@ class Chunk:
         return _torch.each(lambda *tensors: one(tensors), tensors)
 
 
-def _frozen(start: list[Tensor], hparams: list[Tensor]) -> list[bool]:
-    """Which leaves of the start are not adapted: leaves of hparams and Parameters with requires_grad=False.
+def _moving(start: list[Tensor], hparams: list[Tensor]) -> list[int]:
+    """Which leaves of the start are adapted: all but leaves of hparams and Parameters with requires_grad=False.
 
     None are frozen where that would be all of them, or where no leaf of hparams requires grad. Other tensors without a
     graph (a head of zeros, say) are adapted.
     """
-    marked = {id(x) for x in hparams if not x.requires_grad}
-    if len(marked) == len(hparams):
-        return [False] * len(start)
-    parameter = torch.nn.Parameter
+    marked, parameter = {id(x) for x in hparams if not x.requires_grad}, torch.nn.Parameter
     frozen = [id(x) in marked or (isinstance(x, parameter) and not x.requires_grad) for x in start]
-    return [False] * len(start) if all(frozen) else frozen
+    every = len(marked) == len(hparams) or all(frozen)
+    return [i for i, each in enumerate(frozen) if every or not each]
 
 
 def without_penalties(loss: Loss) -> tuple[Loss, list[_Biased]]:

@@ -9,8 +9,8 @@ from ._direct import Dense
 from ._kept import Kept as Kept
 from ._kept import Recycled, Reused
 from ._krylov import GMRES, BiCGStab
-from ._lowrank import Nystrom
 from ._normal import LSQR, NormalCG
+from ._preconditioners import Nystrom
 from ._preconditioners import is_recipe as is_recipe  # used by hypergrad.influence
 from ._shifted import shifted
 from ._solver import IterativeSolver, LinearSolver

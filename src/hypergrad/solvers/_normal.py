@@ -124,4 +124,4 @@ class LSQR(IterativeSolver):
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
         """As NormalCG, with which it agrees in exact arithmetic (Paige and Saunders 1982)."""
-        return doubled(steps_needed(rate_of(structure.condition), rtol, 2.0))
+        return NormalCG().products_needed(structure, rtol)

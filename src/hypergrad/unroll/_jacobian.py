@@ -6,11 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .. import _random
-from .._torch import random_state_kept_on_error
 from .._tree import PyTree
-from ._reverse import ReverseResult, _gradients, check_storage
-from ._steps import Batches, Run, check_whole
+from ._reverse import ReverseResult, check_storage, differentiated
+from ._steps import Batches, Run
 
 
 def jacobian(
@@ -46,21 +44,7 @@ def jacobian(
         >>> result.grads, result.outer_value
         (tensor([ 1.7500, 12.2500]), tensor([ 3.5000, 12.2500]))
     """
-    check_whole(steps=(steps, 0), checkpoints=(checkpoints, 1))
     run = Run(step, outer_losses, start, hparams, batches, steps, with_time, allow_detached)
     run.several = True
     check_storage(memory, checkpoints)
-    with random_state_kept_on_error([*run.start, *run.outer]):
-        with run.differentiating():
-            first = run.keep([x.detach().clone() for x in run.start], run.rebuild)
-            alpha, grads = _gradients(run, first, 0, steps, (memory, checkpoints))
-            _random.restore(run.random_after)
-            start_grads = run.start_gradients(alpha)
-            grads = run.through_start(start_grads, grads)
-        return ReverseResult(
-            grads=run.hypergradient(grads, complain=True),
-            start_grads=run.rebuild(start_grads),
-            params=run.params,
-            outer_value=run.outer_value,
-            evaluations=run.evaluations,
-        )
+    return differentiated(run, steps, None, (memory, checkpoints))

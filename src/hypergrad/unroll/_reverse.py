@@ -134,11 +134,16 @@ def reverse(
         >>> result.grads, result.start_grads
         (tensor(1.7500), tensor(0.1250))
     """
-    check_whole(steps=(steps, 0), truncate=(truncate, 0), checkpoints=(checkpoints, 1))
     run = Run(step, outer_loss, start, hparams, batches, steps, with_time, allow_detached)
-    backend = check_storage(memory, checkpoints, compile)
+    return differentiated(run, steps, truncate, (memory, checkpoints), check_storage(memory, checkpoints, compile))
+
+
+def differentiated(
+    run: Run, steps: int, truncate: int | None, storage: tuple[str, int | None], backend: str | None = None
+) -> ReverseResult:
+    """The result of `reverse` for a run of so many steps; storage: memory and checkpoints."""
+    check_whole(truncate=(truncate, 0), checkpoints=(storage[1], 1))
     length = steps if truncate is None else min(truncate, steps)
-    storage = memory, checkpoints
     with random_state_kept_on_error([*run.start, *run.outer]):
         with run.differentiating():
             first = run.keep([x.detach().clone() for x in run.start], run.rebuild)

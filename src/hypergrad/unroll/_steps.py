@@ -113,6 +113,7 @@ class Run:
         with_time: bool,
         allow_detached: bool,
     ):
+        check_whole(steps=(steps, 0))
         self.step, self.outer_loss, self.allow_detached = step, outer_loss, allow_detached
         self.batches, self.indexed = _batch_at(batches, steps), not callable(batches)
         self.with_time = with_time or batches is not None
