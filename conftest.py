@@ -9,7 +9,7 @@ import torch
 import hypergrad as hg
 
 # Its doctests need the extra of the same name.
-collect_ignore = [] if find_spec("transformers") else ["src/hypergrad/transformers.py"]
+collect_ignore = [] if find_spec("transformers") else ["src/hypergrad/transformers"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

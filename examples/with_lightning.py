@@ -1,7 +1,6 @@
 # %% [markdown]
 # # In Lightning: a weight decay for each pixel, while the model trains
-# Both loaders are in one `CombinedLoader`, the tracker in the checkpoint and the log; `global_step` counts the steps of
-# both optimizers. In fp16: `backward(..., scaler=self.trainer.precision_plugin.scaler)`.
+# Both loaders are in one `CombinedLoader`, the tracker in the checkpoint and the log.
 
 # %%
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -55,8 +53,7 @@ if __name__ == "__main__":
     x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
     rows = TensorDataset(x.float() / 16, y)
     parts = {"train": Subset(rows, range(1000)), "valid": Subset(rows, range(1000, 1400))}
+    loaders = {name: DataLoader(part, 100) for name, part in parts.items()}
     trainer = lightning.Trainer(max_epochs=config.epochs, accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.fit(
-        Digits(), CombinedLoader({name: DataLoader(part, 100) for name, part in parts.items()}, "max_size_cycle")
-    )
+    trainer.fit(Digits(), lightning.pytorch.utilities.CombinedLoader(loaders, "max_size_cycle"))
     print(trainer.logged_metrics)

@@ -134,3 +134,10 @@ def test_loggers_hold_the_same_numbers(tmp_path):
         np.testing.assert_allclose(
             [event.value for event in board.Scalars(name)], [float(row[name]) for row in rows], rtol=1e-6
         )
+
+
+@pytest.mark.parametrize(
+    "name", ["with_lightning", "with_accelerate", "with_skorch", "with_loggers", "optuna_structure"]
+)
+def test_examples_for_frameworks_are_short(name):
+    assert (ROOT / "examples" / f"{name}.py").read_text().count("\n") < 60

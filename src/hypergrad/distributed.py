@@ -233,9 +233,8 @@ def call(module: nn.Module, *args: object, group: Any = None, **kwargs: object) 
             "fully_shard, by torch.func.functional_call at hg.distributed.gathered(its parameters), or take an "
             "algorithm without second derivatives (bilevel.F2SA, BOME, SAMA), which takes the model as it is"
         )
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    copies = replicated(list(parameters), group)
-    return torch.func.functional_call(module, dict(zip(names, copies, strict=True)), args, kwargs)
+    moved = {name: x for name, x in module.named_parameters() if x.requires_grad}
+    return torch.func.functional_call(module, replicated(moved, group), args, kwargs)
 
 
 def share(count: float, group: Any = None, device: torch.device | str | None = None) -> float:

@@ -1,9 +1,4 @@
-"""A Trainer of Hugging Face's transformers that learns weights of its training data while it trains.
-
-    w ← w − η ∇₁g,      g(w, λ) = Σ ω(λ) ℓ(w) / (number of tokens),      λ ← λ − γ dℓ_valid(w*(λ))/dλ
-
-The weights ω of sources, examples or tokens are those of a small module, and move by a tracker of `hg.bilevel`.
-"""
+"""The Trainer: its losses, its steps, its state."""
 
 from __future__ import annotations
 
@@ -16,92 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import Trainer, TrainerCallback  # pyright: ignore[reportMissingImports]
 
-from .bilevel import F2SA, Tracker, cycle
-
-try:
-    from transformers import Trainer, TrainerCallback  # pyright: ignore[reportMissingImports]
-except ImportError as error:
-    raise ImportError(
-        "hypergrad.transformers needs transformers and accelerate: pip install 'torch-hypergrad[transformers]'"
-    ) from error
+from .. import distributed
+from ..bilevel import BOME, F2SA, SAMA, Tracker, cycle
+from ._parts import PartOfBatches, sharded_as, whole
 
 STATE = "bilevel.pt"  # of a checkpoint: what the Trainer does not know of
 MakeTracker = Callable[[list[nn.Parameter], list[nn.Parameter], torch.optim.Optimizer], Tracker]
-
-
-class SourceWeights(nn.Module):
-    """ω = n · softmax(logits)[source], one weight for each of n sources; their mean stays 1.
-
-    Each training example has a column "source", an integer from 0.
-
-    Example:
-        >>> SourceWeights(2)(torch.zeros(3, 5), {"source": torch.tensor([0, 1, 1])}).shape
-        torch.Size([3, 1])
-    """
-
-    columns = ("source",)
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.logits = nn.Parameter(torch.zeros(count))
-
-    @property
-    def weights(self) -> Tensor:
-        """ω of all sources."""
-        return len(self.logits) * self.logits.softmax(0)
-
-    def forward(self, losses: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self.weights[inputs["source"]].unsqueeze(1)
-
-
-class ExampleWeights(nn.Module):
-    """ω = 2σ(logits)[index], one weight for each of n examples, 1 at the start.
-
-    Each training example has a column "index", its number from 0.
-
-    Example:
-        >>> ExampleWeights(2)(torch.zeros(2, 5), {"index": torch.tensor([1, 0])}).detach().flatten()
-        tensor([1., 1.])
-    """
-
-    columns = ("index",)
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.logits = nn.Parameter(torch.zeros(count))
-
-    @property
-    def weights(self) -> Tensor:
-        """ω of all examples."""
-        return 2 * self.logits.sigmoid()
-
-    def forward(self, losses: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self.weights[inputs["index"]].unsqueeze(1)
-
-
-class TokenWeights(nn.Module):
-    """ω = 2σ(logits)[token], one weight for each token that is to be predicted, 1 at the start.
-
-    Example:
-        >>> TokenWeights(10)(torch.zeros(1, 2), {"labels": torch.tensor([[3, 1, -100]])}).shape
-        torch.Size([1, 2])
-    """
-
-    columns = ()
-
-    def __init__(self, vocabulary: int):
-        super().__init__()
-        self.logits = nn.Parameter(torch.zeros(vocabulary))
-
-    @property
-    def weights(self) -> Tensor:
-        """ω of all tokens."""
-        return 2 * self.logits.sigmoid()
-
-    def forward(self, losses: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self.weights[inputs["labels"][:, -losses.shape[1] :].clamp(min=0)]
 
 
 def f2sa(
@@ -149,10 +67,14 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
     The losses are those of a causal language model (labels of the form of input_ids) or of a classifier (one label an
     example); override `token_losses` for others.
 
+    Under torchrun or accelerate's launcher the directions of both levels are those of all processes' batches together:
+    what N processes learn is what one learns from batches of N times the size. The model is held whole by each process
+    (DDP), or sharded by FSDP2, which F2SA, BOME and SAMA take; hparams are held whole, as on process 0.
+
     Args:
         args, kwargs: the Trainer's, but for compute_loss_func.
-        valid_dataset: what the weights are learned on, in batches of per_device_train_batch_size; not the eval_dataset,
-            on which the Trainer evaluates.
+        valid_dataset: what the weights are learned on, in batches of per_device_train_batch_size for each process; not
+            the eval_dataset, on which the Trainer evaluates.
         hparams: a module (losses [rows, tokens], inputs) ↦ weights that broadcast to losses; its `columns` name what
             inputs hold beside the model's arguments. SourceWeights, ExampleWeights, TokenWeights, or your own.
         method: (params, hparams, optimizer) ↦ a tracker of hg.bilevel: F2SA by default, with the Trainer's optimizer
@@ -164,7 +86,8 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
             never.
         begin: steps before hparams begin to move.
 
-    Raises: ValueError for more than one process or device, DeepSpeed and label smoothing.
+    Raises: ValueError for several devices in one process, FSDP1, DeepSpeed, tensor and context parallelism, label
+        smoothing, and for an algorithm with second derivatives under FSDP2.
     Source: the trackers': see `hg.bilevel`.
 
     Example:
@@ -203,11 +126,7 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         if (restart is not None and restart < 1) or begin < 0:
             raise ValueError(f"restart must be at least 1 and begin at least 0, got {restart} and {begin}")
         super().__init__(*args, **kwargs)
-        if self.args.world_size > 1 or self.args.n_gpu > 1 or self.is_deepspeed_enabled:
-            raise ValueError(
-                "BilevelTrainer runs in one process on one device, without DeepSpeed: for many ranks use hg.bilevel "
-                "with hg.distributed, or set CUDA_VISIBLE_DEVICES to one device"
-            )
+        self._check_parallelism()
         if self.args.label_smoothing_factor:
             raise ValueError("BilevelTrainer takes no label_smoothing_factor: override token_losses")
         self.hparams, self.method, self.restart, self.begin = hparams.to(self.args.device), method, restart, begin
@@ -215,7 +134,28 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         self.valid_dataset = valid_dataset
         self.tracker: Tracker | None = None
         self._checkpoint: str | None = None
+        self._sharded = False  # whether FSDP2's hooks average the gradients
         self.add_callback(_Outer(self))
+
+    def _check_parallelism(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"BilevelTrainer runs on one device in each process, and this process has {self.args.n_gpu}: start one "
+                f"process for each device (torchrun --nproc-per-node={self.args.n_gpu}), or set CUDA_VISIBLE_DEVICES"
+            )
+        if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
+            raise ValueError('BilevelTrainer runs under FSDP2, not FSDP1: set fsdp_config={"version": 2}')
+        if (
+            self.is_deepspeed_enabled
+            or getattr(self, "is_distributed_loading_by_transformers", False)
+            or any(getattr(parallel, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp"))
+        ):
+            raise ValueError(
+                "BilevelTrainer runs under DDP and FSDP2 alone, without DeepSpeed, tensor, context or sequence "
+                "parallelism: use hg.bilevel with hg.distributed for those"
+            )
 
     # What a batch's losses are.
 
@@ -243,20 +183,31 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The batches of one step, and how many losses count in them."""
+        """The batches of one step, and how many losses count in those of all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        counts = [self.counted(_labels(batch)).sum() for batch in batches]
-        return batches, torch.stack(counts).sum().to(self.args.device) if counts else None
+        return batches, self._count(batches) if batches else None
+
+    def _count(self, batches: list[Any]) -> Tensor:
+        count = torch.stack([self.counted(_labels(batch)).sum() for batch in batches]).sum().to(self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(count)
+        return count
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, Any], hparams: nn.Module | None, count: Any
     ) -> tuple[Tensor, Any]:
-        """Σ ω ℓ / count, by default over what counts in this batch, and the model's outputs."""
+        """Σ ω ℓ / count, by default over what counts in this batch, and the model's outputs.
+
+        With a count, of all processes' losses that count: what has the mean over processes Σ ω ℓ / count.
+        """
         labels, others = _labels(inputs), ("labels", *self._columns)
-        outputs = model(**{name: value for name, value in inputs.items() if name not in others})
+        shared = count is not None and self.tracker is not None and self.args.world_size > 1
+        call = distributed.call if shared else lambda module, *args, **kwargs: module(*args, **kwargs)
+        inputs_of_model = {name: value for name, value in inputs.items() if name not in others}
+        outputs = model(**inputs_of_model) if self._sharded else call(model, **inputs_of_model)
         losses, counted = self.token_losses(outputs, labels), self.counted(labels)
-        weights = 1.0 if hparams is None else hparams(losses, inputs)
-        return (weights * losses * counted).sum() / (counted.sum() if count is None else count), outputs
+        total = ((1.0 if hparams is None else call(hparams, losses, inputs)) * losses * counted).sum()
+        return total / counted.sum() if count is None else self.args.world_size * total / count, outputs
 
     @property
     def _columns(self) -> tuple[str, ...]:
@@ -268,14 +219,18 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         self._signature_columns = known + [name for name in self._columns if name not in known]
 
     def get_valid_dataloader(self) -> DataLoader:
-        """The batches that the weights are learned on: shuffled by args.seed."""
+        """The batches that the weights are learned on: shuffled by args.seed; this process's part of each."""
+        rows, ranks, draw = len(self.valid_dataset), self.args.world_size, torch.Generator().manual_seed(self.args.seed)
+        size = min(self.args.per_device_train_batch_size, rows // ranks)
+        if not size:
+            raise ValueError(f"valid_dataset has {rows} rows for {ranks} processes: each batch needs one for each")
         return DataLoader(
             self.valid_dataset,
-            batch_size=min(self.args.per_device_train_batch_size, len(self.valid_dataset)),
-            shuffle=True,
-            drop_last=True,
+            batch_sampler=PartOfBatches(
+                RandomSampler(self.valid_dataset, generator=draw), size, self.args.process_index, ranks
+            ),
             collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="validation"),
-            generator=torch.Generator().manual_seed(self.args.seed),
+            generator=draw,
         )
 
     # The loop.
@@ -292,7 +247,10 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
                 loss = self._loss(model, inputs, self.hparams, num_items_in_batch)[0]
             self.accelerator.backward(loss)
             return loss.detach()
+        if self._sharded:
+            model.set_requires_gradient_sync(True)  # pyright: ignore[reportCallIssue]  # accumulated are directions
         valid = self._prepare_inputs(next(self._valid))
+        count = self._count([valid])
         scaler, parts = self._scaler, self.current_gradient_accumulation_steps
         scaled = scaler.scale if scaler is not None else lambda loss: loss
 
@@ -302,7 +260,7 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
 
         def outer_loss() -> Tensor:
             with self.compute_loss_context_manager():
-                return scaled(self._loss(model, valid, None, None)[0] / parts)
+                return scaled(self._loss(model, valid, None, count)[0] / parts)
 
         _, value = self.tracker.backward(outer_loss, inner_loss, scaler=scaler)
         assert value is not None
@@ -316,12 +274,21 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
     def _start(self) -> None:
         """A tracker for the model and the optimizer that train() has prepared, with the state of a checkpoint."""
         self.hparams.requires_grad_(self.method is not None)
+        if self.args.world_size > 1:
+            for x in (*self.hparams.parameters(), *self.hparams.buffers()):
+                torch.distributed.broadcast(x.data, 0)
         if self.method is None:
             return
         model: Any = self.model
         params = [x for x in model.parameters() if x.requires_grad]
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # within accelerate's
+        self._sharded = any(hasattr(x, "placements") for x in params)
         self.tracker = self.method(params, list(self.hparams.parameters()), optimizer)
+        if self._sharded and not isinstance(self.tracker, (F2SA, BOME, SAMA)):
+            raise ValueError(
+                f"{type(self.tracker).__name__} takes second derivatives, of which FSDP2's hooks give no graph: take "
+                f"f2sa, BOME or SAMA, or train without FSDP, by DDP"
+            )
         self._valid = cycle(self.get_valid_dataloader())
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is None:
@@ -329,12 +296,11 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         path = Path(checkpoint) / STATE
         if not path.is_file():
             raise ValueError(f"{checkpoint} holds no {STATE}: it is no checkpoint of a BilevelTrainer")
-        state = torch.load(path, weights_only=True, map_location=self.args.device)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         self.hparams.load_state_dict(state["hparams"])
         self.outer_optimizer.load_state_dict(state["outer_optimizer"])
-        self.tracker.load_state_dict(state["tracker"])
-        batches = state["valid"] | {"random": [x.cpu() for x in state["valid"]["random"] or []] or None}
-        self._valid.load_state_dict(batches)
+        self.tracker.load_state_dict(sharded_as(self.tracker, state["tracker"]) if self._sharded else state["tracker"])
+        self._valid.load_state_dict(state["valid"])
 
     def _outer_step(self) -> None:
         """Move hparams and the tracker's own variables, before the Trainer moves the model."""
@@ -371,13 +337,17 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and self.tracker is not None:
-            state = {
-                "hparams": self.hparams.state_dict(),
-                "outer_optimizer": self.outer_optimizer.state_dict(),
-                "tracker": self.tracker.state_dict(),
-                "valid": self._valid.state_dict(),
-            }
+        if self.tracker is None:
+            return
+        state = {
+            "hparams": self.hparams.state_dict(),
+            "outer_optimizer": self.outer_optimizer.state_dict(),
+            "tracker": self.tracker.state_dict(),
+            "valid": self._valid.state_dict(),
+        }
+        if self._sharded:  # each process takes part, and one writes
+            state["tracker"] = whole(state["tracker"])
+        if self.args.should_save:
             torch.save(state, os.path.join(output_dir, STATE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
