@@ -65,16 +65,18 @@ def unreached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
     return list(places.values())
 
 
-def computed_from(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """The first (i, j) where tensor i was computed from tensor j, or None."""
-    places = {_edge(x): i for i, x in enumerate(tensors) if x.requires_grad}
+def check_independent(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise where one leaf was computed from another."""
+    places = {_edge(x): i for i, x in enumerate(leaves) if x.requires_grad}
     seen: set[Any] = set()
-    for i, x in enumerate(tensors):
+    for i, x in enumerate(leaves):
         parents = () if x.grad_fn is None else x.grad_fn.next_functions
         for edge in _behind([parent for parent in parents if parent[0] is not None], seen):
-            if places.get(edge, i) != i:
-                return i, places[edge]
-    return None
+            if (j := places.get(edge, i)) != i:
+                raise ValueError(
+                    f"{names[i]} was computed from {names[j]}, so what reaches {names[j]} through {names[i]} would be "
+                    f"counted twice: detach {names[i]} (before evaluating the losses), or leave {names[j]} out"
+                )
 
 
 def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequence[Tensor]) -> list[Tensor]:
@@ -132,14 +134,4 @@ def refuse_freed(leaves: Sequence[Tensor]) -> None:
             "params are those that FSDP2 gathered for an evaluation, and freed: its hooks give no graph for second "
             "derivatives. Evaluate a copy of the model made before fully_shard, by torch.func.functional_call at "
             "hg.distributed.gathered(its parameters), or take bilevel.F2SA, BOME or SAMA, which take the model as it is"
-        )
-
-
-def check_independent(leaves: list[Tensor], names: Sequence[str]) -> None:
-    pair = computed_from(leaves)
-    if pair is not None:
-        late, early = (names[i] for i in pair)
-        raise ValueError(
-            f"{late} was computed from {early}, so what reaches {early} through {late} would be counted twice: detach "
-            f"{late} (before evaluating the losses), or leave {early} out"
         )

@@ -188,6 +188,13 @@ def memory_bytes(memory: Any, name: str) -> float:
     return float(found)
 
 
+def check_whole(**numbers: tuple[Any, int]) -> None:
+    """ValueError for a number, if given, that is not whole or below its least value."""
+    for name, (value, least) in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
+
+
 def full(x: Tensor) -> Tensor:
     """The whole tensor of a sharded one."""
     gather = getattr(x, "full_tensor", None)

@@ -158,7 +158,7 @@ def reverse(
     leaves = flatten(hparams, "hparams", complex=True)[0]
     kept, outside = random_state_kept_on_error(leaves), _torch.outside_inference_mode()
     with kept, outside, _torch.hooks_suspended(leaves) as hooked:
-        problem = _at(params_history[-1], hparams, outer_loss, _identity)
+        problem = _at(params_history[-1], hparams, outer_loss, lambda params, hparams: params)
         _, alpha, total = implicit.outer_gradients(problem, keep=False)  # ∇₁E, ∇₂E
         for t in range(steps):
             step = update_map_history[-1 - t]
@@ -178,10 +178,6 @@ def reverse(
     if set_grad:
         implicit.accumulate(hparams, grads)
     return grads
-
-
-def _identity(params: Any, hparams: Any) -> Any:
-    return params
 
 
 def _at(params: Any, hparams: Tensors, outer_loss: Loss, step: Map) -> implicit.Problem:

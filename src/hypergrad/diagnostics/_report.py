@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import _torch
-from .._tree import PyTree
+from .._tree import PyTree, check_whole
 from ..implicit import Hypergradient, Problem
 from ..operators import has_curvature
 from ..solvers import IterativeSolver, LinearSolver, Nystrom, Solver
-from ..unroll import ForwardResult, ReverseResult, check_whole
+from ..unroll import ForwardResult, ReverseResult
 from ._advice import better_solver, findings_about_the_check, remedies, verdict
 from ._differences import Differences, finite_differences
 from ._error import Budget, Estimate, estimate
@@ -196,9 +196,7 @@ def _check_solver(solver: Any) -> None:
     """Raise for a solver whose answers are not those of the systems behind the estimate."""
     if solver is not None and not callable(solver):
         raise TypeError(f"solver must be a function, got {solver!r}")
-    given = (solver.max_steps, solver.rtol, solver.atol) if isinstance(solver, IterativeSolver) else (None,)
-    fixed_steps = given[0] is not None and given[1:] == (None, None)
-    if fixed_steps or isinstance(solver, Nystrom):
+    if isinstance(solver, Nystrom) or (isinstance(solver, IterativeSolver) and solver.fixed_steps):
         raise TypeError(f"check's solver must solve its systems, and {solver!r} approximates: give one with an rtol")
     if isinstance(solver, LinearSolver) and solver.damping:
         raise TypeError(

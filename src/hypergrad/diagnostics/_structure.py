@@ -15,12 +15,11 @@ from torch import Tensor
 from .. import _random, operators, solvers
 from .._basis import Basis
 from .._modules import modules_of
-from .._tree import flatten
+from .._tree import check_whole, flatten
 from .._vector import Vector
 from ..implicit import Problem
 from ..operators import LinearOperator
 from ..solvers import Structure
-from ..unroll import check_whole
 
 FAR_FROM_NORMAL = 100  # condition number of an eigenvalue above which its first-order error says nothing
 

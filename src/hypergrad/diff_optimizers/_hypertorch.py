@@ -15,11 +15,11 @@ from .._autodiff import as_scalar
 from .._solution import warn
 from .._torch import random_state_kept_on_error
 from .._tree import flatten
+from ._rule import UNREACHED
 
 Params: TypeAlias = Any  # a list of tensors, or of lists of them
 Number: TypeAlias = "float | Tensor"
 Coefficient: TypeAlias = "Number | Callable[[Any], Number]"
-UNREACHED = "the inner loss does not depend on params; was it computed under no_grad, or from other tensors?"
 
 
 def _gradient(params: Params, loss: Tensor, create_graph: bool) -> tuple[Params, Params]:

@@ -15,10 +15,14 @@ from torch import Tensor
 from .. import _autodiff, _torch
 from .._autodiff import as_scalar
 from .._solution import warn
-from .._tree import Paths, PyTree, flatten
+from .._tree import Paths, PyTree, filled, flatten
 
 State: TypeAlias = "dict[str, Any]"
 Number: TypeAlias = "float | Tensor"
+UNREACHED = (
+    "the inner loss does not depend on params; was it computed under no_grad, or by a live model instead of from its "
+    "argument?"
+)
 
 
 @dataclass(frozen=True)
@@ -343,9 +347,8 @@ class Rule(ABC):
                 new_buffers[name][i] = s[name].to(own[name].dtype)
         counters = {"step": state["step"] + 1}
         if "missed" in state:
-            counters["missed"] = (
-                state["missed"] + state["missed"].new_tensor(missed) if any(missed) else state["missed"]
-            )
+            before = state["missed"]
+            counters["missed"] = before + before.new_tensor(missed) if any(missed) else before
         return unflatten(new_params), counters | {name: unflatten(own) for name, own in new_buffers.items()}
 
     def _check(self, state: Any, slots: Mapping[str, Any], hparams: PyTree) -> None:
@@ -395,15 +398,9 @@ class Rule(ABC):
                 loss = as_scalar(inner_loss(unflatten(at), hparams, *rest), "the inner loss")
                 grads = _autodiff.grad_or_none([loss], [at[i] for i in moved], create_graph=create_graph)
                 if all(g is None for g in grads):
-                    raise ValueError(
-                        "the inner loss does not depend on params; was it computed under no_grad, or by a live model "
-                        "instead of from its argument?"
-                    )
-                found: dict[int, Any] = dict(zip(moved, grads, strict=True))
-                every: list[Any] = [found.get(i) for i in range(len(leaves))]
-                return self.update(
-                    unflatten(leaves), carry[1], unflatten(every), hparams if self.needs_hparams else None
-                )
+                    raise ValueError(UNREACHED)
+                slopes = unflatten(filled([None] * len(leaves), moved, grads))
+                return self.update(unflatten(leaves), carry[1], slopes, hparams if self.needs_hparams else None)
 
         return step
 

@@ -239,7 +239,7 @@ def hypergradient_of(
     outer: gives E, ∇₁E and ∇₂E of several outer losses, stacked, as `Problem.evaluate` takes it.
     second: is taken where the solver ends as NOT_POSITIVE_DEFINITE or DIVERGED.
     """
-    if isinstance(solver, IterativeSolver) and solver.rtol is None and solver.atol is None:
+    if isinstance(solver, IterativeSolver) and solver.fixed_steps:
         problem.expected_products = solver.max_steps
     with problem.without_hooks_and_autocast() as hooked:
         problem.evaluate(outer=outer)

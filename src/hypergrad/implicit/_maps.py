@@ -28,7 +28,7 @@ Settings: TypeAlias = "tuple[Solver | None, bool, bool, int, Info | None, WarmSt
 VALUES = {"residual": "the residual", "fixed_point": "the value of the fixed point map"}
 
 
-class Structure:
+class Container:
     """The container of a solution: paths of its leaves, which of them are unknowns, and the others as constants.
 
     As in `implicit.grad`: where some leaves require grad, the others are frozen. What was computed does not tell.
@@ -45,18 +45,18 @@ class Structure:
         return self._rebuild(filled(self.leaves, self.places, w))
 
 
-def _on_leaves(form: str, user: Callable[..., Any], structure: Callable[[], Structure], arguments: Any) -> Function:
+def _on_leaves(form: str, user: Callable[..., Any], container: Callable[[], Container], arguments: Any) -> Function:
     """F (or Φ) on the leaves of w and λ; `arguments` makes the user's arguments after w of the leaves of λ."""
 
     def value(w: Leaves, h: Leaves) -> Leaves:
-        given = structure()
+        given = container()
         like = filled(given.leaves, given.places, w)
         values = matching(user(given.rebuild(w), *arguments(h)), given.paths, map(KIND, like), VALUES[form])
         return tuple(values[i] for i in given.places)
 
     def gradient(w: Leaves, h: Leaves) -> Leaves:
         def loss(leaves: Leaves) -> Leaves:
-            tree = structure().rebuild(leaves[: len(w)])
+            tree = container().rebuild(leaves[: len(w)])
             return (as_scalar(user(tree, *arguments(leaves[len(w) :])), "inner_loss").reshape(()),)
 
         return pull(loss, (*w, *h), (torch.ones((), dtype=w[0].dtype, device=w[0].device),), range(len(w)))
@@ -67,13 +67,13 @@ def _on_leaves(form: str, user: Callable[..., Any], structure: Callable[[], Stru
 
 
 def _attach(form: str, user: Callable[..., Any], solution: PyTree, hparams: PyTree, settings: Settings) -> PyTree:
-    structure = Structure(solution, "solution")
+    container = Container(solution, "solution")
     given, rebuild_hparams = split(hparams)
-    function = _on_leaves(form, user, lambda: structure, lambda h: (rebuild_hparams(h),))
-    w = structure.unknowns
+    function = _on_leaves(form, user, lambda: container, lambda h: (rebuild_hparams(h),))
+    w = container.unknowns
     problem = _problem(form, user, function, len(w), settings)
     problem.check_declared(w, given)
-    return structure.rebuild(Root.apply(problem, None, *w, *given))
+    return container.rebuild(Root.apply(problem, None, *w, *given))
 
 
 def _problem(form: str, user: Any, function: Function, count: int, settings: Settings) -> Equation:
@@ -317,7 +317,7 @@ def _computed(
     args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
     held = tuple(a if i in chosen else _detached(a) for i, a in enumerate(args))
     leaves, rebuild = split((held, _detached(kwargs)))
-    found: list[tuple[Structure, Any]] = []
+    found: list[tuple[Container, Any]] = []
 
     def find(tensors: Leaves) -> Leaves:
         at_once = _torch.transforms_active()  # `find_all` tries all entries of a vmap together
@@ -334,7 +334,7 @@ def _computed(
         if has_aux and found:
             raise NotImplementedError("has_aux under vmap: each entry has its own aux; map without has_aux")
         result, aux = result if has_aux else (result, None)
-        new = Structure(result, f"the result of {compute.__name__}")
+        new = Container(result, f"the result of {compute.__name__}")
         if (found or at_once) and len(new.places) < len(new.leaves):
             raise NotImplementedError(
                 "under vmap each entry has frozen leaves (requires_grad=False) of its own: pass them in hparams"
@@ -349,9 +349,9 @@ def _computed(
     function = _on_leaves(form, user, lambda: found[0][0], arguments)
     problem = _problem(form, user, function, 0, settings)
     outputs = Root.apply(problem, find, *leaves)
-    structure, aux = found[0]
+    container, aux = found[0]
     replace(problem, count=len(outputs)).check_declared(outputs, leaves)
-    solution = structure.rebuild(outputs)
+    solution = container.rebuild(outputs)
     return (solution, aux) if has_aux else solution
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import _random
 from .._solution import warn
-from .._tree import PyTree, split
-from ..unroll import ReverseResult, check_whole, jacobian
+from .._tree import PyTree, check_whole, split
+from ..unroll import ReverseResult, jacobian
 from ._data import bar, opened, rows
 from ._result import Influence
 

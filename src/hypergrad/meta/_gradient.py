@@ -17,11 +17,10 @@ from .. import _autodiff, _graph, _random, _torch
 from .._autodiff import check_hparams
 from .._solution import OnFailure, Status, finite
 from .._torch import random_state_kept_on_error
-from .._tree import PyTree, flatten, memory_bytes, split
+from .._tree import PyTree, check_whole, flatten, memory_bytes, split
 from ..diff_optimizers import SGD, Rule
 from ..implicit import accumulate
 from ..solvers import on_failure_of
-from ..unroll import check_whole
 from ._methods import Found, Implicit, Method, Reptile
 from ._result import (
     REMEDY,

@@ -14,9 +14,8 @@ from torch.utils.data import default_collate
 from .. import _autodiff, _graph, _torch
 from .._autodiff import as_scalar
 from .._solution import OnFailure
-from .._tree import PyTree, arranged, filled, flatten, split
+from .._tree import PyTree, arranged, check_whole, filled, flatten, split
 from ..diff_optimizers import Rule, plus
-from ..unroll import check_whole
 
 Loss = Callable[[PyTree, PyTree, PyTree], Tensor]
 

@@ -21,7 +21,7 @@ def solves_at_once(solver: Solver, n: int, k: int) -> TypeGuard[Dense | Auto]:
     Auto does where n is small or no larger than k, so that the products that make the matrix are the fewer ones.
     """
     if isinstance(solver, Auto):
-        return (n <= SMALL or n <= k) and solver.aims_at_tolerance
+        return (n <= SMALL or n <= k) and not solver.fixed_steps
     return isinstance(solver, Dense)
 
 

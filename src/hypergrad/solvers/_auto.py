@@ -34,9 +34,6 @@ class Auto(IterativeSolver):
     eigenvalue. Each method has max_steps of its own; without a tolerance no second one follows. `Solution.method` says
     which method gave the value, and why.
 
-    Args:
-        restart: of GMRES.
-
     Cost: that of the methods; a read from the device after each; at negative curvature 40 products more.
 
     Example:
@@ -46,12 +43,6 @@ class Auto(IterativeSolver):
         >>> solution.value.round(decimals=3), solution.status.name
         (tensor([0.0910, 0.6360]), 'CONVERGED')
     """
-
-    restart: int = 30
-
-    @property
-    def aims_at_tolerance(self) -> bool:
-        return self.rtol is not None or self.atol is not None or self.max_steps is None
 
     def _iterate(self, system: System) -> Outcome:
         return self._dense(system) or self._iterative(system)
@@ -73,7 +64,7 @@ class Auto(IterativeSolver):
 
     def _iterative(self, system: System) -> Outcome:
         symmetric = system.op.symmetric
-        method: LinearSolver = CG() if symmetric else GMRES(restart=self.restart)
+        method: LinearSolver = CG() if symmetric else GMRES()
         why = "declared symmetric" if symmetric else "not declared symmetric"
         outcome = method._iterate(system)
         while system.goal is not None:
@@ -96,7 +87,7 @@ class Auto(IterativeSolver):
 
     def _after(self, method: LinearSolver, worst: Status, outcome: Outcome, system: System) -> LinearSolver | None:
         if worst is Status.NOT_SYMMETRIC:
-            return GMRES(restart=self.restart)
+            return GMRES()
         if isinstance(method, CG) and worst in (Status.NOT_POSITIVE_DEFINITE, Status.DIVERGED):
             if not (system.op.positive_definite and _is_negative(outcome)):
                 return MINRES()

@@ -184,6 +184,11 @@ class IterativeSolver(LinearSolver):
     max_steps: int | None = None
     check_every: int | None = None
 
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether it does exactly max_steps."""
+        return self.max_steps is not None and self.rtol is None and self.atol is None
+
 
 def _integer(least: int) -> tuple[Callable[[Any], bool], str]:
     return lambda value: isinstance(value, int) and value >= least, f"an integer ≥ {least}"

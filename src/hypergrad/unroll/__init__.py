@@ -8,6 +8,5 @@ from ._forward import ForwardResult, forward
 from ._jacobian import jacobian
 from ._reverse import ReverseResult, reverse
 from ._reverse import check_storage as check_storage  # used by hypergrad.meta: memory, checkpoints and compile
-from ._steps import check_whole as check_whole  # used by hypergrad.diagnostics and hypergrad.meta: whole numbers
 
 __all__ = ["forward", "reverse", "jacobian", "ForwardResult", "ReverseResult"]

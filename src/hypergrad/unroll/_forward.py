@@ -1,7 +1,4 @@
-"""Forward mode through the steps: tangents go along with the iterate, and nothing of the past is kept.
-
-Z₀ = ∂w₀/∂λ,   Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t;   ∇f(λ) = Z_Tᵀ ∇₁E(w_T, λ) + ∇₂E(w_T, λ)
-"""
+"""Forward mode through the steps: tangents go along with the iterate, and nothing of the past is kept."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from torch import Tensor
 from .. import _graph, _torch
 from .._autodiff import Linearisation
 from .._torch import random_state_kept_on_error
-from .._tree import KIND, PyTree, describe, full
+from .._tree import KIND, PyTree, check_whole, describe, full
 from ._compiled import checked_backend
 from ._compiled_push import CompiledPushes
-from ._steps import Batches, Run, add, check_whole, leaf
+from ._steps import Batches, Run, add, leaf
 
 PASS = 2**20  # numbers in the tangents of one vectorised pass; measured: above it one at a time is as fast
 COMPLEX = (

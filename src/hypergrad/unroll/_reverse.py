@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import _random
 from .._torch import Allocated, random_state_kept_on_error
-from .._tree import PyTree, parse_bytes
+from .._tree import PyTree, check_whole, parse_bytes
 from ._compiled import CompiledReverse, checked_backend, compiled_gradients
-from ._steps import Batches, Iterate, Run, check_whole, is_continuous
+from ._steps import Batches, Iterate, Run, is_continuous
 
 POLICIES = ("graph", "iterates", "sqrt")
 NO_REPLAY = (

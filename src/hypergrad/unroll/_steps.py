@@ -17,7 +17,7 @@ from .. import _autodiff, _graph, _random
 from .._autodiff import as_losses, as_scalar, check_hparams
 from .._solution import warn, warn_if_not_finite
 from .._torch import differentiated_rightly, hooks_suspended, outside_inference_mode
-from .._tree import KIND, Paths, PyTree, describe, filled, flatten, refuse_objects, split
+from .._tree import KIND, Paths, PyTree, check_whole, describe, filled, flatten, refuse_objects, split
 from ..implicit import warn_of_local
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
@@ -61,13 +61,6 @@ def found_of(step: Callable[..., Any]) -> dict[Any, Any]:
         except TypeError:  # it cannot be watched
             return {}
     return _FOUND[place][1]
-
-
-def check_whole(**numbers: tuple[Any, int]) -> None:
-    """ValueError for a number, if given, that is not whole or below its least value."""
-    for name, (value, least) in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
 
 
 def is_continuous(x: Tensor) -> bool:
