@@ -1,5 +1,6 @@
 """Options of the tests, and what every doctest may use without importing it."""
 
+import gc
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +15,12 @@ collect_ignore = [] if find_spec("transformers") else ["src/hypergrad/transforme
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tests/test_devices.py runs besides: cuda, cuda:1, ...")
+
+
+def pytest_collection_finish() -> None:
+    """What is collected stays to the end: neither Python nor a test that counts live tensors need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -202,6 +202,7 @@ def test_memory_of_a_step_of_soba() -> None:
     counts.check_step_memory(bilevel.convolutional())
 
 
+@pytest.mark.slow
 def test_bilevel_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every method that is installed has its row, first-order ones nearer the hypergradient as the penalty grows."""
     monkeypatch.setattr(bilevel, "CASES", bilevel.QUICK)
@@ -309,6 +310,7 @@ def test_truth_of_several_outer_losses(name: str) -> None:
         np.testing.assert_allclose(found.grads[0], exact(source.start, w)[i], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_several_outer_losses(tmp_path: Path) -> None:
     source = SOURCES["logistic"]()
     results = blocks.measure_row("logistic", source, source.solve(source.start, None), blocks.METHODS, rounds=1)
@@ -401,6 +403,7 @@ def test_vector_arithmetic_costs_little_beside_the_products(name: str, limit: fl
     assert 0 < found.middle <= limit
 
 
+@pytest.mark.slow
 def test_batched_tasks(tmp_path):
     """Reduced settings: hg.meta agrees with the loop (else `measure` raises), and all that the section writes."""
     names = [setting.name for setting in tasks.QUICK]
@@ -429,6 +432,7 @@ def test_tables_of_markdown_hold_the_numbers_below_their_titles():
     assert seen == len(known)
 
 
+@pytest.mark.slow
 def test_estimators(tmp_path: Path) -> None:
     """On a model trained to the end those that should be right are, in the passes that they claim."""
     results, settings = counts.check_estimators()

@@ -19,6 +19,7 @@ from examples import equilibrium_mnist as mnist
 from test_examples import run_fast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["equilibrium_mnist", "equilibrium_graph"])
 def test_fast(name, tmp_path):
     history = run_fast(name, "--seed", "3", output=tmp_path / "made")

@@ -204,6 +204,7 @@ def test_a_resumed_training_is_the_same(tmp_path, dropout):
         trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.slow
 def test_accumulation_is_one_large_batch(tmp_path):
     small = trainer(tmp_path, gradient_accumulation_steps=2, max_steps=3)
     large = trainer(tmp_path, per_device_train_batch_size=8, max_steps=3)
@@ -215,6 +216,7 @@ def test_accumulation_is_one_large_batch(tmp_path):
     assert_same(small.model.parameters(), large.model.parameters(), rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path):
     full, half = (
         trainer(tmp_path, gpt2(double=False), SourceWeights(SOURCES), bf16=bf16, max_steps=4) for bf16 in (False, True)
@@ -226,6 +228,7 @@ def test_bf16(tmp_path):
     assert not torch.equal(half.hparams.logits, full.hparams.logits)
 
 
+@pytest.mark.slow
 def test_scaled_losses(tmp_path):
     """A GradScaler, as fp16 has it: nothing changes but rounding, and an overflow leaves a step out."""
     plain, scaled = trainer(tmp_path), trainer(tmp_path)
@@ -314,6 +317,7 @@ def test_a_classifier(tmp_path):
     assert (run.hparams.logits.detach() != 0).sum() > 10
 
 
+@pytest.mark.slow
 def test_hparams_wait_for_their_begin(tmp_path):
     run = trainer(tmp_path, begin=6)
     run.train()

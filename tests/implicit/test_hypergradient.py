@@ -1066,8 +1066,7 @@ KINDS = ("grad", "evaluated", "backward", "CG", "reverse", "error")
 @pytest.mark.parametrize(
     ("what", "collector", "calls"),
     [
-        ("grad", False, 1000),
-        *((what, False, 250) for what in KINDS[1:]),
+        *((what, False, 250) for what in KINDS),
         *(pytest.param(what, on, 1000, marks=pytest.mark.slow) for what in KINDS for on in (True, False)),
     ],
 )

@@ -127,7 +127,7 @@ def inconsistent(condition: float, tail: float, signs: bool, seed: int, dtype: t
     return System("", a, b)
 
 
-@pytest.mark.parametrize("steps", [100, 200, 500, 1000])
+@pytest.mark.parametrize("steps", [100, 200, *(pytest.param(n, marks=pytest.mark.slow) for n in (500, 1000))])
 @pytest.mark.parametrize("tail", [1.0, 0.002])
 @pytest.mark.parametrize("signs", [False, True])
 @pytest.mark.parametrize("condition", [1e1, 1e3])
