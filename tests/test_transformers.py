@@ -200,7 +200,7 @@ def test_a_resumed_training_is_the_same(tmp_path, dropout):
     assert all(map(torch.equal, resumed.model.parameters(), whole.model.parameters()))
     assert resumed.tracker.steps == whole.tracker.steps == 7
     (tmp_path / "checkpoint-3" / "bilevel.pt").unlink()
-    with pytest.raises(ValueError, match="no checkpoint of a BilevelTrainer"):
+    with pytest.raises(ValueError, match="not a checkpoint of a BilevelTrainer"):
         trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 

@@ -1,6 +1,6 @@
 """Losses over many ranks: `replicated` and `gathered` make every derivative, of any order, that of all ranks' data.
 
-Two functions, each the other's transpose, stand around what all ranks hold alike:
+Two functions, each the other's transpose, are put around what is equal on all ranks:
 
     copy: x ↦ x on every rank,  backward: the mean of the ranks' gradients
     mean: x ↦ the mean over ranks,  backward: the gradient as it is
@@ -142,7 +142,7 @@ def _reduced(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
 
 
 def replicated(tree: PyTree, group: Any = None) -> PyTree:
-    """What all ranks hold alike, so that derivatives of any order with respect to it are means over ranks.
+    """Tensors that are equal on all ranks, so that derivatives of any order with respect to them are means over ranks.
 
         inner_loss = lambda w, h: local_loss(replicated(w), replicated(h))
 
@@ -212,7 +212,7 @@ def call(module: nn.Module, *args: object, group: Any = None, **kwargs: object) 
     """module(*args), whose derivatives of any order with respect to the live parameters are means over ranks.
 
     Args:
-        module: one that every rank holds alike; its DistributedDataParallel wrapper is taken off. Its buffers are
+        module: one that is equal on every rank; its DistributedDataParallel wrapper is removed. Its buffers are
             each rank's own.
         group: a process group; None: all ranks.
 

@@ -33,7 +33,7 @@ CHANGED = (
 class CompiledDirections:
     """The directions of a tracker for two losses, compiled once for each form of the batches.
 
-    At the 1st, 2nd, 4th, 8th, … call the directions are computed as they are, and compared.
+    At the 1st, 2nd, 4th, 8th, … call they are compared with the uncompiled directions.
 
     Args:
         losses: of the outer and the inner batch.
@@ -54,7 +54,7 @@ class CompiledDirections:
         if program is not None and self.calls & (self.calls - 1):
             try:
                 return program(tensors, outer, inner)
-            except NotCompiled:  # a tensor of the surroundings has another form now
+            except NotCompiled:  # a captured tensor has another form now
                 program = None
                 del self.programs[key]
         devices = _random.devices_of(self.tracker.oracles.params)
@@ -72,7 +72,10 @@ class CompiledDirections:
             self.programs[key] = self._checked(program, tensors, leaves, spec, state, (found, outer, inner), delta)
         except NotCompiled as error:
             self.programs[key] = None
-            warn(f"{type(self.tracker).__name__} could not be compiled and goes on as it is: {error}", NotCompiled)
+            warn(
+                f"{type(self.tracker).__name__} could not be compiled and continues without compilation: {error}",
+                NotCompiled,
+            )
         finally:
             put_back(recorded)
             self.tracker.oracles.recorded[:] = kept
@@ -97,7 +100,7 @@ class CompiledDirections:
         true: tuple[Directions, Batch, Batch],
         delta: dict[str, int],
     ) -> Program:
-        """The program, compared with what was computed as it is; compiled, or anew, where there is none or another."""
+        """The program, after a comparison; a new one where there is none, or where the two differ."""
         if program is not None:
             if not self._error(program, tensors, state, true):
                 return program
@@ -116,7 +119,7 @@ class CompiledDirections:
     def _error(
         self, program: Program, tensors: list[Tensor], state: Any, true: tuple[Directions, Batch, Batch]
     ) -> float:
-        """How far off its directions are, relatively; 0 where it is no more than rounding of params explains."""
+        """The relative error of its directions; 0 where the rounding of params explains it."""
         oracles = self.tracker.oracles
         eps = max(torch.finfo(x.dtype).eps for x in oracles.params)
 

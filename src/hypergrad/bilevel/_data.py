@@ -11,12 +11,12 @@ Item = TypeVar("Item")
 
 
 class cycle(Generic[Item]):
-    """An iterator over a DataLoader (or another iterable that can be begun again) without end.
+    """An endless iterator over a DataLoader (or another iterable that can be iterated again).
 
-    Every pass iterates it anew, so a shuffled loader shuffles anew.
+    Each pass iterates over it again, so a shuffled loader shuffles again.
 
     Args:
-        loader: what is passed through; not an iterator, which ends once.
+        loader: the iterable; not an iterator, which ends after one pass.
 
     Example:
         >>> batches = cycle([1, 2, 3])
@@ -67,7 +67,7 @@ class cycle(Generic[Item]):
         return {"passes": self.passes, "position": self.position, "random": self._random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batch that was the last: this pass is begun as it was, and its batches so far are dropped."""
+        """Continue after the last batch: this pass starts again as it did, and its batches so far are skipped."""
         self.passes, position = state["passes"], state["position"]
         self._items, self.position = None, 0
         if state["random"] is None:

@@ -1,6 +1,6 @@
 """Linear filters of the directions: an average, recursive momentum (STORM, SARAH, PAGE), and tables (SAGA).
 
-A filter is called at each `backward`, and takes in what it gave at each `step`. Between two steps several batches may
+A filter is called at each `backward`, and updates its memory at each `step`. Between two steps several batches may
 be accumulated: what a filter remembers then enters once, so that the sum is the direction of one large batch.
 """
 
@@ -25,11 +25,11 @@ class Filter(ABC):
 
     @abstractmethod
     def accept(self) -> None:
-        """Take in the last direction, for it was added to .grad."""
+        """Record the last direction, which was added to .grad."""
 
     @abstractmethod
     def step(self) -> None:
-        """Take in what was added since the last step."""
+        """Update the memory by what was added since the last step."""
 
     @abstractmethod
     def drop(self) -> None:
@@ -39,7 +39,7 @@ class Filter(ABC):
     def state_dict(self) -> State: ...
 
     def check(self, state: State) -> None:  # noqa: B027 (most need none)
-        """Raise where a state is not one of this filter."""
+        """Raise if a state does not belong to this filter."""
 
     @abstractmethod
     def load_state_dict(self, state: State) -> None: ...
@@ -49,7 +49,7 @@ class Filter(ABC):
 
 
 class Average(Filter):
-    """h ← (1 − β) h + β D, from h = 0. Of a sparse D the rows that it holds, and no others.
+    """h ← (1 − β) h + β D, from h = 0. Of a sparse D, only the rows that it holds.
 
     Source: Chen, Xiao and Balasubramanian 2023 (MA-SOBA, arXiv:2306.12067), the update of h.
     """
@@ -62,7 +62,7 @@ class Average(Filter):
         self.given: Grads = [None] * len(self.mean)
 
     def __call__(self, new: Grads) -> Grads:
-        """What is to be added to .grad for this batch; `accept` or nothing follows."""
+        """The direction to be added to .grad for this batch; the caller then calls `accept`, or nothing."""
         self.pending = [
             x if x is None and g is not None else self._one(mean, x, g)
             for mean, x, g in zip(self.mean, new, self.given, strict=True)
@@ -121,12 +121,12 @@ class Point:
 class Recursive(Filter):
     """D_t = D(x_t; ξ) + (1 − η) (D_{t−1} − D(x_{t−1}; ξ)): both points with the same batch ξ.
 
-    η > 0 is STORM, as in SUSTAIN and MRBO. η = 0 is SARAH, as in SRBA: it begins anew from a direction of all data.
+    η > 0 is STORM, as in SUSTAIN and MRBO. η = 0 is SARAH, as in SRBA: it restarts from a direction over all data.
 
     Args:
         rate: η.
-        period: steps from one beginning to the next; None: it never begins anew.
-        probability: in its place, with which a step is one (PAGE).
+        period: steps from one restart to the next; None: it never restarts.
+        probability: of a restart at each step, in place of period (PAGE).
         generator: decides that, on the CPU.
 
     Attributes:
@@ -210,7 +210,7 @@ class Table(Filter):
         like: tensors of the parts of a direction.
         file: where the table lies, mapped into memory; None: in memory.
 
-    Source: Defazio, Bach and Lacoste-Julien 2014; Dagréou et al. 2022 (SABA), section 3.2. It begins with zeros.
+    Source: Defazio, Bach and Lacoste-Julien 2014; Dagréou et al. 2022 (SABA), section 3.2. Here it starts from zeros.
     """
 
     def __init__(self, count: int, like: Sequence[Tensor], file: str | None = None):
@@ -227,7 +227,7 @@ class Table(Filter):
         self.count, self.file = count, file
 
     def __call__(self, new: Grads, row: int) -> list[Tensor]:
-        """The corrected direction of batch `row`; `accept` or nothing follows."""
+        """The corrected direction of batch `row`; the caller then calls `accept`, or nothing."""
         if not 0 <= row < self.count:
             raise IndexError(f"the index of a batch must be in [0, {self.count}), got {row}")
         filled = [
@@ -244,7 +244,7 @@ class Table(Filter):
             mean.add_(change, alpha=1 / self.count)
 
     def step(self) -> None:
-        """Every batch has been taken in already."""
+        """Nothing: each batch has updated the table already."""
 
     def drop(self) -> None:
         """A row is right at the point where it was taken, whether or not a step follows."""
@@ -269,10 +269,10 @@ class Table(Filter):
 
 
 def mapped(file: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros in a file that is mapped into memory; one that is there must be an earlier table of this size."""
+    """Zeros in a file that is mapped into memory; an existing file must be an earlier table of this size."""
     size = torch.Size(shape).numel()
     if os.path.exists(file) and os.path.getsize(file) != size * dtype.itemsize:
-        raise FileExistsError(f"{file} is there already, and is no table of this size: name another file, or remove it")
+        raise FileExistsError(f"{file} exists already and is not a table of this size: name another file, or remove it")
     with open(file, "wb") as handle:
         handle.truncate(size * dtype.itemsize)
     return torch.from_file(file, shared=True, size=size, dtype=dtype).reshape(*shape)

@@ -1,6 +1,6 @@
-"""Algorithms without second derivatives: F2SA, BOME, SAMA. All their gradients are first-order ones.
+"""Algorithms without second derivatives: F2SA, BOME, SAMA.
 
-They work with fused attention, FSDP and compiled models, and need closures: they evaluate losses at several points.
+They work with fused attention, FSDP and compiled models. They need closures, as they evaluate losses at several points.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class F2SA(Tracker):
         params, hparams, average, on_nonfinite: as in SOBA. Both losses must be closures.
         order: 1 (one copy, and params), 2 (two) or 4 (four).
         penalty: 1/σ. Copies with k < 0 ascend f: too small a penalty ruins the difference, and a warning says so.
-        lr: the step size of the copies' plain gradient steps; that of params is a good one; .1 by default.
+        lr: the step size of plain gradient steps on the copies (default: .1); that of params is a good choice.
         optimizer: in place of lr, a function that makes the copies' torch.optim optimizer from a list of tensors.
 
     Cost: of a `backward`: an evaluation and a reverse pass of g at params, and of g + kσf at each copy. Memory: one
         copy of params for each.
     Source: Kwon, Kwon, Wright and Nowak 2023 (F2SA, arXiv:2301.10945); Chen, Li, Chen and Zhang 2025 (F2SA-p,
-        arXiv:2509.02937). The outer step is not normalised here: that is the outer optimizer's part.
+        arXiv:2509.02937). Here the outer step is not normalised; the outer optimizer can do that.
 
     Example:
         g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
@@ -106,7 +106,7 @@ class F2SA(Tracker):
         return Directions(at_params.params, own, total, self._watched(outer, values))
 
     def _watched(self, outer: Batch, values: dict[int, Tensor]) -> dict[str, Tensor]:
-        """How far the copies are, and every 16th time by how much f rises and falls along them."""
+        """The distance of the copies from params, and at every 16th call how much f rises and falls at them."""
         leaves = [x.detach() for x in self.oracles.params]
         apart = [x - w for x, w in zip(self.copies[1], leaves, strict=True)]
         watched = {"copy_distance": self._vector(apart).norm() / self._vector(leaves).norm()}
@@ -119,18 +119,18 @@ class F2SA(Tracker):
 
 
 class BOME(Tracker):
-    """First-order, with a penalty that sets itself: params and hparams descend f + μ q, q = g(w, λ) − min g(·, λ).
+    """First-order, with a penalty that it sets itself: params and hparams descend f + μ q, q = g(w, λ) − min g(·, λ).
 
         z: K gradient steps on g from w,      ∇q = (∇₁g(w), ∇₂g(w) − ∇₂g(z)),
         μ = max(η − ⟨∇f, ∇q⟩ / ‖∇q‖², 0),      (D_w, D_λ) = ∇f + μ ∇q
 
-    params follow the outer loss too, so they see validation data: for a test, train them anew with the learned λ.
+    params follow the outer loss too, so they see validation data: before a test, train them again with the learned λ.
 
     Args:
         params, hparams, on_nonfinite: as in SOBA. The inner loss must be a closure.
         steps: K.
         lr: of those steps.
-        eta: η, how much q must fall at least.
+        eta: η, which sets the least decrease of q.
 
     Cost: of a `backward`: an evaluation and a reverse pass of f and K + 1 of g. Memory: two copies of params.
     Source: Ye, Liu, Wright, Stone and Liu 2022 (arXiv:2209.08709), algorithm 1, with φ = η‖∇q‖².
@@ -185,7 +185,7 @@ class BOME(Tracker):
 
 
 class SAMA(Tracker):
-    """One step of the user's optimizer, looked through by a difference of first-order gradients.
+    """Differentiates one step of the user's optimizer, by a difference of first-order gradients.
 
         u = (∂step/∂∇₁g) ∇₁f,      D_λ = ∇₂f − [∇₂g(w + εu) − ∇₂g(w − εu)] / 2ε,      ε = radius / ‖u‖
 
@@ -194,9 +194,9 @@ class SAMA(Tracker):
 
     Args:
         params, hparams, average, on_nonfinite: as in SOBA. The inner loss must be a closure.
-        optimizer: that of params, one that diff_optimizers.from_torch knows: its next step is differentiated with
-            respect to the gradient, at its present state.
-        lr: in its place, the step size of plain gradient steps.
+        optimizer: that of params, of a kind that diff_optimizers.from_torch supports: its next step is differentiated
+            with respect to the gradient, at its present state.
+        lr: in place of optimizer, the step size of plain gradient steps.
         radius: ‖εu‖, how far from params g is evaluated.
 
     Cost: of a `backward`: an evaluation and a reverse pass of f and three of g. Memory: two copies of params;
@@ -232,7 +232,7 @@ class SAMA(Tracker):
         on_nonfinite: OnNonfinite = "raise",
     ):
         if (optimizer is None) == (lr is None):
-            raise TypeError("pass the optimizer of params, or lr, one of them")
+            raise TypeError("pass either the optimizer of params or lr")
         super().__init__(params, hparams, average=average, on_nonfinite=on_nonfinite)
         self.inner_optimizer, self.inner_lr, self.radius = optimizer, 0.0 if lr is None else lr, radius
         if optimizer is not None:
@@ -257,7 +257,7 @@ class SAMA(Tracker):
         return Directions(here.params, [], plus(slopes.hparams, through), {"step_norm": size})
 
     def _stepped(self, gradient: Sequence[Tensor], f: Sequence[Tensor]) -> list[Tensor]:
-        """u: what the step that follows from ∇₁g would take off params, differentiated by ∇₁g, times f."""
+        """u: the derivative of the step (what it takes off params) with respect to ∇₁g, times f."""
         if self.inner_optimizer is None:
             return [x * self.inner_lr for x in f]
         rule, leaves, state = from_torch(self.inner_optimizer)

@@ -105,7 +105,7 @@ def statistics_of(closure: Any) -> list[tuple[Tensor, Tensor]]:
 
 def put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
     for buffer, values in reversed(kept):  # the oldest copies last
-        buffer.data.copy_(values)  # not a change that autograd minds: training mode reads no running statistics
+        buffer.data.copy_(values)  # autograd need not know of it: training mode reads no running statistics
 
 
 class Oracles:
@@ -144,12 +144,12 @@ class Oracles:
             if not leaf.is_leaf:
                 raise ValueError(
                     f"{name} was computed from other tensors, so no optimiser can move it: pass those "
-                    f"(the network's parameters(), say), and compute {name} in the losses"
+                    f"(for example the network's parameters()), and compute {name} in the losses"
                 )
         self.algorithm = algorithm
         self.take_forms()
         self.counts = {"inner_gradients": 0, "outer_gradients": 0, "products": 0}
-        self.scale = 1.0  # what the losses were multiplied with, for mixed precision
+        self.scale = 1.0  # what the losses were multiplied by, for mixed precision
         self.recorded: list[tuple[Tensor, Tensor]] = []  # running statistics before the evaluations that wrote them
         self._moved = False
         self._uses: dict[str, set[int]] = {}  # which tensors each loss depended on, until one was seen not to matter
@@ -239,7 +239,7 @@ class Oracles:
 
     @contextmanager
     def at(self, params: Sequence[Tensor], hparams: Sequence[Tensor] | None = None) -> Iterator[None]:
-        """The live tensors hold other values meanwhile, so that closures are evaluated there.
+        """Within this context the live tensors hold other values, at which closures are then evaluated.
 
         The values are copied in and out, which models that hold their tensors in other forms too (FSDP) notice.
         """
@@ -314,7 +314,7 @@ class Oracles:
 
 @contextmanager
 def second_derivatives() -> Iterator[None]:
-    """Where there are none, the error says which algorithms do without."""
+    """Where there are no second derivatives, the error names the algorithms that need none."""
     try:
         yield
     except RuntimeError as error:

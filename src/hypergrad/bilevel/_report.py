@@ -1,4 +1,4 @@
-"""How a tracker goes: numbers of the last batch, their running means, and warnings."""
+"""The state of a tracker: numbers of the last batch, their running means, and warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTLED = 100  # batches before a running mean is judged
 
 @dataclass(frozen=True)
 class Report:
-    """How a tracker goes, from its last batch. NaN stands for what the algorithm does not have.
+    """The state of a tracker after its last batch. NaN stands for what the algorithm does not have.
 
     Attributes:
         step: how often `step` was called.
@@ -70,7 +70,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The last outer direction beside the hypergradient at the present params.
+    """The last outer direction, compared with the hypergradient at the present params.
 
     Attributes:
         cosine: of the angle between them.
@@ -110,7 +110,7 @@ class Watch:
         self._unread: tuple[list[str], Tensor] | None = None
 
     def note(self, values: dict[str, Tensor], read: bool) -> bool:
-        """Take numbers of one batch; gives whether the norms are finite. read=False: nothing is read until `report`."""
+        """Record numbers of one batch; gives whether the norms are finite. read=False: they wait for `report`."""
         names = list(values)
         at, dtype = values[names[0]].device, torch.float64 if values[names[0]].device.type == "cpu" else torch.float32
         self._unread = names, torch.stack([values[name].detach().to(at, dtype).reshape(()) for name in names])
@@ -128,7 +128,7 @@ class Watch:
             self._unread = None
 
     def accept(self, lr: float | None) -> None:
-        """Take the last numbers into the running means, and warn. lr: a plain step on v, where there is one."""
+        """Update the running means by the last numbers, and warn. lr: a plain step on v, where there is one."""
         self.count += 1
         if self._unread is not None:
             return

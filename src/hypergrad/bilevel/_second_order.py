@@ -74,13 +74,13 @@ class SOBA(_Adjoint):
     Args:
         params: w, a module's parameters() or any pytree of leaf tensors; those that do not require grad are left out.
         hparams: λ, likewise.
-        lr: the step size of v; that of a plain gradient step on w is a good one; .1 by default.
+        lr: the step size of v (default: .1); that of a plain gradient step on w is a good choice.
         optimizer: in place of lr, a function that makes the torch.optim optimizer of v from a list of tensors.
         average: the weight β of the newest direction in a running mean of D_λ (MA-SOBA).
         recursive: the weight η of the newest batch in recursive momentum (STORM) of all three directions; both losses
             must then be closures.
-        on_nonfinite: what NaN or infinity in a batch does: "raise", "skip" (counted in `skipped`), or "ignore", with
-            which nothing is read from the device.
+        on_nonfinite: what to do about NaN or infinity in a batch: "raise", "skip" (counted in `skipped`), or "ignore",
+            with which nothing is read from the device.
 
     Cost: of a `backward`: an evaluation and two reverse passes of g, an evaluation and one reverse pass of f
         (recursive: all twice); one read from the device. Memory: v; average: a λ more; recursive: two points and two
@@ -147,10 +147,10 @@ class SABA(SOBA):
         batches: how many training and validation batches there are. Batches must be the same throughout, and of equal
             sizes.
         budget: bytes that the tables may take.
-        file: where to keep them, in files of this name with a number behind it, mapped into memory; None: in memory.
+        file: where to keep them, in files of this name followed by a number, mapped into memory; None: in memory.
 
     Cost: that of SOBA. Memory: v, and (2 |w| + |λ|) for each training batch, (|w| + |λ|) for each validation batch.
-    Source: Dagréou et al. 2022, section 3.2; its tables begin with zeros.
+    Source: Dagréou et al. 2022, section 3.2; its tables start from zeros.
 
     Example:
         g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
@@ -198,7 +198,9 @@ class SABA(SOBA):
 
     def directions(self, outer: Batch, inner: Batch, index: tuple[int, int] | None) -> Directions:
         if index is None:
-            raise TypeError("SABA keeps a table of batches: pass index=(number of the training batch, of the other)")
+            raise TypeError(
+                "SABA keeps a table of batches: pass index=(number of the training batch, number of the other one)"
+            )
         slopes, products = self._of_batches(outer, inner, self.v)
         new = self._combined(slopes, products, self.v)
         self._check_reached(new.hparams)
@@ -214,7 +216,7 @@ Sums = Callable[[], "tuple[Iterable[LossLike], Iterable[LossLike]]"]
 
 
 class SRBA(SOBA):
-    """SOBA with SARAH's recursive differences, begun anew from all data now and then: constant steps converge.
+    """SOBA with SARAH's recursive differences, restarted from all data now and then: constant steps converge.
 
         D_t = D(x_t; all data)  now and then,  else  D_{t−1} + D(x_t; batch) − D(x_{t−1}; batch)
 
@@ -222,8 +224,8 @@ class SRBA(SOBA):
         params, hparams, lr, optimizer, on_nonfinite: as in SOBA. Both losses must be closures.
         full: gives (outer losses, inner losses), each an iterable of scalars or closures that sum to the loss over all
             data; a generator keeps one batch's graph at a time. Under a GradScaler they are scaled too.
-        period: steps from one such direction to the next.
-        probability: in its place, with which a step is one (SPABA, PAGE's rule).
+        period: steps from one restart to the next.
+        probability: of a restart at each step, in place of period (SPABA, PAGE's rule).
         generator: decides that, on the CPU.
 
     Cost: of a `backward`: twice SOBA's; now and then that of all data. Memory: v, two points and two directions.
@@ -261,7 +263,7 @@ class SRBA(SOBA):
         on_nonfinite: OnNonfinite = "raise",
     ):
         if (period is None) == (probability is None):
-            raise TypeError("pass period or probability, one of them")
+            raise TypeError("pass either period or probability")
         if (period is not None and period < 1) or (probability is not None and not 0 < probability <= 1):
             raise ValueError(f"period must be at least 1, probability in (0, 1]; got {period or probability}")
         super().__init__(params, hparams, lr=lr, optimizer=optimizer, on_nonfinite=on_nonfinite)
@@ -309,7 +311,7 @@ class AmIGO(_Adjoint):
             adjoint_losses, there are as many steps as losses.
         lr: η, .1 by default.
         solver: in their place a linear solver, such as solvers.CG(max_steps=5), for the inner loss's batch.
-        warm: whether v starts where it ended. False starts at −η ∇₁f.
+        warm: whether v starts from its last value. False starts at −η ∇₁f.
         recursive: the weight η of the newest batch in recursive momentum of D_w and D_λ (warm=False: MRBO); the
             losses must then be closures.
 

@@ -143,14 +143,14 @@ class Tracker(ABC):
                 where the algorithm evaluates it at other points too. None: only params get a direction.
             inner_loss: g on a training batch, likewise.
             index: the numbers (i, j) of the training and the validation batch, for algorithms with tables.
-            adjoint_losses: of AmIGO: inner losses of more batches, one for each step on v; a generator is evaluated
-                as it goes.
+            adjoint_losses: of AmIGO: inner losses of further batches, one for each step on v; a generator evaluates
+                each when it is needed.
             scaler: the GradScaler by which both losses were scaled, in closures too. .grad of params and hparams are
                 then scaled, and scaler.step(tracker) is tracker.step().
             batches: a validation and a training batch, pytrees of tensors; both losses are then functions of a batch.
             compile: with batches: True computes the directions by one function that torch's inductor compiles, once for
                 each form of the batches and as long as both losses are the same functions; or another backend of
-                torch.compile. At the 1st, 2nd, 4th, 8th, … call it is compared with what is computed as it is.
+                torch.compile. At the 1st, 2nd, 4th, 8th, … call it is compared with the uncompiled result.
                 Where it cannot be compiled a warning (NotCompiled) says why. For small models, whose time goes into
                 Python: not with recursive momentum, tables or a GradScaler.
 
@@ -238,13 +238,13 @@ class Tracker(ABC):
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            raise AttributeError(f"{type(self).__name__} has no optimizer: there is nothing that it moves by one")
+            raise AttributeError(f"{type(self).__name__} has no optimizer, because it has no variables to move")
         return self.optimizer
 
     # How it goes.
 
     def report(self) -> Report:
-        """How it goes, from the last batch."""
+        """The state after the last batch."""
         sizes = [math.sqrt(float(dot(g, g))) for g in (self._before, self._last)]
         cosine = float(dot(self._before, self._last)) / math.prod(sizes) if all(sizes) else math.nan
         return self._watch.report(self.steps, self.skipped, cosine, self.oracles.counts)
@@ -258,8 +258,8 @@ class Tracker(ABC):
 
             ∇₂f − ∇²₂₁g (∇²₁₁g)⁻¹ ∇₁f
 
-        It is that of the solved inner problem only where params solve it; `adjoint_residual` and this error are about
-        the adjoint alone.
+        This is the hypergradient of the solved inner problem only where params solve it; `adjoint_residual` and this
+        error are about the adjoint alone.
 
         Args:
             outer_loss, inner_loss: scalars or closures, over all data if that fits; inner_loss may be an operators.Sum
@@ -308,7 +308,7 @@ class Tracker(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict` of the same algorithm with the same options."""
+        """Continue from a `state_dict` of the same algorithm with the same options."""
         if state["algorithm"] != type(self).__name__:
             raise ValueError(f"this is the state of {state['algorithm']}, and this tracker is {type(self).__name__}")
         shapes, own = [tuple(x.shape) for x in state["variables"]], [tuple(x.shape) for x in self.variables]

@@ -24,7 +24,7 @@ def verdict(e: Estimate, findings: Sequence[Finding]) -> tuple[bool, str]:
     floor = max([0.0, *(f.numbers["distance"] for f in findings if f.name == FLOOR)])
     doubts = list(dict.fromkeys(f.name for f in findings if f.name != FLOOR or floor > GOOD))
     if not e.settled and "indefinite" in doubts:
-        start = f"params are no minimum of the inner problem; to first order the hypergradient is off by {_size(e)}"
+        start = f"params are not at an inner minimum; to first order the hypergradient is off by {_size(e)}"
     elif not e.settled:
         start = (
             f"the error cannot be estimated: after {e.newton_steps} Newton steps the estimate is {_size(e)} and still "
@@ -43,7 +43,7 @@ def verdict(e: Estimate, findings: Sequence[Finding]) -> tuple[bool, str]:
 def findings_about_the_check(
     e: Estimate, differences: Differences | None, before: float | None, left_out: Sequence[str], better: str
 ) -> Iterator[Finding]:
-    """What is wrong with the result, or stands in the way of the estimate. before: ‖F‖ when it was computed."""
+    """What is wrong with the result, or prevents the estimate. before: ‖F‖ when it was computed."""
     relative = e.adjoint_relative_residual
     if relative > POOR:
         worse = ", more than v = 0 leaves" if relative >= 1 else ""
@@ -101,7 +101,7 @@ def remedies(
         yield (
             f"the adjoint system was solved with a damping of about {e.damping:.2g}, which changes the hypergradient "
             f"by about {e.from_damping:.2g}: take less, as far as the system allows; or pass check the inner_loss with "
-            f"damping/2 ‖w − w₀‖² added, if that is the problem that is meant"
+            f"damping/2 ‖w − w₀‖² added, if you mean that problem"
         )
     if e.from_adjoint > 0.1 * most and e.adjoint_relative_residual <= POOR:
         yield (

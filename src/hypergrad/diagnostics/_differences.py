@@ -1,4 +1,4 @@
-"""A hypergradient against finite differences of λ ↦ E(w*(λ), λ), the inner problem solved anew: slow, independent."""
+"""A hypergradient against finite differences of λ ↦ E(w*(λ), λ), with new inner solutions: slow, independent."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def finite_differences(
     directions: int = 3,
     step: float | None = None,
 ) -> Differences:
-    """The hypergradient against D(t) = (f(λ + tu) − f(λ − tu)) / 2t, each f(λ) with the inner problem solved anew.
+    """The hypergradient against D(t) = (f(λ + tu) − f(λ − tu)) / 2t, each f(λ) with the inner problem solved again.
 
         D = D(t/2) + (D(t/2) − D(t)) / 3,      error ≈ |D(t/2) − D(t)| / 3 + 10 eps |f| / t
 
-    The first term of the error is that of D(t/2), so D of a smooth f is far better than it says. An inner problem that
-    `solve` leaves unsolved by τ adds about τ/t, which shows in the first term too.
+    The first term of the error is that of D(t/2), so D of a smooth f is far more accurate than this estimate. An error
+    τ of the inner solution adds about τ/t, which the first term shows, too.
 
     Args:
         problem: as for `findings`.

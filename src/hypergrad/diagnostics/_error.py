@@ -15,7 +15,7 @@ from ..solvers import GMRES, MINRES, Dense, IterativeSolver, Solver, solve
 
 LONG = 3.0  # seconds after which a bar appears by itself
 DENSE = 200  # unknowns of a system up to which it is solved by factors
-LINEAR = 0.003  # estimated relative error up to which the first-order estimate is taken as it is
+LINEAR = 0.003  # estimated relative error up to which the first-order estimate is accepted
 SETTLED = 0.01  # what the last Newton step may change of the estimate, and of the corrected hypergradient
 NEGLIGIBLE = 1e-3  # what it may change of the estimate in any case
 NEWTON_STEPS = 20
@@ -33,7 +33,7 @@ class Estimate:
     Attributes:
         inner_residual: ‖F‖ = ‖∇₁g‖ or ‖w − Φ(w)‖.
         distance: estimate of ‖w − w*‖ / ‖w*‖.
-        damping: γ where v solves a damped system, (Aᵀ + γI)v = ∇₁E, as its residuals show; else 0.
+        damping: γ if v solves a damped system, (Aᵀ + γI)v = ∇₁E, which its residuals show; else 0.
         adjoint_residual: ‖r_v‖ = ‖∇₁E − (Aᵀ + γI)v‖, computed anew.
         adjoint_relative_residual: ‖r_v‖ / ‖∇₁E‖.
         hypergradient_norm: ‖h‖ as given.
@@ -243,7 +243,7 @@ class _Systems:
         return self.problem.cross_vector().copy()
 
     def newton_step(self, step: Vector) -> bool:
-        """Go on to w + tδ; False where ‖F‖ falls at no t, or where the budget is spent."""
+        """Move to w + tδ; False if ‖F‖ falls at no t, or if the budget is spent."""
         if self.budget.left < max(self.budget.done - self.before, 3):
             self.budget.left_out.append("Newton steps of the inner problem")
             return False

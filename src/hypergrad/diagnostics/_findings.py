@@ -1,4 +1,4 @@
-"""What is wrong with a bilevel problem at a point, found and named: each Finding by a test of its own."""
+"""What is wrong with a bilevel problem at a point: each Finding has a test of its own."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Finding:
 
 
 def findings(problem: Problem, structure: Structure | None = None) -> tuple[Finding, ...]:
-    """All that is recognised as wrong with this problem at (w, λ). Nothing found does not prove that nothing is wrong.
+    """Everything that is recognised as wrong with this problem at (w, λ). An empty result proves nothing.
 
     - not symmetric: A was declared symmetric, and xᵀAy ≠ yᵀAx for random x, y.
     - indefinite: the Hessian of the inner loss, or an A declared positive definite, has a negative eigenvalue: proven.
@@ -133,8 +133,8 @@ def _of_system(s: Structure, problem: Problem) -> Iterator[Finding]:
             other = ""
         text = (
             f"A has an eigenvalue of at most {low:.3g} (the largest is about {high:.3g}; {negative} of {s.steps} "
-            f"Ritz values are negative){where}: params are no minimum of the inner problem; solve it further, give the "
-            f"solver damping={damping:.2g}, which makes A positive definite as far as was seen{other}; or "
+            f"Ritz values are negative){where}: params are not at a minimum of the inner problem; solve it further, "
+            f"give the solver damping={damping:.2g}, which makes A positive definite as far as was seen{other}; or "
             f"use MINRES if a saddle is what you mean"
         )
         numbers = {"least eigenvalue": low, "negative": float(negative), "damping": damping}
@@ -253,7 +253,7 @@ def _unreached_hparams(near: _Near) -> Iterator[Finding]:
         yield Finding("hyperparameter reaches nothing", text)
         return
     for name in lost:
-        text = f"{name} stands neither in {near.map} nor in outer_loss, so its hypergradient is zero; leave it out?"
+        text = f"{name} appears neither in {near.map} nor in outer_loss, so its hypergradient is zero; leave it out?"
         yield Finding("hyperparameter reaches nothing", text)
 
 

@@ -32,7 +32,7 @@ class Report:
 
     Attributes:
         ok: whether the hypergradient can be used as it is.
-        verdict: why, in one sentence; everything below enters.
+        verdict: why, in one sentence, which takes everything below into account.
         estimate: of the error, with the residuals it comes from.
         differences: finite differences of the whole map; None if not asked for.
         structure: of A; None where max_products did not allow it.
@@ -184,7 +184,7 @@ def check(
         if math.isfinite(found.error):
             wrong = [*findings(problem, system), *wrong]
         if found.settled and found.newton_steps:
-            # How fast the inner solver is on its way depends on A where the way ends.
+            # The speed of the inner solver depends on A at the solution, where it ends.
             there = _structure(problem.again(found.params), budget)
     ok, sentence = verdict(found, wrong)
     lines = (sentence, *map(str, wrong), *remedies(found, system, there, problem.fixed_point, better))
@@ -220,7 +220,7 @@ def _structure(problem: Problem, budget: Budget) -> Structure | None:
 
 
 def _problem(result: Any, given: dict[str, Any], inner: dict[str, Any], symmetric: bool) -> Problem:
-    """The problem that the result knows, with what was passed anew in its places."""
+    """The problem that the result knows, with the arguments that were passed in their places."""
     known = result.problem if isinstance(result, Hypergradient) else None
     if known is not None:
         _check_known(result, [name for name in ("params", "hparams") if given[name] is None])
@@ -252,7 +252,7 @@ def _problem(result: Any, given: dict[str, Any], inner: dict[str, Any], symmetri
 
 
 def _check_known(result: Hypergradient, used: list[str]) -> None:
-    """Raise where a result cannot be checked at what it knows."""
+    """Raise if what a result knows is not enough to check it."""
     problem = result.problem
     if result.outer_value.ndim:
         raise TypeError(
@@ -268,6 +268,6 @@ def _check_known(result: Hypergradient, used: list[str]) -> None:
         )
     if problem.stochastic:
         raise ValueError(
-            "the inner problem is drawn anew at every product, so it has no one residual: pass a hypergradient of one "
-            "fixed draw"
+            "the inner problem is drawn again at every product, so it has no single residual: pass a hypergradient of "
+            "one fixed draw"
         )

@@ -112,7 +112,7 @@ def operator_structure(
 
 
 def checked(problem: Problem) -> Problem:
-    """The problem, to be evaluated anew. Raises TypeError for an evaluated inner problem, and for complex hparams."""
+    """The problem, to be evaluated again. Raises TypeError for an evaluated inner problem, and for complex hparams."""
     require_callable(problem.inner, problem.kind)
     flatten(problem.hparams, "hparams")  # of real tensors
     return problem.again()
@@ -147,7 +147,7 @@ def seeded(generator: torch.Generator | None) -> torch.Generator:
 
 
 def _small(x: Tensor) -> Tensor:
-    """A small matrix where small dense algebra is done."""
+    """A small matrix on the device where small dense algebra is done."""
     return x.to(device="cpu", dtype=torch.float64)
 
 

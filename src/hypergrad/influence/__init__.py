@@ -3,7 +3,7 @@
     g(w, ω) = (1/n) Σᵢ ωᵢ ℓᵢ(w) + p(w),      s_qi = ∂ℓ_q(w(ω)) / ∂ωᵢ  at ω = 1
 
 w(ω) is the minimiser of g (`scores`, `self_influence`), or what a training arrives at (`unrolled`). Leaving example i
-out changes the loss of query q by −s_qi, to first order: a positive score is that of a harmful example.
+out changes the loss of query q by −s_qi, to first order: harmful examples have positive scores.
 """
 
 from ._evaluation import Retrained, metasmoothness, retrained

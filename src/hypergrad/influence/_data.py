@@ -13,7 +13,7 @@ def rows(losses: Any, name: str) -> Tensor:
         got = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
             f"{name} must give a tensor [rows] with the loss of each example of the batch, got {got}: leave out the "
-            f'mean (reduction="none"), and take what is no part of any example into penalty'
+            f'mean (reduction="none"), and put what belongs to no example into penalty'
         )
     return losses
 

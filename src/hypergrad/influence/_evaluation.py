@@ -18,7 +18,7 @@ from ._result import Influence, spearman
 
 @dataclass(frozen=True)
 class Retrained:
-    """Losses of the queries after trainings on parts of the examples: what scores are to predict.
+    """Losses of the queries after trainings on parts of the examples, which scores should predict.
 
     Attributes:
         weights: [trainings, examples]: 1 for an example that was in, 0 for one that was left out.
@@ -72,22 +72,22 @@ def retrained(
     seed: int = 0,
     progress: bool = False,
 ) -> Retrained:
-    """Train on random subsets of the examples, or without single ones, to evaluate scores by.
+    """Train on random subsets of the examples, or without single ones, to evaluate scores.
 
     Args:
         train: weights [examples] of zeros and ones ↦ losses of the queries [queries], after a training with them.
             Everything else in it (start, order of batches, dropout) must be the same each time.
         examples: n.
         subsets: how many random subsets.
-        drop: the part of the examples that each of them lacks.
-        leave_out: examples to be left out alone, in place of subsets (leave-one-out).
+        drop: the fraction of the examples that each of them lacks.
+        leave_out: examples that are left out one at a time, in place of subsets (leave-one-out).
         seed: of the subsets.
         progress: show a bar (needs tqdm).
 
     Returns: a Retrained; `lds` and `error` compare scores with it.
     Raises: ValueError for numbers out of range, and for losses that are no vector or not finite.
-    Warns: HypergradientWarning where the first training, done again, gives other losses: their difference is noise that
-        no score predicts.
+    Warns: HypergradientWarning if the first training gives other losses when it is repeated: the difference is noise
+        that no score predicts.
     Cost: subsets + 2 trainings.
 
     Example:
@@ -117,8 +117,8 @@ def retrained(
         if not torch.allclose(whole, again, rtol=torch.finfo(whole.dtype).eps ** 0.5, atol=0):
             apart = float((whole - again).abs().max())
             warn(
-                f"the same training gave other losses when it was done again (by {apart:.2g} at most): seed all that "
-                f"is random in train, or average several trainings"
+                f"the same training gave other losses when it was done again (by {apart:.2g} at most): seed everything "
+                f"random in train, or average several trainings"
             )
         rows = [_losses(train, row) for row in bar(list(weights), "trainings", progress)]
     return Retrained(weights, torch.stack(rows), whole)
@@ -141,11 +141,11 @@ def metasmoothness(train: Callable[[PyTree], PyTree], hparams: PyTree, direction
 
     Args:
         train: f(hparams) ↦ a tensor or a pytree: params after the training, or outputs for validation data.
-        hparams: λ, weights of the examples say.
+        hparams: λ, for example weights of the examples.
         direction: v, like hparams.
         step: h.
 
-    Raises: ValueError where hparams do not change anything.
+    Raises: ValueError if hparams change nothing.
     Cost: three trainings.
     Source: Engstrom et al. 2025, Definition 2.
 

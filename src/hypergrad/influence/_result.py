@@ -44,7 +44,7 @@ class Influence:
     products: int = 0
 
     def top(self, k: int = 10, harmful: bool = False) -> tuple[Tensor, Tensor]:
-        """The scores of the k most helpful (harmful) examples of each query, and their indices, the first one first.
+        """The scores of the k most helpful (harmful) examples of each query, and their indices, the strongest first.
 
         Helpful ones have negative scores: their weights lower the loss of the query.
 
@@ -63,7 +63,8 @@ class Influence:
         return replace(self, **chosen)
 
     def report(self) -> str:
-        """One line for each damping: how far its systems are from solved, and whether its scores agree with the next's.
+        """One line for each damping: the residuals of its systems, and the agreement of its scores with the next
+        damping's.
 
         The correlation is Spearman's with the scores of the next larger damping: where the path is flat, the damping
         does not matter.

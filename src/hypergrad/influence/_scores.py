@@ -30,7 +30,7 @@ from ._result import Influence
 Loss = Callable[[Any, Any], Tensor]
 PATH = [10 ** (k / 2 - 4) for k in range(9)]  # of damping="path", in units of ‖A‖
 POWER_STEPS = 10  # products that estimate ‖A‖
-WRONG = 0.1  # relative residual of an approximate inverse from which on a warning is due
+WRONG = 0.1  # relative residual of an approximate inverse above which there is a warning
 
 
 def scores(
@@ -62,11 +62,11 @@ def scores(
         queries: batches of queries, likewise; a batch is solved for at once.
         model: m(params, batch) ↦ outputs. Where it is given, A is the Gauss–Newton matrix of ℓ ∘ m, which is positive
             semi-definite wherever w is.
-        penalty: p(params): what is no part of any example's loss, such as weight decay.
+        penalty: p(params): what belongs to no example's loss, such as weight decay.
         solver: from `hg.solvers`, for all queries of a batch at once: BlockCG() by default, CG(preconditioner=...) with
             Nystrom(...), which is built once, or with an operator on single vectors. Or an approximate inverse of
             A + γI: an operator with @ on a list of tensors in params' order (curvlinops' K-FAC and EKFAC inverses) or a
-            LinearOperator; `residual` then tells how far it is from solving the systems.
+            LinearOperator; `residual` then says how well it solves the systems.
         damping: γ ≥ 0, added to the solver's own; or several, or "path": nine from 1e-4 ‖A‖ to ‖A‖. Several are solved
             in one Krylov space (`solvers.shifted`), with rtol, max_steps and on_failure of the solver, a CG or BlockCG
             without preconditioner.
@@ -115,7 +115,8 @@ def self_influence(
     index: Callable[[Any], Tensor] | None = None,
     progress: bool = False,
 ) -> Influence:
-    """Score of each training example for its own loss, −∇ℓᵢᵀ(A + γI)⁻¹∇ℓᵢ / n: large for what is hard to learn.
+    """Score of each training example for its own loss, −∇ℓᵢᵀ(A + γI)⁻¹∇ℓᵢ / n: large for examples that are hard to
+    learn.
 
     Args: as in `scores`. Batches of train are solved for at once.
     Returns: an Influence, whose scores, query_losses and residual have the axis of examples alone. A is positive
@@ -204,7 +205,7 @@ class _System:
         self.groups = None if groups is None else _checked_groups(groups, self.count)
 
     def _counted(self) -> int:
-        """The number of examples. Keeps the sum of each batch's losses, to see that later passes meet the same ones."""
+        """The number of examples. Keeps each batch's sum of losses, to check that later passes meet the same ones."""
         sizes = []
         for batch in opened(self.train):
             with torch.no_grad():
@@ -356,7 +357,7 @@ class _System:
         if self.on_failure != "ignore":
             self._report(blocks, residual)
             distances = [inner_distance(self.inner_residual, each, self.problem.point).max() for each in pairs]
-            # The worst query, at the damping that asks least.
+            # The worst query, at the largest damping.
             distance = torch.stack(distances).reshape(len(blocks), -1).amax(0).amin(0)
             warn_if_unsolved(float(distance), self.inner_residual)
         warn_if_not_finite([found])
@@ -385,7 +386,7 @@ class _System:
 
 
 def is_inverse(thing: Any) -> bool:
-    """Whether it is an approximate inverse, and no solver."""
+    """Whether it is an approximate inverse rather than a solver."""
     return isinstance(thing, LinearOperator) or (hasattr(thing, "__matmul__") and not isinstance(thing, Tensor))
 
 

@@ -42,7 +42,7 @@ def unrolled(
 
         w_{t+1} = Φ_t(w_t, ω),      s_qi = ∂ℓ_q(w_T(ω)) / ∂ωᵢ  at ω = 1
 
-    These are the scores of this very training: its start, its order of batches, its number of steps. Nothing needs to
+    These scores belong to one training, with its start, its order of batches and its number of steps. Nothing needs to
     have converged.
 
     Args:
@@ -55,10 +55,10 @@ def unrolled(
         queries: batches of queries. All are pulled back at once.
         steps: T.
         batches, with_time, memory: as in `unroll.reverse`.
-        folder: where iterates between segments of the training, and the gradients of those that are done, are kept. The
-            same call goes on from there after it was interrupted, and gives the same scores bit for bit. A folder
-            belongs to one step and its queries; the last segment of the training that is done is repeated, to see
-            that the step is the same. Files are removed by you alone.
+        folder: keeps the iterates between segments of the training, and the gradients of the finished ones. After an
+            interruption the same call continues from there, and gives the same scores bit for bit. A folder belongs to
+            one step and its queries; the last finished segment of the training is repeated, to check that the step is
+            the same. The files are not removed.
         segments: how many, with folder; about √T by default.
         progress: show a bar over segments (needs tqdm).
 
@@ -66,8 +66,8 @@ def unrolled(
     Raises: as `unroll.reverse`; ValueError where folder holds another run, RuntimeError where a segment gives other
         iterates when it is run again.
     Warns: as `unroll.reverse`; HypergradientWarning where a tensor of start is below float32, or autocast is on.
-    Cost: as `unroll.jacobian` with k queries: less than 2T evaluations of step and T reverse passes with k cotangents
-        at once; with folder T evaluations more, and the memory of one segment.
+    Cost: as `unroll.jacobian` with k queries: less than 2T evaluations of step, and T reverse passes with k cotangents
+        at once; with a folder, T evaluations more, and the memory of one segment.
     Source: Engstrom et al. 2025 (MAGIC).
 
     Example:
@@ -155,7 +155,7 @@ class _Resumed:
         return torch.load(self.folder / name, weights_only=True)
 
     def _begin(self, segment: int) -> list[Tensor]:
-        """The tensors where a segment begins; the random state is as it was there."""
+        """The tensors where a segment begins; the random state is restored to what it was there."""
         state = self._load(f"iterate_{segment}.pt")
         _random.restore(dict(zip([torch.device("cpu"), *self.cuda], state["random"], strict=True)))
         return state["tensors"]
@@ -205,7 +205,7 @@ class _Resumed:
         return done["scores"], done["losses"]
 
     def _check_queries(self, losses: Callable[[PyTree, Any], Tensor], known: Tensor) -> None:
-        """Raise where what the reverse pass has done so far was for other queries."""
+        """Raise if the saved part of the reverse pass belongs to other queries."""
         with torch.no_grad():
             values = losses(self.rebuild(self._begin(len(self.bounds) - 1)), None)
         tolerance = torch.finfo(known.dtype).eps ** 0.5

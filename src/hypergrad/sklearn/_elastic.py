@@ -7,7 +7,7 @@ On the support S, with the signs σ, of the solution everything is linear; one f
     A = X_SᵀX_S + (1 − ρ) diag a_S,    A w_S = X_Sᵀy − ρ a_S σ,    A v = ∇E(w)_S
     ∂E/∂ log aⱼ = −aⱼ (ρ σⱼ + (1 − ρ) wⱼ) vⱼ
 
-Features of strength aⱼ are those of strength 1, divided by aⱼ: so coordinate descent serves every strength.
+A feature of strength aⱼ is like the feature divided by aⱼ with strength 1, so coordinate descent serves every strength.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Elastic:
         return torch.from_numpy(w), torch.from_numpy(self.parts[0].offset - w @ self.parts[0].mean)
 
     def residual(self, strengths: Tensor, which: Tensor) -> Tensor:
-        """How far each solution is from optimal, relative to XᵀSy: 0 at a solution."""
+        """The violation of the optimality conditions, relative to XᵀSy: 0 at a solution."""
         found = []
         for fold, part in enumerate(self.parts):
             for number, target in enumerate(which.tolist()):
@@ -181,7 +181,7 @@ class Elastic:
             solver.set_params(warm_start=True)
             solver.coef_ = start * scale
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # what remains is measured and reported
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the remaining error is measured and reported
             solver.fit(divided.tocsc() if sparse else np.asfortranarray(divided), y)
         return np.ravel(solver.coef_) / scale
 

@@ -172,7 +172,7 @@ class ElasticNetHG(_Regressor):
     Args:
         penalty, alphas, cv, scoring, shrinkage, early_stopping, max_iter, fit_intercept, warm_start, progress: as those
             of `RidgeHG`; `alphas` must lie below α_max, from which on every coefficient is zero.
-        estimator: another solver of the lasso than `Lasso()`, with its settings; its coef_ is taken as it is.
+        estimator: a solver of the lasso other than `Lasso()`, with its settings; its coef_ is used unchanged.
         l1_ratio: ρ in (0, 1]; 1 is the lasso.
 
     Attributes: as those of `RidgeHG`; alpha_ is in the units of `ElasticNet(alpha=)`.
@@ -231,7 +231,7 @@ class ElasticNetHG(_Regressor):
         largest = problem.largest().clamp(min=1e-300)
         if self.alphas is not None and np.min(self.alphas) >= float(largest.max()):
             raise ValueError(
-                f"every one of alphas={self.alphas!r} is at least α_max = {float(largest.max()):.6g}, from which on "
+                f"all of alphas={self.alphas!r} are at least α_max = {float(largest.max()):.6g}, above which "
                 f"every coefficient is zero and no strength can be tuned: give smaller ones"
             )
         return torch.logspace(-0.05, -4, 25, dtype=torch.float64)[:, None] * largest

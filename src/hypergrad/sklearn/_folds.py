@@ -1,4 +1,4 @@
-"""What the search is about: the rows of each fold, and which coefficients share a strength."""
+"""The data of the search: the rows of each fold, and which coefficients share a strength."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Folds:
 
 
 def whole(weights: np.ndarray) -> Folds:
-    """All rows as one training set, which nothing validates."""
+    """All rows as one training set, without validation rows."""
     train = torch.from_numpy(weights / weights.sum())[None]
     return Folds(train, torch.zeros_like(train), torch.ones(1, dtype=torch.float64), None, float(weights.sum()))
 
@@ -151,7 +151,7 @@ def make_labels(penalty: Any, features: int, outputs: int, joint: bool, names: n
             return Labels(torch.arange(outputs)[:, None].expand(outputs, features), outputs)
         if penalty != "group":
             raise ValueError(
-                f"penalty={penalty!r} is none of 'feature', 'group' and 'class'; or give an array with a label for "
+                f"penalty={penalty!r} is not one of 'feature', 'group' and 'class'; or give an array with a label for "
                 f"each feature, [n_features], or for each coefficient, [n_features, n_targets]"
             )
         penalty = _prefixes(names)

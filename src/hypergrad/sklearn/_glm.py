@@ -23,10 +23,10 @@ from ..operators import function
 from ..solvers import CG, Status
 from ._folds import Folds
 
-SMALL = 150  # coefficients of a system that is factorised anew for each solve
+SMALL = 150  # coefficients of a system that is factorised for each solve
 DENSE, MEMORY = 1_000, 60_000_000  # coefficients of one whose factors are kept for CG; numbers in all factors
 INEXACT = 200  # steps of CG for a step of Newton's method, which need not be exact
-STALE = 15  # steps of CG after which the factors are made anew
+STALE = 15  # steps of CG after which the factors are computed again
 LARGE = 100_000  # coefficients of a classifier whose refit is no more accurate than the search
 SINGLE = 1e-4  # relative residual down to which CG runs in float32
 
@@ -93,7 +93,7 @@ class Linear:
         self.rtol = 1e-8 if self.dense else 1e-2
 
     def scale(self) -> float:
-        """The mean eigenvalue of XᵀSX, as though its columns were orthogonal to one."""
+        """The mean eigenvalue of XᵀSX, as if its columns were orthogonal to the vector of ones."""
         total = self.train.mean(0)
         values = self.X.values() if self.X.layout == torch.sparse_csr else self.X
         if self.X.layout == torch.sparse_csr:
@@ -305,7 +305,7 @@ class Linear:
         self.W = w[:, :, places].repeat(self.folds.number, 1, 1, 1)
 
     def coefficients(self, strengths: Tensor) -> tuple[Tensor, Tensor]:
-        """W [C or T, d] and intercepts of the first fold: to the last digits, or as those that the search scores."""
+        """W [C or T, d] and intercepts of the first fold: to rounding, or as accurate as the search needs."""
         which = torch.arange(self.W.shape[1])
         a, y, train = self._systems(strengths, which)
         large = not self.separate and self.W[0].numel() > LARGE

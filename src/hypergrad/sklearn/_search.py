@@ -1,4 +1,4 @@
-"""The outer search: L-BFGS for many independent problems at once, each with its own line search and end."""
+"""The outer search: L-BFGS for many independent problems at once, each with its own line search and stopping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ._folds import Folds, Labels
 
 HISTORY, LONGEST, RANGE, SLOPE, HALVINGS = 10, 2.0, 16.0, 1e-4, 12
-GAIN = 0.01  # nats: a step of the whole sample's predictive likelihood that no one would notice
+GAIN = 0.01  # nats: a negligible change of the whole sample's predictive likelihood
 PATIENCE = 10
 
 
@@ -24,12 +24,12 @@ class Problem(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """The losses of the folds [F, T], and ∂(Σ_f share_f loss_f)/∂ log strength, like strengths.
 
-        Systems are solved further where `tighter`, and as far as they can be where that is "all".
+        Systems are solved more accurately where `tighter`, and to rounding where that is "all".
         """
         ...
 
     def residual(self, strengths: Tensor, targets: Tensor) -> Tensor:
-        """What is left of the inner gradients at the solutions, relative to those at 0."""
+        """The norms of the inner gradients at the solutions, relative to those at 0."""
         ...
 
 
@@ -79,7 +79,7 @@ class Point:
     slope: Tensor
 
     def put(self, which: Tensor, other: Point, taken: Tensor) -> None:
-        """Take over the problems `taken` of another point, which is of the problems `which` alone."""
+        """Copy the problems `taken` of another point, which holds the problems `which` only."""
         for name, mine in vars(self).items():
             if len(mine) == len(self.theta):
                 mine[which[taken]] = getattr(other, name)[taken]
@@ -133,7 +133,7 @@ class Memory:
 def search(
     objective: Objective, here: Point, max_iter: int, progress: Callable[[Any], Any], done: dict[int, str]
 ) -> Found:
-    """From `here` down J, each problem by itself; `here` is moved.
+    """Minimise J from `here`, each problem by itself; `here` is moved.
 
     Args:
         progress: wraps the range of steps.
@@ -152,7 +152,7 @@ def search(
         before, direction = here.copy(), memory.direction(here.gradient)
         out = ((here.theta <= low) & (direction < 0)) | ((here.theta >= high) & (direction > 0))
         direction[out] = 0.0
-        if memory.pairs:  # what the model promises, −∇Jᵀd/2, is not worth the step
+        if memory.pairs:  # the gain that the model predicts, −∇Jᵀd/2, is not worth the step
             promised = -(here.gradient * direction).sum(1) * objective.folds.count / 2
             for each in (active & (promised < GAIN)).nonzero()[:, 0].tolist():
                 reasons[each], active[each] = f"converged: a further step promises less than {GAIN} nats", False
@@ -169,9 +169,7 @@ def search(
         best.put(every, here, better)
         for each in active.nonzero()[:, 0].tolist():
             if each in failed:
-                reasons[each] = (
-                    "no step along the search direction lowers the objective: it is at its least, to rounding"
-                )
+                reasons[each] = "no step along the search direction lowers the objective: it is minimal, to rounding"
             elif objective.folds.watched is not None and unchanged[each] >= PATIENCE:
                 reasons[each] = f"early stopping: the watched fold's loss has not fallen for {PATIENCE} steps"
             elif idle[each] >= 2:

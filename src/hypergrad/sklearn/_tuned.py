@@ -20,13 +20,13 @@ from torch import Tensor
 from ._folds import Folds, Labels, make_folds, make_labels, whole
 from ._search import Found, Objective, Point, search
 
-CHECKED = 10  # targets whose hypergradients are computed anew for hypergradient_error_
+CHECKED = 10  # targets whose hypergradients are computed again for hypergradient_error_
 DENSE = 20_000_000  # numbers of a sparse X that is made dense
 WRONG, ROUGH = 1e-2, 1e-4  # ‖∇g‖ / ‖∇g(0)‖ at the coefficients of a user's estimator: an error, a warning
 
 
 class Data:
-    """X and y as the problems take them, weights, and the mean that was taken off a dense X."""
+    """X and y as the problems take them, weights, and the mean that was subtracted from a dense X."""
 
     def __init__(self, X: Any, y: np.ndarray, weights: np.ndarray, center: bool):
         self.sparse = scipy.sparse.issparse(X) and math.prod(X.shape) > DENSE
@@ -59,8 +59,8 @@ def row_losses(scoring: Any, default: str, joint: bool) -> tuple[Callable[..., A
         return logistic, True
     if not callable(scoring):
         raise ValueError(
-            f"scoring={scoring!r} is no differentiable loss: give {default!r}, or a function of tensors (prediction, "
-            f"y) that returns the loss of each row"
+            f"scoring={scoring!r} is not a differentiable loss: give {default!r}, or a function of tensors "
+            f"(prediction, y) that returns the loss of each row"
         )
 
     def loss(prediction: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def row_losses(scoring: Any, default: str, joint: bool) -> tuple[Callable[..., A
         if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
             raise ValueError("scoring returned losses that are negative or not finite")
         if not values.requires_grad:
-            raise ValueError("scoring is not differentiable: its losses do not depend on the predictions by torch")
+            raise ValueError("scoring is not differentiable: torch sees no dependence of its losses on the predictions")
         return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
 
     return loss, False
@@ -112,7 +112,7 @@ class Tuned(BaseEstimator):
         raise NotImplementedError
 
     def _unit(self, data: Data) -> float:
-        """alpha_ over the strength beside a mean loss."""
+        """The ratio of alpha_ to the strength that stands beside a mean loss."""
         return float(data.weights.sum())
 
     def _grid(self, problem: Any, outputs: int) -> Tensor:
@@ -313,7 +313,7 @@ class Tuned(BaseEstimator):
 
 
 def _bisected(score: Callable[[Tensor], Tensor], grid: Tensor) -> Tensor:
-    """The best strength, with few scores: every second one until they rise, those beside the best, a parabola."""
+    """The best strength, from few scores: every second one until they rise, then near the best, then a parabola."""
     known = {}
     for k in range(0, len(grid), 2):
         known[k] = float(score(grid[k]).sum())

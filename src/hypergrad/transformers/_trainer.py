@@ -18,7 +18,7 @@ from .. import distributed
 from ..bilevel import BOME, F2SA, SAMA, Tracker, cycle
 from ._parts import PartOfBatches, sharded_as, whole
 
-STATE = "bilevel.pt"  # of a checkpoint: what the Trainer does not know of
+STATE = "bilevel.pt"  # the file of a checkpoint with what the Trainer does not save
 MakeTracker = Callable[[list[nn.Parameter], list[nn.Parameter], torch.optim.Optimizer], Tracker]
 
 
@@ -79,10 +79,10 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
             inputs hold beside the model's arguments. SourceWeights, ExampleWeights, TokenWeights, or your own.
         method: (params, hparams, optimizer) ↦ a tracker of hg.bilevel: F2SA by default, with the Trainer's optimizer
             for its copies; lambda params, hparams, optimizer: SAMA(params, hparams, optimizer=optimizer). SOBA and the
-            others with second derivatives need attn_implementation="eager". None: the weights stay as they are, to
-            train anew with those that were learned.
+            others with second derivatives need attn_implementation="eager". None: the weights stay as they are, for a
+            second training with the learned ones.
         outer_optimizer: of hparams' parameters; torch.optim.Adam(lr=0.1) by default.
-        restart: steps after which copies of F2SA start anew from the model, for those of a network drift apart; None:
+        restart: steps after which F2SA's copies are put back to the model, since copies of a network drift apart; None:
             never.
         begin: steps before hparams begin to move.
 
@@ -295,7 +295,7 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
             return
         path = Path(checkpoint) / STATE
         if not path.is_file():
-            raise ValueError(f"{checkpoint} holds no {STATE}: it is no checkpoint of a BilevelTrainer")
+            raise ValueError(f"{checkpoint} holds no {STATE}: it is not a checkpoint of a BilevelTrainer")
         state = torch.load(path, weights_only=True, map_location="cpu")
         self.hparams.load_state_dict(state["hparams"])
         self.outer_optimizer.load_state_dict(state["outer_optimizer"])
@@ -362,7 +362,7 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
 
 
 class _Outer(TrainerCallback):  # pyright: ignore[reportGeneralTypeIssues]
-    """Calls a BilevelTrainer where the Trainer's loop has come to its steps."""
+    """Calls a BilevelTrainer when the Trainer's loop comes to its optimizer step."""
 
     def __init__(self, trainer: BilevelTrainer):
         self.trainer = trainer
