@@ -311,7 +311,7 @@ def test_what_cannot_be_summed_is_an_error():
         return (w * batch).sum() + lam.sum()
 
     w, lam = torch.ones(2), torch.ones(2, requires_grad=True)
-    with pytest.raises(TypeError, match="iterable again and again"):
+    with pytest.raises(TypeError, match="iterable more than once"):
         hg.operators.Sum(loss, iter([1.0]))
     with pytest.raises(TypeError, match="loss must be a function"):
         hg.operators.Sum(torch.ones(()), [1.0])

@@ -18,7 +18,7 @@ from ._tree import check_distinct
 
 FREED = (
     "the graph of this loss or map, or of hparams, was already freed by an earlier backward(), grad() or "
-    "hypergradient: evaluate it again; losses and maps passed as callables are evaluated anew"
+    "hypergradient: evaluate it again, or pass losses and maps as callables"
 )
 ATTENTION = (
     "a fused attention kernel has no second derivative: evaluate the model under "
@@ -35,7 +35,7 @@ _keep_graphs: ContextVar[bool] = ContextVar("keep_graphs", default=False)
 
 @contextmanager
 def graphs_kept() -> Iterator[None]:
-    """No reverse pass frees a graph meanwhile: several that follow may share what their functions close over."""
+    """Within this context no reverse pass frees a graph: several passes may share what their functions close over."""
     token = _keep_graphs.set(True)
     try:
         yield
@@ -50,7 +50,7 @@ _NOTHING = nullcontext()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """torch.autocast does not act on what is computed meanwhile, but for what `users_autocast` encloses."""
+    """Within this context torch.autocast acts only on what `users_autocast` encloses."""
     kind = device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return _autocast_off(kind) if on else _NOTHING
@@ -67,7 +67,7 @@ def _autocast_off(kind: str) -> Iterator[None]:
 
 
 def users_autocast() -> AbstractContextManager[Any]:
-    """For the evaluation of losses and maps of the user's: the autocast that `without_autocast` took off."""
+    """For the evaluation of the user's losses and maps: the autocast that `without_autocast` removed."""
     kept = _users_autocast.get()
     return _NOTHING if kept is None else torch.autocast(**kept)
 
@@ -222,7 +222,7 @@ class Linearisation:
         hparams: the leaves of λ that require grad.
         curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
         probe: the c at which `pulled` is taken, like outputs.
-        compile: makes v ↦ ∂₁Fᵀv, by other means, of that by a retained reverse pass.
+        compile: turns the product by a retained reverse pass into another function v ↦ ∂₁Fᵀv.
 
     Attributes:
         params_unreached: whether `vjp_both` found that no output depends on any of params.

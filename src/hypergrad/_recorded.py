@@ -1,8 +1,8 @@
-"""compile=: one product by a reverse pass is recorded, and later ones repeat what of it depends on v.
+"""compile=: one product by a reverse pass is recorded, and later ones repeat the part that depends on v.
 
 A product through a retained graph calls the same operations on the same saved tensors each time, and autograd takes
-longer to find them than a small one takes to run. A recording keeps the operations whose results depend on v; the rest
-is constant, computed while recording. No code of the user's is traced or run again.
+longer to find them than small ones take to run. A recording keeps the operations whose results depend on v; the rest is
+constant, computed while recording. No code of the user's is traced or run again.
 
 A chain of elementwise operations from x to y is linear, hence y = d ∘ x with d the chain's value at x = 1: it becomes
 one multiplication. The Hessian product of a logistic regression is left as Xᵀ(d ∘ Xv) + e ∘ v.
@@ -62,7 +62,7 @@ ADDED: dict[Any, Any] = {aten.mv.default: torch.addmv, aten.mm.default: torch.ad
 
 
 class NotCompiled(HypergradientWarning):
-    """Products were to be compiled and could not be; the usual ones took their place.
+    """Products could not be compiled; the usual ones were used instead.
 
     Example:
         >>> import warnings
@@ -343,7 +343,7 @@ class Recorder:
         """The operation's result; called for each one of the product."""
         traits = _torch.operation_traits(func) if self.reason is None else None
         if traits is None:
-            self.reason = self.reason or f"it draws random numbers, or calls what is no operator of torch's ({func})"
+            self.reason = self.reason or f"it draws random numbers, or calls what is not an operator of torch ({func})"
             return func(*args, **kwargs)
         writes, view, functional = traits
         depends = self._depends(args) or (bool(kwargs) and self._depends(kwargs.values()))

@@ -22,7 +22,7 @@ from ._vector import FREE_TO_READ, Scalar, Vector, anywhere, norm, ratio, read, 
 from ._versions import with_help
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
-KINK = 0.9  # share of ‖∇₁g‖ in the entries of w that are 0 from which on it is taken for that of a nonsmooth loss
+KINK = 0.9  # share of ‖∇₁g‖ in the entries of w that are 0 above which the loss is taken to be nonsmooth
 UNSOLVED = 0.1  # estimated relative distance from the inner solution at which a warning is due
 INACCURATE = 0.1  # estimated relative error of a hypergradient, likewise
 
@@ -54,15 +54,15 @@ class Status(enum.Enum):
     )
     DIVERGED = (
         4,
-        "the residual is no smaller than that of no answer (x = 0): give a Krylov method more steps; in place of a "
+        "the residual is no smaller than that of x = 0: give a Krylov method more steps; in place of a "
         "stationary iteration take a smaller step size, or a method that needs no contraction (GMRES or MINRES for a "
         "linear system; Anderson, Broyden or Newton for a fixed point)",
     )
     NOT_POSITIVE_DEFINITE = (
         5,
-        "a direction of zero or negative curvature was met (xᵀAx ≤ 0): the point is no strict minimum, or the system "
-        "is singular; use MINRES or damping, solve the inner problem further, or take operators.GaussNewton where the "
-        "loss is a convex function of a model's output",
+        "a direction of zero or negative curvature was met (xᵀAx ≤ 0): the point is not a strict minimum, or the "
+        "system is singular; use MINRES or damping, solve the inner problem further, or take operators.GaussNewton "
+        "where the loss is a convex function of a model's output",
     )
     NOT_SYMMETRIC = (
         6,
@@ -87,10 +87,10 @@ class Status(enum.Enum):
 
 
 class HypergradientWarning(UserWarning):
-    """A result that the library knows, or has reason to believe, is not what was asked for.
+    """A result that is known, or estimated, not to be what was asked for.
 
-    Each kind is shown once for each line of your code that leads to it, whatever the numbers in it; the filters
-    "always" and "error" take each.
+    Each kind is shown once for each line of your code that leads to it, whatever the numbers in it; with the filters
+    "always" and "error", every time.
 
     Example:
         >>> import warnings
@@ -175,7 +175,7 @@ class InaccurateHypergradient(HypergradientWarning):
 
 
 class SolverError(ValueError):
-    """A failed solve under on_failure="raise". `solution` holds what was reached.
+    """A failed solve under on_failure="raise". `solution` holds the best that was reached.
 
     Example:
         >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, -1.0])), symmetric=True)
@@ -286,7 +286,7 @@ class Solution:
 
     @property
     def ok(self) -> bool:
-        """Whether every system ended as it was asked to: CONVERGED, or COMPLETED where no tolerance was given."""
+        """Whether every system succeeded: CONVERGED, or COMPLETED where no tolerance was given."""
         return max(self._codes, default=0) <= Status.COMPLETED.value
 
     @property
@@ -361,7 +361,7 @@ def _remaining_of(solution: Solution) -> list[tuple[float, float]]:
     r, b = read(solution.residual_norm), read(solution.rhs_norm)
     if isinstance(r, Tensor):
         relative = numbers(solution.relative_residual.nan_to_num(0.0, math.inf).reshape(-1))
-    else:  # at the cost of no operation where the residual is small, as it is in most calls
+    else:  # without any operation where the residual is small, as in most calls
         relative = [r / b if r > 1e-3 * b > 0 else 0.0]
     if not any(1e-3 < q < math.inf for q in relative):
         return [(0.0, 0.0)] * len(relative)
@@ -449,8 +449,8 @@ def warned_of_kink(at_kink: Tensor | None, residual: Tensor | None, distance: Te
     if found:
         warn(
             "the gradient of inner_loss vanishes everywhere but where params are exactly 0: inner_loss has a kink "
-            "there (an L1 term, say), so its Hessian is not the derivative of its solution. Pass the proximal step as "
-            "fp_map (diff_optimizers.ProximalGradient), whose hypergradient is right",
+            "there (such as an L1 term), so its Hessian is not the derivative of its solution. Pass the proximal step "
+            "as fp_map (diff_optimizers.ProximalGradient), whose hypergradient is right",
             UnsolvedInnerProblem,
         )
     return found

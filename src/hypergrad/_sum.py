@@ -22,7 +22,7 @@ Weigh: TypeAlias = "Callable[[int, Any], float]"
 
 
 class Batches:
-    """One way through all batches, again and again the same one, with the random numbers of the first time.
+    """Passes through all batches: each repeats the first one, with its random numbers.
 
     Args:
         source: a DataLoader or another iterable, or a function that gives one.
@@ -223,16 +223,16 @@ class Sum:
     Pass it as inner_loss or as outer_loss wherever a function of (params, hparams) is taken: it is one, whose value has
     derivatives of every order, each of them accumulated in one pass over the batches. Every pass of one evaluation
     takes the same batches in the same order and draws the same random numbers of torch (shuffling, dropout,
-    augmentation); a loss that is another one when it is evaluated again is an error.
+    augmentation); a loss that changes when it is evaluated again is an error.
 
     Args:
         loss: loss(params, hparams, batch) ↦ scalar, or an `operators.GaussNewton` whose model and loss take the batch
             as a third argument. Only params and hparams may require grad.
-        batches: a DataLoader, a list or another iterable that can be begun again, or a function that gives an iterator.
-        weights: the weight of each batch: a function of the batch (its number of rows, say), or a list; 1 by default.
+        batches: a DataLoader, a list or another iterable to be iterated again, or a function that gives an iterator.
+        weights: the weight of each batch: a function of the batch (such as its size), or a list; 1 by default.
         mean: divide by the sum of the weights. With a loss that is a mean over rows, and weights that are numbers of
             rows, this is the mean over all rows, also where the last batch is smaller.
-        penalty: penalty(params, hparams) ↦ scalar: what is no part of any batch, such as weight decay.
+        penalty: penalty(params, hparams) ↦ scalar: what belongs to no batch, such as weight decay.
         keep: "64MiB", or bytes: graphs of as many batches' gradients are kept for the products that follow; those of
             the others are built again for each product. (Not for a GaussNewton.)
         progress: show a bar for every pass (needs tqdm).
@@ -264,11 +264,11 @@ class Sum:
                 raise TypeError(f"Sum: {name} must be a function, got {type(part).__name__}")
         if isinstance(batches, Iterator) or not (callable(batches) or isinstance(batches, Iterable)):
             raise TypeError(
-                "Sum: batches must be iterable again and again (a DataLoader, a list), or a function that gives an "
+                "Sum: batches must be iterable more than once (a DataLoader, a list), or a function that gives an "
                 f"iterator; got {type(batches).__name__}"
             )
         if keep is not None and hasattr(loss, "linearise"):
-            raise TypeError("Sum: keep is for losses; the products of a GaussNewton build the graph of each batch anew")
+            raise TypeError("Sum: keep is for losses; products of a GaussNewton build the graph of each batch again")
         self.loss, self.batches, self.weights, self.mean, self.penalty = loss, batches, weights, mean, penalty
         self.keep, self.progress = 0.0 if keep is None else memory_bytes(keep, "keep"), progress
 

@@ -1,6 +1,6 @@
 """Every use of torch's private or unstable interfaces, each with the plain fallback where it is missing.
 
-What a new version of torch needs is changed here, and nowhere else.
+Changes for a new version of torch are made here, and nowhere else.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _numbers(dtypes: frozenset[torch.dtype]) -> tuple[torch.dtype, float, float,
     widest = reduce(torch.promote_types, dtypes, torch.float32)
     kinds = [torch.finfo(dtype) for dtype in dtypes]
     eps = max(kind.eps for kind in kinds)
-    # What solvers aim at where the user names no tolerance: half the digits, and in half precision what is there.
+    # The tolerance of solvers where the user gives none: half the digits, and nearly all in half precision.
     rtol = 1e-6 if eps < 1e-10 else max(1e-4, 4 * eps)
     return widest, torch.finfo(widest).tiny, min(kind.max for kind in kinds), eps, rtol
 

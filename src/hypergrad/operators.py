@@ -27,14 +27,14 @@ class LinearOperator:
 
     Args:
         matvec: v ↦ A v on Vectors. For pytrees use `operators.function`, for a matrix `operators.matrix`.
-        transpose: v ↦ Aᵀ v; needed by LSQR and NormalCG alone, and not where symmetric.
+        transpose: v ↦ Aᵀ v; only LSQR and NormalCG need it, and not where A is symmetric.
         symmetric: A = Aᵀ, as the caller declares. CG and MINRES refuse an operator without it.
         positive_definite: vᵀAv > 0, as the caller declares; implies symmetric.
         batch_dims: 1 where every leaf has a leading axis of independent systems, else 0.
         many: A applied to a Basis at once, if that is cheaper than one product after another.
         many_transpose: likewise for Aᵀ.
         contraction: v ↦ v − A v, if that is cheaper than A v (for A = I − Jᵀ it is Jᵀv).
-        stochastic: every product is that of a new draw of A: solvers compare no two of them.
+        stochastic: every product belongs to a new draw of A, so solvers compare no two of them.
 
     Attributes:
         declared: (product, tensors) where the operator says which tensors it depends on, else None.
@@ -289,7 +289,7 @@ def adjoint(
 
 @dataclass(frozen=True)
 class Stochastic:
-    """An inner loss or a map that draws anew at every evaluation: minibatches, dropout, noise.
+    """An inner loss or a map that draws random numbers at every evaluation: minibatches, dropout, noise.
 
     Pass it as inner_loss, fp_map or residual to `implicit.grad`: every product then evaluates it again, so the system
     is solved for the mean of the draws, by a solver that averages (`solvers.Optimizer` with a falling step size).
@@ -309,7 +309,7 @@ class Stochastic:
 
     def __post_init__(self) -> None:
         if not callable(self.function):
-            raise TypeError(f"Stochastic: function is called at every product; {self.function!r} is no callable")
+            raise TypeError(f"Stochastic: function is called at every product; {self.function!r} is not callable")
         if not isinstance(self.draws, int) or self.draws < 1:
             raise ValueError(f"Stochastic: draws must be an integer ≥ 1, got {self.draws!r}")
 
@@ -324,8 +324,8 @@ class GaussNewton:
 
         g(w, λ) = ℓ(m(w, λ), λ) + p(w, λ),      A = JᵀHJ + ∇²₁₁p,   J = ∂₁m,  H = ∇²ℓ
 
-    Pass it as inner_loss to `implicit.grad`. With a convex ℓ and p, A is positive semi-definite wherever w is, so CG
-    applies where the Hessian is indefinite. It is the Hessian where the model is linear in w, or ∇ℓ = 0, and an
+    Pass it as inner_loss to `implicit.grad`. With a convex ℓ and p, A is positive semi-definite at every w, so CG
+    applies where the Hessian is indefinite. A equals the Hessian where the model is linear in w, or ∇ℓ = 0, and is an
     approximation elsewhere, which the residual of the adjoint system does not show; ∇₁g and ∂₂∇₁g are exact.
 
     Args:
@@ -336,7 +336,7 @@ class GaussNewton:
     Over batches pass `Sum(GaussNewton(model, loss), batches, penalty=...)`: model and loss get the batch as a third
     argument then.
 
-    Raises: TypeError for a model, a loss or a penalty that is no function.
+    Raises: TypeError for a model, a loss or a penalty that is not a function.
     Cost: a product takes one pass through the graph of J, one through that of Jᵀ, one through ∇ℓ, and one through ∇p.
     Source: Schraudolph 2002; Martens 2010, section 4.2.
 

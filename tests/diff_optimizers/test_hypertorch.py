@@ -395,7 +395,7 @@ def test_bad_losses_and_states(name):
         (lambda: step(explode), Boom, None),
     ]
     if name != "GradientDescent":
-        rows.append((lambda: step(loss_f, params[:1]), ValueError, "1 tensors are no multiple of 2"))
+        rows.append((lambda: step(loss_f, params[:1]), ValueError, "1 tensors are not a multiple of 2"))
     for call, error, words in rows:
         with nothing_changed(params, hparams), pytest.raises(error, match=words):
             call()

@@ -311,7 +311,7 @@ def test_bad_draws():
     for draws in (0, 1.5, "2"):
         with pytest.raises(ValueError, match="draws must be an integer ≥ 1"):
             hg.operators.Stochastic(lambda w, h: w, draws)
-    with pytest.raises(TypeError, match="is no callable"):
+    with pytest.raises(TypeError, match="is not callable"):
         hg.operators.Stochastic([rand(3)])
 
 
@@ -685,7 +685,14 @@ def failing():
     flat = (status.STAGNATED, status.NOT_POSITIVE_DEFINITE)
     return {
         "indefinite-CG": (indefinite, "inner_loss", S.CG(), {}, status.NOT_POSITIVE_DEFINITE, "MINRES"),
-        "indefinite-default": (indefinite, "inner_loss", None, {}, status.NOT_POSITIVE_DEFINITE, "no strict minimum"),
+        "indefinite-default": (
+            indefinite,
+            "inner_loss",
+            None,
+            {},
+            status.NOT_POSITIVE_DEFINITE,
+            "not a strict minimum",
+        ),
         "asymmetric-CG": (rotation, "residual", S.CG(max_steps=4), symmetric, status.NOT_SYMMETRIC, "GMRES"),
         "asymmetric-MINRES": (rotation, "residual", S.MINRES(max_steps=4), symmetric, status.NOT_SYMMETRIC, "GMRES"),
         "singular-CG": (singular, "inner_loss", S.CG(), {}, flat, "singular"),

@@ -40,7 +40,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> Twin:
     """The rule, params and state that continue a live optimizer differentiably, also in the middle of training.
 
     Options that differ between param groups become `PerLeaf`. To learn one, put it in the rule's place:
-    `dataclasses.replace(rule, lr=...)`. A tensor lr or betas is taken as it is, with its graph. `foreach`, `fused` and
+    `dataclasses.replace(rule, lr=...)`. A tensor lr or betas keeps its graph. `foreach`, `fused` and
     `capturable` do not change the mathematics and are ignored. Parameters with requires_grad=False are `frozen` in the
     rule. Later steps of the optimizer do not touch the copies.
 
@@ -63,7 +63,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> Twin:
     name = type(optimizer).__name__
     if type(optimizer) not in TWINS:
         known = ", ".join(kind.__name__ for kind in TWINS)
-        raise TypeError(f"from_torch knows {known} of torch.optim, and no subclass of them; got {name}")
+        raise TypeError(f"from_torch supports {known} of torch.optim, and none of their subclasses; got {name}")
     if has_step_hooks(optimizer):
         raise ValueError(f"{name} has step hooks, which a rule cannot know")
     groups = optimizer.param_groups

@@ -41,7 +41,7 @@ def gd_step(params: Params, loss: Tensor, step_size: Number, create_graph: bool 
         create_graph: whether the result can be differentiated (through the gradient as well).
 
     Returns: the new w, a list like params.
-    Raises: ValueError where loss is no scalar or does not depend on params.
+    Raises: ValueError if loss is not a scalar or does not depend on params.
     Cost: one reverse pass.
 
     Example:
@@ -135,7 +135,7 @@ class DifferentiableOptimizer:
         params = list(params)
         if len(params) % self.dim_mult:
             raise ValueError(
-                f"{len(params)} tensors are no multiple of {self.dim_mult}: start from get_opt_params(params)"
+                f"{len(params)} tensors are not a multiple of {self.dim_mult}: start from get_opt_params(params)"
             )
         if isinstance(hparams, Iterator):
             warn("hparams is an iterator, which is empty after its first use; pass list(...)")

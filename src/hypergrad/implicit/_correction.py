@@ -1,4 +1,4 @@
-"""Polishing and refining: the first-order error of a hypergradient, removed or made as small as asked for.
+"""Polishing and refining: the first-order error of a hypergradient is removed, or made as small as asked for.
 
 With L(w, λ, v) = E(w, λ) − vᵀF(w, λ) the pair (w, v) solves F = 0 and ∇₁L = ∇₁E − Aᵀv = 0, and ∇f(λ) = ∇₂L there. At a
 pair that does not, with r_v = ∇₁L, one Newton step of both is
@@ -113,7 +113,7 @@ def polish(result: Hypergradient, solver: Solver | None = None) -> Hypergradient
         The result with the corrected grads, outer_value and relative_error. No .grad is written.
 
     Raises: TypeError for losses that were given evaluated, for a Stochastic or a GaussNewton inner problem; ValueError
-        where params or hparams were changed since.
+        if params or hparams were changed since then.
     Warns: as `implicit.grad`, where a system of the correction was not solved.
     Cost: one evaluation of each loss, two systems (one of them with A), about four reverse passes.
     Source: see Pierce and Giles 2000 for the value.
@@ -269,7 +269,7 @@ def _check_accuracy(result: Hypergradient, rtol: float, on_failure: str) -> None
     text = (
         f"the hypergradient has an estimated relative error of {error:.1e} instead of {rtol:.1e}: the inner problem is "
         f"not solved well enough (residual {float(result.inner_residual.max()):.1e}), or the linear systems are not; "
-        f"give update= more to do, or solve the inner problem further, or polish the result"
+        f"let update= take more steps, or solve the inner problem further, or polish the result"
     )
     if on_failure == "raise":
         raise SolverError(text, result.solution)

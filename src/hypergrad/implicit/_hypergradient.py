@@ -54,7 +54,7 @@ class Hypergradient:
         problem: what it is the hypergradient of, for `diagnostics.check`, `polish` and `refine`: w and λ in the user's
             own memory, without graphs, and the losses where they were given as functions.
         relative_error: of `polish` and `refine`: an estimate of ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖; else None. Of `polish` it is
-            the square of that of the uncorrected hypergradient, which tells the order of magnitude only.
+            the square of that of the uncorrected hypergradient, which gives the order of magnitude only.
         compiled: with compile, how the products were done, and why.
         direct: ∇₂E(w, λ), a part of grads, for their leaves in order; None stands for zeros, and so does an empty list.
         at_kink: ‖∇₁g‖ over the entries of w that are exactly 0; None for another form than an inner loss.
@@ -191,12 +191,12 @@ def grad(
         SolverError: under on_failure="raise" of the solver, in place of the first two warnings.
         RuntimeError: the graph of an evaluated loss was freed before.
     Warns: HypergradientWarning where the adjoint system was not solved, where the result is not finite, where the inner
-        problem is so far from solved that the result means little, where tensors in it that require grad are in
+        problem is so far from its solution that the result means little, where tensors in it that require grad are in
         neither params nor hparams, or where params have gradient hooks.
     Cost: one evaluation of each loss, the solver's products, and one last product with respect to params and hparams
-        together, which also gives the true residual. The graph of ∇₁g (or Φ, F) is kept meanwhile. Beside what the
-        solver reads from the device, the checks behind the warnings read at most six numbers, more where a warning is
-        due, and none with on_failure="ignore".
+        together, which also gives the true residual. The graph of ∇₁g (or Φ, F) is kept meanwhile. Besides the solver's
+        own reads from the device, the checks behind the warnings read at most six numbers, more where there is a
+        warning, and none with on_failure="ignore".
     Source: Grazzi et al. 2020, section 2; Pedregosa 2016, Algorithm 1.
 
     Example:

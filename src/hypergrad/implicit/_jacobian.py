@@ -34,13 +34,13 @@ def jacobian(
 
         Aᵀ V = (∇₁E₁, …, ∇₁E_k),      ∇fᵢ(λ) = ∇₂Eᵢ(w, λ) − ∂₂Fᵀ vᵢ
 
-    One graph serves all, products are k at once, and BlockCG takes fewer steps than k solves do.
+    All share one graph, k products are taken at once, and BlockCG takes fewer steps than k separate solves.
 
     Args:
         outer_losses: E(params, hparams) ↦ [k], or that tensor, evaluated on live tensors.
         params, hparams, inner_loss, fp_map, residual, symmetric, positive_definite: as in `grad`.
         solver: as in `grad`; it sees `op.stacked()`, k systems with the same A. Default: BlockCG() where A is
-            symmetric, and Auto() where that ends with another A than a positive definite one, else GMRES().
+            symmetric, and Auto() if A turns out not to be positive definite, else GMRES().
         x0: start for V: the last result's `adjoint` (a leading axis k in every leaf of params), or a `Recycled`.
 
     Returns: a Hypergradient whose grads and adjoint have a leading axis k in every leaf. outer_value, inner_distance

@@ -120,8 +120,8 @@ def root(
         solution: w, any pytree of floating point tensors. Its own derivatives are ignored. Where some leaves are
             parameters that require grad, those that do not are frozen: constants, not unknowns.
         hparams: λ, any pytree; its floating point tensors are differentiated.
-        solver: linear solver of Aᵀv = w̄, and of Aẇ = b in forward mode; default `solvers.Auto()`. It factorises each of
-            many small systems, once for all right hand sides that jacrev, jacfwd or vmap bring.
+        solver: linear solver of Aᵀv = w̄, and of Aẇ = b in forward mode; default `solvers.Auto()`. It factorises each
+            of many small systems once, for all right hand sides of jacrev, jacfwd or vmap.
             `solvers.FixedPoint(max_steps=1)` and `solvers.Neumann(max_steps=...)` are cheap approximations.
         symmetric: ∂₁F is symmetric.
         positive_definite: ∂₁F is symmetric and positive definite: `solvers.Dense` takes Cholesky's factors then.

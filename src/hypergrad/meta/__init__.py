@@ -5,9 +5,9 @@
 Losses are those of one task; implicit (iMAML), unrolled (MAML) and first-order (FOMAML, Reptile) gradients come through
 the same call. After adaptation torch.func.vmap(f, in_dims=(0, None, 0))(params, hparams, tasks) evaluates all tasks.
 
-On a CPU some operations cost less in another spelling, by 3 to 21 % of a whole call: cross-entropy side by side as
--logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean(), for vmap takes nll_loss apart in Python; a linear layer side
-by side as x @ weight.mT + bias, for vmap multiplies the bias by 1 first; and max_pool2d of many channels after
+On a CPU some operations are faster under vmap when they are written in another way: cross-entropy as
+-logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean(), because vmap takes nll_loss apart in Python; a linear layer
+as x @ weight.mT + bias, because vmap multiplies the bias by 1 first; and max_pool2d of many channels after
 x.contiguous(memory_format=torch.channels_last).
 """
 

@@ -71,7 +71,7 @@ def grad(
             which leaves the buffers alone; buffers of each task may be part of tasks.
         hparams: λ, a tensor or any pytree of real floating point tensors; at least one leaf requires grad. Hooks on
             them act once, on the result.
-        tasks: a pytree of tensors (support and query sets, say) whose first axes count the tasks; a task is the same
+        tasks: a pytree of tensors (such as support and query sets) whose first axes count the tasks; a task is the same
             pytree without that axis. Or tasks one by one, which may differ in size (those of one size go side by
             side): a list of tuples or dicts, an iterator, or a DataLoader, whose batches are batches of tasks unless
             its batch_size is None.

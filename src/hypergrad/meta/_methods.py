@@ -1,4 +1,4 @@
-"""How the meta-gradient of some tasks at once is taken: four methods over one adaptation."""
+"""The meta-gradient of several tasks at once: four methods over one adaptation."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Unrolled(Method):
         memory, checkpoints: what is kept of the steps for the reverse pass, as in `unroll.reverse`: "graph" (each step
             evaluated once), "iterates", "sqrt", or a number of checkpoints with memory="sqrt".
         compile: as in `unroll.reverse`, not with "graph". Tasks are arguments of the compiled step, which is kept with
-            inner_loss: define that once. Where tasks diverge, the others of their chunk are evaluated as they are.
+            inner_loss: define that once. Where tasks diverge, the others of their chunk are not compiled for.
 
     Cost: T to 2T evaluations and T reverse passes of each task, or more with checkpoints.
     Source: Finn, Abbeel and Levine 2017.

@@ -1,4 +1,4 @@
-"""What a meta-gradient is given as: collected chunk by chunk, with the tasks that failed named."""
+"""The result of a meta-gradient: collected chunk by chunk, with the names of the tasks that failed."""
 
 from __future__ import annotations
 

@@ -59,9 +59,9 @@ def biased(loss: Loss, strength: float | Tensor, centre: Callable[[PyTree], PyTr
     Args:
         loss: ℓ(params, hparams, task), scalar.
         strength: ρ > 0, a number or a 0-d tensor.
-        centre: gives the part of hparams that params are drawn to, of params' structure; default: hparams itself.
+        centre: gives the part of hparams towards which params are drawn, of params' structure; default: hparams itself.
 
-    Returns: g(params, hparams, task). Passed to `grad` as it is, it costs less than within another function.
+    Returns: g(params, hparams, task). Passed to `grad` directly, it costs less than within another function.
     Cost: beside ℓ, one pass over params for all tasks together.
     Source: Rajeswaran et al. 2019, equation 3.
 

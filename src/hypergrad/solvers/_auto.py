@@ -21,7 +21,7 @@ LANCZOS_STEPS = 40  # products for the least eigenvalue of a system that turned 
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(IterativeSolver):
-    """The default: takes the method that fits the system, and another one where that fails.
+    """The default: takes the method that fits the system, and another one if that fails.
 
     | system | first | then |
     |---|---|---|
@@ -29,10 +29,10 @@ class Auto(IterativeSolver):
     | any | GMRES | LSQR, where GMRES stagnates and Aᵀ is known |
     | several of up to 32 unknowns each | a factorisation of each | the above, where one is singular |
 
-    Where A is declared positive definite, as that of an inner loss is at a minimum, negative curvature shows that the
-    point is none: Auto ends there as NOT_POSITIVE_DEFINITE, and `Solution.curvature` is an estimate of the least
-    eigenvalue. Each method has max_steps of its own; without a tolerance no second one follows. `Solution.method` says
-    which method gave the value, and why.
+    The A of an inner loss is declared positive definite, as it is at a minimum. Negative curvature shows that the point
+    is not a minimum: Auto then ends as NOT_POSITIVE_DEFINITE, and `Solution.curvature` is an estimate of the least
+    eigenvalue. Each method has max_steps of its own; without a tolerance there is no second method. `Solution.method`
+    says which method gave the value, and why.
 
     Cost: that of the methods; a read from the device after each; at negative curvature 40 products more.
 

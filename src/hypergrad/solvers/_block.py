@@ -30,7 +30,7 @@ class BlockCG(IterativeSolver):
         solution = hg.solvers.BlockCG(rtol=1e-8)(op.stacked(), b)           # b: [k, ...] in every leaf
 
     Status, steps and residual are those of each right hand side. Curvature that is not positive ends it for all:
-    NOT_POSITIVE_DEFINITE, at the last iterate before. NaN in one right hand side is kept from the others. It takes no
+    NOT_POSITIVE_DEFINITE, at the last iterate before. NaN in one right hand side does not reach the others. It takes no
     preconditioner; CG(preconditioner=...) on op.stacked() does.
 
     Raises: TypeError for an operator of independent systems that is not `stacked()`, or for sharded tensors.

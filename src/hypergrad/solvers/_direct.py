@@ -23,8 +23,8 @@ class Dense(LinearSolver):
     """A, materialised and factorised: Cholesky where A is declared positive definite, else LU.
 
     Where LU does not reach the tolerance (1e-6 in float64, 1e-4 in float32 by default), or a pivot is below 10 n eps,
-    x is the least-squares solution of least norm; if that does not either, it ends as BREAKDOWN: A is singular. A
-    Cholesky factor that does not exist gives NOT_POSITIVE_DEFINITE, and a declared symmetry that is not there
+    x is the least-squares solution of least norm; if that does not either, it ends as BREAKDOWN: A is singular. If
+    there is no Cholesky factor, it ends as NOT_POSITIVE_DEFINITE, and if A was declared symmetric and is not, as
     NOT_SYMMETRIC, unless the value of LU reaches the tolerance.
 
     It is also a preconditioner, the inverse of |A| = V|Λ|Vᵀ of a system before, for sequences in which A changes

@@ -17,7 +17,7 @@ from ._preconditioners import is_recipe
 
 
 class Kept:
-    """Objects whose state is tensors and numbers: they pickle, and a resumed sequence equals an uninterrupted one."""
+    """Objects whose state is tensors and numbers: a resumed sequence equals an uninterrupted one."""
 
     _state: ClassVar[tuple[str, ...]]
 
@@ -27,7 +27,7 @@ class Kept:
         return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict. Raises ValueError for one of another kind of object."""
+        """Continue from a state_dict. Raises ValueError for that of another kind of object."""
         if {*state} != {*self._state}:
             raise ValueError(f"{type(self).__name__}: a state_dict holds {[*self._state]}, this one {[*state]}")
         for name, value in state.items():
@@ -46,8 +46,8 @@ class Recycled(Kept):
         Y = (x₁, …, x_m) = QR,   AQ = CR',   CᵀC = I,      x₀ = Q R'⁻¹Cᵀb,   r₀ = b − CCᵀb
 
     x₀ has the least residual in the span, so it is never a worse start than the last solution (or zero). Along a smooth
-    sequence it extrapolates, and comes nearer by orders. Where b jumps from one system to the next (minibatches of the
-    outer loss) its m products are lost. It goes with every solver and preconditioner, one object for each sequence:
+    sequence it extrapolates, and starts closer by orders of magnitude. Where b jumps from one system to the next
+    (minibatches of the outer loss) its m products are lost. Use one object for each sequence, with any solver:
 
         recycled = hg.solvers.Recycled(4)
         for ...: hg.implicit.backward(..., solver=hg.solvers.CG(rtol=1e-6), x0=recycled)
@@ -56,11 +56,11 @@ class Recycled(Kept):
         size: m ≥ 1, the number of solutions that are kept.
 
     Attributes:
-        kept: how many there are now. Another shape, dtype or device starts anew.
+        kept: how many there are now. A change of shape, dtype or device starts again from none.
 
     Raises: TypeError at a solve with sharded tensors, which cannot be stacked.
     Cost: m products a solve, vectorised; m vectors, two times m more meanwhile; nothing is read from the device.
-    Source: Fischer 1998, Method 1, with AQ made anew for each system, for A changes (as in GCRO-DR, Parks et al. 2006).
+    Source: Fischer 1998, Method 1, with AQ computed for each system, as A changes (as in GCRO-DR, Parks et al. 2006).
 
     Example:
         >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, 2.0, 3.0])), symmetric=True)
@@ -112,10 +112,10 @@ class Recycled(Kept):
 
 @dataclass(eq=False)
 class Reused(Kept):
-    """A preconditioner that is kept from one system to the next, and built anew when that pays.
+    """A preconditioner that is kept from one system to the next, and built again when that pays.
 
-    As A moves away from the system that it was built for, solves take more steps s. Once the steps lost, Σ (s − min s),
-    are as many as the products that building it took, it is built anew. One object for each sequence of systems:
+    As A moves away from the system that it was built for, solves take more steps s. Once the lost steps, Σ (s − min s),
+    are as many as the products that building took, it is built again. One object for each sequence of systems:
 
         precondition = hg.solvers.Reused(hg.solvers.Nystrom(rank=50, damping=1e-3))
         for ...: hg.implicit.backward(..., solver=hg.solvers.CG(rtol=1e-6, preconditioner=precondition), x0=adjoint)

@@ -32,7 +32,7 @@ class GMRES(IterativeSolver):
     singular A the residual may then be above that of the least-squares solution, which LSQR finds.
 
     Args:
-        restart: m, steps after which the basis is thrown away.
+        restart: m, the number of steps after which the basis is discarded.
 
     Cost: one product a step; a vector for each step of a cycle, allocated eight at a time, m + 1 at most.
     Source: Saad and Schultz 1986.

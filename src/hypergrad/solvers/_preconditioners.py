@@ -55,7 +55,7 @@ class Nystrom(LinearSolver):
         as a solver:           x = U(Λ + ρI)⁻¹Uᵀb + (b − UUᵀb)/ρ                    ≈ (A + ρI)⁻¹ b
         as preconditioner:     M⁻¹r = (λ_k + ρ) U(Λ + ρI)⁻¹Uᵀr + (r − UUᵀr)         CG(preconditioner=Nystrom(...))
 
-    As a solver it is an approximation: its residual tells how good it is.
+    As a solver it is an approximation: its residual says how good it is.
 
     Args:
         rank: k ≥ 1, the number of products in the sketch.

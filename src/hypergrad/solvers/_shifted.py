@@ -29,7 +29,7 @@ def shifted(
         β₊v₊ = Av − αv − βv₋;   for each γ:  l = β / d₋,  d = α + γ − lβ,  ζ = −lζ₋,  p = (v − βp₋) / d,  x ← x + ζp
 
     A pivot d that is not positive ends the system of that γ as NOT_POSITIVE_DEFINITE, at the iterate before; the others
-    go on. As in CG the vectors v are not orthogonalised again.
+    continue. As in CG the vectors v are not orthogonalised again.
 
     Args:
         op: a symmetric A; `op.stacked()` for several right hand sides.

@@ -32,8 +32,8 @@ FORMS = 8  # of batches in one call, for each of which the step is compiled
 AS_IT_IS = "the steps could not be compiled and are evaluated as they are: {}"
 OTHER = (
     "compiled, step {} gives other numbers than step itself (off by {:.1e} of the change of params): step reads "
-    "something beside tensors that is not the same at each call (an iterator, a counter, NumPy's random numbers). Pass "
-    "it as batches= or t"
+    "something other than tensors that changes between calls (an iterator, a counter, NumPy's random numbers). Pass it "
+    "as batches= or t"
 )
 DERIVATIVE = (
     "compiled, the derivative of step {} is off by {:.1e}: does step use hparams of the surroundings in place of its "
@@ -129,7 +129,7 @@ class Compiled(ABC):
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
-        """Why the step cannot be compiled is kept, for later calls."""
+        """Keeps the reason why the step cannot be compiled, for later calls."""
         try:
             yield
         except NotCompiled as error:
@@ -188,7 +188,7 @@ class Compiled(ABC):
     def _built(self, iterate: Iterate, t: int, true: Recorded) -> Functions:
         """The functions, traced at this iterate, compiled, and compared with the step.
 
-        true: the step itself, evaluated before, so that an error of the user's is raised as it is.
+        true: the step itself, evaluated before, so that the user's own error is raised unchanged.
         """
         begun = time.perf_counter()
         _random.restore(iterate.random)
@@ -215,7 +215,7 @@ class Compiled(ABC):
         return [x for x in tensors if x.requires_grad], outputs, [outer[i] for i in run.places]
 
     def _evaluated(self, iterate: Iterate, t: int, off: float = 0.0) -> Recorded:
-        """The step itself, with its graph; where params are off by so much, as by rounding."""
+        """The step itself, with its graph; where params are changed by so much, as by rounding."""
         _random.restore(iterate.random)
         leaves = [leaf(x * (1 + off) if off and is_continuous(x) else x) for x in iterate.tensors]
         with differentiated_rightly(dense=True):

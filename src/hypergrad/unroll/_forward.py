@@ -1,4 +1,4 @@
-"""Forward mode through the steps: tangents go along with the iterate, and nothing of the past is kept."""
+"""Forward mode through the steps: tangents are carried along with the iterate, and nothing of the past is kept."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Tangents:
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """A hypergradient through the steps so far, and what a later call needs to go on from here.
+    """A hypergradient through the steps so far, and what a later call needs to continue from here.
 
     Attributes:
         grads: ∇f(λ), in the structure of hparams; zeros for a leaf that does not require grad or reaches nothing.
@@ -140,7 +140,7 @@ def forward(
     drawn once and in order, and what no replay could repeat (an iterator, a simulator) may be used in step. In the
     inner gradient write create_graph=True: without it second derivatives are lost, with a warning.
 
-    Online: a result is also a start. `forward(step, result, hparams, outer_loss, more)` goes on where it ended, and
+    Online: a result is also a start. `forward(step, result, hparams, outer_loss, more)` continues where it ended, and
     hparams may be updated in between (real-time mode). The tangents are kept through such an update: grads is then the
     derivative at δ = 0 of E(w_t(λ₀+δ, …, λ_{t−1}+δ), λ_t+δ), for a shift δ of all that λ has been.
 
@@ -149,7 +149,7 @@ def forward(
 
     Args:
         step, outer_loss, hparams, with_time, allow_detached: as in `reverse`; no complex tensors.
-        start: w₀ as in `reverse`, or an earlier result, to go on from.
+        start: w₀ as in `reverse`, or an earlier result to continue from.
         steps: T, or how many more.
         chunk: how many tangents are pushed through a step in one vectorised pass, in as many times the memory of a
             step's graph; by default about a million numbers' worth, and at least one.

@@ -1,4 +1,4 @@
-"""Reverse mode through the steps, with the storage of iterates as a choice.
+"""Reverse mode through the steps, with a choice of how iterates are stored.
 
 f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T−1 … 0:   ∇ ← ∇ + ∂₂Φ_tᵀ α,   α ← ∂₁Φ_tᵀ α
 """
@@ -100,9 +100,9 @@ def reverse(
         compile: True compiles step, and its transposed derivative, once for each form of their arguments, by torch's
             inductor; a string names another backend of torch.compile. No graph is kept: "iterates" keeps T iterates,
             "sqrt" about √(2T), a budget as many as fit. t is a 0-d tensor then. Every call compares step with
-            what was compiled, at the first two iterates, and compiles it anew where they differ. A step that cannot be
-            compiled is evaluated as it is, with a warning (NotCompiled) that says why. Define step once, outside of
-            the loop over λ: what was compiled is kept with it.
+            what was compiled, at the first two iterates, and compiles it again where they differ. A step that cannot be
+            compiled is evaluated without compilation, with a warning (NotCompiled) that says why. Define step once,
+            outside of the loop over λ: what was compiled is kept with it.
         allow_detached: accept tensors in step's result that have no graph, a part of params that reaches nothing, an
             outer_loss that does not use its params, and an inner gradient without a graph.
 

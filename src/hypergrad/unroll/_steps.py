@@ -31,7 +31,7 @@ IN_PLACE = (
 )
 CHANGED_LATER = (
     "a step changed in place what the derivative of an earlier one needs (a buffer of a module, or a tensor outside): "
-    "it must enter through params and be returned anew"
+    "it must enter through params, and step must return a new one"
 )
 NO_SECOND = (
     "step takes a gradient with respect to its params that has no graph, so the second derivatives are lost: write "
@@ -153,7 +153,7 @@ class Run:
             yield
 
     def keep(self, tensors: list[Tensor], rebuild: Rebuild) -> Iterate:
-        """An iterate to go on from; the random state is shared with the last one where nothing was drawn."""
+        """An iterate to continue from; the random state is shared with the last one where nothing was drawn."""
         new = _random.capture(self.devices)
         if not self._random or not _random.equal(new, self._random):
             self._random = new
@@ -234,7 +234,7 @@ class Run:
             parts = ", ".join(f"tensor {i} {describe(*KIND(tensors[i]))}" for i in lost)
             warn(
                 f"nothing in step's result depends on {parts} of the params that it was called with, so no gradient "
-                f"passes there: was it detached (a momentum, say), or read as a number? If that is intended, pass "
+                f"passes there: was it detached (as a momentum may be), or read as a number? If that is intended, pass "
                 f"allow_detached=True"
             )
 
