@@ -296,7 +296,7 @@ ITERATOR = iter(range(10**6))
 UNCOMPILED = {
     "item": (lambda w, lam: 0.5 * w + lam * float(w.detach().sum() * 0 + 1), "a number is read"),
     "branch": (lambda w, lam: 0.5 * w + lam if w.sum() > -1e9 else lam, "a number is read"),
-    "iterator": (lambda w, lam: 0.5 * w + lam * (1 + 1e-3 * (next(ITERATOR) % 7)), "not the same at each call"),
+    "iterator": (lambda w, lam: 0.5 * w + lam * (1 + 1e-3 * (next(ITERATOR) % 7)), "not replayed"),
     "multinomial": (lambda w, lam: 0.5 * w + lam[torch.multinomial(torch.ones(3), 3)], "multinomial"),
     "generator": (
         lambda w, lam: 0.5 * w + lam * torch.rand(3, generator=torch.Generator(), dtype=F64),
