@@ -87,6 +87,15 @@ def as_restructured(app, what: str, name: str, obj: object, options: object, lin
         lines[rows[0] : rows[-1] + 1] = table(lines[rows[0] : rows[-1] + 1])
 
 
+def as_a_sentence(app, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """napoleon takes what stands before a colon in the docstring of a property for its type: it is put back."""
+    kinds = [number for number, line in enumerate(lines) if line.startswith(":type: ")]
+    if what in ("attribute", "data", "property") and kinds:
+        kind = lines.pop(kinds[0]).removeprefix(":type: ")
+        lines[0] = f"{kind}: {lines[0]}"
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", as_restructured, priority=400)  # before napoleon's
+    app.connect("autodoc-process-docstring", as_a_sentence, priority=600)  # after it
     return {"parallel_read_safe": True, "parallel_write_safe": True}
