@@ -55,5 +55,5 @@ if __name__ == "__main__":
     parts = {"train": Subset(rows, range(1000)), "valid": Subset(rows, range(1000, 1400))}
     loaders = {name: DataLoader(part, 100) for name, part in parts.items()}
     trainer = lightning.Trainer(max_epochs=config.epochs, accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.fit(Digits(), lightning.pytorch.utilities.CombinedLoader(loaders, "max_size_cycle"))
+    trainer.fit(Digits(), lightning.pytorch.utilities.CombinedLoader(loaders, "max_size_cycle"))  # pyright: ignore
     print(trainer.logged_metrics)

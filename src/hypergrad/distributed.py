@@ -14,7 +14,7 @@ of the mean.)
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -235,6 +235,36 @@ def call(module: nn.Module, *args: object, group: Any = None, **kwargs: object) 
         )
     moved = {name: x for name, x in module.named_parameters() if x.requires_grad}
     return torch.func.functional_call(module, replicated(moved, group), args, kwargs)
+
+
+def everywhere(loss: Callable[..., Any], group: Any = None) -> Callable[..., Any]:
+    """A rank's own loss as that of all ranks: evaluated `together`, at `gathered` params and hparams.
+
+        inner_loss = hg.distributed.everywhere(local_loss)
+
+    Args:
+        loss: (params, hparams, ...) ↦ the loss of this rank's data; what follows hparams is passed through. It must
+            communicate nothing: not the forward pass of an FSDP2 module.
+        group: a process group; None: all ranks.
+
+    Raises: what loss raises; on the other ranks a RuntimeError that names the one that failed.
+    Cost: that of `gathered`, and for each evaluation that of `together`.
+
+    Example:
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> w, lam = torch.tensor(3.0), torch.tensor(3.0, requires_grad=True)
+        >>> inner = everywhere(lambda w, lam: (w - lam) ** 2)
+        >>> hg.implicit.grad(everywhere(lambda w, lam: w**2), inner_loss=inner, params=w, hparams=lam).grads
+        tensor(6.)
+        >>> torch.distributed.destroy_process_group()
+    """
+
+    def evaluated(*args: Any, **kwargs: Any) -> Any:
+        held = gathered(args[:2], group)
+        with together(group):
+            return loss(*held, *args[2:], **kwargs)
+
+    return evaluated
 
 
 def share(count: float, group: Any = None, device: torch.device | str | None = None) -> float:
