@@ -83,10 +83,10 @@ def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequen
     """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors."""
     known = {id(x) for x in declared}
     seen = {x.grad_fn for x in declared}  # what declared tensors were computed from is not entered
-    found, stack = (
-        {},
-        [getattr(y, "grad_fn", None) or _edge(y)[0] for y in outputs if getattr(y, "requires_grad", True)],
-    )
+    found: dict[int, Tensor] = {}
+    stack: list[Any] = [
+        getattr(y, "grad_fn", None) or _edge(y)[0] for y in outputs if getattr(y, "requires_grad", True)
+    ]
     while stack:  # not by `_behind`, which takes twice as long: this is walked at every evaluation of a map
         node = stack.pop()
         if node in seen:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import _autodiff, _graph, _random, _torch
 from ._autodiff import Linearisation, as_scalar, users_autocast
-from ._tree import PyTree, memory_bytes, split
+from ._options import memory_bytes, progress_bar
+from ._tree import PyTree, split
 
 Values: TypeAlias = "list[Tensor | None]"  # None: nothing of it depends on what was asked for
 Weigh: TypeAlias = "Callable[[int, Any], float]"
@@ -98,14 +99,7 @@ class Batches:
         self.count, self.total = count, total
 
     def _opened(self) -> Iterable[Any]:
-        batches: Any = self.source() if callable(self.source) else self.source
-        if not self.progress:
-            return batches
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            raise ImportError("Sum: progress=True needs the package tqdm") from None
-        return tqdm(batches, desc="batches", leave=False)
+        return progress_bar(self.progress, self.source() if callable(self.source) else self.source, desc="batches")
 
     @property
     def _generators(self) -> list[torch.Generator]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from operator import attrgetter
@@ -169,30 +168,6 @@ def check_distinct(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
 
 def describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> str:
     return f"shape {tuple(shape)}, {str(dtype).removeprefix('torch.')} on {device}"
-
-
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-def parse_bytes(text: Any) -> float | None:
-    """The number of bytes of a text such as "64MiB", in B, KB, MB, GB, KiB, MiB or GiB; None for anything else."""
-    number = re.fullmatch(r"(\d+\.?\d*) ?([KMG]i?B|B)", text) if isinstance(text, str) else None
-    return None if number is None else float(number[1]) * UNITS[number[2]]
-
-
-def memory_bytes(memory: Any, name: str) -> float:
-    """Bytes, given as a number or as a text."""
-    found = parse_bytes(memory) if isinstance(memory, str) else memory
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or found < 0:
-        raise ValueError(f'{name} must be bytes, as a number or like "64MiB", got {memory!r}')
-    return float(found)
-
-
-def check_whole(**numbers: tuple[Any, int]) -> None:
-    """ValueError for a number, if given, that is not whole or below its least value."""
-    for name, (value, least) in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
 
 
 def full(x: Tensor) -> Tensor:

@@ -55,8 +55,9 @@ def square_root(a: Scalar) -> Scalar:
     return a.sqrt() if isinstance(a, Tensor) else math.sqrt(a)
 
 
-def ratio(a: Scalar, b: Scalar, known: Any = True) -> Scalar:
-    """a / b where known, else 0; infinite for a number over 0."""
+def ratio(a: Any, b: Any, known: Any = None) -> Any:
+    """a / b where known (None: where a is not 0), else 0; infinite for a number over 0."""
+    known = a != 0 if known is None else known
     if isinstance(known, Tensor):
         return torch.where(known, a / b, 0.0)
     if not known:

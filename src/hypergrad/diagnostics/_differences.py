@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from .._tree import PyTree
-from .._vector import Vector
+from .._vector import Vector, ratio
 from ..implicit import Problem
-from ._error import ratio
 from ._structure import seeded
 
 

@@ -6,14 +6,15 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import _vector
+from torch import Tensor
+
+from .._options import progress_bar
 from .._solution import Status
 from .._tree import PyTree
-from .._vector import Vector
+from .._vector import Vector, ratio
 from ..implicit import Correction, Problem, correct, newton_step
 from ..solvers import GMRES, MINRES, Dense, IterativeSolver, Solver, solve
 
-LONG = 3.0  # seconds after which a bar appears by itself
 DENSE = 200  # unknowns of a system up to which it is solved by factors
 LINEAR = 0.003  # estimated relative error up to which the first-order estimate is accepted
 SETTLED = 0.01  # what the last Newton step may change of the estimate, and of the corrected hypergradient
@@ -152,7 +153,7 @@ class Budget:
 
     Args:
         most: products that may be done, about: a system in progress is ended by its number of steps.
-        progress: True shows a bar, None after LONG seconds in a terminal if tqdm is installed, False never.
+        progress: as in `progress_bar`.
 
     Attributes:
         done: how many were done so far.
@@ -163,7 +164,7 @@ class Budget:
     def __init__(self, most: int, progress: bool | None = False):
         self.most, self.done, self.tight = most, 0, False
         self.left_out: list[str] = []
-        self.bar = None if progress is False else _bar(most, progress)
+        self.bar = progress_bar(progress, total=most, desc="check, at most", unit="product")
 
     def close(self) -> None:
         if self.bar is not None:
@@ -187,17 +188,6 @@ class Budget:
         share, own = max(1, self.left // systems), 1000 if solver.max_steps is None else solver.max_steps
         self.tight = self.tight or share < own
         return replace(solver, max_steps=min(share, own))
-
-
-def _bar(most: int, progress: bool | None) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        if progress:
-            raise ImportError("progress=True needs tqdm: pip install tqdm") from None
-        return None
-    quiet: dict[str, Any] = {} if progress else {"delay": LONG, "disable": None}
-    return tqdm(total=most, desc="check, at most", unit="product", leave=False, **quiet)
 
 
 class _Systems:
@@ -271,10 +261,9 @@ def _settled(last: Correction, given: Vector) -> tuple[bool, float]:
 
 
 def norm(x: Vector) -> float:
+    return total(x.norm())
+
+
+def total(norms: Tensor) -> float:
     """The norm over all systems."""
-    return float(x.norm().square().sum().sqrt())
-
-
-def ratio(a: Any, b: Any) -> Any:
-    """a / b of numbers or of tensors, 0 where both are 0."""
-    return _vector.ratio(a, b, a != 0)
+    return float(norms.square().sum().sqrt())

@@ -13,10 +13,9 @@ from .. import _autodiff, _graph, _random
 from .._autodiff import Linearisation, as_scalar
 from .._modules import modules_of
 from .._tree import difference, flatten
-from .._vector import Vector
+from .._vector import Vector, ratio
 from ..implicit import Problem
 from ..operators import has_curvature
-from ._error import ratio
 from ._structure import Structure, checked, require_callable, seeded, unchanged
 
 REPEATABLE = 1e3  # eps: two evaluations that differ by more are not the same map

@@ -11,14 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from .. import _torch
-from .._tree import PyTree, check_whole
+from .._options import check_whole
+from .._tree import PyTree
 from ..implicit import Hypergradient, Problem
 from ..operators import has_curvature
 from ..solvers import IterativeSolver, LinearSolver, Nystrom, Solver
 from ..unroll import ForwardResult, ReverseResult
 from ._advice import better_solver, findings_about_the_check, remedies, verdict
 from ._differences import Differences, finite_differences
-from ._error import Budget, Estimate, estimate
+from ._error import Budget, Estimate, estimate, total
 from ._findings import Finding, findings
 from ._structure import Structure, require_callable, solver_choice, solver_rows, structure
 
@@ -171,8 +172,8 @@ def check(
     known = result if isinstance(result, Hypergradient) else None
     grads = result.grads if isinstance(result, (Hypergradient, *UNROLLED)) else result
     solution = None if known is None else known.solution
-    solved = math.inf if solution is None else float(solution.residual_norm.square().sum().sqrt())
-    before = None if known is None else float(known.inner_residual.square().sum().sqrt())
+    solved = math.inf if solution is None else total(solution.residual_norm)
+    before = None if known is None else total(known.inner_residual)
     with _torch.outside_inference_mode(), closing(budget):
         system = there = _structure(problem, budget)
         minimum = problem.kind != "inner_loss" or system is None or system.definiteness != "indefinite"

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import _random, operators, solvers
 from .._basis import Basis
 from .._modules import modules_of
-from .._tree import check_whole, flatten
+from .._options import check_whole
+from .._tree import flatten
 from .._vector import Vector
 from ..implicit import Problem
 from ..operators import LinearOperator

@@ -92,6 +92,6 @@ def _outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list
     grads = _autodiff.stacked([values], [*problem.leaves, *problem.differentiated], [units])
     count, lead = len(problem.leaves), len(values)
     slopes, direct = grads[:count], grads[count:]
-    problem.check_outer_depends([values], slopes, direct)
+    problem.check_outer_depends([values], slopes)
     slopes = _autodiff.new_zeros(slopes, problem.leaves, lead)
     return values, problem.space.stack_of(lead).pack(slopes).copy(), direct

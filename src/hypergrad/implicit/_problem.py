@@ -325,9 +325,7 @@ class Problem:
         pairs = (("params", slice(len(inner))), ("hparams", slice(len(inner), None)))
         return [name for name, part in pairs if self._versions[part] != now[part]]
 
-    def check_outer_depends(
-        self, losses: Sequence[Tensor], slopes: Sequence[Tensor | None], direct: Sequence[Tensor | None]
-    ) -> None:
+    def check_outer_depends(self, losses: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> None:
         """Raise where an outer loss has no derivative in params and surely should have one."""
         if any(g is not None for g in slopes):
             return
@@ -377,7 +375,7 @@ def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[
     retain = keep or problem.live or not all(leaf.is_leaf for leaf in hparams)
     grads = _autodiff.grad_or_none([loss], [*leaves, *hparams], retain_graph=retain)
     slopes, direct = grads[: len(leaves)], grads[len(leaves) :]
-    problem.check_outer_depends([loss], slopes, direct)
+    problem.check_outer_depends([loss], slopes)
     return loss, problem.space.pack(_autodiff.or_zeros(slopes, leaves)).copy(), direct
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -21,14 +20,3 @@ def rows(losses: Any, name: str) -> Tensor:
 def opened(source: Any) -> Any:
     """What is iterated over for one pass."""
     return source() if callable(source) else source
-
-
-def bar(batches: Iterable[Any], what: str, progress: bool, total: int | None = None) -> Iterable[Any]:
-    """The batches, with a bar where progress is wanted."""
-    if not progress:
-        return batches
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError("progress=True needs the package tqdm") from None
-    return tqdm(batches, desc=what, total=total, leave=False)

@@ -9,10 +9,10 @@ import optree
 import torch
 from torch import Tensor
 
+from .._options import progress_bar
 from .._solution import warn
 from .._torch import random_state_kept_on_error
 from .._tree import PyTree
-from ._data import bar
 from ._result import Influence, spearman
 
 
@@ -120,7 +120,7 @@ def retrained(
                 f"the same training gave other losses when it was done again (by {apart:.2g} at most): seed everything "
                 f"random in train, or average several trainings"
             )
-        rows = [_losses(train, row) for row in bar(list(weights), "trainings", progress)]
+        rows = [_losses(train, row) for row in progress_bar(progress, list(weights), desc="trainings")]
     return Retrained(weights, torch.stack(rows), whole)
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from .. import _autodiff, _graph, _torch
 from .._autodiff import Linearisation, users_autocast
+from .._options import progress_bar
 from .._solution import NotConverged, OnFailure, Solution, inner_distance, warn, warn_if_not_finite, warn_if_unsolved
 from .._torch import random_state_kept_on_error
 from .._tree import PyTree
@@ -24,7 +25,7 @@ from .._vector import Vector
 from ..implicit import Problem
 from ..operators import GaussNewton, LinearOperator, Sum, function
 from ..solvers import CG, BlockCG, LinearSolver, is_recipe, on_failure_of, shifted, solve
-from ._data import bar, opened, rows
+from ._data import opened, rows
 from ._result import Influence
 
 Loss = Callable[[Any, Any], Tensor]
@@ -97,7 +98,9 @@ def scores(
     """
     system = _System(train_loss, params, train, model, penalty, index, groups, progress)
     with system.solving(solver, damping):
-        found = [system.of_queries(query_loss, batch) for batch in bar(opened(queries), "queries", progress)]
+        found = [
+            system.of_queries(query_loss, batch) for batch in progress_bar(progress, opened(queries), desc="queries")
+        ]
         if not found:
             raise ValueError("queries gave no batch")
         return system.result(found)
@@ -294,7 +297,7 @@ class _System:
         """The indices of each batch's examples, and its losses: checked to be those that were counted."""
         index = self.index
         seen, sums, first, losses = torch.zeros(self.count, dtype=torch.bool, device="cpu"), [], 0, torch.zeros(0)
-        for batch in bar(opened(self.train), "examples", self.progress, len(self.sums)):
+        for batch in progress_bar(self.progress, opened(self.train), desc="examples", total=len(self.sums)):
             losses, line = self.evaluated(self.loss, batch, "train_loss")
             if index is None:
                 place = torch.arange(first, min(first + len(losses), self.count), device="cpu")

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import _random
+from .._options import check_whole, progress_bar
 from .._solution import warn
-from .._tree import PyTree, check_whole, split
+from .._tree import PyTree, split
 from ..unroll import ReverseResult, jacobian
-from ._data import bar, opened, rows
+from ._data import opened, rows
 from ._result import Influence
 
 LOW_PRECISION = (
@@ -171,7 +172,7 @@ class _Resumed:
                 f"that is not deterministic cannot be resumed)"
             )
         tensors = self._begin(known)
-        for segment in bar(range(known, count), "training", self.progress):
+        for segment in progress_bar(self.progress, range(known, count), desc="training"):
             tensors = self._trained(segment, tensors)
             self._save(f"iterate_{segment + 1}.pt", self._iterate(tensors))
 
@@ -190,7 +191,7 @@ class _Resumed:
         if path.exists():
             done = self._load(path.name)
             self._check_queries(losses, done["losses"])
-        for segment in bar(range(done["segment"] - 1, -1, -1), "reverse pass", self.progress):
+        for segment in progress_bar(self.progress, range(done["segment"] - 1, -1, -1), desc="reverse pass"):
             first = segment == last
             result = self._through(segment, losses if first else _along(done["alpha"]), memory)
             pairs = zip(split(result.start_grads)[0], split(result.params)[0], strict=True)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import add
-from types import FunctionType, MethodType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, _random, _torch
 from .._autodiff import check_hparams
+from .._options import check_whole, memory_bytes
 from .._solution import OnFailure, Status, finite
 from .._torch import random_state_kept_on_error
-from .._tree import PyTree, check_whole, flatten, memory_bytes, split
+from .._tree import KIND, PyTree, flatten, split
 from ..diff_optimizers import SGD, Rule
 from ..implicit import accumulate
 from ..solvers import on_failure_of
+from ..unroll import found_of
 from ._methods import Found, Implicit, Method, Reptile
 from ._result import (
     REMEDY,
@@ -321,12 +321,7 @@ def _plan(
         return Plan(1, 1, None, 'one by one, which reduction="none" is exact with')
     if chunk is not None:
         return Plan(min(chunk, most), min(chunk, most), None, "given")
-    key = _kind_of(problem, tasks, hparams)
-    if key is None or key not in _sizes:
-        if len(_sizes) >= 256:
-            _sizes.clear()
-        _sizes[key] = _bytes_of_a_task(problem, tasks, hparams)
-    inner, outer, params = _sizes[key]
+    inner, outer, params = _sizes(problem, tasks, hparams)
     on_cpu = flatten(hparams, "hparams")[0][0].device.type == "cpu"
     if on_cpu and inner > SMALL_TASK:
         kept = f"one task keeps {inner / 2**20:.1f} MiB, so arithmetic is what takes the time"
@@ -339,32 +334,16 @@ def _plan(
     return Plan(fit, 1 if on_cpu and outer > SMALL_TASK else fit, size, f"{why}: about {size / 2**20:.2f} MiB a task")
 
 
-_sizes: dict[Any, tuple[int, int, int]] = {}  # what `_bytes_of_a_task` found, by the kind of call
-
-
-def _kind_of(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> Any:
-    """What the bytes of a task depend on; None if unknown. Whatever else a loss reads, the answer is the same."""
-    functions = [without_penalties(problem.inner_loss)[0], problem.outer_loss, problem.start]
+def _sizes(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tuple[int, int, int]:
+    """`_bytes_of_a_task`, found out once for an inner loss and the forms of what the losses are called with."""
     tensors = [*tasks.tensors, *flatten(hparams, "hparams")[0]]
-    try:
-        return tuple(map(_content, (functions, tensors, [*map(len, tasks.groups)])))
-    except (TypeError, ValueError):  # something else, or a cell that is empty yet
-        return None
-
-
-def _content(value: Any) -> Any:
-    """What stands for a value: never its identity, which another object may have afterwards."""
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype, value.device, value.requires_grad
-    if isinstance(value, MethodType):
-        return value.__func__.__code__, weakref.ref(value.__self__)
-    if isinstance(value, FunctionType):
-        return value.__code__, *(_content(cell.cell_contents) for cell in value.__closure__ or ())
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_content, value))
-    if value is None or isinstance(value, (int, float, str)):
-        return value
-    raise TypeError
+    codes = [getattr(function, "__code__", None) for function in (problem.outer_loss, problem.start)]
+    forms = [(*KIND(x), x.requires_grad) for x in tensors]
+    key = "bytes of a task", *codes, *forms, *map(len, tasks.groups)
+    found = found_of(without_penalties(problem.inner_loss)[0])
+    if key not in found:
+        found[key] = _bytes_of_a_task(problem, tasks, hparams)
+    return found[key]
 
 
 def _bytes_of_a_task(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tuple[int, int, int]:

@@ -13,8 +13,9 @@ from torch.utils.data import default_collate
 
 from .. import _autodiff, _graph, _torch
 from .._autodiff import as_scalar
+from .._options import check_whole
 from .._solution import OnFailure
-from .._tree import PyTree, arranged, check_whole, filled, flatten, split
+from .._tree import PyTree, arranged, filled, flatten, split
 from ..diff_optimizers import Rule, plus
 
 Loss = Callable[[PyTree, PyTree, PyTree], Tensor]

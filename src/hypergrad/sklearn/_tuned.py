@@ -6,6 +6,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from sklearn.utils.extmath import safe_sparse_dot
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
+from .._options import progress_bar
 from ._folds import Folds, Labels, make_folds, make_labels, whole
 from ._search import Found, Objective, Point, search
 
@@ -166,7 +168,8 @@ class Tuned(BaseEstimator):
         objective.center = single.log()
         self._check_given(objective, theta)
         here = objective(theta, torch.arange(1 if self._joint else data.y.shape[1]))
-        found = search(objective, here, int(self.max_iter), self._bar(), self._nothing_to_tune(data, here))
+        bar = partial(progress_bar, self.progress, desc=type(self).__name__, leave=True)
+        found = search(objective, here, int(self.max_iter), bar, self._nothing_to_tune(data, here))
         self._record(objective, found, data, unit, single)
         final = self._problem(data, whole(data.weights), objective.labels)
         if hasattr(final, "begin"):
@@ -231,15 +234,6 @@ class Tuned(BaseEstimator):
                 ConvergenceWarning,
                 stacklevel=4,
             )
-
-    def _bar(self) -> Callable[[Any], Any]:
-        if not self.progress:
-            return lambda steps: steps
-        try:
-            from tqdm.auto import tqdm
-        except ImportError as error:
-            raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-        return lambda steps: tqdm(steps, desc=type(self).__name__)
 
     def _record(self, objective: Objective, found: Found, data: Data, unit: float, single: Tensor) -> None:
         single_output = self._single

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _random
+from .._options import parse_bytes
 from .._recorded import NotCompiled
 from .._solution import warn
 from .._torch import differentiated_rightly
 from .._traced import ROUNDING, Traced, autocast_state, gap, size
-from .._tree import KIND, parse_bytes
+from .._tree import KIND
 from ._steps import EXHAUSTED, Iterate, Recorded, Run, is_continuous, leaf
 
 Key = tuple[Any, ...]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import _graph, _torch
 from .._autodiff import Linearisation
+from .._options import check_whole
 from .._torch import random_state_kept_on_error
-from .._tree import KIND, PyTree, check_whole, describe, full
+from .._tree import KIND, PyTree, describe, full
 from ._compiled import checked_backend
 from ._compiled_push import CompiledPushes
 from ._steps import Batches, Run, add, leaf

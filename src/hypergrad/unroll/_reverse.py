@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import _random
+from .._options import check_whole, parse_bytes
 from .._torch import Allocated, random_state_kept_on_error
-from .._tree import PyTree, check_whole, parse_bytes
+from .._tree import PyTree
 from ._compiled import CompiledReverse, checked_backend, compiled_gradients
 from ._steps import Batches, Iterate, Run, is_continuous
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .. import _autodiff, _graph, _random
 from .._autodiff import as_losses, as_scalar, check_hparams
+from .._options import check_whole
 from .._solution import warn, warn_if_not_finite
 from .._torch import differentiated_rightly, hooks_suspended, outside_inference_mode
-from .._tree import KIND, Paths, PyTree, check_whole, describe, filled, flatten, refuse_objects, split
+from .._tree import KIND, Paths, PyTree, describe, filled, flatten, refuse_objects, split
 from ..implicit import warn_of_local
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
@@ -47,13 +48,13 @@ UNUSED_PARAMS = (
 )
 
 
-# What was found out about a step, as long as it lives: by the identity of its function, or of its object and method.
+# What was found out about a function, as long as it lives: by its identity, or that of its object and method.
 _FOUND: dict[tuple[int, Any], tuple[weakref.ref[Any], dict[Any, Any]]] = {}
 
 
-def found_of(step: Callable[..., Any]) -> dict[Any, Any]:
-    """What calls of this step have found out (sizes, compiled functions), for later ones."""
-    owner, name = getattr(step, "__self__", step), getattr(step, "__func__", None)
+def found_of(function: Callable[..., Any]) -> dict[Any, Any]:
+    """What calls with this function have found out (sizes, compiled functions), for later ones."""
+    owner, name = getattr(function, "__self__", function), getattr(function, "__func__", None)
     place = id(owner), name
     if place not in _FOUND or _FOUND[place][0]() is not owner:
         try:

@@ -1,0 +1,56 @@
+"""Options as users give them: whole numbers, bytes, and whether a bar shows progress."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+LONG = 3.0  # seconds after which a bar appears by itself
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_bytes(text: Any) -> float | None:
+    """The number of bytes of a text such as "64MiB", in B, KB, MB, GB, KiB, MiB or GiB; None for anything else."""
+    number = re.fullmatch(r"(\d+\.?\d*) ?([KMG]i?B|B)", text) if isinstance(text, str) else None
+    return None if number is None else float(number[1]) * UNITS[number[2]]
+
+
+def memory_bytes(memory: Any, name: str) -> float:
+    """Bytes, given as a number or as a text."""
+    found = parse_bytes(memory) if isinstance(memory, str) else memory
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or found < 0:
+        raise ValueError(f'{name} must be bytes, as a number or like "64MiB", got {memory!r}')
+    return float(found)
+
+
+def check_whole(**numbers: tuple[Any, int]) -> None:
+    """ValueError for a number, if given, that is not whole or below its least value."""
+    for name, (value, least) in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
+
+
+def progress_bar(
+    wanted: bool | None,
+    items: Any = None,
+    *,
+    desc: str,
+    total: int | None = None,
+    unit: str = "it",
+    leave: bool = False,
+) -> Any:
+    """tqdm's bar over items, or the items alone.
+
+    Args:
+        wanted: True for a bar, None for one after LONG seconds where there are a terminal and tqdm, False for none.
+    """
+    if wanted is not None and not wanted:
+        return items
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        if wanted is None:
+            return items
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from None
+    quiet: dict[str, Any] = {} if wanted else {"delay": LONG, "disable": None}
+    return tqdm(items, desc=desc, total=total, unit=unit, leave=leave, **quiet)
