@@ -431,4 +431,9 @@ def off(bar: Bar, r: Result) -> str:
     return f"{bar.value.middle:.2f}" + ("" if r.error is None else f", off by {r.error:.0e}")
 
 
-SECTION = Section("Minibatch algorithms: a step", lambda: ROUNDS, measure, table, draw)
+ABOUT = """A step of each tracker of `hg.bilevel`, of BOAT and of Betty, on full batches at fixed λ. First every
+method takes small steps until its direction no longer changes; `error` and `cosine` compare that direction with the
+hypergradient of a dense solve. (At fixed λ the directions of BOME and VFO need not be hypergradients, and SAMA takes
+the identity for the inverse Hessian.) Then a step is timed. On the convolutional network a step of SOBA is compared
+with the passes that it consists of."""
+SECTION = Section("Minibatch algorithms: a step", lambda: ROUNDS, measure, table, draw, ABOUT)

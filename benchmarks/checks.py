@@ -166,4 +166,8 @@ def draw(results: list[Result], path: Path) -> None:
     draw_panels(path, "What implicit.grad does beside its products (red: limit)", panels)
 
 
-SECTION = Section("Beside the products", lambda: ROUNDS, measure, table, draw)
+ABOUT = """What `implicit.grad` does in addition to its products. *Checks*: the share of a call's CPU time that goes
+into the inner residual, the estimated distance from the solution, the search for NaN, and the record of the problem;
+the last column is the time of a call over that of one without checks. *Arithmetic over products*: the time of the
+solver's steps outside of reverse passes, over the time within."""
+SECTION = Section("The cost of checks and of vector arithmetic", lambda: ROUNDS, measure, table, draw, ABOUT)

@@ -200,4 +200,7 @@ def draw(results: list[Result], path: Path) -> None:
     draw_panels(path, "One hypergradient at equal K: CPU time over that of the\nbare products (red: target)", panels)
 
 
-SECTION = Section("At equal K", problems.rows, measure, table, draw)
+ABOUT = """Every method does the same number K of products, and its time is divided by that of the floor: one
+evaluation with the graph of the gradient (or of the map), the outer gradient, K products and the last product,
+without any linear algebra."""
+SECTION = Section("Equal numbers of products", problems.rows, measure, table, draw, ABOUT)

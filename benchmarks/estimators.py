@@ -300,4 +300,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
 
 
-SECTION = Section("Estimators on networks in mid-training", networks.available, measure, table, draw)
+ABOUT = """Relative error and cosine of each estimator of a hypergradient, against the derivative of retraining, for
+λ that holds a decay for each tensor, or a weight for each training example; median, least and greatest over three
+seeds. The truth comes from `unroll.reverse` through all steps in float64. Batches are full ones. [What this
+means](../estimators.md)."""
+SECTION = Section("Estimators on networks in mid-training", networks.available, measure, table, draw, ABOUT)

@@ -262,4 +262,6 @@ def draw(results: Sequence[Result], path: Path) -> None:
     draw_panels(path, "Unrolled loops of small steps:\nCPU time over the plain graph", panels)
 
 
-SECTION = Section("Unrolled loops of small steps", lambda: ROWS, measure, table, draw)
+ABOUT = """The gradient of T steps of SGD with momentum, or of Adam, on a network of 6,922 parameters, with respect
+to one weight decay for each tensor. Times are divided by that of the plain graph of all steps in torch."""
+SECTION = Section("Unrolled loops of small steps", lambda: ROWS, measure, table, draw, ABOUT)

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +30,7 @@ class Section:
     """One part of the benchmark.
 
     `rows` are its problems; `measure(rows, words, rounds)` gives a dataclass a cell and the settings of each row, for
-    the methods whose name holds one of the words (None: all).
+    the methods whose name holds one of the words (None: all). `about`: what is compared, and what the columns are.
     """
 
     title: str
@@ -38,6 +38,7 @@ class Section:
     measure: Callable[[Sequence[str], Sequence[str] | None, int | None], tuple[list[Any], list[dict]]]
     table: Callable[[list[Any]], str]
     draw: Callable[[list[Any], Path], None]
+    about: str
 
 
 def cell(value: float | Spread | None, form: str, factor: float = 1.0) -> str:
@@ -106,22 +107,23 @@ def _entries(words: Sequence[re.Match[str]], titles: Sequence[re.Match[str]]) ->
     return entries
 
 
-def pages(names: Iterable[str], folder: Path) -> None:
+def pages(sections: Mapping[str, Section], folder: Path) -> None:
     """A page for each section that was measured, now or before, and one that lists them."""
     listing = [
         "# Benchmarks",
         "`make bench` measures all of it, `make bench-peers` with the other libraries installed.",
     ]
-    for name in names:
+    for name, section in sections.items():
         stem = folder / f"benchmarks_{name}"
         if not stem.with_suffix(".json").exists():
             continue
         document = json.loads(stem.with_suffix(".json").read_text())
-        title = document["title"]
+        title = section.title
         machine, packages = document["machine"], document["machine"]["packages"]
         versions = ", ".join(f"{package} {number}" for package, number in packages.items())
         parts = [
             f"# {title}",
+            section.about,
             f"![{title}: a picture of the table below]({stem.name}.png)",
             markdown(document["table"]),
             f"`python -m benchmarks {name}`, {machine['cpu']}, one thread, Python {machine['python']}; {versions}. "

@@ -254,15 +254,15 @@ def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None
 
 
 def table(results: list[Result]) -> str:
-    lines = [f"{'':32}{'exponent':>10}{'due':>16}{'fit from':>10}   values"]
+    lines = [f"{'':32}{'exponent':>10}{'expected':>16}{'fit from':>10}{'smallest':>22}{'largest':>22}"]
     row = None
     for r in results:
         if r.row != row:
             row = r.row
             lines.append(f"{row}: {ROWS[row][0].__doc__}")
-        due = f"[{r.expected[0]:g}, {r.expected[1]:g}]" if r.expected else ""
-        pairs = "  ".join(f"{n:.0e}: {v:.3g} {r.unit}" for n, v in zip(r.sizes, r.values, strict=True))
-        lines.append(f"  {r.method:30}{r.exponent:10.3f}{due:>16}{r.start:10.0e}   {pairs}")
+        due = f"[{r.expected[0]:g}, {r.expected[1]:g}]" if r.expected else "–"
+        ends = [f"{r.sizes[i]:.0e}: {r.values[i]:.3g} {r.unit}" for i in (0, -1)]
+        lines.append(f"  {r.method:30}{r.exponent:10.3f}{due:>16}{r.start:10.0e}{ends[0]:>22}{ends[1]:>22}")
     return "\n".join(lines)
 
 
@@ -276,7 +276,7 @@ def draw(results: list[Result], path: Path) -> None:
                 values = np.array(r.values) / (1 if r.unit == "s" else 2**20)
                 label = f"{r.method}{'' if r.unit == 's' else ' (MiB)'}: exponent {r.exponent:.2f}"
                 if r.expected:
-                    label += f" (due {r.expected[0]:g} … {r.expected[1]:g})"
+                    label += f" (expected {r.expected[0]:g} … {r.expected[1]:g})"
                 axis.plot(r.sizes, values, "o-", color=colour, label=label, linewidth=1.5, markersize=5)
             axis.set(xscale="log", yscale="log", ylabel="CPU seconds", xlabel=row)
             low, high = axis.get_ylim()
@@ -285,4 +285,7 @@ def draw(results: list[Result], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
 
 
-SECTION = Section("How the cost grows", lambda: ROWS, measure, table, draw)
+ABOUT = """The exponent p of a fit cost ∝ size^p, as parameters, hyperparameters, steps of the solver, steps of the
+optimiser and tasks grow. `expected` is the interval that theory gives, where it gives one; the last columns are the
+smallest and the largest size with their costs. A part of the cost is a difference of two calls."""
+SECTION = Section("How the cost grows", lambda: ROWS, measure, table, draw, ABOUT)

@@ -147,4 +147,6 @@ def draw(results: list[Result], path: Path) -> None:
     draw_panels(path, "A hypergradient over 32 batches", panels)
 
 
-SECTION = Section("Sums over batches", lambda: ROUNDS, measure, table, draw)
+ABOUT = """A hypergradient by CG over 32 batches with `operators.Sum`, compared with the same loop by hand, and with
+one graph of all rows."""
+SECTION = Section("Sums over batches", lambda: ROUNDS, measure, table, draw, ABOUT)

@@ -358,4 +358,7 @@ def draw(results: list[Result], path: Path) -> None:
     draw_panels(path, "Through the steps of gradient descent (red: limits of sqrt)", panels)
 
 
-SECTION = Section("Through the steps", lambda: ROWS, measure, table, draw)
+ABOUT = """Time and peak memory of the gradient through T steps of gradient descent, for each way to store the
+iterates, compared with HyperTorch's reverse mode and with the plain graph. `limit` is the ratio that must not be
+exceeded."""
+SECTION = Section("Through the steps", lambda: ROWS, measure, table, draw, ABOUT)

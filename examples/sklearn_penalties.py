@@ -367,7 +367,7 @@ def picture(results: dict[str, Any]) -> Figure:
 
 
 if __name__ == "__main__":
-    config = parse(Config, "Many penalties beside one", FAST)
+    config = parse(Config, "Many penalties compared with one", FAST)
     missing = [name for name in ("optuna", "sparho", "himalaya") if not installed(name)]
     results: dict[str, Any] = {}
     for problem in config.problems:  # what is done is saved after each problem
@@ -375,4 +375,4 @@ if __name__ == "__main__":
         parts = [table(name, result) for name, result in results.items()]
         if missing:
             parts.append(f"Not installed, and so left out: {', '.join(missing)}.")
-        save(config, "Many penalties beside one", "\n\n".join(parts), picture(results), rounded(results))
+        save(config, "Many penalties compared with one", "\n\n".join(parts), picture(results), rounded(results))

@@ -333,7 +333,7 @@ def test_report(tmp_path: Path) -> None:
     assert "hg.implicit.grad, CG" in text and "× floor" in text
     document = json.loads((tmp_path / "benchmarks_equal.json").read_text())
     assert document["table"] == text.splitlines() and len(document["results"]) == len(results)
-    report.pages(["equal", "absent"], tmp_path)
+    report.pages({"equal": equal.SECTION, "absent": equal.SECTION}, tmp_path)
     assert report.markdown(document["table"]) in (tmp_path / "benchmarks_equal.md").read_text()
     assert "](benchmarks_equal.md)" in (tmp_path / "benchmarks.md").read_text()
     (tmp_path / "benchmarks_equal.png").unlink()
