@@ -175,7 +175,7 @@ def cell(config: Config, seed: int, done: Callable[[], Any]) -> dict[str, Any]:
         "perplexity": {
             "equal weights": uniform,
             "weights learned on the way": perplexity(learned),
-            "trained anew with them": again,
+            "trained again with them": again,
             "without the corrupted source (oracle)": perplexity(trained(config, seed, data, oracle, done)),
         },
         "weights": learned.hparams.weights.tolist(),

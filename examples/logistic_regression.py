@@ -321,8 +321,8 @@ def lost(config: Config, published: dict[str, Any]) -> str:
     return f"""
 
 From outer step {near + 1} on no method is within 10 % of the exact hypergradient: {config.inner_steps} gradient steps
-are far from the inner solution. Of this warned: {said or "none"}. `reverse_unroll` and `reverse` differentiate what
-steps were made, and know of no solution."""
+are far from the inner solution. These warned: {said or "none"}. `reverse_unroll` and `reverse` differentiate the
+steps that were made, and do not depend on a solution."""
 
 
 def draw(results: dict[str, Any]) -> Figure:

@@ -7,7 +7,7 @@
 # learn weights ω while a small convolutional network trains: one weight σ(λᵢ) for each example, or a small network that
 # gives the weight from the example's loss (Shu et al. 2019, "Meta-Weight-Net"). The network never sees validation
 # images: all accuracies are those of params that minimise the weighted training loss alone, either the live ones or
-# ones trained anew with the learned weights.
+# ones trained again with the learned weights.
 
 # %%
 import time
@@ -400,7 +400,7 @@ def recovered(rows: list[dict[str, Any]], row: dict[str, Any], key: str) -> floa
 
 def table(data: Data, rows: list[dict[str, Any]], config: Config) -> str:
     lines = [
-        "| weights | method | live params | of the gap | trained anew | of the gap | AUC | ms a step | MiB a step |",
+        "| weights | method | live params | of the gap | trained again | of the gap | AUC | ms a step | MiB a step |",
         "|---" * 9 + "|",
     ]
     for row in rows:
@@ -417,11 +417,11 @@ def table(data: Data, rows: list[dict[str, Any]], config: Config) -> str:
 {data.name}, {len(data.y):,} training images, of which {config.wrong:.0%} have wrong labels, {len(data.yv):,} clean
 validation images, {len(data.yt):,} test images. Test accuracies, mean ± standard deviation over {config.seeds} seeds,
 of params that have seen training images alone ("clean part only": validation images alone): of the live params at the
-end, and of a network trained anew with the weights that were learned (where the network of the loss meets losses that
+end, and of a network trained again with the weights that were learned (where the network of the loss meets losses that
 it has not learned on, so that this can fail). The gap is that between no weights and the oracle. AUC: of finding the
 wrong labels by their weights. CPU milliseconds of a step of the whole loop; MiB that one `backward` holds beyond what
 there is. The step sizes were chosen in about a dozen trainings of another seed, measured
-on further images that are no test images (--holdout). CPU time of everything: {seconds / 60:.0f} minutes."""
+on further images that are not test images (--holdout). CPU time of everything: {seconds / 60:.0f} minutes."""
     )
 
 
@@ -441,7 +441,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.set_xlim(left=100 * mean(rows[0]["anew"]) - 5)  # what lies further left is in the table
-    axes.set(xlabel="test accuracy, %", title="Blue: the live params.\nOrange: trained anew with the learned weights")
+    axes.set(xlabel="test accuracy, %", title="Blue: the live params.\nOrange: trained again with the learned weights")
     return figure
 
 
