@@ -262,13 +262,13 @@ def measure_all(
 
 def table(results: Sequence[Row]) -> str:
     lines = [
-        f"{'':50}{'method':12}{'tasks':>6}  {'loop / hg.meta, CPU':22}{'target':>7}{'ms':>9}{'peak MiB':>10}{'loop':>8}"
+        f"{'':56}{'method':12}{'tasks':>6}  {'loop / hg.meta, CPU':22}{'target':>7}{'ms':>9}{'peak MiB':>10}{'loop':>8}"
         f"{'at once':>9}{'error, float64':>16}{'float32':>9}{'loop':>9}"
     ]
     for r in results:
         quartiles = f"{r.ratio.middle:.2f} [{r.ratio.low:.2f}, {r.ratio.high:.2f}]"
         lines.append(
-            f"{r.setting:50}{r.method:12}{r.tasks:6}  {quartiles:22}{r.target:7.0f}{r.milliseconds:9.1f}"
+            f"{r.setting:56}{r.method:12}{r.tasks:6}  {quartiles:22}{r.target:7.0f}{r.milliseconds:9.1f}"
             f"{r.peak_mib:10.1f}{r.loop_peak_mib:8.1f}{r.chunk:9}{r.error64:16.1e}{r.error32:9.1e}{r.loop_error32:9.1e}"
         )
     return "\n".join(lines)
