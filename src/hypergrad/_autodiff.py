@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _torch
-from ._graph import check_independent, undeclared_leaves
+from ._graph import check_independent, noticing_hooks, undeclared_leaves
 from ._tree import check_distinct
 
 FREED = (
@@ -28,6 +29,7 @@ COMPILED = (
     "a model compiled by torch.compile has no second derivative, and its graph cannot be kept: evaluate the plain "
     'model here, or compile it with backend="eager"'
 )
+NO_SECOND = ("donated buffers", "aot_autograd does not currently support double backward")
 
 
 _keep_graphs: ContextVar[bool] = ContextVar("keep_graphs", default=False)
@@ -72,6 +74,11 @@ def users_autocast() -> AbstractContextManager[Any]:
     return _NOTHING if kept is None else torch.autocast(**kept)
 
 
+def _within_compiled(error: BaseException) -> bool:
+    """Whether an error arose in what torch.compile made."""
+    return any("_aot_autograd" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+
+
 def _explained(error: RuntimeError) -> RuntimeError:
     """torch's error with what to do about it, or the error itself."""
     text = str(error)
@@ -79,7 +86,7 @@ def _explained(error: RuntimeError) -> RuntimeError:
         return RuntimeError(FREED)
     if "scaled_dot_product" in text and "derivative" in text:
         return RuntimeError(ATTENTION)
-    if "donated buffers" in text or "aot_autograd does not currently support double backward" in text:
+    if any(part in text for part in NO_SECOND) or ("leaf Variable" in text and _within_compiled(error)):
         return RuntimeError(COMPILED)
     return error
 
@@ -127,8 +134,12 @@ def grad_or_none(
     create_graph: bool = False,
     batched: bool = False,
     dense: bool = True,
+    hooks: list[str] | None = None,
 ) -> list[Tensor | None]:
-    """As `grad`, with None where nothing depends on the input. dense: sparse gradients are made dense."""
+    """As `grad`, with None where nothing depends on the input. dense: sparse gradients are made dense.
+
+    hooks: takes the names of hooks that change what is sent through the graph.
+    """
     kept = [i for i, y in enumerate(outputs) if isinstance(y, GradientEdge) or y.requires_grad]
     if not kept or not inputs:
         return [None] * len(inputs)
@@ -140,8 +151,9 @@ def grad_or_none(
         cotangents = (torch.ones_like(outputs[0]),)
     elif cotangents is not None:
         cotangents = tuple(cotangents)
+    reverse = partial(_torch.reverse_pass, outputs, inputs, cotangents, keep, create_graph, batched)
     try:
-        grads = _torch.reverse_pass(outputs, inputs, cotangents, keep, create_graph, batched)
+        grads = reverse() if hooks is None else noticing_hooks(hooks, inputs, reverse)
     except RuntimeError as error:
         better = _explained(error)
         if better is error:
@@ -226,6 +238,7 @@ class Linearisation:
 
     Attributes:
         params_unreached: whether `vjp_both` found that no output depends on any of params.
+        hooks: names of hooks that changed what `vjp_both` or `vjp_both_many` sent through the graph.
     """
 
     def __init__(
@@ -246,7 +259,7 @@ class Linearisation:
         # No method of this object, which would then be in a cycle with what it holds.
         plain = partial(_retained, self.outputs, params)
         self.compiled = None if compile is None else compile(plain)
-        self.params_unreached = False
+        self.params_unreached, self.hooks = False, []
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def drop_values(self) -> None:
@@ -282,9 +295,10 @@ class Linearisation:
         retain_graph = retain_graph or not all(x.is_leaf for x in self.hparams)
         if self.compiled is not None and not retain_graph:
             self.compiled.forget()
+        options: dict[str, Any] = {"retain_graph": retain_graph, "hooks": self.hooks}
         if self.curvature is not None:
-            return self.curvature(v, False), grad_or_none(self.outputs, self.hparams, v, retain_graph=retain_graph)
-        both = grad_or_none(self.outputs, [*self.params, *self.hparams], v, retain_graph=retain_graph)
+            return self.curvature(v, False), grad_or_none(self.outputs, self.hparams, v, **options)
+        both = grad_or_none(self.outputs, [*self.params, *self.hparams], v, **options)
         pulled, cross = both[: len(self.params)], both[len(self.params) :]
         self.params_unreached = all(g is None for g in pulled)
         return new_zeros(pulled, self.params), cross
@@ -293,7 +307,7 @@ class Linearisation:
         """(∂₁Fᵀ v, ∂₂Fᵀ v) for a stack [m, *shape] of v; None as in `vjp_both`. The graph stays."""
         if self.curvature is not None:
             return self.vjp_many(vs), stacked(self.outputs, self.hparams, vs)
-        both = stacked(self.outputs, [*self.params, *self.hparams], vs)
+        both = stacked(self.outputs, [*self.params, *self.hparams], vs, self.hooks)
         return new_zeros(both[: len(self.params)], self.params, len(vs[0])), both[len(self.params) :]
 
     @property
@@ -333,11 +347,16 @@ class Linearisation:
         return self._transposed
 
 
-def stacked(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+def stacked(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    hooks: list[str] | None = None,
+) -> list[Tensor | None]:
     """`grad_or_none` for a stack [m, *shape] of cotangents, at once where torch can. The graph stays."""
 
     def pull(v: Sequence[Tensor], batched: bool = False) -> list[Any]:
-        return grad_or_none(outputs, inputs, v, retain_graph=True, batched=batched)
+        return grad_or_none(outputs, inputs, v, retain_graph=True, batched=batched, hooks=hooks)
 
     return many(pull, lambda vs: pull(vs, True), cotangents)
 

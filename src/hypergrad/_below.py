@@ -23,6 +23,16 @@ class NotPassed(ValueError):
         super().__init__("fp_map uses a tensor that a transform outside (vmap, ...) maps: pass it in hparams")
 
 
+def explain_tracing(error: RuntimeError) -> None:
+    """Raise in place of torch's error that no number can be read from a tensor whose operations are recorded."""
+    if "out of a tracing tensor" in str(error):
+        raise NotImplementedError(
+            "what records the operations of a call (torch.func.linearize, make_fx, torch.export, compiled steps) "
+            "cannot record a solver, whose steps depend on numbers. In place of linearize take torch.func.jvp for "
+            "products with the Jacobian, torch.func.vjp for those with its transpose, or torch.func.jacrev"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Call:
     """One solve, on tensors alone.
@@ -60,7 +70,11 @@ class Call:
                 raise NotPassed
             return values
 
-        return self.solve(self.unflatten(start), evaluate, self.batch_dims)
+        try:
+            return self.solve(self.unflatten(start), evaluate, self.batch_dims)
+        except RuntimeError as error:
+            explain_tracing(error)
+            raise
 
 
 class _Below(torch.autograd.Function):

@@ -1,11 +1,17 @@
-"""Walks of autograd's graph: what depends on what, leaves that were not declared, bytes that are kept.
+"""Walks of autograd's graph: what depends on what, leaves that were not declared, bytes that are kept; its hooks.
 
 Nothing is evaluated here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,7 +86,7 @@ def check_independent(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
 
 
 def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequence[Tensor]) -> list[Tensor]:
-    """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors."""
+    """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors; no empty ones."""
     known = {id(x) for x in declared}
     seen = {x.grad_fn for x in declared}  # what declared tensors were computed from is not entered
     found: dict[int, Tensor] = {}
@@ -94,7 +100,7 @@ def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequen
         seen.add(node)
         stack += [parent for parent, _ in node.next_functions if parent is not None]
         x = getattr(node, "variable", None)
-        if x is not None and id(x) not in known:
+        if x is not None and id(x) not in known and x.numel():
             found[id(x)] = x
     return list(found.values())
 
@@ -135,3 +141,54 @@ def refuse_freed(leaves: Sequence[Tensor]) -> None:
             "derivatives. Evaluate a copy of the model made before fully_shard, by torch.func.functional_call at "
             "hg.distributed.gathered(its parameters), or take bilevel.F2SA, BOME or SAMA, which take the model as it is"
         )
+
+
+_OWN = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+
+
+def noticing_hooks(found: list[str], inputs: Sequence[Tensor], reverse_pass: Callable[[], Any]) -> Any:
+    """What a reverse pass gives; adds to found the names and places of hooks that change what it sends through.
+
+    Nothing in a graph tells its hooks, but Python's profiler sees calls that come from autograd's engine, and those of
+    a module's hooks. Not seen are hooks without Python code, and any while another profiler is on.
+    """
+    if sys.getprofile() is not None:
+        return reverse_pass()
+    # On this thread for a GPU too.
+    with nullcontext() if inputs[0].is_cpu else torch.autograd.set_multithreading_enabled(False):
+        sys.setprofile(partial(_watch, found, {}))
+        try:
+            return reverse_pass()
+        finally:
+            sys.setprofile(None)
+
+
+def _watch(found: list[str], given: dict[Any, list[tuple[Tensor, int]]], frame: Any, event: str, result: Any) -> None:
+    caller = frame.f_back
+    if caller is None or (
+        caller.f_code not in _torch.ENGINE_CALLERS and caller.f_code.co_filename != torch.utils.hooks.__file__
+    ):
+        return
+    code = frame.f_code
+    if event not in ("call", "return") or code.co_filename.startswith(_OWN) or code.co_name.startswith("__torch_"):
+        return
+    if event == "call":
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)]
+        tensors = _tensors([frame.f_locals[name] for name in names if name in frame.f_locals])
+        given[frame] = [(x, _torch.version_of(x)) for x in tensors]
+        return
+    before = given.pop(frame, [])
+    forms = [(x.shape, x.dtype, x.device) for x, _ in before]
+    new = [y for y in _tensors([result]) if (y.shape, y.dtype, y.device) in forms]
+    new = [y for y in new if not any(y is x for x, _ in before)]
+    if new or any(_torch.version_of(x) != version for x, version in before):
+        found.append(f"{code.co_name} ({Path(code.co_filename).name}, line {code.co_firstlineno})")
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among values, and in tuples of tensors and None, in which gradients come."""
+    flat = []
+    for x in values:
+        gradients = isinstance(x, tuple) and all(y is None or isinstance(y, Tensor) for y in x)
+        flat += x if gradients else (x,)
+    return [x for x in flat if isinstance(x, Tensor)]

@@ -54,9 +54,9 @@ class Status(enum.Enum):
     )
     DIVERGED = (
         4,
-        "the residual is no smaller than that of x = 0: give a Krylov method more steps; in place of a "
-        "stationary iteration take a smaller step size, or a method that needs no contraction (GMRES or MINRES for a "
-        "linear system; Anderson, Broyden or Newton for a fixed point)",
+        "the residual is no smaller than that of x = 0: give a Krylov method more steps, and take MINRES in place of "
+        "CG if A may be singular; in place of a stationary iteration take a smaller step size, or a method that needs "
+        "no contraction (GMRES or MINRES for a linear system; Anderson, Broyden or Newton for a fixed point)",
     )
     NOT_POSITIVE_DEFINITE = (
         5,
@@ -413,11 +413,16 @@ def warn_of_few_steps(what: str, solution: Solution, error: float, rate: float) 
     warn(text, InaccurateHypergradient)
 
 
-def inner_distance(residual: Tensor, solution: Solution, point: Vector) -> Tensor:
-    """‖F‖ ‖v‖ / (‖b‖ ‖w‖) of an adjoint v: an estimate of the relative distance of w from the inner solution."""
-    f, b = read(residual), read(solution.rhs_norm)
+def inner_distance(residual: Tensor, solution: Solution, point: Vector, fixed_point: bool = False) -> Tensor:
+    """‖F‖ ‖v‖ / (‖b‖ ‖w‖) of an adjoint v: an estimate of the relative distance of w from the inner solution.
+
+    Of a fixed point w − Φ(w) is known up to its rounding, (eps/2) ‖w‖; and A = I − ∂₁Φ likewise.
+    """
+    f, b, size = read(residual), read(solution.rhs_norm), norm(point)
+    if fixed_point:
+        f = f + point.space.eps / 2 * size
     known = (f != 0) & (b != 0) & (read(solution.residual_norm) < math.inf)
-    return solution.value.space.tensor(ratio(f * solution.stretch, norm(point), known))
+    return solution.value.space.tensor(ratio(f * solution.stretch, size, known))
 
 
 def warn_if_unsolved(worst: float, residual: Tensor) -> None:
@@ -426,19 +431,23 @@ def warn_if_unsolved(worst: float, residual: Tensor) -> None:
         away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
         warn(
             f"the inner problem is not solved: its residual is {float(residual.max()):.2e}, and params are {away} the "
-            f"solution, so the hypergradient means little. Run the inner solver longer, or differentiate its steps "
-            f"instead (unroll.reverse); hg.diagnostics.check estimates the error",
+            f"solution, so the hypergradient means little. Run the inner solver longer (in a wider dtype where "
+            f"rounding ends it), or differentiate its steps instead (unroll.reverse); hg.diagnostics.check estimates "
+            f"the error",
             UnsolvedInnerProblem,
         )
 
 
 def at_kink(point: Vector, slope: Vector) -> Tensor | None:
-    """The norm of ∇₁g over the entries of w that are exactly 0; None where it is free to see that there are none."""
+    """The norm of ∇₁g over the entries of w that are exactly 0; None where it is free to see that there are none.
+
+    0 for a w of zeros alone: there is no other entry at which the gradient could vanish.
+    """
     space = point.space
     if space.device.type in FREE_TO_READ and all(space.plain) and all(bool(w.all()) for w in point.chunks):
         return None
     pairs = zip(point.chunks, slope.chunks, strict=True)
-    return Vector(space, [torch.where(w == 0, g, 0.0) for w, g in pairs]).norm()
+    return Vector(space, [torch.where(w == 0, g, 0.0) for w, g in pairs]).norm() * (point.norm() != 0)
 
 
 def warned_of_kink(at_kink: Tensor | None, residual: Tensor | None, distance: Tensor, eps: float) -> bool:

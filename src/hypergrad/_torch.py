@@ -57,6 +57,12 @@ def reverse_pass(
     return _run_backward(outputs, cotangents, retain_graph, create_graph, inputs, True, accumulate_grad=False)
 
 
+# What Python code the engine is called from.
+ENGINE_CALLERS = {
+    f.__code__ for f in (reverse_pass, getattr(torch.autograd.graph, "_engine_run_backward", reverse_pass))
+}
+
+
 @contextmanager
 def hooks_suspended(tensors: Iterable[Tensor], retained: bool = True) -> Iterator[list[Tensor]]:
     """Gradient hooks of these tensors do not act meanwhile; gives the tensors that have one.
@@ -84,6 +90,27 @@ def outside_inference_mode() -> Any:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
+_saved_tensor_hooks: Any = tuple(
+    getattr(getattr(torch._C, "_autograd", None), f"_{what}_saved_tensors_default_hooks", None)
+    for what in ("top", "pop", "push")
+)
+
+
+@contextmanager
+def saved_tensor_hooks_suspended() -> Iterator[None]:
+    """Hooks on saved tensors (of a checkpoint, which would compute anew at each product) do not act in the block."""
+    hooks = None if None in _saved_tensor_hooks else _saved_tensor_hooks[0](False)
+    if hooks is None:
+        yield
+        return
+    _saved_tensor_hooks[1]()
+    try:
+        with saved_tensor_hooks_suspended():  # those further out
+            yield
+    finally:
+        _saved_tensor_hooks[2](*hooks)
+
+
 def new_leaf(x: Tensor) -> Tensor:
     """The numbers of x as a leaf that requires grad; in new memory where x was made under inference_mode."""
     if not x.is_inference():
@@ -97,18 +124,13 @@ def has_gradient_hooks(x: Tensor) -> bool:
     return bool(getattr(x, "_backward_hooks", None) or getattr(x, "_post_accumulate_grad_hooks", None))
 
 
-def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Any], hooked: Sequence[Tensor]) -> list[Any]:
-    """The gradients after the hooks of their leaves, as torch.autograd.grad calls them.
-
-    A hook is called once, or once for each row of gradients that have a leading axis; not for None.
-    """
+def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor], hooked: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients after the hooks of their leaves, each called once, as torch.autograd.grad calls them."""
     places, grads = {id(x) for x in hooked}, list(grads)
     for i, x in enumerate(leaves):
-        if id(x) in places and grads[i] is not None:
+        if id(x) in places:
             retained = x.grad if x.retains_grad else None
-            several = grads[i].ndim > x.ndim
-            rows = [torch.autograd.grad(x, x, row)[0] for row in (grads[i] if several else [grads[i]])]
-            grads[i] = torch.stack(rows) if several else rows[0]
+            (grads[i],) = torch.autograd.grad(x, x, grads[i])
             if x.retains_grad:
                 x.grad = retained
     return grads

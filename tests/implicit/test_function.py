@@ -202,6 +202,21 @@ def test_a_checkpoint_around_an_implicit_function(door, order):
 
 
 @pytest.mark.parametrize("door", INNER)
+def test_a_checkpoint_around_a_derivative(door):
+    """The derivative is taken inside, and derived once more outside; the systems solved inside are not held."""
+    library, oracle = INNER[door]
+
+    def around(h: Tensor) -> Tensor:
+        value = library(h.sin()).cos().sum()
+        return torch.autograd.grad(value, h, create_graph=True)[0]
+
+    h = LAMBDA.clone().requires_grad_()
+    slope = checkpoint(around, h, use_reentrant=False)
+    rows = torch.stack([torch.autograd.grad(y, h, retain_graph=True)[0] for y in slope])
+    assert rel(rows, jacrev(jacrev(lambda h: oracle(h.sin()).cos().sum()))(LAMBDA)) < 1e-8
+
+
+@pytest.mark.parametrize("door", INNER)
 def test_a_checkpoint_around_nested_functions(door):
     precompute("fixed_point", door)
 
@@ -209,6 +224,17 @@ def test_a_checkpoint_around_nested_functions(door):
         return checkpoint(lambda h: nested("fixed_point", door, h).sin().sum(), h, use_reentrant=False)
 
     assert rel(by_autograd(around, LAMBDA, 1), truth("fixed_point", door, 1)) < 1e-10
+
+
+# --- linearize --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("door", ["fixed_point", "linear_solve", "Anderson"])
+def test_linearize_is_refused_with_what_to_take(door):
+    forward = lambda h: hg.fixed_points.Anderson()(cell, torch.zeros(2, dtype=h.dtype), h).value  # noqa: E731
+    function = forward if door == "Anderson" else INNER[door][0]
+    with pytest.raises(NotImplementedError, match=r"torch\.func\.jvp .* torch\.func\.jacrev"):
+        torch.func.linearize(function, LAMBDA)
 
 
 # --- what torch.func refuses ------------------------------------------------------------------------------------------

@@ -1475,3 +1475,25 @@ def test_too_few_steps_of_a_derivative_are_said(solver):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert abs(1 - float(derivative(0.95))) < 0.1
+
+
+@pytest.mark.parametrize("door", ["argmin", "grad", "newton"])
+def test_a_compiled_map_without_second_derivatives_is_named(door):
+    """aot_autograd's own text speaks of an in-place operation, or its graph shows an empty leaf."""
+    torch.compiler.reset()
+    m, lam = torch.eye(3, dtype=torch.float64) / 3, torch.ones(3, dtype=torch.float64, requires_grad=True)
+    w = torch.zeros(3, dtype=torch.float64)
+    loss = torch.compile(lambda w, lam: (w - lam).square().sum() + w.pow(4).sum(), backend="aot_eager")
+    phi = torch.compile(lambda w, lam: torch.tanh(m @ w + lam), backend="aot_eager")
+    calls = {
+        "argmin": lambda: hg.implicit.argmin(loss, w, lam).sum().backward(),
+        "grad": lambda: hg.implicit.grad(lambda w, lam: w.sum(), inner_loss=loss, params=w, hparams=lam),
+        "newton": lambda: hg.fixed_points.Newton()(phi, w, lam),
+    }
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(RuntimeError, match=r"compiled by .* has no second derivative"):
+                calls[door]()
+    finally:
+        torch.compiler.reset()

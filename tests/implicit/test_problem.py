@@ -306,6 +306,37 @@ def test_an_l1_term_in_a_smooth_loss_is_said(call):
         calls[call]()
 
 
+@pytest.mark.parametrize("call", ["grad", "argmin"])
+def test_params_of_zeros_alone_are_unsolved_and_no_kink(call):
+    """The start of most training runs."""
+    lam = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    w, inner = torch.zeros(3, dtype=torch.float64), lambda w, lam: (w - lam).square().sum()
+    with pytest.warns(hg.UnsolvedInnerProblem, match="params are 0, not the solution"):
+        if call == "grad":
+            hg.implicit.grad(lambda w, lam: w.sum(), inner_loss=inner, params=w, hparams=lam)
+        else:
+            hg.implicit.argmin(inner, w, lam).sum().backward()
+
+
+@pytest.mark.parametrize("dtype, tiny", [(torch.float32, 1e-7), (torch.float64, 1e-16)])
+@pytest.mark.parametrize("call", ["grad", "jacobian", "fixed_point", "jacrev", "hypertorch"])
+def test_a_fixed_point_map_that_is_the_identity_to_rounding_is_said(call, dtype, tiny):
+    """Φ(w) = w − tiny (w − λ), dw/dλ = 1: A = tiny has no digit left after 1 − (1 − tiny)."""
+    lam = torch.ones(2, dtype=dtype, requires_grad=True)
+    w, phi = lam.detach().clone(), lambda w, lam: w - tiny * (w - lam)
+    calls = {
+        "grad": lambda: hg.implicit.grad(lambda w, lam: w.sum(), fp_map=phi, params=w, hparams=lam),
+        "jacobian": lambda: hg.implicit.jacobian(lambda w, lam: w, fp_map=phi, params=w, hparams=lam),
+        "fixed_point": lambda: hg.implicit.fixed_point(phi, w, lam).sum().backward(),
+        "jacrev": lambda: torch.func.jacrev(lambda lam: hg.implicit.fixed_point(phi, w, lam))(lam.detach()),
+        "hypertorch": lambda: hg.CG_normaleq(
+            [w], [lam], 5, lambda w, lam: [phi(w[0], lam[0])], lambda w, lam: w[0].sum(), set_grad=False
+        ),
+    }
+    with pytest.warns(hg.HypergradientWarning):
+        calls[call]()
+
+
 def test_an_l1_term_whose_zeros_are_no_kink_is_not_said(ridge):
     """Entries that are 0 because the data say so: the gradient vanishes there too."""
     lam = torch.zeros(3, dtype=torch.float64, requires_grad=True)

@@ -193,6 +193,26 @@ def test_k_steps_of_cg_on_a_definite_system_are_those_of_the_textbook_though_the
         assert "growing" not in solution.message or float(solution.growth_rate) > 1
 
 
+@pytest.mark.parametrize("steps", [2, 3, 5, 8])
+def test_few_steps_of_cg_on_an_inconsistent_system_lower_the_quadratic_or_are_said_to_diverge(steps):
+    """No K tells a singular A from one with a tiny eigenvalue, of which the iterate is the textbook's."""
+    seen = set()
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((10, 20))
+        a, b = x.T @ x / 10, x.T @ rng.standard_normal(10) + 2 * rng.standard_normal(20)
+        system = System("", a, b)
+        given = (system.operator("symmetric"), system.rhs())
+        solution = S.CG(max_steps=steps, on_failure="ignore")(*given)
+        w = solution.value.numpy()
+        assert w @ a @ w / 2 - w @ b < 0
+        assert (solution.status is Status.DIVERGED) == (norm(b - a @ w) >= norm(b))
+        seen.add(solution.status)
+        for solver in (S.MINRES(max_steps=steps, on_failure="ignore"), S.Auto(on_failure="ignore")):
+            assert norm(b - a @ solver(*given).value.numpy()) < norm(b)
+    assert Status.DIVERGED in seen or steps < 8
+
+
 @pytest.mark.parametrize("preconditioner", [None, lambda r: DIAGONAL[:20] * r], ids=["plain", "preconditioned"])
 @pytest.mark.parametrize("gamma", [0.0, 0.01])
 def test_curvature_is_the_least_quotient_met(gamma, preconditioner):

@@ -15,7 +15,7 @@ from .._graph import refuse_weight_norm, undeclared_leaves
 from .._modules import modules_of
 from .._tree import PyTree, check_distinct, flatten
 from .._vector import Space, sharded_dot
-from ..implicit import warn_of_local
+from ..implicit import warn_of_hooks, warn_of_local
 
 SHARDED = (
     ". FSDP2's hooks give no graph for second derivatives: evaluate the model at hg.distributed.gathered(params), or "
@@ -222,8 +222,10 @@ class Oracles:
         """∇²₁₁g v and ∇²₂₁g v from `gradient_with_graph`, in one reverse pass. cross=False: ∇²₁₁g v alone."""
         self.counts["products"] += 1
         inputs = [*self.params, *self.hparams] if cross else self.params
+        hooks: list[str] = []
         with second_derivatives():
-            grads = _autodiff.grad_or_none(gradient, inputs, v, retain_graph=retain, dense=False)
+            grads = _autodiff.grad_or_none(gradient, inputs, v, retain_graph=retain, dense=False, hooks=hooks)
+        warn_of_hooks(hooks, "inner_loss")
         if cross:
             self._check_replaced(grads, gradient, "the gradient")
         grads, count = self._unscaled(grads), len(self.params)

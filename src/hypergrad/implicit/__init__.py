@@ -18,6 +18,7 @@ from ._maps import argmin, fixed_point, linear_solve, root, solver
 from ._problem import NO_HPARAMS as NO_HPARAMS
 from ._problem import Problem
 from ._problem import outer_gradients as outer_gradients
+from ._problem import warn_of_hooks as warn_of_hooks
 from ._problem import warn_of_local as warn_of_local  # used by hypergrad.unroll and hypergrad.bilevel
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation, users_autocast
 from .._basis import Basis
-from .._below import Leaves
+from .._below import Leaves, explain_tracing
 from .._solution import (
     Solution,
     at_kink,
@@ -30,7 +30,7 @@ from .._tree import KIND, difference, filled, flatten
 from .._vector import Space, Vector
 from ..operators import LinearOperator
 from ..solvers import Kept, Recycled, Solver, on_failure_of, solve, solve_at_once, solves_at_once
-from ._problem import INNER_UNREACHED
+from ._problem import INNER_UNREACHED, warn_of_hooks
 
 Function: TypeAlias = "Callable[[Leaves, Leaves], Leaves]"  # F(w, λ) on leaves
 
@@ -209,7 +209,8 @@ class Equation:
         elif torch.is_grad_enabled() and (
             _within_a_map.get() or not any(leaf.requires_grad for leaf in (*w, *hparams))
         ):
-            self.linearise(tuple(leaf.requires_grad_() for leaf in constants[:count]), constants[count:])
+            with _torch.saved_tensor_hooks_suspended():
+                self.linearise(tuple(leaf.requires_grad_() for leaf in constants[:count]), constants[count:])
 
     def solved(
         self, b: Leaves, w: Leaves, hparams: Leaves, wanted: Sequence[int] = (), adjoint: bool = False
@@ -234,7 +235,7 @@ class Equation:
         w = tuple(x.detach().requires_grad_() for x in w)
         hparams = tuple(x.detach().requires_grad_(i in places) for i, x in enumerate(hparams))
         chosen = [hparams[i] for i in places]
-        with torch.enable_grad():
+        with torch.enable_grad(), _torch.saved_tensor_hooks_suspended():
             linearisation = self.linearise(w, hparams, chosen)
         space = Space(*flatten(list(w), "w"), self.batch_dims)
         bars: list[Any] = []
@@ -246,13 +247,19 @@ class Equation:
             return v - image if self.fixed_point else image
 
         def keep(found: Sequence[Tensor | None]) -> None:
+            if linearisation.hooks:
+                warn_of_hooks(linearisation.hooks, "inner_loss" if self.minimises else "the map")
             if chosen and all(x is None for x in found):
                 warn(INNER_UNREACHED)
             lead = (len(b[0]),) if stacked else ()
             bars[:] = _autodiff.scaled(_autodiff.new_zeros(found, chosen, *lead), 1.0 if self.fixed_point else -1.0)
 
         right = (space.stack_of(len(b[0])) if stacked else space).pack([x.detach() for x in b])
-        v = self.run(linearisation, space, right, last if adjoint else None, keep)
+        try:
+            v = self.run(linearisation, space, right, last if adjoint else None, keep)
+        except RuntimeError as error:
+            explain_tracing(error)
+            raise
         # New tensors: autograd hangs the graph on what it gets back, and Info would keep it alive.
         return tuple(x.detach() for x in v.leaves), tuple(bars)
 
@@ -283,7 +290,7 @@ class Equation:
         policy = on_failure_of(self.solver)
         solution.report("the linear system of an implicit derivative", policy)
         if policy != "ignore":
-            distance = inner_distance(residual, solution, point)
+            distance = inner_distance(residual, solution, point, self.fixed_point)
             if not warned_of_kink(kink, residual, distance, space.eps):
                 warn_if_unsolved(float(distance.max()), residual)
             if solution.ok and last is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
 from .. import _autodiff, _torch
@@ -48,7 +49,8 @@ class Hypergradient:
         solution: how the adjoint system was solved: status, steps, true residual.
         inner_residual: ‖∇₁g‖ or ‖w − Φ(w)‖ or ‖F‖ at the given params: 0-d, or [B]. Known at no extra cost.
         inner_distance: ‖F‖ ‖v‖ / (‖∇₁E‖ ‖w‖), an estimate of the relative distance of w from the inner solution, with
-            ‖v‖ / ‖∇₁E‖ standing for ‖A⁻¹‖ (of which it is a lower bound): 0-d, or [B].
+            ‖v‖ / ‖∇₁E‖ standing for ‖A⁻¹‖ (of which it is a lower bound): 0-d, or [B]. Of a fixed point it counts the
+            rounding of w − Φ(w).
         outer_value: E(w, λ); of `polish` E − vᵀF, which is f(λ) up to the square of the errors of w and v.
         problem: what it is the hypergradient of, for `diagnostics.check`, `polish` and `refine`: w and λ in the user's
             own memory, without graphs, and the losses where they were given as functions.
@@ -230,24 +232,32 @@ def grad(
     return result
 
 
-def hypergradient_of(problem: Problem, solver: Solver, x0: Any, second: Solver | None = None) -> Hypergradient:
+def hypergradient_of(
+    problem: Problem, solver: Solver, x0: Any, outer: Any = None, second: Solver | None = None
+) -> Hypergradient:
     """∇f(λ) of a problem that is not evaluated yet, without a word on how good it is.
 
+    outer: gives E, ∇₁E and ∇₂E of several outer losses, stacked, as `Problem.evaluate` takes it.
     second: is taken where the solver ends as NOT_POSITIVE_DEFINITE or DIVERGED.
     """
     if isinstance(solver, IterativeSolver) and solver.fixed_steps:
         problem.expected_products = solver.max_steps
     with problem.without_hooks_and_autocast() as hooked:
-        problem.evaluate()
-        operator = problem.operator().stacked() if problem.several else problem.operator()
+        problem.evaluate(outer=outer)
+        operator = problem.operator() if outer is None else problem.operator().stacked()
         solution = solve(solver, operator, problem.b if second is None else problem.b.copy(), x0, problem.last_product)
         if second is not None and solution.status in (Status.NOT_POSITIVE_DEFINITE, Status.DIVERGED):
             solution = solve(second, operator, problem.b, None, problem.last_product)
         grads = problem.grads()
-    return result_of(problem, solution, _torch.with_hooks(problem.differentiated, grads, hooked))
+    if outer is None:
+        return result_of(problem, solution, _torch.with_hooks(problem.differentiated, grads, hooked))
+    if hooked:
+        rows = [_torch.with_hooks(problem.differentiated, row, hooked) for row in zip(*grads, strict=True)]
+        grads = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+    return result_of(problem, solution, grads, len(problem.outer_value))
 
 
-def report(problem: Problem, result: Hypergradient, what: str, on_failure: OnFailure) -> None:
+def report(problem: Problem, result: Hypergradient, what: str, on_failure: OnFailure, stacked: bool = False) -> None:
     """Warn of, or raise for, what makes a result doubtful."""
     result.solution.report(what, on_failure)
     if on_failure == "ignore":
@@ -257,7 +267,7 @@ def report(problem: Problem, result: Hypergradient, what: str, on_failure: OnFai
     if not problem.stochastic:
         result.warn_if_unsolved()
         if result.solution.ok:
-            result.warn_if_inaccurate(problem.several)
+            result.warn_if_inaccurate(stacked)
 
 
 def backward(
@@ -318,14 +328,14 @@ def accumulate(hparams: PyTree, grads: PyTree) -> None:
         _autodiff.backward(leaves, flatten(grads, "grads", complex=True)[0])
 
 
-def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor]) -> Hypergradient:
+def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor], count: int | None = None) -> Hypergradient:
     """The result of a problem whose last product is done."""
     compiled = None if problem.linearisation is None else problem.linearisation.compiled
     assert problem.residual_norm is not None
     with without_autocast(problem.space.device):
-        distance = inner_distance(problem.residual_norm, solution, problem.point)
+        distance = inner_distance(problem.residual_norm, solution, problem.point, problem.fixed_point)
     return Hypergradient(
-        grads=problem.tree_of(grads),
+        grads=problem.tree_of(grads, count),
         adjoint=solution.value.tree,
         solution=solution,
         inner_residual=problem.residual_norm,

@@ -51,6 +51,9 @@ class CG(IterativeSolver):
 
     Curvature pᵀAp that is not positive, to rounding, ends it as NOT_POSITIVE_DEFINITE at the iterate before (Steihaug's
     rule); `Solution.curvature` holds the least pᵀAp / pᵀp. The first two products show whether A is NOT_SYMMETRIC.
+    Every step lowers ½xᵀAx − bᵀx and, where A is positive definite, ‖x − A⁻¹b‖: the last iterate is the answer even
+    where its residual is above ‖b‖ (DIVERGED, with a warning). Of a singular A and a b outside its range there is no
+    A⁻¹b, and iterates grow along the null space: MINRES and `Auto` go to a least-squares solution instead.
 
     Args:
         preconditioner: r ↦ M⁻¹r, symmetric positive definite: a LinearOperator, a function of pytrees like b, or
