@@ -146,9 +146,7 @@ class LinearOperator:
         """A for k right hand sides at once, stacked along a new leading axis of every leaf: k vectorised products.
 
         CG()(op.stacked(), b) runs k times CG in step, each with its own status; BlockCG searches in one space for all.
-        It counts its products by itself, k at once as one.
-
-        Raises: ValueError where A has a batch axis already.
+        It counts its products by itself, k at once as one. Where A has batch_dims=1, leaves are [k, B, ...].
 
         Example:
             >>> op = matrix(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), symmetric=True)
@@ -156,31 +154,24 @@ class LinearOperator:
             tensor([[ 0.0909,  0.6364],
                     [-1.0000,  4.0000]])
         """
-        if self.batch_dims:
-            raise ValueError("this operator has batch_dims=1: independent systems cannot be stacked once more")
-        return stacked(self)
 
+        def product(op: LinearOperator) -> Product:
+            def apply(v: Vector) -> Vector:
+                basis = Basis(v.space.one, v.space.batch_shape[0]).with_leaves(v.leaves)
+                return v.space.pack(op.many(basis).leaves())
 
-def stacked(op: LinearOperator) -> LinearOperator:
-    """`op.stacked()`, also of independent systems, each of which has k right hand sides: leaves [k, B, ...]."""
+            return apply
 
-    def product(op: LinearOperator) -> Product:
-        def apply(v: Vector) -> Vector:
-            basis = Basis(v.space.one, v.space.batch_shape[0]).with_leaves(v.leaves)
-            return v.space.pack(op.many(basis).leaves())
-
-        return apply
-
-    new = LinearOperator(
-        product(op),
-        product(op.T) if op.has_transpose and not op.symmetric else None,
-        symmetric=op.symmetric,
-        positive_definite=op.positive_definite,
-        batch_dims=op.batch_dims + 1,
-        stochastic=op.stochastic,
-    )
-    new.each = op
-    return new
+        new = LinearOperator(
+            product(self),
+            product(self.T) if self.has_transpose and not self.symmetric else None,
+            symmetric=self.symmetric,
+            positive_definite=self.positive_definite,
+            batch_dims=self.batch_dims + 1,
+            stochastic=self.stochastic,
+        )
+        new.each = self
+        return new
 
 
 def function(

@@ -283,7 +283,7 @@ class Equation:
         solution = None
         if b.space is not space:
             solution = self.factorised(linearisation, point, b, keep if last else None)
-            op = operators.stacked(op)
+            op = op.stacked()
         if solution is None:
             solution = solve(self.solver, op, b.copy(), None if last is None else self.warm, last)
         self.info.solution, self.info.solves = solution, self.info.solves + 1
