@@ -122,6 +122,12 @@ def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
     return sizes
 
 
+def ranks() -> int:
+    """How many processes torch.distributed runs; 1 where it is not started."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 COLLECTIVES = ("CopyToRanks", "MeanOverRanks", "GatherShards", "MeanToShards")
 COLLECTIVES += ("_ToTorchTensor", "_FromTorchTensor", "Redistribute")
 

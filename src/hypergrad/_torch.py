@@ -124,13 +124,15 @@ def has_gradient_hooks(x: Tensor) -> bool:
     return bool(getattr(x, "_backward_hooks", None) or getattr(x, "_post_accumulate_grad_hooks", None))
 
 
-def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Tensor], hooked: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients after the hooks of their leaves, each called once, as torch.autograd.grad calls them."""
+def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Any], hooked: Sequence[Tensor]) -> list[Any]:
+    """The gradients (None, or those of several losses, too) after the hooks of their leaves, once for each loss."""
     places, grads = {id(x) for x in hooked}, list(grads)
     for i, x in enumerate(leaves):
-        if id(x) in places:
+        if id(x) in places and grads[i] is not None:
             retained = x.grad if x.retains_grad else None
-            (grads[i],) = torch.autograd.grad(x, x, grads[i])
+            several = grads[i].ndim > x.ndim
+            rows = [torch.autograd.grad(x, x, row)[0] for row in (grads[i] if several else [grads[i]])]
+            grads[i] = torch.stack(rows) if several else rows[0]
             if x.retains_grad:
                 x.grad = retained
     return grads
@@ -169,12 +171,6 @@ def wanted_inputs(ctx: Any, skip: int) -> list[int]:
         return [i for i in needed if _will_execute(nodes[i][0])]
     except RuntimeError:  # not within the engine
         return needed
-
-
-def ranks() -> int:
-    """How many processes torch.distributed runs; 1 where it is not started."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def is_python_function(node: Any) -> bool:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optree
-import torch
 from torch import Tensor
 
 from .. import _autodiff, _torch
@@ -232,32 +231,24 @@ def grad(
     return result
 
 
-def hypergradient_of(
-    problem: Problem, solver: Solver, x0: Any, outer: Any = None, second: Solver | None = None
-) -> Hypergradient:
+def hypergradient_of(problem: Problem, solver: Solver, x0: Any, second: Solver | None = None) -> Hypergradient:
     """∇f(λ) of a problem that is not evaluated yet, without a word on how good it is.
 
-    outer: gives E, ∇₁E and ∇₂E of several outer losses, stacked, as `Problem.evaluate` takes it.
     second: is taken where the solver ends as NOT_POSITIVE_DEFINITE or DIVERGED.
     """
     if isinstance(solver, IterativeSolver) and solver.fixed_steps:
         problem.expected_products = solver.max_steps
     with problem.without_hooks_and_autocast() as hooked:
-        problem.evaluate(outer=outer)
-        operator = problem.operator() if outer is None else problem.operator().stacked()
+        problem.evaluate()
+        operator = problem.operator().stacked() if problem.several else problem.operator()
         solution = solve(solver, operator, problem.b if second is None else problem.b.copy(), x0, problem.last_product)
         if second is not None and solution.status in (Status.NOT_POSITIVE_DEFINITE, Status.DIVERGED):
             solution = solve(second, operator, problem.b, None, problem.last_product)
         grads = problem.grads()
-    if outer is None:
-        return result_of(problem, solution, _torch.with_hooks(problem.differentiated, grads, hooked))
-    if hooked:
-        rows = [_torch.with_hooks(problem.differentiated, row, hooked) for row in zip(*grads, strict=True)]
-        grads = [torch.stack(parts) for parts in zip(*rows, strict=True)]
-    return result_of(problem, solution, grads, len(problem.outer_value))
+    return result_of(problem, solution, _torch.with_hooks(problem.differentiated, grads, hooked))
 
 
-def report(problem: Problem, result: Hypergradient, what: str, on_failure: OnFailure, stacked: bool = False) -> None:
+def report(problem: Problem, result: Hypergradient, what: str, on_failure: OnFailure) -> None:
     """Warn of, or raise for, what makes a result doubtful."""
     result.solution.report(what, on_failure)
     if on_failure == "ignore":
@@ -267,7 +258,7 @@ def report(problem: Problem, result: Hypergradient, what: str, on_failure: OnFai
     if not problem.stochastic:
         result.warn_if_unsolved()
         if result.solution.ok:
-            result.warn_if_inaccurate(stacked)
+            result.warn_if_inaccurate(problem.several)
 
 
 def backward(
@@ -328,14 +319,14 @@ def accumulate(hparams: PyTree, grads: PyTree) -> None:
         _autodiff.backward(leaves, flatten(grads, "grads", complex=True)[0])
 
 
-def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor], count: int | None = None) -> Hypergradient:
+def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor]) -> Hypergradient:
     """The result of a problem whose last product is done."""
     compiled = None if problem.linearisation is None else problem.linearisation.compiled
     assert problem.residual_norm is not None
     with without_autocast(problem.space.device):
         distance = inner_distance(problem.residual_norm, solution, problem.point, problem.fixed_point)
     return Hypergradient(
-        grads=problem.tree_of(grads, count),
+        grads=problem.tree_of(grads),
         adjoint=solution.value.tree,
         solution=solution,
         inner_residual=problem.residual_norm,

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from .. import _autodiff
-from .._autodiff import as_losses, users_autocast
 from .._torch import random_state_kept_on_error
 from .._tree import PyTree
-from .._vector import Vector
 from ..solvers import GMRES, Auto, BlockCG, Recycled, Solver, on_failure_of
 from ._hypergradient import Hypergradient, hypergradient_of, report
 from ._problem import Problem
@@ -72,26 +68,12 @@ def jacobian(
         symmetric=symmetric,
         positive_definite=positive_definite,
     )
+    problem.several = True
     if problem.stochastic:
         raise TypeError("jacobian takes all its products at one draw, so it has no Stochastic inner problem")
     second = Auto() if solver is None else None
     solver = (BlockCG() if problem.symmetric else GMRES()) if solver is None else solver
     with random_state_kept_on_error(problem.leaves):
-        result = hypergradient_of(problem, solver, x0, _outer_gradients, second)
-        report(problem, result, "the adjoint systems of the Jacobian", on_failure_of(solver), stacked=True)
+        result = hypergradient_of(problem, solver, x0, second)
+        report(problem, result, "the adjoint systems of the Jacobian", on_failure_of(solver))
     return result
-
-
-def _outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
-    """E, its gradients ∇₁E as k vectors stacked, and ∇₂E likewise."""
-    outer_losses = problem.outer_loss
-    with torch.enable_grad(), users_autocast():
-        given = outer_losses(*problem.arguments) if callable(outer_losses) else outer_losses
-    values = as_losses(given, "outer_losses")
-    units = torch.eye(len(values), dtype=values.dtype, device=values.device)
-    grads = _autodiff.stacked([values], [*problem.leaves, *problem.differentiated], [units])
-    count, lead = len(problem.leaves), len(values)
-    slopes, direct = grads[:count], grads[count:]
-    problem.check_outer_depends([values], slopes)
-    slopes = _autodiff.new_zeros(slopes, problem.leaves, lead)
-    return values, problem.space.stack_of(lead).pack(slopes).copy(), direct

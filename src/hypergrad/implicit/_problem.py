@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _graph, _torch, operators
-from .._autodiff import Linearisation, as_scalar, check_hparams, users_autocast, without_autocast
+from .._autodiff import Linearisation, as_losses, as_scalar, check_hparams, users_autocast, without_autocast
 from .._graph import check_independent
 from .._recorded import Recorded
 from .._solution import at_kink, warn
@@ -65,6 +65,7 @@ class Problem:
     at_kink: Tensor | None = None
     others: Sequence[Tensor] = ()  # that require grad, are in the inner problem, and in neither params nor hparams
     expected_products: int | None = None
+    several = False  # whether the outer loss gives [k] losses
     linearisation: Linearisation | None = None
     _versions: Sequence[int] = ()
 
@@ -153,11 +154,10 @@ class Problem:
                 )
             yield [x for x in self._outer if id(x) in ids]
 
-    def evaluate(self, keep: bool = False, outer: Callable[[Problem, bool], Any] | None = None) -> None:
+    def evaluate(self, keep: bool = False) -> None:
         """Evaluate the inner problem and the outer loss, once.
 
         keep: their graphs stay afterwards, and so do the numbers of F; else there is ‖F‖ alone.
-        outer: takes the gradients of the outer loss, in place of `outer_gradients`.
 
         Sets: residual_norm ‖F‖; outer_value E with its graph, b = ∇₁E in memory of its own, and direct = ∇₂E for the
             differentiated hparams (None where E does not depend on one).
@@ -166,7 +166,7 @@ class Problem:
         if not self.stochastic and self.linearisation is None:
             self.linearisation = self.linearise()
         if self.linearisation is not None:
-            if _torch.ranks() > 1:
+            if _graph.ranks() > 1:
                 _graph.refuse_freed(self.leaves)
                 warn_of_local(self.linearisation.outputs, self.kind)
             residual = self.residual_of(self.linearisation)
@@ -175,7 +175,7 @@ class Problem:
             del residual
             if not keep:
                 self.linearisation.drop_values()
-        self.outer_value, self.b, self.direct = (outer or outer_gradients)(self, keep)
+        self.outer_value, self.b, self.direct = outer_gradients(self, keep)
 
     def linearise(self) -> Linearisation:
         """The graph of ∇₁g, Φ or F at params and hparams."""
@@ -237,7 +237,7 @@ class Problem:
 
     def _product_with_both(self, v: Vector) -> tuple[Vector, Sequence[Tensor | None]]:
         linearisation = self.linearise() if self.linearisation is None else self.linearisation
-        if v.space.batch_dims > self.batch_dims:  # that of several outer losses
+        if self.several:
             pulled, cross = linearisation.vjp_both_many(v.leaves)
         else:
             pulled, cross = linearisation.vjp_both(v.leaves, retain_graph=self.keep)
@@ -276,15 +276,11 @@ class Problem:
         """∇₂E for each leaf of hparams, None for those that are not differentiated."""
         return filled([None] * len(self._outer), self._outer_places, self.direct)
 
-    def tree_of(self, grads: Sequence[Tensor], count: int | None = None) -> PyTree:
-        """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad.
-
-        count: k, where they have a leading axis of k outer losses.
-        """
-        lead = () if count is None else (count,)
-        differentiated = {*self._outer_places}
-        others = [None if i in differentiated else x.new_zeros((*lead, *x.shape)) for i, x in enumerate(self._outer)]
-        return self._rebuild_outer(filled(others, self._outer_places, grads))
+    def tree_of(self, grads: Sequence[Tensor]) -> PyTree:
+        """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad."""
+        every = filled([None] * len(self._outer), self._outer_places, grads)
+        lead = (len(self.outer_value),) if self.several else ()
+        return self._rebuild_outer(_autodiff.new_zeros(every, self._outer, *lead))
 
     def hparams_with(self, leaves: Iterable[Tensor]) -> PyTree:
         """hparams with other tensors for the differentiated leaves, without a graph."""
@@ -367,9 +363,9 @@ def warn_of_hooks(hooks: Sequence[str], name: str) -> None:
 
 def warn_of_local(losses: Iterable[Any], name: str) -> None:
     """Warn where torch.distributed runs many ranks, and a loss or map is of this one's data alone."""
-    if _torch.ranks() > 1 and not _graph.crosses_ranks(losses):
+    if _graph.ranks() > 1 and not _graph.crosses_ranks(losses):
         warn(
-            f"torch.distributed runs {_torch.ranks()} ranks, and the derivatives of {name} are of this rank's data "
+            f"torch.distributed runs {_graph.ranks()} ranks, and the derivatives of {name} are of this rank's data "
             f"alone; the mean of the ranks' hypergradients is not the hypergradient of the mean. Evaluate a live model "
             f"by hg.distributed.call(model, ...), functions at hg.distributed.replicated(params) and "
             f"replicated(hparams), or gathered(...) for sharded ones"
@@ -377,16 +373,26 @@ def warn_of_local(losses: Iterable[Any], name: str) -> None:
 
 
 def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
-    """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams (None: zeros)."""
+    """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams (None: zeros).
+
+    Of several losses both gradients are stacked along a leading axis.
+    """
     outer_loss, leaves, hparams = problem.outer_loss, problem.leaves, problem.differentiated
     with torch.enable_grad(), _torch.differentiated_rightly(dense=True), users_autocast():
         value = outer_loss(*problem.arguments) if callable(outer_loss) else outer_loss
-    loss = as_scalar(value, "outer_loss")
+    loss = as_losses(value, "outer_losses") if problem.several else as_scalar(value, "outer_loss")
     warn_of_local([loss], "outer_loss")
-    retain = keep or problem.live or not all(leaf.is_leaf for leaf in hparams)
-    grads = _autodiff.grad_or_none([loss], [*leaves, *hparams], retain_graph=retain)
+    if problem.several:
+        units = torch.eye(len(loss), dtype=loss.dtype, device=loss.device)
+        grads = _autodiff.stacked([loss], [*leaves, *hparams], [units])
+    else:
+        retain = keep or problem.live or not all(leaf.is_leaf for leaf in hparams)
+        grads = _autodiff.grad_or_none([loss], [*leaves, *hparams], retain_graph=retain)
     slopes, direct = grads[: len(leaves)], grads[len(leaves) :]
     problem.check_outer_depends([loss], slopes)
+    if problem.several:
+        slopes = _autodiff.new_zeros(slopes, leaves, len(loss))
+        return loss, problem.space.stack_of(len(loss)).pack(slopes).copy(), direct
     return loss, problem.space.pack(_autodiff.or_zeros(slopes, leaves)).copy(), direct
 
 

@@ -17,7 +17,7 @@ from .. import _autodiff, _graph, _random
 from .._autodiff import as_losses, as_scalar, check_hparams
 from .._options import check_whole
 from .._solution import warn, warn_if_not_finite
-from .._torch import differentiated_rightly, hooks_suspended, outside_inference_mode
+from .._torch import differentiated_rightly, hooks_suspended, outside_inference_mode, with_hooks
 from .._tree import KIND, Paths, PyTree, describe, filled, flatten, refuse_objects, split
 from ..implicit import warn_of_local
 
@@ -404,12 +404,8 @@ class Run:
                 f"neither step nor outer_loss depends on {', '.join(lost)}, so the gradient there is zero: was it read "
                 f"as a number (.item(), float(), .data)?"
             )
-        for i, (x, total) in enumerate(zip(self.differentiated, grads, strict=True)):
-            if total is not None and _among(x, self.hooked):
-                each = total.reshape(-1, *x.shape)
-                rows = [_autodiff.grad([x], [x], [g], retain_graph=True)[0] for g in each]
-                grads[i] = torch.stack(rows).reshape(total.shape)
-        warn_if_not_finite(torch.view_as_real(g) if g.is_complex() else g for g in grads if g is not None)
+        grads = with_hooks(self.differentiated, grads, self.hooked)
+        warn_if_not_finite(g for g in grads if g is not None)
         every = zip(filled([None] * len(self.outer), self.places, grads), self.outer, strict=True)
         return self.hparams_tree([x.new_zeros((*self.lead, *x.shape)) if g is None else g.clone() for g, x in every])
 
