@@ -5,7 +5,8 @@
 #
 # Four sources of text, one of them corrupted, train a small GPT-2; a little text of the target domain tells their
 # weights. `hg.transformers.BilevelTrainer` learns both at once. Beside it, the same training with equal weights, with
-# those that were learned, and without the corrupted source, which only an oracle knows.
+# those that were learned, with those of exact hypergradients, and without the corrupted source, which only an oracle
+# knows.
 
 # %%
 import math
@@ -25,8 +26,10 @@ import sklearn.datasets
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+import hypergrad as hg
 from examples.common import Base, parse, rounded, save
 from examples.text import docstrings
 
@@ -55,14 +58,20 @@ class Config(Base):
     """Of Adam on the logits of the weights."""
     begin: int = 50
     """Steps before the weights begin to move."""
+    exact_steps: int = 3
+    """Outer steps with exact hypergradients, each through a whole training."""
+    exact_outer_lr: float = 1.0
+    """Of Adam on the logits, in these."""
+    exact_lr: float = 0.1
+    """Of SGD with momentum .9 and a cosine schedule, in these trainings."""
     seeds: int = 3
     """Repetitions: other pieces, starts and orders."""
 
 
 FAST: dict[str, Any] = {"steps": 6, "batch": 4, "length": 16, "pieces": 40, "validation": 8, "test": 8, "width": 8}
-FAST |= {"begin": 2, "seeds": 1}
+FAST |= {"begin": 2, "seeds": 1, "exact_steps": 2}
 SOURCES = ("docstrings of NumPy", "code of the standard library", "descriptions of data sets", "corrupted docstrings")
-LETTERS = 128
+LETTERS, EXACT = 128, "trained again with weights of exact hypergradients"
 
 # %% [markdown]
 # ## Texts
@@ -106,15 +115,21 @@ def corpora(config: Config, seed: int) -> tuple[list[dict[str, Any]], ...]:
 
 
 # %%
-def trained(config: Config, seed: int, data: tuple[Any, ...], logits: Tensor | None, done: Callable[[], Any]) -> Any:
-    """A trainer after its training: weights are learned, or stay as they are given."""
-    from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainingArguments  # pyright: ignore
-
-    from hypergrad.transformers import BilevelTrainer, SourceWeights, f2sa
+def network(config: Config, seed: int, **options: Any) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel  # pyright: ignore
 
     torch.manual_seed(seed)
     size: Any = {"n_embd": config.width, "n_positions": config.length, "n_layer": 2, "n_head": 4, "vocab_size": LETTERS}
-    model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0, **options))
+
+
+def trained(config: Config, seed: int, data: tuple[Any, ...], logits: Tensor | None, done: Callable[[], Any]) -> Any:
+    """A trainer after its training: weights are learned, or stay as they are given."""
+    from transformers import PrinterCallback, TrainingArguments  # pyright: ignore
+
+    from hypergrad.transformers import BilevelTrainer, SourceWeights, f2sa
+
+    model = network(config, seed)
     train, valid, test = data
     hparams = SourceWeights(len(SOURCES))
     if logits is not None:
@@ -153,6 +168,63 @@ def trained(config: Config, seed: int, data: tuple[Any, ...], logits: Tensor | N
     return trainer
 
 
+# %% [markdown]
+# ## Exact hypergradients
+# `hg.unroll.reverse` goes back through all steps of a training of the same model: SGD in place of AdamW, for the
+# derivative through 300 steps of Adam is of the size of 10⁸ (its square roots of second moments are near zero).
+
+
+# %%
+def exact(
+    config: Config, seed: int, data: tuple[Any, ...], done: Callable[[], Any], first: Tensor | None = None
+) -> dict[str, Any]:
+    """The logits after some outer steps from `first`, and the validation losses at the ends of the trainings."""
+    from hypergrad.diff_optimizers import SGD, PerStep
+
+    train, valid, _ = data
+    pieces, sources = torch.stack([row["input_ids"] for row in train]), torch.tensor([row["source"] for row in train])
+    model, draw = network(config, seed, attn_implementation="eager"), torch.Generator().manual_seed(seed)
+    passes = -(-config.steps * config.batch // len(train))
+    order = torch.cat([torch.randperm(len(train), generator=draw) for _ in range(passes)])
+    batches = order[: config.steps * config.batch].split(config.batch)
+
+    def losses(w: dict[str, Tensor], rows: Tensor, training: bool) -> Tensor:
+        inputs = {"input_ids": rows, "use_cache": False}
+        z = torch.func.functional_call(model.train(training), w, args=(), kwargs=inputs).logits
+        return cross_entropy(z[:, :-1].mT, rows[:, 1:], reduction="none").mean(1)
+
+    def inner_loss(w: dict[str, Tensor], logits: Tensor, t: int, rows: Tensor) -> Tensor:
+        weights = len(logits) * logits.softmax(0)
+        return (weights[sources[rows]] * losses(w, pieces[rows], True)).mean()
+
+    held_out = torch.stack([row["input_ids"] for row in valid])
+    rates = [config.exact_lr * (1 + math.cos(math.pi * t / config.steps)) / 2 for t in range(config.steps)]
+    rule, start = SGD(lr=PerStep(rates), momentum=0.9), {name: x.detach() for name, x in model.named_parameters()}
+    step, logits = rule.on(inner_loss), (torch.zeros(len(SOURCES)) if first is None else first).requires_grad_()
+    optimizer, found = torch.optim.Adam([logits], config.exact_outer_lr), {"validation": [], "hypergradients": []}
+    for _ in range(config.exact_steps):
+        result = hg.unroll.reverse(
+            step,
+            (start, rule.init(start)),
+            logits,
+            lambda carry, _: losses(carry[0], held_out, False).mean(),
+            steps=config.steps,
+            memory="iterates",
+            batches=list(batches),
+        )
+        logits.grad = result.grads
+        optimizer.step()
+        found["validation"].append(float(result.outer_value))
+        found["hypergradients"].append(result.grads.tolist())
+        done()
+    return found | {"logits": logits.detach().tolist()}
+
+
+# %% [markdown]
+# ## Comparison
+
+
+# %%
 def perplexity(trainer: Any) -> float:
     """Of a letter of the test."""
     return math.exp(trainer.evaluate()["eval_loss"])
@@ -171,16 +243,22 @@ def cell(config: Config, seed: int, done: Callable[[], Any]) -> dict[str, Any]:
     uniform = perplexity(trained(config, seed, data, torch.zeros(len(SOURCES)), done))
     plain = time.process_time() - begin
     again = perplexity(trained(config, seed, data, learned.hparams.logits.detach(), done))
+    begin = time.process_time()
+    unrolled = exact(config, seed, data, done)
+    exactly = time.process_time() - begin
+    logits = torch.tensor(unrolled["logits"])
     return {
         "perplexity": {
             "equal weights": uniform,
             "weights learned on the way": perplexity(learned),
             "trained again with them": again,
+            EXACT: perplexity(trained(config, seed, data, logits, done)),
             "without the corrupted source (oracle)": perplexity(trained(config, seed, data, oracle, done)),
         },
         "weights": learned.hparams.weights.tolist(),
+        "exact": unrolled | {"weights": (len(SOURCES) * logits.softmax(0)).tolist()},
         "path": path,
-        "seconds": {"bilevel": seconds, "plain": plain},
+        "seconds": {"bilevel": seconds, "plain": plain, "exact": exactly},
     }
 
 
@@ -194,7 +272,7 @@ def main() -> None:
     if find_spec("transformers") is None:
         print("this example needs transformers: pip install 'torch-hypergrad[transformers]'")
         return
-    bar = tqdm(total=4 * config.seeds, desc="trainings")
+    bar = tqdm(total=(5 + config.exact_steps) * config.seeds, desc="trainings")
     runs = [cell(config, seed, bar.update) for seed in range(config.seed, config.seed + config.seeds)]
     bar.close()
     save(config, "Data sources: weights learned while a language model trains", table(config, runs), figure(runs),
@@ -209,10 +287,11 @@ def table(config: Config, runs: list[dict[str, Any]]) -> str:
     lines = ["| weights | perplexity of a letter |", "|---|---|"]
     for name in runs[0]["perplexity"]:
         lines.append(f"| {name} | {spread([run['perplexity'][name] for run in runs])} |")
-    lines += ["", "| source | learned weight |", "|---|---|"]
+    lines += ["", "| source | learned weight | by exact hypergradients |", "|---|---|---|"]
     for i, name in enumerate(SOURCES):
-        lines.append(f"| {name} | {spread([run['weights'][i] for run in runs], 2)} |")
-    times = {kind: mean(run["seconds"][kind] for run in runs) for kind in ("bilevel", "plain")}
+        both = [spread([part["weights"][i] for part in parts], 2) for parts in (runs, [run["exact"] for run in runs])]
+        lines.append(f"| {name} | {both[0]} | {both[1]} |")
+    times = {kind: mean(run["seconds"][kind] for run in runs) for kind in ("bilevel", "plain", "exact")}
     return (
         "\n".join(lines)
         + f"""
@@ -222,7 +301,12 @@ A GPT-2 of 2 layers and width {config.width} on single letters, {config.steps} s
 {config.validation} pieces of docstrings of SciPy, which the model is never trained on; perplexities are those of
 {config.test} further pieces of other docstrings. Mean ± standard deviation over {config.seeds} seeds. F2SA of order 2
 with a penalty of {config.penalty:g}. CPU seconds of a training: {times["bilevel"]:.0f} with weights that are learned,
-{times["plain"]:.0f} with weights that stay."""
+{times["plain"]:.0f} with weights that stay.
+
+Exact hypergradients are those through {config.steps} steps of SGD with momentum, in reverse: {config.exact_steps}
+outer steps by Adam on the logits ({times["exact"]:.0f} CPU seconds). Through as many steps of AdamW, by which the
+models of the table are trained, the derivative exists too, and is of the size of 10⁸: no guide for steps of any
+length."""
     )
 
 

@@ -372,6 +372,10 @@ def scikit_learn(problem: Problem) -> list[dict[str, Any]]:
     def loss(model: Any) -> float:
         return log_loss(data.y[validation], model.predict_proba(data.x[validation]))
 
+    def tested(model: Any) -> tuple[float | None, float]:
+        known = hasattr(model, "predict_proba")
+        return log_loss(data.yt, model.predict_proba(data.xt)) if known else None, model.score(data.xt, data.yt)
+
     def accuracy(model: Any) -> float:
         return model.score(data.x[validation], data.y[validation])
 
@@ -382,7 +386,7 @@ def scikit_learn(problem: Problem) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"method": f"{type(best).__name__}, C = {best.C:g}"}
         row["seconds"] = time.process_time() - start
         row["validation"] = (loss(best) if models is logistic else None, accuracy(best))
-        row |= {"test": (None, best.score(data.xt, data.yt)), "refitted": (None, whole.score(data.xt, data.yt))}
+        row |= {"test": tested(best), "refitted": tested(whole)}
         rows.append(row)
     return rows
 
@@ -401,10 +405,10 @@ def extremes(problem: Problem, lam: Tensor, count: int = 12) -> dict[str, list[s
 # %%
 def table(problem: Problem, results: dict[str, Any]) -> str:
     columns = "method | outer steps | warned | CPU s | CPU s to CG's last loss"
-    columns += " | validation loss | validation | test | test, refitted"
+    columns += " | validation loss | test loss | test loss, refitted | validation | test | test, refitted"
     lines = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
     for row in results["rows"]:
-        reached, loss = row.get("to CG's loss"), row["validation"][0]
+        reached = row.get("to CG's loss")
         cells = [
             row["method"],
             row.get("steps", ""),
@@ -412,7 +416,8 @@ def table(problem: Problem, results: dict[str, Any]) -> str:
             f"{row['seconds']:.0f}",
             "" if reached is None else f"{reached:.0f}",
         ]
-        cells.append("" if loss is None else f"{loss:.4f}")
+        losses = [row[part][0] for part in ("validation", "test", "refitted")]
+        cells += ["" if loss is None else f"{loss:.4f}" for loss in losses]
         cells += [f"{row[part][1]:.2%}" for part in ("validation", "test", "refitted")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     rows, words = len(problem.train.y), problem.shape[0]

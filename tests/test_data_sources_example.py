@@ -27,10 +27,26 @@ def test_a_cell():
     pytest.importorskip("transformers")
     done = []
     found = example.cell(SMALL, 0, lambda: done.append(0))
-    assert len(done) == 4 and len(found["weights"]) == 4 and sum(found["weights"]) == pytest.approx(4, rel=1e-5)
+    assert len(done) == 7 and len(found["weights"]) == 4 and sum(found["weights"]) == pytest.approx(4, rel=1e-5)
     assert found["weights"] != [1.0] * 4 and all(1 < value < 200 for value in found["perplexity"].values())
     text = example.table(SMALL, [found])
+    assert sum(found["exact"]["weights"]) == pytest.approx(4, rel=1e-5) and len(found["exact"]["validation"]) == 2
     assert "| corrupted docstrings |" in text and len(example.figure([found]).axes) == 1
     data = example.corpora(SMALL, 0)
     fixed = example.trained(SMALL, 0, data, torch.zeros(4), lambda: None)
     assert example.perplexity(fixed) == pytest.approx(found["perplexity"]["equal weights"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_exact_hypergradients_are_the_differences_of_trainings():
+    """Of the validation loss after all steps, along the hypergradient at equal weights; without dropout's noise."""
+    pytest.importorskip("transformers")
+    config, data = replace(SMALL, exact_steps=1, steps=4), example.corpora(SMALL, 0)
+    found = example.exact(config, 0, data, lambda: None)
+    direction, size = torch.tensor(found["hypergradients"][0]), 0.3
+
+    def value(sign):
+        shifted = sign * size * direction / direction.norm()
+        return example.exact(config, 0, data, lambda: None, shifted)["validation"][0]
+
+    assert (value(1) - value(-1)) / (2 * size) == pytest.approx(float(direction.norm()), rel=0.05)

@@ -138,7 +138,7 @@ class Ridge:
                 strengths = a[some : some + step]
                 matrices = self._kernel(fold, strengths) if self.dual else self.G[fold] + strengths.diag_embed()
                 for system, matrix in enumerate(matrices, some):
-                    factors[fold, system] = torch.linalg.cholesky(matrix)
+                    torch.linalg.cholesky(matrix, out=factors[fold, system])
         return factors
 
     def _kernel(self, fold: int, strengths: Tensor) -> Tensor:
