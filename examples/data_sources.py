@@ -58,6 +58,8 @@ class Config(Base):
     """Of Adam on the logits of the weights."""
     begin: int = 50
     """Steps before the weights begin to move."""
+    exact_seeds: int = 1
+    """Of the repetitions, those with exact hypergradients too."""
     exact_steps: int = 3
     """Outer steps with exact hypergradients, each through a whole training."""
     exact_outer_lr: float = 1.0
@@ -243,22 +245,31 @@ def cell(config: Config, seed: int, done: Callable[[], Any]) -> dict[str, Any]:
     uniform = perplexity(trained(config, seed, data, torch.zeros(len(SOURCES)), done))
     plain = time.process_time() - begin
     again = perplexity(trained(config, seed, data, learned.hparams.logits.detach(), done))
-    begin = time.process_time()
-    unrolled = exact(config, seed, data, done)
-    exactly = time.process_time() - begin
-    logits = torch.tensor(unrolled["logits"])
-    return {
+    found = {
         "perplexity": {
             "equal weights": uniform,
             "weights learned on the way": perplexity(learned),
             "trained again with them": again,
-            EXACT: perplexity(trained(config, seed, data, logits, done)),
             "without the corrupted source (oracle)": perplexity(trained(config, seed, data, oracle, done)),
         },
         "weights": learned.hparams.weights.tolist(),
-        "exact": unrolled | {"weights": (len(SOURCES) * logits.softmax(0)).tolist()},
         "path": path,
-        "seconds": {"bilevel": seconds, "plain": plain, "exact": exactly},
+        "seconds": {"bilevel": seconds, "plain": plain},
+    }
+    return with_exact(config, seed, data, found, done) if seed < config.seed + config.exact_seeds else found
+
+
+def with_exact(config: Config, seed: int, data: tuple[Any, ...], found: Any, done: Callable[[], Any]) -> dict[str, Any]:
+    begin = time.process_time()
+    unrolled = exact(config, seed, data, done)
+    seconds = {"exact": time.process_time() - begin}
+    logits = torch.tensor(unrolled["logits"])
+    perplexities = {EXACT: perplexity(trained(config, seed, data, logits, done))}
+    weights = (len(SOURCES) * logits.softmax(0)).tolist()
+    return found | {
+        "perplexity": found["perplexity"] | perplexities,
+        "exact": unrolled | {"weights": weights},
+        "seconds": found["seconds"] | seconds,
     }
 
 
@@ -272,7 +283,8 @@ def main() -> None:
     if find_spec("transformers") is None:
         print("this example needs transformers: pip install 'torch-hypergrad[transformers]'")
         return
-    bar = tqdm(total=(5 + config.exact_steps) * config.seeds, desc="trainings")
+    total = 4 * config.seeds + (config.exact_steps + 1) * min(config.exact_seeds, config.seeds)
+    bar = tqdm(total=total, desc="trainings")
     runs = [cell(config, seed, bar.update) for seed in range(config.seed, config.seed + config.seeds)]
     bar.close()
     save(config, "Data sources: weights learned while a language model trains", table(config, runs), figure(runs),
@@ -284,14 +296,20 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 
 def table(config: Config, runs: list[dict[str, Any]]) -> str:
-    lines = ["| weights | perplexity of a letter |", "|---|---|"]
-    for name in runs[0]["perplexity"]:
-        lines.append(f"| {name} | {spread([run['perplexity'][name] for run in runs])} |")
+    lines, exactly = [], [run for run in runs if "exact" in run]
+    same = "the same, of the seeds with exact hypergradients" if len(exactly) < len(runs) else ""
+    lines = [f"| weights | perplexity of a letter | {same} |", "|---|---|---|"]
+    for name in (exactly or runs)[0]["perplexity"]:
+        cells = [[run["perplexity"][name] for run in part if name in run["perplexity"]] for part in (runs, exactly)]
+        whole = spread(cells[0]) if len(cells[0]) == len(runs) else ""
+        lines.append(f"| {name} | {whole} | {spread(cells[1]) if same and exactly else ''} |")
     lines += ["", "| source | learned weight | by exact hypergradients |", "|---|---|---|"]
     for i, name in enumerate(SOURCES):
-        both = [spread([part["weights"][i] for part in parts], 2) for parts in (runs, [run["exact"] for run in runs])]
-        lines.append(f"| {name} | {both[0]} | {both[1]} |")
-    times = {kind: mean(run["seconds"][kind] for run in runs) for kind in ("bilevel", "plain", "exact")}
+        values = [run["exact"]["weights"][i] for run in exactly]
+        own = spread([run["weights"][i] for run in runs], 2)
+        lines.append(f"| {name} | {own} | {spread(values, 2) if values else ''} |")
+    times = {kind: mean(run["seconds"][kind] for run in runs) for kind in ("bilevel", "plain")}
+    times["exact"] = mean([run["seconds"]["exact"] for run in exactly] or [0.0])
     return (
         "\n".join(lines)
         + f"""
