@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -49,13 +49,13 @@ _users_autocast: ContextVar[dict[str, Any] | None] = ContextVar("users_autocast"
 
 
 _NOTHING = nullcontext()
+_has_autocast = lru_cache(torch.amp.is_autocast_available)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Within this context torch.autocast acts only on what `users_autocast` encloses."""
     kind = device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return _autocast_off(kind) if on else _NOTHING
+    return _autocast_off(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else _NOTHING
 
 
 @contextmanager
@@ -109,6 +109,11 @@ def grad(
     grads = grad_or_none(
         outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, batched=batched
     )
+    for g in grads:
+        if g is None:
+            break
+    else:  # as in most calls
+        return grads  # pyright: ignore[reportReturnType]
     if must_reach and all(g is None for g in grads):
         raise ValueError(must_reach)
     return new_zeros(grads, inputs, *((len(cotangents[0]),) if batched and cotangents else ()))
@@ -140,12 +145,14 @@ def grad_or_none(
 
     hooks: takes the names of hooks that change what is sent through the graph.
     """
-    kept = [i for i, y in enumerate(outputs) if isinstance(y, GradientEdge) or y.requires_grad]
-    if not kept or not inputs:
+    for y in outputs:
+        if not (isinstance(y, GradientEdge) or y.requires_grad):
+            kept = [i for i, y in enumerate(outputs) if isinstance(y, GradientEdge) or y.requires_grad]
+            outputs = [outputs[i] for i in kept]
+            cotangents = None if cotangents is None else [cotangents[i] for i in kept]
+            break
+    if not outputs or not inputs:
         return [None] * len(inputs)
-    if len(kept) < len(outputs):
-        outputs = [outputs[i] for i in kept]
-        cotangents = None if cotangents is None else [cotangents[i] for i in kept]
     outputs, inputs, keep = tuple(outputs), tuple(inputs), retain_graph or create_graph or _keep_graphs.get()
     if cotangents is None and len(outputs) == 1 and outputs[0].numel() == 1:
         cotangents = (torch.ones_like(outputs[0]),)
@@ -159,7 +166,10 @@ def grad_or_none(
         if better is error:
             raise
         raise better from error
-    return densified(grads) if dense else list(grads)
+    for g in grads:
+        if dense and g is not None and g.layout is not torch.strided:
+            return densified(grads)
+    return list(grads)
 
 
 def densified(grads: Sequence[Any]) -> list[Any]:
@@ -270,8 +280,8 @@ class Linearisation:
         """
         self.like = self.params
         for i, y in enumerate(self.outputs):
-            if y.grad_fn is not None and not _torch.is_python_function(y.grad_fn):
-                self.outputs[i] = get_gradient_edge(y)
+            if (node := y.grad_fn) is not None and not _torch.is_python_function(node):
+                self.outputs[i] = GradientEdge(node, y.output_nr)
 
     def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """∂₁Fᵀ v: one retained reverse pass."""

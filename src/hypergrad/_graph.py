@@ -88,17 +88,17 @@ def check_independent(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
 def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequence[Tensor]) -> list[Tensor]:
     """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors; no empty ones."""
     known = {id(x) for x in declared}
-    seen = {x.grad_fn for x in declared}  # what declared tensors were computed from is not entered
+    seen: set[Any] = {None, *(x.grad_fn for x in declared)}  # what declared tensors were computed from is not entered
     found: dict[int, Tensor] = {}
-    stack: list[Any] = [
-        getattr(y, "grad_fn", None) or _edge(y)[0] for y in outputs if getattr(y, "requires_grad", True)
-    ]
+    ends = [getattr(y, "grad_fn", None) or _edge(y)[0] for y in outputs if getattr(y, "requires_grad", True)]
+    stack = [node for node in dict.fromkeys(ends) if node not in seen]
+    seen.update(stack)
     while stack:  # not by `_behind`, which takes twice as long: this is walked at every evaluation of a map
         node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
+        for parent, _ in node.next_functions:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
         x = getattr(node, "variable", None)
         if x is not None and id(x) not in known and x.numel():
             found[id(x)] = x

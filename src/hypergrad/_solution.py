@@ -270,24 +270,31 @@ class Solution:
     method: str = ""
     curvature: Tensor | None = None
 
+    def known(self, name: str) -> Any:
+        """A field as a number (a trace as a list) where it is known, or free to read; else as it is."""
+        value = vars(self)[name]
+        return read(value) if isinstance(value, Tensor) else value
+
     @cached_property
     def _codes(self) -> list[int]:
-        return numbers(self.code.reshape(-1))
+        code = self.known("code")
+        return numbers(code.reshape(-1)) if isinstance(code, Tensor) else [code]
 
     @property
     def statuses(self) -> list[Status]:
         """The status of each system."""
         return [Status(code) for code in self._codes]
 
-    @property
+    @cached_property
     def status(self) -> Status:
         """The worst status of all systems."""
-        return Status(max(self._codes, default=0))
+        code = self.known("code")  # of thousands of systems a reduction takes less than a list
+        return Status(code if not isinstance(code, Tensor) else numbers(code.amax()) if code.numel() else 0)
 
     @property
     def ok(self) -> bool:
         """Whether every system succeeded: CONVERGED, or COMPLETED where no tolerance was given."""
-        return max(self._codes, default=0) <= Status.COMPLETED.value
+        return self.status.value <= Status.COMPLETED.value
 
     @property
     def relative_residual(self) -> Tensor:
@@ -297,9 +304,40 @@ class Solution:
     @cached_property
     def stretch(self) -> Scalar:
         """‖x‖ / ‖b‖ of a Vector, as a number where reading is free."""
-        norm2, b = read(self.value.dot(self.value)), read(self.rhs_norm)
+        norm2, b = read(self.value.dot(self.value)), self.known("rhs_norm")
         exact = squares_are_exact(norm2, self.value.space) and anywhere(b)
         return square_root(norm2) / b if exact else norm(self.value / self.rhs_norm)
+
+    @cached_property
+    def remaining(self) -> list[tuple[float, float]]:
+        """(θ, ρ) of each system, or nothing where all are 0, as in most calls.
+
+        θ = ‖A⁻¹r‖ / ‖x‖ is what would be added to x, had its iteration gone on at its own rate ρ. The steps of an
+        iteration add up to x, and are in proportion to the residuals before them. If these fall geometrically in each
+        half of the steps, from ‖b‖ to ‖r_h‖ by ρ₁ and from there to ‖r‖ by ρ a step,
+
+            θ = ‖r‖/(1 − ρ) / [(‖b‖ − ‖r_h‖)/(1 − ρ₁) + (‖r_h‖ − ‖r‖)/(1 − ρ)]
+
+        With one rate that is ‖r‖ / (‖b‖ − ‖r‖), which also stands where the residual no longer falls. Residuals below a
+        thousandth of ‖b‖, at rounding level or not finite count as 0.
+
+        Cost: no product. The trace is read from the device where a residual is above that.
+        """
+        r, b, trace = map(self.known, ("residual_norm", "rhs_norm", "trace"))
+        if not anywhere((r > 1e-3 * b) & (b > 0) & (r < math.inf)):
+            return []
+        if isinstance(r, Tensor):
+            relative = numbers(self.relative_residual.nan_to_num(0.0, math.inf).reshape(-1))
+            traces = numbers((self.trace / self.rhs_norm).reshape(len(self.trace), -1).T)
+            stretches = numbers(self.stretch.reshape(-1))
+        else:
+            sizes = numbers(trace) if isinstance(trace, Tensor) else trace
+            relative, traces, stretches = [r / b], [[size / b for size in sizes]], [self.stretch]
+        rounding = 1000 * self.value.space.eps
+        return [
+            _remaining(q, trace) if max(1e-3, rounding * (1 + stretch)) < q < math.inf else (0.0, 0.0)
+            for q, stretch, trace in zip(relative, stretches, traces, strict=True)
+        ]
 
     @property
     def growth_rate(self) -> Tensor:
@@ -338,43 +376,27 @@ class Solution:
         warn(text, NotConverged, section=self.status.name)
 
 
-def remaining(solution: Solution) -> list[tuple[float, float]]:
-    """(θ, ρ) of each system: θ = ‖A⁻¹r‖ / ‖x‖, what would be added to x, had its iteration gone on at its own rate ρ.
+class _Measured:
+    """A field of a Solution whose numbers become a tensor where one is asked for: in most calls none is."""
 
-    The steps of an iteration add up to x, and are in proportion to the residuals before them. If these fall
-    geometrically in each half of the steps, from ‖b‖ to ‖r_h‖ by ρ₁ and from there to ‖r‖ by ρ a step,
+    def __init__(self, name: str):
+        self.name = name
 
-        θ = ‖r‖/(1 − ρ) / [(‖b‖ − ‖r_h‖)/(1 − ρ₁) + (‖r_h‖ − ‖r‖)/(1 − ρ)]
+    def __get__(self, solution: Solution | None, owner: object = None) -> Any:
+        if solution is None:
+            return self
+        value = vars(solution)[self.name]
+        if value is not None and not isinstance(value, Tensor):
+            value = solution.value.space.tensor(value)
+            vars(solution)[self.name] = value = value.long() if self.name == "code" else value
+        return value
 
-    With one rate that is ‖r‖ / (‖b‖ − ‖r‖), which also stands where the residual no longer falls. Residuals below a
-    thousandth of ‖b‖, at rounding level or not finite count as 0.
-
-    Cost: no product. The trace is read from the device where a residual is above that.
-    """
-    known = vars(solution)
-    if "_remaining" not in known:
-        known["_remaining"] = _remaining_of(solution)
-    return known["_remaining"]
+    def __set__(self, solution: Solution, value: Any) -> None:
+        vars(solution)[self.name] = value
 
 
-def _remaining_of(solution: Solution) -> list[tuple[float, float]]:
-    r, b = read(solution.residual_norm), read(solution.rhs_norm)
-    if isinstance(r, Tensor):
-        relative = numbers(solution.relative_residual.nan_to_num(0.0, math.inf).reshape(-1))
-    else:  # without any operation where the residual is small, as in most calls
-        relative = [r / b if r > 1e-3 * b > 0 else 0.0]
-    if not any(1e-3 < q < math.inf for q in relative):
-        return [(0.0, 0.0)] * len(relative)
-    if isinstance(r, Tensor):
-        traces = numbers((solution.trace / solution.rhs_norm).reshape(len(solution.trace), -1).T)
-        stretches = numbers(solution.stretch.reshape(-1))
-    else:
-        traces, stretches = [[size / b for size in numbers(solution.trace)]], [solution.stretch]
-    rounding = 1000 * solution.value.space.eps
-    return [
-        _remaining(q, trace) if max(1e-3, rounding * (1 + stretch)) < q < math.inf else (0.0, 0.0)
-        for q, stretch, trace in zip(relative, stretches, traces, strict=True)
-    ]
+for _name in ("code", "residual_norm", "rhs_norm", "trace", "curvature"):
+    setattr(Solution, _name, _Measured(_name))
 
 
 def _remaining(q: float, trace: list[float]) -> tuple[float, float]:
@@ -398,9 +420,11 @@ def warn_of_few_steps(what: str, solution: Solution, error: float, rate: float) 
     if not error > INACCURATE:
         return
     steps = int(solution.steps.max()) if isinstance(solution.steps, Tensor) else solution.steps
+    r, b = solution.known("residual_norm"), solution.known("rhs_norm")
+    relative = float(solution.relative_residual.max()) if isinstance(r, Tensor) else r / b
     text = (
-        f"{what} is off by an estimated {error:.0%}: {solution.method} left a relative residual of "
-        f"{float(solution.relative_residual.max()):.1e} after {steps} steps"
+        f"{what} is off by an estimated {error:.0%}: {solution.method} left a relative residual of {relative:.1e} "
+        f"after {steps} steps"
     )
     if 0 < rate < 1 and error < math.inf:
         needed = steps + math.ceil(math.log(INACCURATE / error) / math.log(rate))
@@ -418,10 +442,10 @@ def inner_distance(residual: Tensor, solution: Solution, point: Vector, fixed_po
 
     Of a fixed point w − Φ(w) is known up to its rounding, (eps/2) ‖w‖; and A = I − ∂₁Φ likewise.
     """
-    f, b, size = read(residual), read(solution.rhs_norm), norm(point)
+    f, b, r, size = read(residual), solution.known("rhs_norm"), solution.known("residual_norm"), norm(point)
     if fixed_point:
         f = f + point.space.eps / 2 * size
-    known = (f != 0) & (b != 0) & (read(solution.residual_norm) < math.inf)
+    known = (f != 0) & (b != 0) & (r < math.inf)
     return solution.value.space.tensor(ratio(f * solution.stretch, size, known))
 
 

@@ -343,6 +343,8 @@ def mapped_levels(x: Tensor) -> set[int]:
 
 def numbers(x: Tensor) -> list[Any]:
     """x.tolist(), which before torch 2.9 fails under a transform even where x is a constant of it."""
+    if not transforms_active():
+        return x.tolist()
     with getattr(torch._C, "_DisableFuncTorch", nullcontext)():
         return (x if mapped_levels(x) else unwrapped(x)).tolist()
 

@@ -230,7 +230,7 @@ class Space:
 
     def pack(self, leaves: Sequence[Tensor]) -> Vector:
         """The vector of these leaves, which must have this space's shapes (unchecked). May share their memory."""
-        return Vector(self, self.chunks_of(leaves))
+        return Vector(self, [leaves[0]] if self.single else self.chunks_of(leaves))
 
     def from_flat(self, flat: Tensor) -> Vector:
         """The vector whose `flat()` is this tensor [n] (or [B, n])."""
@@ -363,7 +363,7 @@ class Vector:
             for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
                 chunk.addcmul_(new, factor, value=sign)
             return self
-        alpha = sign * self._number(a)
+        alpha = sign * (a if abs(a) <= self.space.largest else self._number(a))
         for i, chunk in enumerate(self.chunks):
             chunk.add_(other.chunks[i], alpha=alpha)
         return self
@@ -382,7 +382,7 @@ class Vector:
             for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
                 torch.addcmul(new, chunk, factor, out=chunk)
             return self
-        alpha = self._number(a)
+        alpha = a if abs(a) <= self.space.largest else self._number(a)
         for i, chunk in enumerate(self.chunks):
             torch.add(other.chunks[i], chunk, alpha=alpha, out=chunk)
         return self

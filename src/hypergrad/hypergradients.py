@@ -74,13 +74,13 @@ def _implicit(
     fatal: statuses that are an error.
     """
     # [w, w] are two variables to a map: the state of HeavyBall at a fixed point.
-    params, hparams = _list(params, "params"), _list(hparams, "hparams")
-    given = flatten(params, "params")[0]
+    given, _, rebuild = flatten(_list(params, "params"), "params")
+    leaves, hparams = [x.detach() for x in given], _list(hparams, "hparams")
     fixed = [isinstance(x, torch.nn.Parameter) and not x.requires_grad for x in given]
-    params = _detached(params)
     if any(fixed):  # parameters of a module that are frozen where others are not
-        for x, each in zip(flatten(params, "params")[0], fixed, strict=True):
+        for x, each in zip(leaves, fixed, strict=True):
             x.requires_grad_(not each)
+    params = rebuild(leaves)
     if draws:
         forms = {kind: form and operators.Stochastic(form, draws) for kind, form in forms.items()}
     problem = implicit.Problem(outer_loss, params=params, hparams=hparams, symmetric=symmetric, **forms)

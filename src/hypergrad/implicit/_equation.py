@@ -20,7 +20,6 @@ from .._solution import (
     Solution,
     at_kink,
     inner_distance,
-    remaining,
     warn,
     warn_if_unsolved,
     warn_of_few_steps,
@@ -200,8 +199,8 @@ class Equation:
         undeclared tensor alone.
         """
         count = len(w)
-        constants = tuple(leaf.detach() for leaf in (*w, *hparams))
         if _torch.transforms_active():
+            constants = tuple(leaf.detach() for leaf in (*w, *hparams))
             mapped = set().union(*map(_torch.mapped_levels, constants))
             outputs = torch.func.vjp(lambda *w: self.evaluate((*w, *constants[count:])), *constants[:count])[0]
             if any(_torch.depends_on_transform(y, mapped) for y in outputs):
@@ -210,7 +209,7 @@ class Equation:
             _within_a_map.get() or not any(leaf.requires_grad for leaf in (*w, *hparams))
         ):
             with _torch.saved_tensor_hooks_suspended():
-                self.linearise(tuple(leaf.requires_grad_() for leaf in constants[:count]), constants[count:])
+                self.linearise(tuple(x.detach().requires_grad_() for x in w), tuple(x.detach() for x in hparams))
 
     def solved(
         self, b: Leaves, w: Leaves, hparams: Leaves, wanted: Sequence[int] = (), adjoint: bool = False
@@ -293,9 +292,9 @@ class Equation:
             distance = inner_distance(residual, solution, point, self.fixed_point)
             if not warned_of_kink(kink, residual, distance, space.eps):
                 warn_if_unsolved(float(distance.max()), residual)
-            if solution.ok and last is not None:
-                thetas = [theta for theta, _ in remaining(solution)]
-                theta, rate = math.hypot(*thetas) / len(thetas) ** 0.5, max(rate for _, rate in remaining(solution))
+            if solution.ok and last is not None and (rest := solution.remaining):
+                thetas, rates = zip(*rest, strict=True)
+                theta, rate = math.hypot(*thetas) / len(thetas) ** 0.5, max(rates)
                 error = theta / (1 + theta) if theta < math.inf else theta
                 warn_of_few_steps("the derivative of an implicit function", solution, error, rate)
         return solution.value

@@ -26,7 +26,6 @@ from .._solution import (
     Status,
     finite,
     inner_distance,
-    remaining,
     warn,
     warn_if_unsolved,
     warn_of_few_steps,
@@ -95,17 +94,19 @@ class Hypergradient:
         """UnsolvedInnerProblem where params are far from the inner solution, or the inner loss has a kink there."""
         if warned_of_kink(self.at_kink, self.inner_residual, self.inner_distance, self.solution.value.space.eps):
             return
-        pairs = zip(_torch.numbers(self.inner_distance.reshape(-1)), remaining(self.solution), strict=True)
-        distances = [d * (1 + theta if theta < math.inf else 1) for d, (theta, _) in pairs]
+        found = _torch.numbers(self.inner_distance)
+        distances = found if isinstance(found, list) else [found]
+        for i, (theta, _) in enumerate(self.solution.remaining):
+            distances[i] *= 1 + theta if theta < math.inf else 1
         warn_if_unsolved(max(distances, default=0.0), self.inner_residual)
 
     def adjoint_error(self, stacked: bool = False) -> tuple[float, float]:
-        """Estimated ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from the residual that the solver left, and its rate (see `remaining`).
+        """Estimated ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from the residual that the solver left, and its rate.
 
         The error of v is taken to be θv, so that of grads is θ times their implicit part −∂₂Fᵀv. Of stacked grads
         (`jacobian`) it is that of the worst.
         """
-        thetas, rates = zip(*remaining(self.solution), strict=True)
+        thetas, rates = zip(*(self.solution.remaining or [(0.0, 0.0)]), strict=True)
         theta, rate = max(thetas) if stacked else math.hypot(*thetas) / len(thetas) ** 0.5, max(rates)
         if theta in (0.0, math.inf):
             return theta, rate

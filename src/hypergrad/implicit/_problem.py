@@ -303,9 +303,9 @@ class Problem:
 
     def without_graphs(self) -> Problem:
         """The same to be kept with a result: a description, in the user's memory; None for what was given evaluated."""
+        own, kept = vars(self), object.__new__(Problem)
         names = ("kind", "fixed_point", "stochastic", "symmetric", "positive_definite", "batch_dims", "compile")
-        kept = object.__new__(Problem)
-        vars(kept).update({name: value for name, value in vars(self).items() if name in names})
+        vars(kept).update({name: own[name] for name in names})
         kept.outer_loss = self.outer_loss if callable(self.outer_loss) else None
         kept.inner = self.inner if callable(self.inner) else None
         kept.params = self._rebuild([x if x.is_leaf else x.detach() for x in self._given])

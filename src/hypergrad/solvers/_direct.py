@@ -41,7 +41,7 @@ class Dense(LinearSolver):
     """
 
     def _iterate(self, system: System) -> Outcome:
-        x, r = system.start()
+        x, r = (None, system.b) if system.x0 is None else system.start()
         a, rhs, op, stop, code = materialise(system.op, r), r.flat(), system.op, system.stop, None
         limits = stop.unsqueeze(-1) if isinstance(stop, Tensor) else stop
         found = regular_solve(a.mT, rhs.unsqueeze(-2), limits, r.space.eps, op.symmetric, op.positive_definite)
@@ -49,8 +49,8 @@ class Dense(LinearSolver):
             y, norm, code = self._irregular(a, rhs, system)
         else:
             y, norm = found[0].squeeze(-2), found[1].squeeze(-1)
-        x = x.space.from_flat(y) if system.x0 is None else x + x.space.from_flat(y)
-        return Outcome(x, [system.number(r.norm()), system.number(norm)], 1, code)
+        step, first = r.space.from_flat(y), system.rhs_norm if x is None else system.number(r.norm())
+        return Outcome(step if x is None else x + step, [first, system.number(norm)], 1, code)
 
     def _irregular(self, a: Tensor, rhs: Tensor, system: System) -> tuple[Tensor, Tensor, Any]:
         """A⁻¹b, or of singular systems what is nearest to it, ‖b − Ax‖, and what was wrong."""

@@ -248,7 +248,7 @@ def solve(
         last_product: v ↦ A v, where the caller needs that product anyway; it replaces the product for the residual,
             and the iteration is then not started again where its own residual was too optimistic.
     """
-    with torch.no_grad(), without_autocast(b.space.device):
+    with torch.set_grad_enabled(False), without_autocast(b.space.device):
         ready = x0 is None or isinstance(x0, Vector) or keeps_starts(x0)
         start: Any = x0 if ready else b.space.vector(x0, "x0")
         run: Any = _run if isinstance(solver, LinearSolver) else _run_function
@@ -270,20 +270,17 @@ def _run(solver: LinearSolver, op: LinearOperator, b: Vector, start: Any, last_p
     system.residual = None if residual is None else residual / scale
     outcome = Outcome(b, space.scalar(0.0)[None], 0) if empty else solver._iterate(system)
     outcome, x, residual, code = _verified(solver, system, outcome, last_product)
-    trace = space.tensor(outcome.trace)
-    solution = Solution(
+    trace: Any = outcome.trace
+    return Solution(  # whose numbers become tensors where these are asked for
         x,
-        code if isinstance(code, Tensor) else torch.scalar_tensor(code, dtype=torch.long, device=space.device),
+        code,  # pyright: ignore[reportArgumentType]
         _steps(outcome, system),
-        space.tensor(residual * scale),
-        space.tensor(system.rhs_norm * scale),
-        trace if isinstance(scale, float) and scale == 1 else trace * scale,
+        residual * scale,
+        system.rhs_norm * scale,
+        trace if isinstance(scale, float) and scale == 1 else space.tensor(trace) * scale,
         outcome.method or type(solver).__name__,
-        None if outcome.curvature is None else space.tensor(outcome.curvature - solver.damping),
+        None if outcome.curvature is None else outcome.curvature - solver.damping,
     )
-    if not isinstance(code, Tensor):
-        vars(solution)["_codes"] = [code]  # known without another read
-    return solution
 
 
 def _verified(
@@ -305,7 +302,10 @@ def _verified(
         r = (system.b if last else system.b.copy()).add_(image, 1 / system.scale, -1.0)
         residual = norm(r, system.number)
         if len(outcome.trace) == outcome.steps:
-            outcome.trace = torch.cat([r.space.tensor(outcome.trace), r.space.tensor(residual)[None]])
+            if isinstance(outcome.trace, list) and not isinstance(residual, Tensor):
+                outcome.trace.append(residual)
+            else:
+                outcome.trace = torch.cat([r.space.tensor(outcome.trace), r.space.tensor(residual)[None]])
         if last_product is None:
             residual = _give_up(outcome, residual, system)
             x = outcome.x
@@ -385,9 +385,12 @@ def _judge(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
     else:
         ended = where(own <= system.stop, Status.STAGNATED.value, Status.MAX_STEPS.value)
         done, goal = Status.CONVERGED.value, system.goal
+    solved = residual <= goal
+    known = isinstance(solved, Tensor) and system.goal is not None and solved.device.type in FREE_TO_READ
+    if known and bool((solved & (residual < math.inf)).all()):
+        return torch.full_like(residual, done, dtype=torch.long)
     worse_than_none = (residual >= system.rhs_norm) & (system.rhs_norm > 0)
     ended = where(worse_than_none, Status.DIVERGED.value, ended)
-    solved = residual <= goal
     code = where(solved, done, where(code > 0, code, ended))
     return where((residual < math.inf) & ((own < math.inf) | solved), code, Status.NON_FINITE.value)
 

@@ -72,7 +72,8 @@ class CG(IterativeSolver):
     _needs_symmetric: ClassVar[bool] = True
 
     def _iterate(self, system: System) -> Outcome:
-        op, number, stop2 = system.op, system.number, system.stop * system.stop
+        op, stop2 = system.op, system.stop * system.stop
+        number = Tensor.item if system.reads else system.number
         precondition = None if self.preconditioner is None else build_preconditioner(self.preconditioner, system)
         x, r = system.start()
         z = r if precondition is None else precondition(r)
@@ -86,7 +87,8 @@ class CG(IterativeSolver):
             if system.finished(k, going):
                 break
             ap = op(p)
-            code = event(code, going & symmetry.fails(k, p, ap), Status.NOT_SYMMETRIC)
+            if k == 1:
+                code = event(code, going & symmetry.fails(k, p, ap), Status.NOT_SYMMETRIC)
             curvature = number(p.dot(ap))
             quotient = ratio(curvature, pp, going)
             curvatures.append(quotient if precondition is None else ratio(curvature, number(p.dot(p)), going))
