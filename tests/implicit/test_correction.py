@@ -284,3 +284,20 @@ def test_hooks_of_hparams_act_once(correct):
     result = hg.implicit.grad(lambda w, h: w**2 / 2, inner_loss=lambda w, h: (w - h) ** 2, params=w, hparams=lam)
     lam.register_hook(lambda g: calls.append(g) or -g)
     assert abs(float(correct(result).grads) + 3) < 1e-7 and len(calls) == 1
+
+
+@pytest.mark.parametrize("correct", [hg.implicit.polish, lambda result: hg.implicit.refine(result, 1e-8)])
+def test_complex_hparams(correct):
+    """w = |h|² / 2 of (2w − |h|²)², and f = Σ w²: ∇f = |h|² h."""
+    h = torch.tensor([0.5 + 0.2j, -0.3 + 0.4j], dtype=torch.complex128, requires_grad=True)
+    w = h.detach().abs() ** 2 / 2
+    rough = hg.implicit.grad(
+        lambda w, h: (w**2).sum(),
+        inner_loss=lambda w, h: ((2 * w - h.abs() ** 2) ** 2).sum(),
+        params=w + 1e-3,
+        hparams=h,
+        solver=S.Dense(),
+    )
+    result = correct(rough)
+    assert result.relative_error is not None and not result.relative_error.is_complex()
+    torch.testing.assert_close(result.grads, (h.abs() ** 2 * h).detach(), rtol=1e-5, atol=0)

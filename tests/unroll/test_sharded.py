@@ -1,4 +1,4 @@
-"""Sharded tensors (DTensor) through the steps, on one rank: the numbers of plain ones, in every mode."""
+"""Sharded tensors (DTensor) through the steps and in argmin, on one rank: the numbers of plain ones, in every mode."""
 
 import os
 
@@ -31,6 +31,17 @@ def outer(w, lam):
     return (w * lam).sum()
 
 
+def by_argmin(lam):
+    """The error of d/dλ Σ w(λ) for the minimiser w = λ / (1 + λ²) of w² (1 + λ²) / 2 − wλ."""
+    with torch.no_grad():
+        w, due = lam / (1 + lam**2), (1 - lam**2) / (1 + lam**2) ** 2
+    solution = hg.implicit.argmin(
+        lambda w, lam: (w**2 * (1 + lam**2) / 2 - w * lam).sum(), w, lam, solver=hg.solvers.CG(rtol=1e-12)
+    )
+    (grad,) = torch.autograd.grad(solution.sum(), lam)
+    return float((grad - due).full_tensor().abs().max())
+
+
 def compare(store, results):
     """Runs in a process of its own, and writes the largest difference of each run."""
     import torch.distributed
@@ -43,6 +54,7 @@ def compare(store, results):
     rules = {name: getattr(hg.diff_optimizers, name)(lr=0.05) for name in ("SGD", "Adam")}
     for placement in (Shard(0), Shard(1), Replicate()):
         pair = [distribute_tensor(x, mesh, [placement]) for x in (w, lam)]
+        found[f"{placement} argmin"] = by_argmin(pair[1].detach().requires_grad_())
         for name, (function, options) in RUNS.items():
             for step in ("by hand", *rules):
                 rule = rules.get(step)
@@ -73,4 +85,4 @@ def test_sharded_tensors_give_the_numbers_of_plain_ones(tmp_path):
     worker.join()
     assert worker.exitcode == 0
     found = torch.load(tmp_path / "results.pt", weights_only=True)
-    assert len(found) == 3 * 3 * len(RUNS) and max(found.values()) < 1e-10
+    assert len(found) == 3 * (3 * len(RUNS) + 1) and max(found.values()) < 1e-10

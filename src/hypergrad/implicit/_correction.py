@@ -54,8 +54,8 @@ class Correction:
     @property
     def relative(self) -> Tensor:
         """‖dh‖ / ‖h + dh‖, and 0 where both are 0."""
-        size = self.change.norm()
-        return torch.where(size == 0, 0.0, size / self.corrected.norm())
+        size = self.change.norm().abs()  # the norm of complex gradients is a complex number
+        return torch.where(size == 0, 0.0, size / self.corrected.norm().abs())
 
     @property
     def holds(self) -> Tensor:
@@ -233,7 +233,7 @@ def _adjoint_to(rtol: float, problem: Problem, solver: LinearSolver, start: Any)
         solution = solve(inner, operator, problem.b.copy(), start, problem.last_product)
         h = outer.pack(problem.grads())
         went = anywhere(solution.steps > 0)  # a stage without a step shows nothing
-        settled = went and before is not None and bool((h - before).norm() <= rtol * h.norm())
+        settled = went and before is not None and bool((h - before).norm().abs() <= rtol * h.norm().abs())
         if settled or not solution.ok or tolerance <= 10 * problem.space.eps:
             return solution
         before, start, tolerance = h, solution.value, max(tolerance / 10, 10 * problem.space.eps)

@@ -18,6 +18,7 @@ from .._autodiff import as_scalar, taking_derivatives
 from .._below import Leaves
 from .._modules import name_of
 from .._tree import KIND, PyTree, filled, flatten, matching, split
+from .._vector import is_plain
 from ..operators import LinearOperator, has_curvature
 from ..solvers import Auto, Recycled, Solver
 from ._equation import Equation, Function, Info, WarmStart, pull
@@ -59,7 +60,9 @@ def _on_leaves(form: str, user: Callable[..., Any], container: Callable[[], Cont
             tree = container().rebuild(leaves[: len(w)])
             return (as_scalar(user(tree, *arguments(leaves[len(w) :])), "inner_loss").reshape(()),)
 
-        return pull(loss, (*w, *h), (torch.ones((), dtype=w[0].dtype, device=w[0].device),), range(len(w)))
+        # That of sharded leaves is sharded.
+        one = torch.ones((), dtype=w[0].dtype, device=w[0].device) if is_plain(w[0]) else w[0].new_ones(())
+        return pull(loss, (*w, *h), (one,), range(len(w)))
 
     if has_curvature(user):
         raise TypeError("GaussNewton is for implicit.grad; a minimiser as a differentiable value has its Hessian")
