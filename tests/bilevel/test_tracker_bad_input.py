@@ -78,7 +78,7 @@ def test_further_arguments_and_options():
         B.F2SA(p.model.parameters(), [p.decay], penalty=0)
     with pytest.raises(TypeError, match="period or probability"):
         B.SRBA(p.model.parameters(), [p.decay], full=lambda: ([], []))
-    with pytest.raises(TypeError, match=r"knows SGD, Adam.* got ASGD"):
+    with pytest.raises(TypeError, match=r"supports SGD, Adam.* got ASGD"):
         B.SAMA(p.model.parameters(), [p.decay], optimizer=torch.optim.ASGD(p.model.parameters()))
     with pytest.raises(ValueError, match="does not move all of params"):
         B.SAMA(p.model.parameters(), [p.decay], optimizer=torch.optim.SGD(p.model[0].parameters()))

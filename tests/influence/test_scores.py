@@ -284,7 +284,7 @@ def test_what_is_refused():
             influence.scores(**problem(**bad))
     with pytest.raises(TypeError, match=r"several dampings are solved by solvers\.shifted"):
         influence.scores(**problem(damping=[0.1, 0.2], solver=solvers.GMRES()))
-    with pytest.raises(TypeError, match="iterable again"):
+    with pytest.raises(TypeError, match="iterable more than once"):
         influence.scores(**problem(train=iter(batches())))
 
 
