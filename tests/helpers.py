@@ -18,6 +18,18 @@ S = hg.solvers
 EXACT = 1e-10  # relative error of a first-order result in float64
 
 
+@contextmanager
+def default_device(device: str | None):
+    """As torch.set_default_device. After its None, torch 2.6 fails wherever the default device is asked for."""
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        if getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", 0) is None:
+            del torch._GLOBAL_DEVICE_CONTEXT.device_context
+
+
 @cache
 def problem_at(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Problem:
     """A problem, made once; tests must not write into its tensors."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
 import hypergrad as hg
+from helpers import default_device
 from implicit_cases import newton, rel
 
 FP, S, Equilibrium = hg.fixed_points, hg.solvers, hg.nn.Equilibrium
@@ -1011,13 +1012,12 @@ def test_defaults_of_torch_do_not_matter(forward):
     truth = gradients(layer, x)
     generator = torch.Generator().manual_seed(0)
     penalty = layer.jacobian_penalty(x, x, generator=generator)
-    torch.set_default_device("meta")
     torch.set_default_dtype(torch.float64)
     try:
-        got = gradients(layer, x)
-        again = layer.jacobian_penalty(x, x, generator=torch.Generator("cpu").manual_seed(0))
+        with default_device("meta"):
+            got = gradients(layer, x)
+            again = layer.jacobian_penalty(x, x, generator=torch.Generator("cpu").manual_seed(0))
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert torch.equal(got[0], truth[0]) and all(torch.equal(a, b) for a, b in zip(got[1], truth[1], strict=True))
     assert torch.equal(again, penalty)

@@ -360,7 +360,6 @@ def mesh(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:DTensor random operators")  # torch's, on a CPU
 def test_sharded_leaves(mesh):
     """DTensor leaves: Vector's arithmetic, and the solvers that need no basis give the plain numbers."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor

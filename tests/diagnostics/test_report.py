@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hypergrad as hg
-from helpers import S, hypergradient
+from helpers import S, default_device, hypergradient
 from perturbed import error, moved, newton_fit, plain
 
 check = hg.diagnostics.check
@@ -398,11 +398,8 @@ def test_tensors_are_made_where_params_are(form):
     p = moved(plain("logistic"), 1e-2)
     result = hypergradient(p, form, S.GMRES(rtol=1e-8))
     expected = check(result, solve=lambda h: p.params)
-    torch.set_default_device("meta")
-    try:
+    with default_device("meta"):
         found = check(result, solve=lambda h: p.params)
-    finally:
-        torch.set_default_device(None)
     assert found.estimate.error == pytest.approx(expected.estimate.error, rel=1e-10)
     assert found.verdict == expected.verdict and found.structure.n == expected.structure.n
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import hypergrad as hg
-from helpers import nothing_changed, relative, untouched
+from helpers import default_device, nothing_changed, relative, untouched
 from hypergrad import meta
 
 COUNT, RHO = 4, 3.0
@@ -488,13 +488,12 @@ def test_empty_leaves_and_batches(name):
 def test_default_device_and_dtype_of_the_user(name):
     p = start_of()
     try:
-        torch.set_default_device("meta")
         torch.set_default_dtype(torch.float16)
-        many = [grad(name, p, chunk=chunk) for chunk in (None, 1, 3)]
-        rows = grad(name, p, reduction="none").grads
-        adapted = meta.adapt(inner, p, TASKS, steps=3)
+        with default_device("meta"):
+            many = [grad(name, p, chunk=chunk) for chunk in (None, 1, 3)]
+            rows = grad(name, p, reduction="none").grads
+            adapted = meta.adapt(inner, p, TASKS, steps=3)
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     for result in many:
         assert relative(flat(result.grads), plain(name)) < 1e-10 and result.statuses

@@ -15,6 +15,7 @@ import scipy.sparse.linalg
 import torch
 
 import hypergrad as hg
+from helpers import default_device
 from hypergrad import solvers as S
 from hypergrad.solvers import Status
 from solver_rows import (
@@ -815,11 +816,10 @@ def test_default_device_and_dtype_change_nothing(row, system, default):
     plain = solver(op, b, x0)
     dtype = torch.get_default_dtype()
     try:
-        torch.set_default_device(default.get("device"))
         torch.set_default_dtype(default.get("dtype", dtype))
-        other = solver(op, b, x0)
+        with default_device(default.get("device")):
+            other = solver(op, b, x0)
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(dtype)
     assert other.statuses == plain.statuses and other.value.dtype == plain.value.dtype
     assert torch.equal(other.value, plain.value) and torch.equal(other.residual_norm, plain.residual_norm)
