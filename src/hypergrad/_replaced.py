@@ -56,10 +56,12 @@ _calls: ContextVar[tuple[Any, ...]] = ContextVar("calls", default=())  # the cal
 _torch_embedding = torch.embedding
 _stateless: Any = sys.modules.get("torch.nn.utils.stateless")
 _reparametrized: Any = getattr(_stateless, "_reparametrize_module", None)
-_checkpoint: Any = getattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", None)
+_recomputing = "_checkpoint_without_reentrant_generator"  # under torch 2.15 a shell around the next one
+_recomputing += "_impl" * hasattr(torch.utils.checkpoint, _recomputing + "_impl")
+_checkpoint: Any = getattr(torch.utils.checkpoint, _recomputing, None)
 REPLACED: list[tuple[Any, str, Any, Any]] = [  # where torch's modules find a function, its name, it, what replaces it
     (_stateless, "_reparametrize_module", _reparametrized, _called_at),
-    (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _checkpoint, _checkpointed),
+    (torch.utils.checkpoint, _recomputing, _checkpoint, _checkpointed),
     (torch, "_weight_norm", _weight_norm, _weight_norm_written_out),
     (sys.modules.get("torch.nn.utils.weight_norm"), "_weight_norm", _weight_norm, _weight_norm_written_out),
     (torch, "embedding", _torch_embedding, _embedding),

@@ -312,10 +312,22 @@ def test_a_hypergradient_is_judged_as_that_of_the_damped_problem(form):
 # Networks in training
 
 
+class BatchNorm(torch.nn.Module):
+    """In training mode, written out: newer versions of torch have no third derivative of theirs."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.weight, self.bias = (torch.nn.Parameter(make(features)) for make in (torch.ones, torch.zeros))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        deviations = x - x.mean(0)
+        return deviations / (deviations.square().mean(0) + 1e-5).sqrt() * self.weight + self.bias
+
+
 def training_network(hidden: int = 24):
     """A network after a few steps of Adam, where the Hessian is indefinite: 631 parameters with 24 hidden units."""
     torch.manual_seed(0)
-    parts = [torch.nn.Linear(16, hidden), torch.nn.BatchNorm1d(hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 7)]
+    parts = [torch.nn.Linear(16, hidden), BatchNorm(hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 7)]
     model = torch.nn.Sequential(*parts).double()
     x, y = torch.randn(200, 16, dtype=torch.float64), torch.randint(7, (200,))
     lam = torch.tensor(-5.0, dtype=torch.float64, requires_grad=True)

@@ -192,6 +192,57 @@ def test_polish_reaches_what_the_inner_problem_does_not():
     assert error(result.grads, q) <= 1e-4 < error(hypergradient(q, "inner_loss", QUIET).grads, q)
 
 
+class _Curvature(torch.autograd.Function):
+    """3 w² g c, which has no derivative."""
+
+    @staticmethod
+    def forward(ctx, w, g, c):
+        return 3 * w**2 * g * c
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("quartic does not support 3rd+ order derivatives.")
+
+
+class _Slope(torch.autograd.Function):
+    """w³ g."""
+
+    @staticmethod
+    def forward(ctx, w, g):
+        ctx.save_for_backward(w, g)
+        return w**3 * g
+
+    @staticmethod
+    def backward(ctx, c):
+        w, g = ctx.saved_tensors
+        return _Curvature.apply(w, g, c), w**3 * c
+
+
+class _Quartic(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return w**4 / 4
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Slope.apply(ctx.saved_tensors[0], g)
+
+
+@pytest.mark.parametrize("correct", [hg.implicit.polish, hg.diagnostics.check])
+def test_a_third_derivative_that_torch_lacks_is_said(correct):
+    lam = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    result = hg.implicit.grad(
+        lambda w, lam: (w**2).sum(),
+        inner_loss=lambda w, lam: (_Quartic.apply(w) - lam * w).sum(),
+        params=torch.ones(2, dtype=torch.float64),
+        hparams=lam,
+    )
+    assert relative(result.grads, torch.full((2,), 2 / 3, dtype=torch.float64)) < EXACT
+    with pytest.raises(NotImplementedError, match="third derivatives of the inner loss"):
+        correct(result)
+
+
 def test_bad_goals():
     p = plain("logistic")
     result = hypergradient(p, "inner_loss", QUIET)

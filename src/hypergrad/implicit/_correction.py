@@ -89,7 +89,15 @@ def correct(problem: Problem, v: Vector, solver: Solver, operator: LinearOperato
     r_v = r_v - v if problem.fixed_point else r_v
 
     delta = solve(solver, operator.T, -f, None)
-    along = _autodiff.grad(gradient[:n], inputs, delta.value.leaves, retain_graph=True)
+    try:
+        along = _autodiff.grad(gradient[:n], inputs, delta.value.leaves, retain_graph=True)
+    except RuntimeError as error:
+        if "derivative" not in str(error) and "differentiate" not in str(error):
+            raise
+        raise NotImplementedError(
+            f"corrections and estimates of the error take third derivatives of the inner loss, which torch lacks here: "
+            f"{error} Put modules such as BatchNorm into eval(), or write the operation out in simpler ones"
+        ) from error
     dv = solve(solver, operator, r_v + space.pack(along[:n]), None, problem.last_product)
     change = outer.pack(along[n:]) + problem.cross_vector()
     value = problem.outer_value.detach() - v.dot(f).sum()
