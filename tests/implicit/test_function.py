@@ -201,6 +201,10 @@ def test_a_checkpoint_around_an_implicit_function(door, order):
     assert rel(by_autograd(around, LAMBDA, order), expected(LAMBDA)) < {1: 1e-10, 2: 1e-8}[order]
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason="an older torch, which does not let others set a checkpoint's hooks aside, raises its CheckpointError",
+)
 @pytest.mark.parametrize("door", INNER)
 def test_a_checkpoint_around_a_derivative(door):
     """The derivative is taken inside, and derived once more outside; the systems solved inside are not held."""
