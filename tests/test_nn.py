@@ -909,7 +909,10 @@ class Explicit(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["plain", "enabled", "func"])
-@pytest.mark.parametrize("forward", [FP.Picard, FP.Anderson, FP.Broyden, FP.Newton])
+@pytest.mark.parametrize(
+    "forward",
+    [FP.Picard, FP.Newton, *(pytest.param(each, marks=pytest.mark.slow) for each in (FP.Anderson, FP.Broyden))],
+)
 def test_a_cell_that_differentiates_an_energy(forward, way):
     cell, x = Energy(way=way).double(), batch_of()
     reference = Steps(Explicit(cell))

@@ -80,7 +80,12 @@ def check(plain: Any, compiled: Any) -> None:
     assert plain[1] == compiled[1]
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+SLOW = ("MA-SOBA", "stocBiO", "F2SA-4", "BOME")  # beside the others of their kind
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ALGORITHMS]
+)
 def test_steps_are_those_of_the_algorithm(name):
     check(trained(Program(), name, False), trained(Program(), name, "eager"))
 
@@ -105,6 +110,7 @@ def test_batches_of_two_sizes():
     check(trained(Program(), "SOBA", False, sizes=(8, 5)), trained(Program(), "SOBA", "eager", sizes=(8, 5)))
 
 
+@pytest.mark.slow
 def test_too_many_sizes_go_on_as_they_are():
     sizes = tuple(range(4, 14))
     plain = trained(Program(), "SOBA", False, sizes=sizes)

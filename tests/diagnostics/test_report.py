@@ -386,7 +386,7 @@ def test_the_advice_on_a_network_in_training_names_what_would_do():
     assert "damping=" in judged.message and "GaussNewton" not in judged.message
 
 
-@pytest.mark.parametrize("max_products", [1, 30, 300, 3000])
+@pytest.mark.parametrize("max_products", [1, 30, 300, pytest.param(3000, marks=pytest.mark.slow)])
 def test_no_more_products_than_allowed_and_what_that_left_out(max_products):
     outer, inner, _, given = training_network()
     result = hg.implicit.grad(outer, inner_loss=inner, solver=S.CG(damping=0.3, rtol=1e-8), **given)

@@ -159,6 +159,7 @@ def test_hparams_of_the_surroundings_are_noticed(differentiate):
     torch.testing.assert_close(compiled.grads, due.grads)
 
 
+@pytest.mark.slow
 def test_weight_norm_and_sparse_gradients_are_differentiated_rightly():
     layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2)).double()
     bag = torch.nn.Embedding(5, 3, sparse=True).double()

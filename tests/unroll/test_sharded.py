@@ -76,6 +76,7 @@ def compare(store, results):
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 def test_sharded_tensors_give_the_numbers_of_plain_ones(tmp_path):
     worker = torch.multiprocessing.get_context("spawn").Process(
