@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -104,3 +106,23 @@ def test_parametrisations_are_not_taken_from_a_cache(door, point):
     with nn.utils.parametrize.cached():
         module.first.weight  # noqa: B018  what the cache holds
         assert rel(DOORS[door](*losses(module), w, point[1]), expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "name", ["torch.utils.checkpoint._checkpoint_without_reentrant_generator", "torch._weight_norm"]
+)
+def test_a_function_that_torch_has_renamed_is_said(name):
+    """Removed before the import: what cannot be replaced would give wrong derivatives in silence."""
+    program = f"""
+import torch, torch.utils.checkpoint
+holder, name = {name.rpartition(".")[0]}, {name.rpartition(".")[2]!r}
+for each in (name, name + "_impl"):
+    if hasattr(holder, each):
+        delattr(holder, each)
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import hypergrad.implicit
+assert any(name in str(each.message) and "may be wrong" in str(each.message) for each in caught)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)

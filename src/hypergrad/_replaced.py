@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -66,4 +67,12 @@ REPLACED: list[tuple[Any, str, Any, Any]] = [  # where torch's modules find a fu
     (sys.modules.get("torch.nn.utils.weight_norm"), "_weight_norm", _weight_norm, _weight_norm_written_out),
     (torch, "embedding", _torch_embedding, _embedding),
 ]
-REPLACED = [(holder, name, own, other) for holder, name, own, other in REPLACED if hasattr(holder, name)]
+_lacking = [name for holder, name, _, _ in REPLACED if not hasattr(holder, name)]
+if _lacking:
+    warnings.warn(
+        f"torch {torch.__version__} is newer than what hypergrad was tested with: its {', '.join(_lacking)} cannot be "
+        f"replaced, so hypergradients may be wrong through weight_norm, sparse embeddings, or checkpoints in modules "
+        f"under torch.func.functional_call. Write these without them, or take the torch that hypergrad was tested with",
+        stacklevel=2,
+    )
+REPLACED = [entry for entry in REPLACED if entry[1] not in _lacking]
