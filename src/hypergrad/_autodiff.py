@@ -30,8 +30,6 @@ COMPILED = (
     'model here, or compile it with backend="eager"'
 )
 NO_SECOND = ("donated buffers", "aot_autograd does not currently support double backward")
-
-
 _keep_graphs: ContextVar[bool] = ContextVar("keep_graphs", default=False)
 
 
@@ -46,8 +44,6 @@ def graphs_kept() -> Iterator[None]:
 
 
 _users_autocast: ContextVar[dict[str, Any] | None] = ContextVar("users_autocast", default=None)
-
-
 _NOTHING = nullcontext()
 _has_autocast = lru_cache(torch.amp.is_autocast_available)
 
@@ -74,21 +70,16 @@ def users_autocast() -> AbstractContextManager[Any]:
     return _NOTHING if kept is None else torch.autocast(**kept)
 
 
-def _within_compiled(error: BaseException) -> bool:
-    """Whether an error arose in what torch.compile made."""
-    return any("_aot_autograd" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
-
-
-def _explained(error: RuntimeError) -> RuntimeError:
-    """torch's error with what to do about it, or the error itself."""
+def _explain(error: RuntimeError) -> None:
+    """Raise what says what to do in place of torch's error, where that is known."""
     text = str(error)
     if "backward through the graph a second time" in text:
-        return RuntimeError(FREED)
+        raise RuntimeError(FREED) from error
     if "scaled_dot_product" in text and "derivative" in text:
-        return RuntimeError(ATTENTION)
-    if any(part in text for part in NO_SECOND) or ("leaf Variable" in text and _within_compiled(error)):
-        return RuntimeError(COMPILED)
-    return error
+        raise RuntimeError(ATTENTION) from error
+    compiled = any("_aot_autograd" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    if any(part in text for part in NO_SECOND) or ("leaf Variable" in text and compiled):
+        raise RuntimeError(COMPILED) from error
 
 
 def grad(
@@ -141,10 +132,7 @@ def grad_or_none(
     dense: bool = True,
     hooks: list[str] | None = None,
 ) -> list[Tensor | None]:
-    """As `grad`, with None where nothing depends on the input. dense: sparse gradients are made dense.
-
-    hooks: takes the names of hooks that change what is sent through the graph.
-    """
+    """As `grad`, with None where nothing depends on the input. dense: none is sparse. hooks: as in `noticing_hooks`."""
     for y in outputs:
         if not (isinstance(y, GradientEdge) or y.requires_grad):
             kept = [i for i, y in enumerate(outputs) if isinstance(y, GradientEdge) or y.requires_grad]
@@ -162,10 +150,8 @@ def grad_or_none(
     try:
         grads = reverse() if hooks is None else noticing_hooks(hooks, inputs, reverse)
     except RuntimeError as error:
-        better = _explained(error)
-        if better is error:
-            raise
-        raise better from error
+        _explain(error)
+        raise
     for g in grads:
         if dense and g is not None and g.layout is not torch.strided:
             return densified(grads)
@@ -190,10 +176,7 @@ def gradients_taken(inputs: Iterable[Tensor]) -> Iterator[list[bool]]:
 
 
 def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """tensor.backward(grad) for each tensor that requires grad, in one pass: the only function that writes .grad.
-
-    An error on the way (a graph that was freed, a hook) leaves every .grad as it was.
-    """
+    """tensor.backward(grad) for each that requires grad, in one pass; after an error every .grad is as it was."""
     pairs = [(x, g) for x, g in zip(tensors, grads, strict=True) if x.requires_grad]
     outputs = [x for x, _ in pairs]
     written = [] if all(x.is_leaf for x in outputs) else undeclared_leaves(outputs, ())
@@ -206,10 +189,9 @@ def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
             x.grad = before
             if before is not None and numbers is not None:
                 before.detach().copy_(numbers)
-        better = _explained(error) if isinstance(error, RuntimeError) else error
-        if better is error:
-            raise
-        raise better from error
+        if isinstance(error, RuntimeError):
+            _explain(error)
+        raise
 
 
 def add(xs: Sequence[Tensor | None], ys: Sequence[Tensor]) -> list[Tensor]:
@@ -273,11 +255,7 @@ class Linearisation:
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def drop_values(self) -> None:
-        """Keep the graph of an F that has the form of w, without its numbers: a vector less for as long as it is used.
-
-        A tensor without a graph, a leaf, and the result of a torch.autograd.Function, which alone keeps its graph, are
-        left as they are.
-        """
+        """Keep the graph of an F that has the form of w without its numbers, unless a tensor alone keeps the graph."""
         self.like = self.params
         for i, y in enumerate(self.outputs):
             if (node := y.grad_fn) is not None and not _torch.is_python_function(node):
@@ -297,10 +275,7 @@ class Linearisation:
         return new_zeros(stacked(self.outputs, self.params, vs), self.params, len(vs[0]))
 
     def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor | None]]:
-        """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass; None for a λ that F does not depend on.
-
-        Without retain_graph it is the last: the graph is freed on the way.
-        """
+        """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass, None for a λ that F does not depend on; the last, or retain_graph."""
         # Between hparams that one network computes torch would free the network's graph as well.
         retain_graph = retain_graph or not all(x.is_leaf for x in self.hparams)
         if self.compiled is not None and not retain_graph:
@@ -388,8 +363,7 @@ def many(
 def taking_derivatives(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """function(w, λ) on leaves, which may call torch.autograd.grad with respect to w itself.
 
-    Where that fails because w requires no grad, the function is called again with a w that does: at a level of its own
-    under a transform. From then on it is called so at once.
+    Where that fails because w requires no grad, it is called with a w that does, and from then on at once.
     """
     alone = True
 
@@ -414,10 +388,7 @@ def taking_derivatives(function: Callable[[Any, Any], Any]) -> Callable[[Any, An
 
 
 def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> tuple[list[int], list[Tensor]]:
-    """The leaves that require grad, and their places.
-
-    Raises: ValueError for none, for one tensor twice, for one computed from another.
-    """
+    """The places of the leaves that require grad, and these; ValueError for none, one twice, or one made of another."""
     check_distinct(leaves, names)
     if not all(x.is_leaf for x in leaves):
         check_independent(leaves, names)

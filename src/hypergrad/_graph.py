@@ -1,7 +1,4 @@
-"""Walks of autograd's graph: what depends on what, leaves that were not declared, bytes that are kept; its hooks.
-
-Nothing is evaluated here.
-"""
+"""Walks of autograd's graph: what depends on what, leaves that were not declared, bytes that are kept; its hooks."""
 
 from __future__ import annotations
 
@@ -108,7 +105,7 @@ def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequen
 def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
     """Bytes of each storage that the graph of outputs keeps, by address; nodes in `seen` are left out, and added to it.
 
-    Reads the nodes: saved-tensor hooks would forbid torch.func inside what is measured.
+    Saved-tensor hooks would forbid torch.func inside.
     """
     before, sizes = set(seen), {}
     for node, _ in _behind(_edges(outputs), seen):
@@ -149,7 +146,7 @@ def refuse_freed(leaves: Sequence[Tensor]) -> None:
         )
 
 
-_OWN = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
 def noticing_hooks(found: list[str], inputs: Sequence[Tensor], reverse_pass: Callable[[], Any]) -> Any:
@@ -176,7 +173,7 @@ def _watch(found: list[str], given: dict[Any, list[tuple[Tensor, int]]], frame: 
     ):
         return
     code = frame.f_code
-    if event not in ("call", "return") or code.co_filename.startswith(_OWN) or code.co_name.startswith("__torch_"):
+    if event not in ("call", "return") or code.co_filename.startswith(INSIDE) or code.co_name.startswith("__torch_"):
         return
     if event == "call":
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)]

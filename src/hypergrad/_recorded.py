@@ -166,17 +166,14 @@ class Recorded:
 
 
 class Step(NamedTuple):
-    """One operation whose result depends on v: the values `outs` (`many`: a list of them, −1 for None).
-
-    alike: it is one value, and those that it is made from have its shape, dtype and device.
-    """
+    """One operation whose result depends on v."""
 
     func: Any
     args: tuple[Ref, ...]
     kwargs: tuple[tuple[str, Ref], ...]
-    outs: tuple[int, ...]
-    many: bool = False
-    alike: bool = True
+    outs: tuple[int, ...]  # the values that it gives, −1 for None
+    many: bool = False  # whether these are a list
+    alike: bool = True  # whether it is one value with the shape, dtype and device of those that it is made from
 
     @property
     def refs(self) -> list[Ref]:

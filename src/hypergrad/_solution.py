@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import enum
 import math
-import os
 import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ._graph import INSIDE
 from ._torch import numbers
 from ._tree import full
 from ._vector import FREE_TO_READ, Scalar, Vector, anywhere, norm, ratio, read, square_root, squares_are_exact
@@ -124,15 +123,11 @@ class NotFinite(HypergradientWarning):
 
     Example:
         >>> import warnings
-        >>> lam = torch.zeros(1, requires_grad=True)
+        >>> w, lam = torch.zeros(1), torch.zeros(1, requires_grad=True)
+        >>> outer_loss, inner_loss = lambda w, lam: (w + lam.sqrt()).sum(), lambda w, lam: ((w - lam) ** 2).sum()
         >>> with warnings.catch_warnings(record=True) as caught:
-        ...     warnings.simplefilter("always")
-        ...     result = hg.implicit.grad(
-        ...         lambda w, lam: (w + lam.sqrt()).sum(),  # its slope at λ = 0 is infinite
-        ...         inner_loss=lambda w, lam: ((w - lam) ** 2).sum(),
-        ...         params=torch.zeros(1),
-        ...         hparams=lam,
-        ...     )
+        ...     warnings.simplefilter("always")  # the slope of outer_loss at λ = 0 is infinite
+        ...     result = hg.implicit.grad(outer_loss, inner_loss=inner_loss, params=w, hparams=lam)
         >>> [each.category.__name__ for each in caught], result.grads
         (['NotFinite'], tensor([inf]))
     """
@@ -160,15 +155,10 @@ class InaccurateHypergradient(HypergradientWarning):
         >>> import warnings
         >>> scale, lam = torch.tensor([1.0, 0.1]), torch.ones(2, requires_grad=True)
         >>> inner_loss = lambda w, lam: (scale * (w - lam) ** 2).sum() / 2
+        >>> options = {"params": torch.ones(2), "hparams": lam, "solver": hg.solvers.CG(max_steps=1)}
         >>> with warnings.catch_warnings(record=True) as caught:
         ...     warnings.simplefilter("always")
-        ...     result = hg.implicit.grad(
-        ...         lambda w, lam: (w**2).sum(),
-        ...         inner_loss=inner_loss,
-        ...         params=torch.ones(2),
-        ...         hparams=lam,
-        ...         solver=hg.solvers.CG(max_steps=1),
-        ...     )
+        ...     result = hg.implicit.grad(lambda w, lam: (w**2).sum(), inner_loss=inner_loss, **options)
         >>> caught[0].category.__name__, result.solution.status.name
         ('InaccurateHypergradient', 'COMPLETED')
     """
@@ -192,13 +182,12 @@ class SolverError(ValueError):
 
 
 _shown: set[tuple[type[Warning], str, int]] = set()
-_INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
 def warn(text: str, kind: type[HypergradientWarning] = HypergradientWarning, section: str = "") -> None:
     """A warning at the line of the caller's own code that led here, through torch's backward pass too."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
         level, frame = level + 1, frame.f_back
     place = (kind, frame.f_code.co_filename, frame.f_lineno)
     if place in _shown and not _wants_each(text, kind):
@@ -277,8 +266,7 @@ class Solution:
 
     @cached_property
     def _codes(self) -> list[int]:
-        code = self.known("code")
-        return numbers(code.reshape(-1)) if isinstance(code, Tensor) else [code]
+        return numbers(self.code.reshape(-1))
 
     @property
     def statuses(self) -> list[Status]:
@@ -376,27 +364,21 @@ class Solution:
         warn(text, NotConverged, section=self.status.name)
 
 
-class _Measured:
+def _measured(name: str) -> property:
     """A field of a Solution whose numbers become a tensor where one is asked for: in most calls none is."""
 
-    def __init__(self, name: str):
-        self.name = name
-
-    def __get__(self, solution: Solution | None, owner: object = None) -> Any:
-        if solution is None:
-            return self
-        value = vars(solution)[self.name]
+    def get(solution: Solution) -> Any:
+        value = vars(solution)[name]
         if value is not None and not isinstance(value, Tensor):
             value = solution.value.space.tensor(value)
-            vars(solution)[self.name] = value = value.long() if self.name == "code" else value
+            vars(solution)[name] = value = value.long() if name == "code" else value
         return value
 
-    def __set__(self, solution: Solution, value: Any) -> None:
-        vars(solution)[self.name] = value
+    return property(get, lambda solution, value: vars(solution).update({name: value}))
 
 
 for _name in ("code", "residual_norm", "rhs_norm", "trace", "curvature"):
-    setattr(Solution, _name, _Measured(_name))
+    setattr(Solution, _name, _measured(_name))
 
 
 def _remaining(q: float, trace: list[float]) -> tuple[float, float]:
@@ -438,12 +420,9 @@ def warn_of_few_steps(what: str, solution: Solution, error: float, rate: float) 
 
 
 def inner_distance(residual: Tensor, solution: Solution, point: Vector, fixed_point: bool = False) -> Tensor:
-    """‖F‖ ‖v‖ / (‖b‖ ‖w‖) of an adjoint v: an estimate of the relative distance of w from the inner solution.
-
-    Of a fixed point w − Φ(w) is known up to its rounding, (eps/2) ‖w‖; and A = I − ∂₁Φ likewise.
-    """
+    """‖F‖ ‖v‖ / (‖b‖ ‖w‖) of an adjoint v: an estimate of the relative distance of w from the inner solution."""
     f, b, r, size = read(residual), solution.known("rhs_norm"), solution.known("residual_norm"), norm(point)
-    if fixed_point:
+    if fixed_point:  # w − Φ(w) is known up to its rounding
         f = f + point.space.eps / 2 * size
     known = (f != 0) & (b != 0) & (r < math.inf)
     return solution.value.space.tensor(ratio(f * solution.stretch, size, known))
@@ -463,10 +442,7 @@ def warn_if_unsolved(worst: float, residual: Tensor) -> None:
 
 
 def at_kink(point: Vector, slope: Vector) -> Tensor | None:
-    """The norm of ∇₁g over the entries of w that are exactly 0; None where it is free to see that there are none.
-
-    0 for a w of zeros alone: there is no other entry at which the gradient could vanish.
-    """
+    """‖∇₁g‖ over the entries of w that are exactly 0 (0 for w = 0); None where it is free to see that none is."""
     space = point.space
     if space.device.type in FREE_TO_READ and all(space.plain) and all(bool(w.all()) for w in point.chunks):
         return None

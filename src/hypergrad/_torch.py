@@ -23,12 +23,11 @@ from ._replaced import REPLACED, inside
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
 except ImportError:  # nothing is then recorded
-    TorchDispatchMode = object
+    TorchDispatchMode = nullcontext
 try:
     from torch.autograd.function import BackwardCFunction
 except ImportError:  # every node then counts as that of a torch.autograd.Function
     BackwardCFunction = object
-
 try:
     from torch._functorch.vmap import lazy_load_decompositions as _load_decompositions
 except ImportError:  # torch.func.vmap is then called
@@ -195,8 +194,6 @@ def _saved_names(kind: type) -> list[str]:
 
 
 class _Watch(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
-    """A mode in which every operation is done by a function."""
-
     def __init__(self, operation: Callable[[Any, Any, dict[str, Any]], Any]):
         super().__init__()
         self.operation = operation
@@ -212,11 +209,7 @@ class _Watch(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
 @contextmanager
 def watched(operation: Callable[[Any, Any, dict[str, Any]], Any]) -> Iterator[None]:
     """Every operation of the block is done by `operation(func, args, kwargs)`; none where torch cannot."""
-    # A mode is of one thread.
-    with (
-        _Watch(operation) if TorchDispatchMode is not object else nullcontext(),
-        torch.autograd.set_multithreading_enabled(False),
-    ):
+    with _Watch(operation), torch.autograd.set_multithreading_enabled(False):  # a mode is of one thread
         yield
 
 
@@ -249,7 +242,7 @@ def compiled(graph_module: torch.fx.GraphModule, inputs: Sequence[Tensor], backe
     return result
 
 
-class Allocated(TorchDispatchMode if TorchDispatchMode is not object else nullcontext):  # pyright: ignore[reportGeneralTypeIssues]
+class Allocated(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
     """Bytes of the tensors made in the block that are alive: `now`, and at most (`peak`).
 
     By what operations return; what a kernel takes and gives back inside is not seen.

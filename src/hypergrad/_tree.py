@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
-from operator import attrgetter
+from operator import attrgetter, sub
 from typing import Any, TypeAlias
 
 import optree
@@ -39,9 +39,7 @@ class Paths(Sequence[str]):
     def order(self, other: Paths) -> list[int] | None:
         """Where in `other` each leaf of this tree stands, matched by key; None where that is the same order.
 
-        A list, a tuple and an iterator count as one structure, and so do mappings with the same keys.
-
-        Raises: ValueError for another structure.
+        Lists, tuples and iterators count as one structure, and mappings with the same keys; ValueError for another one.
         """
         if self.spec == other.spec or self.within == other.within:
             return None
@@ -58,12 +56,9 @@ class Paths(Sequence[str]):
 def flatten(tree: PyTree, name: str, complex: bool = False) -> tuple[list[Tensor], Paths, Unflatten]:
     """Leaves, their paths as text, and the inverse. An iterator (model.parameters()) is read once, into a list.
 
-    Raises TypeError naming the leaf that is not a floating point tensor (or, where that is allowed, a complex one),
-    ValueError for no leaf at all.
+    Raises: TypeError for a leaf that is no floating point (or, if allowed, complex) tensor, ValueError for none at all.
     """
-    if isinstance(tree, Iterator):
-        tree = list(tree)
-    leaves, spec = optree.tree_flatten(tree)
+    leaves, spec = optree.tree_flatten(list(tree) if isinstance(tree, Iterator) else tree)
     paths = Paths(name, spec)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
@@ -99,12 +94,8 @@ def refuse_objects(leaves: Iterable[Any]) -> None:
 
 def split(tree: PyTree) -> tuple[list[Tensor], Unflatten]:
     """The tensors of any dtype in a tree, and a function that puts others in their places; the rest stays as it is."""
-    if isinstance(tree, Tensor):  # this and the next case are quick, for unrolling does it at every step
-        return [tree], _alone
-    if isinstance(tree, Iterator):
-        tree = list(tree)
-    leaves, spec = optree.tree_flatten(tree)
-    if all(isinstance(leaf, Tensor) for leaf in leaves):
+    leaves, spec = optree.tree_flatten(list(tree) if isinstance(tree, Iterator) else tree)
+    if all(isinstance(leaf, Tensor) for leaf in leaves):  # quick, for unrolling does it at every step
         return leaves, spec.unflatten
     refuse_objects(filter(dataclasses.is_dataclass, leaves))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -112,11 +103,6 @@ def split(tree: PyTree) -> tuple[list[Tensor], Unflatten]:
     for i in places:  # the function must not keep their memory, nor their graph
         leaves[i] = None
     return tensors, lambda new: optree.tree_unflatten(spec, filled(leaves, places, new))
-
-
-def _alone(tensors: Iterable[Tensor]) -> Tensor:
-    (tensor,) = tensors
-    return tensor
 
 
 def filled(leaves: Sequence[Any], places: Sequence[int], new: Iterable[Any]) -> list[Any]:
@@ -137,10 +123,9 @@ def arranged(tree: PyTree, like: Paths, name: str) -> tuple[list[Tensor], Sequen
 def matching(
     tree: PyTree, paths: Paths, kinds: Iterable[Kind], name: str, places: Sequence[int] | None = None
 ) -> list[Tensor]:
-    """The leaves of a tree that must have these paths, shapes, dtypes and devices: nothing is broadcast silently.
+    """The leaves of a tree that must have these paths, as in `Paths.order`, and forms: nothing is broadcast silently.
 
-    A list, a tuple and an iterator count as the same structure; mappings are matched by key. places: of the leaves that
-    are compared and given.
+    places: of the leaves that are compared and given.
     """
     leaves, names = arranged(tree, paths, name)
     places = range(len(leaves)) if places is None else places
@@ -153,7 +138,7 @@ def matching(
 
 
 def difference(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(x - y for x, y in zip(xs, ys, strict=True))
+    return tuple(map(sub, xs, ys))
 
 
 def check_distinct(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -177,10 +162,7 @@ def full(x: Tensor) -> Tensor:
 
 
 def largest_of_parts(x: Tensor) -> Tensor:
-    """The largest |entry| of a sharded tensor; any other tensor as it is.
-
-    A part may be empty, for which torch's own reductions of sharded tensors fail.
-    """
+    """The largest |entry| of a sharded tensor (torch's reduction fails where a part is empty); others as they are."""
     sharded: Any = x
     if not hasattr(x, "placements") or any(p.is_partial() for p in sharded.placements):
         return full(x)

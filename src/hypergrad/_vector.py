@@ -1,9 +1,8 @@
 """Many tensors as one vector, and the scalars of an iteration: all the arithmetic that solvers need.
 
-A Space holds what all vectors of one problem share: the container, shapes, dtypes, devices, the batch axis, and how the
-leaves are stored. A Vector holds numbers: one buffer ("chunk") for all small leaves of one dtype and device, and one
-for each large leaf. With batch_dims = 1 every leaf has a leading axis of independent systems, and every scalar (dot,
-norm) is a tensor of shape [B] instead of a 0-d tensor. Only `read` and `anywhere` read numbers from the device.
+A Vector holds one buffer ("chunk") for all small leaves of one dtype and device, and one for each large leaf. With
+batch_dims = 1 every leaf has a leading axis of independent systems, and every scalar (dot, norm) is a tensor of shape
+[B] instead of a 0-d tensor. Only `read` and `anywhere` read numbers from the device.
 """
 
 from __future__ import annotations
@@ -71,10 +70,7 @@ def norm(v: Vector, read: Callable[[Tensor], Scalar] = read) -> Scalar:
 
 
 def squares_are_exact(norm2: Scalar, space: Space) -> bool:
-    """Whether no square that matters underflowed in ‖v‖², and none overflowed, as far as reading is free.
-
-    Of several systems those where it is 0 are left out of account.
-    """
+    """Whether no square in ‖v‖² left the dtype's range, as far as reading is free; of several, where it is not 0."""
     low, high = space.tiny**0.5, space.tiny**-0.5
     if isinstance(norm2, Tensor):
         if not (space.uniform and norm2.ndim and norm2.device.type in FREE_TO_READ):
@@ -363,7 +359,7 @@ class Vector:
             for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
                 chunk.addcmul_(new, factor, value=sign)
             return self
-        alpha = sign * (a if abs(a) <= self.space.largest else self._number(a))
+        alpha = sign * self._number(a)
         for i, chunk in enumerate(self.chunks):
             chunk.add_(other.chunks[i], alpha=alpha)
         return self
@@ -382,7 +378,7 @@ class Vector:
             for chunk, new, factor in zip(self.chunks, other.chunks, self._factors(a), strict=True):
                 torch.addcmul(new, chunk, factor, out=chunk)
             return self
-        alpha = a if abs(a) <= self.space.largest else self._number(a)
+        alpha = self._number(a)
         for i, chunk in enumerate(self.chunks):
             torch.add(other.chunks[i], chunk, alpha=alpha, out=chunk)
         return self
@@ -411,10 +407,7 @@ class Vector:
         return self.dot(self).sqrt()
 
     def scale(self, read: Callable[[Tensor], Scalar] = lambda size: size) -> Scalar:
-        """A power of two near the largest |entry| of each system; 1 where that is 0 or not finite.
-
-        read: makes a number of the largest |entry|, where that is free; the result is a number then.
-        """
+        """A power of two near the largest |entry| of each system, or 1; a number where `read` gives one."""
         # In float16 the inverse of what is tiny overflows.
         size, tiny = read(self.largest()), max(self.space.tiny, 2 / self.space.largest)
         if not isinstance(size, Tensor):
