@@ -1,4 +1,4 @@
-"""Rows of `small`: equilibrium layers, meta-learning, sparse features, and outer loops on real data."""
+"""Rows of `small`: equilibrium layers, meta-learning and sparse features."""
 
 from __future__ import annotations
 
@@ -316,134 +316,6 @@ def bags(vocabulary: int = 20_000, texts: int = 400, words: int = 50, steps: int
     return Row("bags of 20,000 words", columns, [truth], repeat=2)
 
 
-def outer_steps(steps: int = 100, rtol: float = 1e-4) -> Row:
-    """100 outer steps on the breast cancer data: Newton's method inside, warm-started CG to 1e-4, gradient descent."""
-    datasets = peers.load("sklearn.datasets")
-    x, y = datasets.load_breast_cancer(return_X_y=True)
-    x = (x - x.mean(0)) / x.std(0)
-    order = np.random.RandomState(0).permutation(len(x))
-    tx, ty, vx, vy = x[order[:285]], y[order[:285]].astype(float), x[order[285:]], y[order[285:]].astype(float)
-    data = [torch.from_numpy(a) for a in (tx, ty, vx, vy)]
-
-    def inner(w: Tensor, theta: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(data[0] @ w, data[1]) + 0.5 * (theta.exp() * w * w).sum()
-
-    def outer(w: Tensor, theta: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(data[2] @ w, data[3])
-
-    def newton(w: Tensor, theta: Tensor, count: int = 3) -> Tensor:
-        with torch.no_grad():
-            for _ in range(count):
-                s = torch.sigmoid(data[0] @ w)
-                g = data[0].mT @ (s - data[1]) / len(s) + theta.exp() * w
-                h = (data[0].mT * (s * (1 - s))) @ data[0] / len(s) + theta.exp().diag()
-                w = w - torch.linalg.solve(h, g)
-        return w
-
-    def loop(direction: Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]) -> Tensor:
-        theta, state = torch.full((30,), -3.0, dtype=torch.float64), None
-        w = newton(torch.zeros(30, dtype=torch.float64), theta, 10)
-        for _ in range(steps):
-            w = newton(w, theta)
-            g, state = direction(w, theta.requires_grad_(), state)
-            theta = (theta - 10 * g).detach()
-        return theta
-
-    def by_hand(rtol: float) -> Tensor:
-        return loop(lambda w, theta, v: warm_cg(inner, outer, w, theta, v, rtol))
-
-    def ours(rtol: float) -> Tensor:
-        return loop(lambda w, theta, v: implicit(inner, outer, w, theta, v, rtol))
-
-    columns = [
-        Column(FLOOR, partial(by_hand, rtol), FLOOR, "floor", exact=partial(by_hand, 1e-13)),
-        Column("implicit.grad, CG, x0=", partial(ours, rtol), FLOOR, target=1.0, exact=partial(ours, 1e-13)),
-    ]
-    return Row(f"{steps} outer steps, breast cancer", columns, by_numpy(tx, ty, vx, vy, steps), rounds=5)
-
-
-def ridge_steps(steps: int = 100, rtol: float = 1e-4) -> Row:
-    """100 outer steps on cubic features of the diabetes data, a penalty each: exact solutions, warm CG to 1e-4."""
-    x, y = peers.load("sklearn.datasets").load_diabetes(return_X_y=True)
-    x = peers.load("sklearn.preprocessing").PolynomialFeatures(3, include_bias=False).fit_transform(x / x.std(0))
-    x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
-    order = np.random.RandomState(0).permutation(len(x))
-    parts = x[order[:221]], y[order[:221]], x[order[221:]], y[order[221:]]
-    tx, ty, vx, vy = map(torch.from_numpy, parts)
-    n, count = len(tx), tx.shape[1]
-
-    def inner(w: Tensor, theta: Tensor) -> Tensor:
-        return (tx @ w - ty).square().sum() / (2 * n) + 0.5 * (theta.exp() * w * w).sum()
-
-    def outer(w: Tensor, theta: Tensor) -> Tensor:
-        return (vx @ w - vy).square().mean() / 2
-
-    def loop(direction: Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]) -> Tensor:
-        theta, state = torch.full((count,), -1.0, dtype=torch.float64), None
-        for _ in range(steps):
-            with torch.no_grad():
-                w = torch.linalg.solve(tx.mT @ tx / n + theta.exp().diag(), tx.mT @ ty / n)
-            g, state = direction(w, theta.requires_grad_(), state)
-            theta = (theta - 30 * g).detach()
-        return theta
-
-    def by_hand(rtol: float) -> Tensor:
-        return loop(lambda w, theta, v: warm_cg(inner, outer, w, theta, v, rtol))
-
-    def ours(rtol: float) -> Tensor:
-        return loop(lambda w, theta, v: implicit(inner, outer, w, theta, v, rtol))
-
-    theta = np.full(count, -1.0)
-    for _ in range(steps):
-        a = parts[0].T @ parts[0] / n + np.diag(np.exp(theta))
-        w = np.linalg.solve(a, parts[0].T @ parts[1] / n)
-        v = np.linalg.solve(a, parts[2].T @ (parts[2] @ w - parts[3]) / len(parts[2]))
-        theta = theta + 30 * np.exp(theta) * w * v
-    columns = [
-        Column(FLOOR, partial(by_hand, rtol), FLOOR, "floor", exact=partial(by_hand, 1e-13)),
-        Column("implicit.grad, CG, x0=", partial(ours, rtol), FLOOR, target=1.0, exact=partial(ours, 1e-13)),
-    ]
-    return Row(f"{steps} outer steps, diabetes", columns, theta, rounds=5)
-
-
-def warm_cg(inner: Any, outer: Any, w: Tensor, theta: Tensor, v: Any, rtol: float) -> tuple[Tensor, Tensor]:
-    """The hypergradient by conjugate gradients from the last v, and the new one."""
-    w = w.requires_grad_()
-    (slope,) = torch.autograd.grad(inner(w, theta), w, create_graph=True)
-    (b,) = torch.autograd.grad(outer(w, theta), w)
-    v = torch.zeros_like(b) if v is None else v
-    r = b - torch.autograd.grad(slope, w, v, retain_graph=True)[0]
-    p, rr, goal = r, (r @ r).item(), rtol * b.norm().item()
-    while rr**0.5 > goal:
-        (ap,) = torch.autograd.grad(slope, w, p, retain_graph=True)
-        alpha = rr / (p @ ap).item()
-        v, r, old = v + alpha * p, r - alpha * ap, rr
-        rr = (r @ r).item()
-        p = r + rr / old * p
-    return -torch.autograd.grad(slope, theta, v)[0], v
-
-
-def implicit(inner: Any, outer: Any, w: Tensor, theta: Tensor, x0: Any, rtol: float) -> tuple[Tensor, Tensor]:
-    solver = hg.solvers.CG(rtol=rtol)
-    result = hg.implicit.grad(outer, inner_loss=inner, params=w, hparams=theta, solver=solver, x0=x0)
-    return result.grads, result.adjoint
-
-
-def by_numpy(tx: Any, ty: Any, vx: Any, vy: Any, steps: int) -> Any:
-    """The same outer steps with dense solves."""
-    theta, w = np.full(tx.shape[1], -3.0), np.zeros(tx.shape[1])
-    for step in range(steps):
-        for _ in range(3 if step else 13):
-            s = 1 / (1 + np.exp(-tx @ w))
-            h = (tx.T * (s * (1 - s))) @ tx / len(tx) + np.diag(np.exp(theta))
-            w = w - np.linalg.solve(h, tx.T @ (s - ty) / len(tx) + np.exp(theta) * w)
-        s = 1 / (1 + np.exp(-tx @ w))
-        h = (tx.T * (s * (1 - s))) @ tx / len(tx) + np.diag(np.exp(theta))
-        b = vx.T @ (1 / (1 + np.exp(-vx @ w)) - vy) / len(vx)
-        theta = theta + 10 * np.exp(theta) * w * np.linalg.solve(h, b)
-    return theta
-
-
 ROWS: dict[str, Callable[[], Row]] = {
     "equilibrium, Picard": partial(layer, "Picard"),
     "equilibrium, Anderson": partial(layer, "Anderson"),
@@ -454,6 +326,4 @@ ROWS: dict[str, Callable[[], Row]] = {
         for tasks in (4, 16, 64)
     },
     "bags of words": bags,
-    "outer steps, breast cancer": outer_steps,
-    "outer steps, diabetes": ridge_steps,
 }

@@ -13,7 +13,7 @@ from torch.func import grad, jacrev, vmap
 
 import hypergrad as hg
 
-from . import peers, problems, small_layers
+from . import peers, problems, small_layers, small_outer
 from .methods import HyperTorch, hypergradient, library
 from .small import Column, Row
 
@@ -323,4 +323,5 @@ ROWS: dict[str, Callable[[], Row]] = {
     "fixed_point 20 10": partial(small_fixed_point, 20, 10),
     "dense": small_dense,
     **small_layers.ROWS,
+    **small_outer.ROWS,
 }
