@@ -62,7 +62,7 @@ class Compiled(ABC):
     """The steps of a run as functions of tensors.
 
     They are compared with the step itself: where they are built (the first two steps and a derivative), and in every
-    call, at the first iterate and at the one after it.
+    call, at the second iterate.
     """
 
     def __init__(self, run: Run, backend: str):
@@ -99,27 +99,28 @@ class Compiled(ABC):
         built = f", built in {self.seconds:.1f} s" if self.seconds else ", which were there"
         return f"{'one function' if len(counts) == 1 else 'two functions'}{sizes} compiled by {self.backend}{built}"
 
-    def _first(self, first: Iterate, t: int) -> list[Tensor]:
+    def _first(self, first: Iterate, t: int, more: bool = False) -> list[list[Tensor]]:
         """Functions for the first step of a call: known ones that still give its numbers, or new ones.
 
-        Gives what the step itself gave.
+        Gives the iterates that are known by then. more: whether a second step follows.
         """
-        self.key = self._inputs(first.tensors, t)[1]
-        found, true = self._found(self.key), self._evaluated(first, t)
-        outputs = [y.detach().contiguous() for y in true.outputs]
+        inputs, self.key = self._inputs(first.tensors, t)
+        found = self._found(self.key)
         if found is not None:
             try:
-                self._compare(found, first, t, true)
-                # Where momenta and distances from the start are no longer zero.
-                after = first._replace(tensors=outputs)
-                self._compare(found, after, t, self._evaluated(after, t))
+                # One step on, where momenta and distances from the start are no longer zero.
+                after = first._replace(tensors=list(self._image(found, inputs)))
+                later = t + 1 if more and self.run.batches is None else t
+                last = self._compare(found, after, later, self._evaluated(after, later))
                 self.used[self.key] = found
+                self.run.evaluations += 1 + more
+                return [after.tensors, last]
             except NotCompiled:  # the step's surroundings have changed since
                 del self.known[self.key]
-        if self.key not in self.used:
-            with self._noted():
-                self.used[self.key] = self.known[self.key] = self._built(first, t, true)
-        return outputs
+        true = self._evaluated(first, t)
+        with self._noted():
+            self.used[self.key] = self.known[self.key] = self._built(first, t, true)
+        return [[y.detach().contiguous() for y in true.outputs]]
 
     def _second(self, second: Iterate, t: int) -> None:
         """New functions are compared at a second step too."""
@@ -222,10 +223,10 @@ class Compiled(ABC):
         with differentiated_rightly(dense=True):
             return Recorded(leaves, *self.run.evaluate(leaves, iterate.rebuild, t))
 
-    def _compare(self, functions: Functions, iterate: Iterate, t: int, true: Recorded) -> None:
-        """Raise where the compiled step gives other numbers than the step."""
+    def _compare(self, functions: Functions, iterate: Iterate, t: int, true: Recorded) -> list[Tensor]:
+        """What the compiled step gives. Raises where these are other numbers than the step's."""
         _random.restore(iterate.random)
-        found = self._image(functions, self._inputs(iterate.tensors, t)[0])
+        found = list(self._image(functions, self._inputs(iterate.tensors, t)[0]))
         due, got, before = map(flat, (true.outputs, found, true.leaves))
         error, change = gap(due, got), size(due - before)
         allowed = self._eps**0.5 * change + 8 * self._eps * size(due)
@@ -234,6 +235,7 @@ class Compiled(ABC):
             if gap(due, again) > allowed or error > ROUNDING * size(due - rounded):
                 raise NotCompiled(OTHER.format(t, error / change if change else error))
         _random.restore(iterate.random)
+        return found
 
     def _compare_derivative(self, functions: Functions, iterate: Iterate, t: int, true: Recorded) -> None:
         """The same of the derivatives in w and in λ, which may differ in size."""
@@ -255,13 +257,13 @@ class Compiled(ABC):
 class CompiledReverse(Compiled):
     """What `Run` gives the reverse pass, without a graph."""
 
-    ahead: Sequence[Tensor] = ()  # what the step that was compared gave, which is not evaluated again
+    ahead: dict[int, list[Tensor]]  # iterates by t that are known, and are not computed again
 
     def begin(self, first: Iterate, steps: int) -> Iterate:
         """The first iterate as the functions take it, after they were compared with the steps that follow it."""
         first = first._replace(tensors=[x.contiguous() for x in first.tensors])
-        ahead = self._first(first, 0)
-        self.ahead = [] if self._drawn else ahead
+        ahead = self._first(first, 0, steps > 1)
+        self.ahead = {} if self._drawn else dict(enumerate(ahead, 1))
         if steps > 1 and not self.used[self.key].compared:
             self._second(self.advance(first, 0, 1), 1)
         return first
@@ -271,12 +273,13 @@ class CompiledReverse(Compiled):
         if self._drawn:
             _random.restore(iterate.random)
         tensors = iterate.tensors
-        if begin == 0 < end and self.ahead:
-            tensors, self.ahead, begin = list(self.ahead), (), 1
         for t in range(begin, end):
-            functions, inputs = self._at(tensors, t)
-            tensors = list(self._image(functions, inputs))
-        self.run.evaluations += end - begin
+            known = self.ahead.pop(t + 1, None)
+            if known is None:
+                functions, inputs = self._at(tensors, t)
+                known = list(self._image(functions, inputs))
+                self.run.evaluations += 1
+            tensors = known
         return self.run.keep(tensors, self.run.rebuild) if self._drawn else iterate._replace(tensors=tensors)
 
     def pull_back(self, blocks: Iterable[tuple[int, int, Iterate]]) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -101,7 +101,7 @@ def reverse(
         compile: True compiles step, and its transposed derivative, once for each form of their arguments, by torch's
             inductor; a string names another backend of torch.compile. No graph is kept: "iterates" keeps T iterates,
             "sqrt" about √(2T), a budget as many as fit. t is a 0-d tensor then. Every call compares step with
-            what was compiled, at the first two iterates, and compiles it again where they differ. A step that cannot be
+            what was compiled, at the second iterate, and compiles it again where they differ. A step that cannot be
             compiled is evaluated without compilation, with a warning (NotCompiled) that says why. Define step once,
             outside of the loop over λ: what was compiled is kept with it.
         allow_detached: accept tensors in step's result that have no graph, a part of params that reaches nothing, an
