@@ -68,68 +68,24 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = [
-    # implicit differentiation
-    "implicit",
-    "Hypergradient",
-    # linear solvers, and how a solve ended
-    "solvers",
-    "operators",
-    "Vector",
-    "Solution",
-    "Status",
-    "SolverError",
-    "HypergradientWarning",
-    "NotConverged",
-    "NotFinite",
-    "UnsolvedInnerProblem",
-    "InaccurateHypergradient",
-    "NotCompiled",
-    # how wrong a hypergradient is
-    "diagnostics",
-    # forward solvers of fixed points, and equilibrium layers
-    "fixed_points",
-    "nn",
-    # stochastic bilevel algorithms over minibatches
-    "bilevel",
-    # which training examples made a prediction
-    "influence",
-    # many ranks
-    "distributed",
-    # meta-learning over a batch of tasks
-    "meta",
-    # HyperTorch's functional interface
-    "hypergradients",
-    "reverse_unroll",
-    "reverse",
-    "fixed_point",
-    "neumann",
-    "CG",
-    "CG_normaleq",
-    "stoch_AID",
-    "exact",
-    "CG_torch",
-    "cat_list_to_tensor",
-    "get_outer_gradients",
-    "grad_unused_zero",
-    "grd",
-    "jvp",
-    "list_dot",
-    "torch_grad",
-    "update_tensor_grads",
-    # iterative differentiation: through the steps of an inner optimiser
-    "unroll",
-    # differentiable optimisers
-    "diff_optimizers",
-    "DifferentiableOptimizer",
-    "GradientDescent",
-    "HeavyBall",
-    "Momentum",
-    "gd_step",
-    "heavy_ball_step",
-    "torch_momentum_step",
-    "show_versions",
-]
+__all__ = ["implicit", "Hypergradient"]  # implicit differentiation
+# linear solvers, and how a solve ended
+__all__ += ["solvers", "operators", "Vector", "Solution", "Status", "SolverError", "HypergradientWarning"]
+__all__ += ["NotConverged", "NotFinite", "UnsolvedInnerProblem", "InaccurateHypergradient", "NotCompiled"]
+__all__ += ["diagnostics"]  # how wrong a hypergradient is
+__all__ += ["fixed_points", "nn"]  # forward solvers of fixed points, and equilibrium layers
+__all__ += ["bilevel"]  # stochastic bilevel algorithms over minibatches
+__all__ += ["influence"]  # which training examples made a prediction
+__all__ += ["distributed"]  # many ranks
+__all__ += ["meta"]  # meta-learning over a batch of tasks
+# HyperTorch's functional interface
+__all__ += ["hypergradients", "reverse_unroll", "reverse", "fixed_point", "neumann", "CG", "CG_normaleq", "stoch_AID"]
+__all__ += ["exact", "CG_torch", "cat_list_to_tensor", "get_outer_gradients", "grad_unused_zero", "grd", "jvp"]
+__all__ += ["list_dot", "torch_grad", "update_tensor_grads"]
+__all__ += ["unroll"]  # iterative differentiation: through the steps of an inner optimiser
+__all__ += ["diff_optimizers", "DifferentiableOptimizer", "GradientDescent", "HeavyBall", "Momentum"]
+__all__ += ["gd_step", "heavy_ball_step", "torch_momentum_step"]
+__all__ += ["show_versions"]
 
 _EXTRAS = ("sklearn",)  # not in __all__: what they need may not be installed
 _HOMES = ("_solution", "_vector", "_versions", "_recorded", "hypergradients", "implicit", "diff_optimizers")

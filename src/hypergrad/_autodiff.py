@@ -333,10 +333,7 @@ class Linearisation:
 
 
 def stacked(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    hooks: list[str] | None = None,
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], hooks: list[str] | None = None
 ) -> list[Tensor | None]:
     """`grad_or_none` for a stack [m, *shape] of cotangents, at once where torch can. The graph stays."""
 
@@ -347,9 +344,7 @@ def stacked(
 
 
 def many(
-    one: Callable[[list[Tensor]], list[Any]],
-    batched: Callable[[Sequence[Tensor]], list[Any]],
-    stacks: Sequence[Tensor],
+    one: Callable[[list[Tensor]], list[Any]], batched: Callable[[Sequence[Tensor]], list[Any]], stacks: Sequence[Tensor]
 ) -> list[Any]:
     """The batched product of several where torch can vectorise it, else one product at a time."""
     with suppress(RuntimeError):

@@ -38,49 +38,43 @@ class Status(enum.Enum):
         the number of steps that was asked for is done; no tolerance was given
     """
 
+    _value_: int
     message: str
 
-    CONVERGED = 0, "the tolerance is reached"
-    COMPLETED = 1, "the number of steps that was asked for is done; no tolerance was given"
+    CONVERGED = "the tolerance is reached"
+    COMPLETED = "the number of steps that was asked for is done; no tolerance was given"
     MAX_STEPS = (
-        2,
-        "the tolerance is not reached: raise max_steps, precondition, take a more exact solver, or loosen rtol or atol",
+        "the tolerance is not reached: raise max_steps, precondition, take a more exact solver, or loosen rtol or atol"
     )
     STAGNATED = (
-        3,
         "the residual no longer falls: the accuracy of this dtype is reached, the system is singular and inconsistent, "
-        "or a restarted method is stuck; use float64, damping, a larger restart, or another solver",
+        "or a restarted method is stuck; use float64, damping, a larger restart, or another solver"
     )
     DIVERGED = (
-        4,
         "the residual is no smaller than that of x = 0: give a Krylov method more steps, and take MINRES in place of "
         "CG if A may be singular; in place of a stationary iteration take a smaller step size, or a method that needs "
-        "no contraction (GMRES or MINRES for a linear system; Anderson, Broyden or Newton for a fixed point)",
+        "no contraction (GMRES or MINRES for a linear system; Anderson, Broyden or Newton for a fixed point)"
     )
     NOT_POSITIVE_DEFINITE = (
-        5,
         "a direction of zero or negative curvature was met (xᵀAx ≤ 0): the point is not a strict minimum, or the "
         "system is singular; use MINRES or damping, solve the inner problem further, or take operators.GaussNewton "
-        "where the loss is a convex function of a model's output",
+        "where the loss is a convex function of a model's output"
     )
     NOT_SYMMETRIC = (
-        6,
-        "the operator was declared symmetric and is not (xᵀAy ≠ yᵀAx): use GMRES, BiCGStab, NormalCG or LSQR",
+        "the operator was declared symmetric and is not (xᵀAy ≠ yᵀAx): use GMRES, BiCGStab, NormalCG or LSQR"
     )
     BREAKDOWN = (
-        7,
         "a division by zero ended the method: the system is singular, or the method does not apply; use another "
-        "solver or damping",
+        "solver or damping"
     )
     NON_FINITE = (
-        8,
         "NaN or infinity in the right hand side, in a product or in the iterates: look at the losses at this point "
-        "(overflow, log(0), a norm differentiated at 0), or use a wider dtype",
+        "(overflow, log(0), a norm differentiated at 0), or use a wider dtype"
     )
 
-    def __new__(cls, code: int, message: str):
+    def __new__(cls, message: str):
         member = object.__new__(cls)
-        member._value_ = code
+        member._value_ = len(cls.__members__)
         member.message = message
         return member
 
@@ -265,13 +259,9 @@ class Solution:
         return read(value) if isinstance(value, Tensor) else value
 
     @cached_property
-    def _codes(self) -> list[int]:
-        return numbers(self.code.reshape(-1))
-
-    @property
     def statuses(self) -> list[Status]:
         """The status of each system."""
-        return [Status(code) for code in self._codes]
+        return [Status(code) for code in numbers(self.code.reshape(-1))]
 
     @cached_property
     def status(self) -> Status:
@@ -300,16 +290,13 @@ class Solution:
     def remaining(self) -> list[tuple[float, float]]:
         """(θ, ρ) of each system, or nothing where all are 0, as in most calls.
 
-        θ = ‖A⁻¹r‖ / ‖x‖ is what would be added to x, had its iteration gone on at its own rate ρ. The steps of an
-        iteration add up to x, and are in proportion to the residuals before them. If these fall geometrically in each
-        half of the steps, from ‖b‖ to ‖r_h‖ by ρ₁ and from there to ‖r‖ by ρ a step,
+        θ = ‖A⁻¹r‖ / ‖x‖ is what would be added to x, had its iteration gone on at its own rate ρ. Its steps add up to x
+        and are in proportion to the residuals before them, which fall to ‖r_h‖ by ρ₁, then to ‖r‖ by ρ a step:
 
             θ = ‖r‖/(1 − ρ) / [(‖b‖ − ‖r_h‖)/(1 − ρ₁) + (‖r_h‖ − ‖r‖)/(1 − ρ)]
 
-        With one rate that is ‖r‖ / (‖b‖ − ‖r‖), which also stands where the residual no longer falls. Residuals below a
-        thousandth of ‖b‖, at rounding level or not finite count as 0.
-
-        Cost: no product. The trace is read from the device where a residual is above that.
+        and ‖r‖ / (‖b‖ − ‖r‖) with one rate, or where the residual no longer falls. Residuals below a thousandth of ‖b‖,
+        at rounding level or not finite count as 0. The trace is read from the device only where one is above that.
         """
         r, b, trace = map(self.known, ("residual_norm", "rhs_norm", "trace"))
         if not anywhere((r > 1e-3 * b) & (b > 0) & (r < math.inf)):
@@ -338,10 +325,10 @@ class Solution:
     @property
     def message(self) -> str:
         """What happened, with numbers, and what to try."""
-        if not self._codes:
+        if not self.statuses:
             return "no system"
-        bad = [i for i, code in enumerate(self._codes) if code == self.status.value]
-        where = f"{len(bad)} of {len(self._codes)} systems, the first at index {bad[0]}: " if self.code.ndim else ""
+        bad = [i for i, status in enumerate(self.statuses) if status is self.status]
+        where = f"{len(bad)} of {len(self.statuses)} systems, the first at index {bad[0]}: " if self.code.ndim else ""
         relative = float(self.relative_residual.reshape(-1)[bad[0]])
         steps = int(self.steps.reshape(-1)[bad[0]]) if isinstance(self.steps, Tensor) else self.steps
         text = f"{where}{self.status.name} after {steps} steps at a relative residual of {relative:.2e}"
@@ -402,11 +389,9 @@ def warn_of_few_steps(what: str, solution: Solution, error: float, rate: float) 
     if not error > INACCURATE:
         return
     steps = int(solution.steps.max()) if isinstance(solution.steps, Tensor) else solution.steps
-    r, b = solution.known("residual_norm"), solution.known("rhs_norm")
-    relative = float(solution.relative_residual.max()) if isinstance(r, Tensor) else r / b
     text = (
-        f"{what} is off by an estimated {error:.0%}: {solution.method} left a relative residual of {relative:.1e} "
-        f"after {steps} steps"
+        f"{what} is off by an estimated {error:.0%}: {solution.method} left a relative residual of "
+        f"{float(solution.relative_residual.max()):.1e} after {steps} steps"
     )
     if 0 < rate < 1 and error < math.inf:
         needed = steps + math.ceil(math.log(INACCURATE / error) / math.log(rate))
@@ -450,11 +435,9 @@ def at_kink(point: Vector, slope: Vector) -> Tensor | None:
     return Vector(space, [torch.where(w == 0, g, 0.0) for w, g in pairs]).norm() * (point.norm() != 0)
 
 
-def warned_of_kink(at_kink: Tensor | None, residual: Tensor | None, distance: Tensor, eps: float) -> bool:
+def warned_of_kink(at_kink: Tensor | None, residual: Tensor, distance: Tensor, eps: float) -> bool:
     """Warn of a gradient that is left only where params are exactly 0: it is that of a nonsmooth term, as L1 is."""
-    if at_kink is None or residual is None:
-        return False
-    found = anywhere((read(at_kink) > KINK * read(residual)) & (read(distance) > eps**0.5))
+    found = at_kink is not None and anywhere((read(at_kink) > KINK * read(residual)) & (read(distance) > eps**0.5))
     if found:
         warn(
             "the gradient of inner_loss vanishes everywhere but where params are exactly 0: inner_loss has a kink "

@@ -58,7 +58,9 @@ def flatten(tree: PyTree, name: str, complex: bool = False) -> tuple[list[Tensor
 
     Raises: TypeError for a leaf that is no floating point (or, if allowed, complex) tensor, ValueError for none at all.
     """
-    leaves, spec = optree.tree_flatten(list(tree) if isinstance(tree, Iterator) else tree)
+    if isinstance(tree, Iterator):
+        tree = list(tree)
+    leaves, spec = optree.tree_flatten(tree)
     paths = Paths(name, spec)
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
@@ -94,7 +96,9 @@ def refuse_objects(leaves: Iterable[Any]) -> None:
 
 def split(tree: PyTree) -> tuple[list[Tensor], Unflatten]:
     """The tensors of any dtype in a tree, and a function that puts others in their places; the rest stays as it is."""
-    leaves, spec = optree.tree_flatten(list(tree) if isinstance(tree, Iterator) else tree)
+    if isinstance(tree, Iterator):
+        tree = list(tree)
+    leaves, spec = optree.tree_flatten(tree)
     if all(isinstance(leaf, Tensor) for leaf in leaves):  # quick, for unrolling does it at every step
         return leaves, spec.unflatten
     refuse_objects(filter(dataclasses.is_dataclass, leaves))

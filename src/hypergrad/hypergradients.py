@@ -1,9 +1,8 @@
 """HyperTorch, whole: its functions and helpers with their names, arguments, defaults and results.
 
-Its defects are not kept: `tol` is relative to ‖∇₁E‖, where it was absolute; CG returns its last iterate, where it
-returned the one before; unused params and hparams count as zero everywhere; params may hold one tensor twice;
-containers may be nested; and what is known to be wrong is an error or a warning. Its optimisers are in
-`diff_optimizers`, `cg` is in `CG_torch`.
+Its defects are not kept: `tol` is relative to ‖∇₁E‖; CG returns its last iterate, not the one before; unused params and
+hparams count as zero; params may hold one tensor twice; containers may be nested; and what is known to be wrong is an
+error or a warning. Its optimisers are in `diff_optimizers`, `cg` is in `CG_torch`.
 """
 
 from __future__ import annotations
@@ -78,12 +77,10 @@ def _implicit(
     leaves, hparams = [x.detach() for x in given], _list(hparams, "hparams")
     fixed = [isinstance(x, torch.nn.Parameter) and not x.requires_grad for x in given]
     if any(fixed):  # parameters of a module that are frozen where others are not
-        for x, each in zip(leaves, fixed, strict=True):
-            x.requires_grad_(not each)
-    params = rebuild(leaves)
+        leaves = [x.requires_grad_(not each) for x, each in zip(leaves, fixed, strict=True)]
     if draws:
         forms = {kind: form and operators.Stochastic(form, draws) for kind, form in forms.items()}
-    problem = implicit.Problem(outer_loss, params=params, hparams=hparams, symmetric=symmetric, **forms)
+    problem = implicit.Problem(outer_loss, params=rebuild(leaves), hparams=hparams, symmetric=symmetric, **forms)
     with random_state_kept_on_error(problem.leaves):
         result = implicit.hypergradient_of(problem, solver, start)
         if (status := result.solution.status).value > Status.STAGNATED.value:
@@ -116,10 +113,8 @@ def reverse_unroll(params: Tensors, hparams: Tensors, outer_loss: Loss, set_grad
         >>> reverse_unroll([lam / 2], [lam], lambda w, lam: (w[0] ** 2).sum())
         (tensor([1.5000]),)
     """
-    params = _list(params, "params")
-    ends, starts = (
-        flatten(_list(x, name), name, complex=True)[0] for x, name in ((params, "params"), (hparams, "hparams"))
-    )
+    params, hparams = _list(params, "params"), _list(hparams, "hparams")
+    ends, starts = (flatten(x, name, complex=True)[0] for x, name in ((params, "params"), (hparams, "hparams")))
     _graph.refuse_weight_norm([x for x in ends if x.requires_grad], starts, "params")
     return _backpropagated(lambda hparams: outer_loss(params, hparams), hparams, set_grad, retain_graph=True)
 
@@ -142,7 +137,6 @@ def reverse(
     Source: Grazzi et al. 2020, Algorithm 1 (reverse); Franceschi et al. 2017.
 
     Example:
-        >>> import torch, hypergrad as hg
         >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
         >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
         >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
@@ -172,7 +166,7 @@ def reverse(
             alpha, total = problem.space.pack(pulled), _autodiff.add_or_none(total, cross)
     if all(g is None for g in total):
         raise ValueError(implicit.NO_HPARAMS)
-    found = [g.clone() for g in _autodiff.or_zeros(total, problem.differentiated)]
+    found = _autodiff.new_zeros(_autodiff.copies(total), problem.differentiated)
     grads = problem.tree_of(_torch.with_hooks(problem.differentiated, found, hooked))
     warn_if_not_finite(found)
     if set_grad:
@@ -181,13 +175,10 @@ def reverse(
 
 
 def _at(params: Any, hparams: Tensors, outer_loss: Loss, step: Map) -> implicit.Problem:
-    return implicit.Problem(outer_loss, params=_detached(params), hparams=hparams, fp_map=step)
-
-
-def _detached(params: Any) -> list[Any]:
-    """Iterates as points: all of their tensors are variables, whichever of them have a graph."""
+    """The problem at an iterate, of which all tensors are variables, whichever of them have a graph."""
     tree: Any = _list(params, "params")
-    return optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)  # pyright: ignore[reportReturnType]
+    tree = optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
+    return implicit.Problem(outer_loss, params=tree, hparams=hparams, fp_map=step)
 
 
 def fixed_point(
@@ -229,7 +220,6 @@ def neumann(
     Source: Lorraine, Vicol and Duvenaud 2020; Liao et al. 2018.
 
     Example:
-        >>> import torch, hypergrad as hg
         >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
         >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
         >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
@@ -251,7 +241,6 @@ def CG(
     Source: Pedregosa 2016; Grazzi et al. 2020, section 2.2 (AID-CG).
 
     Example:
-        >>> import torch, hypergrad as hg
         >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
         >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
         >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
@@ -272,7 +261,6 @@ def CG_normaleq(
     Source: Grazzi et al. 2020, section 2.2.
 
     Example:
-        >>> import torch, hypergrad as hg
         >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
         >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
         >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
@@ -290,10 +278,8 @@ def exact(opt_params_f: Callable[[Any], Any], hparams: Tensors, outer_loss: Loss
     Otherwise as `reverse_unroll`.
 
     Example:
-        >>> import torch, hypergrad as hg
-        >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
         >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
-        >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+        >>> lam = torch.zeros(2, requires_grad=True)
         >>> hg.exact(lambda hparams: [hparams[0]], [lam], outer)[0]
         tensor([-2., -2.])
     """
@@ -335,7 +321,6 @@ def stoch_AID(
     Source: Grazzi, Pontil and Salzo 2021, Algorithm 1.
 
     Example:
-        >>> import torch, hypergrad as hg
         >>> inner = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2  # w* = λ
         >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
         >>> w, lam = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
@@ -350,19 +335,11 @@ def stoch_AID(
     def averaged_loss(params: Any, hparams: Any) -> Tensor:
         return torch.stack([as_scalar(outer_loss(params, hparams), "outer_loss") for _ in range(J_outer)]).mean()
 
-    def build(tensors: list[Tensor]) -> Any:
-        return (optim_build or partial(torch.optim.SGD, lr=1.0))(tensors, **(opt_params or {}))
-
+    build = partial(optim_build or partial(torch.optim.SGD, lr=1.0), **(opt_params or {}))
+    solver, draws = solvers.Optimizer(max_steps=K, build=build, on_failure="ignore"), J_inner if stoch_inner else 0
+    forms, fatal = {"fp_map": fp_map, "inner_loss": inner_loss}, (Status.NON_FINITE,)
     result = _implicit(
-        params,
-        hparams,
-        averaged_loss,
-        solvers.Optimizer(max_steps=K, build=build, on_failure="ignore"),
-        set_grad,
-        {"fp_map": fp_map, "inner_loss": inner_loss},
-        draws=J_inner if stoch_inner else 0,
-        start=linsys_start,
-        fatal=(Status.NON_FINITE,),
+        params, hparams, averaged_loss, solver, set_grad, forms, draws=draws, start=linsys_start, fatal=fatal
     )
     if verbose:
         for k in range(0, K + 1, max(K // 5, 1)):

@@ -1,7 +1,4 @@
-"""Linear operators: a product, the transposed product, and what is known of them.
-
-Solvers see operators and vectors, never a loss or a model.
-"""
+"""Linear operators: a product, the transposed product, and what is known of them. Solvers see no loss and no model."""
 
 from __future__ import annotations
 

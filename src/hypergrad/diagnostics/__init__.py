@@ -6,20 +6,8 @@ from ._findings import Finding, findings
 from ._report import Report, check
 from ._structure import SolverChoice, Structure, operator_structure, solver_choice, structure
 
-__all__ = [
-    "check",
-    "Report",
-    # the error, estimated or by finite differences
-    "Estimate",
-    "Differences",
-    "finite_differences",
-    # the linear system, and what solves it
-    "Structure",
-    "structure",
-    "operator_structure",
-    "SolverChoice",
-    "solver_choice",
-    # what is wrong
-    "Finding",
-    "findings",
-]
+__all__ = ["check", "Report"]
+__all__ += ["Estimate", "Differences", "finite_differences"]  # the error, estimated or by finite differences
+# the linear system, and what solves it
+__all__ += ["Structure", "structure", "operator_structure", "SolverChoice", "solver_choice"]
+__all__ += ["Finding", "findings"]  # what is wrong

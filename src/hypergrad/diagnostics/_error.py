@@ -98,11 +98,9 @@ def estimate(
 
     Args:
         adjoint: v; None solves for it first, and then grads may come from anywhere.
-        solver: of the linear systems (default: Dense up to 200 unknowns, else MINRES where A is symmetric, or GMRES).
+        solver: as in `check`.
         solved: the residual of the adjoint system when v was computed, with its damping.
         follow: whether Newton steps are taken; if not, the estimate is of first order.
-
-    Cost: the graphs of both losses and three systems; each Newton step the same again.
     """
     systems = _Systems(problem, solver, budget)
     start, space = systems.problem, systems.problem.space
@@ -149,21 +147,12 @@ def estimate(
 
 
 class Budget:
-    """Counts products with A and Aᵀ.
+    """Counts products with A and Aᵀ, of which about so many may be done."""
 
-    Args:
-        most: products that may be done, about: a system in progress is ended by its number of steps.
-        progress: as in `progress_bar`.
-
-    Attributes:
-        done: how many were done so far.
-        left_out: what was not done because the products were spent.
-        tight: whether a solver had fewer steps than it would take by itself.
-    """
-
-    def __init__(self, most: int, progress: bool | None = False):
-        self.most, self.done, self.tight = most, 0, False
-        self.left_out: list[str] = []
+    def __init__(self, most: int, progress: bool | None):
+        self.most, self.done = most, 0
+        self.tight = False  # whether a solver had fewer steps than it would take by itself
+        self.left_out: list[str] = []  # what was not done because the products were spent
         self.bar = progress_bar(progress, total=most, desc="check, at most", unit="product")
 
     def close(self) -> None:

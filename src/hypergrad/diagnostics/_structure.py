@@ -199,10 +199,7 @@ def _from_arnoldi(h: Tensor, about: dict[str, Any]) -> Structure:
 def _arnoldi(op: LinearOperator, like: Vector, steps: int, generator: torch.Generator) -> Tensor:
     """H [m + 1, m] (or [B, m + 1, m]) of A V_m = V_{m+1} H for m = steps ≤ n; the last row is 0 for m = n.
 
-    Gram–Schmidt twice, against all vectors. Where the Krylov space is exhausted it goes on with a new random vector, so
-    that n steps see all of A.
-
-    Cost: m products; m + 1 vectors.
+    Gram–Schmidt twice. Where the Krylov space is exhausted it goes on with a random vector: n steps see all of A.
     """
     basis = Basis(like, steps + 1)
     first = like.random(generator)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,11 +205,6 @@ class ProximalGradient(Rule):
         return self.prox.leaf(w - lr * g, lr, value), {}
 
 
-def _one(w: Tensor) -> Tensor:
-    """The number 1 as a state of its own for each leaf, on the CPU, as the counter is."""
-    return torch.ones((), dtype=torch.promote_types(w.dtype, torch.float32), device="cpu")
-
-
 @dataclass(frozen=True, kw_only=True)
 class FISTA(Rule):
     """Accelerated proximal gradient. The params are y, where the gradient is taken; the solution x is state["x"].
@@ -236,7 +233,8 @@ class FISTA(Rule):
     prox: Prox
 
     def slots(self) -> Slots:
-        return {"x": torch.clone, "t": _one}
+        one: Any = partial(torch.ones, (), device="cpu")  # as the counter is
+        return {"x": torch.clone, "t": lambda w: one(dtype=torch.promote_types(w.dtype, torch.float32))}
 
     def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:
         lr = value(self, "lr")

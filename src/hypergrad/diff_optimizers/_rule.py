@@ -45,9 +45,7 @@ class PerStep:
     values: Tensor | Sequence[Number]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.values, (Tensor, Sequence)) or (
-            isinstance(self.values, Tensor) and not self.values.ndim
-        ):
+        if not (self.values.ndim if isinstance(self.values, Tensor) else isinstance(self.values, Sequence)):
             raise ValueError(f"PerStep needs a tensor with an axis of steps or a sequence, got {self.values!r}")
 
     def at(self, step: Tensor, name: str) -> Number:
@@ -119,7 +117,7 @@ def aligned(tree: PyTree, paths: Paths, name: str) -> list[Any]:
 class Values:
     """The hyperparameters of one update, leaf after leaf: value(rule, "lr") is a number, or a tensor that broadcasts.
 
-    With t, the number of this update of the current leaf, from 1: updates that it missed are not counted.
+    t is the number of this update of the current leaf, from 1, without those that it missed.
     """
 
     def __init__(self, paths: Paths, state: Mapping[str, Any], hparams: PyTree):

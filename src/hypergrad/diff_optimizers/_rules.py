@@ -20,11 +20,10 @@ Slots: TypeAlias = "Mapping[str, Callable[[Tensor], Tensor]]"
 
 
 def sqrt(v: Any) -> Any:
-    """√v, with derivative 0 where v = 0.
+    """√v, with derivative 0 in place of ∞ where v = 0.
 
-    There the derivative of √v is infinite, and 0 · ∞ = NaN in the chain rule. But v = 0 means that every gradient so
-    far was 0, hence m = 0, and the derivative of m/(√v + ε) is dm/ε − m d√v/ε² = dm/ε: the term with d√v is gone,
-    whatever finite number stands for it. (Where v underflowed, √v ≪ ε and the same holds to rounding.)
+    There every gradient so far was 0, hence m = 0, and d(m/(√v + ε)) = dm/ε − m d√v/ε² = dm/ε, whatever finite number
+    stands for d√v. (Where v underflowed, √v ≪ ε and the same holds to rounding.)
     """
     if not isinstance(v, Tensor):
         return v**0.5

@@ -21,22 +21,7 @@ from ._problem import outer_gradients as outer_gradients
 from ._problem import warn_of_hooks as warn_of_hooks
 from ._problem import warn_of_local as warn_of_local  # used by hypergrad.unroll and hypergrad.bilevel
 
-__all__ = [
-    # the hypergradient at a solution
-    "grad",
-    "backward",
-    "jacobian",
-    "Hypergradient",
-    "Problem",
-    # its error, removed or made small
-    "polish",
-    "refine",
-    # the solution as a differentiable value
-    "root",
-    "fixed_point",
-    "argmin",
-    "linear_solve",
-    "solver",
-    "Info",
-    "WarmStart",
-]
+__all__ = ["grad", "backward", "jacobian", "Hypergradient", "Problem"]  # the hypergradient at a solution
+__all__ += ["polish", "refine"]  # its error, removed or made small
+# the solution as a differentiable value
+__all__ += ["root", "fixed_point", "argmin", "linear_solve", "solver", "Info", "WarmStart"]

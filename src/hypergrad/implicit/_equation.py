@@ -16,15 +16,7 @@ from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation, users_autocast
 from .._basis import Basis
 from .._below import Leaves, explain_tracing
-from .._solution import (
-    Solution,
-    at_kink,
-    inner_distance,
-    warn,
-    warn_if_unsolved,
-    warn_of_few_steps,
-    warned_of_kink,
-)
+from .._solution import Solution, at_kink, inner_distance, warn, warn_if_unsolved, warn_of_few_steps, warned_of_kink
 from .._tree import KIND, difference, filled, flatten
 from .._vector import Space, Vector
 from ..operators import LinearOperator
@@ -141,10 +133,7 @@ class Equation:
         return replace(self, transposed=not self.transposed, base=None if self.base is None else self.base.T)
 
     def vmapped(self, dims: Sequence[int | None], copied: bool = False) -> Equation:
-        """The same over one more leading axis of w, and of those leaves of λ whose entry in dims is 0.
-
-        copied: neither varies along it.
-        """
+        """The same over one more leading axis of w (`copied`: it does not vary), and of leaves of λ with dims 0."""
         mapped, base = torch.func.vmap(self.function, in_dims=(0, tuple(dims))), self.base
         if copied:
             base = base or self
@@ -194,9 +183,7 @@ class Equation:
     def check_declared(self, w: Sequence[Tensor], hparams: Sequence[Tensor]) -> None:
         """Look at once for undeclared tensors that `linearise` would miss, by an evaluation of F at constants.
 
-        It runs below all transforms, where what they differentiate or map looks like a constant, and not at all where
-        no declared tensor requires grad, or the map of another implicit function asks for the derivative in an
-        undeclared tensor alone.
+        It runs below all transforms, and not where no declared tensor requires grad, or within another implicit map.
         """
         count = len(w)
         if _torch.transforms_active():
@@ -300,10 +287,7 @@ class Equation:
         return solution.value
 
     def factorised(self, linearisation: Linearisation, point: Vector, b: Vector, keep: Any) -> Solution | None:
-        """The solution for a stack of right hand sides by one factorisation, if the solver allows it and it succeeds.
-
-        keep: takes ∂₂Fᵀ of the solutions, if that is to be taken too.
-        """
+        """The solution for a stack of right hand sides by one factorisation, or None; keep: takes its ∂₂Fᵀ."""
         n, k = point.space.length, b.space.batch_shape[0]
         if not solves_at_once(self.solver, n, k) or not all(point.space.plain):
             return None
@@ -338,9 +322,8 @@ def _combined(x: Tensor, rows: Tensor, lead: torch.Size) -> Tensor:
 def pull(function: Callable[[Leaves], Leaves], leaves: Leaves, cotangent: Leaves, wanted: Sequence[int]) -> Leaves:
     """Σ ∂function/∂leafᵢᵀ cotangent for the leaves i in wanted, as a differentiable function of leaves and cotangent.
 
-    By torch.autograd, which takes what torch.func refuses: modules that write their buffers or have hooks, Functions
-    without setup_context, checkpoints. Under a transform by torch.func.grad, which sees no derivative but those of its
-    own level. (A pullback of torch.func.vjp could not be called after its level has ended.)
+    By torch.autograd, which takes what torch.func refuses (buffers that are written, hooks, checkpoints); under a
+    transform by torch.func.grad, for a pullback of torch.func.vjp could not be called after its level has ended.
     """
     at = tuple(leaves[i] for i in wanted)
     if _torch.transforms_active():

@@ -1,9 +1,4 @@
-"""The hypergradient at a solution of the inner problem, by implicit differentiation.
-
-    A = ∂₁F,   Aᵀ v = ∇₁E(w, λ),   ∇f(λ) = ∇₂E(w, λ) − ∂₂Fᵀ v
-
-with F = ∇₁g for an inner loss g, and F = w − Φ for a fixed point map Φ.
-"""
+"""The hypergradient at a solution of the inner problem, by implicit differentiation."""
 
 from __future__ import annotations
 
@@ -101,10 +96,9 @@ class Hypergradient:
         warn_if_unsolved(max(distances, default=0.0), self.inner_residual)
 
     def adjoint_error(self, stacked: bool = False) -> tuple[float, float]:
-        """Estimated ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from the residual that the solver left, and its rate.
+        """Estimated ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from the residual left by the solver, and its rate (stacked: the worst).
 
-        The error of v is taken to be θv, so that of grads is θ times their implicit part −∂₂Fᵀv. Of stacked grads
-        (`jacobian`) it is that of the worst.
+        The error of v is taken to be θv, so that of grads is θ times their implicit part −∂₂Fᵀv.
         """
         thetas, rates = zip(*(self.solution.remaining or [(0.0, 0.0)]), strict=True)
         theta, rate = max(thetas) if stacked else math.hypot(*thetas) / len(thetas) ** 0.5, max(rates)
@@ -311,10 +305,7 @@ def backward(
 
 
 def accumulate(hparams: PyTree, grads: PyTree) -> None:
-    """Add grads to .grad of hparams' leaves, or of what these were computed from, as backward() does.
-
-    The hooks of hparams do not act: they did when the gradients were taken.
-    """
+    """Add grads, on which hooks have acted, to .grad of hparams' leaves or what these were computed from."""
     leaves = flatten(hparams, "hparams", complex=True)[0]
     with _torch.outside_inference_mode(), _torch.hooks_suspended(leaves, retained=False):
         _autodiff.backward(leaves, flatten(grads, "grads", complex=True)[0])
@@ -335,6 +326,6 @@ def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor]) -> 
         outer_value=problem.outer_value.detach(),
         problem=problem.without_graphs(),
         compiled=None if compiled is None else compiled.report,
-        direct=problem.direct_of_leaves,
+        direct=problem.of_all_leaves(problem.direct),
         at_kink=problem.at_kink,
     )

@@ -134,12 +134,9 @@ class Problem:
 
     @contextmanager
     def without_hooks_and_autocast(self) -> Iterator[list[Tensor]]:
-        """Products and vectors are as they are; gives the hparams that have a gradient hook, to be called at the end.
+        """Gradient hooks and inference_mode are off, and autocast acts on losses and maps alone.
 
-        torch.inference_mode is left meanwhile.
-
-        Gradient hooks of params and hparams do not act meanwhile; warns of those on params of evaluated losses, which
-        are left out for good. torch.autocast acts on losses and maps alone.
+        Gives the hparams that have a hook, to be called at the end; warns of those on params of evaluated losses.
         """
         suspended = _torch.hooks_suspended([*self._chosen, *self._outer])
         # Embeddings and weight norms are replaced once for all that is evaluated inside.
@@ -155,9 +152,7 @@ class Problem:
             yield [x for x in self._outer if id(x) in ids]
 
     def evaluate(self, keep: bool = False) -> None:
-        """Evaluate the inner problem and the outer loss, once.
-
-        keep: their graphs stay afterwards, and so do the numbers of F; else there is ‖F‖ alone.
+        """Evaluate the inner problem and the outer loss, once. keep: their graphs and the numbers of F stay.
 
         Sets: residual_norm ‖F‖; outer_value E with its graph, b = ∇₁E in memory of its own, and direct = ∇₂E for the
             differentiated hparams (None where E does not depend on one).
@@ -192,16 +187,15 @@ class Problem:
             values: Any = [value] if self.kind == "inner_loss" else outputs
             self.others = _graph.undeclared_leaves(values, [*self._given, *self.leaves, *self._outer])
             if self.live:
-                _graph.refuse_weight_norm([value] if isinstance(value, Tensor) else outputs, self.leaves, self.kind)
+                _graph.refuse_weight_norm(values, self.leaves, self.kind)
         compiled = None
         if self.compile:
             backend = None if self.compile is True else self.compile
             compiled = partial(Recorded, space=self.space, backend=backend, expected=self.expected_products)
         return Linearisation(outputs, self.leaves, self.differentiated, compile=compiled)
 
-    def residual_of(self, linearisation: Linearisation | None) -> Vector:
+    def residual_of(self, linearisation: Any) -> Vector:
         """F: ∇₁g, w − Φ, or F itself; before the values are dropped."""
-        assert linearisation is not None
         value = self.space.pack([y.detach() for y in linearisation.outputs])
         return self.point - value if self.fixed_point else value
 
@@ -249,11 +243,7 @@ class Problem:
         return v.space.pack(pulled), cross
 
     def grads(self) -> list[Tensor]:
-        """∇₂E − ∂₂Fᵀv for the differentiated hparams, after the last product.
-
-        Raises: ValueError where neither loss depends on any of them. Warns where the inner problem does not, and of
-            trained tensors in it that are in neither params nor hparams.
-        """
+        """∇₂E − ∂₂Fᵀv for the differentiated hparams, after the last product, with a word on what is unreached."""
         if all(g is None for g in (*self.direct, *self.cross)):
             raise ValueError(NO_HPARAMS)
         if all(g is None for g in self.cross) and self.space.length:
@@ -271,14 +261,13 @@ class Problem:
         """−∂₂Fᵀv of the last product, as a vector of the hypergradient's space."""
         return self.outer_space.pack(_autodiff.or_zeros(self.cross, self.differentiated))
 
-    @property
-    def direct_of_leaves(self) -> list[Tensor | None]:
-        """∇₂E for each leaf of hparams, None for those that are not differentiated."""
-        return filled([None] * len(self._outer), self._outer_places, self.direct)
+    def of_all_leaves(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients for each leaf of hparams, None for those that are not differentiated."""
+        return filled([None] * len(self._outer), self._outer_places, grads)
 
     def tree_of(self, grads: Sequence[Tensor]) -> PyTree:
         """Gradients of the differentiated leaves in hparams' structure; zeros for leaves that do not require grad."""
-        every = filled([None] * len(self._outer), self._outer_places, grads)
+        every = self.of_all_leaves(grads)
         lead = (len(self.outer_value),) if self.several else ()
         return self._rebuild_outer(_autodiff.new_zeros(every, self._outer, *lead))
 
@@ -373,10 +362,7 @@ def warn_of_local(losses: Iterable[Any], name: str) -> None:
 
 
 def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
-    """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E for the differentiated hparams (None: zeros).
-
-    Of several losses both gradients are stacked along a leading axis.
-    """
+    """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E (None: zeros); of several losses stacked."""
     outer_loss, leaves, hparams = problem.outer_loss, problem.leaves, problem.differentiated
     with torch.enable_grad(), _torch.differentiated_rightly(dense=True), users_autocast():
         value = outer_loss(*problem.arguments) if callable(outer_loss) else outer_loss

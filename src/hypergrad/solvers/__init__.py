@@ -25,38 +25,13 @@ from ._theory import Structure as Structure  # public as diagnostics.Structure
 from ._theory import rate_of as rate_of
 from ._theory import steps_needed as steps_needed
 
-__all__ = [
-    # the choice made by what is known of the system
-    "Auto",
-    # Krylov, symmetric
-    "CG",
-    "MINRES",
-    # Krylov, any
-    "GMRES",
-    "BiCGStab",
-    "LSQR",
-    "NormalCG",
-    # Krylov, several right hand sides
-    "BlockCG",
-    # Krylov, several dampings
-    "shifted",
-    # stationary
-    "FixedPoint",
-    "Neumann",
-    # direct and low rank
-    "Dense",
-    "Nystrom",
-    # a preconditioner kept along a sequence (of Nystrom or Dense)
-    "Reused",
-    # a start from the last solutions
-    "Recycled",
-    # first order, stochastic
-    "Optimizer",
-    # their forms and answers
-    "LinearSolver",
-    "IterativeSolver",
-    "Solution",
-    "Status",
-    "SolverError",
-    "HypergradientWarning",
-]
+__all__ = ["Auto"]  # the choice made by what is known of the system
+__all__ += ["CG", "MINRES"]  # Krylov, symmetric
+__all__ += ["GMRES", "BiCGStab", "LSQR", "NormalCG"]  # Krylov, any
+__all__ += ["BlockCG", "shifted"]  # Krylov, several right hand sides, and several dampings
+__all__ += ["FixedPoint", "Neumann"]  # stationary
+__all__ += ["Dense", "Nystrom"]  # direct and low rank
+__all__ += ["Reused", "Recycled"]  # a preconditioner (Nystrom or Dense), and a start, kept along a sequence
+__all__ += ["Optimizer"]  # first order, stochastic
+# their forms and answers
+__all__ += ["LinearSolver", "IterativeSolver", "Solution", "Status", "SolverError", "HypergradientWarning"]

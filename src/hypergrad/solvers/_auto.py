@@ -76,8 +76,7 @@ class Auto(IterativeSolver):
             following = self._after(method, worst, outcome, system)
             if following is None:
                 break
-            start = system.b.zeros() if system.x0 is None else system.x0
-            start = start.where(again, outcome.x)
+            start = (system.b.zeros() if system.x0 is None else system.x0).where(again, outcome.x)
             again = system.number(again)
             rest = replace(system, x0=start, residual=None, stop=where(again, system.stop, torch.inf))
             why, method = f"{type(method).__name__} ended with {worst.name}", following
@@ -114,9 +113,9 @@ def _is_negative(outcome: Outcome) -> bool:
     return anywhere(outcome.curvature < -rounding)
 
 
-def least_eigenvalue(system: System, steps: int = LANCZOS_STEPS) -> torch.Tensor:
+def least_eigenvalue(system: System) -> torch.Tensor:
     """An estimate of the least eigenvalue of a symmetric A from below: that of Lanczos less its error bound."""
-    steps, zero = min(steps, system.b.space.length), system.b.space.scalar(0.0)
+    steps, zero = min(LANCZOS_STEPS, system.b.space.length), system.b.space.scalar(0.0)
     start = system.b.random(torch.Generator(device="cpu").manual_seed(0))
     h = arnoldi(replace(system, goal=None), start, True, steps, 0, zero)[1]
     values, vectors = torch.linalg.eigh((h[..., :-1, :] + h[..., :-1, :].mT) / 2)

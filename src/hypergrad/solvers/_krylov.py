@@ -50,13 +50,11 @@ class GMRES(IterativeSolver):
         x, r = system.start()
         beta = r.norm()
         going, code, size = beta > system.stop, None, system.size(x, r)
-        trace, steps, cycle = [beta.unsqueeze(0)], 0, -1
-        while steps < system.max_steps and cycle and not system.finished(steps, going):
+        trace, steps = [beta.unsqueeze(0)], 0
+        while steps < system.max_steps and not system.finished(steps, going):
             rest = min(self.restart, system.max_steps - steps)
             basis, h, closed, size = arnoldi(system, r, going, rest, steps, size)
             cycle = h.shape[-1]
-            if not cycle:
-                break
             q, triangle, norms = hessenberg_qr(h, beta, negligible(size, closed))
             y = triangular_solve(triangle, q[..., 0, :] * beta.unsqueeze(-1), negligible(size, closed))
             y = torch.where(going.unsqueeze(-1), y, 0.0)
@@ -100,14 +98,12 @@ class Growing:
     def __getitem__(self, j: int) -> Vector:
         return self.blocks[j // BLOCK][j % BLOCK]
 
-    def coefficients(self, vector: Vector, count: int) -> Tensor:
-        """As those of a Basis."""
+    def coefficients(self, vector: Vector, count: int) -> Tensor:  # as the next one those of a Basis
         pairs = zip(self.blocks, range(count, 0, -BLOCK), strict=False)
         parts = [block.coefficients(vector, min(BLOCK, left)) for block, left in pairs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def combine(self, weights: Tensor) -> Vector:
-        """As that of a Basis."""
         pairs = zip(self.blocks, weights.split(BLOCK, -1), strict=False)
         return reduce(add, (block.combine(part) for block, part in pairs))
 
@@ -162,10 +158,8 @@ def hessenberg_qr(h: Tensor, beta: Tensor, rounding: Tensor) -> tuple[Tensor, Te
 
 
 def negligible(size: Tensor, closed: Any = False) -> Tensor:
-    """The size below which a number among others of this size is rounding.
-
-    The last column of a space that A takes into itself is a difference of the others, and holds their rounding too.
-    """
+    """The size below which a number among others of this size is rounding."""
+    # The last column of a space that A takes into itself is a difference of the others, and holds their rounding too.
     eps = torch.finfo(size.dtype).eps
     return where(closed, eps ** (2 / 3), 10 * eps) * size
 

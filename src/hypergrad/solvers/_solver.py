@@ -194,16 +194,14 @@ def _integer(least: int) -> tuple[Callable[[Any], bool], str]:
     return lambda value: isinstance(value, int) and value >= least, f"an integer ≥ {least}"
 
 
-def _number(value: Any) -> bool:
-    return 0 <= value < math.inf
-
-
 # What an option must satisfy, whichever solver has it; None is always allowed.
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("rtol", "atol", "damping", "regularisation"), (_number, "a finite number ≥ 0")),
+    **dict.fromkeys(
+        ("rtol", "atol", "damping", "regularisation"), (lambda x: 0 <= x < math.inf, "a finite number ≥ 0")
+    ),
     "step_size": (lambda x: 0 < x < math.inf, "a finite number > 0"),
     "mixing": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    **dict.fromkeys(("max_steps",), _integer(0)),
+    "max_steps": _integer(0),
     **dict.fromkeys(("check_every", "restart", "rank", "history"), _integer(1)),
     "seed": (lambda x: isinstance(x, int), "an integer"),
     "on_failure": (lambda x: x in ("warn", "raise", "ignore"), '"warn", "raise" or "ignore"'),
@@ -213,10 +211,9 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def check_options(solver: Any) -> None:
     """Raise ValueError for an option of a solver that is out of range."""
     for name, value in vars(solver).items():
-        if value is not None and name in LIMITS:
-            valid, what = LIMITS[name]
-            if not valid(value):
-                raise ValueError(f"{type(solver).__name__}: {name} must be {what}, got {value!r}")
+        valid, what = LIMITS.get(name, (None, ""))
+        if valid is not None and value is not None and not valid(value):
+            raise ValueError(f"{type(solver).__name__}: {name} must be {what}, got {value!r}")
 
 
 def on_failure_of(solver: Solver) -> OnFailure:
@@ -324,14 +321,12 @@ def _verified(
 
 
 def _give_up(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
-    """x = 0 in place of an answer that its method gave up and whose residual is no smaller; the residual after that.
-
-    What a method computes by definition (K steps of a stationary iteration that diverges) is left as it is.
-    """
+    """x = 0 in place of an answer that its method gave up and whose residual is no smaller; the residual after that."""
     if outcome.code is None:
         return residual
     residual = system.number(residual)
     worse = (residual >= system.rhs_norm) & (residual < math.inf)
+    # What a stationary iteration that diverges gives is what was asked for.
     given_up = (system.number(outcome.code) > Status.DIVERGED.value) & worse
     if isinstance(given_up, Tensor):
         outcome.x = outcome.x.zeros().where(given_up, outcome.x)

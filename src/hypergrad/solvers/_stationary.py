@@ -18,9 +18,8 @@ HOPELESS = 1e8  # growth of the residual at which the iteration is given up
 def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
     """max_steps of x ← x + η (b − A x), which overwrites x; with η = 1 it is x ← (I − A) x + b, from zero if x is None.
 
-    DIVERGED where the residual ends above its start and growing. With a tolerance the residual is measured every
-    check_every steps, without one three times (the trace is NaN in between): beside a cheap product it costs as much as
-    the update.
+    DIVERGED where the residual ends above its start and growing. Without a tolerance it is measured three times (and
+    NaN in between): beside a cheap product that costs as much as the update.
     """
     b, most, number, tolerant = system.b, system.max_steps, system.number, system.goal is not None
     measured = range(0, most, system.check_every) if tolerant else {0, (most + 1) // 2, most - 1}

@@ -1,7 +1,4 @@
-"""Krylov methods for a symmetric A, side by side. Scalars are those of each system; converged systems are frozen.
-
-Letters are those of the papers. A step reads from the device only where the system asks whether it is finished.
-"""
+"""Krylov methods for a symmetric A, side by side, as in `_krylov`."""
 
 from __future__ import annotations
 

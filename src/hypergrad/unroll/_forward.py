@@ -254,10 +254,7 @@ class Push:
             raise
 
     def _begun(self, tangents: Tangents, pulled: Sequence[Tensor | None]) -> Tangents:
-        """With zeros for the entries of λ that this step is the first to depend on.
-
-        These are found by ∂₂Φᵀc for a random c: it is 0 where the column of ∂₂Φ is.
-        """
+        """With zeros for the entries of λ that this step is the first to depend on: where ∂₂Φᵀc ≠ 0 for a random c."""
         reached = [old or g is not None for old, g in zip(tangents.reached, pulled, strict=True)]
         tangents = replace(tangents, reached=reached)
         if len(tangents.rows) == tangents.count:
@@ -337,9 +334,8 @@ def _dot(xs: Sequence[Tensor | None], columns: Sequence[Tensor]) -> tuple[float,
 
 def _checked(tangents: Tangents, run: Run) -> Tangents:
     """The tangents of an earlier result, if they are of this λ."""
-    kinds, given = [*map(KIND, tangents.like)], [*map(KIND, run.differentiated)]
-    if kinds != given:
-        due, got = ("; ".join(describe(*kind) for kind in each) for each in (kinds, given))
+    due, got = ("; ".join(describe(*KIND(x)) for x in each) for each in (tangents.like, run.differentiated))
+    if due != got:
         raise ValueError(
             f"hparams that require grad must be like those of the result to go on from: expected {due}; got {got}"
         )

@@ -246,10 +246,7 @@ def _measured(run: Run, first: Iterate, begin: int) -> tuple[int, int, int, int]
 
 
 def _blocks(begin: int, end: int, room: float, iterate: int, graph: int) -> list[int] | None:
-    """Boundaries of blocks: while i iterates are kept, the graph of as many steps as fit beside them. None if too few.
-
-    room = n · iterate + m · graph gives n blocks at most, the last of m steps.
-    """
+    """Boundaries of blocks: while i iterates are kept, the graph of as many steps as fit beside them; None for none."""
     bounds = [begin]
     while bounds[-1] < end:
         length = int((room - len(bounds) * iterate) // graph)
@@ -270,10 +267,9 @@ def _stride(length: int, checkpoints: int) -> int:
 def _backwards(
     run: Run | CompiledReverse, stack: list[tuple[int, Iterate]], bounds: list[int], checkpoints: int
 ) -> Iterator[tuple[int, int, Iterate]]:
-    """The blocks of steps, the last first, each with the iterate that it begins at.
+    """The blocks of steps, the last first, each with the iterate that it begins at, by revolve.
 
-    Revolve: a block is reached from the last checkpoint before it, leaving others on the way. stack: the first of them,
-    with the number of the block that it is before.
+    stack: the first checkpoint, with the number of the block that it is before; others are left on the way.
     """
     for end in range(len(bounds) - 1, 0, -1):
         at, iterate = stack[-1]

@@ -290,11 +290,8 @@ class Run:
         return Recorded(leaves, outputs, rebuild)
 
     def sizes(self, kind: str, begin: int, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        """What `measure` gives: bytes, found out once for a step and the forms of its arguments.
-
-        It is found out each time with several losses, and where a function gives batches: for steps alone is it called.
-        """
-        if self.several or (self.batches and not self.indexed):
+        """What `measure` gives: bytes, found out once for a step and the forms of its arguments."""
+        if self.several or (self.batches and not self.indexed):  # a function of t is called for steps alone
             return measure()
         batch = map(KIND, split(self.batches(begin))[0]) if self.batches else ()
         key = kind, getattr(self.outer_loss, "__code__", None), *self.form, *batch
@@ -303,10 +300,7 @@ class Run:
         return self.found[key]
 
     def measure(self, iterate: Iterate, begin: int) -> tuple[int, int, Recorded]:
-        """Bytes of an iterate and of the graph of the second step from here, and the graph of both.
-
-        `advance` and `record` do not evaluate the two again.
-        """
+        """Bytes of an iterate and of the graph of the second step from here, and the graph of both, which are kept."""
         leaves, middle, rebuild = self.record(iterate, begin, begin + 1)
         one = self.keep([x.detach() for x in middle], rebuild)
         seen: set[Any] = set()
@@ -388,8 +382,7 @@ class Run:
         if not _graph.depends(self.start, self.differentiated):
             return grads
         pull = _autodiff.stacked if self.several else partial(_autodiff.grad_or_none, retain_graph=True)
-        more = pull(self.start, self.differentiated, start_grads)
-        return add(grads, more)
+        return add(grads, pull(self.start, self.differentiated, start_grads))
 
     def hypergradient(self, grads: list[Tensor | None], complain: bool) -> PyTree:
         """∇ in the structure of hparams, in memory of its own, after its hooks; unreached leaves are zero."""
@@ -406,8 +399,8 @@ class Run:
             )
         grads = with_hooks(self.differentiated, grads, self.hooked)
         warn_if_not_finite(g for g in grads if g is not None)
-        every = zip(filled([None] * len(self.outer), self.places, grads), self.outer, strict=True)
-        return self.hparams_tree([x.new_zeros((*self.lead, *x.shape)) if g is None else g.clone() for g, x in every])
+        every = filled([None] * len(self.outer), self.places, _autodiff.copies(grads))
+        return self.hparams_tree(_autodiff.new_zeros(every, self.outer, *self.lead))
 
 
 def _among(x: Any, tensors: Sequence[Tensor]) -> bool:
