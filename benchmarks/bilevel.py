@@ -216,11 +216,11 @@ METHODS = (
     *(Method(f"VSO, penalty {x:g}", "BOAT", partial(peers.boat, "VSO", penalty=x, steps=INNER)) for x in PENALTIES),
     Method("VFO", "BOAT", partial(peers.boat, "VFO", steps=INNER)),
 )
-MODULES = {"BOAT": ("boat_torch", "higher"), "Betty": ("betty",)}
 
 
 def available(words: Sequence[str] | None = None) -> list[Method]:
-    installed = [m for m in METHODS if m.library not in MODULES or peers.installed(*MODULES[m.library])]
+    there = {"BOAT": peers.installed("boat_torch", "higher"), "Betty": peers.betty_has("sama")}
+    installed = [m for m in METHODS if there.get(m.library, True)]
     return [m for m in installed if words is None or any(word in m.name for word in words)]
 
 

@@ -144,6 +144,11 @@ def betty_neumann(problem: Problem) -> Tensors:
     return betty(problem, "neumann", neumann_iterations=problem.steps - 1, neumann_alpha=problem.step_size)
 
 
+def betty_has(name: str) -> bool:
+    """Whether this Betty is installed in a version with this method: SAMA is in 0.2, which is not on PyPI."""
+    return installed("betty") and name in load("betty.hypergradient").jvp_fn_mapping
+
+
 def betty_sama(case: Case) -> Callable[[], Tensor]:
     """Its SAMA at params moved by plain gradient steps, of step size 1 as it takes them."""
     sama = load("betty.hypergradient").jvp_fn_mapping["sama"]
