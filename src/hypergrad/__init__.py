@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         unroll,
     )
     from . import sklearn as sklearn
+    from ._detached import LostDerivative
     from ._recorded import NotCompiled
     from ._solution import (
         HypergradientWarning,
@@ -71,7 +72,8 @@ if TYPE_CHECKING:
 __all__ = ["implicit", "Hypergradient"]  # implicit differentiation
 # linear solvers, and how a solve ended
 __all__ += ["solvers", "operators", "Vector", "Solution", "Status", "SolverError", "HypergradientWarning"]
-__all__ += ["NotConverged", "NotFinite", "UnsolvedInnerProblem", "InaccurateHypergradient", "NotCompiled"]
+__all__ += ["NotConverged", "NotFinite", "UnsolvedInnerProblem", "InaccurateHypergradient", "LostDerivative"]
+__all__ += ["NotCompiled"]
 __all__ += ["diagnostics"]  # how wrong a hypergradient is
 __all__ += ["fixed_points", "nn"]  # forward solvers of fixed points, and equilibrium layers
 __all__ += ["bilevel"]  # stochastic bilevel algorithms over minibatches
@@ -88,7 +90,16 @@ __all__ += ["gd_step", "heavy_ball_step", "torch_momentum_step"]
 __all__ += ["show_versions"]
 
 _EXTRAS = ("sklearn",)  # not in __all__: what they need may not be installed
-_HOMES = ("_solution", "_vector", "_versions", "_recorded", "hypergradients", "implicit", "diff_optimizers")
+_HOMES = (
+    "_solution",
+    "_vector",
+    "_versions",
+    "_recorded",
+    "_detached",
+    "hypergradients",
+    "implicit",
+    "diff_optimizers",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -231,6 +231,7 @@ class Linearisation:
     Attributes:
         params_unreached: whether `vjp_both` found that no output depends on any of params.
         hooks: names of hooks that changed what `vjp_both` or `vjp_both_many` sent through the graph.
+        detaches: whether F was seen to take numbers out of the graph.
     """
 
     def __init__(
@@ -251,7 +252,7 @@ class Linearisation:
         # No method of this object, which would then be in a cycle with what it holds.
         plain = partial(_retained, self.outputs, params)
         self.compiled = None if compile is None else compile(plain)
-        self.params_unreached, self.hooks = False, []
+        self.params_unreached, self.hooks, self.detaches = False, [], False
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def drop_values(self) -> None:

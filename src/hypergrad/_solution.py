@@ -192,10 +192,20 @@ def warn(text: str, kind: type[HypergradientWarning] = HypergradientWarning, sec
 
 def _wants_each(text: str, kind: type[Warning]) -> bool:
     """Whether the filters in force ask for more than the first of a kind (python's own count tells numbers apart)."""
+    return _action(text, kind) in ("always", "all", "error")
+
+
+def _action(text: str, kind: type[Warning]) -> str:
+    """What the first filter in force that fits says."""
     for action, message, category, _, _ in warnings.filters:
         if issubclass(kind, category) and (message is None or message.match(text)):
-            return action in ("always", "all", "error")
-    return False
+            return action
+    return "default"
+
+
+def is_ignored(kind: type[Warning]) -> bool:
+    """Whether all warnings of a kind are ignored."""
+    return _action("", kind) == "ignore"
 
 
 NOT_FINITE = (

@@ -87,6 +87,7 @@ def _implicit(
             result.solution.report("the adjoint system of the hypergradient", "raise" if status in fatal else "warn")
         result.check_finite()
         if not draws:
+            problem.warn_of_lost(result.solution.value)
             result.warn_if_unsolved()
             result.warn_if_inaccurate()
         if set_grad:

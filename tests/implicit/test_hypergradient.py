@@ -1311,6 +1311,7 @@ class Stop(torch.autograd.Function):
         return zeros, None, None
 
 
+@pytest.mark.filterwarnings("ignore::hypergrad.LostDerivative")
 @pytest.mark.parametrize("how", ["whole", "view", "saved"])
 @pytest.mark.parametrize("leaves", [1, 2])
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ def test_check_takes_one_row_of_a_jacobian(groups):
     assert report.estimate.relative_error < 1e-8
 
 
+@pytest.mark.filterwarnings("ignore::hypergrad.LostDerivative")
 def test_jacobian_through_a_module_that_torch_cannot_vectorise():
     """A custom autograd.Function without a vmap rule: one product after the other, the same numbers."""
 

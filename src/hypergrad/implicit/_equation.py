@@ -16,6 +16,8 @@ from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation, users_autocast
 from .._basis import Basis
 from .._below import Leaves, explain_tracing
+from .._detached import warn_of_lost
+from .._reach import noticing
 from .._solution import Solution, at_kink, inner_distance, warn, warn_if_unsolved, warn_of_few_steps, warned_of_kink
 from .._tree import KIND, difference, filled, flatten
 from .._vector import Space, Vector
@@ -172,13 +174,16 @@ class Equation:
 
     def linearise(self, w: Leaves, hparams: Leaves, wanted: Sequence[Tensor] = ()) -> Linearisation:
         """The retained graph of F (or Φ) at plain tensors; undeclared tensors in it are an error."""
-        outputs = self.evaluate((*w, *hparams))
+        with noticing(self.function) as noticed:
+            outputs = self.evaluate((*w, *hparams))
         if any(map(_torch.is_wrapped, outputs)):
             raise undeclared(OUTSIDE)
         others = _graph.undeclared_leaves(outputs, [*w, *hparams])
         if others:
             raise undeclared(", ".join(self.name(leaf) for leaf in others[:3]))
-        return Linearisation(outputs, w, list(wanted))
+        linearisation = Linearisation(outputs, w, list(wanted))
+        linearisation.detaches = noticed.found
+        return linearisation
 
     def check_declared(self, w: Sequence[Tensor], hparams: Sequence[Tensor]) -> None:
         """Look at once for undeclared tensors that `linearise` would miss, by an evaluation of F at constants.
@@ -224,7 +229,7 @@ class Equation:
         with torch.enable_grad(), _torch.saved_tensor_hooks_suspended():
             linearisation = self.linearise(w, hparams, chosen)
         space = Space(*flatten(list(w), "w"), self.batch_dims)
-        bars: list[Any] = []
+        bars, reached = [], True
 
         def last(v: Vector) -> Vector:
             both = linearisation.vjp_both_many(v.leaves) if stacked else linearisation.vjp_both(v.leaves, False)
@@ -235,7 +240,9 @@ class Equation:
         def keep(found: Sequence[Tensor | None]) -> None:
             if linearisation.hooks:
                 warn_of_hooks(linearisation.hooks, "inner_loss" if self.minimises else "the map")
-            if chosen and all(x is None for x in found):
+            nonlocal reached
+            reached = not chosen or any(x is not None for x in found)
+            if not reached:
                 warn(INNER_UNREACHED)
             lead = (len(b[0]),) if stacked else ()
             bars[:] = _autodiff.scaled(_autodiff.new_zeros(found, chosen, *lead), 1.0 if self.fixed_point else -1.0)
@@ -246,8 +253,16 @@ class Equation:
         except RuntimeError as error:
             explain_tracing(error)
             raise
+        if linearisation.detaches and reached and on_failure_of(self.solver) != "ignore":
+            self.warn_of_lost(w, hparams, tuple(x[0] if stacked else x for x in v.leaves))
         # New tensors: autograd hangs the graph on what it gets back, and Info would keep it alive.
         return tuple(x.detach() for x in v.leaves), tuple(bars)
+
+    def warn_of_lost(self, w: Leaves, hparams: Leaves, v: Leaves) -> None:
+        """LostDerivative where F takes out of the graph what its derivative needs; v: a solution of its systems."""
+        leaves = tuple(x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in hparams)
+        chosen, name = [x for x in leaves if x.requires_grad], "inner_loss" if self.minimises else "the map"
+        warn_of_lost(name, self.function, lambda: self.evaluate((*w, *leaves)), w, chosen, v)
 
     def run(self, linearisation: Linearisation, space: Space, b: Vector, last: Any, keep: Any) -> Vector:
         """Solve with A or Aᵀ, reporting a failure and filling in Info. b: of space, or a stack of such vectors."""

@@ -163,10 +163,11 @@ def grad(
         params: w, a tensor or any pytree of floating point tensors, at (or near) the solution. Where some leaves
             require grad, the others are frozen: constants, not unknowns.
         hparams: λ, likewise; at least one leaf requires grad. Leaves may be outputs of a network.
-        inner_loss: g, scalar, minimised by w: A = ∇²₁₁g. It may be an `operators.GaussNewton`. What is detached from
-            params in it (loss.detach() as the input of a weighting network) counts as a constant, and its derivative
-            is lost without a warning, as is what is detached from hparams in either loss (.data): nothing tells a
-            derivative that is lost from one that is not meant. `diagnostics.check` finds the first, its `solve=` both.
+        inner_loss: g, scalar, minimised by w: A = ∇²₁₁g. It may be an `operators.GaussNewton`.
+            What it (or fp_map, residual) takes out of the graph (loss.detach() as the input of a weighting network,
+            .data, .item(), no_grad) counts as a constant; where a function does so and its derivative is lost, a
+            LostDerivative says how much. With evaluated losses, and in outer_loss, it is lost without a warning:
+            `diagnostics.check` finds the first, its `solve=` both.
         fp_map: Φ, of params' structure, w = Φ(w, λ): A = I − ∂₁Φ.
         residual: F, of params' structure, F(w, λ) = 0: A = ∂₁F. Each of the three may be an `operators.Stochastic`.
         solver: a linear solver from hg.solvers, or a function (op, b, x0) of Vectors. Default: `solvers.Auto()`.
@@ -187,11 +188,11 @@ def grad(
         RuntimeError: the graph of an evaluated loss was freed before.
     Warns: HypergradientWarning where the adjoint system was not solved, where the result is not finite, where the inner
         problem is so far from its solution that the result means little, where tensors in it that require grad are in
-        neither params nor hparams, or where params have gradient hooks.
-    Cost: one evaluation of each loss, the solver's products, and one last product with respect to params and hparams
-        together, which also gives the true residual. The graph of ∇₁g (or Φ, F) is kept meanwhile. Besides the solver's
-        own reads from the device, the checks behind the warnings read at most six numbers, more where there is a
-        warning, and none with on_failure="ignore".
+        neither params nor hparams, where params have gradient hooks, or where a derivative is lost.
+    Cost: one evaluation of each loss (two of an inner one that takes something out of the graph), the solver's
+        products, and one last product with respect to params and hparams together, which also gives the true residual.
+        The graph of ∇₁g (or Φ, F) is kept meanwhile. Besides the solver's own reads from the device, the checks behind
+        the warnings read at most six numbers, more where there is a warning, and none with on_failure="ignore".
     Source: Grazzi et al. 2020, section 2; Pedregosa 2016, Algorithm 1.
 
     Example:
@@ -251,6 +252,7 @@ def report(problem: Problem, result: Hypergradient, what: str, on_failure: OnFai
     result.check_finite(on_failure)
     # One draw's residual does not say whether the mean is solved.
     if not problem.stochastic:
+        problem.warn_of_lost(result.solution.value)
         result.warn_if_unsolved()
         if result.solution.ok:
             result.warn_if_inaccurate(problem.several)

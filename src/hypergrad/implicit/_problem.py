@@ -12,10 +12,12 @@ from torch import Tensor
 
 from .. import _autodiff, _graph, _torch, operators
 from .._autodiff import Linearisation, as_losses, as_scalar, check_hparams, users_autocast, without_autocast
+from .._detached import warn_of_lost
 from .._graph import check_independent
+from .._reach import noticing
 from .._recorded import Recorded
 from .._solution import at_kink, warn
-from .._tree import PyTree, check_distinct, filled, flatten
+from .._tree import PyTree, check_distinct, difference, filled, flatten
 from .._vector import Space, Vector
 from ..operators import LinearOperator, Stochastic, Sum, has_curvature
 
@@ -133,7 +135,7 @@ class Problem:
         return self._argument, self.hparams
 
     @contextmanager
-    def without_hooks_and_autocast(self) -> Iterator[list[Tensor]]:
+    def without_hooks_and_autocast(self, warned: bool = False) -> Iterator[list[Tensor]]:
         """Gradient hooks and inference_mode are off, and autocast acts on losses and maps alone.
 
         Gives the hparams that have a hook, to be called at the end; warns of those on params of evaluated losses.
@@ -144,7 +146,7 @@ class Problem:
         with outside, suspended as hooked, without_autocast(self.space.device), rightly:
             ids = {id(x) for x in hooked}
             names = [name for name, x in zip(self._names, self._given, strict=True) if id(x) in ids] if ids else []
-            if names and self.live:
+            if names and self.live and not warned:
                 warn(
                     f"{', '.join(names[:5])} have gradient hooks: these do not act on the hypergradient, which is that "
                     f"of the losses alone. Remove them, or put what they do into the losses"
@@ -174,8 +176,9 @@ class Problem:
 
     def linearise(self) -> Linearisation:
         """The graph of ∇₁g, Φ or F at params and hparams."""
+        looked_at = None if isinstance(self.inner, Sum) or has_curvature(self.inner) else self.inner
         with torch.enable_grad(), _torch.differentiated_rightly(dense=True):
-            with users_autocast():
+            with users_autocast(), noticing(looked_at) as noticed:
                 if has_curvature(self.inner):
                     return self.inner.linearise(*self.arguments, self.leaves, self.differentiated, UNREACHED)
                 value = self.inner(*self.arguments) if callable(self.inner) else self.inner
@@ -192,7 +195,9 @@ class Problem:
         if self.compile:
             backend = None if self.compile is True else self.compile
             compiled = partial(Recorded, space=self.space, backend=backend, expected=self.expected_products)
-        return Linearisation(outputs, self.leaves, self.differentiated, compile=compiled)
+        linearisation = Linearisation(outputs, self.leaves, self.differentiated, compile=compiled)
+        linearisation.detaches = noticed.found
+        return linearisation
 
     def residual_of(self, linearisation: Any) -> Vector:
         """F: ∇₁g, w − Φ, or F itself; before the values are dropped."""
@@ -310,6 +315,23 @@ class Problem:
         now = [_torch.version_of(x) for x in (*inner, *outer)]
         pairs = (("params", slice(len(inner))), ("hparams", slice(len(inner), None)))
         return [name for name, part in pairs if self._versions[part] != now[part]]
+
+    def _equations(self) -> Sequence[Tensor]:
+        """F, evaluated again with its graph."""
+        outputs = self.linearise().outputs
+        return difference(self.leaves, outputs) if self.fixed_point else outputs
+
+    def warn_of_lost(self, v: Vector) -> None:
+        """LostDerivative where the inner problem takes out of the graph what its derivative needs; v: the adjoint."""
+        if self.linearisation is None or not self.linearisation.detaches or all(g is None for g in self.cross):
+            return
+        kept, self.compile = (self.others, self.compile), False
+        try:
+            with self.without_hooks_and_autocast(warned=True):
+                leaves = [x[0] if self.several else x for x in v.leaves]
+                warn_of_lost(self.kind, self.inner, self._equations, self.leaves, self.differentiated, leaves)
+        finally:
+            self.others, self.compile = kept
 
     def check_outer_depends(self, losses: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> None:
         """Raise where an outer loss has no derivative in params and surely should have one."""

@@ -117,7 +117,8 @@ def reverse(
 
     Warns: HypergradientWarning where nothing depends on a leaf of hparams, where at the second step nothing depends on
         a part of params (a momentum detached between steps), where the first step takes a gradient without a graph,
-        where start has gradient hooks, which are not called, and where the result is not finite.
+        where start has gradient hooks, which are not called, where the result is not finite, and where step takes out
+        of the graph what its derivative needs (LostDerivative, found by one more evaluation of such a step).
     Cost: the evaluations above and T reverse passes. Beside what memory says, five iterates, hparams, and the
         working memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget
         measure I and G at the first two steps, a budget the working memory as well, by one more reverse pass and

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from .. import _autodiff, _graph, _random
 from .._autodiff import as_losses, as_scalar, check_hparams
+from .._detached import warn_of_lost
 from .._options import check_whole
+from .._reach import noticing
 from .._solution import warn, warn_if_not_finite
 from .._torch import differentiated_rightly, hooks_suspended, outside_inference_mode, with_hooks
-from .._tree import KIND, Paths, PyTree, describe, filled, flatten, refuse_objects, split
+from .._tree import KIND, Paths, PyTree, describe, difference, filled, flatten, refuse_objects, split
 from ..implicit import warn_of_local
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
@@ -135,6 +137,7 @@ class Run:
         self.evaluations = 0
         self.several, self.lead = False, ()  # whether E gives [k] losses, and (k,) once it did
         self._random: dict[torch.device, Tensor] = {}
+        self._detaches = False  # whether the first step takes numbers out of the graph, and no other warning says so
         self.found = found_of(step)
         self.form = (self.paths.spec, *map(KIND, (*self.start, *self.outer)))
         # What `measure` evaluated ahead: iterates by t, and the graph of the steps from t₀ on, as (t₀, steps, graph).
@@ -177,7 +180,9 @@ class Run:
         try:
             if self.batches:
                 arguments = (t, self.batches(t))
-            with _autodiff.gradients_taken(tensors) if watched else nullcontext(()) as with_graph:
+            self._arguments = arguments
+            graphs = _autodiff.gradients_taken(tensors) if watched else nullcontext(())
+            with graphs as with_graph, noticing(self.step if watched else None) as noticed:
                 value = self.step(rebuild(tensors), self.hparams, *arguments)
         except StopIteration:
             raise ValueError(EXHAUSTED.format("step (or batches)", t)) from None
@@ -191,6 +196,7 @@ class Run:
             raise RuntimeError(IN_PLACE)
         if not all(with_graph):
             warn(NO_SECOND)
+        self._detaches |= noticed.found and all(with_graph)
         outputs, new_rebuild = self.arranged(value)
         if self.evaluations == 1:
             self._check_argument_used(tensors, outputs)
@@ -232,6 +238,7 @@ class Run:
         """Warn where a part of params that step was given reaches nothing. Step 0 is often a special case."""
         lost = [i for i in _graph.unreached(outputs, tensors) if tensors[i].numel()]
         if lost:
+            self._detaches = False
             parts = ", ".join(f"tensor {i} {describe(*KIND(tensors[i]))}" for i in lost)
             warn(
                 f"nothing in step's result depends on {parts} of the params that it was called with, so no gradient "
@@ -335,7 +342,19 @@ class Run:
             self._check_outer(loss, any(g is not None for g in both[: len(inputs)]))
         alpha = _autodiff.new_zeros(both[: len(inputs)], inputs, *self.lead)
         self.random_after = _random.capture(self.devices)
+        self._final = (final, rebuild, alpha) if self._detaches else None
         return alpha, both[len(inputs) :]
+
+    def _warn_of_lost(self, final: list[Tensor], rebuild: Rebuild, alpha: list[Tensor]) -> None:
+        """LostDerivative where step takes out of the graph what its derivative needs."""
+        leaves = [leaf(x) for x in final]
+
+        def evaluate() -> Sequence[Tensor]:  # w − Φ, beside which a small step counts
+            outputs = self.arranged(self.step(rebuild(leaves), self.hparams, *self._arguments))[0]
+            return difference(inputs, list(filter(is_continuous, outputs)))
+
+        inputs, v = [x for x in leaves if x.requires_grad], [x[0] if self.several else x for x in alpha]
+        warn_of_lost("step", self.step, evaluate, inputs, self.differentiated, v)
 
     def _check_outer(self, loss: Tensor, used: bool) -> None:
         """Raise where outer_loss uses other tensors in place of its argument; warn where it may."""
@@ -397,6 +416,8 @@ class Run:
                 f"neither step nor outer_loss depends on {', '.join(lost)}, so the gradient there is zero: was it read "
                 f"as a number (.item(), float(), .data)?"
             )
+        if self._final and not lost:
+            self._warn_of_lost(*self._final)
         grads = with_hooks(self.differentiated, grads, self.hooked)
         warn_if_not_finite(g for g in grads if g is not None)
         every = filled([None] * len(self.outer), self.places, _autodiff.copies(grads))

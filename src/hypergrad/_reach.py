@@ -1,0 +1,155 @@
+"""What a callable can be seen to use, and whether it takes numbers out of autograd's graph when it is called."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import os
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+DEPTH = 4  # of containers, partials and closures inside each other
+LONG = 1000  # a container of more than so many is data
+PLAIN = (int, float, complex, str, bytes, type(None), Tensor)  # no module is in these
+LIBRARIES = ("torch", "hypergrad", "numpy", "math")
+OWN = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+_SWITCHES = ("no_grad", "inference_mode", "set_grad_enabled")
+_TAKEN = ("detach", "detach_", "data", "item", "tolist", "numpy", *_SWITCHES)
+LEAVE: dict[str, Any] = {  # names by which numbers leave autograd's graph, by how bytecode loads them
+    **dict.fromkeys(("LOAD_ATTR", "LOAD_METHOD"), _TAKEN),
+    **dict.fromkeys(
+        ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"), ("float", "complex", "math", "numpy", "np", *_SWITCHES)
+    ),
+}
+
+DETACH = {Tensor.detach, torch.detach, Tensor.data.__get__}  # pyright: ignore[reportAttributeAccessIssue]
+READ = {Tensor.item, Tensor.__float__}
+_PASSED = {__file__, torch.overrides.__file__}
+UNWATCHED = nullcontext(SimpleNamespace(found=False))
+
+
+def reached(functions: Iterable[Any], depth: int = 0) -> Iterator[Any]:
+    """These functions and what they can be seen to use, each object once; modules are not entered."""
+    seen: set[int] = set()
+    stack = [(each, depth) for each in functions]
+    while stack:
+        each, depth = stack.pop()
+        if id(each) in seen or depth > DEPTH:
+            continue
+        seen.add(id(each))
+        yield each
+        if not isinstance(each, nn.Module):
+            stack.extend((part, depth + 1) for part in _parts(each, depth) if not isinstance(part, PLAIN))
+
+
+def may_detach(*functions: Any) -> bool:
+    """Whether code that a callable can be seen to use names something by which numbers leave autograd's graph."""
+    return any(_detaches(each) for each in reached(functions, -2))
+
+
+def _detaches(each: Any) -> bool:
+    if isinstance(each, types.FunctionType):
+        return _code_detaches(each.__code__)
+    if isinstance(each, (types.BuiltinFunctionType, types.MethodDescriptorType)):  # such as torch.detach
+        return each.__name__ in _TAKEN
+    if isinstance(each, nn.Module):
+        return any(map(_class_detaches, {type(module) for module in each.modules()}))
+    return _class_detaches(type(each))
+
+
+@functools.lru_cache(4096)
+def _class_detaches(kind: type) -> bool:
+    own = [each for each in kind.__mro__ if not each.__module__.startswith(("torch.", "hypergrad.", "builtins"))]
+    parts = [getattr(part, "__func__", part) for each in own for part in vars(each).values()]
+    return any(_code_detaches(part.__code__) for part in parts if isinstance(part, types.FunctionType))
+
+
+@functools.lru_cache(4096)
+def _code_detaches(code: types.CodeType) -> bool:
+    if code.co_filename.startswith(OWN):  # a function decorated by torch.no_grad() is one of torch's
+        return code.co_name == "decorate_context"
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    steps = dis.get_instructions(code)
+    return any(step.argval in LEAVE.get(step.opname, ()) for step in steps) or any(map(_code_detaches, inner))
+
+
+class Noticing(TorchFunctionMode):
+    """Evaluates as torch does. found: whether the user's code took something out of the graph."""
+
+    found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.found and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            inside = not torch.is_grad_enabled()
+            self.found = (func in DETACH or func in READ or inside) and bool(place_of(func in READ or inside))
+        return func(*args, **(kwargs or {}))
+
+
+def noticing(user: Any) -> Any:
+    """A context in which to evaluate the user's function; `found` of what it gives says whether it detaches."""
+    return Noticing() if may_detach(user) else UNWATCHED
+
+
+def place_of(through: bool) -> str:
+    """The line of the user's code that is at work; "" where it is not the user's. through: torch's modules are left."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and (frame.f_code.co_filename in _PASSED or (through and _is_torchs(frame))):
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_filename.startswith(OWN):
+        return ""
+    code = frame.f_code
+    return f"{code.co_name} ({Path(code.co_filename).name}, line {frame.f_lineno})"
+
+
+def _is_torchs(frame: Any) -> bool:
+    return frame.f_code.co_filename.startswith(OWN[1])
+
+
+def _parts(each: Any, depth: int) -> Iterable[Any]:
+    if isinstance(each, functools.partial):
+        return [each.func, *each.args, *each.keywords.values()]
+    if isinstance(each, types.MethodType):
+        return [each.__self__, each.__func__]
+    if isinstance(each, types.FunctionType):
+        return _of_function(each)
+    if isinstance(each, (dict, list, tuple)):
+        return list(each.values() if isinstance(each, dict) else each) if len(each) <= LONG else []
+    if isinstance(each, (torch.Tensor, type)) or not (callable(each) or depth) or _known(type(each).__module__):
+        return []
+    attributes = getattr(each, "__dict__", None)
+    return list(attributes.values()) if isinstance(attributes, dict) else []
+
+
+def _of_function(function: types.FunctionType) -> list[Any]:
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            cells.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    names = () if _known(function.__globals__.get("__name__", "")) else _names(function.__code__)
+    used = [function.__globals__[name] for name in names if name in function.__globals__]
+    files = [each for each in used if isinstance(each, types.ModuleType) and not each.__name__.startswith(LIBRARIES)]
+    used = [each for each in used if not isinstance(each, types.ModuleType)]
+    used += [vars(file)[name] for file in files for name in names if name in vars(file)]
+    return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *used]
+
+
+def _known(module: str) -> bool:
+    """Whether a module is torch's, or one of trackers: what it defines names no module of the user's."""
+    return module == "torch" or module.startswith(("torch.", "hypergrad.bilevel."))
+
+
+@functools.lru_cache(1024)
+def _names(code: types.CodeType) -> set[str]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
