@@ -81,6 +81,13 @@ def test_function_hands_on_its_tensors():
     np.testing.assert_allclose(op.T(torch.tensor(X)), 2 * A.T @ X, rtol=1e-14)
 
 
+@pytest.mark.parametrize("tensors", [torch.ones(3), {"a": torch.ones(3)}], ids=["tensor", "dict"])
+def test_tensors_of_a_function_are_a_tuple(tensors):
+    """A tensor alone would be handed on row by row."""
+    with pytest.raises(TypeError, match="tensors must be a tuple of what matvec takes after v"):
+        hg.operators.function(lambda v, *a: v, tensors=tensors)
+
+
 def test_products_of_all_forms_are_counted_together():
     op = matrix(torch.tensor(A))
     x = torch.tensor(X)

@@ -185,16 +185,19 @@ def function(
     Args:
         matvec: (v, *tensors) ↦ A v; the result has v's structure, shapes, dtypes and devices.
         transpose: (v, *tensors) ↦ Aᵀ v, likewise.
-        tensors: what A depends on, for `implicit.linear_solve`, which differentiates with respect to them.
+        tensors: a tuple of what A depends on, for `implicit.linear_solve`, which differentiates with respect to them.
         symmetric, positive_definite, batch_dims: see LinearOperator.
 
-    Raises: ValueError at a product whose result is not like v, naming the leaf.
+    Raises: TypeError for tensors that are no tuple; ValueError at a product whose result is not like v.
 
     Example:
         >>> op = function(lambda v: {"a": 2 * v["a"]}, symmetric=True)
         >>> op({"a": torch.tensor([1.0, 3.0])})
         {'a': tensor([2., 6.])}
     """
+
+    if not isinstance(tensors, (tuple, list)):
+        raise TypeError(f"tensors must be a tuple of what matvec takes after v, got {type(tensors).__name__}")
 
     def on_vectors(product: Callable[..., PyTree]) -> Product:
         return lambda v: v.space.vector(product(v.tree, *tensors), "the operator's product")

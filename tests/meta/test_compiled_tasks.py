@@ -116,6 +116,7 @@ def test_tasks_that_diverge_are_left_out_without_compiling_anew():
         check(plain, compiled)
 
 
+@pytest.mark.filterwarnings("ignore::hypergrad.LostDerivative")
 def test_what_cannot_be_compiled_is_evaluated_as_it_is():
     losses, h, tasks = Losses(), hparams(), tasks_of(0)
     rule = hg.diff_optimizers.SGD(lr=lambda h: 0.1 * h["b1"][0].exp() * float(h["w2"][0].detach()))
