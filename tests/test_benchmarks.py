@@ -33,6 +33,7 @@ from benchmarks import (
     size,
     small,
     small_layers,
+    small_outer,
     small_rows,
     tasks,
     unrolled,
@@ -112,8 +113,8 @@ SMALL = {
     "MAML, first order": lambda: small_layers.maml(2, False),
     "bags": lambda: small_layers.bags(40, 5, 6, 3),
     "convolutions": lambda: small_layers.convolutions(8, 2, 4),
-    "outer steps": lambda: small_layers.outer_steps(4),
-    "ridge steps": lambda: small_layers.ridge_steps(2),
+    "outer steps": lambda: small_outer.outer_steps(4),
+    "ridge steps": lambda: small_outer.ridge_steps(2),
 }
 
 
