@@ -21,6 +21,9 @@ FREED = (
     "the graph of this loss or map, or of hparams, was already freed by an earlier backward(), grad() or "
     "hypergradient: evaluate it again, or pass losses and maps as callables"
 )
+UNREACHED = (
+    "inner_loss does not depend on params; was it computed under no_grad, or from other tensors (a live model's)?"
+)
 ATTENTION = (
     "a fused attention kernel has no second derivative: evaluate the model under "
     "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
@@ -92,9 +95,8 @@ def grad(
     batched: bool = False,
     must_reach: str | None = None,
 ) -> list[Tensor]:
-    """Σᵢ cotangentᵢᵀ ∂outputᵢ/∂input for each input; zeros where nothing depends on it. Never writes .grad.
+    """Σᵢ cotangentᵢᵀ ∂outputᵢ/∂input for each input, zeros where nothing depends on it; batched: for stacks of these.
 
-    batched: cotangents have one more leading axis, and so have the results (one vectorised pass).
     must_reach: the ValueError to raise where no output depends on any input.
     """
     grads = grad_or_none(
@@ -194,11 +196,6 @@ def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         raise
 
 
-def add(xs: Sequence[Tensor | None], ys: Sequence[Tensor]) -> list[Tensor]:
-    """Sums in memory of their own; None stands for zeros."""
-    return [y.clone() if x is None else x + y for x, y in zip(xs, ys, strict=True)]
-
-
 def add_or_none(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Sums in memory of their own; None stands for zeros, and for a sum of two of them."""
     pairs = zip(xs, ys, strict=True)
@@ -220,18 +217,7 @@ def _retained(outputs: Sequence[Tensor], params: Sequence[Tensor], v: Sequence[T
 class Linearisation:
     """The derivative of outputs F(w, λ) at one point, from one graph that is kept until this object goes.
 
-    Args:
-        outputs: the leaves of F, with their graph. See `drop_values`.
-        params: the leaves of w in that graph.
-        hparams: the leaves of λ that require grad.
-        curvature: v ↦ Bv (batched: for a stack of v) with a symmetric B that stands for ∂₁F; None: ∂₁F itself.
-        probe: the c at which `pulled` is taken, like outputs.
-        compile: turns the product by a retained reverse pass into another function v ↦ ∂₁Fᵀv.
-
-    Attributes:
-        params_unreached: whether `vjp_both` found that no output depends on any of params.
-        hooks: names of hooks that changed what `vjp_both` or `vjp_both_many` sent through the graph.
-        detaches: whether F was seen to take numbers out of the graph.
+    compile: turns the product by a retained reverse pass into another function v ↦ ∂₁Fᵀv.
     """
 
     def __init__(
@@ -243,16 +229,18 @@ class Linearisation:
         probe: Sequence[Tensor] | None = None,
         compile: Callable[[Callable[[Sequence[Tensor]], list[Tensor]]], Any] | None = None,
     ):
-        self.outputs: list[Any] = list(outputs)
+        self.outputs: list[Any] = list(outputs)  # the leaves of F, with their graph: see `drop_values`
         self.like = outputs
-        self.params = params
-        self.hparams = hparams
-        self.curvature = curvature
-        self.probe = probe
+        self.params = params  # the leaves of w in that graph
+        self.hparams = hparams  # the leaves of λ that require grad
+        self.curvature = curvature  # v ↦ Bv (True: for a stack of v) with a symmetric B in place of ∂₁F
+        self.probe = probe  # the c at which `pulled` is taken
         # No method of this object, which would then be in a cycle with what it holds.
         plain = partial(_retained, self.outputs, params)
         self.compiled = None if compile is None else compile(plain)
-        self.params_unreached, self.hooks, self.detaches = False, [], False
+        self.params_unreached = False  # whether `vjp_both` found that no output depends on any of params
+        self.hooks: list[str] = []  # names of those that changed what `vjp_both` or `vjp_both_many` sent through
+        self.detaches = False  # whether F was seen to take numbers out of the graph
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def drop_values(self) -> None:
@@ -302,10 +290,7 @@ class Linearisation:
         return self._transpose()[1]
 
     def jvp(self, u: Sequence[Tensor]) -> list[Tensor]:
-        """∂₁F u: the vjp is linear in its cotangent, so its derivative with respect to the cotangent is ∂₁F.
-
-        The graph of the vjp is built at the first call, from the retained graph; F is not evaluated again.
-        """
+        """∂₁F u, the derivative of the vjp in its cotangent, whose graph is built at the first call."""
         return self._push(u, batched=False)
 
     def jvp_many(self, us: Sequence[Tensor]) -> list[Tensor]:

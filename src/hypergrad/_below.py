@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -35,21 +35,12 @@ def explain_tracing(error: RuntimeError) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """One solve, on tensors alone.
+    """One solve, on tensors alone."""
 
-    Args:
-        solve: (start, w ↦ Φ(w) on leaves, batch_dims) ↦ Solution.
-        function: (w, λ) ↦ Φ(w, λ), on leaves.
-        unflatten: makes a tree of the leaves of w.
-        batch_dims: leading axes of independent samples.
-        below: whether it runs below all transforms.
-    """
-
-    solve: Callable[[PyTree, Callable[..., Sequence[Tensor]], int], Solution]
-    function: Callable[[Leaves, Leaves], Sequence[Tensor]]
-    unflatten: Callable[..., PyTree]
-    batch_dims: int
-    below: bool = False
+    solve: Callable[[PyTree, Callable[..., Sequence[Tensor]], int], Solution]  # of start, Φ on leaves, and batch_dims
+    function: Callable[[Leaves, Leaves], Sequence[Tensor]]  # (w, λ) ↦ Φ(w, λ), on leaves
+    unflatten: Callable[..., PyTree]  # makes a tree of the leaves of w
+    batch_dims: int  # leading axes of independent samples
 
     def vmapped(self, dims: Sequence[int | None]) -> Call:
         """The same over one more leading axis of w, and of those tensors of λ whose entry in dims is 0."""
@@ -57,8 +48,6 @@ class Call:
         return replace(self, function=function, batch_dims=self.batch_dims + 1)
 
     def run(self, start: Leaves, hparams: Leaves) -> Solution:
-        outside = _torch.is_wrapped if self.below else _torch.mapped_levels
-
         def evaluate(w: Sequence[Tensor]) -> Sequence[Tensor]:
             try:
                 values = self.function(tuple(w), hparams)
@@ -66,7 +55,7 @@ class Call:
                 if _torch.is_of_ended_transform(error):
                     raise NotPassed from error
                 raise
-            if any(map(outside, values)):
+            if any(map(_torch.is_wrapped, values)):
                 raise NotPassed
             return values
 
@@ -114,16 +103,8 @@ def solved(call: Call, start: Leaves, hparams: Leaves) -> tuple[Solution, Soluti
         solution = call.run(start, hparams)
         return solution, solution
     tensors, kept = [x.detach() for x in (*start, *hparams)], []
-    try:
-        with torch.no_grad():
-            outputs = _Below.apply(replace(call, below=True), kept.append, len(start), *tensors)
-    except NotPassed:
-        if any(map(_torch.mapped_levels, tensors)):
-            raise
-        # What no vmap maps can be computed with where it is. Older torch reads no numbers from wrapped tensors.
-        solution = call.run(start, hparams)
-        parts, rebuild = split([getattr(solution, part.name) for part in fields(solution)])
-        return (plain := Solution(*rebuild(map(_torch.unwrapped, parts)))), plain
+    with torch.no_grad():
+        outputs = _Below.apply(call, kept.append, len(start), *tensors)
     code, residual_norm, rhs_norm, trace = outputs[len(start) :]
     value, plain = call.unflatten(outputs[: len(start)]), kept[0]
     return Solution(value, code, plain.steps, residual_norm, rhs_norm, trace, plain.method), plain

@@ -152,8 +152,7 @@ INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__fil
 def noticing_hooks(found: list[str], inputs: Sequence[Tensor], reverse_pass: Callable[[], Any]) -> Any:
     """What a reverse pass gives; adds to found the names and places of hooks that change what it sends through.
 
-    Nothing in a graph tells its hooks, but Python's profiler sees calls that come from autograd's engine, and those of
-    a module's hooks. Not seen are hooks without Python code, and any while another profiler is on.
+    Nothing in a graph tells its hooks, but Python's profiler sees calls from autograd's engine, and of module hooks.
     """
     if sys.getprofile() is not None:
         return reverse_pass()

@@ -39,11 +39,7 @@ def progress_bar(
     unit: str = "it",
     leave: bool = False,
 ) -> Any:
-    """tqdm's bar over items, or the items alone.
-
-    Args:
-        wanted: True for a bar, None for one after LONG seconds where there are a terminal and tqdm, False for none.
-    """
+    """tqdm's bar over items, or the items alone; wanted=None: a bar after LONG seconds on a terminal with tqdm."""
     if wanted is not None and not wanted:
         return items
     try:

@@ -94,14 +94,11 @@ class Recorded:
         backend: of torch.compile, which compiles the recording, whatever the number of products; None: the recording
             itself is used, where enough products follow to pay for it.
         expected: the number of products; None where it is not known.
-
-    Attributes:
-        report: how products are done, and why.
     """
 
     def __init__(self, plain: Product, space: Space, backend: str | None = None, expected: int | None = None):
         self.plain, self.space, self.backend = plain, space, backend
-        self.report = "reverse passes: too few products to record one"
+        self.report = "reverse passes: too few products to record one"  # how products are done, and why
         self._wait = 0  # products before one is recorded; negative: none is
         if backend is None and (expected is None or expected < FEWEST):
             self._wait = WAIT if expected is None else -1

@@ -302,10 +302,10 @@ class Sum:
         return self.loss if hasattr(self.loss, "linearise") else None
 
     def linearise(
-        self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor], message: str
+        self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor]
     ) -> Linearisation:
         """∇₁g with its graph; products with the batches' Gauss–Newton matrices and the penalty's Hessian, summed."""
-        gradient = _autodiff.grad([self(params, hparams)], leaves, create_graph=True, must_reach=message)
+        gradient = _autodiff.grad([self(params, hparams)], leaves, create_graph=True, must_reach=_autodiff.UNREACHED)
         batches, bent = self._once([*leaves, *differentiated]), None
         if self.penalty is not None:
             penalty = as_scalar(self.penalty(params, hparams), "penalty")
@@ -315,13 +315,13 @@ class Sum:
             total: Values = [None] * len(v)
             for _, batch, weight in batches:
                 with torch.enable_grad(), users_autocast():
-                    one = self.loss.on(batch).linearise(params, hparams, leaves, (), message)
+                    one = self.loss.on(batch).linearise(params, hparams, leaves, ())
                 image = one.vjp_many(v) if batched else one.vjp(v)
                 total = [_added(x, y, weight) for x, y in zip(total, image, strict=True)]
             whole = [x / batches.total if self.mean else x for x in total if x is not None]
             if bent is None:
                 return whole
-            return _autodiff.add(whole, bent.vjp_many(v) if batched else bent.vjp(v))
+            return list(map(torch.add, whole, bent.vjp_many(v) if batched else bent.vjp(v)))
 
         return Linearisation(gradient, leaves, differentiated, product)
 

@@ -64,10 +64,9 @@ ENGINE_CALLERS = {
 
 @contextmanager
 def hooks_suspended(tensors: Iterable[Tensor], retained: bool = True) -> Iterator[list[Tensor]]:
-    """Gradient hooks of these tensors do not act meanwhile; gives the tensors that have one.
+    """Gradient hooks of these tensors, which torch.autograd.grad calls too, do not act; gives those that have one.
 
-    torch.autograd.grad calls the hooks of its inputs too: at each of many products, and before the total is known. It
-    also writes the .grad of tensors that retain it, which with `retained` is put back afterwards.
+    torch.autograd.grad also writes the .grad of tensors that retain it, which with `retained` is put back afterwards.
     """
     tensors = list(tensors)
     before = [(x, x.grad) for x in tensors if x.retains_grad] if retained else []
@@ -141,14 +140,11 @@ def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Any], hooked: Sequence[
 def random_state_kept_on_error(leaves: Iterable[Any]) -> Iterator[None]:
     """The random state, on the CPU and where these leaves are, is put back if an error leaves a half-done call."""
     devices = {x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda}
-    cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
-    generator: Any = torch.default_generator
-    # A clone takes half the memory of the state as a tensor.
-    kept = generator.clone_state() if hasattr(generator, "clone_state") else generator.get_state()
+    cuda, cpu = {device: torch.cuda.get_rng_state(device) for device in devices}, torch.get_rng_state()
     try:
         yield
     except BaseException:
-        generator.set_state(kept if isinstance(kept, Tensor) else kept.get_state())
+        torch.set_rng_state(cpu)
         for device, own in cuda.items():
             torch.cuda.set_rng_state(own, device)
         raise
@@ -158,10 +154,7 @@ _will_execute = getattr(torch._C, "_will_engine_execute_node", None)
 
 
 def wanted_inputs(ctx: Any, skip: int) -> list[int]:
-    """Within the backward of an autograd.Function: which tensors, after `skip` other inputs, this pass wants.
-
-    torch's needs_input_grad says which require grad, whether or not the pass asks for them.
-    """
+    """Within the backward of an autograd.Function: which tensors, after `skip` other inputs, this pass asks for."""
     needed = [i for i, wanted in enumerate(ctx.needs_input_grad[skip:]) if wanted]
     nodes = getattr(ctx, "next_functions", ())
     if _will_execute is None or len(nodes) != len(ctx.needs_input_grad) - skip:
@@ -243,10 +236,7 @@ def compiled(graph_module: torch.fx.GraphModule, inputs: Sequence[Tensor], backe
 
 
 class Allocated(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
-    """Bytes of the tensors made in the block that are alive: `now`, and at most (`peak`).
-
-    By what operations return; what a kernel takes and gives back inside is not seen.
-    """
+    """Bytes of the tensors that operations in the block returned and that are alive: `now`, and at most (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -417,10 +407,8 @@ def _change_users(by: int) -> None:
 def differentiated_rightly(dense: bool = False) -> Iterator[None]:
     """A map evaluated inside has right derivatives of every order.
 
-    torch._weight_norm, whose second derivative is wrong in torch 2.13, is written out as g v / ‖v‖, and
-    parametrize.cached() is off: the cached weight belongs to other parameters, or to no graph. A non-reentrant
-    checkpoint in a module that torch.func.functional_call calls is recomputed with the tensors it was called at. dense:
-    so are the gradients of embeddings, for torch takes the derivatives of sparse ones for zero.
+    What stands in `_replaced` is replaced, and parametrize.cached() is off: the cached weight belongs to other
+    parameters, or to no graph. dense: so are the gradients of embeddings, whose derivatives are zero if sparse.
     """
     before = inside.get()
     if before or before is dense:

@@ -118,14 +118,11 @@ class Space:
         unflatten: Unflatten,
         batch_dims: int = 0,
         places: list[int] | None = None,
-        groups: list[list[int]] | None = None,
+        groups: list[list[int]] | None = None,  # which leaves share a buffer; by their sizes
     ):
         """The space of a tree that was flattened: Space(*flatten(tree, name)).
 
-        Args:
-            places: which of the leaves are components of its vectors, where not all are; the trees of its vectors hold
-                zeros for the others.
-            groups: which leaves share a buffer; None: by their sizes.
+        places: the leaves that are components of its vectors, where not all are; their trees hold zeros for the others.
         """
         self.paths, self.unflatten, self.places = paths, unflatten, None
         if places is not None and len(places) < len(leaves):

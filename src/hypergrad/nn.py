@@ -198,7 +198,7 @@ class Equilibrium(nn.Module):
     def _step(self, z: PyTree, live: bool = False) -> Callable[[PyTree, PyTree], PyTree]:
         """(z, (tensors, u)) ↦ cell(z, u) in z's dtype, under the autocast of this call also when differentiated.
 
-        live: nothing differentiates it, so that a cell without buffers is called as it is, which takes half the time.
+        live: nothing differentiates it, and a cell without buffers is called as it is, in half the time.
         """
         dtypes = [leaf.dtype for leaf in split(z)[0]]
         device = split(z)[0][0].device.type

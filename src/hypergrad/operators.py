@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import add
 from types import SimpleNamespace
 from typing import Any
 
@@ -243,10 +244,7 @@ def adjoint(
 ) -> LinearOperator:
     """Aᵀ of a residual F (A = ∂₁F), or of a fixed point map Φ (A = I − ∂₁Φ), by automatic differentiation.
 
-    Args:
-        linearise: gives the Linearisation that a product uses: always the same one, or a new draw for each product.
-        fixed_point: whether it is that of Φ.
-        symmetric, positive_definite, batch_dims, stochastic: see LinearOperator.
+    linearise: gives the Linearisation (of F or Φ) that a product uses: always the same one, or a new draw for each.
     """
 
     def products(one: Any, several: Any) -> tuple[Product, Callable[[Basis], Basis]]:
@@ -366,7 +364,7 @@ class GaussNewton:
         )
 
     def linearise(
-        self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor], message: str
+        self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor]
     ) -> Linearisation:
         """∇₁g with its graph and products with A in ∇²₁₁g's place, from one evaluation of the model."""
         z = self.model(params, hparams)
@@ -385,9 +383,9 @@ class GaussNewton:
             fit = j.vjp_many(h.vjp_many(j.jvp_many(v))) if batched else j.vjp(h.vjp(j.jvp(v)))
             if bent is None:
                 return fit
-            return _autodiff.add(fit, bent.vjp_many(v) if batched else bent.vjp(v))
+            return list(map(add, fit, bent.vjp_many(v) if batched else bent.vjp(v)))
 
-        gradient = _autodiff.grad([total], leaves, create_graph=True, must_reach=message)
+        gradient = _autodiff.grad([total], leaves, create_graph=True, must_reach=_autodiff.UNREACHED)
         return Linearisation(gradient, leaves, differentiated, product)
 
 

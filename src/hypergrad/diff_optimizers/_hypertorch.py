@@ -15,7 +15,6 @@ from .._autodiff import as_scalar
 from .._solution import warn
 from .._torch import random_state_kept_on_error
 from .._tree import flatten
-from ._rule import UNREACHED
 
 Params: TypeAlias = Any  # a list of tensors, or of lists of them
 Number: TypeAlias = "float | Tensor"
@@ -27,7 +26,7 @@ def _gradient(params: Params, loss: Tensor, create_graph: bool) -> tuple[Params,
     as_scalar(loss, "the inner loss")
     params = list(params)
     leaves, _, rebuild = flatten(params, "params")
-    grads = _autodiff.grad([loss], leaves, create_graph=create_graph, must_reach=UNREACHED)
+    grads = _autodiff.grad([loss], leaves, create_graph=create_graph, must_reach=_autodiff.UNREACHED)
     return params, rebuild(grads)
 
 

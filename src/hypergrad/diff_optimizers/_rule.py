@@ -19,10 +19,6 @@ from .._tree import Paths, PyTree, filled, flatten
 
 State: TypeAlias = "dict[str, Any]"
 Number: TypeAlias = "float | Tensor"
-UNREACHED = (
-    "the inner loss does not depend on params; was it computed under no_grad, or by a live model instead of from its "
-    "argument?"
-)
 
 
 @dataclass(frozen=True)
@@ -396,7 +392,7 @@ class Rule(ABC):
                 loss = as_scalar(inner_loss(unflatten(at), hparams, *rest), "the inner loss")
                 grads = _autodiff.grad_or_none([loss], [at[i] for i in moved], create_graph=create_graph)
                 if all(g is None for g in grads):
-                    raise ValueError(UNREACHED)
+                    raise ValueError(_autodiff.UNREACHED)
                 slopes = unflatten(filled([None] * len(leaves), moved, grads))
                 return self.update(unflatten(leaves), carry[1], slopes, hparams if self.needs_hparams else None)
 

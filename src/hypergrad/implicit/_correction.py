@@ -69,12 +69,7 @@ class Correction:
 
 
 def correct(problem: Problem, v: Vector, solver: Solver, operator: LinearOperator | None = None) -> Correction:
-    """The correction at (w, v) of a problem that was evaluated with keep. Its graphs stay.
-
-    Cost: the solver's products for two systems, one with A and one with Aᵀ; a gradient of E and one product with
-        respect to params and hparams whose graph is kept, one reverse pass through it (a third derivative of an
-        inner_loss), and one last product.
-    """
+    """The correction at (w, v) of a problem that was evaluated with keep. Its graphs stay."""
     assert problem.linearisation is not None
     space, outer, n = problem.space, problem.outer_space, len(problem.leaves)
     inputs = [*problem.leaves, *problem.differentiated]
@@ -247,13 +242,10 @@ def _adjoint_to(rtol: float, problem: Problem, solver: LinearSolver, start: Any)
         before, start, tolerance = h, solution.value, max(tolerance / 10, 10 * problem.space.eps)
 
 
-def newton_step(problem: Problem, step: Vector, halvings: int = 20) -> Problem | None:
-    """The problem at w + tδ with t the first of 1, ½, ¼, … at which ‖F‖ falls; None if it falls at none of these.
-
-    Cost: one evaluation of the inner problem for each t.
-    """
+def newton_step(problem: Problem, step: Vector) -> Problem | None:
+    """The problem at w + tδ with t the first of 1, ½, ¼, … at which ‖F‖ falls; None if it falls at none of twenty."""
     size = norm(problem.residual_of(problem.linearisation))
-    for k in range(halvings):
+    for k in range(20):
         better = problem.again(problem.with_params(problem.point + step * 0.5**k))
         better.linearisation = better.linearise()
         fell = norm(better.residual_of(better.linearisation)) < size
@@ -264,10 +256,8 @@ def newton_step(problem: Problem, step: Vector, halvings: int = 20) -> Problem |
 
 def _updated(problem: Problem, update: Callable[[PyTree, PyTree], PyTree]) -> Problem:
     """The problem at update(params, hparams)."""
-    params = problem.with_params(problem.point.copy())
-    return problem.again(
-        problem.with_params(problem.space.vector(update(params, problem.hparams), "the value of update").copy())
-    )
+    value = update(problem.with_params(problem.point.copy()), problem.hparams)
+    return problem.again(problem.with_params(problem.space.vector(value, "the value of update").copy()))
 
 
 def _check_accuracy(result: Hypergradient, rtol: float, on_failure: str) -> None:

@@ -212,11 +212,8 @@ class Root(torch.autograd.Function):
         problem, leaves = ctx.problem, ctx.saved_tensors
         n = problem.count
         wanted = [i for i in floating(leaves) if i >= n and ctx.needs_input_grad[2 + ctx.given + i - n]]
-        grads: list[Tensor | None] = [None] * (len(leaves) - n)
-        w_bar = tuple(_autodiff.densified(w_bar))
-        for i, bar in zip(wanted, adjoint(problem, leaves, w_bar, wanted), strict=True):
-            grads[i - n] = bar
-        return (None, None, *[None] * ctx.given, *grads)
+        bars = adjoint(problem, leaves, tuple(_autodiff.densified(w_bar)), wanted)
+        return (None, None, *[None] * ctx.given, *filled([None] * len(leaves), wanted, bars)[n:])
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> Leaves:
@@ -240,11 +237,7 @@ class Root(torch.autograd.Function):
 
 
 def find_all(find: Callable[[Leaves], Leaves], dims: Sequence[int | None], count: int, hparams: Leaves) -> Leaves:
-    """The solutions for each entry of the mapped leaves of λ, stacked: by one run where vmap can, else one by one.
-
-    What vmap cannot do as a loop would (a branch or a number that depends on an entry, random numbers, .backward()), it
-    refuses.
-    """
+    """The solutions for each entry of the mapped leaves of λ, stacked: by one run where vmap can, else one by one."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")

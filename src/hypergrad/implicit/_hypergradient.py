@@ -228,10 +228,7 @@ def grad(
 
 
 def hypergradient_of(problem: Problem, solver: Solver, x0: Any, second: Solver | None = None) -> Hypergradient:
-    """∇f(λ) of a problem that is not evaluated yet, without a word on how good it is.
-
-    second: is taken where the solver ends as NOT_POSITIVE_DEFINITE or DIVERGED.
-    """
+    """∇f(λ), without a word on how good it is; second: for where the solver ends as not definite, or DIVERGED."""
     if isinstance(solver, IterativeSolver) and solver.fixed_steps:
         problem.expected_products = solver.max_steps
     with problem.without_hooks_and_autocast() as hooked:

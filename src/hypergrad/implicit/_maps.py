@@ -1,7 +1,4 @@
-"""Solutions of inner problems as differentiable values: root, fixed_point, argmin, linear_solve, the solver decorator.
-
-Each form of inner problem becomes one function F on leaves, and one Root carries all of them.
-"""
+"""Solutions of inner problems as differentiable values: each form becomes one function F on leaves, for one Root."""
 
 from __future__ import annotations
 
@@ -23,6 +20,7 @@ from ..operators import LinearOperator, has_curvature
 from ..solvers import Auto, Recycled, Solver
 from ._equation import Equation, Function, Info, WarmStart, pull
 from ._function import LinearSolve, Root
+from ._problem import one_of
 
 # solver, symmetric, positive_definite, batch_dims, info, warm_start: the keywords that all forms share
 Settings: TypeAlias = "tuple[Solver | None, bool, bool, int, Info | None, WarmStart | Recycled | None]"
@@ -30,9 +28,9 @@ VALUES = {"residual": "the residual", "fixed_point": "the value of the fixed poi
 
 
 class Container:
-    """The container of a solution: paths of its leaves, which of them are unknowns, and the others as constants.
+    """The container of a solution: paths of its leaves, and which are unknowns, as in `implicit.grad`.
 
-    As in `implicit.grad`: where some leaves require grad, the others are frozen. What was computed does not tell.
+    What was computed does not tell which leaves are frozen.
     """
 
     def __init__(self, solution: PyTree, name: str):
@@ -279,11 +277,7 @@ def solver(
         >>> torch.func.grad(square_root)(torch.tensor(4.0))
         tensor(0.2500)
     """
-    forms = {"argmin": argmin, "fixed_point": fixed_point, "residual": residual}
-    given = {name: user for name, user in forms.items() if user is not None}
-    if len(given) != 1:
-        raise TypeError(f"pass exactly one of argmin, fixed_point and residual; got {list(given) or 'none'}")
-    form, user = given.popitem()
+    form, user = one_of(argmin=argmin, fixed_point=fixed_point, residual=residual)
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     if min(chosen, default=-1) < 0:
         raise ValueError(f"argnums must be one or more integers ≥ 0, got {argnums!r}")

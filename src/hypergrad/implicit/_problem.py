@@ -21,6 +21,7 @@ from .._tree import PyTree, check_distinct, difference, filled, flatten
 from .._vector import Space, Vector
 from ..operators import LinearOperator, Stochastic, Sum, has_curvature
 
+DECLARED = ("symmetric", "positive_definite", "batch_dims", "compile")
 NO_HPARAMS = (
     "neither outer_loss nor the inner problem depends on any of hparams, so the hypergradient would be zero: are they "
     "read as numbers (.item(), float()), detached, or other tensors than those that the losses use?"
@@ -28,9 +29,6 @@ NO_HPARAMS = (
 INNER_UNREACHED = (
     "the inner problem does not depend on hparams, so its solution counts as constant: are they read in it as numbers "
     "(.item(), float()), detached, or copied?"
-)
-UNREACHED = (
-    "inner_loss does not depend on params; was it computed under no_grad, or from other tensors (a live model's)?"
 )
 
 
@@ -86,7 +84,9 @@ class Problem:
         compile: bool | str = False,
     ):
         self.outer_loss = outer_loss
-        self.kind, self.inner = _one_of(inner_loss=inner_loss, fp_map=fp_map, residual=residual)
+        self.kind, self.inner = one_of(inner_loss=inner_loss, fp_map=fp_map, residual=residual)
+        if has_curvature(self.inner) and self.kind != "inner_loss":
+            raise TypeError(f"GaussNewton is an inner_loss, and was passed as {self.kind}")
         self.fixed_point, self.stochastic = self.kind == "fp_map", isinstance(self.inner, Stochastic)
         self.positive_definite = positive_definite or self.kind == "inner_loss"
         self.symmetric = symmetric or self.positive_definite
@@ -180,11 +180,11 @@ class Problem:
         with torch.enable_grad(), _torch.differentiated_rightly(dense=True):
             with users_autocast(), noticing(looked_at) as noticed:
                 if has_curvature(self.inner):
-                    return self.inner.linearise(*self.arguments, self.leaves, self.differentiated, UNREACHED)
+                    return self.inner.linearise(*self.arguments, self.leaves, self.differentiated)
                 value = self.inner(*self.arguments) if callable(self.inner) else self.inner
             if self.kind == "inner_loss":
                 value = as_scalar(value, "inner_loss")
-                outputs = _autodiff.grad([value], self.leaves, create_graph=True, must_reach=UNREACHED)
+                outputs = _autodiff.grad([value], self.leaves, create_graph=True, must_reach=_autodiff.UNREACHED)
             else:
                 outputs = self.space.check(value, f"the value of {self.kind}")
             values: Any = [value] if self.kind == "inner_loss" else outputs
@@ -280,11 +280,9 @@ class Problem:
         """hparams with other tensors for the differentiated leaves, without a graph."""
         return self._rebuild_outer(filled(self._outer, self._outer_places, leaves))
 
-    def again(self, params: PyTree | None = None, hparams: PyTree | None = None, inner: Any = None) -> Problem:
-        """The same problem, not evaluated yet, at another point or with another inner problem of the same kind."""
-        names = ("symmetric", "positive_definite", "batch_dims", "compile")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        options[self.kind] = self.inner if inner is None else inner
+    def again(self, params: PyTree | None = None, hparams: PyTree | None = None) -> Problem:
+        """The same problem, not evaluated yet, at this or another point."""
+        options: dict[str, Any] = {name: getattr(self, name) for name in DECLARED} | {self.kind: self.inner}
         options["params"] = self.params if params is None else params
         return Problem(self.outer_loss, hparams=self.hparams if hparams is None else hparams, **options)
 
@@ -298,8 +296,7 @@ class Problem:
     def without_graphs(self) -> Problem:
         """The same to be kept with a result: a description, in the user's memory; None for what was given evaluated."""
         own, kept = vars(self), object.__new__(Problem)
-        names = ("kind", "fixed_point", "stochastic", "symmetric", "positive_definite", "batch_dims", "compile")
-        vars(kept).update({name: own[name] for name in names})
+        vars(kept).update({name: own[name] for name in ("kind", "fixed_point", "stochastic", *DECLARED)})
         kept.outer_loss = self.outer_loss if callable(self.outer_loss) else None
         kept.inner = self.inner if callable(self.inner) else None
         kept.params = self._rebuild([x if x.is_leaf else x.detach() for x in self._given])
@@ -332,17 +329,6 @@ class Problem:
                 warn_of_lost(self.kind, self.inner, self._equations, self.leaves, self.differentiated, leaves)
         finally:
             self.others, self.compile = kept
-
-    def check_outer_depends(self, losses: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> None:
-        """Raise where an outer loss has no derivative in params and surely should have one."""
-        if any(g is not None for g in slopes):
-            return
-        if callable(self.outer_loss):
-            self.check_uses_arguments(losses, "outer_loss")
-        else:
-            raise ValueError(
-                "outer_loss does not depend on params; was it computed from other tensors, or under no_grad?"
-            )
 
     def check_uses_arguments(self, values: Sequence[Any], name: str) -> None:
         """Raise where a callable used other tensors than those that it was given, or nothing that is differentiated."""
@@ -397,18 +383,22 @@ def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[
         retain = keep or problem.live or not all(leaf.is_leaf for leaf in hparams)
         grads = _autodiff.grad_or_none([loss], [*leaves, *hparams], retain_graph=retain)
     slopes, direct = grads[: len(leaves)], grads[len(leaves) :]
-    problem.check_outer_depends([loss], slopes)
+    if all(g is None for g in slopes):
+        if not callable(outer_loss):
+            raise ValueError(
+                "outer_loss does not depend on params; was it computed from other tensors, or under no_grad?"
+            )
+        problem.check_uses_arguments([loss], "outer_loss")
     if problem.several:
         slopes = _autodiff.new_zeros(slopes, leaves, len(loss))
         return loss, problem.space.stack_of(len(loss)).pack(slopes).copy(), direct
     return loss, problem.space.pack(_autodiff.or_zeros(slopes, leaves)).copy(), direct
 
 
-def _one_of(**forms: Any) -> tuple[str, Any]:
+def one_of(**forms: Any) -> tuple[str, Any]:
+    """The form of an inner problem that was given, and its name."""
     given = {kind: value for kind, value in forms.items() if value is not None}
     if len(given) != 1:
-        raise TypeError(f"pass exactly one of inner_loss, fp_map and residual; got {list(given) or 'none'}")
-    kind, value = given.popitem()
-    if has_curvature(value) and kind != "inner_loss":
-        raise TypeError(f"GaussNewton is an inner_loss, and was passed as {kind}")
-    return kind, value
+        *names, last = forms
+        raise TypeError(f"pass exactly one of {', '.join(names)} and {last}; got {list(given) or 'none'}")
+    return given.popitem()

@@ -156,7 +156,7 @@ class _PerExample:
         return _PerExample(self.loss, batch)
 
     def linearise(
-        self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor], message: str
+        self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor]
     ) -> Linearisation:
         """∇₁ of this batch's sum with its graph."""
         with _torch.differentiated_rightly(dense=True):

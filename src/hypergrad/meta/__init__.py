@@ -16,22 +16,7 @@ from ._methods import FirstOrder, Implicit, Method, Reptile, Unrolled
 from ._result import Adaptation, MetaGradient, Plan, TaskError
 from ._tasks import biased
 
-__all__ = [
-    # the meta-gradient
-    "grad",
-    "backward",
-    "MetaGradient",
-    # how it is taken
-    "Implicit",
-    "Unrolled",
-    "FirstOrder",
-    "Reptile",
-    "Method",
-    "biased",
-    # adaptation alone
-    "adapt",
-    "Adaptation",
-    # how tasks were arranged, and what failed
-    "Plan",
-    "TaskError",
-]
+__all__ = ["grad", "backward", "MetaGradient"]  # the meta-gradient
+__all__ += ["Implicit", "Unrolled", "FirstOrder", "Reptile", "Method", "biased"]  # how it is taken
+__all__ += ["adapt", "Adaptation"]  # adaptation alone
+__all__ += ["Plan", "TaskError"]  # how tasks were arranged, and what failed

@@ -38,10 +38,8 @@ from ._result import (
 from ._tasks import Chunk, Diverged, Loss, TaskProblem, Tasks, finite_tasks, without_penalties
 
 # Bytes that the graph of one task's loss may keep for tasks to go side by side on a CPU. Measured, one thread, 16
-# tasks, time of the loop over that of vmap: MLP 40-40 (10 KiB) 5.8, MLP 100-100 (56 KiB) 2.9, MLP 400-400 (946 KiB)
-# .9; 4 convolutions of 8 / 16 / 32 filters on 5 images (.6 / .9 / 1.6 MiB) 3.0 / 1.9 / 1.3; of 64 filters (3.2 MiB)
-# .9 to 1.0; 16 / 32 / 64 filters on 25 images (4 / 8 / 14 MiB) .9 / .7 / .6: there the arithmetic is all, and vmap's
-# grouped convolutions and big buffers do it slower.
+# tasks, time of the loop over that of vmap: MLPs of 10, 56 and 946 KiB 5.8, 2.9 and .9; 4 convolutions of .6 to 14 MiB
+# 3.0 to .6, and .9 to 1.0 at 3.2 MiB: there the arithmetic is all, and vmap's grouped convolutions do it slower.
 SMALL_TASK = 2**21
 
 
@@ -283,7 +281,7 @@ def _each_chunk(
 ) -> Plan:
     """Evaluate all tasks, `plan.chunk` at a time, or one at a time after an error. Returns the plan as carried out.
 
-    evaluate: takes the numbers of some tasks, and returns lists of those to be evaluated again.
+    evaluate: the numbers of some tasks ↦ lists of those to be evaluated again.
     """
     size = plan.chunk
     waiting = deque(group[i : i + size] for group in tasks.groups for i in range(0, len(group), size))

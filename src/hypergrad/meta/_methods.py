@@ -20,19 +20,12 @@ from ._tasks import Chunk, Diverged
 
 
 class Found(NamedTuple):
-    """What a method finds for the tasks of a chunk.
+    """What a method finds for the tasks of a chunk; the last two of `Implicit` alone."""
 
-    Attributes:
-        grads: Σᵢ ∇fᵢ, for each leaf of hparams.
-        unreached: the places of leaves that require grad, and that nothing depends on.
-        statuses, residuals: of each task's adjoint system, and its adjoint residual, inner residual and inner distance;
-            None but for `Implicit`.
-    """
-
-    grads: list[Tensor]
-    unreached: set[int]
-    statuses: list[Status] | None = None
-    residuals: tuple[Tensor, Tensor, Tensor] | None = None
+    grads: list[Tensor]  # Σᵢ ∇fᵢ, for each leaf of hparams
+    unreached: set[int]  # the places of leaves that require grad, and that nothing depends on
+    statuses: list[Status] | None = None  # of each task's adjoint system
+    residuals: tuple[Tensor, Tensor, Tensor] | None = None  # its residual, the inner residual, the inner distance
 
 
 class Method(ABC):

@@ -75,10 +75,7 @@ def biased(loss: Loss, strength: float | Tensor, centre: Callable[[PyTree], PyTr
 
 
 class Tasks:
-    """The tasks as given: one batch, or several, each of tasks of one structure and size.
-
-    `groups` hold the numbers of the tasks that can be evaluated side by side.
-    """
+    """The tasks as given; `groups` hold the numbers of those that can be evaluated side by side."""
 
     def __init__(self, tasks: PyTree):
         self._batches: list[tuple[list[Tensor], Callable[..., PyTree]]] = []
@@ -221,10 +218,7 @@ class Diverged(Exception):
 
 
 class Chunk:
-    """Some tasks at once; with `loop` one by one in the outer loss.
-
-    Params are lists of leaves [B, ...], frozen ones included, which stay as they are.
-    """
+    """Some tasks at once, with `loop` one by one in the outer loss; params are lists of all leaves [B, ...]."""
 
     def __init__(self, problem: TaskProblem, tasks: Tasks, index: Sequence[int], loop: bool = False):
         self.problem, self.index, self.loop = problem, list(index), loop
@@ -356,8 +350,7 @@ class Chunk:
 def _moving(start: list[Tensor], hparams: list[Tensor]) -> list[int]:
     """Which leaves of the start are adapted: all but leaves of hparams and Parameters with requires_grad=False.
 
-    None are frozen where that would be all of them, or where no leaf of hparams requires grad. Other tensors without a
-    graph (a head of zeros, say) are adapted.
+    None are frozen where that would be all of them, or where no leaf of hparams requires grad.
     """
     marked, parameter = {id(x) for x in hparams if not x.requires_grad}, torch.nn.Parameter
     frozen = [id(x) in marked or (isinstance(x, parameter) and not x.requires_grad) for x in start]

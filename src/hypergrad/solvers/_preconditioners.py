@@ -1,8 +1,4 @@
-"""What a preconditioner of CG and MINRES may be, and Nystrom, which builds one.
-
-A recipe (`Nystrom`, `Dense`) builds one from A: factors(op, like) → tensors, once for a system, and apply(factors, r) →
-M⁻¹r.
-"""
+"""What a preconditioner of CG and MINRES may be, and Nystrom, a recipe: factors(op, like), then apply(factors, r)."""
 
 from __future__ import annotations
 

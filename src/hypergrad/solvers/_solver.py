@@ -239,11 +239,8 @@ def solve(
 ) -> Solution:
     """Run a solver and recompute its residual; does not warn. b is overwritten.
 
-    Args:
-        solver: a LinearSolver, or a plain function (op, b, x0) → Vector, pytree or Solution.
-        x0: start, a Vector or a pytree like b, or what finds one and keeps the solution (`Recycled`).
-        last_product: v ↦ A v, where the caller needs that product anyway; it replaces the product for the residual,
-            and the iteration is then not started again where its own residual was too optimistic.
+    last_product: v ↦ A v, where the caller needs that product anyway; it replaces the product for the residual, and the
+    iteration is then not started again where its own residual was too optimistic.
     """
     with torch.set_grad_enabled(False), without_autocast(b.space.device):
         ready = x0 is None or isinstance(x0, Vector) or keeps_starts(x0)

@@ -56,19 +56,12 @@ def _products(z: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Tangents:
-    """Z, along the entries of λ that something has depended on. Along the others it is zero, and not kept.
+    """Z, along the entries of λ that something has depended on. Along the others it is zero, and not kept."""
 
-    Attributes:
-        like: the leaves of λ that require grad, detached.
-        rows: the entries of λ, counted over all these leaves, that are kept.
-        leaves: [len(rows), *shape] for each floating point tensor of params.
-        reached: for each leaf of λ that requires grad, whether something has depended on it.
-    """
-
-    like: list[Tensor]
-    rows: Tensor
-    leaves: list[Tensor]
-    reached: list[bool]
+    like: list[Tensor]  # the leaves of λ that require grad, detached
+    rows: Tensor  # the entries of λ, counted over all these leaves, that are kept
+    leaves: list[Tensor]  # [len(rows), *shape] for each floating point tensor of params
+    reached: list[bool]  # for each leaf of λ that requires grad, whether something has depended on it
 
     @property
     def count(self) -> int:
