@@ -395,7 +395,7 @@ def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[
     return loss, problem.space.pack(_autodiff.or_zeros(slopes, leaves)).copy(), direct
 
 
-def one_of(**forms: Any) -> tuple[str, Any]:
+def one_of(**forms: object) -> tuple[str, Any]:
     """The form of an inner problem that was given, and its name."""
     given = {kind: value for kind, value in forms.items() if value is not None}
     if len(given) != 1:
