@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ._vector import Space, Vector
 
+AT_ONCE = 2**17  # numbers that an operation on several vectors may take as intermediate results
+
 
 class Basis:
     """Up to m vectors of one space, stacked: one tensor [m, ...] a chunk, so that each vector lies in one piece."""
@@ -45,10 +47,12 @@ class Basis:
         """(⟨v₀, x⟩, …, ⟨v_{count−1}, x⟩): [count], or [B, count]."""
         parts = []
         for chunk, x in zip(self.chunks, vector.chunks, strict=True):
-            if self.space.batch_dims:  # one after the other: a batched matrix product takes four times as long
-                part = torch.stack([torch.linalg.vecdot(chunk[j], x) for j in range(count)], -1)
-            else:
+            if not self.space.batch_dims:
                 part = chunk[:count] @ x
+            elif count * x.numel() <= AT_ONCE:  # a batched matrix product takes two to four times as long
+                part = torch.linalg.vecdot(chunk[:count], x).movedim(0, -1)
+            else:
+                part = torch.stack([torch.linalg.vecdot(chunk[j], x) for j in range(count)], -1)
             parts.append(self.space.cast(part))
         return reduce(add, parts)
 
@@ -56,8 +60,11 @@ class Basis:
         """Σⱼ weightsⱼ vⱼ for weights of shape [count], or [B, count]."""
         count, chunks = weights.shape[-1], []
         for chunk in self.chunks:
-            row = weights.to(device=chunk.device, dtype=chunk.dtype).unsqueeze(-2)
-            chunks.append((row @ chunk[:count].movedim(0, -2)).squeeze(-2))
+            own, vectors = weights.to(device=chunk.device, dtype=chunk.dtype).contiguous(), chunk[:count]
+            if self.space.batch_dims and count < 4 and vectors.numel() <= AT_ONCE:
+                chunks.append((vectors * own.movedim(-1, 0).unsqueeze(-1)).sum(0))
+            else:
+                chunks.append((own.unsqueeze(-2) @ vectors.movedim(0, -2)).squeeze(-2))
         return Vector(self.space, chunks)
 
     def leaves(self) -> list[Tensor]:

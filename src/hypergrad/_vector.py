@@ -66,7 +66,7 @@ def ratio(a: Any, b: Any, known: Any = None) -> Any:
 
 def norm(v: Vector, read: Callable[[Tensor], Scalar] = read) -> Scalar:
     """‖v‖₂ of each system, as a number where `read` gives one."""
-    return square_root(read(v.dot(v)))
+    return v.norm() if v.space.batch_dims else square_root(read(v.dot(v)))
 
 
 def squares_are_exact(norm2: Scalar, space: Space) -> bool:
@@ -401,6 +401,8 @@ class Vector:
 
     def norm(self) -> Tensor:
         """‖self‖₂ of each system."""
+        if self.space.batch_dims and self.space.uniform and len(self.chunks) == 1:
+            return torch.linalg.vector_norm(self.chunks[0], dim=-1)
         return self.dot(self).sqrt()
 
     def scale(self, read: Callable[[Tensor], Scalar] = lambda size: size) -> Scalar:

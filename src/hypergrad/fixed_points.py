@@ -50,15 +50,15 @@ class Iterate:
         return new
 
 
-def _norm(v: Vector) -> Tensor:
-    """‖v‖ of each system, also where squares leave the range of the dtype."""
-    space, squared = v.space, v.dot(v)
-    if space.uniform and squared.device.type == "cpu" and squared.numel():  # where looking is free
-        low, high = torch.aminmax(squared)
-        if low.item() > space.tiny**0.5 and high.item() < space.tiny**-0.5:
-            return squared.sqrt()
-    scale = v.scale()
-    return (v / scale).norm() * scale
+def _norms(at: Iterate) -> Sequence[Tensor]:
+    """‖Φ(w) − w‖ and ‖Φ(w)‖ of each system, also where squares leave the range of the dtype."""
+    space, vectors = at.w.space, (at.image - at.w, at.image)  # the residual is kept where a method asks for it alone
+    norms = torch.stack([v.norm() for v in vectors])
+    if space.uniform and norms.device.type == "cpu" and norms.numel():  # where looking is free
+        low, high = torch.aminmax(norms)
+        if low.item() > space.tiny**0.25 and high.item() < space.tiny**-0.25:
+            return norms.unbind()
+    return [(v / scale).norm() * scale for v in vectors for scale in [v.scale()]]
 
 
 Propose: TypeAlias = Callable[[Iterate], Vector]  # a method's step: the next w
@@ -75,12 +75,12 @@ class Goal:
     def __init__(self, rtol: float, atol: float, eps: float, start: Iterate):
         self.rtol, self.atol, self.eps = rtol, atol, eps
         factor = min(max(10.0, 1e-3 / rtol), 1e6) if rtol else 1e6
-        self.limit = factor * torch.maximum(_norm(start.residual), _norm(start.image))
+        self.limit = factor * torch.maximum(*_norms(start))
         self.measure(start)
 
     def measure(self, at: Iterate) -> None:
-        at.norm = at.merit = _norm(at.residual)
-        at.size = _norm(at.image)
+        at.norm, at.size = _norms(at)
+        at.merit = at.norm
         beyond = at.size > self.limit
         if beyond.device.type != "cpu" or bool(beyond.any()):
             counted = torch.maximum(at.norm, self.eps * at.size) * (at.size / self.limit)
@@ -226,7 +226,7 @@ class FixedPointSolver(ABC):
             if not fixed or self.trace or not steps & (steps - 1) or steps == most:
                 goal.measure(at)
             trace.append(self._traced(at.norm))
-            best = at if fixed else at.where(at.merit < best.merit, best)  # what is not finite never wins
+            best = at if fixed else at.where(at.merit <= best.merit, best)  # what is not finite never wins
             going = going if fixed else going & goal.unsolved(at)
         failed = torch.zeros_like(best.norm, dtype=torch.bool) if fixed else goal.unsolved(best)
         code = torch.where(failed, Status.MAX_STEPS.value, (Status.COMPLETED if fixed else Status.CONVERGED).value)
@@ -289,7 +289,7 @@ class Anderson(FixedPointSolver):
 
     def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
         space, m = start.space, self.history
-        iterates, residuals = Basis(start, m), Basis(start, m)  # residuals in units of the first one
+        proposals, residuals = Basis(start, m), Basis(start, m)  # residuals in units of the first one
         gram = torch.zeros(*space.batch_shape, m, m, dtype=torch.float64, device=space.device)
         # Residuals may be dependent to the last bit: some regularisation there must be, in the Gram matrix's dtype.
         regularisation = max(self.regularisation, 1e2 * space.eps**2, 4 * torch.finfo(gram.dtype).eps)
@@ -301,14 +301,13 @@ class Anderson(FixedPointSolver):
             slot, seen = seen % m, seen + 1
             count = min(seen, m)
             r = at.residual if isinstance(unit, float) else at.residual / unit
-            iterates[slot], residuals[slot] = at.w, r
+            residuals[slot] = r
+            proposals[slot] = at.image if self.mixing == 1 else at.w + at.residual * self.mixing
             row = residuals.coefficients(r, count).double()
             gram[..., slot, :count] = row
             gram[..., :count, slot] = row
             alpha = _affine_least_squares(gram[..., :count, :count], regularisation).to(space.dtype)
-            weights = alpha * self.mixing
-            weights = weights * unit.unsqueeze(-1) if isinstance(unit, Tensor) else weights
-            return iterates.combine(alpha) + residuals.combine(weights)
+            return proposals.combine(alpha)
 
         return propose
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._basis import Basis
 from .._solution import Status
-from .._vector import Vector, where
+from .._vector import Vector, anywhere, where
 from ._solver import IterativeSolver, Outcome, System, divide, event
 from ._symmetric import MINRES
 from ._theory import Structure, steps_needed
@@ -116,6 +116,7 @@ def arnoldi(
     size: the largest ‖Av‖ / ‖v‖ of the cycles before; returned with those of this one.
     """
     basis, beta = Growing(most + 1), r.norm()
+    looks = system.goal is not None and system.check_every == 1
     basis[0] = r * divide(1.0, beta)
     h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
     # ‖βe₁ − Hy‖ is least at β|n₀|, n the unit vector orthogonal to H's columns: one rotation for each new column.
@@ -126,17 +127,19 @@ def arnoldi(
         size = torch.maximum(size, norm)
         if not j:  # where r is that of a least-squares solution, A r holds nothing but rounding
             closed = norm <= negligible(size, True)
-        for _ in range(2):
-            projection = basis.coefficients(w, j + 1)
-            w = w - basis.combine(projection)
-            h[..., : j + 1, j] += projection
-        norm = w.norm()
+        column = h[..., : j + 1, j]
+        for _ in range(2):  # where numbers are read anyway, again only if the first took nine tenths (Rutishauser)
+            old, part = norm, basis.coefficients(w, j + 1)
+            w, column = w - basis.combine(part), column + part
+            norm = w.norm()
+            if looks and not anywhere(norm < 0.1 * old):
+                break
         closed = closed | (norm <= negligible(size))
+        basis[j + 1] = w * torch.where(closed, 0.0, 1 / norm)
         norm = torch.where(closed, 0.0, norm)
-        h[..., j + 1, j] = norm
-        basis[j + 1] = w * divide(1.0, norm)
+        h[..., : j + 2, j] = torch.cat([column, norm.unsqueeze(-1)], -1)
         if system.goal is not None:
-            a = torch.linalg.vecdot(null, h[..., : j + 1, j])
+            a = torch.linalg.vecdot(null, column)
             length = torch.hypot(a, norm)
             void = length <= negligible(size, closed)
             s, c = torch.where(void, 1.0, norm / length), torch.where(void, 0.0, a / length)

@@ -43,7 +43,7 @@ def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
                 hopeless = HOPELESS * size if k == 0 else hopeless
         if system.finished(k, going):
             break
-        if masks:
+        if masks and not (system.check_every == 1 and bool(going.all())):
             new = new.where(going, x if x is not None and step_size == 1 else new.zeros())
         x = new if x is None or step_size == 1 else x.add_(new, step_size)
         steps += 1
