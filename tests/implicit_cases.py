@@ -49,7 +49,6 @@ class Case:
     residual: Callable[[Tensor, Tensor], Tensor]
     hparams: Tensor
     n: int
-    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def solution(self) -> Tensor:
@@ -69,7 +68,7 @@ class Case:
 
     def attach(self, w: Tensor, h: Tensor, **options: Any) -> Tensor:
         """w as the library's function of λ."""
-        return FORMS[self.form](self.user, w, h, **dict(self.options) | options)
+        return FORMS[self.form](self.user, w, h, **options)
 
     def outer(self, w: Tensor, h: Tensor) -> Tensor:
         """An outer loss that bends in w and in λ."""
@@ -145,7 +144,7 @@ def tanh(n: int, norm: float, form: str = "fixed_point", full: bool = False) -> 
     return Case(f"tanh-{n}-{norm}-{form}", form, user, residual, torch.cat([first, bias]), n)
 
 
-def entropy(n: int, *options: str) -> Case:
+def entropy(n: int) -> Case:
     """argmin log Σ exp(Xw) + ½ Σ e^λ w² + λᵀBw: strictly convex, not quadratic."""
     rng = np.random.default_rng(n + 100)
     x, b = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((3 * n, n), (n, n)))
@@ -156,9 +155,7 @@ def entropy(n: int, *options: str) -> Case:
     def residual(w: Tensor, h: Tensor) -> Tensor:
         return x.T @ torch.softmax(x @ w, 0) + h.exp() * w + b.T @ h
 
-    flags = tuple((name, True) for name in options)
-    name = "-".join([f"entropy-{n}", *options])
-    return Case(name, "argmin", loss, residual, torch.zeros(n).double(), n, flags)
+    return Case(f"entropy-{n}", "argmin", loss, residual, torch.zeros(n).double(), n)
 
 
 CASES = {
@@ -169,7 +166,7 @@ CASES = {
         tanh(12, 0.95),
         tanh(30, 2.0, "residual"),  # no contraction
         entropy(5),
-        entropy(7, "positive_definite"),
+        entropy(7),
     )
 }
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import _autodiff, _random, _torch
 from ._reach import DETACH, READ, place_of, reached
-from ._solution import HypergradientWarning, is_ignored, warn
+from ._solution import HypergradientWarning, action_of, warn
 
 LOST = 1e-3  # relative size of a lost derivative above which a warning is due
 NUMBERS = 4  # how many numbers that were read are looked at
@@ -26,14 +26,14 @@ class LostDerivative(HypergradientWarning):
     Example:
         >>> import warnings
         >>> lam = torch.tensor(1.0, requires_grad=True)
-        >>> def inner_loss(w, lam):  # its gradient is w - λ, and autograd sees w
-        ...     return w**2 / 2 - w * lam.detach() + 0 * lam
+        >>> def inner_loss(w, lam):  # its gradient is w - λ, and autograd sees half of λ
+        ...     return w**2 / 2 - w * (lam + lam.detach()) / 2
         >>> with warnings.catch_warnings(record=True) as caught:
         ...     warnings.simplefilter("always")
         ...     w = hg.implicit.argmin(inner_loss, torch.tensor(1.0), lam)
         ...     gradient = torch.autograd.grad(w, lam)  # 1 is right
         >>> caught[0].category.__name__, gradient
-        ('LostDerivative', (tensor(0.),))
+        ('LostDerivative', (tensor(0.5000),))
     """
 
 
@@ -114,7 +114,7 @@ def warn_of_lost(
     Cost: one evaluation and one reverse pass where something is taken out of the graph; for each number that is read
         four evaluations more.
     """
-    if is_ignored(LostDerivative):
+    if action_of("", LostDerivative) == "ignore":
         return
     modules = [each for each in reached((user,), -2) if isinstance(each, torch.nn.Module) and each.training]
     buffers = list({id(b): b for module in modules for b in module.buffers()}.values())

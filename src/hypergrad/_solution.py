@@ -184,28 +184,19 @@ def warn(text: str, kind: type[HypergradientWarning] = HypergradientWarning, sec
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
         level, frame = level + 1, frame.f_back
     place = (kind, frame.f_code.co_filename, frame.f_lineno)
-    if place in _shown and not _wants_each(text, kind):
+    # Python's own count tells numbers apart.
+    if place in _shown and action_of(text, kind) not in ("always", "all", "error"):
         return
     _shown.add(place)
     warnings.warn(with_help(text, section or kind.__name__), kind, stacklevel=level)
 
 
-def _wants_each(text: str, kind: type[Warning]) -> bool:
-    """Whether the filters in force ask for more than the first of a kind (python's own count tells numbers apart)."""
-    return _action(text, kind) in ("always", "all", "error")
-
-
-def _action(text: str, kind: type[Warning]) -> str:
-    """What the first filter in force that fits says."""
+def action_of(text: str, kind: type[Warning]) -> str:
+    """What the first of the filters in force that fits a warning says."""
     for action, message, category, _, _ in warnings.filters:
         if issubclass(kind, category) and (message is None or message.match(text)):
             return action
     return "default"
-
-
-def is_ignored(kind: type[Warning]) -> bool:
-    """Whether all warnings of a kind are ignored."""
-    return _action("", kind) == "ignore"
 
 
 NOT_FINITE = (

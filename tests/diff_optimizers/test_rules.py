@@ -382,6 +382,10 @@ def test_errors():
         (lambda: step(D.SGD(lr=torch.ones(3))), ValueError, "needs PerStep or PerLeaf"),
         (lambda: step(D.SGD(lr=D.PerLeaf([1.0, 2.0]))), ValueError, "holds 2 values, but params has 1"),
         (lambda: step(D.SGD(lr=D.PerStep([]))), ValueError, "update number 1"),
+        (lambda: D.PerStep(torch.tensor(0.1)), ValueError, "PerStep needs a tensor with an axis of steps"),
+        (lambda: step(D.SGD(lr="fast")), TypeError, "must be a number, a tensor, PerStep"),
+        (lambda: D.Adam(betas=(0.9,)), ValueError, "betas must be a pair"),
+        (lambda: D.SGD(nesterov=True), ValueError, "nesterov needs a momentum"),
         (lambda: step(D.SGD(lr=lambda h: h)), ValueError, "pass hparams"),
         (lambda: step(D.SGD(lr=lambda h: h.item()), h), ValueError, "no graph back to hparams"),
         (lambda: step(D.SGD(lr=0.1), h), ValueError, "no hyperparameter of SGD is a callable"),
@@ -404,6 +408,13 @@ def test_errors():
     for call, error, words in rows:
         with pytest.raises(error, match=words):
             call()
+
+
+def test_a_list_of_values_is_in_the_order_of_the_leaves():
+    w, g = {"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(3)}
+    rule = D.SGD(lr=D.PerLeaf([0.1, 0.2]))
+    new, _ = rule.update(w, rule.init(w), g)
+    assert torch.allclose(new["a"], torch.tensor(0.9)) and torch.allclose(new["b"], torch.tensor(0.8))
 
 
 def test_a_detached_state_is_told():

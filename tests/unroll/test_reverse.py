@@ -396,6 +396,8 @@ def test_partly_detached():
     def half(state, h):
         return state[0] * h["a"] + state[1], state[1].detach()
 
+    with pytest.raises(ValueError, match="start holds no floating point tensor"):
+        reverse(half, torch.zeros(2, dtype=torch.long), hparams, total, 4)
     with pytest.raises(ValueError, match="tensor 1 of step's result"):
         reverse(half, (start, start.clone()), {"a": hparams["a"]}, lambda s, h: s[0].sum(), 4)
     result = reverse(half, (start, start.clone()), {"a": hparams["a"]}, lambda s, h: s[0].sum(), 4, allow_detached=True)

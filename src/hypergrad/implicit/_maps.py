@@ -79,7 +79,7 @@ def _attach(form: str, user: Callable[..., Any], solution: PyTree, hparams: PyTr
 
 def _problem(form: str, user: Any, function: Function, count: int, settings: Settings) -> Equation:
     solver, symmetric, positive_definite, batch_dims, info, warm_start = settings
-    symmetric = symmetric or positive_definite or form == "argmin"
+    positive_definite = positive_definite or form == "argmin"
     return Equation(
         function,
         count,
@@ -87,8 +87,8 @@ def _problem(form: str, user: Any, function: Function, count: int, settings: Set
         lambda leaf: name_of(leaf, user),
         fixed_point=form == "fixed_point",
         minimises=form == "argmin",
-        symmetric=symmetric,
-        positive_definite=positive_definite or form == "argmin",
+        symmetric=symmetric or positive_definite,
+        positive_definite=positive_definite,
         batch_dims=batch_dims,
         info=info or Info(),
         warm=warm_start,
@@ -181,14 +181,13 @@ def argmin(
     hparams: PyTree,
     *,
     solver: Solver | None = None,
-    positive_definite: bool = False,
     batch_dims: int = 0,
     info: Info | None = None,
     warm_start: WarmStart | Recycled | None = None,
 ) -> PyTree:
     """The minimiser of g(w, λ) as a differentiable function of λ: dw/dλ = −(∇²₁₁g)⁻¹ ∇²₁₂g.
 
-    The system is symmetric; it counts as positive definite only with positive_definite=True.
+    The system counts as symmetric positive definite, as it is at a minimum.
 
     Args: inner_loss: g(params, hparams), scalar; others as in `root`, and so is what is returned, raised and warned of.
 
@@ -198,7 +197,7 @@ def argmin(
         >>> torch.autograd.grad(w, a)
         (tensor(3.),)
     """
-    settings = (solver, True, positive_definite, batch_dims, info, warm_start)
+    settings = (solver, True, True, batch_dims, info, warm_start)
     return _attach("argmin", inner_loss, solution, hparams, settings)
 
 
