@@ -366,3 +366,10 @@ def test_a_bar_on_request(capsys):
     loss = hg.operators.Sum(lambda w, lam, batch: (w * batch).sum(), [1.0, 2.0], progress=True)
     assert loss(torch.ones(2), None) == 6
     assert "batches" in capsys.readouterr().err
+
+
+def test_a_penalty_that_uses_the_live_params_is_an_error():
+    w, lam = torch.nn.Parameter(torch.ones(2)), torch.ones(2, requires_grad=True)
+    loss = hg.operators.Sum(lambda w, lam, b: ((w - lam) ** 2).sum(), [0], penalty=lambda _, lam: (w**2).sum())
+    with pytest.raises(ValueError, match="the penalty uses a tensor of shape"):
+        hg.implicit.grad(lambda w, lam: w.sum(), inner_loss=loss, params=w, hparams=lam)

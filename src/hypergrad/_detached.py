@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import _autodiff, _random, _torch
+from ._graph import ranks
 from ._reach import DETACH, READ, place_of, reached
 from ._solution import HypergradientWarning, action_of, warn
 
@@ -114,7 +115,8 @@ def warn_of_lost(
     Cost: one evaluation and one reverse pass where something is taken out of the graph; for each number that is read
         four evaluations more.
     """
-    if action_of("", LostDerivative) == "ignore":
+    # Ranks would have to take every branch below alike.
+    if action_of("", LostDerivative) == "ignore" or ranks() > 1:
         return
     modules = [each for each in reached((user,), -2) if isinstance(each, torch.nn.Module) and each.training]
     buffers = list({id(b): b for module in modules for b in module.buffers()}.values())

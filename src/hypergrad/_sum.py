@@ -289,7 +289,11 @@ class Sum:
             if not batches.total:
                 raise ValueError("Sum: the weights sum to 0, so there is no mean")
             total = total / batches.total
-        return total if self.penalty is None else total + as_scalar(self.penalty(params, hparams), "penalty")
+        if self.penalty is None:
+            return total
+        penalty = as_scalar(self.penalty(params, hparams), "penalty")
+        self._check_declared(penalty, [*w, *h], "penalty")
+        return total + penalty
 
     def _once(self, tensors: Sequence[Tensor]) -> Batches:
         """The batches of one evaluation and of its derivatives."""
@@ -334,11 +338,11 @@ class Sum:
             raise ValueError(f"Sum: there are {len(self.weights)} weights, and more batches")
         return float(self.weights[number])
 
-    def _check_declared(self, value: Tensor, tensors: Sequence[Tensor]) -> None:
+    def _check_declared(self, value: Tensor, tensors: Sequence[Tensor], name: str = "loss") -> None:
         others = _graph.undeclared_leaves([value], tensors)
         if others:
             raise ValueError(
-                f"Sum: the loss uses a tensor of shape {tuple(others[0].shape)} that requires grad and is in neither "
+                f"Sum: the {name} uses a tensor of shape {tuple(others[0].shape)} that requires grad and is in neither "
                 f"params nor hparams, so its derivative would be lost. Pass it in one of them (for a module: "
                 f"torch.func.functional_call with its parameters), or detach it"
             )

@@ -81,6 +81,7 @@ def _implicit(
     if draws:
         forms = {kind: form and operators.Stochastic(form, draws) for kind, form in forms.items()}
     problem = implicit.Problem(outer_loss, params=rebuild(leaves), hparams=hparams, symmetric=symmetric, **forms)
+    problem.replaced = [x for x in given if x.requires_grad and x.is_leaf]
     with random_state_kept_on_error(problem.leaves):
         result = implicit.hypergradient_of(problem, solver, start)
         if (status := result.solution.status).value > Status.STAGNATED.value:

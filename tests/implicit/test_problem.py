@@ -423,3 +423,42 @@ def test_inference_mode_is_left_as_no_grad_is(door, made):
         value = INSIDE[door](*forms, w, lam)
     assert abs(float(value) - 3) < 1e-8
     assert lam.grad is None or not lam.grad.is_inference()
+
+
+@pytest.mark.parametrize("who", ["inner_loss", "fp_map", "residual", "outer_loss"])
+@pytest.mark.parametrize("door", ["grad", "jacobian", "CG"])
+def test_a_function_that_mixes_the_live_params_in_is_warned_of(door, who):
+    """w = (a + λ/2) / 1.2; what the live w gives is a constant to autograd. None where the argument alone is used."""
+    a, lam = rand(3), rand(3, seed=1).requires_grad_()
+    w = nn.Parameter((a + lam.detach() / 2) / 1.2)
+    form = "inner_loss" if who == "outer_loss" and door != "CG" else "fp_map" if door == "CG" else who
+
+    def call(mixed):
+        other = lambda x: w if mixed else x  # noqa: E731
+        inner_other = other if who != "outer_loss" else lambda x: x
+        slope = lambda x, lam: (x - a) + 0.2 * inner_other(x) - lam / 2  # noqa: E731
+        functions = {
+            "inner_loss": lambda x, lam: ((x - a) ** 2 / 2 + 0.1 * inner_other(x) * x - lam * x / 2).sum(),
+            "fp_map": lambda x, lam: x - slope(x, lam) / 2,
+            "residual": slope,
+        }
+        outer = lambda x, lam: (x**2).sum() + ((other(x) if who == "outer_loss" else x) ** 3).sum()  # noqa: E731
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if door == "CG":
+                step = lambda x, lam: [functions["fp_map"](x[0], lam[0])]  # noqa: E731
+                found = hg.CG([w], [lam], 9, step, lambda x, lam: outer(x[0], lam[0]), set_grad=False)[0]
+            elif door == "grad":
+                found = hg.implicit.grad(outer, params=w, hparams=lam, **{form: functions[form]}).grads
+            else:
+                losses = lambda x, lam: torch.stack([outer(x, lam), x.sum()])  # noqa: E731
+                found = hg.implicit.jacobian(losses, params=w, hparams=lam, **{form: functions[form]}).grads[0]
+        return found, [str(each.message) for each in caught if "uses the live params beside" in str(each.message)]
+
+    if door == "CG" and who in ("inner_loss", "residual"):
+        pytest.skip("HyperTorch's functions take maps")
+    found, texts = call(mixed=False)
+    torch.testing.assert_close(found, (2 * w + 3 * w**2).detach() / 2.4, rtol=1e-10, atol=0.0)
+    assert not texts
+    texts = call(mixed=True)[1]
+    assert len(texts) == 1 and texts[0].startswith("fp_map" if form != who and who != "outer_loss" else who)

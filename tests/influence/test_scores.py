@@ -296,3 +296,35 @@ def test_params_away_from_the_minimum_and_unsolved_systems_warn():
         influence.scores(**problem(solver=solvers.CG(rtol=1e-12, max_steps=2)))
     with pytest.raises(hg.SolverError):
         influence.scores(**problem(solver=solvers.CG(rtol=1e-12, max_steps=2, on_failure="raise")))
+
+
+@pytest.mark.parametrize("live", ["parameter", "constant"])
+def test_a_penalty_that_does_not_use_its_argument_is_an_error(live):
+    x = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss, w = lambda w, b: ((w - b) ** 2).sum(1), x.mean(0)
+    own = torch.nn.Parameter(w.clone()) if live == "parameter" else w
+    with pytest.raises(ValueError, match="penalty does not depend on the params"):
+        hg.influence.scores(loss, loss, w, train=[x], queries=[x], penalty=lambda _: (own**2).sum())
+
+
+def test_empty_batches_and_inference_mode():
+    """Batches without examples, as a filter gives them, change no scores; nor does inference_mode."""
+    x = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss, w = lambda w, b: ((w - b) ** 2).sum(1), x.mean(0)
+    step = lambda w, weights: w - 0.1 * (weights[:, None] * 2 * (w - x)).mean(0)  # noqa: E731
+    apart = {"train": [x[:2], x[:0], x[2:]], "queries": [x[:0], x[:3], x[3:3]]}
+    truth = -(2 * (w - x[:3]) @ (2 * (w - x)).mT) / 2 / 6
+
+    def all_scores():
+        return [
+            hg.influence.scores(loss, loss, w, **apart).scores,
+            hg.influence.self_influence(loss, w, train=apart["train"]).scores[:3],
+            hg.influence.unrolled(step, w, loss, examples=6, queries=apart["queries"], steps=200).scores,
+        ]
+
+    plain = all_scores()
+    with torch.inference_mode():
+        inferred = all_scores()
+    for found in (plain, inferred):
+        for scores, expected in zip(found, (truth, truth.diagonal(), truth), strict=True):
+            torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-12)

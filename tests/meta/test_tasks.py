@@ -544,3 +544,9 @@ def test_hparams_that_nothing_depends_on_are_named(name):
     with pytest.warns(hg.HypergradientWarning, match=r"hparams\['rate'\]"):
         result = grad(name, hparams, **own)
     assert not result.grads["rate"].any()
+
+
+@pytest.mark.parametrize("strength", [lambda h: 1.0, "2", None, True])
+def test_a_strength_that_is_no_number_is_refused_at_once(strength):
+    with pytest.raises(TypeError, match="strength must be a number or a 0-d tensor"):
+        hg.meta.biased(lambda w, h, task: w.sum(), strength=strength)

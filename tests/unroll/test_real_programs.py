@@ -181,6 +181,16 @@ def test_an_outer_loss_of_hparams_alone_is_warned_of(run):
     close(run(lambda w, h: w * h["a"], start, hparams, outer, allow_detached=True).grads["a"], result.grads["a"])
 
 
+def test_a_step_that_mixes_the_live_start_in_is_warned_of(run):
+    start, hparams = simple()
+    start.requires_grad_()
+    step = lambda w, h: w * h["a"] - 0.1 * start  # noqa: E731
+    with pytest.warns(hg.HypergradientWarning, match="step uses the live start beside the params"):
+        run(step, start, hparams, total)
+    run(step, start, hparams, total, allow_detached=True)
+    run(lambda w, h: w * h["a"] - 0.1 * start.detach(), start, hparams, total)
+
+
 def test_an_outer_loss_that_mixes_the_live_start_in_is_warned_of(run):
     start, hparams = simple()
     start.requires_grad_()

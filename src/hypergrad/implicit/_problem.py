@@ -30,6 +30,10 @@ INNER_UNREACHED = (
     "the inner problem does not depend on hparams, so its solution counts as constant: are they read in it as numbers "
     "(.item(), float()), detached, or copied?"
 )
+LIVE_TOO = (
+    "{} uses the live {} beside the params that it is called with, and these count as constants there: is that "
+    "intended? Use the argument alone (torch.func.functional_call), or detach what is meant to be constant"
+)
 
 
 class Problem:
@@ -113,6 +117,7 @@ class Problem:
             raise ValueError(f"{names[0]} does not require grad, so no evaluated loss has a derivative in it")
         self.leaves = self._chosen if self.live else [_torch.new_leaf(leaf) for leaf in self._chosen]
         self._argument = rebuild(filled(given, self._places, self.leaves))
+        self.replaced = [] if self.live else [x for x in self._chosen if x.requires_grad and x.is_leaf]  # by leaves
 
     def _set_hparams(self, hparams: PyTree) -> None:
         outer, names, rebuild = flatten(hparams, "hparams", complex=True)
@@ -188,7 +193,7 @@ class Problem:
             else:
                 outputs = self.space.check(value, f"the value of {self.kind}")
             values: Any = [value] if self.kind == "inner_loss" else outputs
-            self.others = _graph.undeclared_leaves(values, [*self._given, *self.leaves, *self._outer])
+            self.others = self.warn_of_live(values, self.kind)
             if self.live:
                 _graph.refuse_weight_norm(values, self.leaves, self.kind)
         compiled = None
@@ -330,6 +335,16 @@ class Problem:
         finally:
             self.others, self.compile = kept
 
+    def warn_of_live(self, values: Sequence[Any], name: str) -> list[Tensor]:
+        """Leaves in values that are in neither params nor hparams; warns of the user's own params beside the given."""
+        own = {id(x) for x in self.replaced}
+        declared = [*(x for x in self._given if id(x) not in own), *self.leaves, *self._outer]
+        found = _graph.undeclared_leaves(values, declared)
+        live = [x for x in found if id(x) in own]
+        if live and _graph.depends(values, self.leaves):
+            warn(LIVE_TOO.format(name, "params"))
+        return [x for x in found if id(x) not in own] if live else found
+
     def check_uses_arguments(self, values: Sequence[Any], name: str) -> None:
         """Raise where a callable used other tensors than those that it was given, or nothing that is differentiated."""
         if _graph.depends(values, self.leaves):
@@ -376,6 +391,8 @@ def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[
         value = outer_loss(*problem.arguments) if callable(outer_loss) else outer_loss
     loss = as_losses(value, "outer_losses") if problem.several else as_scalar(value, "outer_loss")
     warn_of_local([loss], "outer_loss")
+    if problem.replaced:
+        problem.warn_of_live([loss], "outer_loss")
     if problem.several:
         units = torch.eye(len(loss), dtype=loss.dtype, device=loss.device)
         grads = _autodiff.stacked([loss], [*leaves, *hparams], [units])

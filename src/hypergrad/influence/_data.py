@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rows(losses: Any, name: str) -> Tensor:
-    if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.is_floating_point() or not len(losses):
+    if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.is_floating_point():
         got = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
             f"{name} must give a tensor [rows] with the loss of each example of the batch, got {got}: leave out the "

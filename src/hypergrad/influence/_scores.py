@@ -96,14 +96,14 @@ def scores(
         >>> result.scores
         tensor([[-0.5000,  0.5000]])
     """
-    system = _System(train_loss, params, train, model, penalty, index, groups, progress)
-    with system.solving(solver, damping):
-        found = [
-            system.of_queries(query_loss, batch) for batch in progress_bar(progress, opened(queries), desc="queries")
-        ]
-        if not found:
-            raise ValueError("queries gave no batch")
-        return system.result(found)
+    with _torch.outside_inference_mode():
+        system = _System(train_loss, params, train, model, penalty, index, groups, progress)
+        with system.solving(solver, damping):
+            batches = progress_bar(progress, opened(queries), desc="queries")
+            found = [block for batch in batches if (block := system.of_queries(query_loss, batch))]
+            if not found:
+                raise ValueError("queries gave no batch of queries")
+            return system.result(found)
 
 
 def self_influence(
@@ -131,15 +131,16 @@ def self_influence(
         >>> self_influence(loss, torch.tensor(2.0), train=[torch.tensor([1.0, 3.0])]).scores
         tensor([-0.5000, -0.5000])
     """
-    system = _System(train_loss, params, train, model, penalty, index, None, progress)
-    with system.solving(solver, damping):
-        places, found = [], []
-        for place, losses in system.examples():
-            places.append(place)
-            found.append(system.of_examples(losses))
-        result, order = system.result(found), torch.cat(places).argsort()
-        numbers = {name: getattr(result, name)[..., order] for name in ("scores", "query_losses", "residual")}
-        return replace(result, **numbers)
+    with _torch.outside_inference_mode():
+        system = _System(train_loss, params, train, model, penalty, index, None, progress)
+        with system.solving(solver, damping):
+            places, found = [], []
+            for place, losses in system.examples():
+                places.append(place)
+                found.append(system.of_examples(losses))
+            result, order = system.result(found), torch.cat(places).argsort()
+            numbers = {name: getattr(result, name)[..., order] for name in ("scores", "query_losses", "residual")}
+            return replace(result, **numbers)
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,9 @@ class _System:
         self.problem = Problem(None, params=params, hparams=one, inner_loss=inner)
         self.sums: list[float] = []
         self.count = self._counted()
+        if penalty is not None:
+            with torch.enable_grad():
+                self._check_uses_params(penalty(self.problem.arguments[0]), "penalty")
         self.groups = None if groups is None else _checked_groups(groups, self.count)
 
     def _counted(self) -> int:
@@ -286,12 +290,18 @@ class _System:
         """The losses of a batch's rows, and their derivatives."""
         with torch.enable_grad(), _torch.differentiated_rightly(dense=True), users_autocast():
             losses = rows(loss(self.problem.arguments[0], batch), name)
-        if not _graph.depends([losses], self.problem.leaves):
-            raise ValueError(
-                f"{name} does not depend on the params that it is called with: compute it from its argument (a module "
-                f"by torch.func.functional_call), with gradients enabled and without .item() or .detach()"
-            )
+        if len(losses):
+            self._check_uses_params(losses, name)
         return losses.detach(), Linearisation([losses], self.problem.leaves)
+
+    def _check_uses_params(self, value: Tensor, name: str) -> None:
+        leaves = self.problem.leaves
+        if not _graph.depends([value], leaves) or _graph.undeclared_leaves([value], leaves):
+            raise ValueError(
+                f"{name} does not depend on the params that it is called with, or on others too: compute it from its "
+                f"argument (a module by torch.func.functional_call), with gradients enabled and without .item() or "
+                f".detach()"
+            )
 
     def examples(self) -> Iterator[tuple[Tensor, tuple[Tensor, Linearisation]]]:
         """The indices of each batch's examples, and its losses: checked to be those that were counted."""
@@ -309,7 +319,8 @@ class _System:
                     f"give the same examples in every pass, and index the number of each of them"
                 )
             seen[place] = True
-            yield place, (losses, line)
+            if len(losses):
+                yield place, (losses, line)
             sums.append(float(losses.sum()))
             first += len(losses)
         self._compare(sums, bool(seen.all()), losses)
@@ -327,9 +338,11 @@ class _System:
                 "shuffling, dropout and augmentation (model.eval())"
             )
 
-    def of_queries(self, query_loss: Loss, batch: Any) -> _Block:
-        """The scores of all examples for a batch of queries."""
+    def of_queries(self, query_loss: Loss, batch: Any) -> _Block | None:
+        """The scores of all examples for a batch of queries; None for an empty one."""
         losses, line = self.evaluated(query_loss, batch, "query_loss")
+        if not len(losses):
+            return None
         solutions = self.solved(self._slopes(losses, line))
         several, width = len(losses), self.count if self.groups is None else int(self.groups.max()) + 1
         scores = losses.new_zeros(len(solutions), several, width)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _random
 from .._options import check_whole, progress_bar
 from .._solution import warn
+from .._torch import outside_inference_mode
 from .._tree import PyTree, split
 from ..unroll import ReverseResult, jacobian
 from ._data import opened, rows
@@ -82,7 +83,8 @@ def unrolled(
         raise ValueError("segments are kept in a folder: pass folder=")
     like = next(iter([*filter(torch.is_floating_point, split(start)[0]), torch.ones((), device="cpu")]))
     _warn_of_precision(split(start)[0], like.device)
-    weights = torch.ones(examples, dtype=like.dtype, device=like.device, requires_grad=True)
+    with outside_inference_mode():
+        weights = torch.ones(examples, dtype=like.dtype, device=like.device, requires_grad=True)
 
     def losses(params: PyTree, _: Any) -> Tensor:
         return torch.cat([rows(query_loss(params, batch), "query_loss") for batch in opened(queries)])

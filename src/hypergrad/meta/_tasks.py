@@ -71,6 +71,8 @@ def biased(loss: Loss, strength: float | Tensor, centre: Callable[[PyTree], PyTr
         >>> g(torch.ones(3), torch.zeros(3), None)
         tensor(3.)
     """
+    if not isinstance(strength, (int, float, Tensor)) or isinstance(strength, bool):
+        raise TypeError(f"strength must be a number or a 0-d tensor, got {type(strength).__name__}")
     return _Biased(loss, strength, centre)
 
 

@@ -21,7 +21,7 @@ from .._reach import noticing
 from .._solution import warn, warn_if_not_finite
 from .._torch import differentiated_rightly, hooks_suspended, outside_inference_mode, with_hooks
 from .._tree import KIND, Paths, PyTree, describe, difference, filled, flatten, refuse_objects, split
-from ..implicit import warn_of_local
+from ..implicit import LIVE_TOO, warn_of_local
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
 Batches: TypeAlias = "Sequence[Any] | Callable[[int], Any] | None"
@@ -263,11 +263,14 @@ class Run:
 
     def _check_argument_used(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
         """Raise where step uses the live start that it closes over instead of what it is given."""
-        given = [x for x in tensors if x.requires_grad]
-        if self.live and not _graph.depends(outputs, given) and _graph.depends(outputs, self.live):
+        if not self.live or not _graph.depends(outputs, self.live):
+            return
+        if not _graph.depends(outputs, [x for x in tensors if x.requires_grad]):
             raise ValueError(
                 "step does not use the params that it is called with, but the live start: use its argument"
             )
+        if not self.allow_detached:
+            warn(LIVE_TOO.format("step", "start"))
 
     def advance(self, iterate: Iterate, begin: int, end: int) -> Iterate:
         """The iterate after steps begin … end − 1, keeping no graph; from the last known one on the way, if any."""
@@ -359,7 +362,7 @@ class Run:
     def _check_outer(self, loss: Tensor, used: bool) -> None:
         """Raise where outer_loss uses other tensors in place of its argument; warn where it may."""
         if used and self.live and _graph.depends([loss], self.live):
-            warn("outer_loss uses the live start beside the params that it is called with: is that intended?")
+            warn(LIVE_TOO.format("outer_loss", "start"))
         if used:
             return
         if not loss.requires_grad:
