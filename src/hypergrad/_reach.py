@@ -42,13 +42,13 @@ def reached(functions: Iterable[Any], depth: int = 0) -> Iterator[Any]:
     seen: set[int] = set()
     stack = [(each, depth) for each in functions]
     while stack:
-        each, depth = stack.pop()
-        if id(each) in seen or depth > DEPTH:
+        each, level = stack.pop()
+        if id(each) in seen or level > DEPTH:
             continue
         seen.add(id(each))
         yield each
         if not isinstance(each, nn.Module):
-            stack.extend((part, depth + 1) for part in _parts(each, depth) if not isinstance(part, PLAIN))
+            stack.extend((part, level + 1) for part in _parts(each, level > depth) if not isinstance(part, PLAIN))
 
 
 def may_detach(*functions: Any) -> bool:
@@ -114,7 +114,7 @@ def _is_torchs(frame: Any) -> bool:
     return frame.f_code.co_filename.startswith(OWN[1])
 
 
-def _parts(each: Any, depth: int) -> Iterable[Any]:
+def _parts(each: Any, inside: bool) -> Iterable[Any]:
     if isinstance(each, functools.partial):
         return [each.func, *each.args, *each.keywords.values()]
     if isinstance(each, types.MethodType):
@@ -123,7 +123,7 @@ def _parts(each: Any, depth: int) -> Iterable[Any]:
         return _of_function(each)
     if isinstance(each, (dict, list, tuple)):
         return list(each.values() if isinstance(each, dict) else each) if len(each) <= LONG else []
-    if isinstance(each, (torch.Tensor, type)) or not (callable(each) or depth) or _known(type(each).__module__):
+    if isinstance(each, (torch.Tensor, type)) or not (callable(each) or inside) or _known(type(each).__module__):
         return []
     attributes = getattr(each, "__dict__", None)
     return list(attributes.values()) if isinstance(attributes, dict) else []
@@ -136,7 +136,8 @@ def _of_function(function: types.FunctionType) -> list[Any]:
             cells.append(cell.cell_contents)
         except ValueError:  # not filled yet
             continue
-    names = () if _known(function.__globals__.get("__name__", "")) else _names(function.__code__)
+    own = function.__globals__.get("__name__", "").startswith(("torch.", "hypergrad."))  # they name nothing of a user's
+    names = () if own else _names(function.__code__)
     used = [function.__globals__[name] for name in names if name in function.__globals__]
     files = [each for each in used if isinstance(each, types.ModuleType) and not each.__name__.startswith(LIBRARIES)]
     used = [each for each in used if not isinstance(each, types.ModuleType)]
