@@ -307,13 +307,6 @@ def is_wrapped(x: Tensor) -> bool:
     return _functorch is not None and _functorch.is_functorch_wrapped_tensor(x)
 
 
-def unwrapped(x: Tensor) -> Tensor:
-    """The plain tensor within x, which no vmap maps."""
-    while is_wrapped(x):
-        x = _functorch.get_unwrapped(x)
-    return x
-
-
 def mapped_levels(x: Tensor) -> set[int]:
     """The levels of vmap at which x is mapped."""
     levels = set()
@@ -329,7 +322,9 @@ def numbers(x: Tensor) -> list[Any]:
     if not transforms_active():
         return x.tolist()
     with getattr(torch._C, "_DisableFuncTorch", nullcontext)():
-        return (x if mapped_levels(x) else unwrapped(x)).tolist()
+        while is_wrapped(x) and not mapped_levels(x):
+            x = _functorch.get_unwrapped(x)
+        return x.tolist()
 
 
 def depends_on_transform(y: Tensor, mapped: set[int]) -> bool:

@@ -274,14 +274,14 @@ def _kink(near: _Near) -> Iterator[Finding]:
         changes.append(ratio((product - other_product).norm(), size))
         jumps.append(ratio((value - other_value).norm(), size * near.size))
     # Of several systems, that where it is the largest.
-    turned = _largest(torch.where(changes[1] > 0.5 * changes[0], changes[1], 0.0))
-    jumped = _largest(torch.where(jumps[1] > 0.5 * jumps[0], jumps[1] / (30 * eps**0.5), 0.0))
+    turned = float(torch.where(changes[1] > 0.5 * changes[0], changes[1], 0.0).max())
+    jumped = float(torch.where(jumps[1] > 0.5 * jumps[0], jumps[1] / (30 * eps**0.5), 0.0).max())
     remedy = (
         "an implicit derivative there is one of several; smooth the map (softplus for relu), pass the proximal step of "
         "an L1 term as fp_map, or move off the kink"
     )
     if jumped > 1:
-        jump = _largest(jumps[1])
+        jump = float(jumps[1].max())
         text = f"{near.map} itself jumps at params (by {jump:.1e} of ‖A‖ ‖w‖ in a random direction): {remedy}"
         yield Finding("kink", text, {"jump": jump})
     elif turned > eps ** (1 / 6):
@@ -341,17 +341,13 @@ def _rounding_floor(near: _Near, s: Structure) -> Iterator[Finding]:
         signs = [2 * torch.randint(2, x.shape, generator=near.generator, device="cpu") - 1 for x in near.w.leaves]
         moved = [x + x * sign.to(x) * torch.finfo(x.dtype).eps for x, sign in zip(near.w.leaves, signs, strict=True)]
         noise = torch.maximum(noise, (near.residual(near.w.space.pack(moved)) - residual).norm())
-    away = _largest(noise / near.size) / max(s.least, s.tolerance) if s.norm > 0 else math.inf
+    away = float((noise / near.size).max()) / max(s.least, s.tolerance) if s.norm > 0 else math.inf
     if bool((least <= ROUNDING * noise).all()) and away > HARMLESS:
         dtype = str(near.w.space.dtype).removeprefix("torch.")
         text = (
-            f"the inner residual, {_largest(least):.1e}, is rounding in {dtype}: params changed in their last digit "
-            f"change it by {_largest(noise):.1e}. It cannot fall further, and params may be {away:.1e} of their norm "
-            f"away from the solution; use float64 where that is too much"
+            f"the inner residual, {float(least.max()):.1e}, is rounding in {dtype}: params changed in their last "
+            f"digit change it by {float(noise.max()):.1e}. It cannot fall further, and params may be {away:.1e} of "
+            f"their norm away from the solution; use float64 where that is too much"
         )
-        numbers = {"residual": _largest(least), "noise": _largest(noise), "distance": away}
+        numbers = {"residual": float(least.max()), "noise": float(noise.max()), "distance": away}
         yield Finding("rounding floor", text, numbers)
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.max())

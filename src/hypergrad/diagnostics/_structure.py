@@ -97,9 +97,9 @@ def operator_structure(
         raise ValueError("a system without unknowns has no structure: params hold no numbers")
     steps = min(steps, space.length)
     with torch.no_grad():
-        asymmetry = _small(_asymmetry(op, vector, generator))
+        asymmetry = _asymmetry(op, vector, generator).to("cpu", torch.float64)
         symmetric = bool((asymmetry <= space.eps**0.5).all())
-        h = _small(_arnoldi(op, vector, steps, generator))
+        h = _arnoldi(op, vector, steps, generator).to("cpu", torch.float64)
     if not (bool(torch.isfinite(asymmetry).all()) and bool(torch.isfinite(h).all())):
         raise ValueError("a product of the operator holds NaN or infinity: look at the loss or map at this point")
     known = {"n": space.length, "steps": steps, "declared_symmetric": op.symmetric, "symmetric": symmetric}
@@ -145,11 +145,6 @@ def unchanged(problem: Problem) -> Iterator[None]:
 def seeded(generator: torch.Generator | None) -> torch.Generator:
     """The generator, or one of the library's own whose numbers are the same at each call."""
     return torch.Generator(device="cpu").manual_seed(0) if generator is None else generator
-
-
-def _small(x: Tensor) -> Tensor:
-    """A small matrix on the device where small dense algebra is done."""
-    return x.to(device="cpu", dtype=torch.float64)
 
 
 def _asymmetry(op: LinearOperator, like: Vector, generator: torch.Generator) -> Tensor:
