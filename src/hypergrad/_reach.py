@@ -140,8 +140,8 @@ def _of_function(function: types.FunctionType) -> list[Any]:
     names = () if own else _names(function.__code__)
     used = [function.__globals__[name] for name in names if name in function.__globals__]
     files = [each for each in used if isinstance(each, types.ModuleType) and not each.__name__.startswith(LIBRARIES)]
-    used = [each for each in used if not isinstance(each, types.ModuleType)]
     used += [vars(file)[name] for file in files for name in names if name in vars(file)]
+    used = [each for each in used if not isinstance(each, types.ModuleType)]
     return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *used]
 
 
