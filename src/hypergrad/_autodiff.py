@@ -360,7 +360,8 @@ def taking_derivatives(function: Callable[[Any, Any], Any]) -> Callable[[Any, An
             with _torch.requires_grad_allowed():
                 values = torch.func.vjp(lambda *w: tuple(function(w, h)), *w)[0]
         else:
-            with torch.enable_grad():
+            with _torch.outside_inference_mode(), torch.enable_grad():
+                w, h = (tuple(x.clone() if x.is_inference() else x for x in xs) for xs in (w, h))
                 values = function(tuple(map(_torch.tracked, w)), h)
         alone = False
         return values

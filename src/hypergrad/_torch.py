@@ -109,12 +109,15 @@ def saved_tensor_hooks_suspended() -> Iterator[None]:
         _saved_tensor_hooks[2](*hooks)
 
 
+def plain(x: Tensor) -> Tensor:
+    """The numbers of x without its graph; in new memory where x was made under inference_mode, which is off here."""
+    return x.clone() if x.is_inference() else x.detach()
+
+
 def new_leaf(x: Tensor) -> Tensor:
-    """The numbers of x as a leaf that requires grad; in new memory where x was made under inference_mode."""
-    if not x.is_inference():
-        return x.detach().requires_grad_()
-    with torch.inference_mode(False):
-        return x.clone().requires_grad_()
+    """The numbers of x as a leaf that requires grad."""
+    with outside_inference_mode():
+        return plain(x).requires_grad_()
 
 
 def has_gradient_hooks(x: Tensor) -> bool:

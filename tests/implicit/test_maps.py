@@ -1497,3 +1497,36 @@ def test_a_compiled_map_without_second_derivatives_is_named(door):
                 calls[door]()
     finally:
         torch.compiler.reset()
+
+
+@pytest.mark.parametrize("solver", [S.CG(rtol=1e-13), S.GMRES(rtol=1e-13), S.Dense(), S.LSQR(rtol=1e-13)])
+@pytest.mark.parametrize("made", ["inside", "outside"])
+def test_under_inference_mode(solver, made):
+    """Systems are solved, and solvers of the user's trained, as under no_grad, whatever tensors were made inside."""
+    a, b = torch.diag(torch.tensor([2.0, 3.0], dtype=torch.float64)), torch.ones(2, dtype=torch.float64)
+
+    @hg.implicit.solver(argmin=lambda w, lam: ((w - lam) ** 2).sum())
+    def train(lam):
+        w = torch.zeros_like(lam, requires_grad=True)
+        optimizer = torch.optim.SGD([w], lr=0.5)
+        for _ in range(2):
+            optimizer.zero_grad()
+            ((w - lam) ** 2).sum().backward()
+            optimizer.step()
+        return w.detach()
+
+    def energy_step(w, lam):
+        with torch.enable_grad():
+            w = w if w.requires_grad else w.detach().requires_grad_()
+            return w - 0.3 * torch.autograd.grad(((w - lam) ** 2).sum(), w, create_graph=True)[0]
+
+    with torch.inference_mode():
+        if made == "inside":
+            a, b = a.clone(), b.clone()
+        op = hg.operators.matrix(a, symmetric=True)
+        x = hg.implicit.linear_solve(op, b, solver)
+        y = hg.implicit.linear_solve(hg.operators.function(lambda v, a: a @ v, tensors=(a,), symmetric=True), b, solver)
+        trained = train(b)
+        z = hg.fixed_points.Anderson(rtol=1e-12)(energy_step, 0 * b, b).value
+    for found, truth in ((x, b / a.diagonal()), (y, b / a.diagonal()), (trained, b), (z, b)):
+        torch.testing.assert_close(found, truth, rtol=1e-10, atol=0.0)

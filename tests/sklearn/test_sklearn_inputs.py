@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.exceptions import ConvergenceWarning
 
@@ -121,3 +122,20 @@ def test_too_few_steps_warn():
     x = rng.randn(100, 20)
     with pytest.warns(ConvergenceWarning, match="max_iter=1"):
         RidgeHG([0] * 3 + [1] * 17, max_iter=1).fit(x, x[:, :3].sum(1) + rng.randn(100))
+
+
+@pytest.mark.parametrize("kind", [RidgeHG, LogisticRegressionHG, ElasticNetHG])
+def test_another_default_device_changes_nothing(kind):
+    """As for those who train on a GPU by torch.set_default_device: the numbers are NumPy's, and the work the CPU's."""
+    random = np.random.RandomState(0)
+    X = random.randn(40, 3)
+    y = (X[:, 0] + 0.3 * random.randn(40) > 0).astype(int)
+    plain = kind(max_iter=3).fit(X, y)
+    torch.set_default_device("meta")
+    try:
+        other = kind(max_iter=3).fit(X, y)
+        loss = other.cv_loss(X, y, np.ones(3))[0]
+    finally:
+        torch.set_default_device(None)
+    np.testing.assert_array_equal(plain.coef_, other.coef_)
+    np.testing.assert_array_equal(loss, plain.cv_loss(X, y, np.ones(3))[0])

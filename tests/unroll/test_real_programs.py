@@ -181,6 +181,22 @@ def test_an_outer_loss_of_hparams_alone_is_warned_of(run):
     close(run(lambda w, h: w * h["a"], start, hparams, outer, allow_detached=True).grads["a"], result.grads["a"])
 
 
+def test_an_in_place_error_of_the_outer_loss_is_its_own(run):
+    """And one of the step's own derivative is not blamed on a later step alone."""
+
+    def spoilt(w, h):
+        y = w.exp()
+        y_times = y * h["a"]
+        y.add_(1)
+        return y_times
+
+    start, hparams = simple()
+    with pytest.raises(RuntimeError, match="is at version 1; expected version 0"):
+        run(lambda w, h: w * h["a"], start, hparams, lambda w, h: spoilt(w, h).sum())
+    with pytest.raises(RuntimeError, match=r"by the step itself|is at version 1"):
+        run(spoilt, start, hparams, total)
+
+
 def test_a_step_that_mixes_the_live_start_in_is_warned_of(run):
     start, hparams = simple()
     start.requires_grad_()

@@ -214,17 +214,19 @@ class Equation:
             shape = b[0].movedim(axes, first).shape[: len(axes)]
             b = tuple(x.movedim(axes, first).flatten(0, len(axes) - 1) for x in b)
             hparams = tuple(self.once(x, i) for i, x in enumerate(hparams))
-            found = self.base._solved(b, tuple(map(self.once, w)), hparams, places, adjoint, True)
+            with _torch.outside_inference_mode():
+                found = self.base._solved(b, tuple(map(self.once, w)), hparams, places, adjoint, True)
             v, bars = (tuple(x.unflatten(0, shape).movedim(first, axes) for x in xs) for xs in found)
             return v, bars
-        return self._solved(b, w, hparams, places, adjoint, False)
+        with _torch.outside_inference_mode():
+            return self._solved(b, w, hparams, places, adjoint, False)
 
     def _solved(
         self, b: Leaves, w: Leaves, hparams: Leaves, places: list[int], adjoint: bool, stacked: bool
     ) -> tuple[Leaves, Leaves]:
         """As `solved`; stacked: b has one more leading axis, of right hand sides for the same A."""
-        w = tuple(x.detach().requires_grad_() for x in w)
-        hparams = tuple(x.detach().requires_grad_(i in places) for i, x in enumerate(hparams))
+        w = tuple(_torch.plain(x).requires_grad_() for x in w)
+        hparams = tuple(_torch.plain(x).requires_grad_(i in places) for i, x in enumerate(hparams))
         chosen = [hparams[i] for i in places]
         with torch.enable_grad(), _torch.saved_tensor_hooks_suspended():
             linearisation = self.linearise(w, hparams, chosen)
@@ -247,7 +249,7 @@ class Equation:
             lead = (len(b[0]),) if stacked else ()
             bars[:] = _autodiff.scaled(_autodiff.new_zeros(found, chosen, *lead), 1.0 if self.fixed_point else -1.0)
 
-        right = (space.stack_of(len(b[0])) if stacked else space).pack([x.detach() for x in b])
+        right = (space.stack_of(len(b[0])) if stacked else space).pack([_torch.plain(x) for x in b])
         try:
             v = self.run(linearisation, space, right, last if adjoint else None, keep)
         except RuntimeError as error:

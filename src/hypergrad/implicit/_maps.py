@@ -320,8 +320,8 @@ def _computed(
         if at_once and (has_aux or refused):
             raise NotImplementedError
         try:
-            with torch.enable_grad():
-                plain_args, plain_kwargs = rebuild([t.detach() for t in tensors])
+            with _torch.outside_inference_mode(), torch.enable_grad():
+                plain_args, plain_kwargs = rebuild(list(map(_torch.plain, tensors)))
                 result = compute(*plain_args, **plain_kwargs)
         except Exception as error:
             if at_once:

@@ -16,7 +16,7 @@ from ._folds import Folds, Labels
 from ._glm import Linear, logistic, squared
 from ._inner import Given
 from ._ridge import Ridge
-from ._tuned import Data, Tuned, row_losses
+from ._tuned import Data, Tuned, on_cpu, row_losses
 
 CLOSED = 3_000  # the smaller of rows and features up to which a ridge regression is factorised
 
@@ -47,6 +47,7 @@ class _Regressor(RegressorMixin, Tuned):
         weights = self._weights(sample_weight, X)
         return Data(X, y.reshape(len(y), -1), weights, self.fit_intercept)
 
+    @on_cpu
     def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> Any:
         """Tune the strengths by cross-validation and fit on all rows.
 
@@ -64,6 +65,7 @@ class _Regressor(RegressorMixin, Tuned):
         self.intercept_ = dtype(b[0]) if self._single else b.astype(dtype)
         return self
 
+    @on_cpu
     def cv_loss(self, X: Any, y: Any, alpha: Any, sample_weight: Any = None, groups: Any = None) -> Any:
         """The CV loss at strengths `alpha`, and its hypergradient with respect to log alpha; no fit is needed.
 
@@ -300,6 +302,7 @@ class LogisticRegressionHG(ClassifierMixin, Tuned):
         columns = codes[:, None].astype(float) if len(self.classes_) == 2 else np.eye(len(self.classes_))[codes]
         return Data(X, columns, weights, self.fit_intercept), y
 
+    @on_cpu
     def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> LogisticRegressionHG:
         """Tune the strengths by cross-validation and fit on all rows.
 
@@ -317,6 +320,7 @@ class LogisticRegressionHG(ClassifierMixin, Tuned):
         self.intercept_ = b.astype(dtype)
         return self
 
+    @on_cpu
     def cv_loss(self, X: Any, y: Any, alpha: Any, sample_weight: Any = None, groups: Any = None) -> Any:
         """The CV loss at strengths `alpha`, [d] or [C, d], and its hypergradient with respect to log alpha."""
         data, classes = self._read(X, y, sample_weight)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,17 @@ from ._search import Found, Objective, Point, search
 CHECKED = 10  # targets whose hypergradients are computed again for hypergradient_error_
 DENSE = 20_000_000  # numbers of a sparse X that is made dense
 WRONG, ROUGH = 1e-2, 1e-4  # ‖∇g‖ / ‖∇g(0)‖ at the coefficients of a user's estimator: an error, a warning
+
+
+def on_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, whose tensors are on the CPU whatever torch.set_default_device says."""
+
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+            return method(*args, **kwargs)
+
+    return called
 
 
 class Data:

@@ -33,8 +33,8 @@ IN_PLACE = (
     "write w = w - lr * g, not w -= lr * g or w.sub_(lr * g), and build a new container"
 )
 CHANGED_LATER = (
-    "a step changed in place what the derivative of an earlier one needs (a buffer of a module, or a tensor outside): "
-    "it must enter through params, and step must return a new one"
+    "what the derivative of a step needs was changed in place, by the step itself (the error above names what) or by "
+    "a later one: a buffer of a module, or a tensor outside, must enter through params, and step return a new one"
 )
 NO_SECOND = (
     "step takes a gradient with respect to its params that has no graph, so the second derivatives are lost: write "
@@ -340,7 +340,7 @@ class Run:
         inputs = [x for x in leaves if x.requires_grad]
         self.lead = tuple(loss.shape) if self.several else ()
         unit = torch.ones_like(loss)
-        both = self._vjp([loss], inputs, [torch.diag(unit) if self.several else unit])
+        both = self._vjp([loss], inputs, [torch.diag(unit) if self.several else unit], of_steps=False)
         if not self.allow_detached:
             self._check_outer(loss, any(g is not None for g in both[: len(inputs)]))
         alpha = _autodiff.new_zeros(both[: len(inputs)], inputs, *self.lead)
@@ -382,7 +382,7 @@ class Run:
         return alpha, add(grads, both[len(inputs) :])
 
     def _vjp(
-        self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], retain: bool = False
+        self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], retain=False, of_steps=True
     ) -> list[Tensor | None]:
         if self.several:
             return _autodiff.stacked(outputs, [*inputs, *self.differentiated], cotangents)
@@ -391,7 +391,7 @@ class Run:
         try:
             return _autodiff.grad_or_none(outputs, [*inputs, *self.differentiated], cotangents, retain_graph=retain)
         except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
+            if not of_steps or "modified by an inplace operation" not in str(error):
                 raise
             raise RuntimeError(CHANGED_LATER) from error
 
