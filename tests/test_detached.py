@@ -1,5 +1,6 @@
 """What a loss or map takes out of autograd's graph: a warning where its derivative is lost, none where it is not."""
 
+import contextlib
 import math
 import warnings
 from functools import partial
@@ -283,3 +284,31 @@ def test_nothing_is_said_where_it_is_declared():
         lambda: hg.implicit.grad(outer_loss, residual=partial(residual, take=take), params=W, hparams=lam, solver=quiet)
     )
     assert not texts
+
+
+class Losses:
+    """A loss whose work is done by another method; `logged` is called by nobody."""
+
+    def loss(self, w, lam):
+        return self.distance(w, lam)
+
+    def distance(self, w, lam):
+        return ((w - lam) ** 2).sum() / 2
+
+    def logged(self, w):
+        return w.sum().item()
+
+
+class Cut(Losses):
+    def distance(self, w, lam):
+        return ((w - (lam + lam.detach()) / 2) ** 2).sum() / 2
+
+
+@pytest.mark.parametrize("losses, lost", [(Losses(), False), (Cut(), True)], ids=["whole", "cut"])
+def test_methods_that_a_method_calls_are_followed(losses, lost):
+    lam = torch.ones(2, **F64, requires_grad=True)
+    due = pytest.warns(hg.LostDerivative, match="distance") if lost else contextlib.nullcontext()
+    with due:
+        w = hg.implicit.argmin(losses.loss, torch.ones(2, **F64), lam)
+        (gradient,) = torch.autograd.grad(w.sum(), lam)
+    assert torch.allclose(gradient, torch.full((2,), 0.5 if lost else 1.0, **F64))

@@ -53,24 +53,35 @@ def reached(functions: Iterable[Any], depth: int = 0) -> Iterator[Any]:
 
 def may_detach(*functions: Any) -> bool:
     """Whether code that a callable can be seen to use names something by which numbers leave autograd's graph."""
-    return any(_detaches(each) for each in reached(functions, -2))
-
-
-def _detaches(each: Any) -> bool:
-    if isinstance(each, types.FunctionType):
-        return _code_detaches(each.__code__)
-    if isinstance(each, (types.BuiltinFunctionType, types.MethodDescriptorType)):  # such as torch.detach
-        return each.__name__ in _TAKEN
-    if isinstance(each, nn.Module):
-        return any(map(_class_detaches, {type(module) for module in each.modules()}))
-    return _class_detaches(type(each))
+    names, kinds = set(), {}  # kinds: an ordered set
+    for each in reached(functions, -2):
+        if isinstance(each, types.FunctionType):
+            if _code_detaches(each.__code__):
+                return True
+            names |= _names(each.__code__)
+        elif isinstance(each, (types.BuiltinFunctionType, types.MethodDescriptorType)):  # such as torch.detach
+            if each.__name__ in _TAKEN:
+                return True
+        else:
+            kinds.update((type(part), None) for part in (each.modules() if isinstance(each, nn.Module) else (each,)))
+    return _methods_detach(tuple(kinds), frozenset(names))
 
 
 @functools.lru_cache(4096)
-def _class_detaches(kind: type) -> bool:
-    own = [each for each in kind.__mro__ if not each.__module__.startswith(("torch.", "hypergrad.", "builtins"))]
-    parts = [getattr(part, "__func__", part) for each in own for part in vars(each).values()]
-    return any(_code_detaches(part.__code__) for part in parts if isinstance(part, types.FunctionType))
+def _methods_detach(kinds: tuple[type, ...], names: frozenset[str]) -> bool:
+    """Of the methods that are called by one of these names, by Python or torch itself, or by another of them."""
+    own = [each for kind in kinds for each in kind.__mro__]
+    own = [each for each in dict.fromkeys(own) if not each.__module__.startswith(("torch.", "hypergrad.", "builtins"))]
+    parts = [(name, getattr(part, "__func__", part)) for each in own for name, part in vars(each).items()]
+    left = [(name, part.__code__) for name, part in parts if isinstance(part, types.FunctionType)]
+    special = {name for name, _ in left if name.startswith("__")} - {"__init__", "__post_init__", "__repr__"}
+    called = {*names, *special, "forward"}
+    while found := [code for name, code in left if name in called]:
+        if any(map(_code_detaches, found)):
+            return True
+        left = [(name, code) for name, code in left if name not in called]
+        called.update(*map(_names, found))
+    return False
 
 
 @functools.lru_cache(4096)
