@@ -17,6 +17,7 @@ from .._solution import UnsolvedInnerProblem, warn
 from .._torch import has_gradient_hooks, version_of
 from .._tree import PyTree
 from .._vector import Vector
+from ..implicit import INNER_UNREACHED
 from ..implicit import grad as implicit_grad
 from ..operators import Sum
 from ._compiled import CompiledDirections
@@ -389,6 +390,8 @@ class Tracker(ABC):
         reached = any(g is not None for g in hparams)
         if not reached and not self._reached:
             raise ValueError(NO_HPARAMS.format(type(self).__name__))
+        if not self._reached and self.oracles.crossed is False:  # later batches may be without hparams
+            warn(INNER_UNREACHED)
         self._reached = True
 
     def _left_out(self, found: Directions, scaled: bool) -> Directions:

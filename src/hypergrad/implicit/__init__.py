@@ -15,6 +15,7 @@ from ._hypergradient import accumulate as accumulate
 from ._hypergradient import hypergradient_of as hypergradient_of
 from ._jacobian import jacobian
 from ._maps import argmin, fixed_point, linear_solve, root, solver
+from ._problem import INNER_UNREACHED as INNER_UNREACHED
 from ._problem import LIVE_TOO as LIVE_TOO
 from ._problem import NO_HPARAMS as NO_HPARAMS
 from ._problem import Problem
