@@ -312,3 +312,16 @@ def test_methods_that_a_method_calls_are_followed(losses, lost):
         w = hg.implicit.argmin(losses.loss, torch.ones(2, **F64), lam)
         (gradient,) = torch.autograd.grad(w.sum(), lam)
     assert torch.allclose(gradient, torch.full((2,), 0.5 if lost else 1.0, **F64))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_of_a_single_step_only_the_derivative_in_hparams_counts(steps):
+    """A weight that is fed the detached loss of w: exact for one step from a constant, and not for two."""
+    lam = LAM.clone().requires_grad_()
+    step = lambda w, lam: w - 0.1 * (w.detach() ** 2 * lam).sigmoid() * w  # noqa: E731
+    found, texts = lost(lambda: hg.unroll.reverse(step, W, lam, outer_loss, steps).grads)
+    w = W
+    for _ in range(steps):
+        w = w - 0.1 * (w**2 * lam).sigmoid() * w
+    exact = relative(found, torch.autograd.grad(outer_loss(w, lam), lam)[0]) < 1e-10
+    assert exact == (steps == 1) and len(texts) == (steps == 2)

@@ -120,7 +120,7 @@ def warn_of_lost(
         return
     modules = [each for each in reached((user,), -2) if isinstance(each, torch.nn.Module) and each.training]
     buffers = list({id(b): b for module in modules for b in module.buffers()}.values())
-    before, random, given = [b.clone() for b in buffers], _random.capture(_random.devices_of(w)), []
+    before, random, given = [b.clone() for b in buffers], _random.capture(_random.devices_of([*w, *h])), []
 
     def value(watched: _Watched) -> list[Tensor]:
         _random.restore(random)
@@ -173,7 +173,7 @@ def _lost(
         places.append(site.place)
 
     for i, (site, number) in enumerate(watched.numbers[:NUMBERS]):
-        slope = _slope(lambda by, i=i: _paired(value(_Watched((i, by))), v), float(number), w[0].dtype)
+        slope = _slope(lambda by, i=i: _paired(value(_Watched((i, by))), v), float(number), (*w, *h)[0].dtype)
         if slope:
             pull(site, torch.full_like(site.x, slope), len(leaves))
     for i in range(len(sites) - 1, -1, -1):

@@ -357,7 +357,9 @@ class Run:
             return difference(inputs, list(filter(is_continuous, outputs)))
 
         inputs, v = [x for x in leaves if x.requires_grad], [x[0] if self.several else x for x in alpha]
-        warn_of_lost("step", self.step, evaluate, inputs, self.differentiated, v)
+        # Of a single step from a constant the hypergradient has no derivative in params.
+        alone = self.evaluations == 1 and not _graph.depends(self.start, self.differentiated)
+        warn_of_lost("step", self.step, evaluate, [] if alone else inputs, self.differentiated, v)
 
     def _check_outer(self, loss: Tensor, used: bool) -> None:
         """Raise where outer_loss uses other tensors in place of its argument; warn where it may."""
