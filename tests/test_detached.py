@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import types
 import warnings
 from functools import partial
 
@@ -325,3 +326,20 @@ def test_of_a_single_step_only_the_derivative_in_hparams_counts(steps):
         w = w - 0.1 * (w**2 * lam).sigmoid() * w
     exact = relative(found, torch.autograd.grad(outer_loss(w, lam), lam)[0]) < 1e-10
     assert exact == (steps == 1) and len(texts) == (steps == 2)
+
+
+class Trap:
+    """It cannot be asked what it is, as torch's deprecated names cannot without a warning."""
+
+    @property
+    def __class__(self):
+        raise AssertionError("entered")
+
+
+def test_modules_of_python_in_a_closure_are_not_entered():
+    settings = types.ModuleType("settings")
+    settings.scale, settings.trap = 2.0, Trap()
+    lam = torch.ones(2, **F64, requires_grad=True)
+    w = hg.implicit.argmin(lambda w, lam: settings.scale * ((w - lam) ** 2).sum(), torch.ones(2, **F64), lam)
+    (gradient,) = torch.autograd.grad(w.sum(), lam)
+    assert torch.allclose(gradient, torch.ones(2, **F64))

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 DEPTH = 4  # of containers, partials and closures inside each other
 LONG = 1000  # a container of more than so many is data
-PLAIN = (int, float, complex, str, bytes, type(None), Tensor)  # no module is in these
+PLAIN = (int, float, complex, str, bytes, type(None), Tensor, types.ModuleType)  # not entered
 LIBRARIES = ("torch", "hypergrad", "numpy", "math")
 OWN = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 _SWITCHES = ("no_grad", "inference_mode", "set_grad_enabled")
@@ -48,7 +48,7 @@ def reached(functions: Iterable[Any], depth: int = 0) -> Iterator[Any]:
         seen.add(id(each))
         yield each
         if not isinstance(each, nn.Module):
-            stack.extend((part, level + 1) for part in _parts(each, level > depth) if not isinstance(part, PLAIN))
+            stack.extend((part, level + 1) for part in _parts(each, level > depth) if not issubclass(type(part), PLAIN))
 
 
 def may_detach(*functions: Any) -> bool:

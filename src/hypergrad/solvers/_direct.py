@@ -69,9 +69,9 @@ class Dense(LinearSolver):
         if bool((~(norm <= limit) & torch.isfinite(a).all((-2, -1))).any()):
             z = apply(torch.linalg.pinv(torch.nan_to_num(a), rtol=rounding(a, eps)), rhs)
             least = torch.linalg.vector_norm(rhs - apply(a, z), dim=-1)
-            # A large x, whose residual is small by chance of rounding, is no better than that of least norm.
-            chance = norm > eps**0.5 * torch.linalg.vector_norm(rhs, dim=-1)
-            better = ~(norm <= limit) & (chance | ~(norm <= least))
+            # Without full rank, a large x whose residual is small by chance is no better than that of least norm.
+            deficient = torch.linalg.matrix_rank(torch.nan_to_num(a), rtol=a.shape[-1] * eps) < a.shape[-1]
+            better = ~(norm <= limit) & (deficient | ~(norm <= least))
             y, norm = torch.where(better.unsqueeze(-1), z, y), torch.where(better, least, norm)
             code = event(code, better, Status.BREAKDOWN)
         return y, norm, code
