@@ -1,6 +1,7 @@
 """What a loss or map takes out of autograd's graph: a warning where its derivative is lost, none where it is not."""
 
 import contextlib
+import dataclasses
 import math
 import types
 import warnings
@@ -343,3 +344,24 @@ def test_modules_of_python_in_a_closure_are_not_entered():
     w = hg.implicit.argmin(lambda w, lam: settings.scale * ((w - lam) ** 2).sum(), torch.ones(2, **F64), lam)
     (gradient,) = torch.autograd.grad(w.sum(), lam)
     assert torch.allclose(gradient, torch.ones(2, **F64))
+
+
+@dataclasses.dataclass
+class Fitted:
+    """An attribute called data is no tensor's .data; what dataclasses write compares it."""
+
+    data: torch.Tensor
+
+    def loss(self, w, lam):
+        return ((w - lam * self.data) ** 2).sum()
+
+
+def test_attributes_called_data_are_no_reason_to_watch(monkeypatch):
+    seen = []
+    enter = torch.overrides.TorchFunctionMode.__enter__
+    monkeypatch.setattr(torch.overrides.TorchFunctionMode, "__enter__", lambda mode: seen.append(mode) or enter(mode))
+    lam = torch.ones(2, **F64, requires_grad=True)
+    fitted = Fitted(torch.ones(2, **F64))
+    result = hg.implicit.grad(lambda w, lam: w.sum(), inner_loss=fitted.loss, params=torch.ones(2, **F64), hparams=lam)
+    assert torch.allclose(result.grads, torch.ones(2, **F64))
+    assert not seen

@@ -24,6 +24,16 @@ LIBRARIES = ("torch", "hypergrad", "numpy", "math")
 OWN = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 _SWITCHES = ("no_grad", "inference_mode", "set_grad_enabled")
 _TAKEN = ("detach", "detach_", "data", "item", "tolist", "numpy", *_SWITCHES)
+_UNCALLED = (
+    "__init__",
+    "__post_init__",
+    "__repr__",
+    "__eq__",
+    "__hash__",
+    "__setattr__",
+    "__getstate__",
+    "__setstate__",
+)
 LEAVE: dict[str, Any] = {  # names by which numbers leave autograd's graph, by how bytecode loads them
     **dict.fromkeys(("LOAD_ATTR", "LOAD_METHOD"), _TAKEN),
     **dict.fromkeys(
@@ -74,8 +84,7 @@ def _methods_detach(kinds: tuple[type, ...], names: frozenset[str]) -> bool:
     own = [each for each in dict.fromkeys(own) if not each.__module__.startswith(("torch.", "hypergrad.", "builtins"))]
     parts = [(name, getattr(part, "__func__", part)) for each in own for name, part in vars(each).items()]
     left = [(name, part.__code__) for name, part in parts if isinstance(part, types.FunctionType)]
-    special = {name for name, _ in left if name.startswith("__")} - {"__init__", "__post_init__", "__repr__"}
-    called = {*names, *special, "forward"}
+    called = {*names, "forward", *(name for name, _ in left if name.startswith("__") and name not in _UNCALLED)}
     while found := [code for name, code in left if name in called]:
         if any(map(_code_detaches, found)):
             return True
@@ -88,9 +97,12 @@ def _methods_detach(kinds: tuple[type, ...], names: frozenset[str]) -> bool:
 def _code_detaches(code: types.CodeType) -> bool:
     if code.co_filename.startswith(OWN):  # a function decorated by torch.no_grad() is one of torch's
         return code.co_name == "decorate_context"
-    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    steps = dis.get_instructions(code)
-    return any(step.argval in LEAVE.get(step.opname, ()) for step in steps) or any(map(_code_detaches, inner))
+    inner, before = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)], None
+    for step in dis.get_instructions(code):
+        if step.argval in LEAVE.get(step.opname, ()) and (before, step.argval) != ("self", "data"):  # an object's own
+            return True
+        before = step.argval
+    return any(map(_code_detaches, inner))
 
 
 class Noticing(TorchFunctionMode):
