@@ -52,19 +52,7 @@ def outer_steps(steps: int = 100, rtol: float = 1e-4) -> Row:
             theta = (theta - 10 * g).detach()
         return theta
 
-    def by_hand(rtol: float) -> Tensor:
-        return loop(lambda w, theta, v: warm_cg(inner, outer, w, theta, v, rtol))
-
-    def ours(rtol: float) -> Tensor:
-        return loop(lambda w, theta, v: implicit(inner, outer, w, theta, v, rtol))
-
-    columns = [
-        Column(FLOOR, partial(by_hand, rtol), FLOOR, "floor", exact=partial(by_hand, 1e-13)),
-        Column("implicit.grad, CG, x0=", partial(ours, rtol), FLOOR, target=1.0, exact=partial(ours, 1e-13)),
-    ]
-    if peers.installed("jax"):
-        jitted, exact = (jax_logistic((tx, ty, vx, vy), steps, tolerance) for tolerance in (rtol, 1e-13))
-        columns.append(Column("JAX, jit", jitted, FLOOR, "JAX", exact=exact))
+    columns = methods(loop, inner, outer, partial(jax_logistic, (tx, ty, vx, vy), steps), rtol)
     return Row(f"{steps} outer steps, breast cancer", columns, by_numpy(tx, ty, vx, vy, steps), rounds=5)
 
 
@@ -93,26 +81,32 @@ def ridge_steps(steps: int = 100, rtol: float = 1e-4) -> Row:
             theta = (theta - 30 * g).detach()
         return theta
 
-    def by_hand(rtol: float) -> Tensor:
-        return loop(lambda w, theta, v: warm_cg(inner, outer, w, theta, v, rtol))
-
-    def ours(rtol: float) -> Tensor:
-        return loop(lambda w, theta, v: implicit(inner, outer, w, theta, v, rtol))
-
     theta = np.full(count, -1.0)
     for _ in range(steps):
         a = parts[0].T @ parts[0] / n + np.diag(np.exp(theta))
         w = np.linalg.solve(a, parts[0].T @ parts[1] / n)
         v = np.linalg.solve(a, parts[2].T @ (parts[2] @ w - parts[3]) / len(parts[2]))
         theta = theta + 30 * np.exp(theta) * w * v
+    columns = methods(loop, inner, outer, partial(jax_ridge, parts, steps), rtol)
+    return Row(f"{steps} outer steps, diabetes", columns, theta, rounds=5)
+
+
+def methods(loop: Any, inner: Any, outer: Any, in_jax: Callable[[float], Any], rtol: float) -> list[Column]:
+    """A row's columns. loop: all outer steps, by (w, λ, what the last call left) ↦ the direction and what it leaves."""
+
+    def along(hypergradient: Callable[..., Any], rtol: float) -> Tensor:
+        return loop(lambda w, theta, kept: hypergradient(inner, outer, w, theta, kept, rtol))
+
     columns = [
-        Column(FLOOR, partial(by_hand, rtol), FLOOR, "floor", exact=partial(by_hand, 1e-13)),
-        Column("implicit.grad, CG, x0=", partial(ours, rtol), FLOOR, target=1.0, exact=partial(ours, 1e-13)),
+        Column(name, partial(along, way, rtol), FLOOR, library, target, exact=partial(along, way, 1e-13))
+        for name, way, library, target in (
+            (FLOOR, warm_cg, "floor", None),
+            ("implicit.grad, CG, x0=", implicit, "hypergrad", 1.0),
+        )
     ]
     if peers.installed("jax"):
-        jitted, exact = (jax_ridge(parts, steps, tolerance) for tolerance in (rtol, 1e-13))
-        columns.append(Column("JAX, jit", jitted, FLOOR, "JAX", exact=exact))
-    return Row(f"{steps} outer steps, diabetes", columns, theta, rounds=5)
+        columns.append(Column("JAX, jit", in_jax(rtol), FLOOR, "JAX", exact=in_jax(1e-13)))
+    return columns
 
 
 def warm_cg(inner: Any, outer: Any, w: Tensor, theta: Tensor, v: Any, rtol: float) -> tuple[Tensor, Tensor]:

@@ -365,3 +365,20 @@ def test_attributes_called_data_are_no_reason_to_watch(monkeypatch):
     result = hg.implicit.grad(lambda w, lam: w.sum(), inner_loss=fitted.loss, params=torch.ones(2, **F64), hparams=lam)
     assert torch.allclose(result.grads, torch.ones(2, **F64))
     assert not seen
+
+
+def test_a_function_that_begins_to_detach_is_noticed():
+    lam = torch.ones(2, **F64, requires_grad=True)
+    part = [lambda lam: lam]
+
+    def inner(w, lam):
+        return ((w - part[0](lam) / 2 - lam / 2) ** 2).sum()
+
+    def gradient():
+        w = hg.implicit.argmin(inner, torch.ones(2, **F64), lam)
+        return torch.autograd.grad(w.sum(), lam)[0]
+
+    assert torch.allclose(gradient(), torch.ones(2, **F64))
+    part[0] = lambda lam: lam.detach()
+    with pytest.warns(hg.LostDerivative):
+        assert torch.allclose(gradient(), torch.full((2,), 0.5, **F64))

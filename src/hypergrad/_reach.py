@@ -7,7 +7,8 @@ import functools
 import os
 import sys
 import types
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +46,22 @@ DETACH = {Tensor.detach, torch.detach, Tensor.data.__get__}  # pyright: ignore[r
 READ = {Tensor.item, Tensor.__float__}
 _PASSED = {__file__, torch.overrides.__file__}
 UNWATCHED = nullcontext(SimpleNamespace(found=False))
+
+
+# What was found out about a function, as long as it lives: by its identity, or that of its object and method.
+_FOUND: dict[tuple[int, Any], tuple[weakref.ref[Any], dict[Any, Any]]] = {}
+
+
+def found_of(function: Callable[..., Any]) -> dict[Any, Any]:
+    """What calls with this function have found out (sizes, compiled functions), for later ones."""
+    owner, name = getattr(function, "__self__", function), getattr(function, "__func__", None)
+    place = id(owner), name
+    if place not in _FOUND or _FOUND[place][0]() is not owner:
+        try:
+            _FOUND[place] = weakref.ref(owner, lambda _: _FOUND.pop(place, None)), {}
+        except TypeError:  # it cannot be watched
+            return {}
+    return _FOUND[place][1]
 
 
 def reached(functions: Iterable[Any], depth: int = 0) -> Iterator[Any]:
@@ -118,8 +135,16 @@ class Noticing(TorchFunctionMode):
 
 
 def noticing(user: Any) -> Any:
-    """A context in which to evaluate the user's function; `found` of what it gives says whether it detaches."""
-    return Noticing() if may_detach(user) else UNWATCHED
+    """A context in which to evaluate the user's function; `found` of what it gives says whether it detaches.
+
+    What the function uses is searched at its 1st, 2nd, 3rd, 5th, 9th, … call: it may change between two calls.
+    """
+    known = found_of(user)
+    calls, detaches = known.get("detaches", (0, False))
+    if not calls & (calls - 1):
+        detaches = may_detach(user)
+    known["detaches"] = calls + 1, detaches
+    return Noticing() if detaches else UNWATCHED
 
 
 def place_of(through: bool) -> str:

@@ -402,12 +402,12 @@ def test_a_table_does_not_overwrite_another_file(tmp_path):
         assert not B.SABA([w], [lam], batches=(3, 3), file=str(tmp_path / "own")).tables[0].rows[0].any()
 
 
-@pytest.mark.parametrize("algorithm", ["SOBA", "AmIGO"])
+@pytest.mark.parametrize("algorithm", ["SOBA", "AmIGO", "F2SA", "BOME", "SAMA"])
 def test_an_inner_loss_that_hparams_do_not_reach_is_warned_of_once(algorithm):
     """The direction is that of the outer loss alone. Later batches may be without hparams."""
     w, lam = (torch.ones(2, requires_grad=True) for _ in range(2))
     tracker = getattr(hg.bilevel, algorithm)([w], [lam], lr=0.1)
-    outer = lambda: ((w - lam) ** 2).sum()  # noqa: E731
+    outer = lambda: ((w - lam) ** 2).sum() + w.sum()  # noqa: E731
     with pytest.warns(hg.HypergradientWarning, match="the inner problem does not depend on hparams"):
         tracker.backward(outer, lambda: ((w - lam.detach()) ** 2).sum())
     tracker.backward(outer, lambda: (w**2).sum())

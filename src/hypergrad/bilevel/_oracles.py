@@ -148,7 +148,6 @@ class Oracles:
                 )
         self.algorithm = algorithm
         self.take_forms()
-        self.crossed: bool | None = None  # whether the first product found that ∇₁g depends on hparams
         self.counts = {"inner_gradients": 0, "outer_gradients": 0, "products": 0}
         self.scale = 1.0  # what the losses were multiplied by, for mixed precision
         self.recorded: list[tuple[Tensor, Tensor]] = []  # running statistics before the evaluations that wrote them
@@ -230,9 +229,13 @@ class Oracles:
         if cross:
             self._check_replaced(grads, gradient, "the gradient")
         grads, count = self._unscaled(grads), len(self.params)
-        if cross and self.crossed is None:
-            self.crossed = any(g is not None for g in grads[count:])
         return [self._dense(g, x) for g, x in zip(grads, self.params, strict=False)], grads[count:]
+
+    @property
+    def crossed(self) -> bool | None:
+        """Whether hparams were seen to reach the inner loss (where products are taken: its gradient); None: not yet."""
+        used = self._uses.get("the gradient", self._uses.get("inner_loss"))
+        return None if used is None else any(i >= len(self.params) for i in used)
 
     def value_of(self, gradient: list[Tensor]) -> list[Tensor]:
         """∇₁g without its graph."""

@@ -14,13 +14,13 @@ from torch import Tensor
 from .. import _autodiff, _graph, _random, _torch
 from .._autodiff import check_hparams
 from .._options import check_whole, memory_bytes
+from .._reach import found_of
 from .._solution import OnFailure, Status, finite
 from .._torch import random_state_kept_on_error
 from .._tree import KIND, PyTree, flatten, split
 from ..diff_optimizers import SGD, Rule
 from ..implicit import accumulate
 from ..solvers import on_failure_of
-from ..unroll import found_of
 from ._methods import Found, Implicit, Method, Reptile
 from ._result import (
     REMEDY,

@@ -8,6 +8,5 @@ from ._forward import ForwardResult, forward
 from ._jacobian import jacobian
 from ._reverse import ReverseResult, reverse
 from ._reverse import check_storage as check_storage  # used by hypergrad.meta: memory, checkpoints and compile
-from ._steps import found_of as found_of  # used by hypergrad.meta: what calls of a function have found out
 
 __all__ = ["forward", "reverse", "jacobian", "ForwardResult", "ReverseResult"]

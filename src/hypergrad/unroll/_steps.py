@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -17,7 +16,7 @@ from .. import _autodiff, _graph, _random
 from .._autodiff import as_losses, as_scalar, check_hparams
 from .._detached import warn_of_lost
 from .._options import check_whole
-from .._reach import noticing
+from .._reach import found_of, noticing
 from .._solution import warn, warn_if_not_finite
 from .._torch import differentiated_rightly, hooks_suspended, outside_inference_mode, with_hooks
 from .._tree import KIND, Paths, PyTree, describe, difference, filled, flatten, refuse_objects, split
@@ -48,22 +47,6 @@ UNUSED_PARAMS = (
     "outer_loss does not depend on the params that it is called with{}: compute it from its argument (a module by "
     "torch.func.functional_call(model, params, inputs)), with gradients enabled and without .item() or .detach()"
 )
-
-
-# What was found out about a function, as long as it lives: by its identity, or that of its object and method.
-_FOUND: dict[tuple[int, Any], tuple[weakref.ref[Any], dict[Any, Any]]] = {}
-
-
-def found_of(function: Callable[..., Any]) -> dict[Any, Any]:
-    """What calls with this function have found out (sizes, compiled functions), for later ones."""
-    owner, name = getattr(function, "__self__", function), getattr(function, "__func__", None)
-    place = id(owner), name
-    if place not in _FOUND or _FOUND[place][0]() is not owner:
-        try:
-            _FOUND[place] = weakref.ref(owner, lambda _: _FOUND.pop(place, None)), {}
-        except TypeError:  # it cannot be watched
-            return {}
-    return _FOUND[place][1]
 
 
 def is_continuous(x: Tensor) -> bool:
