@@ -53,7 +53,7 @@ class Batch:
         ...         return hg.bilevel.Directions(down.params, [], up.hparams, {"training loss": inner.value})
         >>> w, lam = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
         >>> tracker = Descent([w], [lam])
-        >>> _ = tracker.backward((lam * w).sum(), (w**2).sum())
+        >>> _ = tracker.backward((lam * w).sum(), (lam * w**2).sum())
         >>> tracker.report().others
         {'training loss': 1.0}
     """

@@ -78,7 +78,7 @@ class Tracker(ABC):
         ...         return hg.bilevel.Directions(down.params, [], up.hparams, {})
         >>> w, lam = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
         >>> tracker = Descent([w], [lam])
-        >>> _ = tracker.backward((lam**2 * w).sum(), (3 * w).sum())
+        >>> _ = tracker.backward((lam**2 * w).sum(), (3 * lam * w).sum())
         >>> w.grad, lam.grad
         (tensor([3.]), tensor([2.]))
     """
