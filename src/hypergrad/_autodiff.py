@@ -1,4 +1,4 @@
-"""Derivatives with zeros for unused inputs, and the derivative of a map at one point as products."""
+"""Derivatives with zeros for unused inputs, and products with the derivative of a map at one point."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FREED = (
     "hypergradient: evaluate it again, or pass losses and maps as callables"
 )
 UNREACHED = (
-    "inner_loss does not depend on params; was it computed under no_grad, or from other tensors (a live model's)?"
+    "inner_loss does not depend on params; was it computed under no_grad, or from other tensors (of a live model)?"
 )
 ATTENTION = (
     "a fused attention kernel has no second derivative: evaluate the model under "
@@ -38,7 +38,7 @@ _keep_graphs: ContextVar[bool] = ContextVar("keep_graphs", default=False)
 
 @contextmanager
 def graphs_kept() -> Iterator[None]:
-    """Within this context no reverse pass frees a graph: several passes may share what their functions close over."""
+    """In this context no reverse pass frees a graph, because the functions of several passes may share one."""
     token = _keep_graphs.set(True)
     try:
         yield
@@ -52,7 +52,7 @@ _has_autocast = lru_cache(torch.amp.is_autocast_available)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Within this context torch.autocast acts only on what `users_autocast` encloses."""
+    """In this context torch.autocast acts only inside `users_autocast`."""
     kind = device.type
     return _autocast_off(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else _NOTHING
 
@@ -68,13 +68,13 @@ def _autocast_off(kind: str) -> Iterator[None]:
 
 
 def users_autocast() -> AbstractContextManager[Any]:
-    """For the evaluation of the user's losses and maps: the autocast that `without_autocast` removed."""
+    """The autocast that `without_autocast` turned off, in which the user's losses and maps are evaluated."""
     kept = _users_autocast.get()
     return _NOTHING if kept is None else torch.autocast(**kept)
 
 
 def _explain(error: RuntimeError) -> None:
-    """Raise what says what to do in place of torch's error, where that is known."""
+    """Raise an error with a remedy in place of torch's error, if its cause is known."""
     text = str(error)
     if "backward through the graph a second time" in text:
         raise RuntimeError(FREED) from error
@@ -95,9 +95,10 @@ def grad(
     batched: bool = False,
     must_reach: str | None = None,
 ) -> list[Tensor]:
-    """Σᵢ cotangentᵢᵀ ∂outputᵢ/∂input for each input, zeros where nothing depends on it; batched: for stacks of these.
+    """Σᵢ cotangentᵢᵀ ∂outputᵢ/∂input for each input, or zeros if no output depends on it.
 
-    must_reach: the ValueError to raise where no output depends on any input.
+    batched: cotangents have a leading axis, and so do the results. must_reach: the message of a ValueError that is
+    raised if no output depends on any input.
     """
     grads = grad_or_none(
         outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, batched=batched
@@ -105,7 +106,7 @@ def grad(
     for g in grads:
         if g is None:
             break
-    else:  # as in most calls
+    else:  # no gradient is None, which is the usual case
         return grads  # pyright: ignore[reportReturnType]
     if must_reach and all(g is None for g in grads):
         raise ValueError(must_reach)
@@ -113,13 +114,13 @@ def grad(
 
 
 def new_zeros(grads: Iterable[Tensor | None], like: Iterable[Tensor], *lead: int) -> list[Tensor]:
-    """Zeros in memory of their own for None, with leading axes of these lengths."""
+    """The gradients, with new zeros of shape [*lead, *x.shape] in place of None."""
     pairs = zip(grads, like, strict=True)
     return [g if g is not None else x.new_zeros(*lead, *x.shape) if lead else torch.zeros_like(x) for g, x in pairs]
 
 
 def or_zeros(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros for None, as views of one number: they take no memory and must not be written to."""
+    """The gradients, with views of a single zero in place of None: they take no memory and must not be written to."""
     return [x.new_zeros(()).expand_as(x) if g is None else g for g, x in zip(grads, like, strict=True)]
 
 
@@ -134,7 +135,7 @@ def grad_or_none(
     dense: bool = True,
     hooks: list[str] | None = None,
 ) -> list[Tensor | None]:
-    """As `grad`, with None where nothing depends on the input. dense: none is sparse. hooks: as in `noticing_hooks`."""
+    """As `grad`, but None for zeros. dense: make sparse gradients dense. hooks: `found` of `noticing_hooks`."""
     for y in outputs:
         if not (isinstance(y, GradientEdge) or y.requires_grad):
             kept = [i for i, y in enumerate(outputs) if isinstance(y, GradientEdge) or y.requires_grad]
@@ -161,13 +162,12 @@ def grad_or_none(
 
 
 def densified(grads: Sequence[Any]) -> list[Any]:
-    """Sparse gradients made dense."""
     return [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
 
 
 @contextmanager
 def gradients_taken(inputs: Iterable[Tensor]) -> Iterator[list[bool]]:
-    """For each gradient with respect to one of the inputs that is taken meanwhile, whether it has a graph."""
+    """A list with an entry for each gradient of an input that is taken in this context: whether it has a graph."""
     taken: list[bool] = []
     hooks = [x.register_hook(lambda _: taken.append(torch.is_grad_enabled())) for x in inputs if x.requires_grad]
     try:
@@ -178,7 +178,7 @@ def gradients_taken(inputs: Iterable[Tensor]) -> Iterator[list[bool]]:
 
 
 def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """tensor.backward(grad) for each that requires grad, in one pass; after an error every .grad is as it was."""
+    """tensor.backward(grad) for the tensors that require grad, in one pass. An error leaves every .grad unchanged."""
     pairs = [(x, g) for x, g in zip(tensors, grads, strict=True) if x.requires_grad]
     outputs = [x for x, _ in pairs]
     written = [] if all(x.is_leaf for x in outputs) else undeclared_leaves(outputs, ())
@@ -197,7 +197,7 @@ def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
 
 
 def add_or_none(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Sums in memory of their own; None stands for zeros, and for a sum of two of them."""
+    """The sums x + y in new memory. None stands for zeros; None + None is None."""
     pairs = zip(xs, ys, strict=True)
     return [(None if y is None else y.clone()) if x is None else (x.clone() if y is None else x + y) for x, y in pairs]
 
@@ -215,9 +215,9 @@ def _retained(outputs: Sequence[Tensor], params: Sequence[Tensor], v: Sequence[T
 
 
 class Linearisation:
-    """The derivative of outputs F(w, λ) at one point, from one graph that is kept until this object goes.
+    """Products with the derivative of F(w, λ) at one point, all from one graph that lives as long as this object.
 
-    compile: turns the product by a retained reverse pass into another function v ↦ ∂₁Fᵀv.
+    compile: takes v ↦ ∂₁Fᵀv, a retained reverse pass, and returns the function that is called in its place.
     """
 
     def __init__(
@@ -229,22 +229,22 @@ class Linearisation:
         probe: Sequence[Tensor] | None = None,
         compile: Callable[[Callable[[Sequence[Tensor]], list[Tensor]]], Any] | None = None,
     ):
-        self.outputs: list[Any] = list(outputs)  # the leaves of F, with their graph: see `drop_values`
-        self.like = outputs
+        self.outputs: list[Any] = list(outputs)  # the leaves of F, or edges of their graph after `drop_values`
+        self.like = outputs  # tensors with the shapes and dtypes of F's leaves
         self.params = params  # the leaves of w in that graph
         self.hparams = hparams  # the leaves of λ that require grad
-        self.curvature = curvature  # v ↦ Bv (True: for a stack of v) with a symmetric B in place of ∂₁F
-        self.probe = probe  # the c at which `pulled` is taken
-        # No method of this object, which would then be in a cycle with what it holds.
+        self.curvature = curvature  # (v, batched) ↦ Bv, with a symmetric B that replaces ∂₁F
+        self.probe = probe  # the cotangent c at which `pulled` is evaluated
+        # Not a bound method, which would make a reference cycle.
         plain = partial(_retained, self.outputs, params)
         self.compiled = None if compile is None else compile(plain)
         self.params_unreached = False  # whether `vjp_both` found that no output depends on any of params
-        self.hooks: list[str] = []  # names of those that changed what `vjp_both` or `vjp_both_many` sent through
+        self.hooks: list[str] = []  # names of hooks that changed a gradient in `vjp_both` or `vjp_both_many`
         self.detaches = False  # whether F was seen to take numbers out of the graph
         self._transposed: tuple[list[Tensor], list[Any]] | None = None
 
     def drop_values(self) -> None:
-        """Keep the graph of an F that has the form of w without its numbers, unless a tensor alone keeps the graph."""
+        """Free the values of F, which has the form of w; its graph stays. A value that alone keeps the graph stays."""
         self.like = self.params
         for i, y in enumerate(self.outputs):
             if (node := y.grad_fn) is not None and not _torch.is_python_function(node):
@@ -257,15 +257,15 @@ class Linearisation:
         return _retained(self.outputs, self.params, v) if self.compiled is None else self.compiled(v)
 
     def vjp_many(self, vs: Sequence[Tensor]) -> list[Tensor]:
-        """∂₁Fᵀ v for a stack [m, *shape] of v: one vectorised pass, or a loop where torch has none."""
+        """∂₁Fᵀ v for a stack [m, *shape] of v: one vectorised pass, or a loop where torch cannot vectorise it."""
         curvature = self.curvature
         if curvature is not None:
             return many(self.vjp, lambda vs: curvature(vs, True), vs)
         return new_zeros(stacked(self.outputs, self.params, vs), self.params, len(vs[0]))
 
     def vjp_both(self, v: Sequence[Tensor], retain_graph: bool) -> tuple[list[Tensor], list[Tensor | None]]:
-        """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass, None for a λ that F does not depend on; the last, or retain_graph."""
-        # Between hparams that one network computes torch would free the network's graph as well.
+        """(∂₁Fᵀ v, ∂₂Fᵀ v) in one reverse pass, with None for a λ on which F does not depend."""
+        # If a network computes hparams, freeing the graph would free the part of the network between them, too.
         retain_graph = retain_graph or not all(x.is_leaf for x in self.hparams)
         if self.compiled is not None and not retain_graph:
             self.compiled.forget()
@@ -278,7 +278,7 @@ class Linearisation:
         return new_zeros(pulled, self.params), cross
 
     def vjp_both_many(self, vs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-        """(∂₁Fᵀ v, ∂₂Fᵀ v) for a stack [m, *shape] of v; None as in `vjp_both`. The graph stays."""
+        """(∂₁Fᵀ v, ∂₂Fᵀ v) as in `vjp_both`, for a stack [m, *shape] of v. The graph stays."""
         if self.curvature is not None:
             return self.vjp_many(vs), stacked(self.outputs, self.hparams, vs)
         both = stacked(self.outputs, [*self.params, *self.hparams], vs, self.hooks)
@@ -286,11 +286,11 @@ class Linearisation:
 
     @property
     def pulled(self) -> list[Tensor | None]:
-        """∂₁Fᵀ c at the probe, as a function of c; None where nothing depends on the leaf."""
+        """∂₁Fᵀ c at c = probe, with a graph of c; None for a leaf on which F does not depend."""
         return self._transpose()[1]
 
     def jvp(self, u: Sequence[Tensor]) -> list[Tensor]:
-        """∂₁F u, the derivative of the vjp in its cotangent, whose graph is built at the first call."""
+        """∂₁F u: the derivative of the vjp with respect to its cotangent. Its graph is built at the first call."""
         return self._push(u, batched=False)
 
     def jvp_many(self, us: Sequence[Tensor]) -> list[Tensor]:
@@ -306,7 +306,7 @@ class Linearisation:
         return grad(outputs, cotangents, u, retain_graph=True, batched=batched)
 
     def _transpose(self) -> tuple[list[Tensor], list[Any]]:
-        """c, and ∂₁Fᵀ c; of the latter only the graph where there is no probe: zeros need no memory."""
+        """c and ∂₁Fᵀ c. Without a probe c is zero, and edges of the graph stand for ∂₁Fᵀ c, which is zero as well."""
         if self._transposed is None:
             at = or_zeros([None] * len(self.like), self.like) if self.probe is None else self.probe
             with torch.enable_grad():
@@ -321,7 +321,7 @@ class Linearisation:
 def stacked(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], hooks: list[str] | None = None
 ) -> list[Tensor | None]:
-    """`grad_or_none` for a stack [m, *shape] of cotangents, at once where torch can. The graph stays."""
+    """`grad_or_none` for a stack [m, *shape] of cotangents, vectorised where torch can. The graph stays."""
 
     def pull(v: Sequence[Tensor], batched: bool = False) -> list[Any]:
         return grad_or_none(outputs, inputs, v, retain_graph=True, batched=batched, hooks=hooks)
@@ -332,7 +332,7 @@ def stacked(
 def many(
     one: Callable[[list[Tensor]], list[Any]], batched: Callable[[Sequence[Tensor]], list[Any]], stacks: Sequence[Tensor]
 ) -> list[Any]:
-    """The batched product of several where torch can vectorise it, else one product at a time."""
+    """The batched function of the stacks if torch can vectorise it, else one call of `one` after another."""
     with suppress(RuntimeError):
         if len(stacks[0]) != 1:
             return batched(stacks)
@@ -342,15 +342,15 @@ def many(
 
 
 def taking_derivatives(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """function(w, λ) on leaves, which may call torch.autograd.grad with respect to w itself.
+    """function(w, λ) on leaves, which may itself call torch.autograd.grad with respect to w.
 
-    Where that fails because w requires no grad, it is called with a w that does, and from then on at once.
+    If a call fails because w does not require grad, that call and all later ones get a w that does.
     """
-    alone = True
+    untracked = True
 
     def evaluate(w: tuple[Tensor, ...], h: Any) -> Any:
-        nonlocal alone
-        if alone:
+        nonlocal untracked
+        if untracked:
             try:
                 return function(w, h)
             except RuntimeError as error:
@@ -363,14 +363,14 @@ def taking_derivatives(function: Callable[[Any, Any], Any]) -> Callable[[Any, An
             with _torch.outside_inference_mode(), torch.enable_grad():
                 w, h = (tuple(x.clone() if x.is_inference() else x for x in xs) for xs in (w, h))
                 values = function(tuple(map(_torch.tracked, w)), h)
-        alone = False
+        untracked = False
         return values
 
     return evaluate
 
 
 def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> tuple[list[int], list[Tensor]]:
-    """The places of the leaves that require grad, and these; ValueError for none, one twice, or one made of another."""
+    """The indices of the leaves that require grad, and these leaves. Raises ValueError for none or dependent ones."""
     check_distinct(leaves, names)
     if not all(x.is_leaf for x in leaves):
         check_independent(leaves, names)
@@ -381,7 +381,6 @@ def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> tuple[list[int]
 
 
 def as_scalar(loss: Any, name: str) -> Tensor:
-    """The loss, or an error that says what came instead of a real scalar tensor."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"{name} must give a scalar tensor, got {type(loss).__name__}")
     if loss.numel() != 1 or not loss.is_floating_point():
@@ -392,11 +391,10 @@ def as_scalar(loss: Any, name: str) -> Tensor:
 
 
 def as_losses(values: Any, name: str) -> Tensor:
-    """The losses [k], or an error that says what came instead."""
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1 or not len(values):
         got = f"shape {tuple(values.shape)}, {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
-            f"{name} must give a tensor [k] of k ≥ 1 losses, got {got}; torch.stack makes one of scalars, and for a "
-            f"single loss there is implicit.grad (unroll.reverse)"
+            f"{name} must give a tensor [k] of k ≥ 1 losses, got {got}; torch.stack makes one of scalars; for a single "
+            f"loss use implicit.grad (unroll.reverse)"
         )
     return values

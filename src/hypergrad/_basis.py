@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ._vector import Space, Vector
 
-AT_ONCE = 2**17  # numbers that an operation on several vectors may take as intermediate results
+AT_ONCE = 2**17  # the most intermediate numbers that one operation on several vectors may make
 
 
 class Basis:
-    """Up to m vectors of one space, stacked: one tensor [m, ...] a chunk, so that each vector lies in one piece."""
+    """Up to m vectors of one space, stored as a tensor [m, ...] for each chunk: every vector is contiguous in it."""
 
     def __init__(self, like: Vector, m: int):
         like.space.require_plain()
@@ -30,7 +30,7 @@ class Basis:
 
     @classmethod
     def from_rows(cls, like: Vector, rows: Tensor) -> Basis:
-        """The basis whose `matrix()` is this tensor [m, n] (the same for all systems) or [B, m, n]."""
+        """The basis whose `matrix()` is this tensor: [B, m, n], or [m, n] for the same vectors in every system."""
         like.space.require_plain()
         flat = rows.expand(*like.space.batch_shape, *rows.shape[-2:]).movedim(-2, 0)
         return cls._of(like.space, like.space.split(flat))
@@ -72,11 +72,11 @@ class Basis:
         return self.space.leaves_of(self.chunks, (self.m,))
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> Basis:
-        """The basis of these tensors of shape [m, *shape] in leaf order."""
+        """The basis in the same space whose `leaves()` are these tensors [m, *shape]."""
         return self._of(self.space, self.space.chunks_of(leaves, (self.m,)))
 
     def plus(self, other: Basis, a: float) -> Basis:
-        """The basis of vⱼ + a · otherⱼ."""
+        """The basis of the vectors vⱼ + a · otherⱼ."""
         return self._of(self.space, [torch.add(v, w, alpha=a) for v, w in zip(self.chunks, other.chunks, strict=True)])
 
     def matrix(self) -> Tensor:

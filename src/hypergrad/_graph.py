@@ -1,4 +1,4 @@
-"""Walks of autograd's graph: what depends on what, leaves that were not declared, bytes that are kept; its hooks."""
+"""Walks through autograd's graph: dependence, undeclared leaves, bytes kept, and hooks that change gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from . import _torch
 from ._tree import local
 
-Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
+Edge = tuple[Any, int]  # a node of the graph, and the index of one of its outputs
 
 
 def _edge(x: Tensor | GradientEdge) -> Edge:
@@ -27,12 +27,12 @@ def _edge(x: Tensor | GradientEdge) -> Edge:
 
 
 def _edges(outputs: Iterable[Tensor | GradientEdge]) -> list[Edge]:
-    """Where the outputs that have a graph come from."""
+    """The edges of those outputs that have a graph."""
     return [_edge(y) for y in outputs if not isinstance(y, Tensor) or y.requires_grad]
 
 
-def _behind(edges: Iterable[Edge], seen: set[Any]) -> Iterator[Edge]:
-    """These edges and all that lead to them, some more than once; nodes in `seen` are not entered again."""
+def _ancestors(edges: Iterable[Edge], seen: set[Any]) -> Iterator[Edge]:
+    """These edges and their ancestors, some more than once. The walk stops at nodes in `seen`, and adds new ones."""
     stack = list(edges)
     while stack:
         node, output = stack.pop()
@@ -43,25 +43,25 @@ def _behind(edges: Iterable[Edge], seen: set[Any]) -> Iterator[Edge]:
 
 
 def depends(outputs: Sequence[Tensor | GradientEdge], inputs: Sequence[Tensor]) -> bool:
-    """Whether any output has any input in its graph."""
+    """Whether any output depends on any input."""
     sought = {_edge(x) for x in inputs if x.requires_grad}
-    return any(edge in sought for edge in _behind(_edges(outputs), set()))
+    return any(edge in sought for edge in _ancestors(_edges(outputs), set()))
 
 
 def refuse_weight_norm(outputs: Sequence[Tensor], inputs: Sequence[Tensor], name: str) -> None:
-    """Raise where torch's weight_norm stands between inputs and outputs, which will be differentiated once more."""
-    nodes = {node for node, _ in _behind(_edges(outputs), set()) if type(node).__name__.startswith("WeightNorm")}
+    """Raise ValueError if outputs depend on inputs through torch's weight_norm, whose second derivative is wrong."""
+    nodes = {node for node, _ in _ancestors(_edges(outputs), set()) if type(node).__name__.startswith("WeightNorm")}
     if nodes and depends([GradientEdge(node, 0) for node in nodes], inputs):
         raise ValueError(
-            f"{name} was computed through torch's weight_norm, whose second derivative is wrong: give it as a function "
-            f"of (params, hparams), or as a closure, in which it is written out, or write g * v / v.norm() in the layer"
+            f"{name} was computed through torch's weight_norm, whose second derivative is wrong: pass it as a function "
+            f"or a closure, in which weight_norm is replaced by g * v / v.norm(), or write that in the layer"
         )
 
 
 def unreached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
-    """The places of inputs that require grad and that no output depends on."""
+    """The indices of inputs that require grad and that no output depends on."""
     places = {_edge(x): i for i, x in enumerate(inputs) if x.requires_grad}
-    for edge in _behind(_edges(outputs), {node for node, _ in places}):
+    for edge in _ancestors(_edges(outputs), {node for node, _ in places}):
         places.pop(edge, None)
         if not places:
             break
@@ -69,28 +69,28 @@ def unreached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[int]:
 
 
 def check_independent(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Raise where one leaf was computed from another."""
+    """Raise ValueError if one leaf was computed from another."""
     places = {_edge(x): i for i, x in enumerate(leaves) if x.requires_grad}
     seen: set[Any] = set()
     for i, x in enumerate(leaves):
         parents = () if x.grad_fn is None else x.grad_fn.next_functions
-        for edge in _behind([parent for parent in parents if parent[0] is not None], seen):
+        for edge in _ancestors([parent for parent in parents if parent[0] is not None], seen):
             if (j := places.get(edge, i)) != i:
                 raise ValueError(
-                    f"{names[i]} was computed from {names[j]}, so what reaches {names[j]} through {names[i]} would be "
+                    f"{names[i]} was computed from {names[j]}, so the gradient of {names[j]} through it would be "
                     f"counted twice: detach {names[i]} (before evaluating the losses), or leave {names[j]} out"
                 )
 
 
 def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequence[Tensor]) -> list[Tensor]:
-    """Leaves that require grad, stand in the graph of outputs and are not among the declared tensors; no empty ones."""
+    """The leaves in the graph of outputs that require grad and are not declared. Empty tensors are left out."""
     known = {id(x) for x in declared}
-    seen: set[Any] = {None, *(x.grad_fn for x in declared)}  # what declared tensors were computed from is not entered
+    seen: set[Any] = {None, *(x.grad_fn for x in declared)}  # the walk stops at declared tensors
     found: dict[int, Tensor] = {}
     ends = [getattr(y, "grad_fn", None) or _edge(y)[0] for y in outputs if getattr(y, "requires_grad", True)]
     stack = [node for node in dict.fromkeys(ends) if node not in seen]
     seen.update(stack)
-    while stack:  # not by `_behind`, which takes twice as long: this is walked at every evaluation of a map
+    while stack:  # `_ancestors` would take twice as long, and this walk is done at every evaluation of a map
         node = stack.pop()
         for parent, _ in node.next_functions:
             if parent not in seen:
@@ -103,12 +103,12 @@ def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequen
 
 
 def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
-    """Bytes of each storage that the graph of outputs keeps, by address; nodes in `seen` are left out, and added to it.
+    """The bytes of each storage that the graph of outputs keeps, by address.
 
-    Saved-tensor hooks would forbid torch.func inside.
+    Nodes in `seen` are not counted again, and new ones are added to it. (Saved-tensor hooks would forbid torch.func.)
     """
     before, sizes = set(seen), {}
-    for node, _ in _behind(_edges(outputs), seen):
+    for node, _ in _ancestors(_edges(outputs), seen):
         if node in before or hasattr(node, "variable"):
             continue
         for value in _torch.saved_values(node):
@@ -120,7 +120,7 @@ def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
 
 
 def ranks() -> int:
-    """How many processes torch.distributed runs; 1 where it is not started."""
+    """The number of ranks of torch.distributed; 1 if it is not initialised."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
@@ -130,33 +130,33 @@ COLLECTIVES += ("_ToTorchTensor", "_FromTorchTensor", "Redistribute")
 
 
 def crosses_ranks(outputs: Iterable[Tensor | GradientEdge]) -> bool:
-    """Whether a derivative of outputs is taken over many ranks: `distributed` functions, or DTensors."""
-    nodes = (node for node, _ in _behind(_edges(outputs), set()))
+    """Whether a derivative of outputs communicates between ranks, through functions of `distributed` or DTensors."""
+    nodes = (node for node, _ in _ancestors(_edges(outputs), set()))
     return any(type(node).__name__.startswith(COLLECTIVES) for node in nodes)
 
 
 def refuse_freed(leaves: Sequence[Tensor]) -> None:
-    """Raise, on many ranks, for leaves whose memory is gone: FSDP2 frees what it gathered after a reverse pass."""
+    """Raise ValueError for leaves without memory: FSDP2 frees the parameters that it gathered after a reverse pass."""
     own = [x for x in leaves if x.is_leaf and not hasattr(x, "placements")]
     if any(x.numel() and not x.untyped_storage().nbytes() for x in own):
         raise ValueError(
-            "params are those that FSDP2 gathered for an evaluation, and freed: its hooks give no graph for second "
-            "derivatives. Evaluate a copy of the model made before fully_shard, by torch.func.functional_call at "
-            "hg.distributed.gathered(its parameters), or take bilevel.F2SA, BOME or SAMA, which take the model as it is"
+            "FSDP2 gathered these params for an evaluation and has freed them: its hooks give no graph for second "
+            "derivatives. Copy the model before fully_shard and evaluate the copy by torch.func.functional_call at "
+            "hg.distributed.gathered(its parameters), or use bilevel.F2SA, BOME or SAMA, which take the model as it is"
         )
 
 
-INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+LIBRARY_FOLDERS = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))  # not the user's code
 
 
 def noticing_hooks(found: list[str], inputs: Sequence[Tensor], reverse_pass: Callable[[], Any]) -> Any:
-    """What a reverse pass gives; adds to found the names and places of hooks that change what it sends through.
+    """The result of a reverse pass; names and places of hooks that change a gradient in it are appended to `found`.
 
-    Nothing in a graph tells its hooks, but Python's profiler sees calls from autograd's engine, and of module hooks.
+    A graph does not list its hooks, but Python's profiler sees the engine's calls of them, and calls of module hooks.
     """
     if sys.getprofile() is not None:
         return reverse_pass()
-    # On this thread for a GPU too.
+    # The reverse pass must run on this thread, which is the profiled one, for a GPU too.
     with nullcontext() if inputs[0].is_cpu else torch.autograd.set_multithreading_enabled(False):
         sys.setprofile(partial(_watch, found, {}))
         try:
@@ -172,7 +172,8 @@ def _watch(found: list[str], given: dict[Any, list[tuple[Tensor, int]]], frame: 
     ):
         return
     code = frame.f_code
-    if event not in ("call", "return") or code.co_filename.startswith(INSIDE) or code.co_name.startswith("__torch_"):
+    internal = code.co_filename.startswith(LIBRARY_FOLDERS) or code.co_name.startswith("__torch_")
+    if event not in ("call", "return") or internal:
         return
     if event == "call":
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)]
@@ -188,7 +189,7 @@ def _watch(found: list[str], given: dict[Any, list[tuple[Tensor, int]]], frame: 
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Those among values, and in tuples of tensors and None, in which gradients come."""
+    """The tensors among values, and in tuples of tensors and None, which is how gradients are passed."""
     flat = []
     for x in values:
         gradients = isinstance(x, tuple) and all(y is None or isinstance(y, Tensor) for y in x)

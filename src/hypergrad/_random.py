@@ -1,4 +1,4 @@
-"""torch's random state: captured, put back, and kept where a call ends in an error."""
+"""torch's random state: captured, restored and replayed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def devices_of(leaves: Iterable[Any]) -> list[torch.device]:
-    """The CUDA devices of these leaves; the CPU counts always."""
+    """The CUDA devices of these leaves. The CPU is not listed, because `capture` always includes it."""
     return sorted({x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda}, key=str)
 
 
@@ -22,7 +22,7 @@ def capture(devices: Iterable[torch.device] = ()) -> dict[torch.device, Tensor]:
 
 
 def restore(states: Mapping[torch.device, Tensor]) -> None:
-    """Put back what `capture` gave: the same numbers are drawn again."""
+    """Put back the states that `capture` returned, so that the same numbers are drawn again."""
     for device, state in states.items():
         if device.type == "cpu":
             torch.set_rng_state(state)
@@ -37,7 +37,7 @@ def equal(states: Mapping[torch.device, Tensor], others: Mapping[torch.device, T
 
 @contextmanager
 def replayed(states: Mapping[torch.device, Tensor]) -> Iterator[None]:
-    """The random numbers that were drawn after a capture are drawn again; afterwards the state is as it was before."""
+    """The random numbers drawn after a capture are drawn again in this context; then the present state is restored."""
     now = capture(device for device in states if device.type == "cuda")
     restore(states)
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import os
 import sys
 import types
 import weakref
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ._graph import LIBRARY_FOLDERS
+
 DEPTH = 4  # of containers, partials and closures inside each other
 LONG = 1000  # a container of more than so many is data
 PLAIN = (int, float, complex, str, bytes, type(None), Tensor, types.ModuleType)  # not entered
 LIBRARIES = ("torch", "hypergrad", "numpy", "math")
-OWN = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 _SWITCHES = ("no_grad", "inference_mode", "set_grad_enabled")
 _TAKEN = ("detach", "detach_", "data", "item", "tolist", "numpy", *_SWITCHES)
 _UNCALLED = (
@@ -112,7 +112,7 @@ def _methods_detach(kinds: tuple[type, ...], names: frozenset[str]) -> bool:
 
 @functools.lru_cache(4096)
 def _code_detaches(code: types.CodeType) -> bool:
-    if code.co_filename.startswith(OWN):  # a function decorated by torch.no_grad() is one of torch's
+    if code.co_filename.startswith(LIBRARY_FOLDERS):  # where a function decorated by torch.no_grad() comes from
         return code.co_name == "decorate_context"
     inner, before = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)], None
     for step in dis.get_instructions(code):
@@ -152,14 +152,14 @@ def place_of(through: bool) -> str:
     frame: Any = sys._getframe(2)
     while frame is not None and (frame.f_code.co_filename in _PASSED or (through and _is_torchs(frame))):
         frame = frame.f_back
-    if frame is None or frame.f_code.co_filename.startswith(OWN):
+    if frame is None or frame.f_code.co_filename.startswith(LIBRARY_FOLDERS):
         return ""
     code = frame.f_code
     return f"{code.co_name} ({Path(code.co_filename).name}, line {frame.f_lineno})"
 
 
 def _is_torchs(frame: Any) -> bool:
-    return frame.f_code.co_filename.startswith(OWN[1])
+    return frame.f_code.co_filename.startswith(LIBRARY_FOLDERS[1])
 
 
 def _parts(each: Any, inside: bool) -> Iterable[Any]:

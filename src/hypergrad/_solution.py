@@ -1,4 +1,4 @@
-"""How an iteration ended: a value with a status that says what happened and what to do."""
+"""The result of an iteration: a value with a status that says what happened and what to do."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ._graph import INSIDE
+from ._graph import LIBRARY_FOLDERS
 from ._torch import numbers
 from ._tree import full
 from ._vector import FREE_TO_READ, Scalar, Vector, anywhere, norm, ratio, read, square_root, squares_are_exact
 from ._versions import with_help
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
-KINK = 0.9  # share of ‖∇₁g‖ in the entries of w that are 0 above which the loss is taken to be nonsmooth
-UNSOLVED = 0.1  # estimated relative distance from the inner solution at which a warning is due
-INACCURATE = 0.1  # estimated relative error of a hypergradient, likewise
+KINK = 0.9  # a loss counts as nonsmooth if this share of ‖∇₁g‖ lies in entries where w is 0
+UNSOLVED = 0.1  # estimated relative distance from the inner solution above which a warning is due
+INACCURATE = 0.1  # estimated relative error of a hypergradient above which a warning is due
 
 
 class Status(enum.Enum):
@@ -80,10 +80,10 @@ class Status(enum.Enum):
 
 
 class HypergradientWarning(UserWarning):
-    """A result that is known, or estimated, not to be what was asked for.
+    """A result is known, or estimated, not to be what was asked for.
 
-    Each kind is shown once for each line of your code that leads to it, whatever the numbers in it; with the filters
-    "always" and "error", every time.
+    Each kind is shown once for each line of your code that leads to it, even if the numbers in the text differ; with
+    the filters "always" and "error", every time.
 
     Example:
         >>> import warnings
@@ -159,7 +159,7 @@ class InaccurateHypergradient(HypergradientWarning):
 
 
 class SolverError(ValueError):
-    """A failed solve under on_failure="raise". `solution` holds the best that was reached.
+    """A solve failed under on_failure="raise". The attribute `solution` holds the best result that was reached.
 
     Example:
         >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, -1.0])), symmetric=True)
@@ -179,12 +179,12 @@ _shown: set[tuple[type[Warning], str, int]] = set()
 
 
 def warn(text: str, kind: type[HypergradientWarning] = HypergradientWarning, section: str = "") -> None:
-    """A warning at the line of the caller's own code that led here, through torch's backward pass too."""
+    """Warn at the line of the user's code that led here, also if torch's backward pass lies in between."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(LIBRARY_FOLDERS):
         level, frame = level + 1, frame.f_back
     place = (kind, frame.f_code.co_filename, frame.f_lineno)
-    # Python's own count tells numbers apart.
+    # Python's default filter would repeat a warning whose text has other numbers.
     if place in _shown and action_of(text, kind) not in ("always", "all", "error"):
         return
     _shown.add(place)
@@ -192,7 +192,7 @@ def warn(text: str, kind: type[HypergradientWarning] = HypergradientWarning, sec
 
 
 def action_of(text: str, kind: type[Warning]) -> str:
-    """What the first of the filters in force that fits a warning says."""
+    """The action of the first warnings filter that matches."""
     for action, message, category, _, _ in warnings.filters:
         if issubclass(kind, category) and (message is None or message.match(text)):
             return action
@@ -206,7 +206,7 @@ NOT_FINITE = (
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all entries are finite: one read from the device, and a closer look only where a sum is not."""
+    """Whether all entries are finite. It reads one sum from the device, and more only if that sum is not finite."""
     tensors = [torch.view_as_real(x.detach()) if x.is_complex() else x.detach() for x in tensors]
     sums = [full(x.sum()) for x in tensors]
     total = sums[0] if len(sums) == 1 else sum(s.float().to(sums[0].device) for s in sums)
@@ -222,19 +222,19 @@ def warn_if_not_finite(grads: Iterable[Tensor]) -> None:
 class Solution:
     """A value and how it was reached.
 
-    Reading `status`, `ok` or `message` reads from the device once; the tensors can be read without.
+    `status`, `ok` and `message` read from the device, once; access to the tensors does not.
 
     Attributes:
         value: the solution, in the structure of the right hand side (or of the start).
         code: Status values as an integer tensor: 0-d, or [B] for B independent systems.
         steps: iterations done: an int, or a tensor [B].
-        residual_norm: ‖b − Ax‖₂ of the returned value, recomputed, never the recursion's: 0-d, or [B].
-        rhs_norm: ‖b‖₂, likewise.
+        residual_norm: ‖b − Ax‖₂, recomputed from the returned value, not the recursion's: 0-d, or [B].
+        rhs_norm: ‖b‖₂: 0-d, or [B].
         trace: the method's own residual norm before each step and after the last: [steps + 1], or [steps + 1, B]; NaN
-            where it did not take it. Of fixed_points without trace=True: that of the worst system, [steps + 1].
-        method: the solver's name; of solvers.Auto the method that gave the value, and why it was taken.
-        curvature: the least xᵀAx / xᵀx (without the solver's damping) that the method met, where it knows it (CG);
-            after negative curvature in solvers.Auto an estimate of the least eigenvalue from below: 0-d, or [B].
+            where it was not computed. From fixed_points without trace=True: that of the worst system, [steps + 1].
+        method: the solver's name; for solvers.Auto, the method that gave the value and why it was chosen.
+        curvature: the least xᵀAx / xᵀx (without the solver's damping) that the method met, if it knows that (CG); from
+            solvers.Auto after negative curvature, an estimate of the least eigenvalue from below: 0-d, or [B].
 
     Example:
         >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, 4.0])), symmetric=True)
@@ -255,7 +255,7 @@ class Solution:
     curvature: Tensor | None = None
 
     def known(self, name: str) -> Any:
-        """A field as a number (a trace as a list) where it is known, or free to read; else as it is."""
+        """A field as a number (or a list of numbers, for a trace) if it is stored so or free to read; else a tensor."""
         value = vars(self)[name]
         return read(value) if isinstance(value, Tensor) else value
 
@@ -267,7 +267,7 @@ class Solution:
     @cached_property
     def status(self) -> Status:
         """The worst status of all systems."""
-        code = self.known("code")  # of thousands of systems a reduction takes less than a list
+        code = self.known("code")  # for thousands of systems, a reduction is faster than a list
         return Status(code if not isinstance(code, Tensor) else numbers(code.amax()) if code.numel() else 0)
 
     @property
@@ -282,22 +282,23 @@ class Solution:
 
     @cached_property
     def stretch(self) -> Scalar:
-        """‖x‖ / ‖b‖ of a Vector, as a number where reading is free."""
+        """‖x‖ / ‖b‖ of a value that is a Vector; a number where reading is free."""
         norm2, b = read(self.value.dot(self.value)), self.known("rhs_norm")
         exact = squares_are_exact(norm2, self.value.space) and anywhere(b)
         return square_root(norm2) / b if exact else norm(self.value / self.rhs_norm)
 
     @cached_property
     def remaining(self) -> list[tuple[float, float]]:
-        """(θ, ρ) of each system, or nothing where all are 0, as in most calls.
+        """(θ, ρ) of each system; an empty list if all are 0, as in most calls.
 
-        θ = ‖A⁻¹r‖ / ‖x‖ is what would be added to x, had its iteration gone on at its own rate ρ. Its steps add up to x
-        and are in proportion to the residuals before them, which fall to ‖r_h‖ by ρ₁, then to ‖r‖ by ρ a step:
+        θ estimates ‖A⁻¹r‖ / ‖x‖, the relative size of what the iteration would still add to x at its present rate ρ.
+        Its steps sum to x and are assumed proportional to the residuals before them. These fall from ‖b‖ to ‖r_h‖, half
+        way through the trace, by a factor of ρ₁ a step, and from there to ‖r‖ by a factor of ρ a step:
 
             θ = ‖r‖/(1 − ρ) / [(‖b‖ − ‖r_h‖)/(1 − ρ₁) + (‖r_h‖ − ‖r‖)/(1 − ρ)]
 
-        and ‖r‖ / (‖b‖ − ‖r‖) with one rate, or where the residual no longer falls. Residuals below a thousandth of ‖b‖,
-        at rounding level or not finite count as 0. The trace is read from the device only where one is above that.
+        If ρ₁ = ρ, or the residual does not fall, θ = ‖r‖ / (‖b‖ − ‖r‖). A residual below ‖b‖ / 1000, at rounding level
+        or not finite counts as 0; the trace is read from the device only if there is another.
         """
         r, b, trace = map(self.known, ("residual_norm", "rhs_norm", "trace"))
         if not anywhere((r > 1e-3 * b) & (b > 0) & (r < math.inf)):
@@ -317,7 +318,7 @@ class Solution:
 
     @property
     def growth_rate(self) -> Tensor:
-        """The factor by which a step multiplied the residual, as the geometric mean over the last half of the steps."""
+        """The factor by which a step multiplied the residual: the geometric mean over the last half of the steps."""
         sizes = numbers(self.trace.reshape(len(self.trace), -1).nanmean(1))
         known = [k for k, size in enumerate(sizes) if not math.isnan(size)] or [0]
         last, half = known[-1], known[(len(known) - 1) // 2]
@@ -339,7 +340,7 @@ class Solution:
         if self.status is Status.NOT_POSITIVE_DEFINITE and self.curvature is not None:
             curvature = float(self.curvature.reshape(-1)[bad[0]])
             text += f", where xᵀAx / xᵀx = {curvature:.3g}"
-            text += f" (it takes damping={-1.2 * curvature:.2g} at least)" if curvature < 0 else ""
+            text += f" (damping must be at least {-1.2 * curvature:.2g})" if curvature < 0 else ""
         return f"{text}: {self.status.message}"
 
     def report(self, what: str, on_failure: OnFailure) -> None:
@@ -352,8 +353,8 @@ class Solution:
         warn(text, NotConverged, section=self.status.name)
 
 
-def _measured(name: str) -> property:
-    """A field of a Solution whose numbers become a tensor where one is asked for: in most calls none is."""
+def _lazy_tensor(name: str) -> property:
+    """A field of a Solution that may be stored as numbers: they become a tensor at the first access."""
 
     def get(solution: Solution) -> Any:
         value = vars(solution)[name]
@@ -366,15 +367,15 @@ def _measured(name: str) -> property:
 
 
 for _name in ("code", "residual_norm", "rhs_norm", "trace", "curvature"):
-    setattr(Solution, _name, _measured(_name))
+    setattr(Solution, _name, _lazy_tensor(_name))
 
 
 def _remaining(q: float, trace: list[float]) -> tuple[float, float]:
-    """(θ, ρ) of one system, from its residual norms in units of ‖b‖: the last, and those on the way."""
+    """(θ, ρ) of one system, from its last residual norm q and its trace, both in units of ‖b‖."""
     known = [(k, size) for k, size in enumerate(trace) if math.isfinite(size) and size > 0]
     if len(known) < 2:
         known = [(0, 1.0), (1, q)]
-    if known[0][1] < 0.99:  # a first step was taken before the trace begins
+    if known[0][1] < 0.99:  # the trace begins after a first step
         known = [(known[0][0] - 1, 1.0), *known]
     (begin, first), (half, middle), (last, _) = known[0], known[(len(known) - 1) // 2], known[-1]
     rate = (q / middle) ** (1 / (last - half))
@@ -386,7 +387,7 @@ def _remaining(q: float, trace: list[float]) -> tuple[float, float]:
 
 
 def warn_of_few_steps(what: str, solution: Solution, error: float, rate: float) -> None:
-    """InaccurateHypergradient for an estimated relative error above a tenth; the residual falls at this rate."""
+    """Warn of an estimated relative error above a tenth. rate: the factor by which a step changes the residual."""
     if not error > INACCURATE:
         return
     steps = int(solution.steps.max()) if isinstance(solution.steps, Tensor) else solution.steps
@@ -406,7 +407,7 @@ def warn_of_few_steps(what: str, solution: Solution, error: float, rate: float) 
 
 
 def inner_distance(residual: Tensor, solution: Solution, point: Vector, fixed_point: bool = False) -> Tensor:
-    """‖F‖ ‖v‖ / (‖b‖ ‖w‖) of an adjoint v: an estimate of the relative distance of w from the inner solution."""
+    """‖F‖ ‖v‖ / (‖b‖ ‖w‖) for the adjoint v: an estimate of the relative distance of w from the inner solution."""
     f, b, r, size = read(residual), solution.known("rhs_norm"), solution.known("residual_norm"), norm(point)
     if fixed_point:  # w − Φ(w) is known up to its rounding
         f = f + point.space.eps / 2 * size
@@ -415,7 +416,7 @@ def inner_distance(residual: Tensor, solution: Solution, point: Vector, fixed_po
 
 
 def warn_if_unsolved(worst: float, residual: Tensor) -> None:
-    """UnsolvedInnerProblem for an estimated relative distance from the inner solution above a tenth."""
+    """Warn of an estimated relative distance from the inner solution above a tenth."""
     if worst > UNSOLVED:
         away = f"an estimated {worst:.1%} (of their norm) or more away from" if math.isfinite(worst) else "0, not"
         warn(
@@ -428,7 +429,7 @@ def warn_if_unsolved(worst: float, residual: Tensor) -> None:
 
 
 def at_kink(point: Vector, slope: Vector) -> Tensor | None:
-    """‖∇₁g‖ over the entries of w that are exactly 0 (0 for w = 0); None where it is free to see that none is."""
+    """‖∇₁g‖ over the entries where w is exactly 0 (0 if w = 0); None if it is free to see that there are none."""
     space = point.space
     if space.device.type in FREE_TO_READ and all(space.plain) and all(bool(w.all()) for w in point.chunks):
         return None
@@ -437,7 +438,7 @@ def at_kink(point: Vector, slope: Vector) -> Tensor | None:
 
 
 def warned_of_kink(at_kink: Tensor | None, residual: Tensor, distance: Tensor, eps: float) -> bool:
-    """Warn of a gradient that is left only where params are exactly 0: it is that of a nonsmooth term, as L1 is."""
+    """Warn if ∇₁g vanishes except where params are exactly 0, as at the kinks of an L1 term. Whether it warned."""
     found = at_kink is not None and anywhere((read(at_kink) > KINK * read(residual)) & (read(distance) > eps**0.5))
     if found:
         warn(

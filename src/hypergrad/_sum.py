@@ -1,7 +1,7 @@
-"""The sum of a loss over batches, one batch's graph at a time, as an ordinary differentiable value of any order.
+"""The sum of a loss over batches, with derivatives of every order and the graph of one batch at a time.
 
 Σ_b φ_b(x) is evaluated batch by batch. Its transposed derivative is again such a sum, Σ_b ∂φ_b(x)ᵀ c, so one
-autograd.Function whose backward calls itself serves the loss, its gradient, Hessian products, and what follows.
+autograd.Function whose backward calls itself serves the loss, its gradient, Hessian products and higher derivatives.
 """
 
 from __future__ import annotations
@@ -18,44 +18,43 @@ from ._autodiff import Linearisation, as_scalar, users_autocast
 from ._options import memory_bytes, progress_bar
 from ._tree import PyTree, split
 
-Values: TypeAlias = "list[Tensor | None]"  # None: nothing of it depends on what was asked for
+Values: TypeAlias = "list[Tensor | None]"  # None: a gradient that is zero because nothing depends on its input
 Weigh: TypeAlias = "Callable[[int, Any], float]"
 
 
 class Batches:
-    """Passes through all batches: each repeats the first one, with its random numbers.
+    """Passes through all batches. Every pass repeats the batches and the random numbers of the first one.
 
     Args:
-        source: a DataLoader or another iterable, or a function that gives one.
-        weigh: the factor of a batch's loss, of its number and the batch.
-        devices: where random numbers may be drawn, besides the CPU.
-        by_batch: the random state is noted at every batch, for passes that do not evaluate all of them.
-        progress: shows a bar.
+        source: a DataLoader or another iterable, or a function that returns one.
+        weigh: (number, batch) ↦ the weight of the batch's loss.
+        devices: devices besides the CPU on which random numbers may be drawn.
+        by_batch: record the random state at every batch, for passes that do not evaluate all batches.
+        progress: show a bar.
 
     Attributes:
-        count, total: the number of batches and the sum of their factors, known after the first pass.
+        count, total: the number of batches and the sum of their weights, known after the first pass.
     """
 
     def __init__(self, source: Any, weigh: Weigh, devices: list[torch.device], by_batch: bool, progress: bool):
         self.source, self.weigh, self.devices, self.progress = source, weigh, devices, progress
-        self.start, self.noted = self._states(), [] if by_batch else None
+        self.start, self.recorded = self._states(), [] if by_batch else None
         self.count, self.total = 0, 0.0
-        self.values: list[Tensor] = []  # the loss of each batch in the first pass, until a second one has agreed
-        self.again: list[Tensor] = []  # likewise in the second
+        self.first: list[Tensor] = []  # the losses of the first pass, until they are compared with those of the second
+        self.second: list[Tensor] = []
 
-    def look(self, value: Tensor) -> None:
-        """Note the loss of a batch."""
+    def record_loss(self, value: Tensor) -> None:
         if not self.count:
-            self.values.append(value.detach())
-        elif self.values:
-            self.again.append(value.detach())
+            self.first.append(value.detach())
+        elif self.first:
+            self.second.append(value.detach())
 
     def _compare(self) -> None:
-        """Raise where the second pass saw other losses than the first: it reads from the device once."""
-        if not self.values or len(self.again) != len(self.values):
+        """Raise ValueError if the second pass gave other losses than the first. It reads from the device once."""
+        if not self.first or len(self.second) != len(self.first):
             return
-        first, second = torch.stack(self.values), torch.stack(self.again)
-        self.values, self.again = [], []
+        first, second = torch.stack(self.first), torch.stack(self.second)
+        self.first, self.second = [], []
         if _torch.is_wrapped(first) or first.device.type == "meta":
             return
         apart = (first - second).abs() > torch.finfo(first.dtype).eps ** 0.5 * first.abs()
@@ -74,14 +73,14 @@ class Batches:
         try:
             for number, batch in enumerate(self._opened()):
                 weight = self.weigh(number, batch)
-                if self.noted is not None and first:
+                if self.recorded is not None and first:
                     before = self._states()
                     yield number, batch, weight
-                    self.noted.append((before, self._states()))
-                elif self.noted is not None and number < len(self.noted):
-                    self._restore(self.noted[number][0])
+                    self.recorded.append((before, self._states()))
+                elif self.recorded is not None and number < len(self.recorded):
+                    self._restore(self.recorded[number][0])
                     yield number, batch, weight
-                    self._restore(self.noted[number][1])
+                    self._restore(self.recorded[number][1])
                 else:
                     yield number, batch, weight
                 count, total = count + 1, total + weight
@@ -91,8 +90,8 @@ class Batches:
         if not count or (not first and count != self.count):
             was = "" if first else f" in one pass and {self.count} in the first"
             raise ValueError(
-                f"Sum: batches gave {count} batches{was}; every pass needs the same ones: pass what can be iterated "
-                f"again (a DataLoader, a list), or a function that gives an iterator"
+                f"Sum: batches gave {count} batches{was}; every pass needs the same ones: pass an iterable that can be "
+                f"iterated again (a DataLoader, a list), or a function that returns an iterator"
             )
         if not first:
             self._compare()
@@ -103,7 +102,7 @@ class Batches:
 
     @property
     def _generators(self) -> list[torch.Generator]:
-        """Those of a DataLoader and of its sampler."""
+        """The generators of a DataLoader and of its samplers."""
         holders = (self.source, getattr(self.source, "sampler", None), getattr(self.source, "batch_sampler", None))
         found = {id(g): g for g in (getattr(each, "generator", None) for each in holders)}
         return [g for g in found.values() if isinstance(g, torch.Generator)]
@@ -118,14 +117,14 @@ class Batches:
 
 
 @dataclass
-class Job:
-    """Σ_b weight_b · function(b, x) over all batches b, for a function of tensors x that gives some tensors.
+class BatchSum:
+    """Σ_b weight_b · function(b, x) over all batches b, for a function that returns a list of tensors.
 
     Args:
-        function: (number, batch), x, create_graph ↦ values; with create_graph they have a graph of x.
-        batches: where they come from.
-        keep: bytes of graphs of the values that may be kept for the next derivative.
-        kept: by number, such a graph: (x, values).
+        function: ((number, batch), x, create_graph) ↦ values, which have a graph of x if create_graph.
+        batches: the batches and their weights.
+        keep: how many bytes of graphs may be kept for the next derivative.
+        kept: (x, values) of each batch whose graph is kept, by the batch's number.
     """
 
     function: Callable[[tuple[int, Any], Sequence[Tensor], bool], Values]
@@ -134,7 +133,7 @@ class Job:
     kept: dict[int, tuple[list[Tensor], Values]] = field(default_factory=dict)
 
     def run(self, tensors: Sequence[Tensor], keep: bool) -> Values:
-        """The sums. keep: graphs are kept as far as they fit."""
+        """The sums. keep: keep the graphs that fit."""
         sums: Values = []
         room, seen, sizes = self.keep if keep else 0.0, set(), {}
         for number, batch, weight in self.batches:
@@ -149,10 +148,10 @@ class Job:
             del values, leaves
         return sums
 
-    def transposed(self, count: int, wanted: Sequence[int], reached: Sequence[int]) -> Job:
-        """Σ_b ∂function(b, x)ᵀ c with respect to the wanted of x, `count` tensors; a function of (x, c).
+    def transposed(self, count: int, wanted: Sequence[int], reached: Sequence[int]) -> BatchSum:
+        """Σ_b ∂function(b, x)ᵀ c as a function of (x, c), where x are `count` tensors.
 
-        reached: which values have a cotangent.
+        wanted: indices of the x to differentiate with respect to. reached: indices of the values with a cotangent.
         """
 
         def pull(item: tuple[int, Any], tensors: Sequence[Tensor], create_graph: bool) -> Values:
@@ -173,25 +172,25 @@ class Job:
                 create_graph=create_graph,
             )
 
-        return Job(pull, self.batches, self.keep)
+        return BatchSum(pull, self.batches, self.keep)
 
 
 def _added(x: Tensor | None, y: Tensor | None, weight: float) -> Tensor | None:
-    """x + weight · y, without y's graph, in place of x."""
+    """x + weight · y without y's graph, written into x."""
     return x if y is None else y.detach() * weight if x is None else x.add_(y.detach(), alpha=weight)
 
 
 class Accumulated(torch.autograd.Function):
-    """The sums of a job as functions of its tensors."""
+    """The values of a BatchSum as a differentiable function of its tensors."""
 
     @staticmethod
-    def forward(job: Job, keep: bool, *tensors: Tensor) -> Any:
+    def forward(batch_sum: BatchSum, keep: bool, *tensors: Tensor) -> Any:
         with torch.enable_grad():
-            return tuple(job.run(tensors, keep))
+            return tuple(batch_sum.run(tensors, keep))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.job = inputs[0]
+        ctx.batch_sum = inputs[0]
         ctx.save_for_backward(*inputs[2:])
         ctx.set_materialize_grads(False)
 
@@ -202,8 +201,8 @@ class Accumulated(torch.autograd.Function):
         reached = [i for i, c in enumerate(cotangents) if c is not None]
         grads: list[Any] = [None] * len(tensors)
         if wanted and reached:
-            job = ctx.job.transposed(len(tensors), wanted, reached)
-            found = Accumulated.apply(job, torch.is_grad_enabled(), *tensors, *(cotangents[i] for i in reached))
+            pulled = ctx.batch_sum.transposed(len(tensors), wanted, reached)
+            found = Accumulated.apply(pulled, torch.is_grad_enabled(), *tensors, *(cotangents[i] for i in reached))
             for i, g in zip(wanted, found, strict=True):
                 grads[i] = g
         return (None, None, *grads)
@@ -214,26 +213,26 @@ class Sum:
 
         g(w, λ) = Σ_b weight_b · loss(w, λ, b)  (divided by Σ_b weight_b)  + penalty(w, λ)
 
-    Pass it as inner_loss or as outer_loss wherever a function of (params, hparams) is taken: it is one, whose value has
-    derivatives of every order, each of them accumulated in one pass over the batches. Every pass of one evaluation
-    takes the same batches in the same order and draws the same random numbers of torch (shuffling, dropout,
-    augmentation); a loss that changes when it is evaluated again is an error.
+    Pass it as inner_loss or outer_loss wherever a function of (params, hparams) is accepted. It has derivatives of
+    every order, each of which is accumulated in one pass over the batches. All passes of one evaluation use the same
+    batches in the same order and the same random numbers of torch (shuffling, dropout, augmentation); a loss that
+    changes when it is evaluated again is an error.
 
     Args:
         loss: loss(params, hparams, batch) ↦ scalar, or an `operators.GaussNewton` whose model and loss take the batch
             as a third argument. Only params and hparams may require grad.
-        batches: a DataLoader, a list or another iterable to be iterated again, or a function that gives an iterator.
+        batches: a DataLoader, a list or another iterable for repeated use, or a function that returns an iterator.
         weights: the weight of each batch: a function of the batch (such as its size), or a list; 1 by default.
-        mean: divide by the sum of the weights. With a loss that is a mean over rows, and weights that are numbers of
-            rows, this is the mean over all rows, also where the last batch is smaller.
-        penalty: penalty(params, hparams) ↦ scalar: what belongs to no batch, such as weight decay.
-        keep: "64MiB", or bytes: graphs of as many batches' gradients are kept for the products that follow; those of
-            the others are built again for each product. (Not for a GaussNewton.)
+        mean: divide by the sum of the weights. If the loss is a mean over rows and the weights are numbers of rows, the
+            result is the mean over all rows, even if the last batch is smaller.
+        penalty: penalty(params, hparams) ↦ scalar, for terms that belong to no batch, such as weight decay.
+        keep: memory for graphs of batches' gradients that products reuse, as "64MiB" or in bytes. The graphs that do
+            not fit are built again for each product. (Not for a GaussNewton.)
         progress: show a bar for every pass (needs tqdm).
 
-    Cost: an evaluation is one pass without a graph, a gradient one with reverse passes, a product with a Hessian one
-        with a reverse pass and another one through it; of a batch whose graph is kept only the latter. Memory: the
-        graph of one batch, and `keep`.
+    Cost: each of these is one pass over the batches: an evaluation, without a graph; a gradient, with a reverse pass of
+        each batch; a Hessian product, with that and a reverse pass through it (the latter alone for a batch whose graph
+        is kept). Memory: the graph of one batch, and `keep`.
 
     Example:
         >>> batches = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
@@ -258,7 +257,7 @@ class Sum:
                 raise TypeError(f"Sum: {name} must be a function, got {type(part).__name__}")
         if isinstance(batches, Iterator) or not (callable(batches) or isinstance(batches, Iterable)):
             raise TypeError(
-                "Sum: batches must be iterable more than once (a DataLoader, a list), or a function that gives an "
+                "Sum: batches must be iterable more than once (a DataLoader, a list), or a function that returns an "
                 f"iterator; got {type(batches).__name__}"
             )
         if keep is not None and hasattr(loss, "linearise"):
@@ -275,13 +274,13 @@ class Sum:
             given = rebuild_params(tensors[: len(w)]), rebuild_hparams(tensors[len(w) :])
             with _torch.differentiated_rightly(dense=True), users_autocast():
                 value = as_scalar(self.loss(*given, item[1]), "the loss of a batch").reshape(())
-            batches.look(value)
+            batches.record_loss(value)
             if not item[0]:
                 self._check_declared(value, tensors)
             return [value]
 
-        batches = self._once([*w, *h])
-        total = Accumulated.apply(Job(function, batches, self.keep), False, *w, *h)[0]
+        batches = self._new_batches([*w, *h])
+        total = Accumulated.apply(BatchSum(function, batches, self.keep), False, *w, *h)[0]
         given = batches.count if self.weights is None or callable(self.weights) else len(self.weights)
         if given != batches.count:
             raise ValueError(f"Sum: there are {given} weights and {batches.count} batches")
@@ -295,25 +294,25 @@ class Sum:
         self._check_declared(penalty, [*w, *h], "penalty")
         return total + penalty
 
-    def _once(self, tensors: Sequence[Tensor]) -> Batches:
+    def _new_batches(self, tensors: Sequence[Tensor]) -> Batches:
         """The batches of one evaluation and of its derivatives."""
         devices = _random.devices_of(tensors)
         return Batches(self.batches, self._weight, devices, self.keep > 0, self.progress)
 
     @property
     def curvature(self) -> Any:
-        """The loss, where it is an operators.GaussNewton; else None."""
+        """The loss if it is an operators.GaussNewton, else None."""
         return self.loss if hasattr(self.loss, "linearise") else None
 
     def linearise(
         self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor]
     ) -> Linearisation:
-        """∇₁g with its graph; products with the batches' Gauss–Newton matrices and the penalty's Hessian, summed."""
+        """The Linearisation of ∇₁g, with the batches' Gauss–Newton matrices and the penalty's Hessian for ∇²₁₁g."""
         gradient = _autodiff.grad([self(params, hparams)], leaves, create_graph=True, must_reach=_autodiff.UNREACHED)
-        batches, bent = self._once([*leaves, *differentiated]), None
+        batches, of_penalty = self._new_batches([*leaves, *differentiated]), None
         if self.penalty is not None:
             penalty = as_scalar(self.penalty(params, hparams), "penalty")
-            bent = Linearisation(_autodiff.grad([penalty], leaves, create_graph=True), leaves)
+            of_penalty = Linearisation(_autodiff.grad([penalty], leaves, create_graph=True), leaves)
 
         def product(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
             total: Values = [None] * len(v)
@@ -323,9 +322,9 @@ class Sum:
                 image = one.vjp_many(v) if batched else one.vjp(v)
                 total = [_added(x, y, weight) for x, y in zip(total, image, strict=True)]
             whole = [x / batches.total if self.mean else x for x in total if x is not None]
-            if bent is None:
+            if of_penalty is None:
                 return whole
-            return list(map(torch.add, whole, bent.vjp_many(v) if batched else bent.vjp(v)))
+            return list(map(torch.add, whole, of_penalty.vjp_many(v) if batched else of_penalty.vjp(v)))
 
         return Linearisation(gradient, leaves, differentiated, product)
 

@@ -1,4 +1,4 @@
-"""Pytrees of tensors: their leaves, the names of these, and leaves put in their places."""
+"""Pytrees of tensors: their leaves, the names of the leaves, matching by key, and replacing leaves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNREGISTERED = "register this dataclass as a pytree (optree.dataclasses.dataclas
 
 
 class Paths(Sequence[str]):
-    """Where the leaves of a tree stand, as text; made only when it is asked for, which is when something is wrong."""
+    """The paths of a tree's leaves as text, which is built only when it is needed: for an error message."""
 
     def __init__(self, name: str, spec: optree.PyTreeSpec):
         self.name, self.spec = name, spec
@@ -37,9 +37,9 @@ class Paths(Sequence[str]):
         return [self.name + path for path in self.within[i]] if isinstance(i, slice) else self.name + self.within[i]
 
     def order(self, other: Paths) -> list[int] | None:
-        """Where in `other` each leaf of this tree stands, matched by key; None where that is the same order.
+        """The index in `other` of each leaf of this tree, matched by key; None if both trees have the same order.
 
-        Lists, tuples and iterators count as one structure, and mappings with the same keys; ValueError for another one.
+        Lists, tuples and iterators count as one structure, and so do mappings with the same keys; else ValueError.
         """
         if self.spec == other.spec or self.within == other.within:
             return None
@@ -48,15 +48,15 @@ class Paths(Sequence[str]):
             odd = [path or "(a single tensor)" for path in {*self.within} ^ {*other.within}]
             raise ValueError(
                 f"{other.name} must have the structure of {self.name}: {len(other)} leaves instead of {len(self)}, and "
-                f"these stand in one of the two only: {', '.join(sorted(odd)[:5])}"
+                f"these are in only one of the two: {', '.join(sorted(odd)[:5])}"
             )
         return [places[path] for path in self.within]
 
 
 def flatten(tree: PyTree, name: str, complex: bool = False) -> tuple[list[Tensor], Paths, Unflatten]:
-    """Leaves, their paths as text, and the inverse. An iterator (model.parameters()) is read once, into a list.
+    """The leaves of a tree, their paths, and the inverse function. An iterator (model.parameters()) is read once.
 
-    Raises: TypeError for a leaf that is no floating point (or, if allowed, complex) tensor, ValueError for none at all.
+    Raises: TypeError for a leaf that is not a floating point (or, with `complex`, complex) tensor; ValueError for none.
     """
     if isinstance(tree, Iterator):
         tree = list(tree)
@@ -82,7 +82,7 @@ def _hint(leaf: Any) -> str:
 
 
 def refuse_objects(leaves: Iterable[Any]) -> None:
-    """Raise TypeError for an object with tensors that optree takes for a leaf: its tensors would be passed over."""
+    """Raise TypeError for a leaf that is an object with tensors inside, because these tensors would be ignored."""
     for leaf in leaves:
         if isinstance(leaf, Tensor) or (callable(leaf) and not dataclasses.is_dataclass(leaf)):  # a module, say
             continue
@@ -91,26 +91,26 @@ def refuse_objects(leaves: Iterable[Any]) -> None:
         held: Any = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, key, None) for key in slots), *inside]
         if any(isinstance(x, Tensor) for x in optree.tree_leaves(held)):
             hint = UNREGISTERED if dataclasses.is_dataclass(leaf) else "pass a dict of them"
-            raise TypeError(f"{type(leaf).__name__} holds tensors and is no pytree: {hint}")
+            raise TypeError(f"{type(leaf).__name__} holds tensors but is not a pytree: {hint}")
 
 
 def split(tree: PyTree) -> tuple[list[Tensor], Unflatten]:
-    """The tensors of any dtype in a tree, and a function that puts others in their places; the rest stays as it is."""
+    """The tensors of a tree, of any dtype, and a function that rebuilds the tree with other tensors in their places."""
     if isinstance(tree, Iterator):
         tree = list(tree)
     leaves, spec = optree.tree_flatten(tree)
-    if all(isinstance(leaf, Tensor) for leaf in leaves):  # quick, for unrolling does it at every step
+    if all(isinstance(leaf, Tensor) for leaf in leaves):  # a fast path, because unrolling splits at every step
         return leaves, spec.unflatten
     refuse_objects(filter(dataclasses.is_dataclass, leaves))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in places]
-    for i in places:  # the function must not keep their memory, nor their graph
+    for i in places:  # the returned function must not keep the tensors and their graphs alive
         leaves[i] = None
     return tensors, lambda new: optree.tree_unflatten(spec, filled(leaves, places, new))
 
 
 def filled(leaves: Sequence[Any], places: Sequence[int], new: Iterable[Any]) -> list[Any]:
-    """A list of leaves with those at `places` replaced by the new ones."""
+    """A copy of the list `leaves` in which those at `places` are replaced by the new ones."""
     whole = list(leaves)
     for i, leaf in zip(places, new, strict=True):
         whole[i] = leaf
@@ -118,7 +118,7 @@ def filled(leaves: Sequence[Any], places: Sequence[int], new: Iterable[Any]) -> 
 
 
 def arranged(tree: PyTree, like: Paths, name: str) -> tuple[list[Tensor], Sequence[str]]:
-    """The leaves of a tree, and their names, in the order of `like`: mappings are matched by key, never by place."""
+    """The leaves of a tree and their names in the order of `like`: mappings are matched by key, never by position."""
     leaves, paths, _ = flatten(tree, name)
     order = like.order(paths)
     return (leaves, paths) if order is None else ([leaves[i] for i in order], [paths[i] for i in order])
@@ -127,9 +127,9 @@ def arranged(tree: PyTree, like: Paths, name: str) -> tuple[list[Tensor], Sequen
 def matching(
     tree: PyTree, paths: Paths, kinds: Iterable[Kind], name: str, places: Sequence[int] | None = None
 ) -> list[Tensor]:
-    """The leaves of a tree that must have these paths, as in `Paths.order`, and forms: nothing is broadcast silently.
+    """The leaves of a tree, checked to have these paths (as `Paths.order` matches them) and exactly these kinds.
 
-    places: of the leaves that are compared and given.
+    places: indices of the leaves to check and return (default: all).
     """
     leaves, names = arranged(tree, paths, name)
     places = range(len(leaves)) if places is None else places
@@ -146,7 +146,7 @@ def difference(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 
 def check_distinct(leaves: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Raise ValueError where one tensor stands in two places: its derivative would be counted twice."""
+    """Raise ValueError if one tensor is there twice, because its derivative would be counted twice."""
     if len({*map(id, leaves)}) < len(leaves):
         places = {id(leaf): i for i, leaf in reversed([*enumerate(leaves)])}
         late = next(i for i, leaf in enumerate(leaves) if places[id(leaf)] < i)
@@ -160,13 +160,13 @@ def describe(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 
 def full(x: Tensor) -> Tensor:
-    """The whole tensor of a sharded one."""
+    """The whole tensor of a sharded one; other tensors are returned unchanged."""
     gather = getattr(x, "full_tensor", None)
     return x if gather is None else gather()
 
 
 def largest_of_parts(x: Tensor) -> Tensor:
-    """The largest |entry| of a sharded tensor (torch's reduction fails where a part is empty); others as they are."""
+    """The largest |entry| of a sharded tensor (torch's reduction fails if a part is empty); others are unchanged."""
     sharded: Any = x
     if not hasattr(x, "placements") or any(p.is_partial() for p in sharded.placements):
         return full(x)
@@ -179,6 +179,6 @@ def largest_of_parts(x: Tensor) -> Tensor:
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor."""
+    """This rank's part of a sharded tensor; other tensors are returned unchanged."""
     sharded: Any = x
     return sharded.detach().to_local() if hasattr(x, "to_local") else x

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ._tree import KIND, Paths, PyTree, Unflatten, filled, flatten, full, largest_of_parts, matching
 
-# A scalar of an iteration: a number where reading is free, else a tensor, 0-d or [B]. Arithmetic with numbers costs
-# nothing beside a small product; that with 0-d tensors does.
+# A scalar of an iteration: a Python number where reading from the device is free, else a tensor, 0-d or [B]. Arithmetic
+# with Python numbers costs little beside a small product; arithmetic with 0-d tensors costs a noticeable part of it.
 Scalar: TypeAlias = Any
 
-FREE_TO_READ = ("cpu",)  # kinds of device on which reading a number waits for nothing
+FREE_TO_READ = ("cpu",)  # types of device from which a number is read without synchronisation
 
 # Leaves up to SMALL elements share a buffer; so do all leaves of a problem with at most SMALL_TOTAL elements. Measured:
 # shared buffers win below a million elements, separate ones (no copy after each product) above.
@@ -31,12 +31,11 @@ SHARDED = "sharded tensors cannot be stacked or flattened; use CG, MINRES, BiCGS
 
 
 def read(scalar: Tensor) -> Scalar:
-    """A 0-d tensor as a number, where reading is free."""
+    """A 0-d tensor as a Python number if reading is free; otherwise the tensor."""
     return scalar.item() if not scalar.ndim and scalar.device.type in FREE_TO_READ else scalar
 
 
 def where(condition: Any, a: Scalar, b: Scalar) -> Scalar:
-    """a where the condition holds, else b."""
     return torch.where(condition, a, b) if isinstance(condition, Tensor) else (a if condition else b)
 
 
@@ -46,7 +45,7 @@ def anywhere(condition: Any) -> bool:
 
 
 def larger(a: Scalar, b: Scalar) -> Scalar:
-    """The larger one; NaN where a is NaN."""
+    """max(a, b), which is NaN where a is NaN."""
     return torch.maximum(a, torch.as_tensor(b, dtype=a.dtype, device=a.device)) if isinstance(a, Tensor) else max(a, b)
 
 
@@ -55,7 +54,7 @@ def square_root(a: Scalar) -> Scalar:
 
 
 def ratio(a: Any, b: Any, known: Any = None) -> Any:
-    """a / b where known (None: where a is not 0), else 0; infinite for a number over 0."""
+    """a / b where `known` holds (default: where a ≠ 0), else 0. For Python numbers a / 0 is infinite."""
     known = a != 0 if known is None else known
     if isinstance(known, Tensor):
         return torch.where(known, a / b, 0.0)
@@ -65,12 +64,12 @@ def ratio(a: Any, b: Any, known: Any = None) -> Any:
 
 
 def norm(v: Vector, read: Callable[[Tensor], Scalar] = read) -> Scalar:
-    """‖v‖₂ of each system, as a number where `read` gives one."""
+    """‖v‖₂ of each system. For a single system `read` may turn it into a Python number."""
     return v.norm() if v.space.batch_dims else square_root(read(v.dot(v)))
 
 
 def squares_are_exact(norm2: Scalar, space: Space) -> bool:
-    """Whether no square in ‖v‖² left the dtype's range, as far as reading is free; of several, where it is not 0."""
+    """Whether ‖v‖² is known to be free of under- and overflow. [B] may hold zeros. False if reading is not free."""
     low, high = space.tiny**0.5, space.tiny**-0.5
     if isinstance(norm2, Tensor):
         if not (space.uniform and norm2.ndim and norm2.device.type in FREE_TO_READ):
@@ -80,23 +79,23 @@ def squares_are_exact(norm2: Scalar, space: Space) -> bool:
 
 
 def is_plain(leaf: Tensor) -> bool:
-    """Whether a leaf may be reshaped and stored with others (a sharded tensor, say, may not)."""
+    """Whether a leaf may be reshaped and stored together with others; a sharded tensor, for example, may not."""
     return type(leaf) in (Tensor, torch.nn.Parameter)
 
 
 @lru_cache
 def _numbers(dtypes: frozenset[torch.dtype]) -> tuple[torch.dtype, float, float, float, float]:
-    """Of a space with these dtypes: the widest, its tiniest number, the largest number and eps of all, and rtol."""
+    """For a space with these dtypes: the widest, its tiny, the least max, the largest eps, the default rtol."""
     widest = reduce(torch.promote_types, dtypes, torch.float32)
     kinds = [torch.finfo(dtype) for dtype in dtypes]
     eps = max(kind.eps for kind in kinds)
-    # The tolerance of solvers where the user gives none: half the digits, and nearly all in half precision.
+    # The tolerance of solvers if the user gives none: about half of the digits, nearly all of them in half precision.
     rtol = 1e-6 if eps < 1e-10 else max(1e-4, 4 * eps)
     return widest, torch.finfo(widest).tiny, min(kind.max for kind in kinds), eps, rtol
 
 
 def _groups(leaves: Sequence[Tensor]) -> list[list[int]]:
-    """Which leaves share a buffer: index lists in leaf order of their first member."""
+    """Lists of indices of the leaves that share a buffer, in the order of their first members."""
     total: dict[tuple, int] = {}
     for leaf in leaves:
         total[leaf.dtype, leaf.device] = total.get((leaf.dtype, leaf.device), 0) + leaf.numel()
@@ -109,7 +108,7 @@ def _groups(leaves: Sequence[Tensor]) -> list[list[int]]:
 
 
 class Space:
-    """Containers, shapes, dtypes, devices, batch axis and storage that all vectors of one problem share."""
+    """What all vectors of one problem share: container, shapes, dtypes, devices, batch axis and storage."""
 
     def __init__(
         self,
@@ -118,11 +117,11 @@ class Space:
         unflatten: Unflatten,
         batch_dims: int = 0,
         places: list[int] | None = None,
-        groups: list[list[int]] | None = None,  # which leaves share a buffer; by their sizes
+        groups: list[list[int]] | None = None,  # which leaves share a buffer; chosen by their sizes if None
     ):
         """The space of a tree that was flattened: Space(*flatten(tree, name)).
 
-        places: the leaves that are components of its vectors, where not all are; their trees hold zeros for the others.
+        places: indices of the leaves that are components of the vectors (default: all). The others are zeros in `tree`.
         """
         self.paths, self.unflatten, self.places = paths, unflatten, None
         if places is not None and len(places) < len(leaves):
@@ -133,7 +132,7 @@ class Space:
         self.shapes, self.dtypes, self.devices = map(list, zip(*self.kinds, strict=True))
         self.batch_dims = batch_dims
         self.batch_shape = self._batch_shape() if batch_dims else torch.Size()
-        self.rows = [len(shape) == batch_dims + 1 for shape in self.shapes]  # leaves that are stored as they are
+        self.rows = [len(shape) == batch_dims + 1 for shape in self.shapes]  # whether a leaf is stored without reshape
         self.device = self.devices[0]
         dtypes = frozenset(self.dtypes)
         self.dtype, self.tiny, self.largest, self.eps, self.rtol = _numbers(dtypes)
@@ -143,19 +142,19 @@ class Space:
         self.sizes = [[lengths[i] for i in group] for group in self.groups]
         self.length = sum(lengths)
         self.plain = [is_plain(leaves[group[0]]) for group in self.groups]
-        # One leaf that is its own chunk: most of what a small step costs is going from one to the other.
+        # The only leaf is the only chunk; converting between the two would be most of the cost of a small step.
         self.single = self.plain == [True] and self.rows == [True]
-        # Scalars of a uniform space multiply its chunks as they are.
+        # In a uniform space scalars multiply the chunks without a change of dtype or device.
         self.uniform = all(self.plain) and dtypes == {self.dtype} and {*self.devices} == {self.device}
 
     def stack_of(self, count: int) -> Space:
-        """The space of `count` vectors of this one, stacked along a leading axis of every leaf."""
+        """The space of stacks of `count` vectors, with a new leading axis of every leaf."""
         return self._reshaped([torch.Size((count, *shape)) for shape in self.shapes], self.batch_dims + 1)
 
     @cached_property
     def one(self) -> Vector:
-        """Of a batch: zeros in the space of one system (or, of a stack of batches, of one batch)."""
-        # Stored in the same order: leaves that are small alone may be large in the batch.
+        """Zeros in the space of one system of the batch (or, for a stack of batches, of one batch)."""
+        # The groups must be the same: a leaf that is small in one system may be large in the batch.
         return self._reshaped([shape[1:] for shape in self.shapes], self.batch_dims - 1, self.groups).zeros()
 
     def _reshaped(self, shapes: list[torch.Size], batch_dims: int, groups: list[list[int]] | None = None) -> Space:
@@ -186,7 +185,7 @@ class Space:
         return first
 
     def chunks_of(self, leaves: Sequence[Tensor], lead: tuple[int, ...] = ()) -> list[Tensor]:
-        """How leaves of this space's shapes (after axes `lead`) are stored. May share their memory."""
+        """The chunks that store these leaves of shapes [*lead, *shape]; they may share the leaves' memory."""
         if self.single:
             return [leaves[0]]
         chunks = []
@@ -222,7 +221,7 @@ class Space:
         return [part.to(self.devices[i], self.dtypes[i]) for part, i in zip(parts, first, strict=True)]
 
     def pack(self, leaves: Sequence[Tensor]) -> Vector:
-        """The vector of these leaves, which must have this space's shapes (unchecked). May share their memory."""
+        """The vector of these leaves, whose shapes are not checked. It may share their memory."""
         return Vector(self, [leaves[0]] if self.single else self.chunks_of(leaves))
 
     def from_flat(self, flat: Tensor) -> Vector:
@@ -230,11 +229,11 @@ class Space:
         return Vector(self, self.split(flat))
 
     def vector(self, tree: PyTree, name: str) -> Vector:
-        """The vector of a tree that was given from outside: checked leaf by leaf. Never shares its graph."""
+        """The vector of a user's tree, which is checked leaf by leaf. It never shares the tree's graph."""
         return self.pack([leaf.detach() for leaf in self.check(tree, name)])
 
     def check(self, tree: PyTree, name: str) -> list[Tensor]:
-        """The leaves of a tree of this space's structure, shapes, dtypes and devices; else an error that says which."""
+        """The leaves of a tree. Raises ValueError if its structure or its leaves' shapes, dtypes or devices differ."""
         return matching(tree, self.paths, self.kinds, name, self.places)
 
     def zeros(self) -> Vector:
@@ -252,10 +251,10 @@ class Space:
         return x.to(device=self.device, dtype=self.dtype)
 
     def tensor(self, numbers: Any) -> Tensor:
-        """A number, or a list of them, as a tensor in the widest dtype; a tensor as it is."""
+        """A number, or a list of numbers, as a tensor in the widest dtype; a tensor is returned unchanged."""
         if isinstance(numbers, Tensor):
             return numbers
-        # The quicker one raises where a number does not fit, and takes no list.
+        # torch.scalar_tensor is faster, but it raises an error for a number out of range and takes no list.
         make = torch.scalar_tensor if isinstance(numbers, float) and abs(numbers) <= self.largest else torch.tensor
         return make(numbers, dtype=self.dtype, device=self.device)
 
@@ -280,20 +279,20 @@ class Vector:
 
     @classmethod
     def of(cls, tree: PyTree, name: str, batch_dims: int = 0) -> Vector:
-        """The vector of a tree, in a space of its own. Never shares its graph."""
+        """The vector of a tree, in a new space. It never shares the tree's graph."""
         leaves, paths, unflatten = flatten(tree, name)
         return Space(leaves, paths, unflatten, batch_dims).pack([leaf.detach() for leaf in leaves])
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The tensors in their own shapes, in leaf order: views of the vector's memory, made once."""
+        """The tensors in the shapes of the user's leaves, in leaf order: views of the vector's memory, made once."""
         if self._leaves is None:
             self._leaves = self.space.leaves_of(self.chunks)
         return self._leaves
 
     @property
     def tree(self) -> PyTree:
-        """The same numbers in the user's own container."""
+        """The vector in the structure of the user's tree."""
         return self.space.unflatten(self.leaves)
 
     def flat(self) -> Tensor:
@@ -304,19 +303,19 @@ class Vector:
         return Vector(self.space, [function(chunk) for chunk in self.chunks])
 
     def _number(self, a: float) -> float:
-        """A number as a tensor of the leaves' dtype would hold it, where torch would raise."""
+        """The number, or ±∞ if it is out of the leaves' range, for which torch would raise an error."""
         return math.copysign(math.inf, a) if abs(a) > self.space.largest else a
 
     def _factors(self, a: Scalar) -> list[Any]:
-        """The scalar a, shaped to multiply each chunk."""
+        """The scalar a in the shapes in which it multiplies each chunk."""
         if not isinstance(a, Tensor):
             return [self._number(a)] * len(self.chunks)
         if self.space.uniform and not a.ndim:
             return [a] * len(self.chunks)
-        return [self._beside(a.to(chunk.device, chunk.dtype), i) for i, chunk in enumerate(self.chunks)]
+        return [self._broadcastable(a.to(chunk.device, chunk.dtype), i) for i, chunk in enumerate(self.chunks)]
 
-    def _beside(self, a: Tensor, i: int) -> Tensor:
-        """A tensor of one entry for each system (0-d as it is), with axes of length 1 for the others of chunk i."""
+    def _broadcastable(self, a: Tensor, i: int) -> Tensor:
+        """A tensor with one entry per system (or a 0-d one), reshaped to broadcast against chunk i."""
         if not a.ndim:
             return a
         return a.reshape(*a.shape, *[1] * (1 if self.space.plain[i] else self.chunks[i].ndim - a.ndim))
@@ -339,15 +338,14 @@ class Vector:
         return Vector(self.space, [c / f for c, f in zip(self.chunks, self._factors(a), strict=True)])
 
     def copy(self) -> Vector:
-        """The same numbers in new memory."""
         return self._map(torch.clone)
 
     def zeros(self) -> Vector:
-        """A new vector of zeros like this one."""
+        """A new vector of zeros in the same space."""
         return self._map(torch.zeros_like)
 
     def random(self, generator: torch.Generator) -> Vector:
-        """Standard normal numbers like this one, from a generator on the CPU."""
+        """A vector of standard normal numbers in the same space, from a generator on the CPU."""
         return self._map(lambda c: torch.randn(c.shape, generator=generator, dtype=c.dtype, device="cpu").to(c.device))
 
     def add_(self, other: Vector, a: Scalar = 1.0, sign: float = 1.0) -> Vector:
@@ -383,7 +381,7 @@ class Vector:
     def where(self, mask: Tensor, other: Vector) -> Vector:
         """self for the systems where mask (0-d, or [B]) holds, other elsewhere."""
         pairs = zip(self.chunks, other.chunks, strict=True)
-        masks = [self._beside(mask.to(chunk.device), i) for i, chunk in enumerate(self.chunks)]
+        masks = [self._broadcastable(mask.to(chunk.device), i) for i, chunk in enumerate(self.chunks)]
         return Vector(self.space, [torch.where(own, x, y) for own, (x, y) in zip(masks, pairs, strict=True)])
 
     def dot(self, other: Vector) -> Tensor:
@@ -406,8 +404,8 @@ class Vector:
         return self.dot(self).sqrt()
 
     def scale(self, read: Callable[[Tensor], Scalar] = lambda size: size) -> Scalar:
-        """A power of two near the largest |entry| of each system, or 1; a number where `read` gives one."""
-        # In float16 the inverse of what is tiny overflows.
+        """A power of two near the largest |entry| of each system (1 if that is 0 or infinite); `read` as in `norm`."""
+        # The reciprocal must not overflow in the narrowest dtype.
         size, tiny = read(self.largest()), max(self.space.tiny, 2 / self.space.largest)
         if not isinstance(size, Tensor):
             return math.ldexp(0.5, math.frexp(max(size, tiny))[1]) if 0 < size < math.inf else 1.0
@@ -429,5 +427,5 @@ class Vector:
 
 
 def sharded_dot(x: Tensor, y: Tensor, batch_dims: int) -> Tensor:
-    product = x * y  # which cannot be flattened where it is sharded along a later axis
+    product = x * y  # a tensor that is sharded along a later axis cannot be flattened
     return full(product.sum(tuple(range(batch_dims, x.ndim))) if x.ndim > batch_dims else product)

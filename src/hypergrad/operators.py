@@ -1,4 +1,4 @@
-"""Linear operators: a product, the transposed product, and what is known of them. Solvers see no loss and no model."""
+"""Linear operators: a product, a transposed product and known properties. Solvers see neither losses nor models."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class LinearOperator:
         symmetric: A = Aᵀ, as the caller declares. CG and MINRES refuse an operator without it.
         positive_definite: vᵀAv > 0, as the caller declares; implies symmetric.
         batch_dims: 1 where every leaf has a leading axis of independent systems, else 0.
-        many: A applied to a Basis at once, if that is cheaper than one product after another.
-        many_transpose: likewise for Aᵀ.
+        many: V ↦ A V for a Basis V, if that is cheaper than one product after another.
+        many_transpose: V ↦ Aᵀ V, likewise.
         contraction: v ↦ v − A v, if that is cheaper than A v (for A = I − Jᵀ it is Jᵀv).
-        stochastic: every product belongs to a new draw of A, so solvers compare no two of them.
+        stochastic: every product uses a new random draw of A, so solvers do not compare products.
 
     Attributes:
-        declared: (product, tensors) where the operator says which tensors it depends on, else None.
-        each: A, where this is its `stacked()` form, else None.
+        declared: (matvec, tensors) of an operator that was made by `function`, else None.
+        each: the operator A if this one is A.stacked(), else None.
 
     Cost: `products` counts the products of the operator, its transpose and its damped forms together.
 
@@ -69,7 +69,7 @@ class LinearOperator:
         self._transpose, self._many_transpose = transpose, many_transpose
         if self.symmetric:
             self._transpose, self._many_transpose = self._matvec, many
-        self._counter = SimpleNamespace(products=0)  # that of the transpose and of the damped forms too
+        self._counter = SimpleNamespace(products=0)  # shared with the transpose and the damped operators
 
     @property
     def products(self) -> int:
@@ -92,7 +92,7 @@ class LinearOperator:
         return product + v * self.damping if self.damping else product
 
     def contract(self, v: Vector) -> Vector:
-        """v − A v: one product, whose memory may be shared like that of A v."""
+        """v − A v, at the cost of one product. Its memory may be shared as that of A v is."""
         if self._contraction is None:
             return v - self(v)
         self._counter.products += 1
@@ -100,7 +100,7 @@ class LinearOperator:
         return image - v * self.damping if self.damping else image
 
     def copying(self) -> LinearOperator:
-        """The same, with every product in memory of its own; counted together with A."""
+        """The same operator with every product in new memory; its products count as products of A."""
         matvec, transpose = self._matvec, self._transpose
         return self._derived(
             _matvec=lambda v: matvec(v).copy(),
@@ -128,7 +128,7 @@ class LinearOperator:
 
     @property
     def T(self) -> LinearOperator:
-        """Aᵀ, counted together with A. Raises TypeError where no transposed product is known."""
+        """Aᵀ, whose products count as products of A. Raises TypeError if A has no transposed product."""
         if self.symmetric:
             return self
         if self._transpose is None:
@@ -137,14 +137,14 @@ class LinearOperator:
         return self._derived(**forward, _transpose=self._matvec, _many_transpose=self._many, _contraction=None)
 
     def damped(self, damping: float) -> LinearOperator:
-        """A + damping · I, counted together with A."""
+        """A + damping · I, whose products count as products of A."""
         return self._derived(damping=self.damping + damping) if damping else self
 
     def stacked(self) -> LinearOperator:
         """A for k right hand sides at once, stacked along a new leading axis of every leaf: k vectorised products.
 
-        CG()(op.stacked(), b) runs k times CG in step, each with its own status; BlockCG searches in one space for all.
-        It counts its products by itself, k at once as one. Where A has batch_dims=1, leaves are [k, B, ...].
+        CG()(op.stacked(), b) runs k independent CG iterations in lockstep, each with its own status; BlockCG searches
+        one common space. `products` counts k products at once as one. If A has batch_dims=1, leaves are [k, B, ...].
 
         Example:
             >>> op = matrix(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), symmetric=True)
@@ -189,7 +189,7 @@ def function(
         tensors: a tuple of what A depends on, for `implicit.linear_solve`, which differentiates with respect to them.
         symmetric, positive_definite, batch_dims: see LinearOperator.
 
-    Raises: TypeError for tensors that are no tuple; ValueError at a product whose result is not like v.
+    Raises: TypeError if tensors is not a tuple; ValueError at a product whose result is not like v.
 
     Example:
         >>> op = function(lambda v: {"a": 2 * v["a"]}, symmetric=True)
@@ -244,7 +244,7 @@ def adjoint(
 ) -> LinearOperator:
     """Aᵀ of a residual F (A = ∂₁F), or of a fixed point map Φ (A = I − ∂₁Φ), by automatic differentiation.
 
-    linearise: gives the Linearisation (of F or Φ) that a product uses: always the same one, or a new draw for each.
+    linearise: returns the Linearisation of F or Φ for one product: always the same one, or a new draw each time.
     """
 
     def products(one: Any, several: Any) -> tuple[Product, Callable[[Basis], Basis]]:
@@ -285,7 +285,7 @@ class Stochastic:
 
     Args:
         function: (params, hparams) ↦ the value, as `implicit.grad` takes it.
-        draws: draws over which the last product, ∂₂Fᵀv, is averaged.
+        draws: number of draws over which the last product, ∂₂Fᵀv, is averaged.
 
     Source: Grazzi, Pontil and Salzo 2021, Algorithm 1.
 
@@ -314,16 +314,16 @@ class GaussNewton:
         g(w, λ) = ℓ(m(w, λ), λ) + p(w, λ),      A = JᵀHJ + ∇²₁₁p,   J = ∂₁m,  H = ∇²ℓ
 
     Pass it as inner_loss to `implicit.grad`. With a convex ℓ and p, A is positive semi-definite at every w, so CG
-    applies where the Hessian is indefinite. A equals the Hessian where the model is linear in w, or ∇ℓ = 0, and is an
-    approximation elsewhere, which the residual of the adjoint system does not show; ∇₁g and ∂₂∇₁g are exact.
+    applies where the Hessian is indefinite. A equals the Hessian if the model is linear in w, or ∇ℓ = 0. Otherwise it
+    is an approximation, whose error the residual of the adjoint system does not show; ∇₁g and ∂₂∇₁g are exact.
 
     Args:
         model: m(params, hparams) ↦ outputs, a tensor or a pytree.
         loss: ℓ(outputs, hparams) ↦ scalar.
         penalty: p(params, hparams) ↦ scalar.
 
-    Over batches pass `Sum(GaussNewton(model, loss), batches, penalty=...)`: model and loss get the batch as a third
-    argument then.
+    For a sum over batches pass `Sum(GaussNewton(model, loss), batches, penalty=...)`, which gives the batch to model
+    and loss as a third argument.
 
     Raises: TypeError for a model, a loss or a penalty that is not a function.
     Cost: a product takes one pass through the graph of J, one through that of Jᵀ, one through ∇ℓ, and one through ∇p.
@@ -351,12 +351,12 @@ class GaussNewton:
                 raise TypeError(f"GaussNewton: {name} must be a function, got {type(part).__name__}")
 
     def __call__(self, params: PyTree, hparams: PyTree, *batch: Any) -> Tensor:
-        """g(w, λ), on a batch if this is the loss of a Sum."""
+        """g(w, λ), of one batch if this is the loss of a Sum."""
         fit = self.loss(self.model(params, hparams, *batch), hparams, *batch)
         return fit if self.penalty is None else fit + self.penalty(params, hparams)
 
     def on(self, batch: Any) -> GaussNewton:
-        """That of one batch, whose model and loss take it as a third argument."""
+        """The GaussNewton of one batch, which model and loss take as a third argument."""
         return GaussNewton(
             lambda params, hparams: self.model(params, hparams, batch),
             lambda outputs, hparams: self.loss(outputs, hparams, batch),
@@ -366,29 +366,29 @@ class GaussNewton:
     def linearise(
         self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor]
     ) -> Linearisation:
-        """∇₁g with its graph and products with A in ∇²₁₁g's place, from one evaluation of the model."""
+        """The Linearisation of ∇₁g with A in place of ∇²₁₁g, from one evaluation of the model."""
         z = self.model(params, hparams)
         outputs, _, rebuild = flatten(z, "the output of GaussNewton's model")
         points = [y.detach().requires_grad_() for y in outputs]
         fit = as_scalar(self.loss(rebuild(points), hparams), "GaussNewton's loss")
         slopes = _autodiff.grad([fit], points, create_graph=True)
-        j, h, bent = Linearisation(outputs, leaves, ()), Linearisation(slopes, points, ()), None
+        j, h, of_penalty = Linearisation(outputs, leaves, ()), Linearisation(slopes, points, ()), None
         total = as_scalar(self.loss(z, hparams), "GaussNewton's loss")
         if self.penalty is not None:
             penalty = as_scalar(self.penalty(params, hparams), "GaussNewton's penalty")
-            bent = Linearisation(_autodiff.grad([penalty], leaves, create_graph=True), leaves, ())
+            of_penalty = Linearisation(_autodiff.grad([penalty], leaves, create_graph=True), leaves, ())
             total = total + penalty
 
         def product(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
             fit = j.vjp_many(h.vjp_many(j.jvp_many(v))) if batched else j.vjp(h.vjp(j.jvp(v)))
-            if bent is None:
+            if of_penalty is None:
                 return fit
-            return list(map(add, fit, bent.vjp_many(v) if batched else bent.vjp(v)))
+            return list(map(add, fit, of_penalty.vjp_many(v) if batched else of_penalty.vjp(v)))
 
         gradient = _autodiff.grad([total], leaves, create_graph=True, must_reach=_autodiff.UNREACHED)
         return Linearisation(gradient, leaves, differentiated, product)
 
 
 def has_curvature(inner_loss: Any) -> bool:
-    """Whether an inner loss brings a matrix in its Hessian's place: a GaussNewton, or a Sum of them."""
+    """Whether an inner loss replaces its Hessian by another matrix: a GaussNewton, or a Sum of one."""
     return isinstance(inner_loss, GaussNewton) or (isinstance(inner_loss, Sum) and inner_loss.curvature is not None)

@@ -114,7 +114,7 @@ def test_inference_mode_is_named():
 def test_an_inner_loss_by_a_live_model_is_named():
     model = torch.nn.Linear(2, 1)
     rule, w = D.SGD(lr=0.1), [x.detach().clone() for x in model.parameters()]
-    with pytest.raises(ValueError, match=r"from other tensors \(a live model's\)"):
+    with pytest.raises(ValueError, match=r"from other tensors \(of a live model\)"):
         rule.on(lambda w, h: model(torch.ones(3, 2)).sum())((w, rule.init(w)))
 
 

@@ -221,7 +221,7 @@ def test_curvature_is_the_least_quotient_met(gamma, preconditioner):
     solution = S.CG(damping=gamma, preconditioner=preconditioner, on_failure="ignore")(system.operator(), system.rhs())
     curvature, least = float(solution.curvature), np.linalg.eigvalsh(system.a)[0]
     assert solution.status is Status.NOT_POSITIVE_DEFINITE and least <= curvature < 0
-    assert f"xᵀAx / xᵀx = {curvature:.3g} (it takes damping={-1.2 * curvature:.2g} at least)" in solution.message
+    assert f"xᵀAx / xᵀx = {curvature:.3g} (damping must be at least {-1.2 * curvature:.2g})" in solution.message
     assert "GaussNewton" in solution.message
     if preconditioner is None and not gamma:  # the first direction is b
         first = S.CG(max_steps=1)(GRID["spd 10"].operator(), GRID["spd 10"].rhs())

@@ -290,11 +290,11 @@ class Held:
 def test_an_unregistered_dataclass_is_named(run):
     lam = torch.ones(2, **DOUBLE, requires_grad=True)
     for start in (Held(lam.detach()), {"w": lam.detach(), "more": [Held(lam.detach())]}):
-        with pytest.raises(TypeError, match="Held holds tensors and is no pytree"):
+        with pytest.raises(TypeError, match="Held holds tensors but is not a pytree"):
             run(lambda s, h: s, start, lam, lambda s, h: h.sum())
     with pytest.raises(TypeError, match="Held"):
         run(lambda s, h: s * h[0].w, lam.detach(), [Held(lam)], lambda s, h: s.sum())
-    with pytest.raises(TypeError, match="Held holds tensors and is no pytree"):
+    with pytest.raises(TypeError, match="Held holds tensors but is not a pytree"):
         run(lambda s, h: Held(s * h), lam.detach(), lam, lambda s, h: s.sum())
 
 
@@ -522,5 +522,5 @@ def test_tensors_in_what_is_no_pytree_are_refused(run, kind, at_start):
     start, hparams = simple()
     step = lambda carry, h: (carry[0] * h["a"], kind(carry[0]))  # noqa: E731
     first = (start, kind(torch.zeros(3, **DOUBLE)) if at_start else 0)
-    with pytest.raises(TypeError, match="holds tensors and is no pytree: pass a dict"):
+    with pytest.raises(TypeError, match="holds tensors but is not a pytree: pass a dict"):
         run(step, first, hparams, lambda carry, h: total(carry[0], h))
