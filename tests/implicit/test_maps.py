@@ -652,7 +652,7 @@ def test_linear_solve_wants_an_operator_that_declares_its_tensors():
         implicit.linear_solve(op, torch.ones(2))
     a = torch.eye(2).requires_grad_()
     for derived in (hg.operators.matrix(a).T, hg.operators.matrix(a).damped(1.0)):
-        with pytest.raises(TypeError, match=r"not \.T or \.damped"):
+        with pytest.raises(TypeError, match=r"not its \.T or \.damped"):
             implicit.linear_solve(derived, torch.ones(2))
     undeclared = hg.operators.function(lambda v: a @ v)
     with pytest.raises(ValueError, match=r"shape \(2, 2\)"):
@@ -869,7 +869,7 @@ def test_wrong_configuration_of_the_decorator(options, error, text):
 
 
 def test_a_call_without_its_hparams():
-    with pytest.raises(TypeError, match=r"by_brentq: hparams are positional arguments \(0,\), got 0 of them"):
+    with pytest.raises(TypeError, match=r"by_brentq: hparams are positional arguments \(0,\), but only 0 were given"):
         by_brentq(h=double([2.0, 3.0]))
     fit = implicit.solver(residual=lambda w, a: w - a)(lambda a: a.tolist())
     with pytest.raises(TypeError, match=r"the result of <lambda>.*floating point tensor, got float"):
@@ -1019,15 +1019,15 @@ SCALED = {  # (c, a) ↦ √(ac) with c undeclared, and what that does to a
 def test_a_tensor_of_an_outer_transform_is_undeclared_too(form, outside, declared):
     """Below the transforms it looks like a constant: its derivative would be zero without a word."""
     f = lambda c, a=1.0: SCALED[form](c, a * declared(c))  # noqa: E731
-    with pytest.raises(ValueError, match=r"that a transform outside .* differentiates or maps"):
+    with pytest.raises(ValueError, match=r"a tensor of an enclosing transform"):
         outside(f)(double(1.0))
 
 
 def test_a_mapped_tensor_must_be_declared():
-    with pytest.raises(ValueError, match=r"that a transform outside .* differentiates or maps"):
+    with pytest.raises(ValueError, match=r"a tensor of an enclosing transform"):
         vmap(lambda c: grad(lambda a: SCALED["root"](c, a))(double(4.0)))(double([1.0, 2.0]))
     entries = double([1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match=r"that a transform outside .* differentiates or maps"):
+    with pytest.raises(ValueError, match=r"a tensor of an enclosing transform"):
         vmap(lambda c: vmap(lambda a: SCALED["root"](c, a))(entries))(entries)
     one, a = double(1.0), double([4.0, 4.0])  # constants may be used, made outside of the transforms
     assert vmap(grad(lambda a: SCALED["root"](one, a)))(a).tolist() == [0.25, 0.25]

@@ -82,7 +82,7 @@ def test_too_few_steps_and_nan():
 def test_what_is_refused():
     _, op, b = system()
     for dampings in ([], [-1.0], [torch.inf]):
-        with pytest.raises(ValueError, match="dampings must be finite numbers ≥ 0"):
+        with pytest.raises(ValueError, match="dampings must be one or more finite numbers ≥ 0"):
             shifted(op, b[0], dampings)
     with pytest.raises(TypeError, match="needs a symmetric operator"):
         shifted(hg.operators.matrix(torch.eye(30, **DOUBLE)), b[0], [1.0])

@@ -1,4 +1,4 @@
-"""Implicit differentiation at a solution of the inner problem: as a hypergradient (grad, backward), or as a value.
+"""Implicit differentiation at a solution of the inner problem: hypergradients, and solutions that autograd sees.
 
     A = ∂₁F,   Aᵀ v = ∇₁E(w, λ),   ∇f(λ) = ∇₂E(w, λ) − ∂₂Fᵀ v
 
@@ -24,6 +24,6 @@ from ._problem import warn_of_hooks as warn_of_hooks
 from ._problem import warn_of_local as warn_of_local  # used by hypergrad.unroll and hypergrad.bilevel
 
 __all__ = ["grad", "backward", "jacobian", "Hypergradient", "Problem"]  # the hypergradient at a solution
-__all__ += ["polish", "refine"]  # its error, removed or made small
+__all__ += ["polish", "refine"]  # hypergradients with a smaller error
 # the solution as a differentiable value
 __all__ += ["root", "fixed_point", "argmin", "linear_solve", "solver", "Info", "WarmStart"]

@@ -1,12 +1,12 @@
-"""Polishing and refining: the first-order error of a hypergradient is removed, or made as small as asked for.
+"""`polish` removes the first-order error of a hypergradient; `refine` makes the error smaller than a tolerance.
 
-With L(w, λ, v) = E(w, λ) − vᵀF(w, λ) the pair (w, v) solves F = 0 and ∇₁L = ∇₁E − Aᵀv = 0, and ∇f(λ) = ∇₂L there. At a
-pair that does not, with r_v = ∇₁L, one Newton step of both is
+Let L(w, λ, v) = E(w, λ) − vᵀF(w, λ). The exact pair (w, v) solves F = 0 and ∇₁L = ∇₁E − Aᵀv = 0, and there ∇f(λ) =
+∇₂L. At another pair, with r_v = ∇₁L, one Newton step for both equations is
 
     A δ = −F,      Aᵀ dv = r_v + ∇²₁₁L δ,      dh = ∇²₂₁L δ − ∂₂Fᵀ dv
 
-dh is the derivative of h(w, v) = ∇₂L along (δ, dv), so h + dh is off by the square of the errors of w and v, and so is
-L as a value of f(λ).
+dh is the derivative of h(w, v) = ∇₂L along (δ, dv), so the error of h + dh is of the order of the square of the errors
+of w and v, and so is the error of L as a value of f(λ).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ..solvers import Auto, LinearSolver, Solver, on_failure_of, solve
 from ._hypergradient import Hypergradient, result_of
 from ._problem import Problem
 
-NEAR = 0.1  # relative distance from the inner solution up to which a first-order estimate is believed
-ROUGH = 0.1  # relative residual of the systems that estimate an error
+NEAR = 0.1  # relative distance from the inner solution up to which a first-order estimate is trusted
+ROUGH = 0.1  # relative residual to which the systems of an error estimate are solved
 REFINEMENTS = 20
 
 
 @dataclass(frozen=True)
 class Correction:
-    """The Newton step of a pair (w, v), and its first-order effect."""
+    """The Newton step of a pair (w, v), and its first-order effect on the hypergradient."""
 
     hypergradient: Vector  # h(w, v) = ∇₂E − ∂₂Fᵀv
     change: Vector  # dh
@@ -59,23 +59,23 @@ class Correction:
 
     @property
     def holds(self) -> Tensor:
-        """Whether w is near enough for first order to mean something: at a critical point of f, say, dh is 0 anyway."""
+        """Whether w is near enough for a first-order estimate. A small dh alone does not show that."""
         return self.distance <= NEAR
 
     @property
     def status(self) -> Status:
-        """The worse of the two systems."""
+        """The worse status of the two systems."""
         return max((solution.status for solution in self.solutions), key=lambda status: status.value)
 
 
 def correct(problem: Problem, v: Vector, solver: Solver, operator: LinearOperator | None = None) -> Correction:
-    """The correction at (w, v) of a problem that was evaluated with keep. Its graphs stay."""
+    """The correction at (w, v) of a problem that was evaluated with keep=True. Its graphs are kept."""
     assert problem.linearisation is not None
     space, outer, n = problem.space, problem.outer_space, len(problem.leaves)
     inputs = [*problem.leaves, *problem.differentiated]
     operator, f = operator or problem.operator(), problem.residual_of(problem.linearisation)
 
-    # L up to vᵀw: (E, −F) or, at a fixed point, (E, Φ) pulled back by (1, v).
+    # The gradient of L; for a fixed point that of E + vᵀΦ = L + vᵀw.
     outputs = [problem.outer_value, *problem.linearisation.outputs]
     cotangents = [torch.ones_like(problem.outer_value), *(v if problem.fixed_point else -v).leaves]
     gradient = _autodiff.grad(outputs, inputs, cotangents, create_graph=True)
@@ -91,7 +91,7 @@ def correct(problem: Problem, v: Vector, solver: Solver, operator: LinearOperato
             raise
         raise NotImplementedError(
             f"corrections and estimates of the error take third derivatives of the inner loss, which torch lacks here: "
-            f"{error} Put modules such as BatchNorm into eval(), or write the operation out in simpler ones"
+            f"{error} Put modules such as BatchNorm into eval() mode, or replace the operation by simpler ones"
         ) from error
     dv = solve(solver, operator, r_v + space.pack(along[:n]), None, problem.last_product)
     change = outer.pack(along[n:]) + problem.cross_vector()
@@ -103,23 +103,23 @@ def correct(problem: Problem, v: Vector, solver: Solver, operator: LinearOperato
 
 
 def polish(result: Hypergradient, solver: Solver | None = None) -> Hypergradient:
-    """A result without the first-order effect of the errors of w and v: what remains is of the order of their squares.
+    """Remove the first-order effect of the errors of w and v: the remaining error is of the order of their squares.
 
         ∇f ≈ h + dh,      f ≈ E − vᵀF
 
     Args:
-        result: of `implicit.grad` or `backward`, whose losses were given as callables; params and hparams must be as
-            they were then.
-        solver: a linear solver of the two systems of the correction. Default: `solvers.Auto()`.
+        result: a result of `implicit.grad` or `backward` whose losses were given as callables. params and hparams must
+            not have changed since.
+        solver: a linear solver for the two systems of the correction. Default: `solvers.Auto()`.
 
     Returns:
         The result with the corrected grads, outer_value and relative_error. No .grad is written.
 
-    Raises: TypeError for losses that were given evaluated, for a Stochastic or a GaussNewton inner problem; ValueError
-        if params or hparams were changed since then.
-    Warns: as `implicit.grad`, where a system of the correction was not solved.
-    Cost: one evaluation of each loss, two systems (one of them with A), about four reverse passes.
-    Source: see Pierce and Giles 2000 for the value.
+    Raises: TypeError for losses that were given evaluated, or a Stochastic or GaussNewton inner problem; ValueError if
+        params or hparams changed.
+    Warns: HypergradientWarning if a system of the correction was not solved.
+    Cost: one evaluation of each loss, two systems (one with A, one with Aᵀ), about four reverse passes.
+    Source: Pierce and Giles 2000, for the corrected value.
 
     Example:
         >>> lam = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
@@ -158,23 +158,24 @@ def refine(
     update: Callable[[PyTree, PyTree], PyTree] | None = None,
     solver: LinearSolver | None = None,
 ) -> Hypergradient:
-    """The hypergradient to ‖error‖ ≤ rtol · ‖∇f(λ)‖: inner problem and adjoint solved no further than that needs.
+    """Reduce the estimated error to rtol · ‖∇f(λ)‖, with inner problem and adjoint solved only as far as that needs.
 
-    v is solved for until a tenfold smaller residual changes the hypergradient by at most rtol; then the effect of the
-    inner residual is estimated, with systems solved to a tenth, and while it is too large w is improved.
+    The adjoint system is solved until a tenfold smaller residual changes the hypergradient by at most rtol. Then the
+    effect of the inner residual is estimated from systems solved to 10 %, and w is improved while it is too large.
 
     Args:
         result: as in `polish`.
         rtol: in (0, 1).
-        update: (params, hparams) ↦ better params, called up to 20 times; None takes Newton steps with this solver.
-        solver: a linear solver; its max_steps is used, its tolerance is not. Default: `solvers.Auto()`.
+        update: (params, hparams) ↦ better params, called up to 20 times; by default Newton steps with `solver`.
+        solver: a linear solver with a tolerance, which is replaced; its max_steps is used. Default: `solvers.Auto()`.
 
     Returns:
-        A Hypergradient with relative_error, at `result.problem.params`; the given params stay as they are.
+        A Hypergradient with relative_error. It is taken at its `problem.params`; the given params do not change.
 
-    Raises: as `polish`; TypeError for a solver without a tolerance; SolverError under on_failure="raise".
-    Warns: InaccurateHypergradient where rtol is missed.
-    Cost: a product with respect to hparams for each stage of the tolerance, and what `polish` costs for each update.
+    Raises: as `polish`; TypeError for a solver without a tolerance; SolverError if rtol is missed and the solver has
+        on_failure="raise".
+    Warns: InaccurateHypergradient if rtol is missed.
+    Cost: the adjoint's products, one product with respect to hparams for each tolerance, and a `polish` each update.
     Source: Pedregosa 2016, section 3, for the tolerances.
 
     Example:
@@ -214,7 +215,7 @@ def refine(
 
 
 def _again(result: Hypergradient, name: str) -> Problem:
-    """The problem of a result, to be evaluated once more."""
+    """The problem of a result, to be evaluated again. Raises if that is impossible."""
     kept = result.problem
     if kept.inner is None or kept.outer_loss is None:
         raise TypeError(f"{name} evaluates both losses again, so both must be given as callables of (params, hparams)")
@@ -229,21 +230,21 @@ def _again(result: Hypergradient, name: str) -> Problem:
 
 
 def _adjoint_to(rtol: float, problem: Problem, solver: LinearSolver, start: Any) -> Solution:
-    """v for which a tenfold smaller residual changed h = ∇₂E − ∂₂Fᵀv by at most rtol ‖h‖."""
+    """Solve for v until a tenfold smaller residual changes h = ∇₂E − ∂₂Fᵀv by at most rtol ‖h‖."""
     outer, tolerance, before, operator = problem.outer_space, rtol, None, problem.operator()
     while True:
         inner = at_tolerance(solver, tolerance)
         solution = solve(inner, operator, problem.b.copy(), start, problem.last_product)
         h = outer.pack(problem.grads())
-        went = anywhere(solution.steps > 0)  # a stage without a step shows nothing
-        settled = went and before is not None and bool((h - before).norm().abs() <= rtol * h.norm().abs())
+        moved = anywhere(solution.steps > 0)  # a solve without a step shows nothing
+        settled = moved and before is not None and bool((h - before).norm().abs() <= rtol * h.norm().abs())
         if settled or not solution.ok or tolerance <= 10 * problem.space.eps:
             return solution
         before, start, tolerance = h, solution.value, max(tolerance / 10, 10 * problem.space.eps)
 
 
 def newton_step(problem: Problem, step: Vector) -> Problem | None:
-    """The problem at w + tδ with t the first of 1, ½, ¼, … at which ‖F‖ falls; None if it falls at none of twenty."""
+    """The problem at w + tδ for the first t in 1, ½, ¼, … that decreases ‖F‖; None if none of the first twenty does."""
     size = norm(problem.residual_of(problem.linearisation))
     for k in range(20):
         better = problem.again(problem.with_params(problem.point + step * 0.5**k))
@@ -255,7 +256,6 @@ def newton_step(problem: Problem, step: Vector) -> Problem | None:
 
 
 def _updated(problem: Problem, update: Callable[[PyTree, PyTree], PyTree]) -> Problem:
-    """The problem at update(params, hparams)."""
     value = update(problem.with_params(problem.point.copy()), problem.hparams)
     return problem.again(problem.with_params(problem.space.vector(value, "the value of update").copy()))
 
@@ -275,7 +275,7 @@ def _check_accuracy(result: Hypergradient, rtol: float, on_failure: str) -> None
 
 
 def at_tolerance(solver: Solver, rtol: float) -> LinearSolver:
-    """The solver with another tolerance, silent. Raises TypeError where it has none."""
+    """The solver with this rtol and without warnings. Raises TypeError if it does not iterate to a tolerance."""
     if not isinstance(solver, LinearSolver) or not solver._runs_to_tolerance:
-        raise TypeError(f"a tolerance needs a solver from hg.solvers that iterates to one, got {solver!r}")
+        raise TypeError(f"solver must be one from hg.solvers that iterates to a tolerance, got {solver!r}")
     return replace(solver, rtol=rtol, atol=None, on_failure="ignore")

@@ -1,4 +1,4 @@
-"""F(w, λ) = 0 on leaves, and the solution of its linear systems at plain tensors."""
+"""The equation F(w, λ) = 0 as a function of leaves, and the solution of its linear systems at plain tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Function: TypeAlias = "Callable[[Leaves, Leaves], Leaves]"  # F(w, λ) on leaves
 
 _within_a_map: ContextVar[bool] = ContextVar("within_a_map", default=False)  # whether an Equation is being evaluated
 
-OUTSIDE = "one that a transform outside (grad, jvp, vmap, ...) differentiates or maps"
+OUTSIDE = "a tensor of an enclosing transform (grad, jvp, vmap, ...)"
 
 
 def undeclared(names: str) -> ValueError:
@@ -42,11 +42,11 @@ def undeclared(names: str) -> ValueError:
 
 @dataclass
 class Info:
-    """Filled in when a derivative is computed: how the adjoint (or tangent) system was solved.
+    """A record of how the adjoint (or tangent) system was solved, which each derivative fills in.
 
     Attributes:
-        solution: status, steps, true residual and trace of the last solve; None before.
-        solves: how many systems were solved since this object was made.
+        solution: status, steps, true residual and trace of the last solve; None before the first.
+        solves: the number of systems that were solved.
 
     Example:
         >>> info, lam = hg.implicit.Info(), torch.tensor(3.0, requires_grad=True)
@@ -63,10 +63,10 @@ class Info:
 
 @dataclass
 class WarmStart(Kept):
-    """Keeps v from one backward pass as the start of the next. One object for each place in a model where it is used.
+    """Keeps v from one backward pass as the start of the next. Use one object for each implicit function of a model.
 
     Attributes:
-        value: the last v as leaves; None to start from zero (set it so when the problem changes).
+        value: the leaves of the last v, or None to start from zero (set it to None when the problem changes).
 
     Example:
         >>> kept, lam = hg.implicit.WarmStart(), torch.tensor(3.0, requires_grad=True)
@@ -84,7 +84,6 @@ class WarmStart(Kept):
     _state: ClassVar[tuple[str, ...]] = ("value",)
 
     def start(self, op: LinearOperator, b: Vector) -> tuple[Vector, None] | None:
-        """v of the last pass."""
         if self.value is None:
             return None
         space = b.space
@@ -96,46 +95,46 @@ class WarmStart(Kept):
         return space.pack(self.value), None
 
     def keep(self, v: Vector) -> None:
-        """Keep v, and zeros for a system where it is not finite."""
+        """Store v, with zeros for each system whose v is not finite."""
         self.value = [leaf.clone() for leaf in v.where(torch.isfinite(v.largest()), v.zeros()).leaves]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A leading axis of a map: whether w and λ are the same along it, and the leaves of λ that have it."""
+    """A leading axis of w that a vmap has added."""
 
-    copied: bool
-    carried: frozenset[int]
+    copied: bool  # whether w and λ are the same along it
+    carried: frozenset[int]  # indices of the leaves of λ that have it
 
 
 @dataclass(frozen=True)
 class Equation:
-    """F and how its linear systems are solved: what both Functions carry along unchanged."""
+    """F and how its linear systems are solved, as the autograd.Functions in `_function` pass it on."""
 
-    function: Function  # F, or Φ where fixed_point (F = w − Φ), or ∇₁g of a g that it minimises, on tuples of leaves
-    count: int  # of the leaves of w
-    solver: Solver  # of Aᵀv = b and of Av = b
-    name: Callable[[Tensor], str]  # how an error speaks of an undeclared tensor
+    function: Function  # of tuples of leaves: F, or Φ if fixed_point (F = w − Φ), or ∇₁g if minimises
+    count: int  # number of leaves of w
+    solver: Solver  # for Aᵀv = b and Av = b
+    name: Callable[[Tensor], str]  # how an error message names an undeclared tensor
     fixed_point: bool = False
     minimises: bool = False
     symmetric: bool = False
     positive_definite: bool = False
     batch_dims: int = 0
-    transposed: bool = False  # whether systems are those of Aᵀ
+    transposed: bool = False  # whether the systems have the matrix Aᵀ in place of A
     info: Info = field(default_factory=Info)
     warm: WarmStart | Recycled | None = None
-    axes: tuple[Axis, ...] = ()  # of the maps that it is under, the outermost first: the leading axes of b and w
-    base: Equation | None = None  # the same without the axes that are copied
+    axes: tuple[Axis, ...] = ()  # the leading axes of b and w, one for each enclosing vmap, the outermost first
+    base: Equation | None = None  # this equation without the axes that are copied
 
     @property
     def T(self) -> Equation:
-        """The same with Aᵀ for A."""
+        """This equation with Aᵀ in place of A."""
         if self.symmetric:
             return self
         return replace(self, transposed=not self.transposed, base=None if self.base is None else self.base.T)
 
     def vmapped(self, dims: Sequence[int | None], copied: bool = False) -> Equation:
-        """The same over one more leading axis of w (`copied`: it does not vary), and of leaves of λ with dims 0."""
+        """This equation with one more leading axis of w (constant if `copied`), and of the leaves of λ with dim 0."""
         mapped, base = torch.func.vmap(self.function, in_dims=(0, tuple(dims))), self.base
         if copied:
             base = base or self
@@ -146,7 +145,7 @@ class Equation:
         return replace(self, function=mapped, batch_dims=batch_dims, warm=None, base=base, axes=axes)
 
     def once(self, leaf: Tensor, place: int | None = None) -> Tensor:
-        """A leaf of w, or that of λ at this place, without the axes along which it is copied."""
+        """A leaf of w, or the leaf of λ with index `place`, without the axes along which it is copied."""
         own = [axis for axis in self.axes if place is None or place in axis.carried]
         return leaf[tuple(0 if axis.copied else slice(None) for axis in own)]
 
@@ -173,7 +172,7 @@ class Equation:
         return pull(self.residual, leaves, u, range(self.count))
 
     def linearise(self, w: Leaves, hparams: Leaves, wanted: Sequence[Tensor] = ()) -> Linearisation:
-        """The retained graph of F (or Φ) at plain tensors; undeclared tensors in it are an error."""
+        """The retained graph of F (or Φ) at plain tensors. Raises ValueError for undeclared tensors in it."""
         with noticing(self.function) as noticed:
             outputs = self.evaluate((*w, *hparams))
         if any(map(_torch.is_wrapped, outputs)):
@@ -186,9 +185,9 @@ class Equation:
         return linearisation
 
     def check_declared(self, w: Sequence[Tensor], hparams: Sequence[Tensor]) -> None:
-        """Look at once for undeclared tensors that `linearise` would miss, by an evaluation of F at constants.
+        """Evaluate F at constants to find undeclared tensors that `linearise` would miss; raise ValueError for them.
 
-        It runs below all transforms, and not where no declared tensor requires grad, or within another implicit map.
+        `linearise` runs below all transforms, and not at all if no declared tensor requires grad or within another map.
         """
         count = len(w)
         if _torch.transforms_active():
@@ -206,7 +205,7 @@ class Equation:
     def solved(
         self, b: Leaves, w: Leaves, hparams: Leaves, wanted: Sequence[int] = (), adjoint: bool = False
     ) -> tuple[Leaves, Leaves]:
-        """A⁻¹b (or A⁻ᵀb) at plain tensors and, for an adjoint, λ̄ = −∂₂Fᵀ of it for the leaves of λ in wanted."""
+        """v = A⁻¹b (or A⁻ᵀb) at plain tensors and, if adjoint, λ̄ = −∂₂Fᵀv for the leaves of λ in wanted."""
         places = [i - self.count for i in wanted]
         if self.base is not None:
             axes = tuple(i for i, axis in enumerate(self.axes) if axis.copied)
@@ -224,7 +223,7 @@ class Equation:
     def _solved(
         self, b: Leaves, w: Leaves, hparams: Leaves, places: list[int], adjoint: bool, stacked: bool
     ) -> tuple[Leaves, Leaves]:
-        """As `solved`; stacked: b has one more leading axis, of right hand sides for the same A."""
+        """As `solved`. stacked: b has one more leading axis, of several right hand sides for the same A."""
         w = tuple(_torch.plain(x).requires_grad_() for x in w)
         hparams = tuple(_torch.plain(x).requires_grad_(i in places) for i, x in enumerate(hparams))
         chosen = [hparams[i] for i in places]
@@ -257,18 +256,18 @@ class Equation:
             raise
         if linearisation.detaches and reached and on_failure_of(self.solver) != "ignore":
             self.warn_of_lost(w, hparams, tuple(x[0] if stacked else x for x in v.leaves))
-        # New tensors: autograd hangs the graph on what it gets back, and Info would keep it alive.
+        # New tensors, because autograd attaches its graph to those returned, and Info would keep the graph alive.
         return tuple(x.detach() for x in v.leaves), tuple(bars)
 
     def warn_of_lost(self, w: Leaves, hparams: Leaves, v: Leaves) -> None:
-        """LostDerivative where F takes out of the graph what its derivative needs; v: a solution of its systems."""
+        """Warn with LostDerivative if F detaches what the derivative needs; v solves the linear system."""
         leaves = tuple(x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in hparams)
         chosen, name = [x for x in leaves if x.requires_grad], "inner_loss" if self.minimises else "the map"
         warn_of_lost(name, self.function, lambda: self.evaluate((*w, *leaves)), w, chosen, v)
 
     def run(self, linearisation: Linearisation, space: Space, b: Vector, last: Any, keep: Any) -> Vector:
-        """Solve with A or Aᵀ, reporting a failure and filling in Info. b: of space, or a stack of such vectors."""
-        if not space.length or 0 in b.space.batch_shape:  # nothing to solve for
+        """Solve with A or Aᵀ, report a failure, and fill in Info. b is a vector of `space`, or a stack of such."""
+        if not space.length or 0 in b.space.batch_shape:
             return b if last is None else last(b)
         point, value = (space.pack([x.detach() for x in xs]) for xs in (linearisation.params, linearisation.outputs))
         f = point - value if self.fixed_point else value
@@ -304,7 +303,7 @@ class Equation:
         return solution.value
 
     def factorised(self, linearisation: Linearisation, point: Vector, b: Vector, keep: Any) -> Solution | None:
-        """The solution for a stack of right hand sides by one factorisation, or None; keep: takes its ∂₂Fᵀ."""
+        """The solution v for a stack of right hand sides by one factorisation, or None; ∂₂Fᵀv goes to `keep`."""
         n, k = point.space.length, b.space.batch_shape[0]
         if not solves_at_once(self.solver, n, k) or not all(point.space.plain):
             return None
@@ -312,7 +311,7 @@ class Equation:
         crosses: list[Tensor | None] = []
         if keep is None or k < n:
             rows = linearisation.vjp_many(units)
-        else:  # one pass gives ∂₂F as well, which is no larger than what is asked for
+        else:  # the same pass gives ∂₂F, which for n ≤ k is no larger than the result ∂₂Fᵀv
             rows, crosses = linearisation.vjp_both_many(units)
         rows = point.space.joined(point.space.chunks_of(rows, (n,))).movedim(0, -2 if self.transposed else -1)
         rows = torch.eye(n, dtype=rows.dtype, device=rows.device) - rows if self.fixed_point else rows.contiguous()
@@ -337,10 +336,10 @@ def _combined(x: Tensor, rows: Tensor, lead: torch.Size) -> Tensor:
 
 
 def pull(function: Callable[[Leaves], Leaves], leaves: Leaves, cotangent: Leaves, wanted: Sequence[int]) -> Leaves:
-    """Σ ∂function/∂leafᵢᵀ cotangent for the leaves i in wanted, as a differentiable function of leaves and cotangent.
+    """(∂function/∂leafᵢ)ᵀ cotangent for the leaves i in wanted, as a differentiable function of leaves and cotangent.
 
-    By torch.autograd, which takes what torch.func refuses (buffers that are written, hooks, checkpoints); under a
-    transform by torch.func.grad, for a pullback of torch.func.vjp could not be called after its level has ended.
+    It uses torch.autograd, which accepts what torch.func refuses (buffers that are written, hooks, checkpoints). Under
+    a transform it uses torch.func.grad: a pullback of torch.func.vjp cannot be called after its level has ended.
     """
     at = tuple(leaves[i] for i in wanted)
     if _torch.transforms_active():

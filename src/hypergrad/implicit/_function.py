@@ -7,11 +7,11 @@
         reverse:  λ̄ = −∂₂Fᵀ A⁻ᵀ w̄
         forward:  ẇ = −A⁻¹ ∂₂F λ̇
 
-λ̄ and A⁻ᵀ w̄ come from one graph of F, in a Function of their own, Adjoint. All rules call LinearSolve again, on the
-transposed operator, so derivatives of any order exist. A vmap over any of them is one batched solve on plain tensors:
-a solver may look at its residuals under any transform. Where it maps right hand sides alone, they are solved together
+A third Function, Adjoint, computes A⁻ᵀ w̄ and λ̄ from one graph of F. All rules call LinearSolve again, on the
+transposed operator, so derivatives of any order exist. A vmap over any Function is one batched solve on plain tensors,
+so a solver may read its residuals under any transform. If a vmap maps only right hand sides, they are solved together
 for one A (`Equation.base`). Only reverse products are used (a product with a Jacobian is the derivative of its
-transposed product): forward mode inside reverse mode is wrong through normalisation layers (torch 2.13).
+transposed product), because forward mode inside reverse mode is wrong through normalisation layers (torch 2.13).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from ._equation import Equation, pull
 
 
 def floating(leaves: Sequence[Tensor]) -> list[int]:
-    """Which leaves can carry a derivative."""
+    """Indices of the leaves that can carry a derivative."""
     return [i for i, leaf in enumerate(leaves) if leaf.is_floating_point() or leaf.is_complex()]
 
 
 def push(
     function: Callable[[Leaves], Leaves], leaves: Leaves, tangents: Leaves, wanted: Sequence[int], like: Leaves
 ) -> Leaves:
-    """Σ ∂function/∂leafᵢ tangentᵢ, like `like`: the pull is linear in its cotangent; this is its transpose."""
+    """Σᵢ ∂function/∂leafᵢ tangentᵢ, with the shapes of `like`: the transpose of `pull`, linear in its cotangent."""
     zeros = tuple(torch.zeros_like(y) for y in like)
     return pull(lambda u: pull(function, leaves, u, wanted), zeros, tangents, range(len(zeros)))
 
@@ -49,7 +49,7 @@ def zeros_if_none(tangent: Tensor | None, like: Tensor) -> Tensor:
 
 
 class LinearSolve(torch.autograd.Function):
-    """x = A⁻¹ b for A = ∂₁F(w, λ), or Aᵀ where problem.transposed: arguments (problem, *b, *w, *λ)."""
+    """x = A⁻¹ b for A = ∂₁F(w, λ), or A⁻ᵀ b if problem.transposed. Arguments: (problem, *b, *w, *λ)."""
 
     @staticmethod
     def forward(problem: Equation, *tensors: Tensor) -> Leaves:
@@ -92,9 +92,9 @@ class LinearSolve(torch.autograd.Function):
 def pulled_back(
     problem: Equation, x: Leaves, x_bar: Sequence[Tensor], leaves: Leaves, wanted: Sequence[int]
 ) -> tuple[Leaves, list[Tensor]]:
-    """b̄, and the cotangents of the leaves (of w, then of λ) in wanted, of x = A⁻¹b."""
+    """The reverse rule of x = A⁻¹b: b̄, and the cotangents of the leaves (w, then λ) in wanted."""
     b_bar = LinearSolve.apply(problem.T, *x_bar, *leaves)
-    # ⟨b̄, A x⟩ = ⟨Aᵀ b̄, x⟩: the side with the transposed product takes one reverse pass fewer.
+    # ⟨b̄, A x⟩ = ⟨Aᵀ b̄, x⟩, and the form with the transposed product takes one reverse pass fewer.
     u, v = (x, b_bar) if problem.transposed else (b_bar, x)
     return b_bar, [-bar for bar in pull(lambda leaves: problem.pulled(u, leaves), leaves, v, wanted)]
 
@@ -102,7 +102,7 @@ def pulled_back(
 def pushed(
     problem: Equation, x: Leaves, b_dot: Sequence[Tensor | None], leaves: Leaves, tangents: Sequence[Tensor | None]
 ) -> Leaves:
-    """ẋ, of x = A⁻¹b."""
+    """The forward rule of x = A⁻¹b: ẋ."""
     n = problem.count
     wanted = [i for i in floating(leaves) if i < n or tangents[i] is not None]
     dots = tuple(zeros_if_none(tangents[i], leaves[i]) for i in wanted)
@@ -120,7 +120,7 @@ def pushed(
 
 
 class Adjoint(torch.autograd.Function):
-    """v = A⁻ᵀ w̄ and λ̄ = −∂₂Fᵀ v for the leaves (of w, then of λ) in wanted: arguments (problem, wanted, *w̄, *w, *λ)."""
+    """v = A⁻ᵀ w̄ and λ̄ = −∂₂Fᵀ v for the leaves (w, then λ) in wanted. Arguments: (problem, wanted, *w̄, *w, *λ)."""
 
     @staticmethod
     def forward(problem: Equation, wanted: Sequence[int], *tensors: Tensor) -> Leaves:
@@ -165,8 +165,8 @@ class Adjoint(torch.autograd.Function):
     ) -> tuple[Leaves, Any]:
         n, axes = problem.count, in_dims[2:]
         copied = all(dim is None for dim in axes[n:])
-        if not copied and any(axes[n + i] is None for i in wanted):  # the derivative for each entry in a λ of all
-            outputs = torch.func.vmap(partial(one_after_the_other, problem, wanted), in_dims=axes)(*tensors)
+        if not copied and any(axes[n + i] is None for i in wanted):  # each entry has its own λ̄ of a shared λ
+            outputs = torch.func.vmap(partial(solve_then_product, problem, wanted), in_dims=axes)(*tensors)
             return outputs, (0,) * len(outputs)
         lead, dims = lead_axes(info.batch_size, tensors, axes, 2 * n)
         if copied:
@@ -176,21 +176,21 @@ class Adjoint(torch.autograd.Function):
 
 
 def last_product(problem: Equation, wanted: Sequence[int], tensors: Leaves) -> Leaves:
-    """−∂₂Fᵀ v for the leaves in wanted, of (v, w, λ)."""
+    """−∂₂Fᵀ v for the leaves in wanted; tensors holds (v, w, λ)."""
     n = problem.count
-    # With respect to w too: a map that takes derivatives of its own takes them there.
+    # w is tracked too, because a map may take derivatives with respect to it.
     bars = pull(problem.residual, tensors[n:], tensors[:n], [*range(n), *wanted])[n:]
     return tuple(-bar for bar in bars)
 
 
-def one_after_the_other(problem: Equation, wanted: Sequence[int], *tensors: Tensor) -> Leaves:
-    """What Adjoint gives, by a LinearSolve and a last product."""
+def solve_then_product(problem: Equation, wanted: Sequence[int], *tensors: Tensor) -> Leaves:
+    """The outputs of Adjoint, by LinearSolve and then last_product."""
     v = LinearSolve.apply(problem, *tensors)
     return (*v, *last_product(problem, wanted, (*v, *tensors[problem.count :])))
 
 
 class Root(torch.autograd.Function):
-    """w(λ): arguments (problem, find, *w, *λ). Where find is given there is no w, and find(λ) gives it."""
+    """w(λ). Arguments: (problem, find, *w, *λ); if find is not None, w is left out and find(λ) computes it."""
 
     @staticmethod
     def forward(problem: Equation, find: Callable[[Leaves], Leaves] | None, *tensors: Tensor) -> Leaves:
@@ -237,28 +237,28 @@ class Root(torch.autograd.Function):
 
 
 def find_all(find: Callable[[Leaves], Leaves], dims: Sequence[int | None], count: int, hparams: Leaves) -> Leaves:
-    """The solutions for each entry of the mapped leaves of λ, stacked: by one run where vmap can, else one by one."""
+    """The stacked solutions for all entries of a vmap over λ: by one run if vmap can run `find`, else one by one."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             return torch.func.vmap(lambda *h: find(h), in_dims=tuple(dims))(*hparams)  # pyright: ignore[reportArgumentType]
-    except Exception:  # an error of the user's own comes again below
+    except Exception:  # an error in the user's code is raised again below
         pass
     entries = (tuple(t if dim is None else t[j] for t, dim in zip(hparams, dims, strict=True)) for j in range(count))
     return tuple(torch.stack(parts) for parts in zip(*(find(entry) for entry in entries), strict=True))
 
 
 def adjoint(problem: Equation, leaves: Leaves, w_bar: Leaves, wanted: Sequence[int]) -> Sequence[Tensor]:
-    """λ̄ = −∂₂Fᵀ A⁻ᵀ w̄ for the leaves (of w, then of λ) in wanted."""
+    """λ̄ = −∂₂Fᵀ A⁻ᵀ w̄ for the leaves (w, then λ) in wanted."""
     problem = replace(problem, transposed=True, base=problem.base and replace(problem.base, transposed=True))
     return Adjoint.apply(problem, wanted, *w_bar, *leaves)[problem.count :]
 
 
 def refuse(tensors: Sequence[Tensor | None], forward_mode: bool) -> None:
-    """Raise where a derivative along these tensors would fail in torch, or be wrong without a word (pytorch#197867)."""
+    """Raise if torch cannot compute a derivative along these tensors, or would compute it wrongly (pytorch#197867)."""
     if any(map(_torch.is_legacy_batch, tensors)):
         raise NotImplementedError(
-            "is_grads_batched=True, vectorize=True and check_batched_grad map by torch's older vmap, in which an "
+            "is_grads_batched=True, vectorize=True and check_batched_grad use torch's older vmap, under which an "
             "implicit function has no derivative: use torch.func.jacrev (jacfwd, hessian), or torch.func.vmap of "
             "torch.func.vjp"
         )

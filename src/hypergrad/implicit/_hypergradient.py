@@ -34,24 +34,24 @@ from ._problem import Problem
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """A hypergradient and how good it is.
+    """A hypergradient, its adjoint, and estimates of their accuracy.
 
     Attributes:
-        grads: ∇f(λ), in the structure of hparams; zeros for a leaf that does not require grad or reaches nothing.
-        adjoint: v, in the structure of params: the warm start (x0=) of the next outer step.
+        grads: ∇f(λ), in hparams' structure; zeros for a leaf that does not require grad or that no loss depends on.
+        adjoint: v, in params' structure; pass it as x0= to warm-start the next outer step.
         solution: how the adjoint system was solved: status, steps, true residual.
-        inner_residual: ‖∇₁g‖ or ‖w − Φ(w)‖ or ‖F‖ at the given params: 0-d, or [B]. Known at no extra cost.
-        inner_distance: ‖F‖ ‖v‖ / (‖∇₁E‖ ‖w‖), an estimate of the relative distance of w from the inner solution, with
-            ‖v‖ / ‖∇₁E‖ standing for ‖A⁻¹‖ (of which it is a lower bound): 0-d, or [B]. Of a fixed point it counts the
-            rounding of w − Φ(w).
-        outer_value: E(w, λ); of `polish` E − vᵀF, which is f(λ) up to the square of the errors of w and v.
-        problem: what it is the hypergradient of, for `diagnostics.check`, `polish` and `refine`: w and λ in the user's
-            own memory, without graphs, and the losses where they were given as functions.
-        relative_error: of `polish` and `refine`: an estimate of ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖; else None. Of `polish` it is
-            the square of that of the uncorrected hypergradient, which gives the order of magnitude only.
-        compiled: with compile, how the products were done, and why.
-        direct: ∇₂E(w, λ), a part of grads, for their leaves in order; None stands for zeros, and so does an empty list.
-        at_kink: ‖∇₁g‖ over the entries of w that are exactly 0; None for another form than an inner loss.
+        inner_residual: ‖∇₁g‖, ‖w − Φ(w)‖ or ‖F‖ at the given params: 0-d, or [B]. It costs nothing extra.
+        inner_distance: ‖F‖ ‖v‖ / (‖∇₁E‖ ‖w‖), an estimate of the relative distance of w from the inner solution; it
+            uses ‖v‖ / ‖∇₁E‖, a lower bound of ‖A⁻¹‖, in place of ‖A⁻¹‖: 0-d, or [B]. For a fixed point, the rounding
+            error of w − Φ(w) is added to ‖F‖.
+        outer_value: E(w, λ). After `polish` E − vᵀF, which differs from f(λ) by the square of the errors of w and v.
+        problem: the problem that was differentiated, for `diagnostics.check`, `polish` and `refine`. It holds w and λ
+            without graphs, in the user's memory (not copied), and the losses that were given as functions.
+        relative_error: an estimate of ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from `polish` or `refine`; else None. `polish` squares
+            the estimate for the uncorrected hypergradient, so it gives only the order of magnitude.
+        compiled: how the products were computed, and why; None without compile=.
+        direct: ∇₂E(w, λ), which is part of grads, leaf by leaf; None for a leaf, or an empty list, means zeros.
+        at_kink: ‖∇₁g‖ over the entries of w that are exactly 0; None if the problem has no inner_loss.
 
     Example:
         >>> lam = torch.tensor(3.0, requires_grad=True)
@@ -78,7 +78,7 @@ class Hypergradient:
     at_kink: Tensor | None = field(default=None, repr=False)
 
     def check_finite(self, on_failure: OnFailure = "warn") -> None:
-        """Warn of, or raise for, a hypergradient that is not finite though the adjoint is."""
+        """Warn or raise if the hypergradient is not finite although the adjoint is."""
         if finite(optree.tree_leaves(self.grads)) or self.solution.status is Status.NON_FINITE:
             return
         if on_failure == "raise":
@@ -86,7 +86,7 @@ class Hypergradient:
         warn(NOT_FINITE, NotFinite)
 
     def warn_if_unsolved(self) -> None:
-        """UnsolvedInnerProblem where params are far from the inner solution, or the inner loss has a kink there."""
+        """Warn with UnsolvedInnerProblem if params are far from the inner solution, or at a kink of the inner loss."""
         if warned_of_kink(self.at_kink, self.inner_residual, self.inner_distance, self.solution.value.space.eps):
             return
         found = _torch.numbers(self.inner_distance)
@@ -96,9 +96,10 @@ class Hypergradient:
         warn_if_unsolved(max(distances, default=0.0), self.inner_residual)
 
     def adjoint_error(self, stacked: bool = False) -> tuple[float, float]:
-        """Estimated ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from the residual left by the solver, and its rate (stacked: the worst).
+        """Estimate ‖grads − ∇f(λ)‖ / ‖∇f(λ)‖ from the solver's residual; also return the rate at which that falls.
 
-        The error of v is taken to be θv, so that of grads is θ times their implicit part −∂₂Fᵀv.
+        The estimate (θ, see `Solution.remaining`) takes the error of v to be θv, so the error of grads is θ times
+        their implicit part −∂₂Fᵀv. With stacked=True (several outer losses), the worst of them counts.
         """
         thetas, rates = zip(*(self.solution.remaining or [(0.0, 0.0)]), strict=True)
         theta, rate = max(thetas) if stacked else math.hypot(*thetas) / len(thetas) ** 0.5, max(rates)
@@ -114,9 +115,9 @@ class Hypergradient:
         return max(_off(theta, [g[i] for g in grads], [c[i] for c in cross]) for i, theta in enumerate(thetas)), rate
 
     def warn_if_inaccurate(self, stacked: bool = False) -> None:
-        """InaccurateHypergradient where a solver did its steps, and these were too few.
+        """Warn with InaccurateHypergradient if the solver did all its steps and these were too few.
 
-        One that stagnated is reported where half the digits of the dtype are not reached: less than that is no failure.
+        A solver that stagnated fails only if its relative residual exceeds √eps of the dtype.
         """
         solution = self.solution
         enough = solution.value.space.eps**0.5
@@ -128,8 +129,9 @@ class Hypergradient:
 
 
 def _off(theta: float, grads: list[Tensor], cross: list[Tensor]) -> float:
-    """θ‖c‖ / ‖g + θc‖."""
-    top = max(float(full(x.abs().sum())) for x in [*grads, *cross]) or 1.0  # squares of small numbers vanish
+    """θ‖c‖ / ‖g + θc‖ for g = grads and c = cross."""
+    # Scaled, because squares of small numbers underflow.
+    top = max(float(full(x.abs().sum())) for x in [*grads, *cross]) or 1.0
     after = [g + theta * c for g, c in zip(grads, cross, strict=True)]
     change, size = (math.hypot(*(float(full((x / top).norm())) for x in xs)) for xs in (cross, after))
     return theta * change / size if size else math.inf if theta * change else 0.0
@@ -150,49 +152,49 @@ def grad(
     batch_dims: int = 0,
     compile: bool | str = False,
 ) -> Hypergradient:
-    """Hypergradient ∇f(λ) of f(λ) = E(w(λ), λ) at a solution w of the inner problem. Changes nothing of the user's.
+    """Hypergradient ∇f(λ) of f(λ) = E(w(λ), λ) at a solution w of the inner problem. It changes none of its arguments.
 
         Aᵀ v = ∇₁E(w, λ),      ∇f(λ) = ∇₂E(w, λ) − ∂₂Fᵀ v
 
-    Losses and maps are callables of (params, hparams), or values that were evaluated on live tensors: then params must
-    be the very tensors that entered them, and the graph of the inner value is freed. Exactly one of inner_loss, fp_map
-    and residual says what the inner problem is.
+    Losses and maps are callables of (params, hparams), or values already computed from params and hparams. In the
+    latter case params must be the very tensors that the values were computed from, and the graph of the inner value is
+    freed. Exactly one of inner_loss, fp_map and residual defines the inner problem.
 
     Args:
         outer_loss: E, scalar.
-        params: w, a tensor or any pytree of floating point tensors, at (or near) the solution. Where some leaves
-            require grad, the others are frozen: constants, not unknowns.
-        hparams: λ, likewise; at least one leaf requires grad. Leaves may be outputs of a network.
+        params: w, a tensor or any pytree of floating point tensors, at (or near) the solution. If some leaves require
+            grad, the others are frozen: they are constants, not unknowns.
+        hparams: λ, a tensor or any pytree; at least one leaf requires grad. Leaves may be outputs of a network.
         inner_loss: g, scalar, minimised by w: A = ∇²₁₁g. It may be an `operators.GaussNewton`.
-            What it (or fp_map, residual) takes out of the graph (loss.detach() as the input of a weighting network,
-            .data, .item(), no_grad) counts as a constant; where a function does so and its derivative is lost, a
-            LostDerivative says how much. With evaluated losses, and in outer_loss, it is lost without a warning:
-            `diagnostics.check` finds the first, its `solve=` both.
-        fp_map: Φ, of params' structure, w = Φ(w, λ): A = I − ∂₁Φ.
-        residual: F, of params' structure, F(w, λ) = 0: A = ∂₁F. Each of the three may be an `operators.Stochastic`.
+            Whatever inner_loss, fp_map or residual takes out of the graph (loss.detach() as the input of a weighting
+            network, .data, .item(), no_grad) counts as a constant. If a callable loses part of its derivative that
+            way, a LostDerivative warning says how much. Evaluated losses and outer_loss lose it without a warning,
+            but `diagnostics.check` detects it.
+        fp_map: Φ, returns params' structure, w = Φ(w, λ): A = I − ∂₁Φ.
+        residual: F, returns params' structure, F(w, λ) = 0: A = ∂₁F. All three may be an `operators.Stochastic`.
         solver: a linear solver from hg.solvers, or a function (op, b, x0) of Vectors. Default: `solvers.Auto()`.
-        x0: start for v, in params' structure, for example the last hypergradient's `adjoint`; or a
-            `solvers.Recycled` that is kept from one outer step to the next.
-        symmetric: A of fp_map or residual is symmetric (that of inner_loss always is).
-        positive_definite: it is symmetric positive definite.
-        batch_dims: 1 where each leaf of params has a leading axis of independent inner problems (inner_loss their
-            sum): A is block diagonal, and scalars are per problem.
-        compile: True replays one recorded product in place of reverse passes, where enough products follow; the name
-            of a backend of torch.compile ("inductor") compiles that recording. The result's `compiled` says what was
-            done. Products with many vectors at once, and with Aᵀ where A is not symmetric, are not compiled.
+        x0: start for v, in params' structure, for example the previous hypergradient's `adjoint`; or one
+            `solvers.Recycled` that is passed at every outer step.
+        symmetric: whether A of fp_map or residual is symmetric (A of inner_loss always is).
+        positive_definite: whether A of fp_map or residual is symmetric positive definite.
+        batch_dims: 1 if each leaf of params has a leading axis of independent inner problems (inner_loss is their
+            sum): A is block diagonal, and the solver's scalars are computed for each problem.
+        compile: True records one product and replays it in place of reverse passes, if enough products follow; the
+            name of a torch.compile backend ("inductor") compiles the recording. The result's `compiled` says what was
+            done. Products with many vectors at once, and with Aᵀ if A is not symmetric, are not compiled.
 
     Raises:
-        TypeError, ValueError: something is not of the form above (the message names the leaf and both forms), or no
-            loss depends on params, or on hparams.
-        SolverError: under on_failure="raise" of the solver, in place of the first two warnings.
+        TypeError, ValueError: an argument does not have the form above (the message names the leaf, what was expected
+            and what was given), or no loss depends on params, or on hparams.
+        SolverError: with on_failure="raise" in the solver, in place of the first two warnings.
         RuntimeError: the graph of an evaluated loss was freed before.
-    Warns: HypergradientWarning where the adjoint system was not solved, where the result is not finite, where the inner
-        problem is so far from its solution that the result means little, where tensors in it that require grad are in
-        neither params nor hparams, where params have gradient hooks, or where a derivative is lost.
-    Cost: one evaluation of each loss (two of an inner one that takes something out of the graph), the solver's
+    Warns: HypergradientWarning if the adjoint system was not solved, the result is not finite, params are so far from
+        the inner solution that the result means little, the inner problem uses tensors that require grad and are in
+        neither params nor hparams, params have gradient hooks, or a derivative is lost.
+    Cost: one evaluation of each loss (two of an inner loss that takes something out of the graph), the solver's
         products, and one last product with respect to params and hparams together, which also gives the true residual.
-        The graph of ∇₁g (or Φ, F) is kept meanwhile. Besides the solver's own reads from the device, the checks behind
-        the warnings read at most six numbers, more where there is a warning, and none with on_failure="ignore".
+        The graph of ∇₁g (or Φ, F) is kept until then. Besides the solver's own reads from the device, the checks
+        behind the warnings read at most six numbers, more if they warn, and none with on_failure="ignore".
     Source: Grazzi et al. 2020, section 2; Pedregosa 2016, Algorithm 1.
 
     Example:
@@ -228,7 +230,7 @@ def grad(
 
 
 def hypergradient_of(problem: Problem, solver: Solver, x0: Any, second: Solver | None = None) -> Hypergradient:
-    """∇f(λ), without a word on how good it is; second: for where the solver ends as not definite, or DIVERGED."""
+    """∇f(λ), without warnings; `second` solves again if the solver ends as NOT_POSITIVE_DEFINITE or DIVERGED."""
     if isinstance(solver, IterativeSolver) and solver.fixed_steps:
         problem.expected_products = solver.max_steps
     with problem.without_hooks_and_autocast() as hooked:
@@ -242,12 +244,12 @@ def hypergradient_of(problem: Problem, solver: Solver, x0: Any, second: Solver |
 
 
 def report(problem: Problem, result: Hypergradient, what: str, on_failure: OnFailure) -> None:
-    """Warn of, or raise for, what makes a result doubtful."""
+    """Warn or raise if the result is inaccurate; `what` names the linear system in messages."""
     result.solution.report(what, on_failure)
     if on_failure == "ignore":
         return
     result.check_finite(on_failure)
-    # One draw's residual does not say whether the mean is solved.
+    # The residual of one draw does not show whether the mean is solved.
     if not problem.stochastic:
         problem.warn_of_lost(result.solution.value)
         result.warn_if_unsolved()
@@ -270,10 +272,10 @@ def backward(
     batch_dims: int = 0,
     compile: bool | str = False,
 ) -> Hypergradient:
-    """As `grad`, and adds ∇f(λ) to .grad of hparams' leaves as loss.backward() does.
+    """As `grad`, but also adds ∇f(λ) to .grad of hparams' leaves, as loss.backward() does.
 
-    Through hparams that are outputs of a network the gradient goes on to the network's parameters. Gradient hooks of
-    hparams act once.
+    If hparams are outputs of a network, the gradient flows on to the network's parameters. Gradient hooks of hparams
+    act once.
 
     Example:
         >>> lam = torch.tensor(3.0, requires_grad=True)
@@ -304,14 +306,14 @@ def backward(
 
 
 def accumulate(hparams: PyTree, grads: PyTree) -> None:
-    """Add grads, on which hooks have acted, to .grad of hparams' leaves or what these were computed from."""
+    """Add grads to .grad of hparams' leaves, or of what these were computed from; hooks have acted on them already."""
     leaves = flatten(hparams, "hparams", complex=True)[0]
     with _torch.outside_inference_mode(), _torch.hooks_suspended(leaves, retained=False):
         _autodiff.backward(leaves, flatten(grads, "grads", complex=True)[0])
 
 
 def result_of(problem: Problem, solution: Solution, grads: Sequence[Tensor]) -> Hypergradient:
-    """The result of a problem whose last product is done."""
+    """The Hypergradient of a problem, after its last product."""
     compiled = None if problem.linearisation is None else problem.linearisation.compiled
     assert problem.residual_norm is not None
     with without_autocast(problem.space.device):

@@ -1,4 +1,4 @@
-"""The Jacobian of several outer losses: one graph, and one solve for all of them."""
+"""The Jacobian of several outer losses, from one graph and one solve for all of them."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def jacobian(
     symmetric: bool = False,
     positive_definite: bool = False,
 ) -> Hypergradient:
-    """Hypergradients of k outer losses on one inner problem: the validation loss of each group, several objectives.
+    """Hypergradients of k outer losses on one inner problem, for example the validation losses of k groups.
 
         Aᵀ V = (∇₁E₁, …, ∇₁E_k),      ∇fᵢ(λ) = ∇₂Eᵢ(w, λ) − ∂₂Fᵀ vᵢ
 
-    All share one graph, k products are taken at once, and BlockCG takes fewer steps than k separate solves.
+    All losses share one graph, k products are taken at once, and BlockCG takes fewer steps than k separate solves.
 
     Args:
-        outer_losses: E(params, hparams) ↦ [k], or that tensor, evaluated on live tensors.
+        outer_losses: E(params, hparams) ↦ [k], or its value, already evaluated as in `grad`.
         params, hparams, inner_loss, fp_map, residual, symmetric, positive_definite: as in `grad`.
-        solver: as in `grad`; it sees `op.stacked()`, k systems with the same A. Default: BlockCG() where A is
-            symmetric, and Auto() if A turns out not to be positive definite, else GMRES().
-        x0: start for V: the last result's `adjoint` (a leading axis k in every leaf of params), or a `Recycled`.
+        solver: as in `grad`, for `op.stacked()`: k systems with the same A. Default: BlockCG() if A is symmetric, else
+            GMRES(); then Auto() if that ends as NOT_POSITIVE_DEFINITE or DIVERGED.
+        x0: start for V: the previous result's `adjoint` (params with a leading axis k in each leaf), or a `Recycled`.
 
     Returns: a Hypergradient whose grads and adjoint have a leading axis k in every leaf. outer_value, inner_distance
-        and what `solution` tells are [k].
+        and the tensors of `solution` have shape [k].
     Raises: as `grad`; ValueError for losses that are not of shape [k].
     Cost: one evaluation of the losses and of the inner problem, the solver's products, k passes for ∇E and k for the
-        last products, vectorised where torch can. k vectors for each that the solver keeps.
+        last products, vectorised where torch can. The solver keeps k vectors in place of each of its vectors.
 
     Example:
         w = λ, so the Jacobian of (w₁², w₁w₂) is ((2λ₁, 0), (λ₂, λ₁)).
@@ -70,7 +70,7 @@ def jacobian(
     )
     problem.several = True
     if problem.stochastic:
-        raise TypeError("jacobian takes all its products at one draw, so it has no Stochastic inner problem")
+        raise TypeError("jacobian takes all its products at one draw, so the inner problem must not be Stochastic")
     second = Auto() if solver is None else None
     solver = (BlockCG() if problem.symmetric else GMRES()) if solver is None else solver
     with random_state_kept_on_error(problem.leaves):

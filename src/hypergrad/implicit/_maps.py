@@ -1,4 +1,4 @@
-"""Solutions of inner problems as differentiable values: each form becomes one function F on leaves, for one Root."""
+"""Solutions of inner problems as differentiable values. Each form is reduced to a function F of leaves for `Root`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ VALUES = {"residual": "the residual", "fixed_point": "the value of the fixed poi
 
 
 class Container:
-    """The container of a solution: paths of its leaves, and which are unknowns, as in `implicit.grad`.
+    """The structure of a solution: the paths of its leaves, and which of them are unknowns.
 
-    What was computed does not tell which leaves are frozen.
+    If some leaves are parameters that require grad, the leaves that do not are frozen, as in `implicit.grad`. For
+    computed tensors, requires_grad does not show which are frozen: all are unknowns.
     """
 
     def __init__(self, solution: PyTree, name: str):
@@ -45,7 +46,7 @@ class Container:
 
 
 def _on_leaves(form: str, user: Callable[..., Any], container: Callable[[], Container], arguments: Any) -> Function:
-    """F (or Φ) on the leaves of w and λ; `arguments` makes the user's arguments after w of the leaves of λ."""
+    """F (or Φ) as a function of leaves; `arguments` turns the leaves of λ into the user's arguments after w."""
 
     def value(w: Leaves, h: Leaves) -> Leaves:
         given = container()
@@ -58,12 +59,12 @@ def _on_leaves(form: str, user: Callable[..., Any], container: Callable[[], Cont
             tree = container().rebuild(leaves[: len(w)])
             return (as_scalar(user(tree, *arguments(leaves[len(w) :])), "inner_loss").reshape(()),)
 
-        # That of sharded leaves is sharded.
+        # The cotangent of a loss of sharded leaves must be sharded.
         one = torch.ones((), dtype=w[0].dtype, device=w[0].device) if is_plain(w[0]) else w[0].new_ones(())
         return pull(loss, (*w, *h), (one,), range(len(w)))
 
     if has_curvature(user):
-        raise TypeError("GaussNewton is for implicit.grad; a minimiser as a differentiable value has its Hessian")
+        raise TypeError("only implicit.grad takes a GaussNewton; the derivative of a minimiser needs its Hessian")
     return gradient if form == "argmin" else taking_derivatives(value)
 
 
@@ -111,32 +112,32 @@ def root(
 
         dw/dλ = −(∂₁F)⁻¹ ∂₂F
 
-    To any order, under torch.autograd and torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap), also where F
-    holds implicit functions itself; forward mode inside forward mode raises. Where F holds an affine normalisation
-    layer in training mode, torch's own jacrev(jacrev), hessian and jacrev(jacfwd) are wrong, with this function or
-    without; jacrev(grad) and jacfwd(grad) are right.
+    Derivatives of any order work under torch.autograd and torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap),
+    also if F uses implicit functions itself; forward mode inside forward mode raises. If F uses an affine normalisation
+    layer in training mode, torch computes wrong values for jacrev(jacrev), hessian and jacrev(jacfwd), with or without
+    this function; jacrev(grad) and jacfwd(grad) are right.
 
     Args:
-        residual: F(params, hparams), of params' structure. It may use no tensor that requires grad but these two.
-        solution: w, any pytree of floating point tensors. Its own derivatives are ignored. Where some leaves are
-            parameters that require grad, those that do not are frozen: constants, not unknowns.
+        residual: F(params, hparams), which returns params' structure. It must use no other tensors that require grad.
+        solution: w, any pytree of floating point tensors. Its own derivatives are ignored. If some leaves are
+            parameters that require grad, the leaves that do not are frozen: they are constants, not unknowns.
         hparams: λ, any pytree; its floating point tensors are differentiated.
-        solver: linear solver of Aᵀv = w̄, and of Aẇ = b in forward mode; default `solvers.Auto()`. It factorises each
-            of many small systems once, for all right hand sides of jacrev, jacfwd or vmap.
+        solver: linear solver for Aᵀv = w̄, and for Aẇ = b in forward mode; default `solvers.Auto()`, which factorises
+            small systems once for all right hand sides of jacrev, jacfwd or vmap.
             `solvers.FixedPoint(max_steps=1)` and `solvers.Neumann(max_steps=...)` are cheap approximations.
-        symmetric: ∂₁F is symmetric.
-        positive_definite: ∂₁F is symmetric and positive definite: `solvers.Dense` takes Cholesky's factors then.
-        batch_dims: 1 where the first axis of each leaf of w counts independent problems.
+        symmetric: whether ∂₁F is symmetric.
+        positive_definite: whether ∂₁F is symmetric positive definite (`solvers.Dense` then uses a Cholesky factor).
+        batch_dims: 1 if the first axis of each leaf of w indexes independent problems.
         info: an Info that each derivative fills in.
         warm_start: a WarmStart that keeps v from one backward pass to the next, or a `solvers.Recycled`.
 
-    Returns: w in solution's structure; it requires grad exactly where a tensor of hparams does.
-    Raises: ValueError for an undeclared tensor, naming it; when differentiated SolverError under on_failure="raise".
-    Warns: HypergradientWarning, when differentiated, for a linear system that was not solved.
-    Cost: forward nothing, or one evaluation of F under a transform and where nothing requires grad (to find undeclared
-        tensors); backward one evaluation of F, the solver's products, and a last one with respect to w and λ. Second
-        derivatives: one more linear system each. The checks behind the warnings read three numbers from the device,
-        none with on_failure="ignore".
+    Returns: w in solution's structure; it requires grad if and only if a tensor of hparams does.
+    Raises: ValueError that names an undeclared tensor; in a derivative, SolverError if the solver's on_failure="raise".
+    Warns: HypergradientWarning in a derivative, if its linear system or the inner problem was not solved.
+    Cost: the forward pass costs nothing, or one evaluation of F under a transform or if nothing requires grad (to find
+        undeclared tensors). A derivative costs one evaluation of F, the solver's products, and a last product with
+        respect to w and λ; a second derivative costs one more linear system. The checks behind the warnings read three
+        numbers from the device, and none with on_failure="ignore".
     Source: the implicit function theorem; Blondel et al. 2022, section 2.
 
     Example:
@@ -163,7 +164,7 @@ def fixed_point(
 ) -> PyTree:
     """The solution of w = Φ(w, λ) as a differentiable function of λ: dw/dλ = (I − ∂₁Φ)⁻¹ ∂₂Φ.
 
-    Args: fp_map: Φ(params, hparams), of params' structure; others as in `root`, with A = I − ∂₁Φ.
+    Args: fp_map: Φ(params, hparams), which returns params' structure; others as in `root`, with A = I − ∂₁Φ.
 
     Example:
         >>> a = torch.tensor(1.0, requires_grad=True)
@@ -187,9 +188,9 @@ def argmin(
 ) -> PyTree:
     """The minimiser of g(w, λ) as a differentiable function of λ: dw/dλ = −(∇²₁₁g)⁻¹ ∇²₁₂g.
 
-    The system counts as symmetric positive definite, as it is at a minimum.
+    The linear system is taken to be symmetric positive definite, as it is at a minimum.
 
-    Args: inner_loss: g(params, hparams), scalar; others as in `root`, and so is what is returned, raised and warned of.
+    Args: inner_loss: g(params, hparams), scalar. Other arguments, results, errors, warnings and costs are as in `root`.
 
     Example:
         >>> a = torch.tensor(1.0, requires_grad=True)
@@ -202,15 +203,15 @@ def argmin(
 
 
 def linear_solve(op: LinearOperator, b: PyTree, solver: Solver | None = None, *, info: Info | None = None) -> PyTree:
-    """x = A⁻¹ b, differentiable to any order in b and in the tensors that A declares.
+    """x = A⁻¹ b, differentiable to any order with respect to b and to the declared tensors of A.
 
         b̄ = A⁻ᵀ x̄,   Ā = −b̄ xᵀ
 
     Args:
-        op: an operator from `operators.matrix`, or from `operators.function` with `tensors=` what it depends on.
+        op: A, made by `operators.matrix`, or by `operators.function` with `tensors=` those that it depends on.
         b: right hand side, any pytree.
-        solver: a linear solver; default CG() if op is symmetric, else GMRES().
-        info: an Info, filled in by each solve.
+        solver: a linear solver; default `solvers.Auto()`.
+        info: an Info that each solve fills in.
 
     Returns: x in b's structure.
     Cost: the solver's products, and one more solve for each derivative.
@@ -225,7 +226,7 @@ def linear_solve(op: LinearOperator, b: PyTree, solver: Solver | None = None, *,
     """
     if op.declared is None:
         raise TypeError(
-            "linear_solve needs what operators.matrix or operators.function gave, not .T or .damped() of it"
+            "linear_solve needs an operator from operators.matrix or operators.function, not its .T or .damped()"
         )
     product, tensors = op.declared
     leaves, paths, rebuild = flatten(b, "b")
@@ -255,18 +256,18 @@ def solver(
     info: Info | None = None,
     warm_start: WarmStart | Recycled | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make any code that computes a solution a differentiable function of its hparams.
+    """Decorate a function that computes a solution, by any code, so that it is differentiable in its hparams.
 
-    The decorated function is run on plain tensors, outside of every graph and transform: it may use torch.optim, SciPy
-    or a compiled solver. Under vmap it runs once for all entries where torch.func.vmap can run it, and once for each
-    where that refuses (numbers or branches that depend on an entry, NumPy, .backward(), random numbers, aux).
+    The function runs on plain tensors, outside of every graph and transform: it may use torch.optim, SciPy or a
+    compiled solver. Under vmap it runs once for all entries if torch.func.vmap can run it, else once for each entry
+    (if numbers or branches depend on an entry, or it uses NumPy, .backward(), random numbers or aux).
 
     Args:
-        argmin, fixed_point, residual: what the returned w solves, exactly one: g(w, *hparams) → scalar, Φ(w, *hparams),
-            or F(w, *hparams).
-        argnums: which positional arguments of the decorated function are the hparams, in the order in which the form
-            takes them. Nothing else is differentiated, a start for instance.
-        has_aux: the function returns (solution, aux); so does the decorated one, with aux untouched.
+        argmin, fixed_point, residual: the problem that the returned w solves, exactly one of g(w, *hparams) → scalar,
+            Φ(w, *hparams) and F(w, *hparams).
+        argnums: which positional arguments of the function are the hparams, in the order in which g, Φ or F takes
+            them. Other arguments, such as a start, are not differentiated.
+        has_aux: whether the function returns (solution, aux); the decorated one then does too, with aux unchanged.
         solver, symmetric, positive_definite, batch_dims, info, warm_start: as in `root`.
 
     Example:
@@ -289,7 +290,7 @@ def solver(
         def differentiable(*args: Any, **kwargs: Any) -> Any:
             if max(chosen) >= len(args):
                 raise TypeError(
-                    f"{compute.__name__}: hparams are positional arguments {chosen}, got {len(args)} of them"
+                    f"{compute.__name__}: hparams are positional arguments {chosen}, but only {len(args)} were given"
                 )
             return _computed(form, user, compute, chosen, has_aux, args, kwargs, settings, refused)
 
@@ -309,7 +310,7 @@ def _computed(
     settings: Settings,
     refused: list[str],
 ) -> Any:
-    """What `compute` returns, with derivatives in the arguments in `chosen`."""
+    """The value of `compute`, differentiable in the arguments whose positions are in `chosen`."""
     args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
     held = tuple(a if i in chosen else _detached(a) for i, a in enumerate(args))
     leaves, rebuild = split((held, _detached(kwargs)))

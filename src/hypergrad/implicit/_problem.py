@@ -1,4 +1,4 @@
-"""A bilevel problem at a point (w, λ): checked once, evaluated once, and its adjoint system as an operator."""
+"""A bilevel problem at a point (w, λ), checked and evaluated once, and the operator of its adjoint system."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ class Problem:
     Args: those of `implicit.grad`.
 
     Attributes:
-        outer_loss: E(params, hparams); None in a result, where it was given evaluated.
+        outer_loss: E(params, hparams); None in a result whose outer loss was given evaluated.
         kind: which of "inner_loss", "fp_map" and "residual" was given.
-        inner: that callable, or None as above.
-        params, hparams: w and λ; in a result in the user's own memory, without graphs.
+        inner: that callable; None in a result if it was given evaluated.
+        params, hparams: w and λ; in a result without graphs, in the user's memory (not copied).
         symmetric, positive_definite, batch_dims, compile: as declared; an inner loss implies the first two.
 
-    Attributes, for the rest of the library:
-        leaves: the tensors of w that are differentiated; new leaves of autograd where both losses are callables.
+    Attributes for the rest of the library:
+        leaves: the tensors of w that are differentiated; new leaves of autograd if both losses are callables.
         differentiated: the leaves of λ that require grad.
         space, outer_space: the spaces of v and of ∇f.
-        expected_products: how many will be taken with Aᵀ, where that is known.
+        expected_products: how many products with Aᵀ will be taken; None if unknown.
 
     Example:
         >>> lam = torch.tensor(3.0, requires_grad=True)
@@ -67,9 +67,9 @@ class Problem:
     """
 
     at_kink: Tensor | None = None
-    others: Sequence[Tensor] = ()  # that require grad, are in the inner problem, and in neither params nor hparams
+    others: Sequence[Tensor] = ()  # tensors of the inner problem that require grad, not in params or hparams
     expected_products: int | None = None
-    several = False  # whether the outer loss gives [k] losses
+    several = False  # whether outer_loss returns a vector of k losses (`jacobian`)
     linearisation: Linearisation | None = None
     _versions: Sequence[int] = ()
 
@@ -107,17 +107,17 @@ class Problem:
         check_distinct(given, names)
         self.params, self._given, self._names, self._rebuild = rebuild(given), given, names, rebuild
         trained = [i for i, leaf in enumerate(given) if leaf.requires_grad]
-        # Where some require grad, the others are frozen; where none does, w is a solution without graphs.
+        # If some leaves require grad, the others are frozen; if none does, all leaves are unknowns.
         self._places = trained or list(range(len(given)))
         self._chosen = [given[i] for i in self._places]
         self.space = Space(given, names, rebuild, self.batch_dims, self._places)
-        # Whether a loss was evaluated on the user's tensors.
+        # Whether a loss was given evaluated, that is, computed from the user's own tensors.
         self.live = not callable(self.inner) or not (self.outer_loss is None or callable(self.outer_loss))
         if self.live and not trained:
             raise ValueError(f"{names[0]} does not require grad, so no evaluated loss has a derivative in it")
         self.leaves = self._chosen if self.live else [_torch.new_leaf(leaf) for leaf in self._chosen]
         self._argument = rebuild(filled(given, self._places, self.leaves))
-        self.replaced = [] if self.live else [x for x in self._chosen if x.requires_grad and x.is_leaf]  # by leaves
+        self.replaced = [] if self.live else [x for x in self._chosen if x.requires_grad and x.is_leaf]
 
     def _set_hparams(self, hparams: PyTree) -> None:
         outer, names, rebuild = flatten(hparams, "hparams", complex=True)
@@ -131,22 +131,22 @@ class Problem:
 
     @cached_property
     def outer_space(self) -> Space:
-        """The space of ∇f: that of the hparams which are differentiated."""
+        """The space of ∇f, over the differentiated leaves of hparams."""
         return Space(self._outer, self._outer_names, self._rebuild_outer, places=self._outer_places)
 
     @property
     def arguments(self) -> tuple[PyTree, PyTree]:
-        """What callables are called with."""
+        """The params and hparams that callables are called with."""
         return self._argument, self.hparams
 
     @contextmanager
     def without_hooks_and_autocast(self, warned: bool = False) -> Iterator[list[Tensor]]:
-        """Gradient hooks and inference_mode are off, and autocast acts on losses and maps alone.
+        """Suspend gradient hooks and inference_mode, and restrict autocast to losses and maps.
 
-        Gives the hparams that have a hook, to be called at the end; warns of those on params of evaluated losses.
+        Yields the hparams with hooks, which the caller applies; warns of hooks on params if a loss was given evaluated.
         """
         suspended = _torch.hooks_suspended([*self._chosen, *self._outer])
-        # Embeddings and weight norms are replaced once for all that is evaluated inside.
+        # Embeddings and weight norms are replaced here once, for all evaluations inside.
         rightly, outside = _torch.differentiated_rightly(dense=True), _torch.outside_inference_mode()
         with outside, suspended as hooked, without_autocast(self.space.device), rightly:
             ids = {id(x) for x in hooked}
@@ -159,10 +159,10 @@ class Problem:
             yield [x for x in self._outer if id(x) in ids]
 
     def evaluate(self, keep: bool = False) -> None:
-        """Evaluate the inner problem and the outer loss, once. keep: their graphs and the numbers of F stay.
+        """Evaluate the inner problem and the outer loss once; keep=True keeps their graphs and the values of F.
 
-        Sets: residual_norm ‖F‖; outer_value E with its graph, b = ∇₁E in memory of its own, and direct = ∇₂E for the
-            differentiated hparams (None where E does not depend on one).
+        Sets: residual_norm = ‖F‖, outer_value = E with its graph, b = ∇₁E as a copy, and direct = ∇₂E for the
+            differentiated hparams (None for one that E does not depend on).
         """
         self.keep, self.residual_norm = keep, None
         if not self.stochastic and self.linearisation is None:
@@ -205,7 +205,7 @@ class Problem:
         return linearisation
 
     def residual_of(self, linearisation: Any) -> Vector:
-        """F: ∇₁g, w − Φ, or F itself; before the values are dropped."""
+        """F: ∇₁g, w − Φ, or F itself. To be called before the values of the linearisation are dropped."""
         value = self.space.pack([y.detach() for y in linearisation.outputs])
         return self.point - value if self.fixed_point else value
 
@@ -215,7 +215,7 @@ class Problem:
         return self.space.pack([leaf.detach() for leaf in self._chosen])
 
     def operator(self) -> LinearOperator:
-        """Aᵀ. This object does not hold it: it would be in a cycle that keeps the graph."""
+        """Aᵀ as an operator. It is not stored here, because a reference cycle would keep the graph alive."""
         known = self.linearisation
         return operators.adjoint(
             self.linearise if known is None else lambda: known,
@@ -227,11 +227,11 @@ class Problem:
         )
 
     def last_product(self, v: Vector) -> Vector:
-        """Aᵀv, in one pass that gives −∂₂Fᵀv as well, kept as `cross` (None where F does not depend on a λ)."""
+        """Aᵀv; the same reverse pass gives −∂₂Fᵀv, stored as `cross` (None for a leaf of λ that F does not use)."""
         draws = self.inner.draws if isinstance(self.inner, Stochastic) else 1
         image, cross = self._product_with_both(v)
         for _ in range(draws - 1):
-            image, cross = image.copy(), _autodiff.copies(cross)  # a map may write every product into one place
+            image, cross = image.copy(), _autodiff.copies(cross)  # a map may reuse the memory of its products
             new_image, new_cross = self._product_with_both(v)
             image, cross = image + new_image, _autodiff.add_or_none(cross, new_cross)
         scale = 1 / draws
@@ -248,12 +248,12 @@ class Problem:
         warn_of_hooks(linearisation.hooks, self.kind)
         if linearisation.params_unreached and callable(self.inner):
             self.check_uses_arguments(linearisation.outputs, self.kind)
-        if self.linearisation is None:  # that of the last draw
+        if self.linearisation is None:  # a stochastic problem: the residual of the last draw
             self.residual_norm = self.residual_of(linearisation).norm()
         return v.space.pack(pulled), cross
 
     def grads(self) -> list[Tensor]:
-        """∇₂E − ∂₂Fᵀv for the differentiated hparams, after the last product, with a word on what is unreached."""
+        """∇₂E − ∂₂Fᵀv for the differentiated hparams, after the last product. Raises or warns if hparams are unused."""
         if all(g is None for g in (*self.direct, *self.cross)):
             raise ValueError(NO_HPARAMS)
         if all(g is None for g in self.cross) and self.space.length:
@@ -268,11 +268,11 @@ class Problem:
         return _autodiff.new_zeros(_autodiff.add_or_none(self.direct, self.cross), self.differentiated)
 
     def cross_vector(self) -> Vector:
-        """−∂₂Fᵀv of the last product, as a vector of the hypergradient's space."""
+        """−∂₂Fᵀv of the last product, as a Vector of outer_space."""
         return self.outer_space.pack(_autodiff.or_zeros(self.cross, self.differentiated))
 
     def of_all_leaves(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients for each leaf of hparams, None for those that are not differentiated."""
+        """Gradients in the order of all leaves of hparams; None for leaves that are not differentiated."""
         return filled([None] * len(self._outer), self._outer_places, grads)
 
     def tree_of(self, grads: Sequence[Tensor]) -> PyTree:
@@ -282,24 +282,24 @@ class Problem:
         return self._rebuild_outer(_autodiff.new_zeros(every, self._outer, *lead))
 
     def hparams_with(self, leaves: Iterable[Tensor]) -> PyTree:
-        """hparams with other tensors for the differentiated leaves, without a graph."""
+        """hparams with the differentiated leaves replaced by these."""
         return self._rebuild_outer(filled(self._outer, self._outer_places, leaves))
 
     def again(self, params: PyTree | None = None, hparams: PyTree | None = None) -> Problem:
-        """The same problem, not evaluated yet, at this or another point."""
+        """The same problem, not evaluated yet, at the same point or at the one given."""
         options: dict[str, Any] = {name: getattr(self, name) for name in DECLARED} | {self.kind: self.inner}
         options["params"] = self.params if params is None else params
         return Problem(self.outer_loss, hparams=self.hparams if hparams is None else hparams, **options)
 
     def with_params(self, vector: Vector) -> PyTree:
-        """The tree of params whose differentiated leaves are those of a vector; the others stay frozen."""
+        """params with the unknown leaves replaced by those of a vector; the other leaves stay frozen."""
         leaves = vector.leaves
         if len(leaves) < len(self._given):
             leaves = [x.detach().clone().requires_grad_() for x in leaves]
         return self._rebuild(filled([x.detach() for x in self._given], self._places, leaves))
 
     def without_graphs(self) -> Problem:
-        """The same to be kept with a result: a description, in the user's memory; None for what was given evaluated."""
+        """The problem as a result keeps it: no graphs, no copies of the user's tensors, None for evaluated losses."""
         own, kept = vars(self), object.__new__(Problem)
         vars(kept).update({name: own[name] for name in ("kind", "fixed_point", "stochastic", *DECLARED)})
         kept.outer_loss = self.outer_loss if callable(self.outer_loss) else None
@@ -312,7 +312,7 @@ class Problem:
 
     @property
     def changed(self) -> list[str]:
-        """Which of "params" and "hparams" of a result were changed in place since (by an optimizer's step, say)."""
+        """Which of "params" and "hparams" were changed in place since the result was computed."""
         inner, outer = flatten(self.params, "params")[0], flatten(self.hparams, "hparams", complex=True)[0]
         now = [_torch.version_of(x) for x in (*inner, *outer)]
         pairs = (("params", slice(len(inner))), ("hparams", slice(len(inner), None)))
@@ -324,7 +324,7 @@ class Problem:
         return difference(self.leaves, outputs) if self.fixed_point else outputs
 
     def warn_of_lost(self, v: Vector) -> None:
-        """LostDerivative where the inner problem takes out of the graph what its derivative needs; v: the adjoint."""
+        """Warn with LostDerivative if the inner problem detaches what its derivative at the adjoint v needs."""
         if self.linearisation is None or not self.linearisation.detaches or all(g is None for g in self.cross):
             return
         kept, self.compile = (self.others, self.compile), False
@@ -336,7 +336,7 @@ class Problem:
             self.others, self.compile = kept
 
     def warn_of_live(self, values: Sequence[Any], name: str) -> list[Tensor]:
-        """Leaves in values that are in neither params nor hparams; warns of the user's own params beside the given."""
+        """The undeclared leaves of values. Warns if values depend on the user's live params beside the given ones."""
         own = {id(x) for x in self.replaced}
         declared = [*(x for x in self._given if id(x) not in own), *self.leaves, *self._outer]
         found = _graph.undeclared_leaves(values, declared)
@@ -346,7 +346,7 @@ class Problem:
         return [x for x in found if id(x) not in own] if live else found
 
     def check_uses_arguments(self, values: Sequence[Any], name: str) -> None:
-        """Raise where a callable used other tensors than those that it was given, or nothing that is differentiated."""
+        """Raise if a callable ignored the params that it was given, or used nothing that is differentiated."""
         if _graph.depends(values, self.leaves):
             return
         declared = [*self.leaves, *self.differentiated]
@@ -364,28 +364,28 @@ class Problem:
 
 
 def warn_of_hooks(hooks: Sequence[str], name: str) -> None:
-    """Warn of hooks that were noticed in a product with the derivative of an inner loss or map."""
+    """Warn of gradient hooks inside an inner loss or map."""
     if hooks:
         warn(
             f"{', '.join(dict.fromkeys(hooks))} changes gradients inside {name}: a hook acts on all products of the "
-            f"linear solver as well, so the hypergradient may be that of no loss. Remove it, or put what it does into "
-            f"{name}"
+            f"linear solver as well, so the hypergradient may not be the gradient of any loss. Remove the hook, or put "
+            f"what it does into {name}"
         )
 
 
 def warn_of_local(losses: Iterable[Any], name: str) -> None:
-    """Warn where torch.distributed runs many ranks, and a loss or map is of this one's data alone."""
+    """Warn if torch.distributed runs several ranks and a loss or map uses only this rank's data."""
     if _graph.ranks() > 1 and not _graph.crosses_ranks(losses):
         warn(
             f"torch.distributed runs {_graph.ranks()} ranks, and the derivatives of {name} are of this rank's data "
             f"alone; the mean of the ranks' hypergradients is not the hypergradient of the mean. Evaluate a live model "
-            f"by hg.distributed.call(model, ...), functions at hg.distributed.replicated(params) and "
-            f"replicated(hparams), or gathered(...) for sharded ones"
+            f"by hg.distributed.call(model, ...), and functions at hg.distributed.replicated(params) and "
+            f"replicated(hparams), or at gathered(...) if they are sharded"
         )
 
 
 def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
-    """E with its graph, ∇₁E as a vector in memory of its own, and ∇₂E (None: zeros); of several losses stacked."""
+    """E with its graph, ∇₁E as a copied Vector, and ∇₂E (None means zeros); stacked for several losses."""
     outer_loss, leaves, hparams = problem.outer_loss, problem.leaves, problem.differentiated
     with torch.enable_grad(), _torch.differentiated_rightly(dense=True), users_autocast():
         value = outer_loss(*problem.arguments) if callable(outer_loss) else outer_loss
@@ -413,7 +413,7 @@ def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[
 
 
 def one_of(**forms: object) -> tuple[str, Any]:
-    """The form of an inner problem that was given, and its name."""
+    """The name and value of the one form of inner problem that was given. Raises TypeError for none or several."""
     given = {kind: value for kind, value in forms.items() if value is not None}
     if len(given) != 1:
         *names, last = forms

@@ -1,4 +1,4 @@
-"""Linear solvers: frozen configuration, called as solver(op, b, x0=None) → Solution."""
+"""Linear solvers: frozen dataclasses of options, called as solver(op, b, x0=None) → Solution."""
 
 from .._solution import HypergradientWarning, Solution, SolverError, Status
 from ._at_once import solve_at_once as solve_at_once
@@ -25,13 +25,13 @@ from ._theory import Structure as Structure  # public as diagnostics.Structure
 from ._theory import rate_of as rate_of
 from ._theory import steps_needed as steps_needed
 
-__all__ = ["Auto"]  # the choice made by what is known of the system
+__all__ = ["Auto"]  # the default, which chooses a method for the system
 __all__ += ["CG", "MINRES"]  # Krylov, symmetric
 __all__ += ["GMRES", "BiCGStab", "LSQR", "NormalCG"]  # Krylov, any
 __all__ += ["BlockCG", "shifted"]  # Krylov, several right hand sides, and several dampings
 __all__ += ["FixedPoint", "Neumann"]  # stationary
 __all__ += ["Dense", "Nystrom"]  # direct and low rank
-__all__ += ["Reused", "Recycled"]  # a preconditioner (Nystrom or Dense), and a start, kept along a sequence
+__all__ += ["Reused", "Recycled"]  # a preconditioner, and a start, kept from one system to the next
 __all__ += ["Optimizer"]  # first order, stochastic
-# their forms and answers
+# base classes and results
 __all__ += ["LinearSolver", "IterativeSolver", "Solution", "Status", "SolverError", "HypergradientWarning"]

@@ -1,4 +1,4 @@
-"""Several right hand sides of one small system, or of many: each matrix is factorised once for all of them."""
+"""Several right hand sides for each of one or many small systems: each matrix is factorised once for all of them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ._solver import Solver
 
 
 def solves_at_once(solver: Solver, n: int, k: int) -> TypeGuard[Dense | Auto]:
-    """Whether a solver takes k right hand sides of n unknowns by a factorisation.
+    """Whether a solver factorises the matrix for k right hand sides of n unknowns.
 
-    Auto does where n is small or no larger than k, so that the products that make the matrix are the fewer ones.
+    Auto does if n is small or at most k, because the n products for the matrix are then cheaper than iterations.
     """
     if isinstance(solver, Auto):
         return (n <= SMALL or n <= k) and not solver.fixed_steps
@@ -28,10 +28,10 @@ def solves_at_once(solver: Solver, n: int, k: int) -> TypeGuard[Dense | Auto]:
 def solve_at_once(
     solver: Dense | Auto, rows: Tensor, b: Vector, symmetric: bool, positive_definite: bool
 ) -> tuple[Solution, Tensor] | None:
-    """x = A⁻¹b for Aᵀ = rows [*B, n, n] and a stack b of leaves [k, *B, ...], and the same as a tensor xᵀ [*B, k, n].
+    """x = A⁻¹b for Aᵀ = rows [*B, n, n] and a stack b of leaves [k, *B, ...], and x as a tensor xᵀ [*B, k, n].
 
-    None where any system misses the tolerance, or is not what it was declared to be: the solver's usual way finds out
-    which, and says so.
+    None if any system misses the tolerance or is not as declared. The caller then runs the solver itself, which
+    reports what is wrong.
     """
     space = b.space
     with torch.no_grad(), without_autocast(space.device):

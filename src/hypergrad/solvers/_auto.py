@@ -1,4 +1,4 @@
-"""The choice of a solver from what is known of the system."""
+"""Auto, the solver that chooses a method for the system."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ._symmetric import CG, MINRES
 from ._theory import Structure
 
 SMALL = 32  # unknowns up to which many systems are solved densely
-LANCZOS_STEPS = 40  # products for the least eigenvalue of a system that turned out to be indefinite
+LANCZOS_STEPS = 40  # products that estimate the least eigenvalue of an indefinite system
 
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(IterativeSolver):
-    """The default: takes the method that fits the system, and another one if that fails.
+    """The default solver: runs the method that fits the system, and another one if that fails.
 
     | system | first | then |
     |---|---|---|
-    | symmetric | CG | MINRES, where A is singular or indefinite; GMRES, where A is not symmetric after all |
-    | any | GMRES | LSQR, where GMRES stagnates and Aᵀ is known |
-    | several of up to 32 unknowns each | a factorisation of each | the above, where one is singular |
+    | symmetric | CG | MINRES, if A is singular or indefinite; GMRES, if A turns out not to be symmetric |
+    | any | GMRES | LSQR, if GMRES stagnates or diverges and Aᵀ is known |
+    | several of up to 32 unknowns each | a factorisation of each | the above, if one is singular |
 
     The A of an inner loss is declared positive definite, as it is at a minimum. Negative curvature shows that the point
     is not a minimum: Auto then ends as NOT_POSITIVE_DEFINITE, and `Solution.curvature` is an estimate of the least
-    eigenvalue. Each method has max_steps of its own; without a tolerance there is no second method. `Solution.method`
-    says which method gave the value, and why.
+    eigenvalue. Each method may take max_steps; without a tolerance there is no second method. `Solution.method` says
+    which method computed the value, and why.
 
-    Cost: that of the methods; a read from the device after each; at negative curvature 40 products more.
+    Cost: that of the methods, a read from the device after each, and 40 more products at negative curvature.
 
     Example:
         >>> import torch, hypergrad as hg
@@ -48,7 +48,7 @@ class Auto(IterativeSolver):
         return self._dense(system) or self._iterative(system)
 
     def _dense(self, system: System) -> Outcome | None:
-        """What a factorisation of each of several small systems gives, if all are regular."""
+        """Factorise each of several small systems; None if they are not small, or not all regular."""
         op, space = system.op, system.b.space
         n, count = space.length, space.batch_shape.numel()
         few = 0 < n <= min(SMALL, system.max_steps) and count * n**2 <= AT_ONCE
@@ -71,7 +71,7 @@ class Auto(IterativeSolver):
             last = system.b.space.tensor(outcome.trace[-1])
             code = torch.as_tensor(0 if outcome.code is None else outcome.code, device=last.device)
             code = event(code, last >= system.rhs_norm, Status.DIVERGED)
-            again = (code > 0) & ~(last <= system.stop)  # where the last is NaN too
+            again = (code > 0) & ~(last <= system.stop)  # true for NaN
             worst = Status(int((code * again).max()))
             following = self._after(method, worst, outcome, system)
             if following is None:
@@ -98,7 +98,7 @@ class Auto(IterativeSolver):
         return None
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
-        """As the method that gives the answer."""
+        """The number for the method that would give the answer."""
         if not structure.symmetric:
             return GMRES().products_needed(structure, rtol)
         definite = structure.definiteness == "positive definite"
@@ -106,7 +106,7 @@ class Auto(IterativeSolver):
 
 
 def _is_negative(outcome: Outcome) -> bool:
-    """Whether CG met a curvature that is negative beyond rounding, for any system."""
+    """Whether CG met a curvature that is negative beyond rounding in any system."""
     if outcome.curvature is None or outcome.steepest is None:
         return False
     rounding = outcome.x.space.eps**0.75 * abs(outcome.steepest)
@@ -114,7 +114,7 @@ def _is_negative(outcome: Outcome) -> bool:
 
 
 def least_eigenvalue(system: System) -> torch.Tensor:
-    """An estimate of the least eigenvalue of a symmetric A from below: that of Lanczos less its error bound."""
+    """The least Ritz value of a symmetric A minus its error bound: an estimate of the least eigenvalue from below."""
     steps, zero = min(LANCZOS_STEPS, system.b.space.length), system.b.space.scalar(0.0)
     start = system.b.random(torch.Generator(device="cpu").manual_seed(0))
     h = arnoldi(replace(system, goal=None), start, True, steps, 0, zero)[1]

@@ -1,4 +1,4 @@
-"""One Krylov space for several right hand sides of one operator."""
+"""Block conjugate gradients: one Krylov space for several right hand sides of one operator."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class BlockCG(IterativeSolver):
 
         R = Qξ,   W = AP,   G = PᵀW,   α = G⁻¹PᵀQ,   X ← X + Pαξ,   Q₊ζ = Q − Wα,   ξ ← ζξ,   P ← orth(Q₊ − P G⁻¹WᵀQ₊)
 
-    Each step takes the best X, in the norm of A, over k directions for all k systems at once: the k smallest
-    eigenvalues, roughly, no longer slow it down. Q and P are orthonormal, by Householder QR, so that right hand sides
-    that are equal, zero, dependent or solved before the others lead to no division by zero.
+    Each step minimises the error in the norm of A over k directions for all k systems at once, so that roughly the k
+    smallest eigenvalues no longer slow convergence. Householder QR keeps Q and P orthonormal, so right hand sides that
+    are equal, zero, dependent or solved before the others cause no division by zero.
 
         solution = hg.solvers.BlockCG(rtol=1e-8)(op.stacked(), b)           # b: [k, ...] in every leaf
 
-    Status, steps and residual are those of each right hand side. Curvature that is not positive ends it for all:
-    NOT_POSITIVE_DEFINITE, at the last iterate before. NaN in one right hand side does not reach the others. It takes no
-    preconditioner; CG(preconditioner=...) on op.stacked() does.
+    Status, steps and residual are those of each right hand side. Curvature that is not positive ends the solve for all
+    of them as NOT_POSITIVE_DEFINITE, at the previous iterate. NaN in one right hand side does not reach the others.
+    BlockCG takes no preconditioner; CG(preconditioner=...) on op.stacked() does.
 
-    Raises: TypeError for an operator of independent systems that is not `stacked()`, or for sharded tensors.
-    Cost: a step takes k products, vectorised, and about 6k² vector operations; 5k vectors.
+    Raises: TypeError for an operator with independent systems that is not `stacked()`, or for sharded tensors.
+    Cost: k products a step, vectorised, and about 6k² vector operations; 5k vectors.
     Source: O'Leary 1980, with the orthonormal residuals of Dubrulle 2001 (BCGrQ; ζᵀ and ξ there are −G⁻¹WᵀQ₊ and PᵀQ).
 
     Example:
@@ -84,12 +84,12 @@ class BlockCG(IterativeSolver):
         return CG().valid_for(structure)
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
-        """As CG for each right hand side, at most."""
+        """At most the products of CG, for each right hand side."""
         return CG().products_needed(structure, rtol)
 
 
 def products(system: System) -> Callable[[Tensor], Tensor]:
-    """P ↦ AP for any number of columns, in memory of its own."""
+    """The function P ↦ AP for any number of columns; its results are copies."""
     op, like = system.op, system.b
     if op.batch_dims:
         if op.each is None or op.each.batch_dims:
@@ -102,7 +102,7 @@ def products(system: System) -> Callable[[Tensor], Tensor]:
 
 
 def columns(v: Vector) -> Tensor:
-    """[n, k], or [n, 1] of a single vector."""
+    """A stack of k vectors as a matrix [n, k], or a single vector as [n, 1]."""
     return v.flat().mT if v.space.batch_dims else v.flat().unsqueeze(-1)
 
 

@@ -1,4 +1,4 @@
-"""The dense solve: every column of A, then a factorisation. For small systems, and as the reference for all others."""
+"""The dense solver, which computes every column of A and factorises it: for small systems, and as a reference."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ AT_ONCE = 2**24  # numbers in the columns that are computed at once
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(LinearSolver):
-    """A, materialised and factorised: Cholesky where A is declared positive definite, else LU.
+    """Materialises A and factorises it: by Cholesky if A is declared positive definite, else by LU.
 
-    Where LU does not reach the tolerance (1e-6 in float64, 1e-4 in float32 by default), or a pivot is below 10 n eps,
-    x is the least-squares solution of least norm; if that does not either, it ends as BREAKDOWN: A is singular. If
-    there is no Cholesky factor, it ends as NOT_POSITIVE_DEFINITE, and if A was declared symmetric and is not, as
-    NOT_SYMMETRIC, unless the value of LU reaches the tolerance.
+    If LU misses the tolerance (1e-6 in float64, 1e-4 in float32 by default), or a pivot is below 10 n eps, x is the
+    least-squares solution of least norm; if that misses the tolerance too, the solve ends as BREAKDOWN (A is singular).
+    If LU misses the tolerance, an A declared positive definite without a Cholesky factor ends as NOT_POSITIVE_DEFINITE,
+    and one that is not symmetric as NOT_SYMMETRIC.
 
-    It is also a preconditioner, the inverse of |A| = V|Λ|Vᵀ of a system before, for sequences in which A changes
-    slowly: CG(preconditioner=Reused(Dense())), or MINRES where A is indefinite.
+    Dense is also a preconditioner, the inverse of |A| = V|Λ|Vᵀ for an earlier A, for sequences in which A changes
+    slowly: CG(preconditioner=Reused(Dense())), or MINRES if A is indefinite.
 
-    Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation, a few more
-        where A is singular or not what it was declared to be, and one more outside of a hypergradient.
+    Cost: n products, vectorised; n² numbers of memory and O(n³) arithmetic; one device synchronisation, a few more if
+        A is singular or not as declared, and one more outside of a hypergradient.
 
     Example:
         >>> import torch, hypergrad as hg
@@ -53,7 +53,7 @@ class Dense(LinearSolver):
         return Outcome(step if x is None else x + step, [first, system.number(norm)], 1, code)
 
     def _irregular(self, a: Tensor, rhs: Tensor, system: System) -> tuple[Tensor, Tensor, Any]:
-        """A⁻¹b, or of singular systems what is nearest to it, ‖b − Ax‖, and what was wrong."""
+        """A⁻¹b (for singular systems the least-squares solution), ‖b − Ax‖, and the Status values of failures."""
         limit, eps, code = system.stop, system.b.space.eps, None
         if system.op.positive_definite:
             skew = (a - a.mT).abs().amax((-2, -1)) > eps**0.5 * a.abs().amax((-2, -1))
@@ -69,7 +69,7 @@ class Dense(LinearSolver):
         if bool((~(norm <= limit) & torch.isfinite(a).all((-2, -1))).any()):
             z = apply(torch.linalg.pinv(torch.nan_to_num(a), rtol=rounding(a, eps)), rhs)
             least = torch.linalg.vector_norm(rhs - apply(a, z), dim=-1)
-            # Without full rank, a large x whose residual is small by chance is no better than that of least norm.
+            # Without full rank, a large x whose residual happens to be small is no better than that of least norm.
             deficient = torch.linalg.matrix_rank(torch.nan_to_num(a), rtol=a.shape[-1] * eps) < a.shape[-1]
             better = ~(norm <= limit) & (deficient | ~(norm <= least))
             y, norm = torch.where(better.unsqueeze(-1), z, y), torch.where(better, least, norm)
@@ -80,15 +80,14 @@ class Dense(LinearSolver):
         return structure.n
 
     def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
-        """V and |Λ|⁻¹ of this operator."""
+        """V and |Λ|⁻¹ of the eigendecomposition of this operator."""
         require_symmetric(op, "Dense as a preconditioner")
-        a = torch.nan_to_num(materialise(op, like), 0.0, 0.0, 0.0)  # NaN shows in the residual
+        a = torch.nan_to_num(materialise(op, like), 0.0, 0.0, 0.0)  # eigh raises for NaN; the residual will show it
         values, vectors = torch.linalg.eigh((a + a.mT) / 2)
         floor = a.shape[-1] * like.space.eps * values.abs().amax(-1, keepdim=True)
         return [vectors, torch.where(floor > 0, 1 / torch.maximum(values.abs(), floor), 1.0)]
 
     def apply(self, factors: list[Tensor], r: Vector) -> Vector:
-        """|A|⁻¹r."""
         vectors, weights = factors
         return r.space.from_flat(apply(vectors, weights * apply(vectors.mT, r.flat())))
 
@@ -98,7 +97,7 @@ def apply(a: Tensor, x: Tensor) -> Tensor:
 
 
 def materialise(op: LinearOperator, like: Vector) -> Tensor:
-    """The matrix of an operator: [n, n], or [B, n, n]. One product serves a column of all systems."""
+    """The matrix of an operator: [n, n], or [B, n, n]. One product gives the same column of all B systems."""
     space = like.space
     n = space.length
     size = max(1, min(n, AT_ONCE // max(n, 1)))
@@ -122,8 +121,8 @@ def regular_solve(
 ) -> tuple[Tensor, Tensor] | None:
     """(x, ‖b − Ax‖) for Aᵀ = rows [*B, n, n] and right hand sides [*B, k, n], each matrix factorised once.
 
-    None where a residual is above its limit [*B, k], a pivot below rounding, or A not what it was declared to be.
-    Matrices and vectors are stored in rows, which are LAPACK's columns. All checks are one read.
+    None if a residual exceeds its limit [*B, k], a pivot is below rounding, or A is not as declared. Matrices and
+    vectors are stored by rows, which are LAPACK's columns. All checks take one read from the device.
     """
     if positive_definite:
         factor, info = torch.linalg.cholesky_ex(rows.mT)

@@ -1,4 +1,4 @@
-"""What is kept along a sequence of systems: a start in the span of the last solutions, and a preconditioner."""
+"""What is kept from one system of a sequence to the next: the span of the last solutions, and a preconditioner."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from ._preconditioners import is_recipe
 
 
 class Kept:
-    """Objects whose state is tensors and numbers: a resumed sequence equals an uninterrupted one."""
+    """Base of objects whose state is tensors and numbers, so that a resumed sequence equals an uninterrupted one."""
 
     _state: ClassVar[tuple[str, ...]]
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept, for torch.save; torch.load(weights_only=True) reads it."""
+        """The state, for torch.save; torch.load(weights_only=True) can read it."""
         values = {name: getattr(self, name) for name in self._state}
         return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state_dict. Raises ValueError for that of another kind of object."""
+        """Restore a state_dict. Raises ValueError for one of another kind of object."""
         if {*state} != {*self._state}:
-            raise ValueError(f"{type(self).__name__}: a state_dict holds {[*self._state]}, this one {[*state]}")
+            raise ValueError(f"{type(self).__name__}: a state_dict holds {[*self._state]}, but got {[*state]}")
         for name, value in state.items():
             setattr(self, name, list(value) if isinstance(value, list) else value)
 
 
 def kind(space: Space) -> tuple[Any, ...]:
-    """What another system must share for what is kept to serve it."""
+    """What two systems must have in common for what one of them left to be used for the other."""
     return space.shapes, space.dtypes, space.batch_dims
 
 
 @dataclass(eq=False)
 class Recycled(Kept):
-    """The span of the last m solutions as a start: pass it as x0 to every solve of a sequence.
+    """A start in the span of the last m solutions: pass one object as x0 to every solve of a sequence.
 
         Y = (x₁, …, x_m) = QR,   AQ = CR',   CᵀC = I,      x₀ = Q R'⁻¹Cᵀb,   r₀ = b − CCᵀb
 
     x₀ has the least residual in the span, so it is never a worse start than the last solution (or zero). Along a smooth
-    sequence it extrapolates, and starts closer by orders of magnitude. Where b jumps from one system to the next
-    (minibatches of the outer loss) its m products are lost. Use one object for each sequence, with any solver:
+    sequence it extrapolates, and its residual is smaller by orders of magnitude. If b jumps from one system to the next
+    (minibatches of the outer loss), its m products are wasted. Use one object for each sequence, with any solver:
 
         recycled = hg.solvers.Recycled(4)
         for ...: hg.implicit.backward(..., solver=hg.solvers.CG(rtol=1e-6), x0=recycled)
@@ -56,10 +56,10 @@ class Recycled(Kept):
         size: m ≥ 1, the number of solutions that are kept.
 
     Attributes:
-        kept: how many there are now. A change of shape, dtype or device starts again from none.
+        kept: the number of solutions held now. A change of shape, dtype or device discards them.
 
     Raises: TypeError at a solve with sharded tensors, which cannot be stacked.
-    Cost: m products a solve, vectorised; m vectors, two times m more meanwhile; nothing is read from the device.
+    Cost: m products a solve, vectorised; m vectors, and 2m more during a start; nothing is read from the device.
     Source: Fischer 1998, Method 1, with AQ computed for each system, as A changes (as in GCRO-DR, Parks et al. 2006).
 
     Example:
@@ -86,21 +86,21 @@ class Recycled(Kept):
         return bool(self._solutions) and self._kind == kind(space) and self._solutions[0].device == space.device
 
     def start(self, op: LinearOperator, b: Vector) -> tuple[Vector, Vector] | None:
-        """x₀ and b − A x₀; None where nothing is kept for such a b."""
+        """x₀ and b − A x₀; None if no solution of this form is kept."""
         if not self._serves(b.space):
             return None
         q = Basis.from_rows(b, torch.linalg.qr(torch.stack(self._solutions, -1))[0].mT)
         c, triangle = torch.linalg.qr(op.many(q).matrix().mT)
         size = triangle.diagonal(dim1=-2, dim2=-1).abs()
-        # A direction that A takes to nearly nothing would enter with a large factor, and bring mostly rounding.
-        void = b.space.eps**0.5 * size.amax(-1)
-        triangle = torch.where((size <= void.unsqueeze(-1)).unsqueeze(-1), 0.0, triangle)
-        weights = triangular_solve(triangle, apply(c.mT, b.flat()), void)
+        # A direction that A maps to nearly zero would get a large weight, and add mostly rounding errors.
+        negligible = b.space.eps**0.5 * size.amax(-1)
+        triangle = torch.where((size <= negligible.unsqueeze(-1)).unsqueeze(-1), 0.0, triangle)
+        weights = triangular_solve(triangle, apply(c.mT, b.flat()), negligible)
         image = apply(c, apply(triangle, weights))
         return q.combine(weights), b - b.space.from_flat(image)
 
     def keep(self, x: Vector) -> None:
-        """Take a solution into the span, and the oldest out of it; NaN and infinity add nothing."""
+        """Add a solution to the span and drop the oldest. Systems with NaN or infinity add zeros."""
         if not self._serves(x.space):
             self._solutions, self._kind = [], kind(x.space)
         x = x / x.scale()
@@ -112,10 +112,10 @@ class Recycled(Kept):
 
 @dataclass(eq=False)
 class Reused(Kept):
-    """A preconditioner that is kept from one system to the next, and built again when that pays.
+    """A preconditioner that is kept from one system to the next, and rebuilt when that pays.
 
-    As A moves away from the system that it was built for, solves take more steps s. Once the lost steps, Σ (s − min s),
-    are as many as the products that building took, it is built again. One object for each sequence of systems:
+    As A changes from the system that the preconditioner was built for, solves take more steps s. It is rebuilt once the
+    lost steps, Σ (s − min s), are as many as the products that building took. Use one object for each sequence:
 
         precondition = hg.solvers.Reused(hg.solvers.Nystrom(rank=50, damping=1e-3))
         for ...: hg.implicit.backward(..., solver=hg.solvers.CG(rtol=1e-6, preconditioner=precondition), x0=adjoint)
@@ -125,11 +125,11 @@ class Reused(Kept):
             and apply(factors, r) → M⁻¹r.
 
     Attributes:
-        builds: how often it was built.
-        steps: those of each solve since, the one at hand last. Solves without a step do not count for the choice.
+        builds: the number of times it was built.
+        steps: the steps of each solve since the last build, the current one last. Solves without a step do not count.
 
-    Raises: TypeError for a recipe of another form; ValueError at a solve without a tolerance: with a fixed number of
-        steps nothing shows that the preconditioner has aged.
+    Raises: TypeError for a recipe of another form; ValueError at a solve without a tolerance, because a fixed number of
+        steps does not show that the preconditioner has aged.
 
     Example:
         >>> import torch, hypergrad as hg
@@ -154,8 +154,8 @@ class Reused(Kept):
             raise TypeError(f"Reused needs a recipe such as Nystrom(...), got {self.recipe!r}")
 
     def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
-        """Those of the recipe, for this operator or for one before."""
-        steps = [s for s in self.steps if s]  # a solve without a step shows nothing
+        """The recipe's factors, for this operator or for an earlier one."""
+        steps = [s for s in self.steps if s]
         lost = sum(steps) - len(steps) * min(steps, default=0)
         serves = self._kind == kind(like.space) and all(x.device == like.space.device for x in self._factors)
         if not serves or lost >= max(self._cost, 1):
@@ -167,7 +167,7 @@ class Reused(Kept):
         return self._factors
 
     def apply(self, factors: list[Tensor], r: Vector) -> Vector:
-        """M⁻¹r, counted: the first is before the first step."""
+        """M⁻¹r. Counts steps by its calls, of which the first comes before the first step."""
         if self._applied:
             self.steps[-1] += 1
         else:

@@ -1,6 +1,6 @@
-"""Krylov methods for any A, side by side. Scalars are those of each system; converged systems are frozen.
+"""Krylov methods for any A. With several systems, scalars hold one entry for each, and converged systems are frozen.
 
-Letters are those of the papers. A step reads from the device only where the system asks whether it is finished.
+The letters are those of the papers. A step reads from the device only in `system.finished`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ._solver import IterativeSolver, Outcome, System, divide, event
 from ._symmetric import MINRES
 from ._theory import Structure, steps_needed
 
-BLOCK = 8  # vectors of a Krylov basis whose memory is allocated together
+BLOCK = 8  # vectors of a Krylov basis that are allocated together
 
 
 @dataclass(frozen=True, kw_only=True)
 class GMRES(IterativeSolver):
-    """Generalised minimal residuals for any A, restarted: the usual choice where A is not symmetric.
+    """Restarted generalised minimal residuals for any A: the usual choice if A is not symmetric.
 
-    Arnoldi with Gram–Schmidt done twice: A V_m = V_{m+1} H, then min_y ‖βe₁ − Hy‖, x ← x + V_m y. A cycle of m steps,
-    or of fewer where A takes their space into itself, that gains less than a thousandth ends it as STAGNATED. On a
-    singular A the residual may then be above that of the least-squares solution, which LSQR finds.
+    Arnoldi with repeated Gram–Schmidt: A V_m = V_{m+1} H, then min_y ‖βe₁ − Hy‖, x ← x + V_m y. The solve ends as
+    STAGNATED if a cycle of m steps (fewer if the Krylov space becomes invariant) reduces the residual by less than
+    0.1 %. For a singular A that residual may exceed that of the least-squares solution, which LSQR finds.
 
     Args:
         restart: m, the number of steps after which the basis is discarded.
@@ -69,11 +69,11 @@ class GMRES(IterativeSolver):
             code = event(code, going & stuck, Status.STAGNATED)
             going = going & ~stuck
             steps += cycle
-            del basis  # before the next one is there
+            del basis  # frees its memory before the next one is allocated
         return Outcome(x, torch.cat(trace), steps, code)
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
-        """As MINRES where A is symmetric, else ‖I − A‖^k, and n at most; all without restarts (Saad 2003, 6.11)."""
+        """As MINRES if A is symmetric, else by ‖I − A‖^k; at most n. Without restarts (Saad 2003, section 6.11)."""
         if structure.singular:
             return None
         if structure.symmetric:
@@ -84,7 +84,7 @@ class GMRES(IterativeSolver):
 
 
 class Growing:
-    """A basis of at most m vectors whose memory is allocated as it is needed, `BLOCK` vectors at a time."""
+    """A basis of at most m vectors, allocated when needed, `BLOCK` vectors at a time."""
 
     def __init__(self, m: int):
         self.m = m
@@ -98,7 +98,7 @@ class Growing:
     def __getitem__(self, j: int) -> Vector:
         return self.blocks[j // BLOCK][j % BLOCK]
 
-    def coefficients(self, vector: Vector, count: int) -> Tensor:  # as the next one those of a Basis
+    def coefficients(self, vector: Vector, count: int) -> Tensor:
         pairs = zip(self.blocks, range(count, 0, -BLOCK), strict=False)
         parts = [block.coefficients(vector, min(BLOCK, left)) for block, left in pairs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -111,28 +111,28 @@ class Growing:
 def arnoldi(
     system: System, r: Vector, going: Tensor | bool, most: int, before: int, size: Tensor
 ) -> tuple[Growing, Tensor, Tensor, Tensor]:
-    """The basis, the Hessenberg matrix [steps + 1, steps] (or [B, …]), and whether A takes the space into itself.
+    """One cycle: the basis, the Hessenberg matrix [steps + 1, steps] (or [B, …]), whether the space is invariant, size.
 
-    size: the largest ‖Av‖ / ‖v‖ of the cycles before; returned with those of this one.
+    most: the most steps of this cycle; before: steps done in earlier cycles; size: the largest ‖Av‖ / ‖v‖ so far.
     """
     basis, beta = Growing(most + 1), r.norm()
-    looks = system.goal is not None and system.check_every == 1
+    reads = system.goal is not None and system.check_every == 1
     basis[0] = r * divide(1.0, beta)
     h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
-    # ‖βe₁ − Hy‖ is least at β|n₀|, n the unit vector orthogonal to H's columns: one rotation for each new column.
+    # min ‖βe₁ − Hy‖ is β|n₀| for the unit vector n orthogonal to H's columns, updated by one rotation a column.
     null, least, closed = torch.ones_like(beta).unsqueeze(-1), beta, beta == 0
     for j in range(most):
         w = system.op(basis[j])
         norm = w.norm()
         size = torch.maximum(size, norm)
-        if not j:  # where r is that of a least-squares solution, A r holds nothing but rounding
+        if not j:  # if r is the residual of a least-squares solution, A r is only rounding
             closed = norm <= negligible(size, True)
         column = h[..., : j + 1, j]
-        for _ in range(2):  # where numbers are read anyway, again only if the first took nine tenths (Rutishauser)
+        for _ in range(2):  # the second time only if the first removed 90 % (Rutishauser), where reading costs nothing
             old, part = norm, basis.coefficients(w, j + 1)
             w, column = w - basis.combine(part), column + part
             norm = w.norm()
-            if looks and not anywhere(norm < 0.1 * old):
+            if reads and not anywhere(norm < 0.1 * old):
                 break
         closed = closed | (norm <= negligible(size))
         basis[j + 1] = w * torch.where(closed, 0.0, 1 / norm)
@@ -141,8 +141,8 @@ def arnoldi(
         if system.goal is not None:
             a = torch.linalg.vecdot(null, column)
             length = torch.hypot(a, norm)
-            void = length <= negligible(size, closed)
-            s, c = torch.where(void, 1.0, norm / length), torch.where(void, 0.0, a / length)
+            tiny = length <= negligible(size, closed)
+            s, c = torch.where(tiny, 1.0, norm / length), torch.where(tiny, 0.0, a / length)
             null = torch.cat([null * s.unsqueeze(-1), -c.unsqueeze(-1)], -1)
             least = least * s
             if system.finished(before + j + 1, going & ~closed & (least > system.stop)):
@@ -151,7 +151,7 @@ def arnoldi(
 
 
 def hessenberg_qr(h: Tensor, beta: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, R of a Hessenberg matrix [m + 1, m], and the least residual norms ‖βe₁ − H_j y‖ for j = 1 … m: [m, …]."""
+    """Q and R of a Hessenberg matrix [m + 1, m], and min_y ‖βe₁ − H_j y‖ for j = 1 … m: [m, …]."""
     q, triangle = torch.linalg.qr(h)
     diagonal = triangle.diagonal(dim1=-2, dim2=-1).abs()
     below = h.diagonal(offset=-1, dim1=-2, dim2=-1)
@@ -161,18 +161,18 @@ def hessenberg_qr(h: Tensor, beta: Tensor, rounding: Tensor) -> tuple[Tensor, Te
 
 
 def negligible(size: Tensor, closed: Any = False) -> Tensor:
-    """The size below which a number among others of this size is rounding."""
-    # The last column of a space that A takes into itself is a difference of the others, and holds their rounding too.
+    """The magnitude below which a difference of numbers of this size is rounding."""
+    # The last column of an invariant space (closed) is a difference of the others, and contains their rounding too.
     eps = torch.finfo(size.dtype).eps
     return where(closed, eps ** (2 / 3), 10 * eps) * size
 
 
 def triangular_solve(triangle: Tensor, rhs: Tensor, rounding: Tensor) -> Tensor:
-    """R⁻¹ rhs, leaving out directions in which the diagonal of R is no larger than rounding."""
-    dead = triangle.diagonal(dim1=-2, dim2=-1).abs() <= rounding.unsqueeze(-1)
+    """R⁻¹ rhs, with zeros in directions where the diagonal of R is at most `rounding`."""
+    tiny = triangle.diagonal(dim1=-2, dim2=-1).abs() <= rounding.unsqueeze(-1)
     eye = torch.eye(triangle.shape[-1], dtype=triangle.dtype, device=triangle.device)
-    safe = torch.where(dead.unsqueeze(-1), eye, triangle)
-    right = torch.where(dead, 0.0, rhs).unsqueeze(-1)
+    safe = torch.where(tiny.unsqueeze(-1), eye, triangle)
+    right = torch.where(tiny, 0.0, rhs).unsqueeze(-1)
     return torch.linalg.solve_triangular(safe, right, upper=True).squeeze(-1)
 
 
@@ -180,7 +180,7 @@ def triangular_solve(triangle: Tensor, rhs: Tensor, rounding: Tensor) -> Tensor:
 class BiCGStab(IterativeSolver):
     """Stabilised biconjugate gradients for any A, in constant memory.
 
-    Its residual is not monotone, and ρ = r̂ᵀr, r̂ᵀv or ω may vanish, to rounding: BREAKDOWN, at the last iterate before.
+    The residual is not monotone. If ρ = r̂ᵀr, r̂ᵀv or ω vanishes to rounding, it ends as BREAKDOWN at the last iterate.
 
     Cost: two products a step; seven vectors beside b.
     Source: van der Vorst 1992.
@@ -203,7 +203,7 @@ class BiCGStab(IterativeSolver):
         for k in range(system.max_steps):
             if system.finished(k, going):
                 break
-            v = op(p).copy()  # kept over the next product
+            v = op(p).copy()  # the next product may overwrite its memory
             along = shadow.dot(v)
             broke = (along.abs() <= eps * shadow_norm * v.norm()) | (rho.abs() <= eps * shadow_norm * norm)
             code = event(code, going & broke, Status.BREAKDOWN)

@@ -1,4 +1,4 @@
-"""Krylov methods on the normal equations, side by side: for any A whose transposed product is known."""
+"""Krylov methods on the normal equations, for any A whose transposed product is known."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class NormalCG(IterativeSolver):
         p = s.copy()
         ss, code = s.dot(s), None
         least = (10 * eps) ** 2 * ss
-        del s  # a vector less
+        del s  # saves a vector
         for k in range(system.max_steps):
             if k and system.finished(k, going):
                 break
@@ -62,13 +62,13 @@ class NormalCG(IterativeSolver):
         return Outcome(x, torch.stack(trace).sqrt(), len(trace) - 1, code)
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
-        """2 ((κ − 1)/(κ + 1))^k of the residual, the condition number being squared."""
+        """Two products a step, by the bound 2 ((κ − 1)/(κ + 1))^k on the residual; κ is that of A."""
         return doubled(steps_needed(rate_of(structure.condition), rtol, 2.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LSQR(IterativeSolver):
-    """Golub–Kahan bidiagonalisation of A: min ‖Ax − b‖ for any A, steadier than NormalCG where A is ill-conditioned.
+    """Golub–Kahan bidiagonalisation: min ‖Ax − b‖ for any A, more accurate than NormalCG if A is ill-conditioned.
 
         βu = Av − αu,   αv = Aᵀu − βv,   one rotation (c, s) a step;   ‖r‖ = φ̄,   ‖Aᵀr‖ = φ̄ α |c|
 
@@ -123,5 +123,5 @@ class LSQR(IterativeSolver):
         return Outcome(x, torch.stack(trace), len(trace) - 1, code)
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
-        """As NormalCG, with which it agrees in exact arithmetic (Paige and Saunders 1982)."""
+        """As NormalCG, which is the same method in exact arithmetic (Paige and Saunders 1982)."""
         return NormalCG().products_needed(structure, rtol)

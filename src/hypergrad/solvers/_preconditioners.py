@@ -1,4 +1,4 @@
-"""What a preconditioner of CG and MINRES may be, and Nystrom, a recipe: factors(op, like), then apply(factors, r)."""
+"""Preconditioners of CG and MINRES. A recipe, such as Nystrom, has factors(op, like) and apply(factors, r) → M⁻¹r."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ._theory import Structure
 
 
 def is_recipe(thing: Any) -> bool:
-    """Whether it builds a preconditioner from an operator; a class in the place of its object does not."""
+    """Whether an object (not a class) builds a preconditioner from an operator."""
     return hasattr(thing, "factors") and hasattr(thing, "apply") and not isinstance(thing, type)
 
 
 def build_preconditioner(preconditioner: Any, system: System) -> Callable[[Vector], Vector] | None:
-    """r ↦ M⁻¹ r from what the user gave: None, an operator, a function of pytrees, or a recipe such as Nystrom."""
+    """r ↦ M⁻¹ r from the user's option: None, an operator, a function of pytrees, or a recipe such as Nystrom."""
     if preconditioner is None or isinstance(preconditioner, LinearOperator):
         return preconditioner
     if getattr(preconditioner, "needs_tolerance", False) and system.goal is None:
@@ -51,12 +51,12 @@ class Nystrom(LinearSolver):
         as a solver:           x = U(Λ + ρI)⁻¹Uᵀb + (b − UUᵀb)/ρ                    ≈ (A + ρI)⁻¹ b
         as preconditioner:     M⁻¹r = (λ_k + ρ) U(Λ + ρI)⁻¹Uᵀr + (r − UUᵀr)         CG(preconditioner=Nystrom(...))
 
-    As a solver it is an approximation: its residual says how good it is.
+    As a solver it is an approximation, whose accuracy the solution's residual shows.
 
     Args:
         rank: k ≥ 1, the number of products in the sketch.
-        damping: ρ > 0; as a preconditioner best near the damping of A, or its smallest eigenvalue.
-        seed: of the sketch's own generator.
+        damping: ρ > 0; for a preconditioner best near the damping of A, or near its smallest eigenvalue.
+        seed: seed of the generator that draws the sketch.
 
     Cost: k products, vectorised; k vectors.
     Source: Frangella, Tropp and Udell 2023, Algorithms 2.1 and 5.1; as a solver for hypergradients Hataya and Yamada
@@ -90,13 +90,12 @@ class Nystrom(LinearSolver):
         return Outcome(x, r.norm().unsqueeze(0), 1, event(None, indefinite, Status.NOT_POSITIVE_DEFINITE))
 
     def factors(self, op: LinearOperator, like: Vector) -> list[Tensor]:
-        """U as rows, and (λ_k + ρ)/(Λ + ρ) − 1, for this operator."""
+        """U by rows, and (λ_k + ρ)/(Λ + ρ) − 1, of this operator."""
         require_symmetric(op, "Nystrom")
         u, eigenvalues, _ = self._sketch(op, like, -op.damping)
         return [u.matrix(), (eigenvalues[..., -1:] + self.damping) / (eigenvalues + self.damping) - 1]
 
     def apply(self, factors: list[Tensor], r: Vector) -> Vector:
-        """M⁻¹r."""
         u = Basis.from_rows(r, factors[0])
         return r + u.combine(u.coefficients(r, u.m) * factors[1])
 
@@ -111,7 +110,7 @@ class Nystrom(LinearSolver):
         return min(self.rank, structure.n)
 
     def _sketch(self, op: LinearOperator, like: Vector, shift: float) -> tuple[Basis, Tensor, Tensor]:
-        """U as rows, Λ in falling order, and whether A + shift · I is indefinite on the sketch."""
+        """U by rows, Λ in falling order, and whether A + shift · I has negative eigenvalues on the sketch."""
         space = like.space
         k = min(self.rank, space.length)
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
@@ -119,7 +118,7 @@ class Nystrom(LinearSolver):
         omega = torch.linalg.qr(draw.to(space.device))[0]
         test = Basis.from_rows(like, omega.mT)
         y = op.many(test).plus(test, shift).matrix().mT
-        y = torch.where(torch.isfinite(y), y, 0.0)  # eigh and svd raise for NaN, which shows in the residual
+        y = torch.where(torch.isfinite(y), y, 0.0)  # eigh and svd raise for NaN; the residual will show it
         core = omega.mT @ y
         values, vectors = torch.linalg.eigh((core + core.mT) / 2)
         floor = 10 * space.eps * values.abs().amax(-1, keepdim=True)

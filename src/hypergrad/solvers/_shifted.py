@@ -1,4 +1,4 @@
-"""One Krylov space for several dampings of one symmetric operator."""
+"""`shifted`: one Krylov space for several dampings of one symmetric operator."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def shifted(
     max_steps: int | None = None,
     on_failure: OnFailure = "warn",
 ) -> list[Solution]:
-    """(A + γᵢ I) xᵢ = b for several dampings γᵢ by CG in its Lanczos form: the products of the slowest serve all.
+    """Solve (A + γᵢ I) xᵢ = b for several dampings γᵢ by CG in Lanczos form, with the products of the slowest alone.
 
         β₊v₊ = Av − αv − βv₋;   for each γ:  l = β / d₋,  d = α + γ − lβ,  ζ = −lζ₋,  p = (v − βp₋) / d,  x ← x + ζp
 
-    A pivot d that is not positive ends the system of that γ as NOT_POSITIVE_DEFINITE, at the iterate before; the others
-    continue. As in CG the vectors v are not orthogonalised again.
+    A pivot d that is not positive ends the system of that γ as NOT_POSITIVE_DEFINITE, at the previous iterate; the
+    others continue. As in CG, the vectors v are not reorthogonalised.
 
     Args:
-        op: a symmetric A; `op.stacked()` for several right hand sides.
+        op: a symmetric A, or `op.stacked()` for several right hand sides.
         b: a Vector, or a pytree of tensors.
         dampings: the γᵢ ≥ 0.
         rtol, max_steps, on_failure: as in `CG`.
 
-    Returns: a Solution for each γ, with the true residual of its own system.
+    Returns: a Solution for each γᵢ, with its true residual.
     Raises: TypeError for an operator that is not symmetric; SolverError under on_failure="raise".
     Cost: one product a step, and one for each γ at the end; 3 vectors, and 2 for each γ.
     Source: Saad 2003, Algorithm 6.17 (D-Lanczos); Frommer and Maass 1999 for shifted systems.
@@ -49,13 +49,13 @@ def shifted(
     """
     check_options(CG(rtol=rtol, max_steps=max_steps, on_failure=on_failure))
     if not dampings or not all(0 <= damping < torch.inf for damping in dampings):
-        raise ValueError(f"shifted: dampings must be finite numbers ≥ 0, and one at least, got {list(dampings)}")
+        raise ValueError(f"shifted: dampings must be one or more finite numbers ≥ 0, got {list(dampings)}")
     require_symmetric(op, "shifted")
     rhs = b if isinstance(b, Vector) else Vector.of(b, "b", op.batch_dims)
     rtol = rhs.space.rtol if rtol is None else rtol
     max_steps = min(10 * rhs.space.length, 1000) if max_steps is None else max_steps
     with torch.no_grad(), without_autocast(rhs.space.device):
-        scale = rhs.scale()  # squares of small numbers vanish
+        scale = rhs.scale()  # without it, squares of small numbers underflow
         rhs = rhs / scale
         size, solutions = rhs.norm(), []
         x, codes, steps, trace = _iterate(op, rhs, dampings, rtol, max_steps)
@@ -74,9 +74,9 @@ def shifted(
 def _iterate(
     op: LinearOperator, b: Vector, dampings: Sequence[float], rtol: float, max_steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [γ, …, n]; Status values of what went wrong, and steps [γ, …]; ‖r‖ by the recursion [steps + 1, γ, …]."""
+    """x [γ, …, n], Status values of failures [γ, …], steps [γ, …], and ‖r‖ by the recursion [steps + 1, γ, …]."""
     space, size = b.space, b.norm()
-    stop = 0.9 * rtol * size  # so that rounding between the recursion's and the true residual does not matter
+    stop = 0.9 * rtol * size  # a margin for rounding between the recursion's residual and the true one
     v = divide(b.flat(), size.unsqueeze(-1))
     gamma = torch.tensor(dampings, dtype=space.dtype, device=space.device)
     gamma = gamma.reshape(-1, *[1] * size.ndim).expand(-1, *size.shape)
@@ -110,7 +110,7 @@ def _iterate(
 
 
 def _judged(code: Tensor, residual: Tensor, size: Tensor, rtol: float, own: Tensor) -> Tensor:
-    """The Status values from the true residual and the recursion's own."""
+    """The Status values that follow from the true residual and from the recursion's residual (own)."""
     ended = torch.where(own <= rtol * size, Status.STAGNATED.value, Status.MAX_STEPS.value)
     ended = torch.where((residual >= size) & (size > 0), Status.DIVERGED.value, ended)
     code = torch.where(residual <= rtol * size, Status.CONVERGED.value, torch.where(code > 0, code, ended))

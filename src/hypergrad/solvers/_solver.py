@@ -1,4 +1,4 @@
-"""What all linear solvers share: their configuration, the system they see, and the check of their answer."""
+"""What all linear solvers share: their options, the scaled system that they work on, and the check of their result."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .._vector import FREE_TO_READ, Scalar, Vector, anywhere, larger, norm, read
 from ..operators import LinearOperator
 from ._theory import Structure
 
-# A solver is anything of this form; a plain function may return the bare value.
+# A solver is a callable (op, b, x0) → Solution; a plain function may return x alone.
 Solver: TypeAlias = Callable[..., Any]
 
 
 @dataclass
 class System:
-    """A x = b as an iteration sees it: damped operator, right hand side scaled near 1, limits resolved."""
+    """A x = b as an iteration works on it: A with damping, b scaled to a norm near 1, and the limits as numbers."""
 
     op: LinearOperator
     b: Vector
     x0: Vector | None
     max_steps: int
-    stop: Scalar  # a system is frozen once ‖r‖ ≤ stop: the tolerance or, without one, rounding level
-    goal: Scalar | None  # the tolerance itself; None runs max_steps without reading a residual
+    stop: Scalar  # a system is frozen once ‖r‖ ≤ stop: just below the tolerance or, without one, rounding level
+    goal: Scalar | None  # the tolerance for ‖r‖; None runs max_steps without reading a residual
     check_every: int
     rhs_norm: Scalar  # ‖b‖ in scaled units
-    scale: Scalar  # power of two that one scaled unit is worth in the user's units
-    precondition: Callable[[Vector], Vector] | None = None  # built from op once, however often the iteration restarts
-    residual: Vector | None = None  # b − A x0 where it is known
+    scale: Scalar  # power of two: the user's units are scaled units times scale
+    precondition: Callable[[Vector], Vector] | None = None  # built from op once, even if the iteration restarts
+    residual: Vector | None = None  # b − A x0 if known
 
     def __post_init__(self) -> None:
         space, checks = self.b.space, self.goal is not None and self.check_every == 1
@@ -43,31 +43,31 @@ class System:
         self.stop, self.goal, self.rhs_norm = map(self.number, (self.stop, self.goal, self.rhs_norm))
 
     def start(self) -> tuple[Vector, Vector]:
-        """x and r = b − A x in memory of their own; no product where there is no x0."""
+        """Copies of x and r = b − A x; this takes no product without an x0."""
         if self.x0 is None:
             return self.b.zeros(), self.b.copy()
         return self.x0.copy(), self.b - self.op(self.x0) if self.residual is None else self.residual.copy()
 
     def size(self, x: Vector, r: Vector) -> Tensor:
-        """‖Ax‖ / ‖x‖ of a start, which tells what in further products is rounding; 0 without one."""
+        """‖Ax‖ / ‖x‖ for the start x, a scale for the rounding of later products; 0 without x0."""
         return self.b.space.scalar(0.0) if self.x0 is None else divide((self.b - r).norm(), x.norm())
 
     def finished(self, step: int, going: Tensor | bool) -> bool:
-        """Whether all systems are frozen, read from the device every check_every steps; never in fixed-step mode."""
+        """Whether all systems are frozen: read from the device every check_every steps, never without a tolerance."""
         return self.goal is not None and step % self.check_every == 0 and not anywhere(going)
 
     def number(self, scalar: Any) -> Scalar:
-        """A scalar to compute with: a number where there is one system and reading is free, or done anyway."""
+        """The scalar as a Python number if there is one system and reading is free or done anyway; else unchanged."""
         return scalar.item() if self.reads and isinstance(scalar, Tensor) else scalar
 
 
 def divide(a: Tensor | float, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0: a direction that has vanished takes no further step."""
+    """a / b, and 0 where b is 0, so that no step is taken along a direction that has vanished."""
     return torch.where(b == 0, 0.0, a / b)
 
 
 def event(code: Scalar | None, happened: Scalar, status: Status) -> Scalar:
-    """Record a status where it happened, unless something else happened before."""
+    """Record a status for the systems where it happened, unless another was recorded before."""
     if not isinstance(happened, Tensor) and not happened:
         return code
     code = 0 if code is None else code
@@ -76,15 +76,15 @@ def event(code: Scalar | None, happened: Scalar, status: Status) -> Scalar:
 
 @dataclass
 class Outcome:
-    """Where an iteration arrived, in scaled units, before its residual is recomputed."""
+    """The result of an iteration, in scaled units, before its residual is recomputed."""
 
     x: Vector
-    trace: Tensor | list[Any]  # ‖r‖ by the recursion before each step and, if known, after it: [steps (+ 1)(, B)]
+    trace: Tensor | list[Any]  # ‖r‖ by the recursion before each step and, if known, at the end: [steps (+ 1)(, B)]
     steps: int
-    code: Scalar | None = None  # Status values of what went wrong on the way
-    method: str = ""  # where a solver chose one
-    curvature: Scalar | None = None  # the least xᵀAx / xᵀx met, where the method knows it
-    steepest: Scalar | None = None  # the largest, likewise
+    code: Scalar | None = None  # Status values of failures during the iteration; 0 for none
+    method: str = ""  # the method, if the solver chose one
+    curvature: Scalar | None = None  # the least xᵀAx / xᵀx that was met, if the method computes it
+    steepest: Scalar | None = None  # the largest one
 
     def __post_init__(self) -> None:
         if isinstance(self.trace, list) and self.trace and isinstance(self.trace[0], Tensor):
@@ -93,14 +93,14 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSolver(ABC):
-    """Configuration of a solver of (A + damping · I) x = b, called as solver(op, b, x0=None) → Solution.
+    """Options of a solver for (A + damping · I) x = b, called as solver(op, b, x0=None) → Solution.
 
     Args:
-        rtol, atol: solved when ‖b − Ax‖ ≤ max(atol, rtol · ‖b‖). With neither given, the method does all its steps and
-            ends as COMPLETED.
+        rtol, atol: the system is solved when ‖b − Ax‖ ≤ max(atol, rtol · ‖b‖). With neither given, the method does all
+            its steps and ends as COMPLETED.
         damping: γ ≥ 0, added to the diagonal; residuals are those of the damped system.
-        on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore": the status is not read from the
-            device, and with a fixed number of steps nothing is (`Dense` and, with a tolerance, every method read).
+        on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore", which does not read the status
+            from the device. With a fixed number of steps, nothing at all is read then, except by `Dense`.
 
     Example:
         >>> op = hg.operators.matrix(torch.diag(torch.tensor([1.0, 4.0])), symmetric=True)
@@ -125,14 +125,14 @@ class LinearSolver(ABC):
 
         Args:
             op: the operator A.
-            b: right hand side: a Vector or a pytree of tensors (with batch_dims=1: [B, ...] each).
-            x0: start, like b, or a `Recycled`; zero if None.
+            b: right hand side: a Vector or a pytree of tensors (each [B, ...] with batch_dims=1).
+            x0: a start like b, or a `Recycled`; None starts from zero.
 
         Returns: a Solution whose value has b's structure. A method that finds that it does not apply
-            (NOT_POSITIVE_DEFINITE, NOT_SYMMETRIC, BREAKDOWN) returns its last sound iterate, or x = 0 where that has
-            the smaller residual.
+            (NOT_POSITIVE_DEFINITE, NOT_SYMMETRIC, BREAKDOWN) returns its last valid iterate, or x = 0 if that has the
+            smaller residual.
         Raises: TypeError or ValueError for an x0 unlike b, or an operator that this solver cannot take; SolverError
-            under on_failure="raise".
+            with on_failure="raise".
         Cost: the method's products and one more, for the true residual.
         """
         vector = b if isinstance(b, Vector) else Vector.of(b, "b", op.batch_dims)
@@ -141,34 +141,34 @@ class LinearSolver(ABC):
         solution.report(type(self).__name__, self.on_failure)
         return solution
 
-    _runs_to_tolerance: ClassVar[bool] = True  # False: an approximation, successful without a tolerance
+    _runs_to_tolerance: ClassVar[bool] = True  # False for an approximation, which needs no tolerance to succeed
     _needs_symmetric: ClassVar[bool] = False
 
     def valid_for(self, structure: Structure) -> str | None:
-        """Why this method does not apply to a system of this structure (with the damping in it); None where it does."""
+        """Why this method does not apply to a system of this structure (damping included); None if it does apply."""
         return "A is not symmetric" if self._needs_symmetric and not structure.symmetric else None
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
-        """Products with A and Aᵀ that are enough where the method is valid, by theory; None where no bound is known.
+        """An upper bound from theory on the products with A and Aᵀ, if the method is valid; None if none is known.
 
-        Bounds are often far from sharp: a clustered spectrum needs fewer products, and rounding may ask for more. rtol
-        is that of the error or of the residual, as the method's bound has it.
+        Bounds are often far from sharp: a clustered spectrum needs fewer products, and with rounding it may take more.
+        rtol refers to the error or to the residual, whichever the method's bound is about.
         """
         return None
 
     @abstractmethod
     def _iterate(self, system: System) -> Outcome:
-        """Run the method. The residual is recomputed afterwards, by whoever called."""
+        """Run the method. The caller recomputes the residual afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IterativeSolver(LinearSolver):
-    """A solver that goes step by step.
+    """A solver that iterates.
 
     Args:
-        max_steps: the number of steps: exact where neither rtol nor atol is given, else the most that are done
-            (default: 10 n, at most 1,000). With max_steps, rtol and atol all left out, rtol is 1e-6 in float64 and
-            1e-4 in float32 (4 eps in half precision).
+        max_steps: the number of steps if neither rtol nor atol is given, else an upper limit (default: 10 n, at most
+            1,000). If max_steps, rtol and atol are all left out, rtol is 1e-6 in float64 and 1e-4 in float32 (4 eps in
+            half precision).
         check_every: steps between two reads of the residual, each a device synchronisation (default: 1 on the CPU,
             where reading is free, 5 elsewhere). Without a tolerance it is never read.
 
@@ -194,7 +194,7 @@ def _integer(least: int) -> tuple[Callable[[Any], bool], str]:
     return lambda value: isinstance(value, int) and value >= least, f"an integer ≥ {least}"
 
 
-# What an option must satisfy, whichever solver has it; None is always allowed.
+# What an option must satisfy in any solver that has it; None is always allowed.
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("rtol", "atol", "damping", "regularisation"), (lambda x: 0 <= x < math.inf, "a finite number ≥ 0")
@@ -217,30 +217,30 @@ def check_options(solver: Any) -> None:
 
 
 def on_failure_of(solver: Solver) -> OnFailure:
-    """What a solver does when it fails; a plain function warns."""
+    """The solver's on_failure; "warn" for a plain function."""
     return solver.on_failure if isinstance(solver, LinearSolver) else "warn"
 
 
 def keeps_starts(x0: Any) -> TypeGuard[Any]:
-    """Whether x0 finds a start for each system and learns from its solution, as `Recycled` does."""
+    """Whether x0 is an object that provides a start for each system and keeps its solution, as `Recycled` does."""
     return callable(getattr(x0, "keep", None)) and not isinstance(x0, type)
 
 
 def require_symmetric(op: LinearOperator, name: str) -> None:
     if not op.symmetric:
         raise TypeError(
-            f"{name} needs a symmetric operator: declare this one so (symmetric=True) if it is; if not, use GMRES, "
-            f"BiCGStab, NormalCG or LSQR"
+            f"{name} needs a symmetric operator: if this one is symmetric, declare it so (symmetric=True); if not, use "
+            f"GMRES, BiCGStab, NormalCG or LSQR"
         )
 
 
 def solve(
     solver: Solver, op: LinearOperator, b: Vector, x0: Any, last_product: Callable[[Vector], Vector] | None = None
 ) -> Solution:
-    """Run a solver and recompute its residual; does not warn. b is overwritten.
+    """Run a solver and recompute its residual, without warnings. b is overwritten.
 
-    last_product: v ↦ A v, where the caller needs that product anyway; it replaces the product for the residual, and the
-    iteration is then not started again where its own residual was too optimistic.
+    last_product: v ↦ A v, for a caller that needs that product anyway. It replaces the product for the residual; the
+    iteration is then not restarted if its own residual was too optimistic.
     """
     with torch.set_grad_enabled(False), without_autocast(b.space.device):
         ready = x0 is None or isinstance(x0, Vector) or keeps_starts(x0)
@@ -265,7 +265,7 @@ def _run(solver: LinearSolver, op: LinearOperator, b: Vector, start: Any, last_p
     outcome = Outcome(b, space.scalar(0.0)[None], 0) if empty else solver._iterate(system)
     outcome, x, residual, code = _verified(solver, system, outcome, last_product)
     trace: Any = outcome.trace
-    return Solution(  # whose numbers become tensors where these are asked for
+    return Solution(  # which turns numbers into tensors on access
         x,
         code,  # pyright: ignore[reportArgumentType]
         _steps(outcome, system),
@@ -282,7 +282,7 @@ def _verified(
 ) -> tuple[Outcome, Vector, Scalar, Scalar]:
     """The outcome, x in the user's units, its true residual and the Status value.
 
-    Where the residual of the recursion was too optimistic, the iteration is started again from x, up to twice.
+    If the residual of the recursion was too optimistic, the iteration is restarted from x, up to twice.
     """
     for refinements_left in (2, 1, 0):
         if len(outcome.trace) > outcome.steps:
@@ -318,12 +318,12 @@ def _verified(
 
 
 def _give_up(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
-    """x = 0 in place of an answer that its method gave up and whose residual is no smaller; the residual after that."""
+    """Replace x by 0 if the method failed and the residual is no smaller than ‖b‖; return the resulting residual."""
     if outcome.code is None:
         return residual
     residual = system.number(residual)
     worse = (residual >= system.rhs_norm) & (residual < math.inf)
-    # What a stationary iteration that diverges gives is what was asked for.
+    # A DIVERGED iterate is kept: a diverging stationary iteration returns what was asked for.
     given_up = (system.number(outcome.code) > Status.DIVERGED.value) & worse
     if isinstance(given_up, Tensor):
         outcome.x = outcome.x.zeros().where(given_up, outcome.x)
@@ -334,12 +334,12 @@ def _give_up(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
 
 
 def _scaled(b: Vector) -> tuple[Scalar, Scalar]:
-    """A power of two by which b is divided, and ‖b‖ after that: near 1 where it is not 0."""
+    """Divide b by a power of two, so that ‖b‖ is near 1 (or 0), and return that power and ‖b‖."""
     norm2 = read(b.dot(b))
     if isinstance(norm2, Tensor) or not squares_are_exact(norm2, b.space):
         scale = b.scale(read)
         return scale, norm(b.scale_(1 / scale))
-    # Near enough to 1 as it is: squares of residuals, and of Aᵀr, neither vanish nor overflow.
+    # No scaling if squares of residuals, and of Aᵀr, neither underflow nor overflow.
     near = b.space.tiny ** (1 / 6) <= norm2 <= b.space.tiny ** (-1 / 6)
     scale = 1.0 if near else 2.0 ** round(math.log2(norm2) / 2)
     b.scale_(1 / scale)
@@ -356,10 +356,10 @@ def _system(
     stop, goal = b.space.eps * norm, None
     if rtol is not None or atol is not None:
         goal = larger((rtol or 0.0) * norm, (atol or 0.0) / scale)
-        # A little below the goal, so that rounding between the recursion's and the true residual does not matter.
+        # A margin for rounding between the recursion's residual and the true one.
         stop = larger(stop, 0.9 * goal)
     if x0 is not None:
-        x0 = x0 * where(norm != 0, 1.0, 0.0)  # b = 0 has a solution that no iteration from elsewhere reaches
+        x0 = x0 * where(norm != 0, 1.0, 0.0)  # for b = 0, no iteration from another start reaches x = 0 exactly
     if max_steps is None:
         max_steps = min(10 * b.space.length, 1000)
     every = every or (1 if b.space.device.type in FREE_TO_READ else 5)
@@ -367,10 +367,10 @@ def _system(
 
 
 def _judge(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
-    """The Status values that the true residual and the events on the way lead to; read only where that is free."""
+    """The Status values that follow from the true residual and from recorded events; reads only where that is free."""
     own = system.number(outcome.trace[-1])
     code = 0 if outcome.code is None else system.number(outcome.code)
-    if system.goal is None:  # what rounding leaves is solved, and STAGNATED is no failure
+    if system.goal is None:  # a residual at rounding level counts as solved, and STAGNATED is no failure
         ended = done = Status.COMPLETED.value
         goal = system.b.space.eps**0.75 * system.rhs_norm
         code = where(code == Status.STAGNATED.value, 0, code)
@@ -388,17 +388,17 @@ def _judge(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
 
 
 def continued(first: Outcome, second: Outcome, again: Scalar) -> Outcome:
-    """One outcome of two that followed each other: the second worked on the systems in `again` alone."""
+    """The outcome of two consecutive iterations, of which the second continued only the systems in `again`."""
     code = where(again, 0 if second.code is None else second.code, 0 if first.code is None else first.code)
     before, after = map(first.x.space.tensor, (first.trace, second.trace))
-    # Frozen systems keep the norm that they were frozen with: computed again it may exceed the limit by rounding.
+    # Frozen systems keep their last norm, because rounding may take a recomputed one above the limit.
     trace = torch.cat([before, where(again, after[1:], before[-1])])
     curvature = first.curvature if second.curvature is None else second.curvature
     return Outcome(second.x, trace, first.steps + second.steps, code, second.method, curvature)
 
 
 def _steps(outcome: Outcome, system: System) -> int | Tensor:
-    """Steps done; for batched systems those before each was frozen, where there is a tolerance."""
+    """The steps done; with a tolerance and batched systems, the steps of each system before it was frozen."""
     if isinstance(outcome.trace, list) or outcome.trace.ndim == 1:
         return outcome.steps
     if system.goal is None:
@@ -407,7 +407,7 @@ def _steps(outcome: Outcome, system: System) -> int | Tensor:
 
 
 def _run_function(function: Solver, op: LinearOperator, b: Vector, start: Any, last_product: Any) -> Solution:
-    """A user's plain function as a solver: it may write into what it is given, and its answer is checked like any."""
+    """Run a user's plain function, which may write into its arguments, and compute the true residual of its result."""
     before = op.products
     if keeps_starts(start):
         start = (start.start(op, b) or (None,))[0]

@@ -1,4 +1,4 @@
-"""Stationary iterations, side by side: x ← x + η (b − A x). With A = I − Jᵀ and η = 1 that is v ← Jᵀv + b."""
+"""Stationary iterations x ← x + η (b − A x). With A = I − Jᵀ and η = 1 this is v ← Jᵀv + b."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .._vector import Scalar, Vector, norm
 from ._solver import IterativeSolver, Outcome, System, event
 from ._theory import Structure, steps_needed
 
-HOPELESS = 1e8  # growth of the residual at which the iteration is given up
+HOPELESS = 1e8  # growth of the residual at which the iteration stops
 
 
 def richardson(system: System, x: Vector | None, step_size: float) -> Outcome:
-    """max_steps of x ← x + η (b − A x), which overwrites x; with η = 1 it is x ← (I − A) x + b, from zero if x is None.
+    """max_steps of x ← x + η (b − A x), for η = 1 as x ← (I − A) x + b. x is overwritten; None starts from zero.
 
-    DIVERGED where the residual ends above its start and growing. Without a tolerance it is measured three times (and
-    NaN in between): beside a cheap product that costs as much as the update.
+    The status is DIVERGED if the residual ends above its first value and growing. Without a tolerance, the residual is
+    measured only three times (the trace is NaN elsewhere): next to a cheap product it costs as much as the update.
     """
     b, most, number, tolerant = system.b, system.max_steps, system.number, system.goal is not None
     measured = range(0, most, system.check_every) if tolerant else {0, (most + 1) // 2, most - 1}
@@ -58,11 +58,11 @@ def _diverged(norms: list[Scalar]) -> Scalar:
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPoint(IterativeSolver):
-    """v ← Jᵀv + b, the iteration that the inner problem's own map gives: x ← x + (b − Ax) for any A = I − Jᵀ.
+    """v ← Jᵀv + b, the adjoint of the fixed point iteration: x ← x + (b − Ax) for any A = I − Jᵀ.
 
-    K steps from zero give Σ_{k<K} (Jᵀ)ᵏ b: what reverse mode through the last K steps of the map gives at a solution.
+    K steps from zero compute Σ_{k<K} (Jᵀ)ᵏ b, as reverse mode through the last K steps of the map does at a solution.
     One step, v = b, takes A for the identity ("Jacobian-free", "T1–T2").
-    The error falls by the contraction factor q = ‖J‖ a step; for q ≥ 1 it ends as DIVERGED with the growth rate.
+    Each step multiplies the error by at most q = ‖J‖. A residual that grows ends as DIVERGED, with its growth rate.
 
     Cost: one product a step, none in the first from zero; two vectors beside b.
     Source: Grazzi et al. 2020, section 3.2; of one step Luketina et al. 2016 (T1–T2) and Fung et al. 2022.
@@ -81,20 +81,20 @@ class FixedPoint(IterativeSolver):
         return None if structure.radius < 1 else f"ρ(I − A) = {structure.radius:.6g} ≥ 1: it does not converge"
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
-        """‖I − A‖^k of the error where that norm is below 1, else about ρ(I − A)^k; the error may grow at first."""
+        """By the error bound ‖I − A‖^k if that norm is below 1, else by ρ(I − A)^k (the error may grow at first)."""
         norm = structure.contraction
         return steps_needed(norm if norm < 1 else structure.radius, rtol)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neumann(IterativeSolver):
-    """Neumann series x = η Σ_{k≤K} (I − ηA)ᵏ b, with K = max_steps: one term more than FixedPoint has.
+    """Neumann series x = η Σ_{k≤K} (I − ηA)ᵏ b with K = max_steps, one term more than FixedPoint.
 
     Args:
         step_size: η > 0; for a symmetric A it must be below 2 / λ_max(A).
 
     Cost: one product a step; two vectors beside b.
-    Source: Lorraine, Vicol and Duvenaud 2020, Algorithm 3; the start x0 is continued likewise.
+    Source: Lorraine, Vicol and Duvenaud 2020, Algorithm 3; the iteration is the same from a start x0.
 
     Example:
         >>> import torch, hypergrad as hg
@@ -108,7 +108,7 @@ class Neumann(IterativeSolver):
     def _iterate(self, system: System) -> Outcome:
         x, r = system.start()
         x.add_(r, self.step_size)
-        del r  # a vector less
+        del r  # saves a vector
         return richardson(system, x, self.step_size)
 
     def valid_for(self, structure: Structure) -> str | None:
@@ -120,7 +120,7 @@ class Neumann(IterativeSolver):
         return f"ρ(I − ηA) = {rate:.6g} ≥ 1: it does not converge{best}"
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
-        """One more than ρ(I − ηA)^k of the error asks for; as FixedPoint where A is not symmetric and η = 1."""
+        """One more than the bound ρ(I − ηA)^k on the error requires; as FixedPoint if A is not symmetric and η = 1."""
         rate, norm = self._rate(structure), structure.contraction
         if rate is not None and not structure.symmetric and norm < 1:
             rate = norm
@@ -128,7 +128,7 @@ class Neumann(IterativeSolver):
         return None if steps is None else steps + 1
 
     def _rate(self, structure: Structure) -> float | None:
-        """ρ(I − ηA), where it is known."""
+        """ρ(I − ηA); None if unknown."""
         if structure.symmetric:
             return max(abs(1 - self.step_size * value) for value in structure.eigenvalues)
         return structure.radius if self.step_size == 1 else None

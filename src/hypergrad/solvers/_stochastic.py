@@ -1,4 +1,4 @@
-"""First-order methods on the linear system, for products that are noisy."""
+"""First-order methods for the linear system, for noisy products."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def gradient_descent(parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(IterativeSolver):
-    """Any torch.optim optimizer on the linear system, with A x − b in place of the gradient.
+    """Solves the linear system with any torch.optim optimizer, which is given A x − b as the gradient.
 
-    With a stochastic A every step sees a new draw, and a falling learning rate averages them. It starts from x0, or b.
+    With a stochastic A every step uses a new draw, and a decreasing learning rate averages them. x starts at x0, or b.
 
     Args:
         build: list of tensors ↦ optimizer, or (optimizer, scheduler); the scheduler steps after each step. The tensors
-            are x in the leaves of b. Learning rates are in the units of the user's problem. Default: SGD(lr=1), which
-            for A = I − Jᵀ is FixedPoint.
+            are the leaves of x. Learning rates are in the units of the user's problem. Default: SGD(lr=1), which for
+            A = I − Jᵀ is FixedPoint.
 
-    Cost: one product a step for an optimizer that evaluates once (LBFGS: more); the optimizer's state.
+    Cost: one product for each evaluation of the closure (one a step, for LBFGS more); the optimizer's state.
     Source: Grazzi, Pontil and Salzo 2021, Algorithm 1 (step 2).
 
     Example:

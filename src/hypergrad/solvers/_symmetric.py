@@ -1,4 +1,4 @@
-"""Krylov methods for a symmetric A, side by side, as in `_krylov`."""
+"""Krylov methods for a symmetric A, with the conventions of `_krylov`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ._solver import IterativeSolver, Outcome, System, divide, event
 from ._theory import Structure, doubled, rate_of, steps_needed
 
 ROUNDING = 10  # multiples of eps that count as rounding
-IDLE = 10  # steps of MINRES without a gain after which it has stagnated; in exact arithmetic every other step gains
+IDLE = 10  # steps without a gain after which MINRES has stagnated; in exact arithmetic every other step gains
 
 
 class SymmetryCheck:
-    """Whether yᵀ(Ax) ≠ xᵀ(Ay) for the first two vectors that a method multiplies: false for every symmetric A."""
+    """Tests whether yᵀ(Ax) = xᵀ(Ay), as for a symmetric A, with the first two vectors x, y that a method multiplies."""
 
     def __init__(self, system: System, first: Vector):
         self.number, self.drawn_anew, self.first = system.number, system.op.stochastic, first
         self.before: tuple[Scalar, Scalar] | None = None
 
     def take(self, step: int, value: Scalar, ax: Vector) -> None:
-        """Take in yᵀ(Ax) and Ax after step 0, where Ax is still what it was; it is not kept."""
+        """Record yᵀ(Ax) and ‖Ax‖ after step 0, before the memory of Ax is reused."""
         if step == 0 and not self.drawn_anew:
             self.before = value, norm(ax, self.number)
 
@@ -46,11 +46,11 @@ class CG(IterativeSolver):
 
         α = rᵀz / pᵀAp,   x ← x + αp,   r ← r − αAp,   z = M⁻¹r,   β = (rᵀz)₊ / rᵀz,   p ← z + βp
 
-    Curvature pᵀAp that is not positive, to rounding, ends it as NOT_POSITIVE_DEFINITE at the iterate before (Steihaug's
-    rule); `Solution.curvature` holds the least pᵀAp / pᵀp. The first two products show whether A is NOT_SYMMETRIC.
-    Every step lowers ½xᵀAx − bᵀx and, where A is positive definite, ‖x − A⁻¹b‖: the last iterate is the answer even
-    where its residual is above ‖b‖ (DIVERGED, with a warning). Of a singular A and a b outside its range there is no
-    A⁻¹b, and iterates grow along the null space: MINRES and `Auto` go to a least-squares solution instead.
+    Curvature pᵀAp that is not positive (to rounding) ends the solve as NOT_POSITIVE_DEFINITE at the previous iterate
+    (Steihaug's rule); `Solution.curvature` holds the least pᵀAp / pᵀp. The first two products show whether A is
+    NOT_SYMMETRIC. Every step lowers ½xᵀAx − bᵀx and, if A is positive definite, ‖x − A⁻¹b‖. The last iterate is
+    therefore returned even if its residual is above ‖b‖ (DIVERGED, with a warning). If A is singular and b outside its
+    range, iterates grow along the null space; MINRES and `Auto` find a least-squares solution.
 
     Args:
         preconditioner: r ↦ M⁻¹r, symmetric positive definite: a LinearOperator, a function of pytrees like b, or
@@ -79,7 +79,7 @@ class CG(IterativeSolver):
         rr = rz if precondition is None else number(r.dot(r))
         going, code, trace, curvatures = rr > stop2, None, [rr], []
         symmetry = SymmetryCheck(system, system.b if precondition is None and system.x0 is None else p.copy())
-        pp, steepest = rz, 0.0 * rz  # pp = pᵀMp: z and the last p are orthogonal in M
+        pp, steepest = rz, 0.0 * rz  # pp = pᵀMp, updated by zᵀMp = 0 for the previous p
         for k in range(system.max_steps):
             if system.finished(k, going):
                 break
@@ -103,7 +103,7 @@ class CG(IterativeSolver):
             trace.append(rr)
             beta = ratio(rz, old, going)
             pp = rz + beta * beta * pp
-            if k == 0 and system.max_steps > 1:  # before p is overwritten, whose memory the product may share
+            if k == 0 and system.max_steps > 1:  # before p is overwritten, because ap may share its memory
                 symmetry.take(k, beta * curvature + number(z.dot(ap)), ap)
             p.scale_add_(beta, z)
             del ap
@@ -115,7 +115,7 @@ class CG(IterativeSolver):
         return super().valid_for(structure) or wrong
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
-        """2 ((√κ − 1)/(√κ + 1))^k of the error in the norm of A (Saad 2003, section 6.11.4)."""
+        """By the bound 2 ((√κ − 1)/(√κ + 1))^k on the error in the norm of A (Saad 2003, section 6.11.4)."""
         return steps_needed(rate_of(math.sqrt(structure.condition)), rtol, 2.0)
 
 
@@ -133,16 +133,16 @@ def _least(curvatures: list[Scalar]) -> Scalar | None:
 class MINRES(IterativeSolver):
     """Minimal residuals for a symmetric A, which may be indefinite or singular.
 
-    Lanczos vectors v (and z = M⁻¹v), one Givens rotation (c, s) a step, ‖r‖ = |η| never grows. A step that would gain
-    less than its rounding, c² |η| ≤ 10 eps ‖A‖ |cη| ‖w‖, is left out. It ends as STAGNATED after ten of them in
-    succession, or where A takes the space into itself: on an inconsistent singular system at a least-squares solution.
+    Lanczos vectors v (and z = M⁻¹v), one Givens rotation (c, s) a step; ‖r‖ = |η| never grows. A step that would gain
+    less than its rounding, c² |η| ≤ 10 eps ‖A‖ |cη| ‖w‖, is skipped. Ten skipped steps in succession, or an invariant
+    Krylov space, end the solve as STAGNATED: for an inconsistent singular system, at a least-squares solution.
 
     Args:
         preconditioner: r ↦ M⁻¹r, symmetric positive definite, as in CG.
 
     Cost: one product a step; seven vectors beside b (two more with a preconditioner).
-    Source: Paige and Saunders 1975; letters as in Elman, Silvester and Wathen, Algorithm 6.1. The end is our own: the
-        rounding of x grows along the null space, and does not show in η.
+    Source: Paige and Saunders 1975; letters as in Elman, Silvester and Wathen, Algorithm 6.1. The stopping rule for
+        STAGNATED is ours: rounding errors of x grow along the null space and do not show in η.
 
     Example:
         >>> import torch, hypergrad as hg
@@ -203,7 +203,7 @@ class MINRES(IterativeSolver):
         return Outcome(x, torch.stack(trace), len(trace) - 1, code)
 
     def products_needed(self, structure: Structure, rtol: float = 1e-6) -> float | None:
-        """2 ((√κ − 1)/(√κ + 1))^k of the residual where A is definite, else 2 ((κ − 1)/(κ + 1))^⌊k/2⌋.
+        """By the bound 2 ((√κ − 1)/(√κ + 1))^k on the residual if A is definite, else 2 ((κ − 1)/(κ + 1))^⌊k/2⌋.
 
         Source: Elman, Silvester and Wathen 2014, section 2.4.
         """
@@ -221,7 +221,7 @@ class Rotation:
         self.c, self.c_old, self.s, self.s_old = 1 + 0 * like, 1 + 0 * like, 0 * like, 0 * like
 
     def turn(self, delta: Tensor, gamma: Tensor, gamma_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The column (γ, δ, γ₊) of the Lanczos matrix after the rotations: its entries, the diagonal first."""
+        """Rotate the column (γ, δ, γ₊) of the Lanczos matrix; return its entries in R, the diagonal first."""
         a0 = self.c * delta - self.c_old * self.s * gamma
         a1 = torch.hypot(a0, gamma_new)
         a2 = self.s * delta + self.c_old * self.c * gamma

@@ -1,4 +1,4 @@
-"""What `valid_for` and `products_needed` of solvers go by: the structure of a system, and what theory says."""
+"""The structure of a linear system, from which solvers' `valid_for` and `products_needed` are computed."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Structure:
-    """What m products with random vectors say of A, and of J = I − A (for a fixed point map, J = ∂₁Φ).
+    """What m products with random vectors show about A and J = I − A (for a fixed point map, J = ∂₁Φ).
 
-    Bounds are proven, up to rounding. Where `exact`, they are the numbers themselves.
+    The bounds are proven, up to rounding. If `exact`, they are the numbers themselves.
 
     Attributes:
-        n: unknowns (of each system).
-        steps: m, the dimension of the Krylov spaces; `exact` where m = n.
-        declared_symmetric: as the caller declared.
-        asymmetry: max |xᵀAy − yᵀAx| / (‖x‖‖Ay‖ + ‖y‖‖Ax‖) over the random probes x, y.
-        symmetric: whether that is below √eps, and so taken for rounding.
-        eigenvalues: Ritz values of A in rising order of real parts; of a symmetric A between its extreme eigenvalues.
-        eigenvalue_errors: for each: a symmetric A has an eigenvalue within; otherwise to first order only.
+        n: the number of unknowns (of each system).
+        steps: m, the dimension of the Krylov spaces; `exact` if m = n.
+        declared_symmetric: whether the caller declared A symmetric.
+        asymmetry: max |xᵀAy − yᵀAx| / (‖x‖‖Ay‖ + ‖y‖‖Ax‖) over random x, y.
+        symmetric: whether asymmetry is at most √eps, which counts as rounding.
+        eigenvalues: Ritz values of A in rising order of real parts; for a symmetric A between its extreme eigenvalues.
+        eigenvalue_errors: for each, the distance within which A has an eigenvalue; to first order if not symmetric.
         norm: lower bound of ‖A‖₂.
         least: upper bound of the least singular value.
-        negligible: at least so many singular values are below 10 √n eps ‖A‖: A is singular to rounding where > 0.
-        condition: lower bound of ‖A‖ ‖A⁻¹‖. Infinite where A is singular.
-        radius: the largest |eigenvalue| of J seen, its spectral radius ρ.
-        radius_at_least: lower bound of ρ, to first order where A is not symmetric; 0 far from normal.
-        contraction: lower bound of q = ‖J‖₂. Where ρ < 1 < q, Φ contracts in the long run alone.
-        eps: of the dtype.
-        products: what all this cost.
-        system: which of B independent systems this is, the worst of them; None without batch_dims.
+        negligible: lower bound of the number of singular values below 10 √n eps ‖A‖; if > 0, A is singular to rounding.
+        condition: lower bound of ‖A‖ ‖A⁻¹‖; infinite if A is singular.
+        radius: the largest |1 − Ritz value|, an estimate of the spectral radius ρ of J.
+        radius_at_least: lower bound of ρ, to first order if A is not symmetric; 0 if A is far from normal.
+        contraction: lower bound of q = ‖J‖₂. If ρ < 1 < q, Φ contracts only over many steps.
+        eps: machine epsilon of the dtype.
+        products: the number of products with A that were taken.
+        system: the index of this system, the worst of B independent ones; None without batch_dims.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([1.0, 2.0, 10.0], dtype=torch.float64))
@@ -60,7 +60,7 @@ class Structure:
 
     @property
     def exact(self) -> bool:
-        """Whether the Krylov spaces are the whole space."""
+        """Whether the Krylov spaces are the whole space, so that all bounds are exact."""
         return self.steps == self.n
 
     @property
@@ -69,12 +69,12 @@ class Structure:
 
     @property
     def tolerance(self) -> float:
-        """What counts as zero beside ‖A‖."""
+        """The magnitude below which an eigenvalue counts as zero."""
         return 10 * math.sqrt(self.n) * self.eps * self.norm
 
     @property
     def definiteness(self) -> str:
-        """By the signs of the Ritz values, of which two prove "indefinite"; "none" where A is not symmetric."""
+        """The definiteness by the signs of the Ritz values (two prove "indefinite"); "none" if A is not symmetric."""
         if not self.symmetric:
             return "none"
         low, high = float(self.eigenvalues[0].real), float(self.eigenvalues[-1].real)
@@ -105,7 +105,7 @@ class Structure:
 
 
 def steps_needed(rate: float, rtol: float, factor: float = 1.0) -> int | None:
-    """The least k ≥ 1 with factor · rate^k ≤ rtol; None where there is none."""
+    """The least k ≥ 1 with factor · rate^k ≤ rtol; None if there is none."""
     if rate >= 1 or math.isnan(rate):
         return None
     if rate <= 0:
@@ -114,10 +114,10 @@ def steps_needed(rate: float, rtol: float, factor: float = 1.0) -> int | None:
 
 
 def rate_of(condition: float) -> float:
-    """(κ − 1)/(κ + 1)."""
+    """(κ − 1)/(κ + 1), and 1 for an infinite κ."""
     return 1.0 if math.isinf(condition) else (condition - 1) / (condition + 1)
 
 
 def doubled(steps: int | None) -> int | None:
-    """Products of so many steps that take two each."""
+    """Twice the steps, for methods with two products a step."""
     return None if steps is None else 2 * steps
