@@ -17,7 +17,7 @@ def cg(
 ) -> list[Tensor]:
     """Solve A x = b for a symmetric positive definite A, given as v ↦ A v on lists, until ‖b − Ax‖ ≤ epsilon ‖b‖.
 
-    The result has no graph. Warns where the method does not apply, or max_iter steps leave more than a tenth of ‖b‖.
+    The result has no graph. Warns if the method does not apply, or if ‖b − Ax‖ > ‖b‖ / 10 after max_iter steps.
 
     Example:
         >>> cg(lambda v: [2 * v[0]], [torch.tensor([1.0, 3.0])])

@@ -1,6 +1,6 @@
 """hypergrad: gradients of an outer objective through the solution of an inner problem, in PyTorch.
 
-Importing it imports torch and nothing of its own: each name is imported from its file when it is first asked for.
+Importing it imports torch but none of its own files: each name is imported from its file at the first access.
 """
 
 from importlib import import_module
@@ -89,7 +89,7 @@ __all__ += ["diff_optimizers", "DifferentiableOptimizer", "GradientDescent", "He
 __all__ += ["gd_step", "heavy_ball_step", "torch_momentum_step"]
 __all__ += ["show_versions"]
 
-_EXTRAS = ("sklearn",)  # not in __all__: what they need may not be installed
+_EXTRAS = ("sklearn",)  # not in __all__, because the framework that they need may not be installed
 _HOMES = (
     "_solution",
     "_vector",

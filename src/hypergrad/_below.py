@@ -1,4 +1,4 @@
-"""A forward solve under the transforms of torch.func: on plain tensors below them, and for a vmap one solve of all."""
+"""Forward solves under transforms of torch.func: they run on plain tensors, and under vmap as one batched solve."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ Leaves: TypeAlias = "tuple[Tensor, ...]"
 
 
 class NotPassed(ValueError):
-    """The map uses a tensor of a transform of torch.func that it was not given."""
+    """The map uses a tensor of a torch.func transform that was not passed to it."""
 
     def __init__(self) -> None:
         super().__init__("fp_map uses a tensor that a transform outside (vmap, ...) maps: pass it in hparams")
 
 
 def explain_tracing(error: RuntimeError) -> None:
-    """Raise in place of torch's error that no number can be read from a tensor whose operations are recorded."""
+    """Raise an error in place of torch's if a number cannot be read because the call's operations are being traced."""
     if "out of a tracing tensor" in str(error):
         raise NotImplementedError(
-            "what records the operations of a call (torch.func.linearize, make_fx, torch.export, compiled steps) "
-            "cannot record a solver, whose steps depend on numbers. In place of linearize take torch.func.jvp for "
-            "products with the Jacobian, torch.func.vjp for those with its transpose, or torch.func.jacrev"
+            "a solver cannot be traced (by torch.func.linearize, make_fx, torch.export or compiled steps), because its "
+            "steps depend on the values of tensors. In place of linearize use torch.func.jvp for products with the "
+            "Jacobian, torch.func.vjp for products with its transpose, or torch.func.jacrev"
         ) from error
 
 
 @dataclass(frozen=True)
 class Call:
-    """One solve, on tensors alone."""
+    """A solve as a function of tensors."""
 
-    solve: Callable[[PyTree, Callable[..., Sequence[Tensor]], int], Solution]  # of start, Φ on leaves, and batch_dims
+    solve: Callable[[PyTree, Callable[..., Sequence[Tensor]], int], Solution]  # (start, Φ on leaves, batch_dims) ↦ w*
     function: Callable[[Leaves, Leaves], Sequence[Tensor]]  # (w, λ) ↦ Φ(w, λ), on leaves
-    unflatten: Callable[..., PyTree]  # makes a tree of the leaves of w
-    batch_dims: int  # leading axes of independent samples
+    unflatten: Callable[..., PyTree]  # the leaves of w ↦ the tree w
+    batch_dims: int  # the number of leading axes of independent samples
 
     def vmapped(self, dims: Sequence[int | None]) -> Call:
-        """The same over one more leading axis of w, and of those tensors of λ whose entry in dims is 0."""
+        """The solve with one more leading axis of w, and of those tensors of λ whose entry in dims is 0."""
         function = torch.func.vmap(self.function, in_dims=(0, tuple(dims)))
         return replace(self, function=function, batch_dims=self.batch_dims + 1)
 
@@ -66,8 +66,8 @@ class Call:
             raise
 
 
-class _Below(torch.autograd.Function):
-    """Arguments (call, keep, count, *w, *λ); keep(solution) is called with the plain Solution, of all entries."""
+class _SolveBelow(torch.autograd.Function):
+    """A solve on plain tensors, by apply(call, keep, count, *w, *λ) with `count` tensors w; keep gets its Solution."""
 
     @staticmethod
     def forward(call: Call, keep: Callable[[Solution], None], count: int, *tensors: Tensor) -> Leaves:
@@ -82,14 +82,14 @@ class _Below(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], call: Call, keep: Any, count: int, *tensors: Tensor) -> Any:
         lead, dims = lead_axes(info.batch_size, tensors, in_dims[3:], count)
-        outputs = _Below.apply(call.vmapped(dims), keep, count, *lead)
+        outputs = _SolveBelow.apply(call.vmapped(dims), keep, count, *lead)
         return outputs, (*[0] * (count + 3), 1 if outputs[-1].ndim > 1 else None)
 
 
 def lead_axes(
     size: int, tensors: Sequence[Tensor], dims: Sequence[int | None], all_mapped: int
 ) -> tuple[list[Tensor], list[int | None]]:
-    """Tensors with the mapped axis in front, the first `all_mapped` of them in any case; and 0 or None for the rest."""
+    """Tensors with the mapped axis first (the first `all_mapped` get one in any case), and in_dims of the others."""
     lead = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=True)]
     for i in range(all_mapped):
         if dims[i] is None:
@@ -98,13 +98,13 @@ def lead_axes(
 
 
 def solved(call: Call, start: Leaves, hparams: Leaves) -> tuple[Solution, Solution]:
-    """The Solution in terms of the transforms that are on, and the same on plain tensors."""
+    """The Solution in tensors of the active transforms, and the same Solution in plain tensors."""
     if not _torch.transforms_active():
         solution = call.run(start, hparams)
         return solution, solution
     tensors, kept = [x.detach() for x in (*start, *hparams)], []
     with torch.no_grad():
-        outputs = _Below.apply(call, kept.append, len(start), *tensors)
+        outputs = _SolveBelow.apply(call, kept.append, len(start), *tensors)
     code, residual_norm, rhs_norm, trace = outputs[len(start) :]
     value, plain = call.unflatten(outputs[: len(start)]), kept[0]
     return Solution(value, code, plain.steps, residual_norm, rhs_norm, trace, plain.method), plain

@@ -1,4 +1,4 @@
-"""What a map takes out of autograd's graph (detach, .data, .item(), no_grad), and the derivative that is lost by it."""
+"""The derivatives that are lost if a map takes values out of autograd's graph (detach, .data, .item(), no_grad)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ._reach import DETACH, READ, place_of, reached
 from ._solution import HypergradientWarning, action_of, warn
 
 LOST = 1e-3  # relative size of a lost derivative above which a warning is due
-NUMBERS = 4  # how many numbers that were read are looked at
+NUMBERS = 4  # how many of the numbers that were read are examined
 _ARRAYS = {Tensor.numpy, Tensor.__array__, Tensor.tolist}
 
 
 class LostDerivative(HypergradientWarning):
-    """An inner loss or map takes out of autograd's graph what depends on params or hparams, and F depends on it.
+    """An inner loss or map takes values that depend on params or hparams out of autograd's graph, and depends on them.
 
     Example:
         >>> import warnings
@@ -39,24 +39,24 @@ class LostDerivative(HypergradientWarning):
 
 
 class Site(NamedTuple):
-    """A place where numbers leave the graph: the tensor x, the leaf that stands for its numbers, and where."""
+    """A place where a value leaves the graph: the tensor x, the leaf that stands for its value, and the line."""
 
     x: Tensor
-    leaf: Tensor | None  # None for a number
+    leaf: Tensor | None  # None if x was read as a Python number
     place: str
 
 
 class _Watched(TorchFunctionMode):
-    """Evaluates as torch does, but what is taken out of the graph becomes a new leaf of it.
+    """Evaluates as torch does, but a tensor that leaves the graph becomes a new leaf of it.
 
     Args:
-        move: the place of a number in the order of reading, and what is added to it.
+        shift: (i, δ) adds δ to the i-th number that is read, counted from 0.
     """
 
-    def __init__(self, move: tuple[int, float] = (-1, 0.0)):
+    def __init__(self, shift: tuple[int, float] = (-1, 0.0)):
         super().__init__()
-        self.move, self.sites, self.numbers = move, [], []
-        self.given: list[Tensor] = []  # to the user's code
+        self.shift, self.sites, self.numbers = shift, [], []
+        self.given: list[Tensor] = []  # the tensors that the user's code received
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,7 +66,7 @@ class _Watched(TorchFunctionMode):
         if func in READ and isinstance(x, Tensor) and x.requires_grad and (place := place_of(True)):
             value = func(x.detach(), *args[1:], **kwargs)
             self.numbers.append((Site(x, None, place), value))
-            at, by = self.move
+            at, by = self.shift
             return value + by if len(self.numbers) == at + 1 else value
         if func in _ARRAYS and isinstance(x, Tensor) and x.requires_grad:
             return func(x.detach(), *args[1:], **kwargs)
@@ -85,7 +85,7 @@ class _Watched(TorchFunctionMode):
         leaf = x.detach().requires_grad_()
         self.sites.append(Site(x, leaf, place))
         with torch.enable_grad():
-            self.given.append(leaf.clone())  # may be written to
+            self.given.append(leaf.clone())  # a clone, because the user may write into it
         return self.given[-1]
 
 
@@ -102,20 +102,20 @@ def warn_of_lost(
     h: Sequence[Tensor],
     v: Sequence[Tensor],
 ) -> None:
-    """LostDerivative where derivatives of F that autograd does not see are no rounding beside those that it sees.
+    """Warn of derivatives of F that autograd does not see, if they are more than rounding beside those that it sees.
 
-        F(w, λ) = G(w, λ, x(w, λ)),  x out of the graph:      lost = ∂x/∂(w, λ)ᵀ ∂₃Gᵀ v  beside  ∂₁,₂Gᵀ v
+        F(w, λ) = G(w, λ, x(w, λ)) with x out of the graph:      lost ∂x/∂(w, λ)ᵀ ∂₃Gᵀ v,  seen ∂₁,₂Gᵀ v
 
     Args:
-        name, user: of the function to speak of; the buffers of its modules and random numbers are put back.
-        evaluate: F(w, λ), with its graph.
-        w, h: what it is differentiated with respect to.
-        v: like F; as where the derivatives are used.
+        name, user: the function's name in the message, and the function, whose modules' buffers are restored.
+        evaluate: () ↦ F(w, λ), with its graph.
+        w, h: the tensors to differentiate with respect to.
+        v: a cotangent of F, as in the products that the hypergradient uses.
 
-    Cost: one evaluation and one reverse pass where something is taken out of the graph; for each number that is read
-        four evaluations more.
+    Cost: one evaluation and one reverse pass if something is taken out of the graph, and four more evaluations for each
+        number that is read. Random states are restored.
     """
-    # Ranks would have to take every branch below alike.
+    # On many ranks every branch below would have to be taken alike.
     if action_of("", LostDerivative) == "ignore" or ranks() > 1:
         return
     modules = [each for each in reached((user,), -2) if isinstance(each, torch.nn.Module) and each.training]
@@ -130,11 +130,11 @@ def warn_of_lost(
 
     try:
         found = _lost(value, w, h, v)
-    except Exception:  # what the user's code does with the numbers cannot be followed; the call itself went well
+    except Exception:  # the user's code fails if it is watched; the call itself has succeeded
         return
     finally:
         _random.restore(random)
-        for x in itertools.chain(*given):  # the user may have kept it
+        for x in itertools.chain(*given):  # the user's code may have kept x
             x.detach_()
         with torch.no_grad():
             for b, numbers in zip(buffers, before, strict=True):
@@ -143,11 +143,11 @@ def warn_of_lost(
     if found is not None:
         seen, lost, what, places = found
         warn(
-            f"{', '.join(places[:3])}: what {name} takes out of autograd's graph there (.detach(), .data, .item(), "
-            f"float(), no_grad) depends on params or hparams and changes the derivative of {name}: with respect to "
-            f"{what} autograd sees {seen:.3g}, and {lost:.3g} is lost (norms of vectors), and so the hypergradient is "
-            f"not that of what is computed. Keep it in the graph; if the derivative is left out on purpose, "
-            f"warnings.simplefilter('ignore', hg.LostDerivative) says so and saves this check",
+            f"{', '.join(places[:3])}: here {name} takes a value out of autograd's graph (.detach(), .data, .item(), "
+            f"float(), no_grad) that depends on params or hparams, so a part of its derivative is lost: with respect "
+            f"to {what}, autograd sees a derivative of norm {seen:.3g} and misses one of norm {lost:.3g}, and the "
+            f"hypergradient is wrong. Keep the value in the graph; if you leave its derivative out on purpose, "
+            f"warnings.simplefilter('ignore', hg.LostDerivative) turns this check off",
             LostDerivative,
         )
 
@@ -155,30 +155,30 @@ def warn_of_lost(
 def _lost(
     value: Callable[[_Watched], list[Tensor]], w: Sequence[Tensor], h: Sequence[Tensor], v: Sequence[Tensor]
 ) -> tuple[float, float, str, list[str]] | None:
-    """The norms of what is seen and of what is lost, in w or in λ, and where; None where it is rounding or nothing."""
+    """(norm seen, norm lost, "params" or "hparams", places) of the derivative; None if at most rounding is lost."""
     outputs = value(watched := _Watched())
     sites: list[Site] = watched.sites
     if not sites and not watched.numbers:
         return None
     leaves = [site.leaf for site in sites if site.leaf is not None]
     grads = _autodiff.grad_or_none(outputs, [*w, *h, *leaves], v, retain_graph=True)
-    seen, bars = grads[: len(w) + len(h)], grads[len(w) + len(h) :]
+    seen, cotangents = grads[: len(w) + len(h)], grads[len(w) + len(h) :]
     lost: list[Tensor | None] = [None] * len(seen)
     places: list[str] = []
 
-    def pull(site: Site, bar: Tensor, count: int) -> None:
-        both = _autodiff.grad_or_none([site.x], [*w, *h, *leaves[:count]], [bar], retain_graph=True)
+    def pull(site: Site, cotangent: Tensor, count: int) -> None:
+        both = _autodiff.grad_or_none([site.x], [*w, *h, *leaves[:count]], [cotangent], retain_graph=True)
         lost[:] = _autodiff.add_or_none(lost, both[: len(lost)])
-        bars[:count] = _autodiff.add_or_none(bars[:count], both[len(lost) :])
+        cotangents[:count] = _autodiff.add_or_none(cotangents[:count], both[len(lost) :])
         places.append(site.place)
 
     for i, (site, number) in enumerate(watched.numbers[:NUMBERS]):
-        slope = _slope(lambda by, i=i: _paired(value(_Watched((i, by))), v), float(number), (*w, *h)[0].dtype)
+        slope = _slope(lambda by, i=i: _dot(value(_Watched((i, by))), v), float(number), (*w, *h)[0].dtype)
         if slope:
             pull(site, torch.full_like(site.x, slope), len(leaves))
     for i in range(len(sites) - 1, -1, -1):
-        if (bar := bars[i]) is not None and bool(bar.any()):
-            pull(sites[i], bar, i)
+        if (cotangent := cotangents[i]) is not None and bool(cotangent.any()):
+            pull(sites[i], cotangent, i)
     eps = max(torch.finfo(x.dtype).eps for x in (*w, *h))
     sizes = [(_norm(xs[: len(w)]), _norm(xs[len(w) :])) for xs in (seen, lost)]
     scale = [max(_norm(w), eps), max(_norm(h), eps)]
@@ -190,13 +190,13 @@ def _lost(
 
 
 def _slope(along: Callable[[float], float], number: float, dtype: torch.dtype) -> float:
-    """The derivative in a number that was read, by central differences of two steps; 0 where they do not agree."""
+    """The derivative with respect to a number, by central differences with two step sizes; 0 if these disagree."""
     t = torch.finfo(dtype).eps ** (1 / 3) * (abs(number) or 1.0)
     narrow, wide = ((along(by) - along(-by)) / (2 * by) for by in (t, 2 * t))
     return narrow if abs(narrow - wide) <= 0.1 * abs(narrow) else 0.0
 
 
-def _paired(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
+def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
     return sum(
         float((x.detach().conj() * y).real.sum() if x.is_complex() else (x.detach() * y).sum())
         for x, y in zip(xs, ys, strict=True)

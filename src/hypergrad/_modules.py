@@ -1,4 +1,4 @@
-"""The nn.Modules that a callable can be seen to use, names of their tensors, and what normalisation does."""
+"""The nn.Modules that a callable can be seen to use, names of their tensors, and properties of normalisation layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def modules_of(*functions: Any) -> list[nn.Module]:
 
 
 def name_of(leaf: Tensor, user: Any) -> str:
-    """How to speak of a tensor: its shape, and its name if a module that the user's callable reaches holds it."""
+    """A text that identifies a tensor: its shape, and its name if a module that the user's callable uses holds it."""
     for module in modules_of(user):
         for name, parameter in module.named_parameters():
             if parameter is leaf:
@@ -31,7 +31,7 @@ def records_statistics(module: nn.Module) -> bool:
 
 
 def couples_samples(module: nn.Module) -> bool:
-    """Whether a normalisation uses the statistics of its batch: a BatchNorm in training mode, or one without others."""
+    """Whether a normalisation uses its batch's statistics: BatchNorm in training mode or without running statistics."""
     if not hasattr(module, "running_mean") or isinstance(module, INSTANCE_NORMS):
         return False
     return module.training or not getattr(module, "track_running_stats", True)

@@ -1,11 +1,11 @@
-"""Options as users give them: whole numbers, bytes, and whether a bar shows progress."""
+"""Checks of options that users give (whole numbers, bytes), and progress bars."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-LONG = 3.0  # seconds after which a bar appears by itself
+LONG = 3.0  # seconds after which a bar appears that was not asked for
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -16,7 +16,7 @@ def parse_bytes(text: Any) -> float | None:
 
 
 def memory_bytes(memory: Any, name: str) -> float:
-    """Bytes, given as a number or as a text."""
+    """The number of bytes that is given as a number or as a text. Raises ValueError for anything else."""
     found = parse_bytes(memory) if isinstance(memory, str) else memory
     if isinstance(found, bool) or not isinstance(found, (int, float)) or found < 0:
         raise ValueError(f'{name} must be bytes, as a number or like "64MiB", got {memory!r}')
@@ -24,7 +24,7 @@ def memory_bytes(memory: Any, name: str) -> float:
 
 
 def check_whole(**numbers: tuple[Any, int]) -> None:
-    """ValueError for a number, if given, that is not whole or below its least value."""
+    """Raise ValueError for name=(value, least) if the value is neither None nor a whole number ≥ least."""
     for name, (value, least) in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
@@ -39,7 +39,7 @@ def progress_bar(
     unit: str = "it",
     leave: bool = False,
 ) -> Any:
-    """tqdm's bar over items, or the items alone; wanted=None: a bar after LONG seconds on a terminal with tqdm."""
+    """tqdm's bar over items, or only the items. wanted=None: a bar on a terminal after LONG seconds, if tqdm exists."""
     if wanted is not None and not wanted:
         return items
     try:

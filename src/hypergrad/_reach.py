@@ -1,4 +1,4 @@
-"""What a callable can be seen to use, and whether it takes numbers out of autograd's graph when it is called."""
+"""What a callable can be seen to use, and whether it takes values out of autograd's graph when it is called."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from ._graph import LIBRARY_FOLDERS
 
-DEPTH = 4  # of containers, partials and closures inside each other
-LONG = 1000  # a container of more than so many is data
-PLAIN = (int, float, complex, str, bytes, type(None), Tensor, types.ModuleType)  # not entered
+DEPTH = 4  # how deeply nested containers, partials and closures are searched
+LONG = 1000  # longer containers are data, and are not searched
+PLAIN = (int, float, complex, str, bytes, type(None), Tensor, types.ModuleType)  # not searched
 LIBRARIES = ("torch", "hypergrad", "numpy", "math")
 _SWITCHES = ("no_grad", "inference_mode", "set_grad_enabled")
 _TAKEN = ("detach", "detach_", "data", "item", "tolist", "numpy", *_SWITCHES)
@@ -35,7 +35,7 @@ _UNCALLED = (
     "__getstate__",
     "__setstate__",
 )
-LEAVE: dict[str, Any] = {  # names by which numbers leave autograd's graph, by how bytecode loads them
+LEAVE: dict[str, Any] = {  # names by which values leave autograd's graph, for each instruction that loads them
     **dict.fromkeys(("LOAD_ATTR", "LOAD_METHOD"), _TAKEN),
     **dict.fromkeys(
         ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"), ("float", "complex", "math", "numpy", "np", *_SWITCHES)
@@ -48,24 +48,24 @@ _PASSED = {__file__, torch.overrides.__file__}
 UNWATCHED = nullcontext(SimpleNamespace(found=False))
 
 
-# What was found out about a function, as long as it lives: by its identity, or that of its object and method.
+# What was found out about a function while it lives. The key is its id, or the id of its object and its method.
 _FOUND: dict[tuple[int, Any], tuple[weakref.ref[Any], dict[Any, Any]]] = {}
 
 
 def found_of(function: Callable[..., Any]) -> dict[Any, Any]:
-    """What calls with this function have found out (sizes, compiled functions), for later ones."""
+    """A dict in which calls keep what they found out about this function (sizes, compiled functions) for later ones."""
     owner, name = getattr(function, "__self__", function), getattr(function, "__func__", None)
     place = id(owner), name
     if place not in _FOUND or _FOUND[place][0]() is not owner:
         try:
             _FOUND[place] = weakref.ref(owner, lambda _: _FOUND.pop(place, None)), {}
-        except TypeError:  # it cannot be watched
+        except TypeError:  # the object takes no weak references
             return {}
     return _FOUND[place][1]
 
 
 def reached(functions: Iterable[Any], depth: int = 0) -> Iterator[Any]:
-    """These functions and what they can be seen to use, each object once; modules are not entered."""
+    """These functions and what they can be seen to use, each object once; modules are not searched."""
     seen: set[int] = set()
     stack = [(each, depth) for each in functions]
     while stack:
@@ -79,7 +79,7 @@ def reached(functions: Iterable[Any], depth: int = 0) -> Iterator[Any]:
 
 
 def may_detach(*functions: Any) -> bool:
-    """Whether code that a callable can be seen to use names something by which numbers leave autograd's graph."""
+    """Whether code that a callable can be seen to use names something by which values leave autograd's graph."""
     names, kinds = set(), {}  # kinds: an ordered set
     for each in reached(functions, -2):
         if isinstance(each, types.FunctionType):
@@ -96,7 +96,7 @@ def may_detach(*functions: Any) -> bool:
 
 @functools.lru_cache(4096)
 def _methods_detach(kinds: tuple[type, ...], names: frozenset[str]) -> bool:
-    """Of the methods that are called by one of these names, by Python or torch itself, or by another of them."""
+    """Whether a method detaches that is called by one of these names, by Python or torch, or by such a method."""
     own = [each for kind in kinds for each in kind.__mro__]
     own = [each for each in dict.fromkeys(own) if not each.__module__.startswith(("torch.", "hypergrad.", "builtins"))]
     parts = [(name, getattr(part, "__func__", part)) for each in own for name, part in vars(each).items()]
@@ -148,7 +148,7 @@ def noticing(user: Any) -> Any:
 
 
 def place_of(through: bool) -> str:
-    """The line of the user's code that is at work; "" where it is not the user's. through: torch's modules are left."""
+    """The line of the user's code that is running, or "" if it is a library's. through: skip frames of torch."""
     frame: Any = sys._getframe(2)
     while frame is not None and (frame.f_code.co_filename in _PASSED or (through and _is_torchs(frame))):
         frame = frame.f_back
@@ -182,9 +182,9 @@ def _of_function(function: types.FunctionType) -> list[Any]:
     for cell in function.__closure__ or ():
         try:
             cells.append(cell.cell_contents)
-        except ValueError:  # not filled yet
+        except ValueError:  # the cell is still empty
             continue
-    own = function.__globals__.get("__name__", "").startswith(("torch.", "hypergrad."))  # they name nothing of a user's
+    own = function.__globals__.get("__name__", "").startswith(("torch.", "hypergrad."))  # no objects of the user
     names = () if own else _names(function.__code__)
     used = [function.__globals__[name] for name in names if name in function.__globals__]
     files = [each for each in used if isinstance(each, types.ModuleType) and not each.__name__.startswith(LIBRARIES)]
@@ -194,7 +194,7 @@ def _of_function(function: types.FunctionType) -> list[Any]:
 
 
 def _known(module: str) -> bool:
-    """Whether a module is torch's, or one of trackers: what it defines names no module of the user's."""
+    """Whether a module is torch's or of `bilevel`, whose objects are not searched for the user's modules."""
     return module == "torch" or module.startswith(("torch.", "hypergrad.bilevel."))
 
 

@@ -1,11 +1,11 @@
-"""compile=: one product by a reverse pass is recorded, and later ones repeat the part that depends on v.
+"""compile=: one product by a reverse pass is recorded, and later products repeat the operations that depend on v.
 
-A product through a retained graph calls the same operations on the same saved tensors each time, and autograd takes
-longer to find them than small ones take to run. A recording keeps the operations whose results depend on v; the rest is
-constant, computed while recording. No code of the user's is traced or run again.
+Every product through a retained graph calls the same operations on the same saved tensors, and autograd takes longer to
+find small operations than they take to run. A recording keeps the operations whose results depend on v; all other
+results are constants, computed once while recording. None of the user's code is traced or run again.
 
-A chain of elementwise operations from x to y is linear, hence y = d ∘ x with d the chain's value at x = 1: it becomes
-one multiplication. The Hessian product of a logistic regression is left as Xᵀ(d ∘ Xv) + e ∘ v.
+A chain of linear elementwise operations from x to y is y = d ∘ x, where d is its value at x = 1, and becomes this one
+multiplication. What remains of the Hessian product of a logistic regression is Xᵀ(d ∘ Xv) + e ∘ v.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ from ._solution import HypergradientWarning, warn
 from ._vector import Space, is_plain
 
 Product = Callable[..., list[Tensor]]
-# An argument: ("v", i) for value i, which depends on v; ("c", j) for constant j, a tensor or a number, ("s", j) for one
-# that is sparse; ("d", i) for the factor of the chain that ends in value i; ("[", ...) for a list of arguments; and
-# ("=", x) for x itself.
+# A reference to an argument: ("v", i) is value i, which depends on v; ("c", j) is constant j, a tensor or a number;
+# ("s", j) is constant j, a sparse tensor; ("d", i) is the factor of the chain that ends in value i; ("[", ...) is a
+# list of references; and ("=", x) is x itself.
 Ref = tuple
 
-# Recording a product takes as long as five to seven small ones, and repeating it about half of one.
-FEWEST = 16  # products, below which one is not recorded
-WAIT = 10  # products before one is recorded, where their number is not known
+# Recording a product takes as long as five to seven small ones, and repeating it takes about half as long as one.
+MIN_PRODUCTS = 16  # if fewer products are expected, none is recorded
+WAIT = 10  # products before one is recorded if their number is not known
 aten = torch.ops.aten
 
 
 def _operators(names: str) -> set[Any]:
-    """torch's operators, in the default overload where none is named."""
+    """torch's operators of these names; the default overload if a name has none."""
     pairs = [name.partition(".")[::2] for name in names.split()]
     return {getattr(getattr(aten, name), overload or "default") for name, overload in pairs}
 
 
-# Elementwise operations that are linear in any one of these arguments,
+# Elementwise operations, and the arguments in each of which they are linear if the others are constant.
 LINEAR = dict.fromkeys(_operators("mul.Scalar div.Tensor div.Scalar neg clone threshold_backward gelu_backward"), (0,))
 LINEAR |= dict.fromkeys(_operators("sigmoid_backward tanh_backward silu_backward softplus_backward"), (0,))
 LINEAR |= {aten.mul.Tensor: (0, 1)}
-# and in all of these together.
-TOGETHER = {aten.add.Tensor: (0, 1), aten.sub.Tensor: (0, 1), aten.where.self: (1, 2)}
-# New memory; of the arguments only the form is in the result.
+# Elementwise operations, and the arguments in which they are jointly linear.
+JOINTLY_LINEAR = {aten.add.Tensor: (0, 1), aten.sub.Tensor: (0, 1), aten.where.self: (1, 2)}
+# Operations that return new memory, and use only the shapes, dtypes and devices of their arguments.
 FRESH = _operators("zeros zeros_like new_zeros empty_like new_empty new_empty_strided")
 # The same functions without the generic call of an operator, which takes as long as a small product.
 QUICK: dict[Any, Any] = {getattr(aten, name).default: getattr(torch, name) for name in ("neg", "t", "mv", "mm", "bmm")}
 QUICK |= {getattr(aten, name).Tensor: getattr(torch, name) for name in ("mul", "add", "sub")}
-# A view of the first v may be none of a later one, which lies in memory in another way.
+# A later v may have other strides, with which a view is not possible.
 QUICK |= {aten.view.default: torch.reshape, aten._unsafe_view.default: torch.reshape}
-# Products to which a sum is added on the way.
-ADDED: dict[Any, Any] = {aten.mv.default: torch.addmv, aten.mm.default: torch.addmm}
+# Matrix products, and the functions that also add a tensor to them.
+FUSED: dict[Any, Any] = {aten.mv.default: torch.addmv, aten.mm.default: torch.addmm}
 
 
 class NotCompiled(HypergradientWarning):
@@ -84,26 +84,26 @@ class NotCompiled(HypergradientWarning):
 
 
 class Recorded:
-    """v ↦ ∂₁Fᵀv: reverse passes, one of which is recorded, and then the operations recorded.
+    """v ↦ ∂₁Fᵀv by reverse passes, until one of them is recorded; from then on by the recorded operations.
 
-    A recording is compared with the reverse pass of another v before it is used.
+    Before a recording is used, it is compared with the reverse pass of another v.
 
     Args:
         plain: the product by a reverse pass through the retained graph.
-        space: that of v.
-        backend: of torch.compile, which compiles the recording, whatever the number of products; None: the recording
-            itself is used, where enough products follow to pay for it.
-        expected: the number of products; None where it is not known.
+        space: the space of v.
+        backend: a backend of torch.compile, by which the recording is compiled, whatever the number of products; None:
+            the recording is used without a compiler, if enough products follow to pay for it.
+        expected: the number of products; None if it is not known.
     """
 
     def __init__(self, plain: Product, space: Space, backend: str | None = None, expected: int | None = None):
         self.plain, self.space, self.backend = plain, space, backend
         self.report = "reverse passes: too few products to record one"  # how products are done, and why
-        self._wait = 0  # products before one is recorded; negative: none is
-        if backend is None and (expected is None or expected < FEWEST):
+        self._wait = 0  # products before one is recorded; negative if none will be recorded
+        if backend is None and (expected is None or expected < MIN_PRODUCTS):
             self._wait = WAIT if expected is None else -1
-        # Nothing here refers to this object: a cycle would keep the graph until it is found.
-        self._pending: Program | None = None  # recorded, and not compared yet
+        # No attribute refers to this object: a reference cycle would keep the graph until it is garbage collected.
+        self._pending: Program | None = None  # recorded but not yet compared with a reverse pass
         self._replay: Product | None = None
         self._held: list[Any] = []
 
@@ -111,7 +111,7 @@ class Recorded:
         if self._replay is not None:
             try:
                 return self._replay(*v, *self._held)
-            except Exception as error:  # at sizes, or in memory, that it has not seen
+            except Exception as error:  # as for a v with other strides than those recorded
                 self._give_up(error)
         if self._wait == 0:
             return self._record(v) if self._pending is None else self._compare(v, self._pending)
@@ -119,7 +119,7 @@ class Recorded:
         return self.plain(v)
 
     def forget(self) -> None:
-        """Free the recording: products are reverse passes from now on."""
+        """Free the recording. From now on products are reverse passes."""
         self._pending, self._replay, self._held, self._wait = None, None, [], -1
 
     def _record(self, v: Sequence[Tensor]) -> list[Tensor]:
@@ -133,16 +133,16 @@ class Recorded:
             self._give_up(error)
             return results
         self._pending = program
-        # A result that is a constant of the recording stays with it: the caller may write into the copy.
+        # A result that is a constant of the recording is copied, because the caller may write into it.
         return [x if ref[0] == "v" else x.clone() for x, ref in zip(results, program.results, strict=True)]
 
     @torch.no_grad()
     def _compare(self, v: Sequence[Tensor], program: Program) -> list[Tensor]:
-        """The product by a reverse pass; the recording is used from now on where it gives the same."""
+        """The product by a reverse pass. The recording is used from now on if it gives the same product."""
         results = self.plain(v)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a compiler's own
+                warnings.simplefilter("ignore")  # warnings of the compiler
                 product = self.space.pack(program.function(self.backend)(*v, *self._held))
             expected = self.space.pack(results)
             error, size = (product - expected).norm(), expected.norm()
@@ -168,9 +168,9 @@ class Step(NamedTuple):
     func: Any
     args: tuple[Ref, ...]
     kwargs: tuple[tuple[str, Ref], ...]
-    outs: tuple[int, ...]  # the values that it gives, −1 for None
-    many: bool = False  # whether these are a list
-    alike: bool = True  # whether it is one value with the shape, dtype and device of those that it is made from
+    outs: tuple[int, ...]  # the numbers of the values that it returns, −1 for None
+    returns_list: bool = False
+    same_form: bool = True  # whether it returns one value, with the shape, dtype and device of all values that it takes
 
     @property
     def refs(self) -> list[Ref]:
@@ -181,12 +181,12 @@ class Step(NamedTuple):
         return [ref[1] for ref in self.refs if ref[0] == "v"]
 
     @property
-    def chained(self) -> bool:
+    def is_linear(self) -> bool:
         """Whether it is elementwise and linear in the values that it takes."""
         found = tuple([i for i, ref in enumerate(self.args) if ref[0] == "v"])
-        if not self.alike or len(found) != len(self.values):
+        if not self.same_form or len(found) != len(self.values):
             return False
-        return found == TOGETHER.get(self.func) or (len(found) == 1 and found[0] in LINEAR.get(self.func, ()))
+        return found == JOINTLY_LINEAR.get(self.func) or (len(found) == 1 and found[0] in LINEAR.get(self.func, ()))
 
 
 def _constants(refs: Iterable[Ref]) -> list[int]:
@@ -198,7 +198,7 @@ def _flat(refs: Iterable[Ref]) -> list[Ref]:
 
 
 class Program:
-    """What is left of a recording, as a function (*v, *held) ↦ results."""
+    """A recording with its chains reduced to multiplications, as a function (*v, *held) ↦ results."""
 
     def __init__(self, steps: Sequence[Step], results: tuple[Ref, ...], inputs: int):
         self.results = results
@@ -207,16 +207,16 @@ class Program:
         for step in reversed(steps):
             if live.isdisjoint(step.outs):
                 continue
-            if lengths.get(step.outs[0], 0) > 1:  # a chain of one operation stays what it is
+            if lengths.get(step.outs[0], 0) > 1:  # a chain of one operation is left as it is
                 ends.append(step.outs[0])
                 step = Step(torch.mul, (("v", starts[ends[-1]]), ("d", ends[-1])), (), step.outs)
             kept.append(step)
             live.update(step.values)
-        self.steps = _added(kept[::-1], results)
+        self.steps = _fused(kept[::-1], results)
         self._used = _constants([*(ref for step in self.steps for ref in step.refs), *results])
         given = [f"v{i}" for i in range(inputs)] + [f"c{j}" for j in self._used] + [f"d{i}" for i in ends]
-        self._functions: dict[str | None, Product] = {None: _written(given, self.steps, results)}
-        # The factors: the chains from 1.
+        self._functions: dict[str | None, Product] = {None: _generated(given, self.steps, results)}
+        # The factors are the values of the chains at 1.
         chain, wanted = [], set(ends)
         for step in reversed(steps):
             if step.outs[0] in wanted and step.outs[0] in lengths:
@@ -225,59 +225,59 @@ class Program:
         self._starts = list(dict.fromkeys(starts[i] for i in ends))
         self._read = _constants([ref for step in chain for ref in step.refs])
         given = [f"v{i}" for i in self._starts] + [f"c{j}" for j in self._read]
-        self._factors = _written(given, chain[::-1], [("v", i) for i in ends])
+        self._factors = _generated(given, chain[::-1], [("v", i) for i in ends])
 
     def held(self, constants: Sequence[Any], forms: Sequence[Any]) -> list[Any]:
-        """The constants that the function takes: some of those recorded, and the factors of the chains."""
+        """The arguments `held` of the function: the recorded constants that it uses, and the factors of the chains."""
         kinds = [forms[i] for i in self._starts]
         ones = [torch.ones((1,) * len(shape), dtype=dtype, device=device) for shape, dtype, device in kinds]
         held = [c.detach() if isinstance(c, Tensor) else c for c in (constants[j] for j in self._used)]
-        return held + self._factors(*ones, *[_narrow(constants[j]) for j in self._read])
+        return held + self._factors(*ones, *[_unexpanded(constants[j]) for j in self._read])
 
     def function(self, backend: str | None) -> Product:
         source = self._functions[None]
         if backend is not None and backend not in self._functions:
-            # torch.compile's own patterns make one operation of a product and a sum, which copies the sum first.
+            # A pattern of torch.compile fuses a matrix product with the sum, but copies the other summand first.
             options: Any = {"options": {"pattern_matcher": False}} if backend == "inductor" else {}
             self._functions[backend] = torch.compile(source, backend=backend, fullgraph=True, **options)
         return self._functions[backend]
 
 
-# Later recordings of the same operations need not build or compile again.
+# Later recordings of the same operations reuse the program and what was compiled for it.
 _program = lru_cache(maxsize=256)(Program)
 
 
 def _chains(steps: Sequence[Step]) -> tuple[dict[int, int], dict[int, int]]:
-    """For each value that a chain of elementwise operations leads to: where it starts, and its length."""
+    """For each value at the end of a chain of linear elementwise operations: the value at its start, and its length."""
     starts: dict[int, int] = {}
     lengths: dict[int, int] = {}
     for step in steps:
         origins = {starts.get(i, i) for i in step.values}
-        if len(origins) == 1 and step.chained:
+        if len(origins) == 1 and step.is_linear:
             starts[step.outs[0]] = origins.pop()
             lengths[step.outs[0]] = 1 + max(lengths.get(i, 0) for i in step.values)
     return starts, lengths
 
 
-def _added(steps: Sequence[Step], results: Sequence[Ref]) -> list[Step]:
-    """The same with x + My as one operation, where My is used nowhere else."""
+def _fused(steps: Sequence[Step], results: Sequence[Ref]) -> list[Step]:
+    """The steps with x + My as one operation where My is not used elsewhere."""
     uses = Counter([i for step in steps for i in step.values] + [ref[1] for ref in results if ref[0] == "v"])
-    alone = [s for s in steps if s.func in ADDED and uses[s.outs[0]] == 1 and all(ref[0] != "s" for ref in s.args)]
+    alone = [s for s in steps if s.func in FUSED and uses[s.outs[0]] == 1 and all(ref[0] != "s" for ref in s.args)]
     products, found = {step.outs[0]: step for step in alone}, {}
     for step in steps:
-        if step.func is aten.add.Tensor and step.alike and not step.kwargs and len(step.values) == 2:
+        if step.func is aten.add.Tensor and step.same_form and not step.kwargs and len(step.values) == 2:
             x, y = step.values if step.values[1] in products else reversed(step.values)
             if y in products:
                 product = products.pop(y)
                 del found[product.outs]
-                step = Step(ADDED[product.func], (("v", x), *product.args), (), step.outs)
+                step = Step(FUSED[product.func], (("v", x), *product.args), (), step.outs)
         found[step.outs] = step
     return list(found.values())
 
 
-def _written(given: list[str], steps: Sequence[Step], results: Sequence[Ref]) -> Product:
-    """The function of these arguments, in which a value is freed after its last use."""
-    names: dict[str, Any] = {}  # what its text refers to
+def _generated(given: list[str], steps: Sequence[Step], results: Sequence[Ref]) -> Product:
+    """The steps as a Python function with the arguments `given`, which frees each value after its last use."""
+    names: dict[str, Any] = {}  # the objects to which the code refers
 
     def name(x: Any) -> str:
         names[f"x{len(names)}"] = x
@@ -293,27 +293,27 @@ def _written(given: list[str], steps: Sequence[Step], results: Sequence[Ref]) ->
     lines = [f"def product({', '.join(given)}):"]
     for n, step in enumerate(steps):
         arguments = [text(ref) for ref in step.args] + [f"{key}={text(ref)}" for key, ref in step.kwargs]
-        outs = ", ".join("_" if i < 0 else f"v{i}" for i in step.outs) + "," * step.many
+        outs = ", ".join("_" if i < 0 else f"v{i}" for i in step.outs) + "," * step.returns_list
         freed = "".join(f"; v{i} = None" for i in dict.fromkeys(step.values) if last[i] == n)
         lines.append(f"    {outs} = {name(QUICK.get(step.func, step.func))}({', '.join(arguments)}){freed}")
-    # A result is the caller's own: neither a constant, nor v, nor another result.
+    # The caller may write into a result, so it must not be an argument or another result.
     own = [text(ref) + ".clone()" * (text(ref) in given or ref in results[:n]) for n, ref in enumerate(results)]
     lines.append(f"    return [{', '.join(own)}]")
-    # Torch 2.6 counts all functions whose file Python does not know as one, of which it compiles few.
+    # torch 2.6 counts all functions from files unknown to Python as one function, and compiles one only a few times.
     linecache.cache.setdefault(file := "<recorded product>", (0, None, [], file))
     exec(compile("\n".join(lines), file, "exec"), names)
     return names["product"]
 
 
-def _narrow(x: Any) -> Any:
-    """A tensor without its copies along expanded axes: it broadcasts to the same."""
+def _unexpanded(x: Any) -> Any:
+    """A tensor without the copies along its expanded axes; it broadcasts to the same tensor."""
     if not isinstance(x, Tensor) or x.layout is not torch.strided:
         return x
     return x.detach()[tuple(slice(None) if stride else slice(0, 1) for stride in x.stride())]
 
 
 class Recorder:
-    """Does operations, and writes down those whose results depend on v, as steps on values and constants.
+    """Runs operations, and records those whose results depend on v as steps on values and constants.
 
     reason: why the steps are not the whole map, or None.
     """
@@ -321,20 +321,20 @@ class Recorder:
     def __init__(self, v: Sequence[Tensor]):
         self.steps: list[Step] = []
         self.constants: list[Any] = []  # tensors and numbers
-        self.forms: list[tuple[torch.Size, torch.dtype, torch.device]] = []  # of the values, of which the first are v
+        self.forms: list[tuple[torch.Size, torch.dtype, torch.device]] = []  # of the values; the first values are v
         self.reason = None if all(is_plain(x) for x in v) else "its tensors are not plain ones"
-        # Of a tensor: what it is (None: new memory that nothing of v is in), and a number for the memory that it is in.
+        # By id(tensor): a weak reference to it, its Ref (None: new memory without parts of v), its memory's number.
         self._notes: dict[int, tuple[Any, Ref | None, int]] = {}
         self._memories = count()
         self._versions: list[tuple[Tensor, int]] = []
-        self._left_out: list[Tensor] = []  # zeros, added to values
+        self._assumed_zeros: list[Tensor] = []  # tensors whose addition to a value is not recorded
         self._transposes: dict[int, Ref] = {}
         self._inputs = [self._value(x, next(self._memories)) for x in v]
-        # Memory from elsewhere, of v, and that of which there are views.
+        # Memory that may be read elsewhere: memory not made here (−1), memory of v, and memory with views.
         self._shared: set[int | None] = {-1, *self._inputs}
 
     def operation(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The operation's result; called for each one of the product."""
+        """The result of one operation of the product, which is recorded if it depends on v."""
         traits = _torch.operation_traits(func) if self.reason is None else None
         if traits is None:
             self.reason = self.reason or f"it draws random numbers, or calls what is not an operator of torch ({func})"
@@ -354,10 +354,10 @@ class Recorder:
         return out
 
     def _write(self, func: Any, functional: Any, args: Any, kwargs: Any) -> Any:
-        """An operation in place, on a tensor made here that has no views, is written down as one that is not."""
+        """The result of an operation in place. It is recorded out of place if its tensor is new and has no views."""
         target: Any = args[0] if args else None
         _, ref, memory = self._note(target)
-        # In place the result has the target's dtype.
+        # Out of place the result would have a wider dtype than the target.
         wider = any(isinstance(x, Tensor) and torch.result_type(target, x) != target.dtype for x in args[1:])
         if functional is None or memory in self._shared or wider:
             self.reason = f"it changes a tensor in place ({func})"
@@ -369,32 +369,32 @@ class Recorder:
         return out
 
     def _step(self, func: Any, args: tuple[Ref, ...], kwargs: Any, out: Any, memory: int | None) -> None:
-        """Write down an operation whose result is new, or lies in this memory."""
-        many = isinstance(out, (list, tuple))
-        tensors = out if many else (out,)
+        """Record an operation whose result lies in this memory, or in new memory if None."""
+        returns_list = isinstance(out, (list, tuple))
+        tensors = out if returns_list else (out,)
         if not all(x is None or isinstance(x, Tensor) for x in tensors):
             self.reason = f"it reads numbers from a tensor ({func})"
             return
         outs = tuple([-1 if x is None else self._value(x, memory) for x in tensors])
-        alike = not many and all([self.forms[ref[1]] == self.forms[-1] for ref in args if ref[0] == "v"])
-        same = self._same(func, args, alike and not kwargs)
-        if same is not None:
+        same_form = not returns_list and all([self.forms[ref[1]] == self.forms[-1] for ref in args if ref[0] == "v"])
+        equal = self._equal_argument(func, args, same_form and not kwargs)
+        if equal is not None:
             who, _, memory = self._notes[id(out)]
-            self._notes[id(out)] = who, same, memory
+            self._notes[id(out)] = who, equal, memory
         else:
             named = tuple([(name, self._ref(x)) for name, x in kwargs.items()])
-            self.steps.append(Step(func, args, named, outs, many, alike))
+            self.steps.append(Step(func, args, named, outs, returns_list, same_form))
             if func is aten.t.default:
                 self._transposes[outs[0]] = args[0]
 
-    def _same(self, func: Any, args: tuple[Ref, ...], alike: bool) -> Ref | None:
-        """The argument that a value is equal to: the transpose of xᵀ, x + 0."""
+    def _equal_argument(self, func: Any, args: tuple[Ref, ...], same_form: bool) -> Ref | None:
+        """The reference to which the result is equal, if it is known: x for (xᵀ)ᵀ and for x + 0."""
         if func is aten.t.default:
             return self._transposes.get(args[0][1])
-        for x, zero in (args, args[::-1]) if func is aten.add.Tensor and alike else ():
-            # New memory that nothing of v was written into; whether it is zero is seen at the end.
+        for x, zero in (args, args[::-1]) if func is aten.add.Tensor and same_form else ():
+            # New memory into which nothing of v was written. `program` checks that it is zero.
             if zero[0] == "c" and self._note(self.constants[zero[1]])[2] != -1:
-                self._left_out.append(self.constants[zero[1]])
+                self._assumed_zeros.append(self.constants[zero[1]])
                 return x
         return None
 
@@ -435,11 +435,11 @@ class Recorder:
         return ("c", len(self.constants) - 1)
 
     def program(self, results: Sequence[Tensor]) -> Program:
-        """The program of what was recorded. Raises NotCompiled where that is not the whole map."""
+        """The program of the recorded steps. Raises NotCompiled if they are not the whole map."""
         refs = tuple(map(self._ref, results))
         if any(_torch.version_of(x) != before for x, before in self._versions):
             self.reason = self.reason or "it changes in place what it has used before"
-        if any(bool(torch.linalg.vector_norm(x)) for x in self._left_out):
+        if any(bool(torch.linalg.vector_norm(x)) for x in self._assumed_zeros):
             self.reason = self.reason or "a part of it was done where torch does not see it"
         if self.reason is not None:
             raise NotCompiled(self.reason)

@@ -1,4 +1,4 @@
-"""Functions of torch whose derivatives are wrong, and what `_torch.differentiated_rightly` puts in their places."""
+"""Functions of torch whose derivatives are wrong, and their replacements in `_torch.differentiated_rightly`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _weight_norm_written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _embedding(weight: Tensor, indices: Tensor, *args: Any, sparse: bool = False, **kwargs: Any) -> Tensor:
-    """The embedding, with a sparse gradient only where its derivatives are not asked for."""
+    """torch.embedding, whose gradient is never sparse where `differentiated_rightly(dense=True)` acts."""
     sparse = (args[2] if len(args) == 3 else sparse) and not inside.get()
     return _torch_embedding(weight, indices, *args[:2], sparse=sparse, **kwargs)
 
 
 @contextmanager
 def _called_at(*args: Any, **kwargs: Any) -> Iterator[None]:
-    """A module called at given tensors, by torch.func.functional_call, as checkpoints inside will know."""
+    """What torch.func.functional_call enters to call a module at given tensors; checkpoints inside see the tensors."""
     token = _calls.set((*_calls.get(), (args, kwargs)))
     try:
         with _reparametrized(*args, **kwargs):
@@ -40,7 +40,7 @@ def _called_at(*args: Any, **kwargs: Any) -> Iterator[None]:
 
 
 def _checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A non-reentrant checkpoint, recomputed with the tensors that its module is called at: torch takes its own."""
+    """A non-reentrant checkpoint that recomputes at the tensors given to functional_call, not at the module's own."""
     calls = _calls.get()
 
     def recompute(*args: Any, **kwargs: Any) -> Any:
@@ -52,15 +52,15 @@ def _checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     return _checkpoint(recompute, *args, **kwargs)
 
 
-inside: ContextVar[bool | None] = ContextVar("inside", default=None)  # that of differentiated_rightly; None outside
-_calls: ContextVar[tuple[Any, ...]] = ContextVar("calls", default=())  # the calls of modules at given tensors
+inside: ContextVar[bool | None] = ContextVar("inside", default=None)  # `dense` of the open context; None outside one
+_calls: ContextVar[tuple[Any, ...]] = ContextVar("calls", default=())  # arguments of the functional_calls that run now
 _torch_embedding = torch.embedding
 _stateless: Any = sys.modules.get("torch.nn.utils.stateless")
 _reparametrized: Any = getattr(_stateless, "_reparametrize_module", None)
-_recomputing = "_checkpoint_without_reentrant_generator"  # under torch 2.15 a shell around the next one
+_recomputing = "_checkpoint_without_reentrant_generator"  # in torch 2.15 it only calls the next one
 _recomputing += "_impl" * hasattr(torch.utils.checkpoint, _recomputing + "_impl")
 _checkpoint: Any = getattr(torch.utils.checkpoint, _recomputing, None)
-REPLACED: list[tuple[Any, str, Any, Any]] = [  # where torch's modules find a function, its name, it, what replaces it
+REPLACED: list[tuple[Any, str, Any, Any]] = [  # (object whose attribute is replaced, its name, old value, new value)
     (_stateless, "_reparametrize_module", _reparametrized, _called_at),
     (torch.utils.checkpoint, _recomputing, _checkpoint, _checkpointed),
     (torch, "_weight_norm", _weight_norm, _weight_norm_written_out),
@@ -72,7 +72,7 @@ if _lacking:
     warnings.warn(
         f"torch {torch.__version__} is newer than what hypergrad was tested with: its {', '.join(_lacking)} cannot be "
         f"replaced, so hypergradients may be wrong through weight_norm, sparse embeddings, or checkpoints in modules "
-        f"under torch.func.functional_call. Write these without them, or take the torch that hypergrad was tested with",
+        f"under torch.func.functional_call. Avoid these, or install a version of torch that hypergrad was tested with",
         stacklevel=2,
     )
 REPLACED = [entry for entry in REPLACED if entry[1] not in _lacking]

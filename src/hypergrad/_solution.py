@@ -438,7 +438,7 @@ def at_kink(point: Vector, slope: Vector) -> Tensor | None:
 
 
 def warned_of_kink(at_kink: Tensor | None, residual: Tensor, distance: Tensor, eps: float) -> bool:
-    """Warn if ∇₁g vanishes except where params are exactly 0, as at the kinks of an L1 term. Whether it warned."""
+    """Warn if ∇₁g vanishes except where params are exactly 0, as it does for an L1 term; return whether it warned."""
     found = at_kink is not None and anywhere((read(at_kink) > KINK * read(residual)) & (read(distance) > eps**0.5))
     if found:
         warn(

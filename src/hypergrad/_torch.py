@@ -1,4 +1,4 @@
-"""Every use of torch's private or unstable interfaces, each with the plain fallback where it is missing.
+"""All uses of torch's private or unstable interfaces, each with a fallback if it is missing.
 
 Changes for a new version of torch are made here, and nowhere else.
 """
@@ -22,18 +22,18 @@ from ._replaced import REPLACED, inside
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
-except ImportError:  # nothing is then recorded
+except ImportError:  # then nothing is recorded
     TorchDispatchMode = nullcontext
 try:
     from torch.autograd.function import BackwardCFunction
-except ImportError:  # every node then counts as that of a torch.autograd.Function
+except ImportError:  # then every node counts as that of a torch.autograd.Function
     BackwardCFunction = object
 try:
     from torch._functorch.vmap import lazy_load_decompositions as _load_decompositions
-except ImportError:  # torch.func.vmap is then called
+except ImportError:  # then torch.func.vmap is called
     _load_decompositions = None
 
-# What torch.autograd.grad calls in the end; its checks of the arguments take a quarter of a small product's time.
+# torch.autograd.grad calls this after checks of its arguments, which take a quarter of the time of a small product.
 _run_backward: Any = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
 
@@ -47,8 +47,8 @@ def reverse_pass(
 ) -> Sequence[Tensor | None]:
     """torch.autograd.grad with allow_unused=True; outputs may be edges of the graph. batched: is_grads_batched."""
     if batched and cotangents and len(cotangents[0]) and None not in _vmap_parts:
-        # torch's older vmap takes as long as a small product.
-        return each(lambda *v: reverse_pass(outputs, inputs, v, retain_graph, create_graph, False), cotangents, "error")
+        # is_grads_batched uses an older vmap of torch, whose overhead is the time of a small product.
+        return vmap(lambda *v: reverse_pass(outputs, inputs, v, retain_graph, create_graph, False), cotangents, "error")
     if _run_backward is None or cotangents is None or batched or has_torch_function(cotangents + inputs):
         return torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph, create_graph, allow_unused=True, is_grads_batched=batched
@@ -56,7 +56,7 @@ def reverse_pass(
     return _run_backward(outputs, cotangents, retain_graph, create_graph, inputs, True, accumulate_grad=False)
 
 
-# What Python code the engine is called from.
+# The code of the Python functions from which autograd's engine is called.
 ENGINE_CALLERS = {
     f.__code__ for f in (reverse_pass, getattr(torch.autograd.graph, "_engine_run_backward", reverse_pass))
 }
@@ -64,13 +64,13 @@ ENGINE_CALLERS = {
 
 @contextmanager
 def hooks_suspended(tensors: Iterable[Tensor], retained: bool = True) -> Iterator[list[Tensor]]:
-    """Gradient hooks of these tensors, which torch.autograd.grad calls too, do not act; gives those that have one.
+    """In this context gradient hooks of these tensors do nothing. The context gives the tensors that have hooks.
 
-    torch.autograd.grad also writes the .grad of tensors that retain it, which with `retained` is put back afterwards.
+    retained: restore the .grad of tensors that retain it, because torch.autograd.grad writes into it.
     """
     tensors = list(tensors)
     before = [(x, x.grad) for x in tensors if x.retains_grad] if retained else []
-    # torch holds this very dictionary, so emptying it takes the hooks away.
+    # torch reads this dictionary itself, so the hooks are disabled by emptying it.
     found = [(x, hooks, dict(hooks)) for x in tensors if (hooks := getattr(x, "_backward_hooks", None))]
     for _, hooks, _ in found:
         hooks.clear()
@@ -84,7 +84,7 @@ def hooks_suspended(tensors: Iterable[Tensor], retained: bool = True) -> Iterato
 
 
 def outside_inference_mode() -> Any:
-    """torch.inference_mode is off in the block: derivatives are taken there, as under no_grad."""
+    """A context without torch.inference_mode: hypergradients can be taken inside it, as they can under no_grad."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
@@ -96,37 +96,37 @@ _saved_tensor_hooks: Any = tuple(
 
 @contextmanager
 def saved_tensor_hooks_suspended() -> Iterator[None]:
-    """Hooks on saved tensors (of a checkpoint, which would compute anew at each product) do not act in the block."""
+    """In this context hooks on saved tensors do nothing. (A checkpoint's hooks would recompute at each product.)"""
     hooks = None if None in _saved_tensor_hooks else _saved_tensor_hooks[0](False)
     if hooks is None:
         yield
         return
     _saved_tensor_hooks[1]()
     try:
-        with saved_tensor_hooks_suspended():  # those further out
+        with saved_tensor_hooks_suspended():  # the hooks of outer contexts
             yield
     finally:
         _saved_tensor_hooks[2](*hooks)
 
 
 def plain(x: Tensor) -> Tensor:
-    """The numbers of x without its graph; in new memory where x was made under inference_mode, which is off here."""
+    """x without its graph, or a copy if x was made under inference_mode. Call it in `outside_inference_mode`."""
     return x.clone() if x.is_inference() else x.detach()
 
 
 def new_leaf(x: Tensor) -> Tensor:
-    """The numbers of x as a leaf that requires grad."""
+    """A leaf that requires grad, with the values of x."""
     with outside_inference_mode():
         return plain(x).requires_grad_()
 
 
 def has_gradient_hooks(x: Tensor) -> bool:
-    """Whether hooks of a leaf act when its .grad is written, as far as torch tells."""
+    """Whether hooks of a leaf run when its .grad is written, as far as torch tells."""
     return bool(getattr(x, "_backward_hooks", None) or getattr(x, "_post_accumulate_grad_hooks", None))
 
 
 def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Any], hooked: Sequence[Tensor]) -> list[Any]:
-    """The gradients (None, or those of several losses, too) after the hooks of their leaves, once for each loss."""
+    """The gradients after the hooks of their leaves. A stack of several losses' gradients goes through row by row."""
     places, grads = {id(x) for x in hooked}, list(grads)
     for i, x in enumerate(leaves):
         if id(x) in places and grads[i] is not None:
@@ -141,7 +141,7 @@ def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Any], hooked: Sequence[
 
 @contextmanager
 def random_state_kept_on_error(leaves: Iterable[Any]) -> Iterator[None]:
-    """The random state, on the CPU and where these leaves are, is put back if an error leaves a half-done call."""
+    """In this context an error restores the random states of the CPU and of the CUDA devices of these leaves."""
     devices = {x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda}
     cuda, cpu = {device: torch.cuda.get_rng_state(device) for device in devices}, torch.get_rng_state()
     try:
@@ -157,7 +157,7 @@ _will_execute = getattr(torch._C, "_will_engine_execute_node", None)
 
 
 def wanted_inputs(ctx: Any, skip: int) -> list[int]:
-    """Within the backward of an autograd.Function: which tensors, after `skip` other inputs, this pass asks for."""
+    """In the backward of an autograd.Function: indices, after `skip` other inputs, of the gradients that are needed."""
     needed = [i for i, wanted in enumerate(ctx.needs_input_grad[skip:]) if wanted]
     nodes = getattr(ctx, "next_functions", ())
     if _will_execute is None or len(nodes) != len(ctx.needs_input_grad) - skip:
@@ -169,17 +169,17 @@ def wanted_inputs(ctx: Any, skip: int) -> list[int]:
 
 
 def is_python_function(node: Any) -> bool:
-    """Whether a node of the graph belongs to a torch.autograd.Function, which only its result keeps alive."""
+    """Whether a node of the graph belongs to a torch.autograd.Function; only the Function's result keeps it alive."""
     return isinstance(node, BackwardCFunction)
 
 
 def version_of(x: Tensor) -> int:
-    """torch's counter of in-place changes; 0 where there is none."""
+    """torch's counter of in-place changes of x; 0 if there is none."""
     return 0 if x.is_inference() else getattr(x, "_version", 0)
 
 
 def saved_values(node: Any) -> list[Any]:
-    """What a node of the graph keeps for its derivative; nothing where torch does not tell."""
+    """The values that a node of the graph saves for its derivative; none if torch does not tell."""
     values = [getattr(node, name) for name in _saved_names(type(node))]
     return [*values, *getattr(node, "saved_tensors", ())]
 
@@ -196,7 +196,7 @@ class _Watch(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # torch would wrap the next method, which takes as long as what it does
+        return False  # otherwise torch wraps the next method, which doubles its time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.operation(func, args, kwargs or {})
@@ -204,14 +204,14 @@ class _Watch(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
 
 @contextmanager
 def watched(operation: Callable[[Any, Any, dict[str, Any]], Any]) -> Iterator[None]:
-    """Every operation of the block is done by `operation(func, args, kwargs)`; none where torch cannot."""
-    with _Watch(operation), torch.autograd.set_multithreading_enabled(False):  # a mode is of one thread
+    """In this context `operation(func, args, kwargs)` runs in place of every operation, if torch has dispatch modes."""
+    with _Watch(operation), torch.autograd.set_multithreading_enabled(False):  # a mode acts in one thread only
         yield
 
 
 @lru_cache(maxsize=4096)
 def operation_traits(func: Any) -> tuple[bool, bool, Any] | None:
-    """Whether it writes, whether it gives a view, and the same without writing; None where it is random or unknown."""
+    """Whether it writes, whether it returns a view, and its functional form; None if it is random or unknown."""
     schema, functional = getattr(func, "_schema", None), None
     if schema is None or torch.Tag.nondeterministic_seeded in func.tags:
         return None
@@ -223,12 +223,12 @@ def operation_traits(func: Any) -> tuple[bool, bool, Any] | None:
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether anything is registered to run before or after step(); False where torch does not tell."""
+    """Whether hooks are registered to run before or after step(); False if torch does not tell."""
     return any(getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
 
 
 def compiled(graph_module: torch.fx.GraphModule, inputs: Sequence[Tensor], backend: str) -> Callable[..., Any]:
-    """The graph as code for inputs of these forms, without the guards of torch.compile where it can be had so."""
+    """The graph compiled for inputs of these forms, if possible without the guards of torch.compile."""
     if backend == "eager":
         return graph_module
     if backend != "inductor" or not hasattr(torch._inductor, "compile"):
@@ -239,7 +239,7 @@ def compiled(graph_module: torch.fx.GraphModule, inputs: Sequence[Tensor], backe
 
 
 class Allocated(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
-    """Bytes of the tensors that operations in the block returned and that are alive: `now`, and at most (`peak`)."""
+    """Bytes of the living tensors that operations in this context have returned: `now`, and the maximum (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,20 +262,20 @@ class Allocated(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
         self.now -= size
 
     def taken(self, call: Callable[[], object]) -> int:
-        """The most bytes beyond those alive before that the call had alive at once."""
+        """The maximum of bytes during the call, beyond those before it."""
         before, self.peak = self.now, self.now
         call()
         return self.peak - before
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled code runs as it does without this mode, for it must give the same numbers at a replay."""
+        """True: compiled code runs as without this mode, because a replay must give the same numbers."""
         return True
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     leaves: list[Any] = [x for x in optree.tree_leaves(tree) if isinstance(x, Tensor) and x.layout is torch.strided]
-    # Of a sharded tensor this rank's part.
+    # For a sharded tensor, the storage of this rank's part.
     return [(x.detach().to_local() if hasattr(x, "to_local") else x).untyped_storage() for x in leaves]
 
 
@@ -283,7 +283,7 @@ _functorch: Any = getattr(torch._C, "_functorch", None)
 
 
 def transforms_active() -> bool:
-    """Whether a transform of torch.func (grad, vjp, jvp, vmap, ...) is on."""
+    """Whether a transform of torch.func (grad, vjp, jvp, vmap, ...) is active."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return bool(active is not None and active())
 
@@ -292,12 +292,12 @@ _vmap_names = ("_vmap_increment_nesting", "_vmap_decrement_nesting", "_add_batch
 _vmap_parts: Any = tuple(getattr(_functorch, name, None) for name in _vmap_names)
 
 
-def each(function: Callable[..., Sequence[Any]], tensors: Sequence[Tensor], randomness: str = "different") -> list[Any]:
-    """torch.func.vmap of a function of tensors, whose own handling of containers takes as long as a small loss."""
+def vmap(function: Callable[..., Sequence[Any]], tensors: Sequence[Tensor], randomness: str = "different") -> list[Any]:
+    """torch.func.vmap without its handling of containers, which takes as long as a small loss."""
     if None in _vmap_parts or _load_decompositions is None or not len(tensors[0]):
         return list(torch.func.vmap(lambda *xs: tuple(function(*xs)), randomness=randomness)(*tensors))
     enter, leave, add, remove = _vmap_parts
-    _load_decompositions()  # without them nll_loss, say, is a slow loop over the entries
+    _load_decompositions()  # without them nll_loss, for example, is a slow loop over the entries
     level = enter(count := len(tensors[0]), randomness)
     try:
         return [y if y is None else remove(y, level, count, 0) for y in function(*(add(x, 0, level) for x in tensors))]
@@ -306,7 +306,7 @@ def each(function: Callable[..., Sequence[Any]], tensors: Sequence[Tensor], rand
 
 
 def is_wrapped(x: Tensor) -> bool:
-    """Whether x belongs to a transform of torch.func."""
+    """Whether x is a tensor of a transform of torch.func."""
     return _functorch is not None and _functorch.is_functorch_wrapped_tensor(x)
 
 
@@ -321,7 +321,7 @@ def mapped_levels(x: Tensor) -> set[int]:
 
 
 def numbers(x: Tensor) -> list[Any]:
-    """x.tolist(), which before torch 2.9 fails under a transform even where x is a constant of it."""
+    """x.tolist(), which before torch 2.9 fails under a transform, even for an x that is constant in it."""
     if not transforms_active():
         return x.tolist()
     with getattr(torch._C, "_DisableFuncTorch", nullcontext)():
@@ -331,7 +331,7 @@ def numbers(x: Tensor) -> list[Any]:
 
 
 def depends_on_transform(y: Tensor, mapped: set[int]) -> bool:
-    """Whether a transform differentiates y, which was made from constants, or maps it at a level not in `mapped`."""
+    """Whether a function's value y at constant inputs is still differentiated, or mapped at a level not in `mapped`."""
     if not is_wrapped(y):
         return False
     if _functorch.is_batchedtensor(y):
@@ -353,7 +353,7 @@ def is_legacy_batch(x: Tensor | None) -> bool:
 
 
 def forward_mode_levels() -> int:
-    """How many transforms of forward mode (jvp, jacfwd) are on."""
+    """The number of active forward-mode transforms (jvp, jacfwd)."""
     if _functorch is None:
         return 0
     stack = _functorch.get_interpreter_stack() or []
@@ -361,14 +361,14 @@ def forward_mode_levels() -> int:
 
 
 def is_of_ended_transform(error: RuntimeError) -> bool:
-    """Whether torch failed on a tensor of a transform that is not on."""
+    """Whether torch failed because a tensor belongs to a transform that has ended."""
     text = str(error)
     return ("INTERNAL ASSERT" in text and "functorch" in text) or "escaped from inside a function being vmapped" in text
 
 
 @contextmanager
 def requires_grad_allowed() -> Iterator[None]:
-    """x.requires_grad_() may be called under a transform, where torch.func does the same for its own inputs."""
+    """In this context x.requires_grad_() is allowed under a transform; torch.func allows itself the same."""
     allowed = getattr(_functorch, "get_inplace_requires_grad_allowed", None)
     if allowed is None or not transforms_active():
         yield
@@ -382,18 +382,18 @@ def requires_grad_allowed() -> Iterator[None]:
 
 
 def tracked(x: Tensor) -> Tensor:
-    """x as a tensor that requires grad, connected with x where that requires grad itself."""
+    """A tensor with the values of x that requires grad, and is connected to x if x requires grad."""
     if x.requires_grad and torch.is_grad_enabled():
         return x.view_as(x)
     with requires_grad_allowed():
         return x.detach().requires_grad_()
 
 
-_lock, _users = threading.Lock(), 0  # of all threads
+_lock, _users = threading.Lock(), 0  # how many contexts of `differentiated_rightly` are open, in all threads
 
 
 def _change_users(by: int) -> None:
-    """Replace for the first one inside, and put back after the last. (A mode would slow down every operation.)"""
+    """Replace torch's functions for the first context, and restore them after the last. (A mode would be slower.)"""
     global _users
     with _lock:
         _users += by
@@ -403,10 +403,10 @@ def _change_users(by: int) -> None:
 
 @contextmanager
 def differentiated_rightly(dense: bool = False) -> Iterator[None]:
-    """A map evaluated inside has right derivatives of every order.
+    """A map that is evaluated in this context has correct derivatives of every order.
 
-    What stands in `_replaced` is replaced, and parametrize.cached() is off: the cached weight belongs to other
-    parameters, or to no graph. dense: so are the gradients of embeddings, whose derivatives are zero if sparse.
+    The functions in `_replaced` are replaced. parametrize.cached() is off, because a cached weight belongs to other
+    parameters or to no graph. dense: gradients of embeddings are dense, because sparse ones have zero derivatives.
     """
     before = inside.get()
     if before or before is dense:

@@ -1,7 +1,7 @@
-"""A function of tensors traced to a list of operations without any autograd graph, for a compiler.
+"""A function of tensors, traced to a list of operations without an autograd graph, for a compiler.
 
-What it takes besides its arguments (data, buffers, live parameters) becomes an argument, read anew at each call, and so
-do the random numbers that it draws: they are drawn before it, in its order, as it would draw them.
+Tensors that it uses besides its arguments (data, buffers, live parameters) become arguments that are read anew at each
+call. So do its random numbers, which are drawn before each call in the order in which the function draws them.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from . import _torch
 from ._autodiff import without_autocast
 from ._recorded import NotCompiled
 
-KEPT = 64  # compiled functions
-ROUNDING = 30  # how many times what rounding of params changes a compiled function may be off
+KEPT = 64  # the most compiled functions that are kept
+ROUNDING = 30  # a compiled function may be off by this multiple of the change that rounding params causes
 aten = torch.ops.aten
-# What reads a tensor without an operation that a trace would see.
+# Methods that read a tensor without an operation that a trace would record.
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 READ = "gets a value out of a tensor"
 CONVERSIONS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16}
-# Whose tensor argument, where there is one, gives the form of the result alone.
+# Random operations that use only the shape, dtype and device of a tensor argument.
 DRAWS = ("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm")
 FILLS = ("bernoulli_", "uniform_", "normal_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_")
 
 
 class Draw(NamedTuple):
-    """One operation that draws random numbers: func(*args, **kwargs), with a tensor of this form before, if any."""
+    """An operation that draws random numbers: func(*args, **kwargs), after an empty tensor of this form if not None."""
 
     func: Any
     form: tuple[torch.Size, torch.dtype, torch.device] | None
@@ -48,7 +48,7 @@ class Draw(NamedTuple):
 
 
 class _TensorNumbers(TorchFunctionMode):
-    """0-d tensors of whole numbers act as Python's numbers: x[t] does not read t, and t / 3 is in double precision."""
+    """0-d integer tensors act like Python's integers: x[t] does not read t, and t / 3 has double precision."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READS:
@@ -72,22 +72,22 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.ndim and x.dtype in (torch.int64, torch.int32)
 
 
-# By the text of the graph and the forms of its inputs, the newest last.
+# The keys hold the backend, the text of the graph and the forms of its inputs. The last used function comes last.
 _COMPILED: OrderedDict[Any, Callable[..., Sequence[Tensor]]] = OrderedDict()
 
 
 class Traced:
-    """function(*inputs) ↦ tensors, traced at these inputs and compiled; later inputs must have their forms.
+    """function(*inputs) ↦ tensors, traced at these inputs and compiled; later inputs must have the same forms.
 
     Args:
-        function: of contiguous tensors, giving a list of tensors. It is called once. Its Python code is not run again,
-            so what it reads but tensors is as it was.
-        inputs: where to trace it; copies are given to it.
-        backend: "inductor", or another of torch.compile.
+        function: takes contiguous tensors and returns a list of tensors. It is called once; its Python code does not
+            run again, so everything that it reads except tensors stays as it was.
+        inputs: the point at which it is traced; it is called with copies.
+        backend: "inductor", or another backend of torch.compile.
 
     Attributes:
-        operations: how many there are.
-        draws: those that draw random numbers.
+        operations: the number of operations.
+        draws: the operations that draw random numbers.
 
     Raises: NotCompiled, with the reason.
     """
@@ -103,7 +103,7 @@ class Traced:
             key = backend, str(graph_module.graph), str(forms), torch.get_num_threads()
             if key not in _COMPILED:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # a compiler's own
+                    warnings.simplefilter("ignore")  # warnings of the compiler
                     _COMPILED[key] = _torch.compiled(graph_module, examples, backend)
             _COMPILED.move_to_end(key)
             while len(_COMPILED) > KEPT:
@@ -115,7 +115,7 @@ class Traced:
         self._compiled = _COMPILED[key]
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The results; inputs are contiguous. Raises NotCompiled where a tensor has another form than when traced."""
+        """The results for contiguous inputs. Raises NotCompiled if a tensor has another form than when traced."""
         try:
             with torch.no_grad(), without_autocast(self.held[0].device if self.held else inputs[0].device):
                 return self._compiled(*inputs, *[draw() for draw in self.draws], *self.held)
@@ -124,13 +124,13 @@ class Traced:
 
 
 def autocast_state() -> tuple[Any, ...]:
-    """What of torch.autocast a trace depends on."""
+    """The state of torch.autocast on which a trace depends."""
     kinds = (kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
 def gap(x: Tensor, y: Tensor) -> float:
-    """‖x − y‖: 0 for entries that are both NaN or the same infinity, and ∞ where only one of two is finite."""
+    """‖x − y‖, where two entries that are both NaN or the same infinity differ by 0, and a NaN from a number by ∞."""
     found = float(torch.linalg.vector_norm(x - y))
     if not math.isfinite(found):
         same = (x == y) | (x.isnan() & y.isnan())
@@ -139,13 +139,13 @@ def gap(x: Tensor, y: Tensor) -> float:
 
 
 def size(x: Tensor) -> float:
-    """‖x‖ over the entries that are finite."""
+    """‖x‖ over the finite entries."""
     found = float(torch.linalg.vector_norm(x))
     return found if math.isfinite(found) else float(torch.linalg.vector_norm(x.masked_fill(~x.isfinite(), 0)))
 
 
 def _trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
-    """The operations of function(*inputs) below autograd, those of reverse passes in it included."""
+    """The operations of function(*inputs) below autograd, including those of its reverse passes."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.autograd.set_multithreading_enabled(False):
@@ -157,11 +157,11 @@ def _contiguous(x: Tensor) -> Tensor:
 
 
 def _lifted(graph_module: torch.fx.GraphModule) -> tuple[list[Draw], list[Tensor]]:
-    """Turn draws and constants of the graph into inputs, in this order after its own; gives both."""
+    """Turn the draws and the constants of the graph into inputs that follow its own, in this order; return both."""
     graph, draws, constants = graph_module.graph, [], {}
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
 
-    def given(node: Any, name: str) -> None:
+    def replace_by_input(node: Any, name: str) -> None:
         nonlocal last
         with graph.inserting_after(last):
             last = graph.placeholder(name)
@@ -173,7 +173,7 @@ def _lifted(graph_module: torch.fx.GraphModule) -> tuple[list[Draw], list[Tensor
         tags = getattr(node.target, "tags", ())
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags:
             draws.append(_draw(node))
-            given(node, f"draw{len(draws)}")
+            replace_by_input(node, f"draw{len(draws)}")
     for node in nodes:
         if node.op == "get_attr":
             value = getattr(graph_module, node.target)
@@ -181,7 +181,7 @@ def _lifted(graph_module: torch.fx.GraphModule) -> tuple[list[Draw], list[Tensor
                 constants[id(value)] = value, []
             constants[id(value)][1].append(node)
     for n, (_, places) in enumerate(constants.values()):
-        given(places[0], f"constant{n}")
+        replace_by_input(places[0], f"constant{n}")
         for node in places[1:]:
             node.replace_all_uses_with(last)
             graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""Where this package comes from: its version and those beside it, its documentation, and a rival of its import name."""
+"""Versions of this package and of others, its documentation's address, and another package with its import name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OTHERS = ("optree", "numpy", "scipy", "scikit-learn", "matplotlib", "tqdm", "tra
 
 
 def installed(distribution: str) -> str | None:
-    """The version of an installed distribution; None where there is none."""
+    """The version of a distribution; None if it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -48,7 +48,7 @@ def show_versions() -> None:
 
 
 def with_help(text: str, section: str) -> str:
-    """A message that ends with the section of the documentation that has its causes and cures."""
+    """The message, followed by the address of the documentation's section on its causes and cures."""
     urls = metadata(DISTRIBUTION).get_all("Project-URL") if installed(DISTRIBUTION) else None
     addresses = dict(entry.split(", ", 1) for entry in urls or [])
     site = addresses.get("Documentation")
@@ -60,7 +60,7 @@ def with_help(text: str, section: str) -> str:
 
 
 def warn_of_rival() -> None:
-    """Warn where another distribution writes into the same folder of site-packages."""
+    """Warn if another distribution writes into the same folder of site-packages."""
     rival = installed(RIVAL)
     if rival is not None:
         warnings.warn(
@@ -72,4 +72,4 @@ def warn_of_rival() -> None:
         )
 
 
-warn_of_rival()  # when this file is first imported, as it is by whatever the library is used for
+warn_of_rival()  # at the first import of this file, which every other file of the package leads to

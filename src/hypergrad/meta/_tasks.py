@@ -346,7 +346,7 @@ class Chunk:
             # By unbind, whose derivatives take sparse gradients: those of x[0] and x.squeeze(0) do not.
             results = [one(own) for own in zip(*(x.unbind() for x in tensors), strict=True)]
             return [torch.stack(own) for own in zip(*results, strict=True)]
-        return _torch.each(lambda *tensors: one(tensors), tensors)
+        return _torch.vmap(lambda *tensors: one(tensors), tensors)
 
 
 def _moving(start: list[Tensor], hparams: list[Tensor]) -> list[int]:
