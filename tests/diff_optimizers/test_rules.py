@@ -401,7 +401,7 @@ def test_errors():
         (lambda: D.from_torch(torch.optim.SGD([leaf.to(torch.complex128)])), ValueError, "complex"),
         (lambda: D.from_torch(torch.optim.SGD([sparse])), ValueError, "sparse gradient"),
         (lambda: D.from_torch(mixed), ValueError, "nesterov differs between param groups"),
-        (lambda: D.from_torch(type("Own", (torch.optim.SGD,), {})([leaf])), TypeError, "none of their subclasses"),
+        (lambda: D.from_torch(type("Own", (torch.optim.SGD,), {})([leaf])), TypeError, "not their subclasses"),
         (lambda: D.Box(lower=1.0, upper=0.0), ValueError, "lower must be ≤ upper"),
         (lambda: D.Simplex(radius=-1.0), ValueError, "Simplex: radius must be ≥ 0"),
     ]

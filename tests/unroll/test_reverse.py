@@ -426,7 +426,7 @@ def test_live_start_is_found():
     ("options", "kind", "words"),
     [
         ({"memory": "cube"}, ValueError, "cube"),
-        ({"memory": 30}, ValueError, r"got 30 \(checkpoints=30 keeps"),
+        ({"memory": 30}, ValueError, r"got 30 \(to keep 30 iterates pass checkpoints=30"),
         ({"memory": "1.2.3 MB"}, ValueError, "1.2.3 MB"),
         ({"checkpoints": 0}, ValueError, "got 0"),
         ({"checkpoints": True}, ValueError, "got True"),

@@ -6,7 +6,7 @@
         for each in (inner_optimizer, outer_optimizer, tracker): each.step()
         for each in (inner_optimizer, outer_optimizer): each.zero_grad()
 
-An algorithm is: at which points it takes derivatives of the losses (`Oracles`), and a linear filter on them.
+An algorithm is defined by the points at which it takes derivatives of the losses (`Oracles`), and by a linear filter.
 """
 
 from ._data import cycle
@@ -27,7 +27,7 @@ __all__ = [
     "cycle",
     "Report",
     "Comparison",
-    # to write one's own
+    # to write other trackers
     "Tracker",
     "Directions",
     "Oracles",

@@ -1,6 +1,6 @@
-"""compile=: what one pair of batches gives, evaluations and all reverse passes, as one compiled function.
+"""compile=: the directions of one pair of batches, with evaluations and all reverse passes, as one compiled function.
 
-Its inputs are the two batches; live parameters, hparams and the tracker's own variables are read where they are.
+Its inputs are the two batches; it reads live parameters, hparams and the tracker's variables in place.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ._oracles import Batch, put_back, statistics_of
 if TYPE_CHECKING:
     from ._tracker import Directions, Tracker
 
-FORMS = 8  # of pairs of batches
+MAX_FORMS = 8  # forms of pairs of batches (shapes, dtypes, plain values); each is compiled once
 CHANGED = (
     "what the losses read beside tensors (a number, a module's parameter that was replaced) has changed since it was "
-    "compiled, by at most {} batches ago, and directions since then were of what it was: compiled anew. Put what "
-    "changes into the batches, as tensors"
+    "compiled, in the last {} batches, whose directions may have used its old value. It is now compiled again. Put "
+    "what changes into the batches, as tensors"
 )
 
 
@@ -36,12 +36,12 @@ class CompiledDirections:
     At the 1st, 2nd, 4th, 8th, … call they are compared with the uncompiled directions.
 
     Args:
-        losses: of the outer and the inner batch.
+        losses: the outer and the inner loss, functions of a batch.
     """
 
     def __init__(self, tracker: Tracker, losses: Sequence[Callable[[Any], Tensor]], backend: str):
         self.tracker, self.losses, self.backend = tracker, losses, backend
-        self.programs: dict[Any, Program | None] = {}  # None where it cannot be compiled
+        self.programs: dict[Any, Program | None] = {}  # by form; None for a form that cannot be compiled
         self.calls = 0
 
     def __call__(self, outer: Batch, inner: Batch, batches: Sequence[Any]) -> Directions:
@@ -54,7 +54,7 @@ class CompiledDirections:
         if program is not None and self.calls & (self.calls - 1):
             try:
                 return program(tensors, outer, inner)
-            except NotCompiled:  # a captured tensor has another form now
+            except NotCompiled:  # a tensor that the losses read has another form now
                 program = None
                 del self.programs[key]
         devices = _random.devices_of(self.tracker.oracles.params)
@@ -86,7 +86,7 @@ class CompiledDirections:
     def _key(self, leaves: list[Any], spec: Any) -> Any:
         forms = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
         if not all(isinstance(x, (Tensor, int, float, str, type(None))) for x in leaves):
-            raise TypeError("batches must hold tensors and plain values alone with compile")
+            raise TypeError("with compile, batches must hold only tensors and plain values")
         with users_autocast():
             return spec, *forms, autocast_state()
 
@@ -100,15 +100,15 @@ class CompiledDirections:
         true: tuple[Directions, Batch, Batch],
         delta: dict[str, int],
     ) -> Program:
-        """The program, after a comparison; a new one where there is none, or where the two differ."""
+        """The program after a comparison with the true directions; a new one if there is none or if they differ."""
         if program is not None:
             if not self._error(program, tensors, state, true):
                 return program
             warn(CHANGED.format(self.calls // 2))
             del self.programs[self._key(leaves, spec)]
-        if len(self.programs) >= FORMS:
+        if len(self.programs) >= MAX_FORMS:
             raise NotCompiled(
-                f"there are more than {FORMS} forms of batches: give them one shape, and numbers as tensors"
+                f"there are more than {MAX_FORMS} forms of batches: give all one shape, and pass numbers as tensors"
             )
         _random.restore(state)
         program = Program(self.tracker, self.losses, tensors, leaves, spec, self.backend, delta)
@@ -119,7 +119,7 @@ class CompiledDirections:
     def _error(
         self, program: Program, tensors: list[Tensor], state: Any, true: tuple[Directions, Batch, Batch]
     ) -> float:
-        """The relative error of its directions; 0 where the rounding of params explains it."""
+        """The relative error of the program's directions; 0 if rounding of params explains it."""
         oracles = self.tracker.oracles
         eps = max(torch.finfo(x.dtype).eps for x in oracles.params)
 
@@ -148,7 +148,7 @@ class CompiledDirections:
 
 
 class Program:
-    """One compiled function of the tensors of both batches, and the form of what it gives."""
+    """One compiled function of the tensors of both batches, and the structure of its result (`like`)."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Batches without end, in an order that a resumed run repeats."""
+"""Endless iteration over batches, in an order that a resumed run repeats."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class cycle(Generic[Item]):
 
     def __init__(self, loader: Iterable[Item]):
         if isinstance(loader, Iterator):
-            raise TypeError("cycle needs what can be iterated again (a DataLoader, a list), not an iterator")
+            raise TypeError("cycle needs an iterable that can be repeated (a DataLoader, a list), not an iterator")
         self.loader, self.passes, self.position = loader, 0, 0
         self._items: Iterator[Item] | None = None
-        self._random: list[torch.Tensor] | None = None  # the random states before this pass
+        self._random: list[torch.Tensor] | None = None  # states of the generators before this pass
 
     def __iter__(self) -> cycle[Item]:
         return self
@@ -42,7 +42,7 @@ class cycle(Generic[Item]):
             item = next(self._items)
         except StopIteration:
             if not self.position:
-                raise ValueError("the loader is empty: cycle would never give anything") from None
+                raise ValueError("the loader is empty, so cycle has no item to return") from None
             self.passes += 1
             self._begin()
             return next(self)
@@ -55,7 +55,7 @@ class cycle(Generic[Item]):
 
     @property
     def _generators(self) -> list[torch.Generator]:
-        """torch's, and those of the loader and of its samplers."""
+        """torch's default generator, and those of the loader and of its samplers."""
         batch_sampler = getattr(self.loader, "batch_sampler", None)
         parts = (self.loader, getattr(self.loader, "sampler", None), batch_sampler)
         found = [getattr(each, "generator", None) for each in (*parts, getattr(batch_sampler, "sampler", None))]
@@ -63,11 +63,11 @@ class cycle(Generic[Item]):
         return [torch.default_generator, *own.values()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is; torch.load(weights_only=True) reads it."""
+        """The position in the loader, and random states; torch.load(weights_only=True) reads it."""
         return {"passes": self.passes, "position": self.position, "random": self._random}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the last batch: this pass starts again as it did, and its batches so far are skipped."""
+        """Continue after the last batch: repeat the pass from its random state, and skip the batches already used."""
         self.passes, position = state["passes"], state["position"]
         self._items, self.position = None, 0
         if state["random"] is None:
@@ -79,4 +79,4 @@ class cycle(Generic[Item]):
             next(self)
         if not position:
             self._begin()
-        torch.set_rng_state(now)  # which others draw from too
+        torch.set_rng_state(now)  # other code draws from it too

@@ -1,7 +1,7 @@
 """Linear filters of the directions: an average, recursive momentum (STORM, SARAH, PAGE), and tables (SAGA).
 
-A filter is called at each `backward`, and updates its memory at each `step`. Between two steps several batches may
-be accumulated: what a filter remembers then enters once, so that the sum is the direction of one large batch.
+A filter is called at each `backward`, and updates its memory at each `step`. If several batches are accumulated between
+two steps, the memory is added only once, so that the sum is the direction of one large batch.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ State = dict[str, Any]
 
 
 class Filter(ABC):
-    """What a tracker asks of each filter, besides the direction."""
+    """The methods of each filter that a tracker calls after it has computed the direction."""
 
     @abstractmethod
     def accept(self) -> None:
-        """Record the last direction, which was added to .grad."""
+        """Record that the last direction was added to .grad."""
 
     @abstractmethod
     def step(self) -> None:
-        """Update the memory by what was added since the last step."""
+        """Update the memory with the directions added since the last step."""
 
     @abstractmethod
     def drop(self) -> None:
-        """Forget what was added since the last step."""
+        """Forget the directions added since the last step."""
 
     @abstractmethod
     def state_dict(self) -> State: ...
 
-    def check(self, state: State) -> None:  # noqa: B027 (most need none)
+    def check(self, state: State) -> None:  # noqa: B027 (most filters have nothing to check)
         """Raise if a state does not belong to this filter."""
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Filter(ABC):
 
 
 class Average(Filter):
-    """h ← (1 − β) h + β D, from h = 0. Of a sparse D, only the rows that it holds.
+    """h ← (1 − β) h + β D, from h = 0. A sparse D updates only the rows that it holds.
 
     Source: Chen, Xiao and Balasubramanian 2023 (MA-SOBA, arXiv:2306.12067), the update of h.
     """
@@ -62,7 +62,7 @@ class Average(Filter):
         self.given: Grads = [None] * len(self.mean)
 
     def __call__(self, new: Grads) -> Grads:
-        """The direction to be added to .grad for this batch; the caller then calls `accept`, or nothing."""
+        """The direction to be added to .grad for this batch. The caller calls `accept` if it is added."""
         self.pending = [
             x if x is None and g is not None else self._one(mean, x, g)
             for mean, x, g in zip(self.mean, new, self.given, strict=True)
@@ -111,7 +111,7 @@ class Average(Filter):
 
 @dataclass
 class Point:
-    """Where a direction is taken: w, v (or another variable of the algorithm) and λ, in memory of their own."""
+    """Copies of w, v (or another variable of the algorithm) and λ, at which a direction is computed."""
 
     params: list[Tensor]
     own: list[Tensor]
@@ -119,18 +119,18 @@ class Point:
 
 
 class Recursive(Filter):
-    """D_t = D(x_t; ξ) + (1 − η) (D_{t−1} − D(x_{t−1}; ξ)): both points with the same batch ξ.
+    """D_t = D(x_t; ξ) + (1 − η) (D_{t−1} − D(x_{t−1}; ξ)), with the same batch ξ at both points.
 
-    η > 0 is STORM, as in SUSTAIN and MRBO. η = 0 is SARAH, as in SRBA: it restarts from a direction over all data.
+    η > 0 is STORM, as in SUSTAIN and MRBO. η = 0 is SARAH, as in SRBA, which restarts from a direction over all data.
 
     Args:
         rate: η.
-        period: steps from one restart to the next; None: it never restarts.
-        probability: of a restart at each step, in place of period (PAGE).
-        generator: decides that, on the CPU.
+        period: number of steps from one restart to the next; None without restarts.
+        probability: probability of a restart at each step, instead of period (PAGE).
+        generator: on the CPU, to draw these restarts.
 
     Attributes:
-        anew: whether the next direction is one of all data.
+        anew: whether the next direction is a restart, taken over all data.
 
     Source: Cutkosky and Orabona 2019; Khanduri et al. 2021 (SUSTAIN); Dagréou et al. 2024 (SRBA).
     """
@@ -149,10 +149,10 @@ class Recursive(Filter):
         self.old: Point | None = None  # x_{t−1}
         self.previous: Grads = []  # D_{t−1}
         self.now: Point | None = None  # x_t, where batches since the last step were evaluated
-        self.given: Grads = []  # the sum of what they gave
+        self.given: Grads = []  # the sum of the directions of these batches
 
     def __call__(self, new: Grads, at: Callable[[Point], Grads], here: Callable[[], Point]) -> Grads:
-        """The corrected direction of this batch: `new` is that at the present point, at(x) that at another."""
+        """The corrected direction of this batch. `new` is its direction at the present point here(), at(x) at x."""
         self.arrived = here() if self.now is None else self.now
         if self.old is not None and not self.anew:
             if self.rate < 1:
@@ -167,7 +167,7 @@ class Recursive(Filter):
         self.given = plus(self.given, self.pending) if self.given else self.pending
 
     def step(self) -> None:
-        if self.now is None:  # params alone moved
+        if self.now is None:  # no outer loss since the last step, so there was no direction
             return
         self.old, self.previous = self.now, [None if g is None else g.clone() for g in self.given]
         self.drop()
@@ -207,8 +207,8 @@ class Table(Filter):
 
     Args:
         count: n.
-        like: tensors of the parts of a direction.
-        file: where the table lies, mapped into memory; None: in memory.
+        like: tensors of the same shapes, dtypes and devices as the parts of a direction.
+        file: path of a file that holds the table, mapped into memory; None: in memory.
 
     Source: Defazio, Bach and Lacoste-Julien 2014; Dagréou et al. 2022 (SABA), section 3.2. Here it starts from zeros.
     """
@@ -227,7 +227,7 @@ class Table(Filter):
         self.count, self.file = count, file
 
     def __call__(self, new: Grads, row: int) -> list[Tensor]:
-        """The corrected direction of batch `row`; the caller then calls `accept`, or nothing."""
+        """The corrected direction of batch `row`. The caller calls `accept` if it is added to .grad."""
         if not 0 <= row < self.count:
             raise IndexError(f"the index of a batch must be in [0, {self.count}), got {row}")
         filled = [
@@ -244,10 +244,10 @@ class Table(Filter):
             mean.add_(change, alpha=1 / self.count)
 
     def step(self) -> None:
-        """Nothing: each batch has updated the table already."""
+        """Does nothing, because each batch has already updated the table."""
 
     def drop(self) -> None:
-        """A row is right at the point where it was taken, whether or not a step follows."""
+        """Does nothing: a row holds the direction at the point of its evaluation, whether or not a step follows."""
 
     def state_dict(self) -> State:
         return {"rows": list(self.rows), "mean": list(self.mean)}
@@ -264,12 +264,12 @@ class Table(Filter):
 
     def to(self, device: torch.device) -> None:
         self.mean = [x.to(device) for x in self.mean]
-        if self.file is None:  # a file stays one
+        if self.file is None:  # a table in a file stays there
             self.rows = [x.to(device) for x in self.rows]
 
 
 def mapped(file: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros in a file that is mapped into memory; an existing file must be an earlier table of this size."""
+    """Zeros in a file that is mapped into memory. An existing file must be an earlier table of the same size."""
     size = torch.Size(shape).numel()
     if os.path.exists(file) and os.path.getsize(file) != size * dtype.itemsize:
         raise FileExistsError(f"{file} exists already and is not a table of this size: name another file, or remove it")

@@ -1,6 +1,6 @@
 """Algorithms without second derivatives: F2SA, BOME, SAMA.
 
-They work with fused attention, FSDP and compiled models. They need closures, as they evaluate losses at several points.
+They work with fused attention, FSDP and compiled models. Losses must be closures, to be evaluated at several points.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ STENCILS = {
 
 
 class F2SA(Tracker):
-    """Fully first-order: differences between copies of params that minimise g + kσf for several k.
+    """Fully first-order: finite differences between copies of params that minimise g + kσf for several k.
 
         y_k ≈ argmin g + kσ f,      D_λ = Σ_k c_k ∇₂(g + kσ f)(y_k) / σ,      σ = 1 / penalty
 
-    with the coefficients c_k of the difference of that order: the error is O(σ^order). params keep minimising g
-    alone, so they never see validation data; the copies do, and belong to the tracker.
+    c_k are the coefficients of a finite difference of the given order, so the error is O(σ^order). params minimise g
+    alone and never see validation data; the copies y_k do, and belong to the tracker.
 
     Args:
         params, hparams, average, on_nonfinite: as in SOBA. Both losses must be closures.
-        order: 1 (one copy, and params), 2 (two) or 4 (four).
-        penalty: 1/σ. Copies with k < 0 ascend f: too small a penalty ruins the difference, and a warning says so.
+        order: 1 (one copy, and params), 2 (two copies) or 4 (four copies).
+        penalty: 1/σ. Copies with k < 0 ascend f; a penalty that is too small ruins the difference, with a warning.
         lr: the step size of plain gradient steps on the copies (default: .1); that of params is a good choice.
-        optimizer: in place of lr, a function that makes the copies' torch.optim optimizer from a list of tensors.
+        optimizer: instead of lr, a function from a list of tensors (the copies) to a torch.optim optimizer.
 
-    Cost: of a `backward`: an evaluation and a reverse pass of g at params, and of g + kσf at each copy. Memory: one
-        copy of params for each.
+    Cost: for each `backward`, an evaluation and a reverse pass of g at params, and of g + kσf at each copy. Memory: the
+        copies.
     Source: Kwon, Kwon, Wright and Nowak 2023 (F2SA, arXiv:2301.10945); Chen, Li, Chen and Zhang 2025 (F2SA-p,
         arXiv:2509.02937). Here the outer step is not normalised; the outer optimizer can do that.
 
     Example:
-        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+        With g = ½ (w − λ)² and f = ½ (w − 1)², λ converges to 1.
 
         >>> import torch, hypergrad as hg
         >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
@@ -84,7 +84,7 @@ class F2SA(Tracker):
         self._move_by([x for copy in self.copies.values() for x in copy], lr, optimizer, default=0.1)
 
     def restart(self) -> None:
-        """Put every copy where params are now."""
+        """Set every copy to the present params."""
         for copy in self.copies.values():
             for x, w in zip(copy, self.oracles.params, strict=True):
                 x.copy_(w.detach())
@@ -96,7 +96,7 @@ class F2SA(Tracker):
         own: list[Tensor] = []
         values: dict[int, Tensor] = {}
         for k, copy in self.copies.items():
-            with oracles.at(copy):  # one loss after the other: FSDP's hooks expect a backward pass after each
+            with oracles.at(copy):  # one loss after the other: FSDP's hooks expect a reverse pass after each
                 g, f = oracles.gradients(inner), oracles.gradients(outer)
             values[k] = outer.last / oracles.scale
             part = times(plus(g.hparams, f.hparams, k / self.penalty), self.stencil[k] * self.penalty)
@@ -106,11 +106,11 @@ class F2SA(Tracker):
         return Directions(at_params.params, own, total, self._watched(outer, values))
 
     def _watched(self, outer: Batch, values: dict[int, Tensor]) -> dict[str, Tensor]:
-        """The distance of the copies from params, and at every 16th call how much f rises and falls at them."""
+        """The distance of a copy from params, and at every 16th call by how much f rises and falls at the copies."""
         leaves = [x.detach() for x in self.oracles.params]
         apart = [x - w for x, w in zip(self.copies[1], leaves, strict=True)]
         watched = {"copy_distance": self._vector(apart).norm() / self._vector(leaves).norm()}
-        # FSDP2 leaves params gathered after an evaluation without a reverse pass, and would take them for the next one.
+        # After an evaluation without a reverse pass FSDP2 would keep params gathered, and use them in the next one.
         if -1 in values and self._watch.count % 16 == 0 and not self.oracles.sharded:
             with torch.no_grad():
                 here = outer.evaluate(moved=True) / self.oracles.scale
@@ -119,24 +119,24 @@ class F2SA(Tracker):
 
 
 class BOME(Tracker):
-    """First-order, with a penalty that it sets itself: params and hparams descend f + μ q, q = g(w, λ) − min g(·, λ).
+    """First-order, with an automatic penalty μ: params and hparams descend f + μ q, where q = g(w, λ) − min g(·, λ).
 
         z: K gradient steps on g from w,      ∇q = (∇₁g(w), ∇₂g(w) − ∇₂g(z)),
         μ = max(η − ⟨∇f, ∇q⟩ / ‖∇q‖², 0),      (D_w, D_λ) = ∇f + μ ∇q
 
-    params follow the outer loss too, so they see validation data: before a test, train them again with the learned λ.
+    params descend the outer loss too, so they see validation data: train them again with the learned λ before a test.
 
     Args:
         params, hparams, on_nonfinite: as in SOBA. The inner loss must be a closure.
         steps: K.
-        lr: of those steps.
+        lr: the step size of these K steps.
         eta: η, which sets the least decrease of q.
 
-    Cost: of a `backward`: an evaluation and a reverse pass of f and K + 1 of g. Memory: two copies of params.
+    Cost: for each `backward`, an evaluation and a reverse pass of f and K + 1 of g. Memory: two copies of params.
     Source: Ye, Liu, Wright, Stone and Liu 2022 (arXiv:2209.08709), algorithm 1, with φ = η‖∇q‖².
 
     Example:
-        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+        With g = ½ (w − λ)² and f = ½ (w − 1)², λ converges to 1.
 
         >>> import torch, hypergrad as hg
         >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
@@ -189,23 +189,23 @@ class SAMA(Tracker):
 
         u = (∂step/∂∇₁g) ∇₁f,      D_λ = ∇₂f − [∇₂g(w + εu) − ∇₂g(w − εu)] / 2ε,      ε = radius / ‖u‖
 
-    With lr= in place of an optimizer, u = lr ∇₁f: that is DARTS. (T1–T2, which takes the product itself, is
+    With lr= instead of an optimizer, u = lr ∇₁f, which is DARTS. (T1–T2, which computes the product exactly, is
     AmIGO(steps=0, warm=False).)
 
     Args:
         params, hparams, average, on_nonfinite: as in SOBA. The inner loss must be a closure.
-        optimizer: that of params, of a kind that diff_optimizers.from_torch supports: its next step is differentiated
-            with respect to the gradient, at its present state.
-        lr: in place of optimizer, the step size of plain gradient steps.
-        radius: ‖εu‖, how far from params g is evaluated.
+        optimizer: the optimizer of params, of a class that diff_optimizers.from_torch supports. Its next step, from its
+            present state, is differentiated with respect to the gradient.
+        lr: instead of optimizer, the step size of plain gradient steps.
+        radius: ‖εu‖, the distance from params at which g is evaluated.
 
-    Cost: of a `backward`: an evaluation and a reverse pass of f and three of g. Memory: two copies of params;
-        optimizer: its state and the graph of its step while that is differentiated.
-    Source: Choe et al. 2023 (SAMA, arXiv:2310.05674), sections 3.1 and 3.2, but with bias correction, and at the step
-        that is about to be made; Liu, Simonyan and Yang 2019 (DARTS, arXiv:1806.09055), equation 8.
+    Cost: for each `backward`, an evaluation and a reverse pass of f and three of g. Memory: two copies of params; with
+        optimizer, also its state and the graph of its step while that is differentiated.
+    Source: Choe et al. 2023 (SAMA, arXiv:2310.05674), sections 3.1 and 3.2, but with bias correction, and at the
+        optimizer's next step; Liu, Simonyan and Yang 2019 (DARTS, arXiv:1806.09055), equation 8.
 
     Example:
-        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+        With g = ½ (w − λ)² and f = ½ (w − 1)², λ converges to 1.
 
         >>> import torch, hypergrad as hg
         >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
@@ -236,7 +236,7 @@ class SAMA(Tracker):
         super().__init__(params, hparams, average=average, on_nonfinite=on_nonfinite)
         self.inner_optimizer, self.inner_lr, self.radius = optimizer, 0.0 if lr is None else lr, radius
         if optimizer is not None:
-            from_torch(optimizer)  # raises for one that has no rule
+            from_torch(optimizer)  # raises for an optimizer without a rule
             moved = {id(x) for group in optimizer.param_groups for x in group["params"]}
             if any(id(x) not in moved for x in self.oracles.params):
                 raise ValueError("optimizer does not move all of params: pass the one that does")
@@ -257,7 +257,7 @@ class SAMA(Tracker):
         return Directions(here.params, [], plus(slopes.hparams, through), {"step_norm": size})
 
     def _stepped(self, gradient: Sequence[Tensor], f: Sequence[Tensor]) -> list[Tensor]:
-        """u: the derivative of the step (what it takes off params) with respect to ∇₁g, times f."""
+        """u: the derivative of the step (old minus new params) with respect to ∇₁g, times f."""
         if self.inner_optimizer is None:
             return [x * self.inner_lr for x in f]
         rule, leaves, state = from_torch(self.inner_optimizer)

@@ -1,4 +1,4 @@
-"""What an algorithm asks of one batch: ∇₁g, ∇²₁₁g v, ∇²₂₁g v, ∇₁f and ∇₂f, at the present point or at another."""
+"""The derivatives of one batch's losses: ∇₁g, ∇²₁₁g v, ∇²₂₁g v, ∇₁f and ∇₂f, at the present point or another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..implicit import warn_of_hooks, warn_of_local
 
 SHARDED = (
     ". FSDP2's hooks give no graph for second derivatives: evaluate the model at hg.distributed.gathered(params), or "
-    "take an algorithm without second derivatives (F2SA, BOME, SAMA)"
+    "use an algorithm without second derivatives (F2SA, BOME, SAMA)"
 )
 LossLike: TypeAlias = "Tensor | Callable[[], Tensor]"
 Grads: TypeAlias = "list[Tensor | None]"
@@ -33,7 +33,7 @@ class Gradients(NamedTuple):
 
 
 class Products(NamedTuple):
-    """∇₁g, ∇²₁₁g v (both like params) and ∇²₂₁g v (None for what g does not depend on)."""
+    """∇₁g, ∇²₁₁g v (both like params) and ∇²₂₁g v (None for hparams on which ∇₁g does not depend)."""
 
     gradient: list[Tensor]
     hessian: list[Tensor]
@@ -43,8 +43,8 @@ class Products(NamedTuple):
 class Batch:
     """The loss of one batch: an evaluated scalar, or a closure, which can be evaluated at several points.
 
-    Every evaluation of a closure draws the same random numbers (dropout, augmentation), and only the first one, at the
-    present point, records statistics (BatchNorm).
+    Every evaluation of a closure draws the same random numbers (dropout, augmentation). Only the first evaluation, at
+    the present point, updates running statistics (BatchNorm).
 
     Example:
         >>> class Descent(hg.bilevel.Tracker):
@@ -61,15 +61,15 @@ class Batch:
     def __init__(self, loss: LossLike, name: str, oracles: Oracles):
         self.loss, self.name, self.oracles = loss, name, oracles
         self.state: Any = None  # the random state before the first evaluation
-        self.value: Tensor | None = None  # that of the first evaluation, detached
-        self.last = torch.tensor(torch.nan)  # that of the last one
+        self.value: Tensor | None = None  # the loss at the first evaluation, detached
+        self.last = torch.tensor(torch.nan)  # the loss at the last evaluation, detached
 
     @property
     def evaluated(self) -> bool:
         return self.value is not None
 
     def evaluate(self, moved: bool) -> Tensor:
-        """The value with its graph. moved: params or hparams are not at the user's point."""
+        """The loss with its graph. moved: whether params or hparams now hold other values than the user's."""
         if not callable(self.loss):
             if self.evaluated or moved:
                 raise TypeError(
@@ -97,7 +97,7 @@ class Batch:
 
 
 def statistics_of(closure: Any) -> list[tuple[Tensor, Tensor]]:
-    """Running statistics and copies of them, of modules in any mode: the closure may switch it."""
+    """Running statistics and copies of them, for modules in any mode, since the closure may switch the mode."""
     parts = {id(part): part for module in modules_of(closure) for part in module.modules()}.values()
     modules = [part for part in parts if getattr(part, "track_running_stats", False)]
     return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
@@ -105,23 +105,23 @@ def statistics_of(closure: Any) -> list[tuple[Tensor, Tensor]]:
 
 def put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
     for buffer, values in reversed(kept):  # the oldest copies last
-        buffer.data.copy_(values)  # autograd need not know of it: training mode reads no running statistics
+        buffer.data.copy_(values)  # hidden from autograd, because no graph in training mode uses running statistics
 
 
 class Oracles:
-    """Derivatives of losses of live tensors, which an algorithm is written in. Never writes .grad.
+    """Derivatives of losses of live tensors, from which algorithms are built. Never writes .grad.
 
     Args:
         params: w, any pytree of leaf tensors; those that do not require grad are left out.
         hparams: λ, likewise.
-        algorithm: a name for messages.
+        algorithm: the algorithm's name, for messages.
 
     Attributes:
         params, hparams: lists of the tensors that require grad.
         space: the space of params' vectors.
-        counts: how many gradients of the inner and the outer loss, and how many products, were taken.
+        counts: the numbers of gradients of the inner and the outer loss, and of products.
 
-    Raises: ValueError for a tensor twice, for one computed from another, for none that requires grad.
+    Raises: ValueError if a tensor occurs twice or was computed from another one, or if none requires grad.
 
     Example:
         g = ½ h w², so ∇₁g = h w, ∇²₁₁g v = h v and ∇²₂₁g v = w v.
@@ -143,31 +143,31 @@ class Oracles:
         for name, leaf in zip([*paths, *names], [*leaves, *outer], strict=True):
             if not leaf.is_leaf:
                 raise ValueError(
-                    f"{name} was computed from other tensors, so no optimiser can move it: pass those "
+                    f"{name} was computed from other tensors, so no optimiser can move it: pass the other tensors "
                     f"(for example the network's parameters()), and compute {name} in the losses"
                 )
         self.algorithm = algorithm
         self.take_forms()
         self.counts = {"inner_gradients": 0, "outer_gradients": 0, "products": 0}
-        self.scale = 1.0  # what the losses were multiplied by, for mixed precision
-        self.recorded: list[tuple[Tensor, Tensor]] = []  # running statistics before the evaluations that wrote them
+        self.scale = 1.0  # the factor of the losses, for mixed precision
+        self.recorded: list[tuple[Tensor, Tensor]] = []  # running statistics, with copies from before this call
         self._moved = False
-        self._uses: dict[str, set[int]] = {}  # which tensors each loss depended on, until one was seen not to matter
+        self._uses: dict[str, set[int]] = {}  # for each loss, the tensors on which it has always depended so far
 
     def take_forms(self) -> None:
-        """Take the shapes, dtypes and devices that params and hparams have now."""
+        """Store the present shapes, dtypes and devices of params and hparams."""
         self.forms = [form(x) for x in (*self.params, *self.hparams)]
         self.space = Space(*flatten(list(self.params), "params"))
         self.sharded = any(hasattr(x, "placements") for x in self.params)
 
     def batch(self, loss: LossLike, name: str = "inner_loss") -> Batch:
-        """A loss that the methods below take."""
+        """A `Batch` of this loss, the argument of the methods below."""
         if not callable(loss) and not isinstance(loss, Tensor):
-            raise TypeError(f"{name} must be a scalar tensor or a closure that gives one, got {type(loss).__name__}")
+            raise TypeError(f"{name} must be a scalar tensor or a closure that returns one, got {type(loss).__name__}")
         return Batch(loss, name, self)
 
     def batches(self, losses: Iterable[LossLike], name: str = "inner_loss") -> Iterator[Batch]:
-        """Those of an iterable of losses; a generator evaluates them as it goes."""
+        """A `Batch` for each loss of an iterable; a generator may evaluate each loss when it is needed."""
         iterator, end = iter(losses), object()
         while True:
             with self.as_the_user():
@@ -177,18 +177,18 @@ class Oracles:
             yield self.batch(loss, name)
 
     def check_forms(self) -> None:
-        """Raise where a tensor was resized, converted, moved or frozen since."""
+        """Raise if a tensor was resized, converted, moved or frozen since `take_forms`."""
         for before, x in zip(self.forms, (*self.params, *self.hparams), strict=True):
             if form(x) != before:
                 shape, dtype, device, _ = before
                 raise ValueError(
                     f"a tensor of params or hparams had shape {tuple(shape)}, {dtype}, on {device}, and has "
                     f"{tuple(x.shape)}, {x.dtype}, on {x.device}{'' if x.requires_grad else ' and is frozen'} now: "
-                    f"call tracker.to(device) after moving a model, else make a new {self.algorithm}"
+                    f"call tracker.to(device) after moving a model; otherwise make a new {self.algorithm}"
                 )
 
     def gradients(self, batch: Batch) -> Gradients:
-        """∇₁ and ∇₂ of one loss: its evaluation and a reverse pass."""
+        """∇₁ and ∇₂ of one loss, by one evaluation and one reverse pass."""
         value, name = batch.evaluate(self._moved), batch.name
         self.counts["outer_gradients" if name == "outer_loss" else "inner_gradients"] += 1
         inputs = [*self.params, *self.hparams]
@@ -200,7 +200,7 @@ class Oracles:
         return Gradients(self._reached(grads, [value], name), grads[len(self.params) :])
 
     def products(self, batch: Batch, v: Sequence[Tensor]) -> Products:
-        """∇₁g, ∇²₁₁g v and ∇²₂₁g v: an evaluation, a reverse pass with its graph, and a reverse pass through it."""
+        """∇₁g, ∇²₁₁g v and ∇²₂₁g v, by one evaluation, a reverse pass with a graph, and a reverse pass through it."""
         gradient = self.gradient_with_graph(batch)
         hessian, cross = self.pull(gradient, v)
         return Products(self.value_of(gradient), hessian, cross)
@@ -210,7 +210,7 @@ class Oracles:
         self.counts["inner_gradients"] += 1
         value = batch.evaluate(self._moved)
         warn_of_local([value], batch.name)
-        if not callable(batch.loss) and not self.counts["products"]:  # a walk of the graph; later ones are like it
+        if not callable(batch.loss) and not self.counts["products"]:  # walks the graph, so only once
             refuse_weight_norm([value], self.params, batch.name)
         with second_derivatives():
             grads = _autodiff.grad_or_none([value], self.params, create_graph=True)
@@ -233,7 +233,7 @@ class Oracles:
 
     @property
     def crossed(self) -> bool | None:
-        """Whether hparams were seen to reach the inner loss (where products are taken: its gradient); None: not yet."""
+        """Whether the inner loss (its gradient, if products are computed) depends on hparams; None if not known yet."""
         used = self._uses.get("the gradient", self._uses.get("inner_loss"))
         return None if used is None else any(i >= len(self.params) for i in used)
 
@@ -249,7 +249,7 @@ class Oracles:
     def at(self, params: Sequence[Tensor], hparams: Sequence[Tensor] | None = None) -> Iterator[None]:
         """Within this context the live tensors hold other values, at which closures are then evaluated.
 
-        The values are copied in and out, which models that hold their tensors in other forms too (FSDP) notice.
+        The values are copied in place, so that models that also hold the tensors in another form (FSDP) follow.
         """
         live, other = list(self.params), list(params)
         if hparams is not None:
@@ -265,7 +265,7 @@ class Oracles:
 
     @contextmanager
     def of_one_call(self) -> Iterator[None]:
-        """An error leaves the random state and running statistics as they were; autocast is the closures' alone."""
+        """Restore the random state and running statistics after an error; turn autocast off outside the closures."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"{self.algorithm} takes derivatives, which inference_mode forbids: call it outside")
         self.recorded.clear()
@@ -279,13 +279,13 @@ class Oracles:
 
     @contextmanager
     def as_the_user(self) -> Iterator[None]:
-        """For what evaluates losses: with gradients, under the user's autocast."""
+        """The context in which losses are evaluated: with gradients, under the user's autocast."""
         with torch.enable_grad(), users_autocast(), _torch.differentiated_rightly():
             yield
 
     @contextmanager
     def hooks_suspended(self) -> Iterator[None]:
-        """Hooks of params and hparams act once, where .grad is written, and not on what is computed on the way."""
+        """Suspend the hooks of params and hparams: they are called once, where .grad is written."""
         with _torch.hooks_suspended([*self.params, *self.hparams]):
             yield
 
@@ -299,7 +299,7 @@ class Oracles:
         return [self._dense(g, x) for g, x in zip(grads, self.params, strict=False)]
 
     def _check_replaced(self, grads: Grads, outputs: Sequence[Tensor], name: str) -> None:
-        """Raise where outputs have a leaf of the same form in place of one that they depended on before."""
+        """Raise if outputs depend on an undeclared leaf of the same form instead of a tensor that they used before."""
         used = {i for i, g in enumerate(grads) if g is not None}
         lost = self._uses.setdefault(name, used) - used
         if lost:
@@ -309,8 +309,8 @@ class Oracles:
                 if self.forms[i] in others:
                     raise ValueError(
                         f"{name} depended on a tensor of shape {tuple(declared[i].shape)} in params or hparams, and "
-                        f"depends on another one of that shape now: if a module's parameter has been replaced, make a "
-                        f"new {self.algorithm} for the new model"
+                        f"now depends on another tensor of that shape: if a module's parameter has been replaced, make "
+                        f"a new {self.algorithm} for the new model"
                     )
             self._uses[name] -= lost
 
@@ -322,13 +322,13 @@ class Oracles:
 
 @contextmanager
 def second_derivatives() -> Iterator[None]:
-    """Where there are no second derivatives, the error names the algorithms that need none."""
+    """Add the names of algorithms without second derivatives to the error of an operation that has none."""
     try:
         yield
     except RuntimeError as error:
         if str(error) not in (ATTENTION, COMPILED):
             raise
-        raise RuntimeError(f"{error}; or take F2SA, BOME or SAMA, which need none") from error
+        raise RuntimeError(f"{error}; or use F2SA, BOME or SAMA, which need none") from error
 
 
 def form(x: Tensor) -> tuple[Any, ...]:
@@ -336,7 +336,7 @@ def form(x: Tensor) -> tuple[Any, ...]:
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """targetᵢ ← sourceᵢ, in place; what autocast keeps of a target is forgotten."""
+    """targetᵢ ← sourceᵢ, in place. Clears the casts of targets that autocast has cached."""
     with torch.no_grad():
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
@@ -344,7 +344,7 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def plus(xs: Grads, ys: Grads, factor: float | Tensor = 1.0) -> Grads:
-    """xᵢ + factor · yᵢ, None standing for zeros; sparse stays sparse.
+    """xᵢ + factor · yᵢ, where None stands for zeros; sparse tensors stay sparse.
 
     Example:
         >>> hg.bilevel.plus([torch.ones(2), None], [torch.ones(2), torch.ones(1)], -0.5)
@@ -355,7 +355,7 @@ def plus(xs: Grads, ys: Grads, factor: float | Tensor = 1.0) -> Grads:
 
 
 def times(xs: Grads, factor: float | Tensor) -> Grads:
-    """factor · xᵢ, None standing for zeros.
+    """factor · xᵢ, where None stands for zeros.
 
     Example:
         >>> hg.bilevel.times([torch.ones(2), None], 3.0)
@@ -365,7 +365,7 @@ def times(xs: Grads, factor: float | Tensor) -> Grads:
 
 
 def dot(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> Tensor | float:
-    """Σᵢ ⟨xᵢ, yᵢ⟩ over what both hold; nothing if there is none."""
+    """Σᵢ ⟨xᵢ, yᵢ⟩ over the pairs without None; the number 0.0 if there is none."""
     total: Tensor | float = 0.0
     for x, y in zip(xs, ys, strict=False):
         if x is not None and y is not None:
@@ -388,9 +388,9 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _grads_by_backward(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """What output.backward() adds to .grad of these leaves, which is left as it was.
+    """The gradients that output.backward() adds to .grad of these leaves; .grad is then restored.
 
-    FSDP2's hooks act in backward() alone, and give sharded gradients there.
+    FSDP2's hooks are called only in backward(), and make the gradients sharded.
     """
     kept = [x.grad for x in inputs]
     try:

@@ -1,4 +1,4 @@
-"""The state of a tracker: numbers of the last batch, their running means, and warnings."""
+"""The report of a tracker: numbers of the last batch, their running means, and warnings."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from .._solution import warn
 SLOW, FAST = 0.99, 0.9  # decay of running means, over about 100 and 10 batches
 SQUARES = ("inner_norm", "outer_norm", "own_norm", "rhs_norm", "residual_norm")
 KNOWN = (*SQUARES, "vv", "vr", "fv", "vHv", "energy", "rise", "fall")
-SETTLED = 100  # batches before a running mean is judged
+SETTLED = 100  # batches before running means can cause a warning
 
 
 @dataclass(frozen=True)
 class Report:
-    """The state of a tracker after its last batch. NaN stands for what the algorithm does not have.
+    """The state of a tracker after its last batch. Numbers that the algorithm does not have are NaN.
 
     Attributes:
-        step: how often `step` was called.
-        skipped: batches that were left out, as they gave NaN or infinity.
-        inner_norm: ‖D_w‖, the norm of what was added to .grad of params.
-        outer_norm: ‖D_λ‖, likewise of hparams.
-        cosine: of the angle between D_λ and that of the batch before.
-        adjoint_residual: ‖∇²₁₁g v + ∇₁f‖ / ‖∇₁f‖ on this batch, with its noise; 1 for v = 0.
-        adjoint_ratio: −⟨∇₁f, v⟩ / vᵀ∇²₁₁g v, as a running mean: 1 where v solves its system along itself, below ½
-            where it is worse than v = 0.
+        step: number of calls of `step`.
+        skipped: number of batches that were left out because they gave NaN or infinity.
+        inner_norm: ‖D_w‖, the norm of the direction that was added to .grad of params.
+        outer_norm: ‖D_λ‖, likewise for hparams.
+        cosine: cosine of the angle between D_λ and D_λ of the batch before.
+        adjoint_residual: ‖∇²₁₁g v + ∇₁f‖ / ‖∇₁f‖ on this batch, so it includes the batch's noise; 1 for v = 0.
+        adjoint_ratio: −⟨∇₁f, v⟩ / vᵀ∇²₁₁g v, as a running mean: 1 if v has the best length for its direction, below ½
+            if v is worse than v = 0.
         curvature: the Rayleigh quotient vᵀ∇²₁₁g v / vᵀv, as a running mean: at most the largest eigenvalue.
-        allowed_lr: 2 / curvature: a larger step on v, or a plain gradient step on params, diverges.
-        evaluations: how many gradients of both losses and how many second-order products were taken.
-        others: numbers of one algorithm only, by name.
+        allowed_lr: 2 / curvature. Plain gradient steps on v or params with a larger step size diverge.
+        evaluations: numbers of gradients of both losses and of second-order products.
+        others: numbers that only this algorithm has, by name.
 
     Example:
         >>> w, lam = torch.full((1,), 2.0, requires_grad=True), torch.full((1,), 2.0, requires_grad=True)
@@ -59,7 +59,7 @@ class Report:
     others: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """The same as one flat dict of numbers, without what is NaN, for any logger."""
+        """The report as one flat dict of numbers, without NaN, for any logger."""
         whole = asdict(self)
         flat = {**whole.pop("evaluations"), **whole.pop("others")}
         return {name: float(x) for name, x in {**whole, **flat}.items() if not math.isnan(x)}
@@ -73,7 +73,7 @@ class Comparison:
     """The last outer direction, compared with the hypergradient at the present params.
 
     Attributes:
-        cosine: of the angle between them.
+        cosine: cosine of the angle between them.
         relative_error: ‖D_λ − ∇f‖ / ‖∇f‖.
         hypergradient: the result of implicit.grad.
 
@@ -95,11 +95,11 @@ class Comparison:
 
 
 class Watch:
-    """The numbers of the last batch as floats, and running means of some.
+    """The numbers of the last batch as floats, and running means of some of them.
 
-    The numbers that it knows are squared norms of the directions ("inner_norm2", "outer_norm2", "own_norm2") and of an
-    adjoint system ("rhs_norm2", "residual_norm2"), the products "vv", "vr" and "fv" with r = Hv + ∇f and f = ∇f, and
-    "rise" and "fall" of the outer loss; the others are kept as they are.
+    These names have a meaning: squared norms of the directions ("inner_norm2", "outer_norm2", "own_norm2") and of an
+    adjoint system ("rhs_norm2", "residual_norm2"), the inner products "vv", "vr" and "fv" with r = Hv + ∇f and f = ∇f,
+    and "rise" and "fall" of the outer loss. Other numbers are reported as they are.
     """
 
     def __init__(self, algorithm: str):
@@ -110,7 +110,7 @@ class Watch:
         self._unread: tuple[list[str], Tensor] | None = None
 
     def note(self, values: dict[str, Tensor], read: bool) -> bool:
-        """Record numbers of one batch; gives whether the norms are finite. read=False: they wait for `report`."""
+        """Record the numbers of one batch; return whether the norms are finite. read=False: `report` will read them."""
         names = list(values)
         at, dtype = values[names[0]].device, torch.float64 if values[names[0]].device.type == "cpu" else torch.float32
         self._unread = names, torch.stack([values[name].detach().to(at, dtype).reshape(()) for name in names])
@@ -128,7 +128,7 @@ class Watch:
             self._unread = None
 
     def accept(self, lr: float | None) -> None:
-        """Update the running means by the last numbers, and warn. lr: a plain step on v, where there is one."""
+        """Update the running means with the last numbers, and warn. lr: that of plain gradient steps on v, or None."""
         self.count += 1
         if self._unread is not None:
             return
@@ -143,17 +143,17 @@ class Watch:
         curvature = self.mean_ratio("vHv", "vv")
         if lr is not None and curvature * lr > 2:
             warn(
-                f"{self.algorithm}: lr={lr:.3g} is above 2 / curvature = {2 / curvature:.3g}, with which the adjoint v "
-                f"diverges (and params do, with such a step): lower lr, or shorten the outer steps if hparams have "
-                f"made the inner problem stiff"
+                f"{self.algorithm}: lr={lr:.3g} is above 2 / curvature = {2 / curvature:.3g}, so the adjoint v "
+                f"diverges (and so do params with such a step size): lower lr, or shorten the outer steps if hparams "
+                f"have made the inner problem stiff"
             )
             return
         ratio = -self.mean_ratio("fv", "energy")
         if self.means.get("vHv", 0.0) > 0 and ratio < 0.5:
             warn(
                 f"{self.algorithm}: over the last {SETTLED} batches the adjoint v was worse than v = 0 "
-                f"(−⟨∇f, v⟩ / vᵀHv = {ratio:.2g}, and 1 solves its system): it does not follow params. Lower its step "
-                f"size if it is noise, raise it (up to 2 / curvature = {2 / curvature:.3g}) if v lags behind, or "
+                f"(−⟨∇f, v⟩ / vᵀHv = {ratio:.2g}, and 1 for a solution): it does not follow params. Lower the step "
+                f"size of v if v is noise, raise it (up to 2 / curvature = {2 / curvature:.3g}) if v lags behind, or "
                 f"take larger batches"
             )
         rise, fall = self.means.get("rise", 0.0), self.means.get("fall", 0.0)
@@ -161,7 +161,7 @@ class Watch:
             warn(
                 f"{self.algorithm}: the copies that ascend the outer loss raise it by {rise:.3g}, while those that "
                 f"descend lower it by {fall:.3g}: the penalty is too small for differences of this order. Raise "
-                f"penalty, or take order=1"
+                f"penalty, or use order=1"
             )
 
     def mean_ratio(self, above: str, below: str) -> float:

@@ -2,7 +2,7 @@
 
     D_w = ∇₁g,      D_v = ∇²₁₁g v + ∇₁f,      D_λ = ∇²₂₁g v + ∇₂f
 
-of g on a training batch and f on a validation batch; w, v and λ step against them at once.
+g is the loss of a training batch and f that of a validation batch. w, v and λ descend along these directions together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Adjoint(Tracker):
         self.v = self._vector([torch.zeros_like(x, requires_grad=False) for x in self.oracles.params])
 
     def _watched(self, slopes: Vector, residual: Vector, v: Vector) -> dict[str, Tensor]:
-        """Numbers of D_v = residual = Hv + ∇₁f, where slopes = ∇₁f."""
+        """Numbers to watch, where residual = D_v = Hv + ∇₁f and slopes = ∇₁f."""
         pairs = {"rhs_norm2": (slopes, slopes), "residual_norm2": (residual, residual)}
         pairs |= {"vv": (v, v), "vr": (v, residual), "fv": (v, slopes)}
         return {name: x.dot(y) for name, (x, y) in pairs.items()}
@@ -45,9 +45,9 @@ class _Adjoint(Tracker):
         return Directions(params, flat[count:end], flat[end:], watched)
 
     def _filtered(self, direction: Callable[[Vector], Directions], all_three: bool = True) -> Directions:
-        """The directions at the present point, corrected by those at the last one if there is such a filter.
+        """The directions at the present point, corrected by recursive momentum if that is in use.
 
-        all_three: D_v is corrected too.
+        all_three: whether D_v is corrected too.
         """
         recursive = self.filters.get("recursive")
         if not isinstance(recursive, Recursive):
@@ -67,7 +67,7 @@ class _Adjoint(Tracker):
 
 
 class SOBA(_Adjoint):
-    """Stochastic bilevel algorithm: w, v and λ step at once, each against its direction on one batch of each level.
+    """Stochastic bilevel algorithm: w, v and λ step together, along directions from one batch of each level.
 
         D_w = ∇₁g,      D_v = ∇²₁₁g v + ∇₁f,      D_λ = ∇²₂₁g v + ∇₂f
 
@@ -75,20 +75,20 @@ class SOBA(_Adjoint):
         params: w, a module's parameters() or any pytree of leaf tensors; those that do not require grad are left out.
         hparams: λ, likewise.
         lr: the step size of v (default: .1); that of a plain gradient step on w is a good choice.
-        optimizer: in place of lr, a function that makes the torch.optim optimizer of v from a list of tensors.
+        optimizer: instead of lr, a function from a list of tensors (v) to a torch.optim optimizer.
         average: the weight β of the newest direction in a running mean of D_λ (MA-SOBA).
         recursive: the weight η of the newest batch in recursive momentum (STORM) of all three directions; both losses
             must then be closures.
         on_nonfinite: what to do about NaN or infinity in a batch: "raise", "skip" (counted in `skipped`), or "ignore",
-            with which nothing is read from the device.
+            which reads nothing from the device.
 
-    Cost: of a `backward`: an evaluation and two reverse passes of g, an evaluation and one reverse pass of f
-        (recursive: all twice); one read from the device. Memory: v; average: a λ more; recursive: two points and two
-        directions more.
+    Cost: for each `backward`, an evaluation and two reverse passes of g, and an evaluation and one reverse pass of f,
+        with recursive twice; one read from the device. Memory: v; with average, also a vector like λ; with recursive,
+        also two points and two directions.
     Source: Dagréou, Ablin, Vaiter and Moreau 2022, algorithm 1 (arXiv:2201.13409).
 
     Example:
-        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+        With g = ½ (w − λ)² and f = ½ (w − 1)², λ converges to 1.
 
         >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
         >>> tracker = SOBA([w], [lam], lr=0.5)
@@ -138,22 +138,22 @@ class SOBA(_Adjoint):
 
 
 class SABA(SOBA):
-    """SOBA with SAGA's variance reduction: constant steps converge on finite sums.
+    """SOBA with SAGA's variance reduction, which converges with constant step sizes on finite sums.
 
-    The last directions of every batch are kept in tables, and `backward` takes the numbers of the two batches.
+    Tables hold the last directions of every batch; `backward` takes the indices of its two batches.
 
     Args:
         params, hparams, lr, optimizer, on_nonfinite: as in SOBA.
-        batches: how many training and validation batches there are. Batches must be the same throughout, and of equal
-            sizes.
+        batches: the numbers of training and of validation batches. Batches must stay the same throughout, and have
+            equal sizes.
         budget: bytes that the tables may take.
-        file: where to keep them, in files of this name followed by a number, mapped into memory; None: in memory.
+        file: path prefix of the files that hold the tables, mapped into memory; None: in memory.
 
     Cost: that of SOBA. Memory: v, and (2 |w| + |λ|) for each training batch, (|w| + |λ|) for each validation batch.
-    Source: Dagréou et al. 2022, section 3.2; its tables start from zeros.
+    Source: Dagréou et al. 2022, section 3.2; here the tables start from zeros.
 
     Example:
-        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+        With g = ½ (w − λ)² and f = ½ (w − 1)², λ converges to 1.
 
         >>> import torch, hypergrad as hg
         >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
@@ -189,8 +189,8 @@ class SABA(SOBA):
         if needed > budget and file is None:
             raise ValueError(
                 f"SABA's tables take {needed / 2**30:.3g} GiB for {batches} batches, and budget is "
-                f"{budget / 2**30:.3g} GiB: take larger batches, file= to keep them on disk, a larger budget, or SRBA, "
-                f"which has none"
+                f"{budget / 2**30:.3g} GiB: use larger batches, file= to keep the tables on disk, a larger budget, or "
+                f"SRBA, which has no tables"
             )
         names = [None if file is None else f"{file}.{level}" for level in ("inner", "outer")]
         self.tables = Table(batches[0], of_inner, names[0]), Table(batches[1], of_outer, names[1])
@@ -199,7 +199,7 @@ class SABA(SOBA):
     def directions(self, outer: Batch, inner: Batch, index: tuple[int, int] | None) -> Directions:
         if index is None:
             raise TypeError(
-                "SABA keeps a table of batches: pass index=(number of the training batch, number of the other one)"
+                "SABA keeps a table of batches: pass index=(index of the training batch, index of the validation batch)"
             )
         slopes, products = self._of_batches(outer, inner, self.v)
         new = self._combined(slopes, products, self.v)
@@ -216,24 +216,24 @@ Sums = Callable[[], "tuple[Iterable[LossLike], Iterable[LossLike]]"]
 
 
 class SRBA(SOBA):
-    """SOBA with SARAH's recursive differences, restarted from all data now and then: constant steps converge.
+    """SOBA with SARAH's recursive differences, restarted from all data; converges with constant step sizes.
 
-        D_t = D(x_t; all data)  now and then,  else  D_{t−1} + D(x_t; batch) − D(x_{t−1}; batch)
+        D_t = D(x_t; all data)  at a restart,  else  D_{t−1} + D(x_t; batch) − D(x_{t−1}; batch)
 
     Args:
         params, hparams, lr, optimizer, on_nonfinite: as in SOBA. Both losses must be closures.
-        full: gives (outer losses, inner losses), each an iterable of scalars or closures that sum to the loss over all
-            data; a generator keeps one batch's graph at a time. Under a GradScaler they are scaled too.
-        period: steps from one restart to the next.
-        probability: of a restart at each step, in place of period (SPABA, PAGE's rule).
-        generator: decides that, on the CPU.
+        full: returns (outer losses, inner losses), each an iterable of scalars or closures that sum to the loss over
+            all data; a generator keeps one batch's graph at a time. With a GradScaler, full must scale them too.
+        period: number of steps from one restart to the next.
+        probability: probability of a restart at each step, instead of period (SPABA, PAGE's rule).
+        generator: on the CPU, to draw these restarts.
 
-    Cost: of a `backward`: twice SOBA's; now and then that of all data. Memory: v, two points and two directions.
+    Cost: for each `backward`, twice SOBA's, or at a restart that of all data. Memory: v, two points, two directions.
     Source: Dagréou, Moreau, Vaiter and Ablin 2024 (SRBA, arXiv:2302.08766), algorithm 1; Chu, Xu, Yao and Hu 2024
         (SPABA, arXiv:2405.18777).
 
     Example:
-        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+        With g = ½ (w − λ)² and f = ½ (w − 1)², λ converges to 1.
 
         >>> import torch, hypergrad as hg
         >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
@@ -273,7 +273,7 @@ class SRBA(SOBA):
     def directions(self, outer: Batch, inner: Batch) -> Directions:
         if not self.recursive.anew:
             return super().directions(outer, inner)
-        if self.recursive.given:  # the direction of all data is there already, for this step
+        if self.recursive.given:  # .grad already holds the direction of all data for this step
             nothing: list[Any] = [torch.zeros_like(x) for x in (*self.v.chunks, *self.v.chunks)]
             return self._parted([*nothing, *[None] * len(self.oracles.hparams)], {})
         return self._filtered(self._of_all)
@@ -289,7 +289,7 @@ class SRBA(SOBA):
             products.append(self.oracles.products(batch, v.leaves))
             products = [_summed(products)]
         if not slopes or not products:
-            raise ValueError("full must give at least one outer and one inner loss")
+            raise ValueError("full must return at least one outer and one inner loss")
         return self._combined(Gradients(*slopes[0]), Products(*products[0]), v)
 
 
@@ -299,29 +299,29 @@ def _summed(parts: list[Any]) -> Any:
 
 
 class AmIGO(_Adjoint):
-    """Several steps on the adjoint at every `backward`, from the last v on (AmIGO) or from 0 (stocBiO).
+    """Several steps on the adjoint at every `backward`, from its last value (AmIGO) or from 0 (stocBiO).
 
-        v ← v − η (∇²₁₁g v + ∇₁f)  on batch after batch,      D_w = ∇₁g,      D_λ = ∇²₂₁g v + ∇₂f
+        v ← v − η (∇²₁₁g v + ∇₁f)  for several steps,      D_w = ∇₁g,      D_λ = ∇²₂₁g v + ∇₂f
 
-    Several inner steps for one outer step are `backward(None, inner_loss)` and the inner optimizer's step.
+    For more inner steps per outer step, call `backward(None, inner_loss)` and the inner optimizer's step in between.
 
     Args:
         params, hparams, average, on_nonfinite: as in SOBA.
-        steps: K, how many steps on v (10 by default), all on the inner loss's batch; where `backward` gets
-            adjoint_losses, there are as many steps as losses.
+        steps: K, the number of steps on v (10 by default), all on the inner loss's batch. If `backward` gets
+            adjoint_losses, it makes one step for each of these instead.
         lr: η, .1 by default.
-        solver: in their place a linear solver, such as solvers.CG(max_steps=5), for the inner loss's batch.
+        solver: instead of steps and lr, a linear solver, such as solvers.CG(max_steps=5), for the inner loss's batch.
         warm: whether v starts from its last value. False starts at −η ∇₁f.
         recursive: the weight η of the newest batch in recursive momentum of D_w and D_λ (warm=False: MRBO); the
             losses must then be closures.
 
-    Cost: of a `backward`: an evaluation and one reverse pass of f and of g, K + 1 products, and an evaluation and a
-        reverse pass for each of adjoint_losses. Memory: v.
+    Cost: for each `backward`, an evaluation and one reverse pass of f and of g, K + 1 products, and an evaluation and
+        a reverse pass for each of adjoint_losses. Memory: v.
     Source: Arbel and Mairal 2022 (AmIGO, arXiv:2111.14580); Ji, Yang and Liang 2021 (stocBiO, arXiv:2010.07962); Yang,
         Ji and Liang 2021 (MRBO, arXiv:2106.04692).
 
     Example:
-        g = ½ (w − λ)², f = ½ (w − 1)²: λ goes to 1.
+        With g = ½ (w − λ)² and f = ½ (w − 1)², λ converges to 1.
 
         >>> import torch, hypergrad as hg
         >>> w, lam = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
@@ -358,7 +358,7 @@ class AmIGO(_Adjoint):
             raise ValueError(f"steps must be at least 0, got {steps}")
         super().__init__(params, hparams, average=average, on_nonfinite=on_nonfinite)
         self._start()
-        self._move_by(self.v.chunks, None, None, default=1.0)  # by the whole change that `backward` finds
+        self._move_by(self.v.chunks, None, None, default=1.0)  # lr 1: D_v is the whole change of v
         self.adjoint_steps, self.eta, self.solver, self.warm = steps, 0.1 if lr is None else lr, solver, warm
         if recursive is not None:
             self.filters["recursive"] = Recursive(recursive)
@@ -371,9 +371,9 @@ class AmIGO(_Adjoint):
         batches = None
         if adjoint_losses is not None:
             if self.solver is not None:
-                raise TypeError("adjoint_losses are for plain gradient steps on v; a solver takes the inner loss alone")
+                raise TypeError("adjoint_losses are for plain gradient steps on v; a solver uses the inner loss only")
             made = self.oracles.batches(adjoint_losses, "an adjoint loss")
-            batches = list(made) if "recursive" in self.filters else made  # the old point takes them again
+            batches = list(made) if "recursive" in self.filters else made  # evaluated at the old point too
         return self._filtered(lambda v: self._at(outer, inner, batches, v), all_three=False)
 
     def _at(self, outer: Batch, inner: Batch, batches: Iterable[Batch] | None, start: Vector) -> Directions:
@@ -388,7 +388,7 @@ class AmIGO(_Adjoint):
         return Directions(self.oracles.value_of(gradient), change, plus(cross, slopes.hparams), watched)
 
     def _solved(self, gradient: list[Tensor], rhs: Vector, v: Vector) -> Vector:
-        """Steps, or the solver, on the batch of `gradient`."""
+        """v after the steps, or from the solver, on the batch of `gradient`."""
 
         def product(v: Vector) -> Vector:
             return self._vector(self.oracles.pull(gradient, v.leaves, retain=True, cross=False)[0])
@@ -403,12 +403,12 @@ class AmIGO(_Adjoint):
         return v
 
     def _stepped(self, batches: Iterable[Batch], rhs: Vector, v: Vector) -> Vector:
-        """A step on v for each batch."""
+        """v after one step for each batch."""
         batch = None
         for batch in batches:
             gradient = self.oracles.gradient_with_graph(batch)
             product, _ = self.oracles.pull(gradient, v.leaves, cross=False)
             v = v - (self._vector(product) + rhs) * self.eta
         if batch is None:
-            raise ValueError("adjoint_losses gave no loss: leave it out to take the steps on the inner loss's batch")
+            raise ValueError("adjoint_losses holds no loss: leave it out to take the steps on the inner loss's batch")
         return v

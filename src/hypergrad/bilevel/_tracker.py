@@ -1,4 +1,4 @@
-"""What all trackers share: directions are added to .grad of both levels, torch.optim moves them, state is kept."""
+"""The base class of trackers: adds directions to .grad of both levels, steps its own variables, and keeps state."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from ._report import Comparison, Report, Watch
 OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]
 MakeOptimizer: TypeAlias = "Callable[[list[Tensor]], torch.optim.Optimizer]"
 NO_HPARAMS = (
-    "neither loss depends on hparams. {} differentiates losses: a hyperparameter that only an optimiser uses (lr, "
-    "momentum) is reached by unroll.forward, or by unroll.reverse with diff_optimizers"
+    "neither loss depends on hparams. {} differentiates losses: for a hyperparameter that only an optimiser uses (lr, "
+    "momentum), use unroll.forward, or unroll.reverse with diff_optimizers"
 )
 NONFINITE = (
     "{}: NaN or infinity in the directions of this batch. Nothing was changed; on_nonfinite='skip' leaves such "
     "batches out and counts them"
 )
 
-NOT_HERE = (
+NOT_COMPILABLE = (
     "{}: compile needs batches=(outer batch, inner batch), both losses as functions of a batch, no GradScaler, and a "
     "tracker without recursive momentum or tables"
 )
-ANOTHER = (
-    ".grad of params holds the direction that another tracker of this model added, so it will count twice in the next "
-    "step: after the backward of one of them set it to None, or make one tracker of both levels' hparams"
+TWO_TRACKERS = (
+    ".grad of params holds the direction that another tracker of this model added, so the next step will count it "
+    "twice: set .grad to None after the backward of one of them, or make one tracker for the hparams of both"
 )
 _LIVING: weakref.WeakSet[Tracker] = weakref.WeakSet()
 
 
 class Directions(NamedTuple):
-    """What one pair of batches gives: for params, the tracker's own variables and hparams; and numbers to watch.
+    """The directions of one pair of batches, for params, the tracker's own variables and hparams; numbers to watch.
 
     Example:
         >>> hg.bilevel.Directions(params=[torch.ones(2)], own=[], hparams=[None], watched={"loss": torch.tensor(0.5)})
@@ -62,14 +62,14 @@ class Directions(NamedTuple):
 
 
 class Tracker(ABC):
-    """Turns a batch of each level into directions for both, which it adds to .grad; torch.optim makes the steps.
+    """Computes directions for both levels from a batch of each, and adds them to .grad; torch.optim makes the steps.
 
     Attributes:
         variables: the tensors that the algorithm itself moves (the adjoint v, or copies of params).
-        optimizer: the torch.optim optimizer of these, which `step` calls; None where there is nothing to move.
-        oracles: the derivatives of losses that the algorithm is written in.
+        optimizer: the torch.optim optimizer of these, which `step` calls; None without variables.
+        oracles: the derivatives of losses from which the algorithm is built.
         filters: average, recursive momentum or tables, by name.
-        steps, skipped: how often `step` was called, and how many batches were left out.
+        steps, skipped: the numbers of calls of `step` and of batches that were left out.
 
     Example:
         >>> class Descent(hg.bilevel.Tracker):
@@ -83,7 +83,7 @@ class Tracker(ABC):
         (tensor([3.]), tensor([2.]))
     """
 
-    takes: ClassVar[tuple[str, ...]] = ()  # which further arguments of `backward` the algorithm uses
+    takes: ClassVar[tuple[str, ...]] = ()  # further arguments of `backward` that the algorithm uses
     _step_supports_amp_scaling = True  # a GradScaler calls `step`, which looks for overflow itself
 
     def __init__(
@@ -107,21 +107,21 @@ class Tracker(ABC):
         self._before: Grads = []  # D_λ of the batch before the last
         self._last: Grads = []
 
-    # What a subclass gives.
+    # Defined by subclasses.
 
     @abstractmethod
     def directions(self, outer: Batch, inner: Batch, *others: Any) -> Directions:
-        """The algorithm: what this pair of batches gives, from derivatives of `oracles`. It changes no state.
+        """The algorithm: the directions of this pair of batches, by derivatives from `oracles`. Changes no state.
 
         others: the arguments of `backward` that `takes` names.
         """
 
     @property
     def _adjoint_lr(self) -> float | None:
-        """The step size of v, where the algorithm makes plain gradient steps on it."""
+        """The step size of v if the algorithm makes plain gradient steps on it, otherwise None."""
         return None
 
-    # The user's loop.
+    # Called in the user's loop.
 
     @final
     def backward(
@@ -137,36 +137,36 @@ class Tracker(ABC):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Add the directions of a pair of batches to .grad of params and of hparams, as loss.backward() does.
 
-        Called again before `step`, it adds: divide the losses by the number of batches, as for any gradients.
+        Several calls before `step` accumulate: divide the losses by the number of batches, as for any gradients.
 
         Args:
             outer_loss: f on a validation batch: an evaluated scalar over live modules, or a closure (lambda: loss)
-                where the algorithm evaluates it at other points too. None: only params get a direction.
+                if the algorithm evaluates it at other points too. None: only params get a direction.
             inner_loss: g on a training batch, likewise.
-            index: the numbers (i, j) of the training and the validation batch, for algorithms with tables.
-            adjoint_losses: of AmIGO: inner losses of further batches, one for each step on v; a generator evaluates
+            index: the indices (i, j) of the training and the validation batch, for algorithms with tables.
+            adjoint_losses: for AmIGO: inner losses of further batches, one for each step on v; a generator evaluates
                 each when it is needed.
             scaler: the GradScaler by which both losses were scaled, in closures too. .grad of params and hparams are
                 then scaled, and scaler.step(tracker) is tracker.step().
             batches: a validation and a training batch, pytrees of tensors; both losses are then functions of a batch.
             compile: with batches: True computes the directions by one function that torch's inductor compiles, once for
-                each form of the batches and as long as both losses are the same functions; or another backend of
-                torch.compile. At the 1st, 2nd, 4th, 8th, … call it is compared with the uncompiled result.
-                Where it cannot be compiled a warning (NotCompiled) says why. For small models, whose time goes into
-                Python: not with recursive momentum, tables or a GradScaler.
+                each form of the batches and as long as both losses are the same functions; a string names another
+                backend of torch.compile. At the 1st, 2nd, 4th, 8th, … call it is compared with the uncompiled result.
+                If it cannot be compiled, a warning (NotCompiled) gives the reason. It helps small models, whose time
+                goes into Python, and excludes recursive momentum, tables and a GradScaler.
 
         Returns:
-            The values of the outer and the inner loss, detached; None for one that was not evaluated.
+            The values of the outer and the inner loss, detached; None for a loss that was not evaluated.
 
         Raises:
-            TypeError: a scalar where the algorithm needs a closure.
-            ValueError: a loss that does not depend on params, none that depends on hparams, NaN or infinity
-                (on_nonfinite="raise"). On any error nothing is changed.
+            TypeError: a loss is a scalar, and the algorithm needs a closure.
+            ValueError: a loss does not depend on params, neither depends on hparams, or a direction holds NaN or
+                infinity (on_nonfinite="raise"). After any error nothing is changed.
         """
         compiled = None
         if compile:
             if batches is None or outer_loss is None or scaler is not None or {*self.filters} - {"average"}:
-                raise TypeError(NOT_HERE.format(type(self).__name__))
+                raise TypeError(NOT_COMPILABLE.format(type(self).__name__))
             compiled = self._compiled_for((outer_loss, inner_loss), compile)
         losses: tuple[Any, Any] = (outer_loss, inner_loss)
         if batches is not None:
@@ -211,7 +211,7 @@ class Tracker(ABC):
         return None if outer is None else outer.value, inner.value
 
     def step(self) -> None:
-        """Move the tracker's own variables, by what was added since the last step; not after an overflow of fp16."""
+        """Step the tracker's variables with the directions added since the last step; not after an overflow of fp16."""
         overflowed, self._overflowed = self._overflowed, False
         if self.optimizer is not None:
             if not overflowed:
@@ -233,7 +233,7 @@ class Tracker(ABC):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """None: the tracker's own variables get directions without the scale, so a GradScaler has none to unscale."""
+        """Empty: directions of the tracker's variables are not scaled, so a GradScaler must not unscale them."""
         return []
 
     @property
@@ -242,7 +242,7 @@ class Tracker(ABC):
             raise AttributeError(f"{type(self).__name__} has no optimizer, because it has no variables to move")
         return self.optimizer
 
-    # How it goes.
+    # Diagnostics.
 
     def report(self) -> Report:
         """The state after the last batch."""
@@ -259,8 +259,8 @@ class Tracker(ABC):
 
             ∇₂f − ∇²₂₁g (∇²₁₁g)⁻¹ ∇₁f
 
-        This is the hypergradient of the solved inner problem only where params solve it; `adjoint_residual` and this
-        error are about the adjoint alone.
+        It is the hypergradient of the solved inner problem only if params solve that problem; this error, like
+        `adjoint_residual`, is that of the adjoint alone.
 
         Args:
             outer_loss, inner_loss: scalars or closures, over all data if that fits; inner_loss may be an operators.Sum
@@ -277,7 +277,7 @@ class Tracker(ABC):
         with _random.replayed(_random.capture(_random.devices_of(oracles.params))):  # and put back
             outer, inner = taken(outer_loss, "outer_loss"), taken(inner_loss, "inner_loss")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnsolvedInnerProblem)  # params need not solve it here
+            warnings.simplefilter("ignore", UnsolvedInnerProblem)  # params need not solve the inner problem here
             result = implicit_grad(
                 outer, inner_loss=inner, params=oracles.params, hparams=oracles.hparams, solver=solver
             )
@@ -295,7 +295,7 @@ class Tracker(ABC):
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to give the same numbers; torch.load(weights_only=True) reads it."""
+        """Everything that a resumed run needs to give the same results; torch.load(weights_only=True) reads it."""
         return {
             "algorithm": type(self).__name__,
             "variables": [x.detach() for x in self.variables],
@@ -309,7 +309,7 @@ class Tracker(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict` of the same algorithm with the same options."""
+        """Continue from the `state_dict` of a tracker of the same algorithm and options."""
         if state["algorithm"] != type(self).__name__:
             raise ValueError(f"this is the state of {state['algorithm']}, and this tracker is {type(self).__name__}")
         shapes, own = [tuple(x.shape) for x in state["variables"]], [tuple(x.shape) for x in self.variables]
@@ -357,12 +357,12 @@ class Tracker(ABC):
             if loss is not None and not callable(loss):
                 raise TypeError(f"with batches {name} must be a function of a batch, got {type(loss).__name__}")
         if not isinstance(batches, (tuple, list)) or len(batches) != 2:
-            raise TypeError("batches must be a pair: that of the outer loss, and that of the inner loss")
+            raise TypeError("batches must be a pair: the batch of the outer loss and the batch of the inner loss")
         valid, train = batches
         return outer_loss and (lambda: outer_loss(valid)), lambda: inner_loss(train)
 
     def _compiled_for(self, losses: tuple[Any, Any], compile: bool | str) -> CompiledDirections:
-        """What was compiled for these two functions, or nothing yet."""
+        """The compiled directions for these two functions, new ones if the functions or the backend changed."""
         if not isinstance(compile, (bool, str)):
             raise TypeError(f"compile must be True, False or the name of a backend of torch.compile, got {compile!r}")
         backend = compile if isinstance(compile, str) else "inductor"
@@ -371,12 +371,12 @@ class Tracker(ABC):
             known = self._compiled = CompiledDirections(self, losses, backend)
         return known
 
-    # What subclasses use.
+    # Used by subclasses.
 
     def _move_by(
         self, variables: list[Tensor], lr: float | None, optimizer: MakeOptimizer | None, default: float
     ) -> None:
-        """Make these the tracker's variables, stepped by plain gradient steps or by an optimizer of the user's."""
+        """Set the tracker's variables and their optimizer: the user's, or plain gradient steps."""
         if lr is not None and optimizer is not None:
             raise TypeError("pass lr (for plain gradient steps) or optimizer, not both")
         self.variables = variables
@@ -390,12 +390,12 @@ class Tracker(ABC):
         reached = any(g is not None for g in hparams)
         if not reached and not self._reached:
             raise ValueError(NO_HPARAMS.format(type(self).__name__))
-        if not self._reached and self.oracles.crossed is False:  # later batches may be without hparams
+        if not self._reached and self.oracles.crossed is False:  # only the first batch must use hparams
             warn(INNER_UNREACHED)
         self._reached = True
 
     def _left_out(self, found: Directions, scaled: bool) -> Directions:
-        """In place of directions that are not finite: none, or infinite ones for a scaler to find."""
+        """Replace directions that are not finite: by none, or with a scaler by infinite ones, which it will detect."""
         if scaled:
             self._overflowed = True
             return Directions([g * math.inf for g in found.params], [], times(found.hparams, math.inf), {})
@@ -405,17 +405,17 @@ class Tracker(ABC):
         return Directions([], [], [None] * len(found.hparams), {})
 
     def _warn_of_another(self) -> None:
-        """Warn where .grad of params holds what another tracker added, and nothing has changed it since."""
+        """Warn if .grad of params is what another tracker added, unchanged since."""
         grad = self.oracles.params[0].grad
         if grad is None:
             return
         for other in _LIVING:
             added, version = other._written or (None, 0)
             if other is not self and added is not None and added() is grad and version == version_of(grad):
-                warn(ANOTHER)
+                warn(TWO_TRACKERS)
 
     def _note(self, found: Directions, read: bool) -> bool:
-        """Look at the numbers of this batch; gives whether they are finite."""
+        """Record the numbers of this batch; return whether they are finite."""
         params = self._vector(found.params)
         watched = dict(found.watched) | {"inner_norm2": params.dot(params)}
         for name, tensors in (("outer_norm2", found.hparams), ("own_norm2", found.own)):
@@ -425,7 +425,7 @@ class Tracker(ABC):
         return self._watch.note(watched, read)
 
     def _add(self, found: Directions) -> None:
-        """Add the directions to .grad, hooks included, and those of the tracker's own variables to theirs."""
+        """Add the directions to .grad of params and hparams, with their hooks, and of the tracker's own variables."""
         pairs = [*zip(self.oracles.params, found.params, strict=False)]
         pairs += [(x, g) for x, g in zip(self.oracles.hparams, found.hparams, strict=True) if g is not None]
         if self.oracles.scale != 1:
@@ -435,6 +435,6 @@ class Tracker(ABC):
             pairs = []
         for x, g in (*pairs, *zip(self.variables, found.own, strict=False)):
             if x.grad is None:
-                x.grad = g.clone()  # who adds to it next must not add to what filters keep
+                x.grad = g.clone()  # later additions to .grad must not change a tensor that filters keep
             else:
                 x.grad = x.grad + g if x.grad.layout is not g.layout else x.grad.add_(g)

@@ -20,13 +20,13 @@ from ._hypertorch import (
 )
 from ._proximal import FISTA, L1, Box, ElasticNet, GroupLasso, Prox, ProximalGradient, Simplex
 from ._rule import PerLeaf, PerStep, Rule
-from ._rule import State as State  # used by hypergrad.meta: what a rule carries, {"step": ..., buffers by name}
+from ._rule import State as State  # used by hypergrad.meta: a rule's state, {"step": ..., buffers by name}
 from ._rules import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, AMSGrad, RAdam, RMSprop
 from ._rules import plus as plus  # used by hypergrad.meta: x + a y, rounded as torch.optim does
 
 __all__ = ["Rule", "PerStep", "PerLeaf"]
 __all__ += ["SGD", "Adam", "AdamW", "AMSGrad", "RMSprop", "Adagrad", "Adadelta", "Adamax", "RAdam"]
-# with a constraint or a term that is not smooth
+# for a constraint or a nonsmooth term
 __all__ += ["ProximalGradient", "FISTA", "Prox", "L1", "ElasticNet", "Box", "Simplex", "GroupLasso"]
 __all__ += ["from_torch", "Twin"]
 # HyperTorch's interface

@@ -19,7 +19,7 @@ FLAGS = ("maximize", "nesterov", "amsgrad", "centered", "decoupled_weight_decay"
 
 
 class Twin(NamedTuple):
-    """What `from_torch` gives: the rule, copies of the params in the order of the param groups, and the state.
+    """The result of `from_torch`: the rule, copies of the params in the order of the param groups, and the state.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -39,20 +39,21 @@ class Twin(NamedTuple):
 def from_torch(optimizer: torch.optim.Optimizer) -> Twin:
     """The rule, params and state that continue a live optimizer differentiably, also in the middle of training.
 
-    Options that differ between param groups become `PerLeaf`. To learn one, put it in the rule's place:
+    Options that differ between param groups become `PerLeaf`. To learn an option, replace it in the rule:
     `dataclasses.replace(rule, lr=...)`. A tensor lr or betas keeps its graph. `foreach`, `fused` and
     `capturable` do not change the mathematics and are ignored. Parameters with requires_grad=False are `frozen` in the
-    rule. Later steps of the optimizer do not touch the copies.
+    rule. Later steps of the optimizer do not change the copies.
 
     Args:
         optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax or RAdam, of torch.optim itself.
 
     Returns:
-        Twin(rule, params, state). SGD keeps no count of its steps: state["step"] is 1 where it has stepped.
+        Twin(rule, params, state). SGD does not count its steps: state["step"] is 1 if it has made any.
 
     Raises:
-        TypeError, ValueError: another class; `differentiable=True`, hooks, complex parameters, sparse gradients, or
-            flags that differ between groups.
+        TypeError: the optimizer is of another class.
+        ValueError: it has `differentiable=True`, step hooks, complex parameters, sparse gradients, or flags that
+            differ between groups.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -63,18 +64,18 @@ def from_torch(optimizer: torch.optim.Optimizer) -> Twin:
     name = type(optimizer).__name__
     if type(optimizer) not in TWINS:
         known = ", ".join(kind.__name__ for kind in TWINS)
-        raise TypeError(f"from_torch supports {known} of torch.optim, and none of their subclasses; got {name}")
+        raise TypeError(f"from_torch supports {known} of torch.optim, but not their subclasses; got {name}")
     if has_step_hooks(optimizer):
-        raise ValueError(f"{name} has step hooks, which a rule cannot know")
+        raise ValueError(f"{name} has step hooks, which a rule cannot call")
     groups = optimizer.param_groups
     if any(group.get("differentiable") for group in groups):
-        raise ValueError(f"{name} has differentiable=True: its state has a graph of its own; make it without")
+        raise ValueError(f"{name} has differentiable=True, so its state already carries a graph: make it without")
     leaves = [p for group in groups for p in group["params"]]
     for i, p in enumerate(leaves):
         if p.is_complex():
             raise ValueError(f"parameter {i} of {name} is complex: optimise torch.view_as_real of it")
         if p.grad is not None and p.grad.is_sparse:
-            raise ValueError(f"parameter {i} of {name} has a sparse gradient, for which torch has another rule")
+            raise ValueError(f"parameter {i} of {name} has a sparse gradient, which torch updates by another rule")
     frozen = tuple(i for i, p in enumerate(leaves) if not p.requires_grad)
     rule = TWINS[type(optimizer)](frozen=frozen, **_options(optimizer, TWINS[type(optimizer)]))
     params = [p.detach().clone().requires_grad_(p.requires_grad) for p in leaves]
@@ -99,14 +100,14 @@ def _options(optimizer: torch.optim.Optimizer, kind: type[Rule]) -> dict[str, An
             options[key] = bool(values[0])
         elif key != "frozen":
             options[key] = _shared(groups, values)
-    if kind is SGD:  # torch ignores the dampening where there is no momentum
+    if kind is SGD:  # torch ignores the dampening of a group without momentum
         damped = [0.0 if is_zero(group["momentum"]) else group["dampening"] for group in groups]
         options["dampening"] = _shared(groups, damped)
     return options
 
 
 def _shared(groups: list[dict[str, Any]], values: list[Any]) -> Any:
-    """The value that all groups have, or one for each leaf."""
+    """The value that all groups share, or PerLeaf values if groups differ."""
     values = [value.reshape(()) if isinstance(value, Tensor) else value for value in values]
     if all(value is values[0] or (not isinstance(value, Tensor) and value == values[0]) for value in values):
         return values[0]

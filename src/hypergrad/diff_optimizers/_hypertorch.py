@@ -22,7 +22,7 @@ Coefficient: TypeAlias = "Number | Callable[[Any], Number]"
 
 
 def _gradient(params: Params, loss: Tensor, create_graph: bool) -> tuple[Params, Params]:
-    """params as a list, and ∇g in its structure; hooks of params act on it, as in training."""
+    """params as a list, and ∇g in the same structure. Hooks of params act on ∇g, as in training."""
     as_scalar(loss, "the inner loss")
     params = list(params)
     leaves, _, rebuild = flatten(params, "params")
@@ -37,7 +37,7 @@ def gd_step(params: Params, loss: Tensor, step_size: Number, create_graph: bool 
         params: w, a list of tensors (or of lists of them) that loss was computed from.
         loss: g(w), scalar.
         step_size: η.
-        create_graph: whether the result can be differentiated (through the gradient as well).
+        create_graph: whether ∇g gets a graph, so that the result can be differentiated through it too.
 
     Returns: the new w, a list like params.
     Raises: ValueError if loss is not a scalar or does not depend on params.
@@ -55,9 +55,9 @@ def gd_step(params: Params, loss: Tensor, step_size: Number, create_graph: bool 
 def heavy_ball_step(
     params: Params, aux_params: Params, loss: Tensor, step_size: Number, momentum: Number, create_graph: bool = True
 ) -> tuple[Params, Params]:
-    """Heavy ball (Polyak 1964), w₊ ← w − η ∇g(w) + μ (w − w₋), with aux_params w₋.
+    """Heavy ball (Polyak 1964), w₊ ← w − η ∇g(w) + μ (w − w₋), where aux_params is w₋.
 
-    Returns (w₊, w); else as `gd_step`.
+    Returns (w₊, w); otherwise as `gd_step`.
 
     Example:
         >>> w = torch.ones(1, requires_grad=True)
@@ -74,9 +74,9 @@ def heavy_ball_step(
 def torch_momentum_step(
     params: Params, aux_params: Params, loss: Tensor, step_size: Number, momentum: Number, create_graph: bool = True
 ) -> tuple[Params, Params]:
-    """Momentum of torch.optim.SGD, v₊ ← μ v + ∇g(w), w₊ ← w − η v₊, with aux_params v, zeros at the start.
+    """Momentum of torch.optim.SGD, v₊ ← μ v + ∇g(w), w₊ ← w − η v₊, where aux_params is v, zeros at the start.
 
-    Returns (w₊, v₊); else as `gd_step`.
+    Returns (w₊, v₊); otherwise as `gd_step`.
 
     Example:
         >>> w = torch.ones(1, requires_grad=True)
@@ -94,9 +94,9 @@ class DifferentiableOptimizer:
     """One optimiser step on loss_f as a map of (params, hparams), differentiable in both.
 
     Args:
-        loss_f: (params, hparams) ↦ scalar, or (params, hparams, data) where data_or_iter is given.
-        dim_mult: how many times as many tensors the state has as the params: 1, or 2 with momentum.
-        data_or_iter: data for every step, or an iterator that gives each step its own.
+        loss_f: (params, hparams) ↦ scalar, or (params, hparams, data) ↦ scalar if data_or_iter is given.
+        dim_mult: the number of tensors in the state for each tensor of params: 1, or 2 with momentum.
+        data_or_iter: the data of all steps, or an iterator over the data of each step.
 
     Attributes:
         curr_loss: the loss at the params of the last call.
@@ -121,7 +121,7 @@ class DifferentiableOptimizer:
         self.curr_loss: Tensor | None = None
 
     def get_opt_params(self, params: Any) -> Params:
-        """The optimiser's whole state at the start: params, then a zero like each for each buffer."""
+        """The optimiser's whole state at the start: params, followed by the buffers, which are zeros like params."""
         params = list(params)
         return params + [optree.tree_map(torch.zeros_like, p) for p in params for _ in range(self.dim_mult - 1)]
 
@@ -144,7 +144,7 @@ class DifferentiableOptimizer:
             return self.step(rebuild(needing), hparams, create_graph)
 
     def get_loss(self, params: Params, hparams: Any) -> Tensor:
-        """loss_f at params, with the next data if there are any; kept as curr_loss."""
+        """loss_f at params, with the next data if there are any; stored as curr_loss."""
         data = () if self.data_iterator is None else (next(self.data_iterator),)
         with _torch.differentiated_rightly():
             self.curr_loss = self.loss_f(params, hparams, *data)
@@ -171,7 +171,7 @@ class GradientDescent(DifferentiableOptimizer):
 
 
 class _WithBuffer(DifferentiableOptimizer):
-    """State: params and one more tensor for each. step_size and momentum are η and μ, or callables of hparams."""
+    """Optimisers with one buffer for each param. step_size is η and momentum μ, or callables of hparams."""
 
     rule: Any
 
@@ -205,7 +205,7 @@ class HeavyBall(_WithBuffer):
 
 
 class Momentum(_WithBuffer):
-    """Momentum as torch.optim.SGD has it, see `torch_momentum_step`.
+    """Momentum as in torch.optim.SGD, see `torch_momentum_step`.
 
     Example:
         >>> loss = lambda params, hparams: ((params[0] - hparams[0]) ** 2).sum() / 2

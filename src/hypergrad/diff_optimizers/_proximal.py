@@ -1,4 +1,4 @@
-"""Rules for inner problems with a constraint or a term that is not smooth: proximal gradient and FISTA."""
+"""Rules for inner problems with a constraint or a nonsmooth term: proximal gradient and FISTA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._rules import Slots, Update, sqrt
 class Prox(ABC):
     """prox_{ηr}(w) = argmin_u ½‖u − w‖² + η r(u), leaf by leaf. Hyperparameters as in `Rule`.
 
-    At a kink the derivative is that of one side, and where the result is constant it is 0.
+    The derivative at a kink is a one-sided derivative; where the result is constant it is 0.
 
     Example:
         >>> D = hg.diff_optimizers
@@ -41,11 +41,11 @@ class Prox(ABC):
 
     @abstractmethod
     def leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
-        """prox_{ηr} of one leaf; value(self, name) is a hyperparameter's value for it."""
+        """prox_{ηr} of one leaf; value(self, name) is the value of a hyperparameter for this leaf."""
 
 
 def shrink(w: Tensor, threshold: Number) -> Tensor:
-    """sign(w) max(|w| − τ, 0), NaN where w is."""
+    """sign(w) max(|w| − τ, 0), and NaN where w is NaN."""
     return torch.where(w.abs() <= threshold, 0.0, w - threshold * w.sign())
 
 
@@ -59,7 +59,7 @@ class L1(Prox):
     Example:
         >>> D = hg.diff_optimizers
         >>> rule, w = D.ProximalGradient(lr=0.5, prox=D.L1(strength=1.0)), torch.tensor([1.0, 0.2])
-        >>> rule.update(w, rule.init(w), torch.zeros(2))[0]  # each moves by ηα towards 0, where it stays
+        >>> rule.update(w, rule.init(w), torch.zeros(2))[0]  # each moves by ηα towards 0, at most to 0
         tensor([0.5000, 0.0000])
     """
 
@@ -71,7 +71,7 @@ class L1(Prox):
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticNet(Prox):
-    """r(w) = α‖w‖₁ + ½β‖w‖²; the prox is that of `L1` over 1 + ηβ.
+    """r(w) = α‖w‖₁ + ½β‖w‖²; the prox is that of `L1`, divided by 1 + ηβ.
 
     Args:
         l1, l2: α, β.
@@ -92,7 +92,7 @@ class ElasticNet(Prox):
 
 @dataclass(frozen=True, kw_only=True)
 class Box(Prox):
-    """lower ≤ w ≤ upper; the prox is the projection.
+    """The constraint lower ≤ w ≤ upper; the prox is the projection.
 
     Args:
         lower, upper: the bounds, with lower ≤ upper.
@@ -119,7 +119,7 @@ class Box(Prox):
 
 @dataclass(frozen=True, kw_only=True)
 class Simplex(Prox):
-    """w ≥ 0 and Σ w = radius along the last axis; the prox is the projection max(w − θ, 0) with that sum.
+    """The constraint w ≥ 0, Σ w = radius along the last axis; the prox is the projection max(w − θ, 0) with that sum.
 
     Args:
         radius: positive.
@@ -137,7 +137,7 @@ class Simplex(Prox):
 
     def leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
         radius = value(self, "radius")
-        # A shift of all entries changes nothing, and without it the radius is lost beside large ones.
+        # Shifting all entries does not change the projection; unshifted large entries would absorb the radius.
         w = w - w.amax(-1, keepdim=True).detach()
         with torch.no_grad():
             u = w.to(torch.promote_types(w.dtype, torch.float32)).sort(dim=-1, descending=True).values
@@ -154,14 +154,14 @@ class GroupLasso(Prox):
 
     Args:
         strength: α.
-        dim: the axis that a group runs along; None where each leaf is one group.
+        dim: the axis along which a group runs; None if each leaf is one group.
 
     Source: Yuan & Lin 2006.
 
     Example:
         >>> D = hg.diff_optimizers
         >>> rule, w = D.ProximalGradient(lr=1.0, prox=D.GroupLasso(strength=2.5)), torch.tensor([3.0, 4.0])
-        >>> rule.update(w, rule.init(w), torch.zeros(2))[0]  # ‖w‖ = 5, and half of it remains
+        >>> rule.update(w, rule.init(w), torch.zeros(2))[0]  # ‖w‖ = 5, so half of w remains
         tensor([1.5000, 2.0000])
     """
 
@@ -170,7 +170,7 @@ class GroupLasso(Prox):
 
     def leaf(self, w: Tensor, lr: Number, value: Values) -> Tensor:
         dims, limits = tuple(range(w.ndim)) if self.dim is None else (self.dim,), torch.finfo(w.dtype)
-        # Scaled, for the squares of numbers below 1e-22 or above 1e19 are 0 or infinite in float32.
+        # Scaled, because the squares of numbers below 1e-22 or above 1e19 are 0 or infinite in float32.
         scale = w.abs().amax(dims, keepdim=True).detach().clamp(min=limits.tiny, max=limits.max)
         norm, threshold = sqrt((w / scale).square().sum(dims, keepdim=True)), lr * value(self, "strength") / scale
         kept = ~(norm <= threshold)
@@ -207,7 +207,7 @@ class ProximalGradient(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class FISTA(Rule):
-    """Accelerated proximal gradient. The params are y, where the gradient is taken; the solution x is state["x"].
+    """Accelerated proximal gradient. params holds y, where the gradient is taken; the solution x is state["x"].
 
         x₊ = prox_{ηr}(y − ηg(y)),    t₊ = (1 + √(1 + 4t²))/2,    y₊ = x₊ + (t − 1)/t₊ · (x₊ − x)
 
@@ -233,7 +233,7 @@ class FISTA(Rule):
     prox: Prox
 
     def slots(self) -> Slots:
-        one: Any = partial(torch.ones, (), device="cpu")  # as the counter is
+        one: Any = partial(torch.ones, (), device="cpu")  # where state["step"] is too
         return {"x": torch.clone, "t": lambda w: one(dtype=torch.promote_types(w.dtype, torch.float32))}
 
     def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> Update:

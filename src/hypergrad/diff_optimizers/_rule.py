@@ -1,4 +1,4 @@
-"""What all update rules share: hyperparameters and their values at a step and leaf, the walk over leaves, the step."""
+"""The base of all update rules: hyperparameters, their values at a step and leaf, and the update of all leaves."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Number: TypeAlias = "float | Tensor"
 
 @dataclass(frozen=True)
 class PerStep:
-    """A hyperparameter with a value for each step: at the t-th update (from 0, counted by state["step"]) values[t].
+    """A hyperparameter with a value for each step: update t, from 0 and counted by state["step"], uses values[t].
 
     Args:
-        values: a tensor whose first axis counts steps, or a sequence of numbers or 0-d tensors.
+        values: a tensor whose first axis runs over steps, or a sequence of numbers or 0-d tensors.
 
     Example:
         >>> D = hg.diff_optimizers
@@ -62,8 +62,8 @@ class PerLeaf:
     """A hyperparameter with a value for each leaf of params.
 
     Args:
-        values: of params' structure, or a list in the order of its leaves. Each is a number, a tensor whose shape
-            broadcasts to the leaf's (0-d, or one value for each entry), or a PerStep of those.
+        values: a tree of params' structure, or a list in the order of its leaves. Each value is a number, a tensor
+            whose shape broadcasts to the leaf's (0-d, or one value for each entry), or a PerStep of those.
 
     Example:
         >>> D = hg.diff_optimizers
@@ -76,7 +76,6 @@ class PerLeaf:
     values: PyTree
 
     def in_order(self, paths: Paths, name: str) -> list[Any]:
-        """The values in the order of params' leaves."""
         values, spec = self.values, optree.tree_structure(self.values)
         if not isinstance(values, (list, tuple)) or spec == paths.spec:
             return aligned(values, paths, f"{name}: PerLeaf")
@@ -89,12 +88,12 @@ Hyper: TypeAlias = "float | Tensor | PerStep | PerLeaf | Callable[[Any], float |
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is the plain number 0, for which torch.optim leaves out the term and its buffer."""
+    """Whether a hyperparameter is the plain number 0, for which torch.optim omits the term and its buffer."""
     return isinstance(value, (int, float)) and value == 0
 
 
 def aligned(tree: PyTree, paths: Paths, name: str) -> list[Any]:
-    """The leaves of a tree of params' structure in the order of params' leaves, matched by key; None is a leaf."""
+    """The leaves of a tree of params' structure, matched by key, in the order of params' leaves; None is a leaf."""
     leaves, spec = optree.tree_flatten(tree)
     if spec == paths.spec:
         return leaves
@@ -104,31 +103,31 @@ def aligned(tree: PyTree, paths: Paths, name: str) -> list[Any]:
     if odd:
         listed = ", ".join(sorted(path or "(a single tensor)" for path in odd)[:5])
         raise ValueError(
-            f"{name} must have params' structure: {len(paths)} leaves, got {len(leaves)}; in one of the two only: "
+            f"{name} must have params' structure: {len(paths)} leaves, got {len(leaves)}; only one of the two has "
             f"{listed}"
         )
     return [found[path] for path in paths.within]
 
 
 class Values:
-    """The hyperparameters of one update, leaf after leaf: value(rule, "lr") is a number, or a tensor that broadcasts.
+    """The hyperparameters of one update: value(rule, "lr") is a number or a tensor that broadcasts to the current leaf.
 
-    t is the number of this update of the current leaf, from 1, without those that it missed.
+    t is the number of the current leaf's updates, this one included, without the steps that the leaf missed.
     """
 
     def __init__(self, paths: Paths, state: Mapping[str, Any], hparams: PyTree):
         self.paths, self.step, self.missed, self.hparams = paths, state["step"], state.get("missed"), hparams
         self.index, self.leaf = 0, self.step
-        self.known: dict[str, tuple[Any, bool]] = {}  # what callables and PerLeaf gave, and whether it is per leaf
+        self.known: dict[str, tuple[Any, bool]] = {}  # values of callables and PerLeaf, and whether they are per leaf
 
     def of(self, index: int, leaf: Tensor) -> Values:
-        """The values for this leaf."""
+        """Make this the current leaf."""
         self.index, self.leaf = index, leaf
         return self
 
     @property
     def number(self) -> int | None:
-        """t as a number, where reading it waits for nothing: on the CPU, outside vmap."""
+        """t as a number if it can be read without synchronisation: on the CPU, outside vmap. Otherwise None."""
         return None if self._numbers is None else self._numbers[self.index]
 
     @cached_property
@@ -137,25 +136,24 @@ class Values:
         if any(x.device.type != "cpu" for x in counters):
             return None
         try:
-            begun, *missed = (x.detach().tolist() for x in counters)
+            steps, *missed = (x.detach().tolist() for x in counters)
         except RuntimeError:
             return None
-        counts = [int(begun) + 1 - k for k in (missed[0] if missed else [0] * len(self.paths))]
+        counts = [int(steps) + 1 - k for k in (missed[0] if missed else [0] * len(self.paths))]
         return [int(n) for n in counts] if all(n == int(n) for n in counts) else None
 
     @property
     def t(self) -> Tensor:
-        """t as a tensor."""
         return self._next if self.missed is None else self._next - self.missed[self.index].detach()
 
     @cached_property
     def _next(self) -> Tensor:
-        # Powers such as β₂ᵗ are taken in float64, as torch.optim takes them, whatever the counter's dtype.
-        step = self.step.detach()  # a graph of the counter would be read from the device in a reverse pass
+        # Powers such as β₂ᵗ are computed in float64, as in torch.optim, whatever the counter's dtype.
+        step = self.step.detach()  # with a graph, a reverse pass would have to read the counter from the device
         return (step if step.device.type == "mps" else step.to(torch.float64)) + 1
 
     def power(self, beta: Number) -> Number:
-        """βᵗ: of a number a number, as in torch.optim, where t can be read."""
+        """βᵗ; a number, as in torch.optim, if β is a number and t can be read."""
         return beta**self.t if self.number is None or isinstance(beta, Tensor) else beta**self.number
 
     def __call__(self, config: Any, name: str) -> Any:
@@ -198,7 +196,7 @@ class Values:
             if not _has_graph([x.values if isinstance(x, PerStep) else x for x in optree.tree_leaves(inside)]):
                 raise ValueError(
                     f"{name} has no graph back to hparams, which require grad: was it computed with .item(), .detach() "
-                    "or under no_grad? A constant is passed as a number"
+                    "or under no_grad? Pass a constant as a number"
                 )
         return value
 
@@ -209,18 +207,18 @@ def _has_graph(tree: PyTree) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(ABC):
-    """What all update rules share: (w, s) ← U(w, s, g; hyperparameters), a pure function. Nothing is written in place.
+    """The base class of update rules: (w, s) ← U(w, s, g; hyperparameters), a pure function. Nothing changes in place.
 
-    Every hyperparameter that is not a bool may be a number, a 0-d tensor (with a graph, if it is to be learned),
-    `PerStep`, `PerLeaf`, or a callable of hparams that gives one of these; `betas` is a pair of them. In the formulas
+    Every hyperparameter that is not a bool may be a number, a 0-d tensor (with a graph if it is to be learned),
+    `PerStep`, `PerLeaf`, or a callable of hparams that returns one of these; `betas` is a pair of them. In the formulas
     η is lr, λ weight_decay, μ momentum, (β₁, β₂) betas, ε eps, α alpha, ρ rho, t the number of the update from 1.
 
     Args:
         maximize: step up the gradient instead of down.
-        frozen: places, in the order of params' leaves, of leaves that no update changes.
+        frozen: indices, in the order of params' leaves, of leaves that no update changes.
 
     Example:
-        A rule of your own: its state and its formula, here steps along a running mean of the gradients.
+        A custom rule defines its state and its formula; this one steps along a running mean of the gradients.
 
         >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True, kw_only=True)
@@ -259,16 +257,16 @@ class Rule(ABC):
                 raise ValueError(f"{type(self).__name__}: {name} must be a number in [0, {below}), got {value!r}")
 
     def slots(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
-        """What the state holds for each leaf, and how each begins."""
+        """The name of each buffer that the state holds, and the function of a leaf that gives its first value."""
         return {}
 
     @abstractmethod
     def leaf(self, w: Tensor, g: Tensor, s: Mapping[str, Tensor], value: Values) -> tuple[Tensor, dict[str, Tensor]]:
-        """The update of one leaf, the rule's formula: the new w and s; value(self, name) gives a hyperparameter."""
+        """The rule's formula: the new w and s of one leaf. value(self, name) is the value of a hyperparameter."""
 
     @cached_property
     def needs_hparams(self) -> bool:
-        """Whether a hyperparameter, or one of a part such as prox, is a callable of hparams."""
+        """Whether a hyperparameter, of this rule or of a part such as prox, is a callable of hparams."""
         return _is_called(self)
 
     @final
@@ -278,9 +276,9 @@ class Rule(ABC):
         Args:
             params: w, any pytree of floating point tensors.
 
-        Raises: ValueError for parameters of a module that do not require grad where others do, and are not `frozen`.
-        Returns: a dict of "step", a 0-d tensor on the CPU, of each buffer in params' structure, by torch.optim's
-            names, and, where the formula depends on it, of "missed": in how many steps each leaf had no gradient.
+        Raises: ValueError if some parameters of a module require grad and others neither do nor are `frozen`.
+        Returns: a dict that holds "step", a 0-d tensor on the CPU; each buffer, by torch.optim's name, in params'
+            structure; and, if the formula needs it, "missed", the number of steps in which each leaf had no gradient.
         """
         leaves, names, unflatten = flatten(params, "params")
         fixed = [isinstance(w, torch.nn.Parameter) and not w.requires_grad for w in leaves]
@@ -303,19 +301,19 @@ class Rule(ABC):
         Args:
             params: w.
             state: from `init` or the last update.
-            grads: ∇g(w), of params' structure, mappings being matched by key. A leaf whose gradient is None stays as
-                it is with its buffers, as in torch.optim. To differentiate through it, use create_graph=True.
-            hparams: λ, what callable hyperparameters are called with.
+            grads: ∇g(w), in params' structure; mappings are matched by key. A leaf whose gradient is None is not
+                updated, nor are its buffers, as in torch.optim. To differentiate through ∇g, use create_graph=True.
+            hparams: λ, the argument of callable hyperparameters.
 
         Returns:
             (params, state) after the step, new tensors in the same structures.
 
         Raises:
             TypeError, ValueError: params are complex, structures or shapes do not match, a PerStep has ended, a
-                callable gives a value without a graph though hparams require grad, or none takes the hparams given.
+                callable returns a value without a graph though hparams require grad, or no callable takes hparams.
 
-        Warns: HypergradientWarning where params and grads carry a graph and the state's buffers were detached.
-        Cost: elementwise; nothing is read from an accelerator but the counter for a PerStep, if it is there.
+        Warns: HypergradientWarning if params and grads carry a graph but the state's buffers were detached.
+        Cost: elementwise. Nothing is read from an accelerator, except the counter for a PerStep if it was moved there.
         """
         leaves, paths, unflatten = flatten(params, "params")
         slots = self.slots()
@@ -357,13 +355,13 @@ class Rule(ABC):
 
     @final
     def on(self, inner_loss: Callable[..., Tensor], create_graph: bool = True) -> Callable[..., tuple[PyTree, State]]:
-        """The rule as a map of (params, state): what unrolled loops and fixed point methods are given.
+        """The rule as a map of (params, state), to be passed to unrolled loops and fixed point methods.
 
-        A leaf that inner_loss does not depend on stays as it is, as in torch.optim.
+        A leaf on which inner_loss does not depend is not updated, as in torch.optim.
 
         Args:
             inner_loss: g(params, hparams, ...), scalar.
-            create_graph: whether to differentiate through the gradient as well. False gives first-order
+            create_graph: whether the result is differentiated through ∇g as well. False gives first-order
                 hypergradients (FOMAML).
 
         Returns: step((params, state), hparams, ...) ↦ (params, state).
@@ -400,7 +398,7 @@ class Rule(ABC):
 
 
 def _dense(tensors: list[Any], paths: Paths, name: str) -> list[Any]:
-    """The same with sparse tensors made dense; TypeError for what is neither a tensor nor None."""
+    """tensors, with sparse ones made dense. Raises TypeError for an entry that is neither a tensor nor None."""
     for i, x in enumerate(tensors):
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{name}{paths.within[i]} must be a tensor or None, got {x!r}")
@@ -418,7 +416,7 @@ def _is_called(value: Any) -> bool:
 def _warn_if_detached(
     params: Sequence[Tensor], grads: Sequence[Any], buffers: Mapping[str, Sequence[Tensor]], step: Tensor
 ) -> None:
-    # After the first step buffers depend on what grads depend on, unless params came from elsewhere than a step.
+    # If a step computed params, its buffers depend on what grads depend on, so after the first step they have a graph.
     tensors = [b for name in buffers for b in buffers[name]]
     if not tensors or not torch.is_grad_enabled() or any(b.requires_grad for b in tensors):
         return
@@ -426,10 +424,10 @@ def _warn_if_detached(
     if not live:
         return
     try:
-        begun = int(step) > 0
+        later = int(step) > 0
     except RuntimeError:  # a batch of counters under vmap
-        begun = False
-    if begun:
+        later = False
+    if later:
         warn(
             "params and grads carry a graph but the optimiser's state carries none: derivatives through its "
             "buffers are lost. Carry (params, state) together; to truncate on purpose, detach both"

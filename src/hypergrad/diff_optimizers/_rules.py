@@ -1,6 +1,6 @@
-"""Update rules, side by side, each its formula in the order in which torch.optim computes it; letters as in `Rule`.
+"""Update rules. Each computes its formula in the same order as torch.optim; letters as in `Rule`.
 
-Unless a rule says otherwise the first line of each is g ← ∇g(w) + λw. Fields and buffers have torch.optim's names.
+Unless a rule says otherwise, each begins with g ← ∇g(w) + λw. Fields and buffers have torch.optim's names.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Slots: TypeAlias = "Mapping[str, Callable[[Tensor], Tensor]]"
 
 
 def sqrt(v: Any) -> Any:
-    """√v, with derivative 0 in place of ∞ where v = 0.
+    """√v, with derivative 0 instead of ∞ where v = 0.
 
-    There every gradient so far was 0, hence m = 0, and d(m/(√v + ε)) = dm/ε − m d√v/ε² = dm/ε, whatever finite number
-    stands for d√v. (Where v underflowed, √v ≪ ε and the same holds to rounding.)
+    v = 0 means that every gradient so far was 0, hence m = 0, and d(m/(√v + ε)) = dm/ε − m d√v/ε² = dm/ε for any
+    finite value of d√v. (If v underflowed, √v ≪ ε and the same holds to rounding.)
     """
     if not isinstance(v, Tensor):
         return v**0.5
@@ -31,8 +31,8 @@ def sqrt(v: Any) -> Any:
     return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
 
 
-# The four below are torch.optim's add_, addcmul_, addcdiv_ and lerp_, which round once where the formula in their
-# docstring rounds twice; a is a number there. A tensor a, which may have a graph, is put into the formula.
+# The next four functions are torch.optim's add_, addcmul_, addcdiv_ and lerp_ for a number a. Those round once, the
+# formulas in the docstrings twice. A tensor a, which may have a graph, is used in the formula.
 
 
 def plus(x: Tensor, a: Number, y: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def decayed(rule: Any, w: Tensor, g: Tensor, value: Values) -> Tensor:
 
 
 def decoupled(rule: Any, w: Tensor, g: Tensor, value: Values) -> tuple[Tensor, Tensor]:
-    """(w, g + λw), or ((1 − ηλ) w, g) where the decay does not pass through the moments."""
+    """((1 − ηλ) w, g) for a decoupled decay, which does not pass through the moments; otherwise (w, g + λw)."""
     if not rule.decoupled_weight_decay:
         return w, decayed(rule, w, g, value)
     return w * (1 - value(rule, "lr") * value(rule, "weight_decay")), g
@@ -84,7 +84,7 @@ class SGD(Rule):
         b ← μb + (1 − τ)g        (t > 1)
         w ← w − ηb               (nesterov: w − η(g + μb))
 
-    Where momentum is the number 0 the state holds no b and w ← w − ηg. τ is the dampening.
+    τ is the dampening. If momentum is the number 0, the state holds no b and w ← w − ηg.
 
     Source: torch.optim.SGD; Sutskever et al., ICML 2013.
 
@@ -128,8 +128,8 @@ class Adam(Rule):
         m ← β₁m + (1 − β₁)g,    v ← β₂v + (1 − β₂)g²
         w ← w − η/(1 − β₁ᵗ) · m / (√v/√(1 − β₂ᵗ) + ε)
 
-    with max(v₁, …, v_t) in v's place under amsgrad, and w ← (1 − ηλ)w first, λ nowhere else, under
-    decoupled_weight_decay (AdamW).
+    amsgrad replaces v in the second line by max(v₁, …, v_t). decoupled_weight_decay (AdamW) begins with w ← (1 − ηλ)w
+    instead of adding λw to g.
 
     Source: Kingma & Ba, ICLR 2015; Reddi et al., ICLR 2018; Loshchilov & Hutter, ICLR 2019; as in torch.optim.Adam.
 
@@ -176,10 +176,10 @@ class RMSprop(Rule):
         a ← αa + (1 − α)g,    d = √(v − a²) + ε        (centered; otherwise d = √v + ε)
         b ← μb + g/d,         w ← w − ηb               (with momentum; otherwise w ← w − ηg/d)
 
-    Where momentum is the number 0 the state holds no b.
+    If momentum is the number 0, the state holds no b.
 
-    Source: Hinton's lectures 2012; Graves 2013 (centred); as in torch.optim.RMSprop. Where rounding makes v − a²
-        negative, its root is 0 here and NaN in torch.
+    Source: Hinton's lectures 2012; Graves 2013 (centred); as in torch.optim.RMSprop, except that the root of v − a² is
+        0 here and NaN in torch if rounding makes v − a² negative.
 
     Example:
         >>> D = hg.diff_optimizers
@@ -217,7 +217,7 @@ class RMSprop(Rule):
 class Adagrad(Rule):
     """Adagrad, v ← v + g², w ← w − η/(1 + (t − 1)δ) · g / (√v + ε).
 
-    with δ the lr_decay, from v = initial_accumulator_value, a number or a 0-d tensor.
+    δ is lr_decay; v starts from initial_accumulator_value, a number or a 0-d tensor.
 
     Source: Duchi et al., JMLR 2011; as in torch.optim.Adagrad.
 
@@ -251,7 +251,7 @@ class Adadelta(Rule):
 
         v ← ρv + (1 − ρ)g²,    d = g √(u + ε)/√(v + ε),    u ← ρu + (1 − ρ)d²,    w ← w − ηd
 
-    with ε > 0.
+    ε must be positive.
 
     Source: Zeiler 2012; as in torch.optim.Adadelta.
 
@@ -280,7 +280,7 @@ class Adadelta(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Adamax(Rule):
-    """Adamax, m ← β₁m + (1 − β₁)g, u ← max(β₂u, |g| + ε), w ← w − η/(1 − β₁ᵗ) · m/u, with ε > 0.
+    """Adamax, m ← β₁m + (1 − β₁)g, u ← max(β₂u, |g| + ε), w ← w − η/(1 − β₁ᵗ) · m/u, where ε must be positive.
 
     Source: Kingma & Ba, ICLR 2015, section 7.1; as in torch.optim.Adamax.
 
@@ -309,19 +309,17 @@ class Adamax(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class RAdam(Rule):
-    """RAdam, with m and v as in `Adam`.
+    """RAdam, with m, v and decoupled_weight_decay as in `Adam`.
 
         ρ_∞ = 2/(1 − β₂) − 1,    ρ = ρ_∞ − 2tβ₂ᵗ/(1 − β₂ᵗ),    r² = (ρ − 4)(ρ − 2)ρ_∞ / ((ρ_∞ − 4)(ρ_∞ − 2)ρ)
         w ← w − η/(1 − β₁ᵗ) · m · r √(1 − β₂ᵗ)/(√v + ε)        (ρ > 5; otherwise w − η/(1 − β₁ᵗ) · m)
 
-    with decoupled_weight_decay as in `Adam`.
-
-    Source: Liu et al., ICLR 2020; as in torch.optim.RAdam. The step is not continuous in β₂ where ρ = 5.
+    Source: Liu et al., ICLR 2020; as in torch.optim.RAdam. The step is discontinuous in β₂ where ρ = 5.
 
     Example:
         >>> D = hg.diff_optimizers
         >>> rule, w = D.RAdam(lr=0.1), torch.tensor([1.0, 2.0])
-        >>> rule.update(w, rule.init(w), w)[0]  # the first steps have no second moment
+        >>> rule.update(w, rule.init(w), w)[0]  # the first steps do not use the second moment
         tensor([0.9000, 1.8000])
     """
 
@@ -342,7 +340,7 @@ class RAdam(Rule):
         limit = 2 / (1 - b2) - 1
         rho = limit - 2 * t * b2**t / (1 - b2**t)
         rectify = rho > 5
-        # Both branches are differentiated: where the first is not taken it is taken at ρ = ρ_∞ = 6, where it is smooth.
+        # Both branches are differentiated. Where r is not used, it is computed at ρ = ρ_∞ = 6, where it is smooth.
         on, off = rectify.to(rho.dtype), (~rectify).to(rho.dtype)
         rho, limit = torch.where(rectify, rho, 6.0), on * limit + off * 6.0
         r = ((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)).sqrt() * (1 - b2**t).sqrt()

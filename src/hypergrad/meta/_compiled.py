@@ -1,4 +1,4 @@
-"""The step of all tasks of a chunk with the tasks as its argument, so that compiled it serves other tasks too."""
+"""The step of a chunk of tasks with the tasks as an argument, so that the compiled step serves other tasks too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._tasks import Chunk, without_penalties
 
 
 def stepping(chunk: Chunk, compile: bool | str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The step for `unroll.reverse`, with options. Tasks that come again, without some others, are not compiled for."""
+    """The step and options for `unroll.reverse`. If tasks are repeated because others diverged, nothing is compiled."""
     again = not chunk.tried.isdisjoint(chunk.index)
     chunk.tried.update(chunk.index)
     if again or not compile:
@@ -21,12 +21,12 @@ def stepping(chunk: Chunk, compile: bool | str) -> tuple[Callable[..., Any], dic
 
 
 class TaskStep:
-    """Φ(carry, λ, t, tasks). What is found out about it is kept with the inner loss, which outlives a call."""
+    """Φ(carry, λ, t, tasks). Compiled functions and sizes are kept with the inner loss, which outlives a call."""
 
     def __init__(self, chunk: Chunk):
         self.chunk = chunk
         loss = without_penalties(chunk.problem.inner_loss)[0]
-        # As a bound method has them: `unroll` keeps what it finds out by these.
+        # The attributes of a bound method, by which `unroll` keeps what it found out about a step.
         self.__self__ = getattr(loss, "__self__", loss)
         self.__func__ = type(self), getattr(loss, "__func__", None)
 

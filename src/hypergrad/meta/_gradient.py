@@ -1,4 +1,4 @@
-"""The meta-gradient over all tasks, chunk by chunk, with the tasks that diverge found, named and left out."""
+"""The meta-gradient over all tasks, chunk by chunk; tasks that diverge are left out and named."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from ._result import (
 )
 from ._tasks import Chunk, Diverged, Loss, TaskProblem, Tasks, finite_tasks, without_penalties
 
-# Bytes that the graph of one task's loss may keep for tasks to go side by side on a CPU. Measured, one thread, 16
+# On a CPU tasks run in parallel if the graph of one task's loss keeps at most so many bytes. Measured, one thread, 16
 # tasks, time of the loop over that of vmap: MLPs of 10, 56 and 946 KiB 5.8, 2.9 and .9; 4 convolutions of .6 to 14 MiB
-# 3.0 to .6, and .9 to 1.0 at 3.2 MiB: there the arithmetic is all, and vmap's grouped convolutions do it slower.
+# 3.0 to .6, and .9 to 1.0 at 3.2 MiB, where arithmetic takes all the time, and vmap's grouped convolutions are slower.
 SMALL_TASK = 2**21
 
 
@@ -58,45 +58,44 @@ def grad(
     memory: int | str = 2**30,
     on_failure: OnFailure = "warn",
 ) -> MetaGradient:
-    """Meta-gradient ∇f(λ) of f(λ) = (1/B) Σᵢ E(wᵢ(λ), λ, taskᵢ) over B tasks at once. Changes nothing of the user's.
+    """Meta-gradient ∇f(λ) of f(λ) = (1/B) Σᵢ E(wᵢ(λ), λ, taskᵢ) over B tasks. Writes no .grad and no parameter.
 
-    wᵢ is the result of T steps of the rule on g(·, λ, taskᵢ) from w₀(λ). Losses are those of one task; all tasks, or as
-    many as is faster, are evaluated side by side (torch.func.vmap), and their adjoint systems are solved together.
+    wᵢ is the result of T steps of the rule on g(·, λ, taskᵢ) from w₀(λ). The losses take one task. All tasks, or as
+    many as is faster, are evaluated in parallel (torch.func.vmap), and their adjoint systems are solved together.
 
     Args:
         outer_loss: E(params, hparams, task), scalar; None with `Reptile`, which needs none.
-        inner_loss: g(params, hparams, task), scalar. A module enters by torch.func.functional_call or nn.functional,
-            which leaves the buffers alone; buffers of each task may be part of tasks.
+        inner_loss: g(params, hparams, task), scalar. Call a module by torch.func.functional_call or nn.functional,
+            which does not write its buffers; buffers of each task may be part of tasks.
         hparams: λ, a tensor or any pytree of real floating point tensors; at least one leaf requires grad. Hooks on
-            them act once, on the result.
-        tasks: a pytree of tensors (such as support and query sets) whose first axes count the tasks; a task is the same
-            pytree without that axis. Or tasks one by one, which may differ in size (those of one size go side by
-            side): a list of tuples or dicts, an iterator, or a DataLoader, whose batches are batches of tasks unless
-            its batch_size is None.
+            them are called once, with the result.
+        tasks: a pytree of tensors (such as support and query sets) whose first axis runs over tasks; a task is the same
+            pytree without that axis. Or tasks one by one, which may differ in size (those of one size run in
+            parallel): a list of tuples or dicts, an iterator, or a DataLoader, whose batches are batches of tasks
+            unless its batch_size is None.
         method: `Implicit(solver=...)`, `Unrolled()`, `FirstOrder()` or `Reptile()`.
         steps: T ≥ 0.
-        rule: inner optimiser, from hg.diff_optimizers; default SGD(lr=0.1). It sees params with their axis of tasks.
+        rule: inner optimiser, from hg.diff_optimizers; default SGD(lr=0.1). Its params have a leading axis of tasks.
         start: w₀(hparams, task), the params of one task; default: hparams themselves. Leaves of hparams and Parameters
             in it with requires_grad=False are frozen: they are not adapted.
         reduction: "mean" or "sum" over tasks, or "none": the gradient of each task, one task at a time.
-        chunk: how many tasks go side by side; 1 is a loop. None: all that fit into `memory`; on a CPU one, where the
-            graph of one task's inner loss keeps more than 2 MiB. Where vmap cannot evaluate a loss (recurrent layers,
-            .item(), masks, an if) it is 1 whatever is asked for, and `plan` of the result says so.
-        memory: budget in bytes, or like "1GiB", that chunk is chosen for; an estimate.
-        on_failure: what to do where tasks diverge: "warn" (HypergradientWarning), "raise" (TaskError), or "ignore".
+        chunk: number of tasks in parallel; 1 is a loop. By default as many as fit into `memory`, but one on a CPU if
+            the graph of one task's inner loss keeps more than 2 MiB. If vmap cannot evaluate a loss (recurrent layers,
+            .item(), masks, an if), chunk is 1 in any case, and `plan` of the result gives the reason.
+        memory: budget for the choice of chunk, in bytes or like "1GiB"; the memory of a task is an estimate.
+        on_failure: what to do if tasks diverge: "warn" (HypergradientWarning), "raise" (TaskError), or "ignore".
 
     Returns:
-        A MetaGradient. A task whose params, outer loss or gradient is not finite is left out of the mean or sum (of
-        the others alone), named in the warning, and NON_FINITE in `statuses`.
+        A MetaGradient. A task whose params, outer loss or gradient is not finite is left out of the mean or sum (which
+        is over the other tasks), named in the warning, and NON_FINITE in `statuses`.
 
     Raises:
-        TypeError, ValueError: something is not of the form above; the message says what came.
-        TaskError: a task diverged and on_failure is "raise", or all tasks did.
-    Warns: HypergradientWarning, with the numbers of the tasks, where tasks diverge, and (`Implicit`, by its solver's
-        on_failure) where adjoint systems or inner problems are not solved; and where nothing depends on a leaf of
-        hparams.
+        TypeError, ValueError: an argument does not have the form above; the message says what came.
+        TaskError: a task diverged and on_failure is "raise", or all tasks diverged.
+    Warns: HypergradientWarning, with the indices of the tasks, if tasks diverge, and (for `Implicit`, by its solver's
+        on_failure) if adjoint systems or inner problems are not solved; also if nothing depends on a leaf of hparams.
     Cost: that of the method, for each task. To choose chunk, one evaluation of one task's losses. Two or
-        three device synchronisations a chunk. Where tasks diverge their chunk is done again without them.
+        three device synchronisations for each chunk. If tasks diverge, their chunk is repeated without them.
 
     Example:
         Task i: w minimises ½(w − cᵢ)² + ½(w − λ)², so w = (cᵢ + λ)/2, and E = ½w² gives ∇f = mean (cᵢ + λ)/4.
@@ -114,7 +113,7 @@ def grad(
     hparams, given = rebuild(leaves), Tasks(tasks)
     pieces: list[Piece] = []
     total: list[Tensor] = []
-    rows: list[tuple[list[int], list[Tensor]]] = []  # of each task, with "none"
+    rows: list[tuple[list[int], list[Tensor]]] = []  # indices and gradients of tasks, with reduction="none"
     unreached = set(range(len(leaves)))
 
     def evaluate(index: list[int], plan: Plan) -> list[list[int]]:
@@ -166,7 +165,7 @@ def backward(
     memory: int | str = 2**30,
     on_failure: OnFailure = "warn",
 ) -> MetaGradient:
-    """As `grad`, and adds ∇f(λ) to .grad of hparams' leaves as loss.backward() does.
+    """As `grad`, but adds ∇f(λ) to .grad of hparams' leaves, as loss.backward() does.
 
     Args: those of `grad`; reduction is "mean" or "sum".
 
@@ -196,7 +195,7 @@ def backward(
             memory=memory,
             on_failure=on_failure,
         )
-        with _torch.hooks_suspended(leaves):  # they acted on the result
+        with _torch.hooks_suspended(leaves):  # `grad` has called them already
             accumulate(hparams, result.grads)
     return result
 
@@ -213,12 +212,12 @@ def adapt(
     memory: int | str = 2**30,
     on_failure: OnFailure = "warn",
 ) -> Adaptation:
-    """w_T of each task, without a gradient: what a trained model is tested with.
+    """w_T of each task, without a meta-gradient, to test a trained model.
 
-    Args: those of `grad`. Where no leaf of hparams requires grad, none counts as frozen.
+    Args: those of `grad`. If no leaf of hparams requires grad, none is frozen.
 
     Returns: an Adaptation.
-    Raises: TypeError, ValueError as in `grad`; TaskError where a task diverged and on_failure is "raise".
+    Raises: TypeError, ValueError as in `grad`; TaskError if a task diverged and on_failure is "raise".
     Warns: HypergradientWarning, naming the tasks whose params are not finite.
     Cost: T gradients of each task.
 
@@ -257,7 +256,7 @@ def _check_method(method: Method, outer_loss: Loss | None, reduction: str) -> No
 
 
 def _differentiated(method: Method, some: Chunk, hparams: PyTree) -> tuple[list[Piece], Found | None, list[list[int]]]:
-    """What is known of these tasks, their meta-gradient, and the numbers of those to be evaluated again."""
+    """The finished tasks, the sum of their gradients or None, and lists of the tasks that must be evaluated again."""
     index = some.index
     try:
         found = method._differentiate(some, hparams)
@@ -281,7 +280,7 @@ def _each_chunk(
 ) -> Plan:
     """Evaluate all tasks, `plan.chunk` at a time, or one at a time after an error. Returns the plan as carried out.
 
-    evaluate: the numbers of some tasks ↦ lists of those to be evaluated again.
+    evaluate: (indices of some tasks, plan) ↦ lists of indices to be evaluated again.
     """
     size = plan.chunk
     waiting = deque(group[i : i + size] for group in tasks.groups for i in range(0, len(group), size))
@@ -290,10 +289,10 @@ def _each_chunk(
         try:
             with random_state_kept_on_error(leaves):
                 again = evaluate(index, plan)
-        except Exception as error:  # if it is not due to vmap, it comes again with one task alone
+        except Exception as error:  # an error that is not due to vmap occurs with one task alone too
             if len(index) == 1:
                 raise
-            reason = f"one by one, for side by side there is {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            reason = f"one by one, because in parallel {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             plan = replace(plan, chunk=1, outer_chunk=1, reason=reason)
             again, waiting = [[i] for some in (index, *waiting) for i in some], deque()
         waiting.extendleft(reversed(again))
@@ -309,31 +308,31 @@ def _plan(
     need: tuple[float, float],
     one_by_one: bool = False,
 ) -> Plan:
-    """The number of tasks side by side: as given, or by the size of one task's graphs, on a CPU, and the budget.
+    """The number of tasks in parallel: chunk if given, otherwise by the budget and, on a CPU, the size of one task.
 
-    need: memory of one task, in graphs of its inner loss and in vectors of its params.
+    need: the memory of one task is need[0] graphs of its inner loss and need[1] vectors of its params.
     """
     check_whole(chunk=(chunk, 1))
     budget, most = memory_bytes(memory, "memory"), max(map(len, tasks.groups))
     if one_by_one:
-        return Plan(1, 1, None, 'one by one, which reduction="none" is exact with')
+        return Plan(1, 1, None, 'one by one, so that reduction="none" is exact')
     if chunk is not None:
         return Plan(min(chunk, most), min(chunk, most), None, "given")
     inner, outer, params = _sizes(problem, tasks, hparams)
     on_cpu = flatten(hparams, "hparams")[0][0].device.type == "cpu"
     if on_cpu and inner > SMALL_TASK:
-        kept = f"one task keeps {inner / 2**20:.1f} MiB, so arithmetic is what takes the time"
-        return Plan(1, 1, None, f"a loop: {kept}")
+        return Plan(1, 1, None, f"a loop: one task keeps {inner / 2**20:.1f} MiB, so arithmetic takes most of the time")
     size = max(int(need[0] * inner + 3 * outer + need[1] * params), 1)
     fit = int(min(max(budget // size, 1), most))
     why = f"as many as fit into {budget / 2**20:.0f} MiB"
     if fit == most:
         why = "all at once" if len(tasks.groups) == 1 else "all of one size at once"
-    return Plan(fit, 1 if on_cpu and outer > SMALL_TASK else fit, size, f"{why}: about {size / 2**20:.2f} MiB a task")
+    each = f"about {size / 2**20:.2f} MiB for each task"
+    return Plan(fit, 1 if on_cpu and outer > SMALL_TASK else fit, size, f"{why}: {each}")
 
 
 def _sizes(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tuple[int, int, int]:
-    """`_bytes_of_a_task`, found out once for an inner loss and the forms of what the losses are called with."""
+    """`_bytes_of_a_task`, measured once for an inner loss and the forms of the arguments of the losses."""
     tensors = [*tasks.tensors, *flatten(hparams, "hparams")[0]]
     codes = [getattr(function, "__code__", None) for function in (problem.outer_loss, problem.start)]
     forms = [(*KIND(x), x.requires_grad) for x in tensors]
@@ -345,7 +344,7 @@ def _sizes(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tuple[int, in
 
 
 def _bytes_of_a_task(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tuple[int, int, int]:
-    """Bytes that the graphs of the inner and the outer loss of a task of the largest size keep, and of its params."""
+    """Bytes kept by the graphs of the inner and of the outer loss of a largest task, and bytes of its params."""
     largest = max(tasks.groups, key=lambda group: sum(x.numel() for x in split(tasks.take(group[:1]))[0]))
     chunk = Chunk(problem, tasks, largest[:1])
     leaves, _, rebuild = flatten(hparams, "hparams")
@@ -361,7 +360,7 @@ def _bytes_of_a_task(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tup
 
 
 def _kept(loss: Tensor, known: list[Tensor]) -> int:
-    """Bytes that the graph of a loss keeps, beside tensors that are there anyway (tasks are views of one tensor)."""
+    """Bytes that the graph of a loss keeps, without the known tensors, which exist anyway (tasks are views of one)."""
     sizes = _graph.saved_bytes([loss], set())
     for x in known:
         sizes.pop(x.untyped_storage().data_ptr(), None)

@@ -1,4 +1,4 @@
-"""The meta-gradient of several tasks at once: four methods over one adaptation."""
+"""The four methods to compute the meta-gradient of several tasks at once."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ._tasks import Chunk, Diverged
 
 
 class Found(NamedTuple):
-    """What a method finds for the tasks of a chunk; the last two of `Implicit` alone."""
+    """The result of a method for the tasks of a chunk; only `Implicit` sets the last two."""
 
     grads: list[Tensor]  # Σᵢ ∇fᵢ, for each leaf of hparams
-    unreached: set[int]  # the places of leaves that require grad, and that nothing depends on
+    unreached: set[int]  # indices of the leaves that require grad but on which nothing depends
     statuses: list[Status] | None = None  # of each task's adjoint system
     residuals: tuple[Tensor, Tensor, Tensor] | None = None  # its residual, the inner residual, the inner distance
 
 
 class Method(ABC):
-    """How a meta-gradient is taken: `Implicit`, `Unrolled`, `FirstOrder` or `Reptile`.
+    """How a meta-gradient is computed: `Implicit`, `Unrolled`, `FirstOrder` or `Reptile`.
 
     Example:
         >>> loss = lambda w, start, task: (w - task) ** 2 / 2
@@ -44,21 +44,22 @@ class Method(ABC):
     def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found: ...
 
     def _need(self, steps: int) -> tuple[float, float]:
-        """Memory of one task, in graphs of its inner loss and in vectors of its params: at least what was measured."""
+        """Memory of one task, in graphs of its inner loss and in vectors of its params; not less than was measured."""
         return 2, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Implicit(Method):
-    """At the solution: (∇²₁₁g) v = ∇₁E, ∇f = ∇₂E − ∇²₁₂g v, the systems of all tasks together (iMAML).
+    """Differentiates the solution: (∇²₁₁g) v = ∇₁E, ∇f = ∇₂E − ∇²₁₂g v (iMAML).
 
-    The inner loss must hold λ itself (`biased`, features, a learned regularisation): the start and the steps drop out.
+    The inner loss must depend on λ itself (`biased`, features, a learned regularisation), because the solution depends
+    neither on the start nor on the steps.
 
     Args:
-        solver: of hg.solvers; it solves the systems of all tasks at once, each with its own scalars. Its on_failure
-            says what to do where an adjoint system, or an inner problem, is not solved.
+        solver: of hg.solvers; it solves the systems of all tasks at once, with separate scalars for each task. Its
+            on_failure says what to do if an adjoint system or an inner problem is not solved.
 
-    Cost: T + 1 gradients and the solver's products of each task; one graph at a time, whatever T is.
+    Cost: T + 1 gradients and the solver's products for each task; one graph at a time, for any T.
     Source: Rajeswaran, Finn, Kakade and Levine 2019.
 
     Example:
@@ -76,15 +77,15 @@ class Implicit(Method):
         with torch.no_grad():
             start = chunk.start(hparams)
         adapted = chunk.adapt(start, hparams)
-        unreached: list[set[int]] = []  # by the outer loss, and by the residual
+        unreached: list[set[int]] = []  # leaves of hparams on which the outer loss, then the residual, do not depend
 
         def note(outputs: list[Tensor], hparams: PyTree) -> None:
             unreached.append(set(_graph.unreached(outputs, flatten(hparams, "hparams")[0])))
             if len(unreached) == 2 and set.intersection(*unreached) == _differentiated(hparams):
                 raise ValueError(
-                    "neither inner_loss nor outer_loss depends on hparams, and the start and the steps drop out of an "
-                    "implicit gradient, which would be zero: let hparams enter the inner loss (hg.meta.biased), or use "
-                    "Unrolled() or FirstOrder()"
+                    "neither inner_loss nor outer_loss depends on hparams, and the start and the steps do not count in "
+                    "an implicit gradient, which would be zero: let hparams enter the inner loss (hg.meta.biased), or "
+                    "use Unrolled() or FirstOrder()"
                 )
 
         def outer_loss(moving: list[Tensor], hparams: PyTree) -> Tensor:
@@ -97,7 +98,7 @@ class Implicit(Method):
             note(slopes := _autodiff.or_zeros(slopes, moving), hparams)
             return slopes
 
-        # What went wrong is reported once, under the numbers that tasks have for the user.
+        # `grad` reports failures once for all chunks, with the user's indices of tasks.
         solver = replace(self.solver, on_failure="ignore") if isinstance(self.solver, LinearSolver) else self.solver
         result = implicit.grad(
             outer_loss,
@@ -120,15 +121,15 @@ class Implicit(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Unrolled(Method):
-    """Through the T steps: ∇f = d/dλ E(w_T(λ), λ) in reverse mode (MAML).
+    """Differentiates through the T steps: ∇f = d/dλ E(w_T(λ), λ) in reverse mode (MAML).
 
     Args:
         memory, checkpoints: what is kept of the steps for the reverse pass, as in `unroll.reverse`: "graph" (each step
             evaluated once), "iterates", "sqrt", or a number of checkpoints with memory="sqrt".
-        compile: as in `unroll.reverse`, not with "graph". Tasks are arguments of the compiled step, which is kept with
-            inner_loss: define that once. Where tasks diverge, the others of their chunk are not compiled for.
+        compile: as in `unroll.reverse`, not with "graph". The compiled step is kept with inner_loss, so define that
+            once. If tasks diverge, the other tasks of their chunk are repeated without compilation.
 
-    Cost: T to 2T evaluations and T reverse passes of each task, or more with checkpoints.
+    Cost: T to 2T evaluations and T reverse passes for each task, or more with checkpoints.
     Source: Finn, Abbeel and Levine 2017.
 
     Example:
@@ -150,7 +151,7 @@ class Unrolled(Method):
         start, problem = chunk.start(hparams), chunk.problem
         step, options = stepping(chunk, self.compile)
         with warnings.catch_warnings():
-            # Reported once for all tasks, under the numbers that they have for the user.
+            # `grad` reports it once for all chunks, with the user's indices of tasks.
             warnings.simplefilter("ignore", NotFinite)
             result = unroll.reverse(
                 step,
@@ -162,7 +163,7 @@ class Unrolled(Method):
                 checkpoints=self.checkpoints,
                 **options,
             )
-        return Found(flatten(result.grads, "grads")[0], set())  # unroll itself warns of hparams that are unreached
+        return Found(flatten(result.grads, "grads")[0], set())  # unroll itself warns of unused hparams
 
     def _need(self, steps: int) -> tuple[float, float]:
         if self.memory == "graph":
@@ -173,9 +174,9 @@ class Unrolled(Method):
 
 @dataclass(frozen=True)
 class FirstOrder(Method):
-    """As if w_T = w₀ + a constant: ∇f ≈ ∇₂E + (∂w₀/∂λ)ᵀ ∇₁E (first-order MAML).
+    """Treats w_T − w₀ as constant: ∇f ≈ ∇₂E + (∂w₀/∂λ)ᵀ ∇₁E (first-order MAML).
 
-    Cost: T + 1 gradients of each task.
+    Cost: T + 1 gradients for each task.
     Source: Finn, Abbeel and Levine 2017, section 5.2.
 
     Example:
@@ -198,16 +199,16 @@ class FirstOrder(Method):
 
 @dataclass(frozen=True)
 class Reptile(Method):
-    """Towards the adapted params: ∇f is replaced by (∂w₀/∂λ)ᵀ (w₀ − w_T). No outer loss is needed.
+    """Moves the start towards the adapted params: ∇f is replaced by (∂w₀/∂λ)ᵀ (w₀ − w_T). Needs no outer loss.
 
-    Cost: T gradients of each task, and the outer loss where there is one, to report it.
+    Cost: T gradients for each task, and the outer loss if it is given, to report its value.
     Source: Nichol, Achiam and Schulman 2018, Algorithm 2; not divided by the step size.
 
     Example:
         >>> import torch, hypergrad as hg
         >>> start, tasks = torch.tensor(0.0, requires_grad=True), torch.tensor([1.0, 3.0])
         >>> loss = lambda w, start, task: (w - task) ** 2 / 2
-        >>> hg.meta.grad(None, loss, start, tasks, method=hg.meta.Reptile(), steps=1).grads  # start less the mean of w
+        >>> hg.meta.grad(None, loss, start, tasks, method=hg.meta.Reptile(), steps=1).grads  # start − mean of w
         tensor(-0.2000)
     """
 
@@ -221,7 +222,7 @@ class Reptile(Method):
 
 
 def _differentiated(hparams: PyTree) -> set[int]:
-    """The places of the leaves that require grad."""
+    """The indices of the leaves that require grad."""
     return {i for i, x in enumerate(flatten(hparams, "hparams")[0]) if x.requires_grad}
 
 

@@ -1,4 +1,4 @@
-"""The result of a meta-gradient: collected chunk by chunk, with the names of the tasks that failed."""
+"""The result of a meta-gradient, collected from chunks of tasks, and reports of the tasks that failed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REMEDY = (
 
 
 class TaskError(ValueError):
-    """Tasks that failed, under on_failure="raise", or all of them. `failed` holds their indices.
+    """Raised for tasks that failed with on_failure="raise", and if all failed. `failed` holds their indices.
 
     Example:
         >>> inner_loss, outer_loss = lambda w, start, task: (w - task.log()) ** 2, lambda w, start, task: w**2
@@ -39,13 +39,13 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """How many tasks go side by side, and why.
+    """How many tasks run in parallel, and why.
 
     Attributes:
-        chunk: tasks at once; 1 is a loop over tasks.
-        outer_chunk: tasks at once in the outer loss: chunk, or 1 where its graph is big (many query images).
-        task_bytes: estimated memory of one task; None where nothing had to be estimated.
-        reason: in words.
+        chunk: number of tasks in parallel; 1 is a loop over tasks.
+        outer_chunk: the same for the outer loss: chunk, or 1 if its graph is big (many query images).
+        task_bytes: estimated memory of one task; None if nothing had to be estimated.
+        reason: the reason in words.
 
     Example:
         >>> loss = lambda w, start, task: (w - task) ** 2 / 2
@@ -67,15 +67,15 @@ class MetaGradient:
     Attributes:
         grads: ∇f(λ), in the structure of hparams; with reduction="none" each leaf has a leading axis of tasks, and rows
             of failed tasks are zero.
-        params: w_T of each task, a leading axis of tasks on every leaf, or a list of the params of each task where
-            their shapes differ; as they ended where a task diverged.
+        params: w_T of each task, with a leading axis of tasks in every leaf, or a list of the params of each task if
+            their shapes differ; also of the tasks that diverged.
         outer_values: E(w_T, λ) of each task, [B]; None without an outer loss.
-        statuses: how each task ended: NON_FINITE where it was left out, else that of its adjoint system (`Implicit`),
-            or COMPLETED.
-        adjoint_residual: ‖∇₁E − A v‖ / ‖∇₁E‖ of each task, [B], NaN where it was left out; None but for `Implicit`.
+        statuses: how each task ended: NON_FINITE if it was left out, otherwise the status of its adjoint system
+            (`Implicit`), or COMPLETED.
+        adjoint_residual: ‖∇₁E − A v‖ / ‖∇₁E‖ of each task, [B], NaN if it was left out; None except for `Implicit`.
         inner_residual: ‖∇₁g‖ at w_T, likewise.
         inner_distance: estimate of the relative distance of w_T from the inner solution, likewise.
-        plan: how many tasks went side by side, and why.
+        plan: how many tasks ran in parallel, and why.
 
     Example:
         >>> loss = lambda w, start, task: (w - task) ** 2 / 2
@@ -98,18 +98,18 @@ class MetaGradient:
 
     @property
     def failed(self) -> list[int]:
-        """The tasks that were left out."""
+        """Indices of the tasks that were left out."""
         return [i for i, status in enumerate(self.statuses) if status is Status.NON_FINITE]
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What `adapt` gives.
+    """The result of `adapt`.
 
     Attributes:
         params: w_T of each task, as in `MetaGradient`.
-        failed: tasks whose params are not finite.
-        plan: how many tasks went side by side, and why.
+        failed: indices of the tasks whose params are not finite.
+        plan: how many tasks ran in parallel, and why.
 
     Example:
         >>> loss = lambda w, start, task: (w - task) ** 2 / 2
@@ -124,7 +124,7 @@ class Adaptation:
 
 
 class Piece(NamedTuple):
-    """What was found for some tasks: w_T, E (None without an outer loss), how each ended, and `Found.residuals`."""
+    """Results of some tasks: w_T, E (None without an outer loss), how each ended, and `Found.residuals`."""
 
     index: list[int]
     params: PyTree
@@ -134,7 +134,7 @@ class Piece(NamedTuple):
 
 
 def collected(pieces: Sequence[Piece], grads: PyTree, plan: Plan) -> MetaGradient:
-    """The result of all tasks, from the pieces of some after others."""
+    """The result of all tasks, from the pieces of the chunks."""
     count = sum(len(piece.index) for piece in pieces)
     statuses = {i: status for piece in pieces for i, status in zip(piece.index, piece.statuses, strict=True)}
     systems = [(piece.index, piece.residuals) for piece in pieces if piece.residuals is not None]
@@ -152,7 +152,7 @@ def collected(pieces: Sequence[Piece], grads: PyTree, plan: Plan) -> MetaGradien
 
 
 def joined(pieces: Sequence[tuple[Sequence[int], PyTree]], count: int, missing: float = 0.0) -> PyTree:
-    """Trees of some tasks each as one of all tasks, in their order; a list of the tree of each if shapes differ."""
+    """One tree of all tasks, in order, from trees of some tasks each; a list with a tree for each if shapes differ."""
     first, rebuild = split(pieces[0][1])
     if len(pieces) == 1 and len(pieces[0][0]) == count:
         return pieces[0][1]
@@ -188,13 +188,13 @@ def report_unreached(unreached: set[int], hparams: PyTree, method: str) -> None:
         names = flatten(hparams, "hparams")[1]
         warn(
             f"{method} gives a gradient of zero for {', '.join(names[i] for i in sorted(unreached)[:5])}, on which "
-            f"nothing that it differentiates depends: is it read as a number (.item(), float()), or does it enter only "
-            f"what this method takes for constant?"
+            f"nothing that it differentiates depends: is it read as a number (.item(), float()), or is it used only in "
+            f"what this method treats as constant?"
         )
 
 
 def report_unsolved(result: MetaGradient, on_failure: OnFailure) -> None:
-    """Warn of, or raise for, adjoint systems and inner problems that are not solved."""
+    """Warn of adjoint systems and inner problems that are not solved; raise if on_failure says so (of systems)."""
     if on_failure == "ignore" or result.adjoint_residual is None or result.inner_distance is None:
         return
     count = len(result.statuses)

@@ -1,4 +1,4 @@
-"""Batches and lists of tasks, and the losses, steps and starts of several tasks at once, by torch.func.vmap."""
+"""Batches and lists of tasks, and the losses, steps and starts of several tasks in parallel, by torch.func.vmap."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ UNUSED = (
     ".data), and outside of no_grad?"
 )
 HOOKED = (
-    "inner_loss registers a hook on params, which would act on every product with second derivatives: clip or mask in "
-    "the loss or the rule instead"
+    "inner_loss registers a hook on params, which would be called in every product with second derivatives: clip or "
+    "mask in the loss or the rule instead"
 )
 
 
 @dataclass(frozen=True)
 class _Biased:
-    """What `biased` returns: `Chunk` takes the penalty's derivative for all tasks at once, outside of vmap."""
+    """The loss that `biased` returns. `Chunk` differentiates its penalty for all tasks at once, outside vmap."""
 
     loss: Loss
     strength: float | Tensor
@@ -43,12 +43,12 @@ class _Biased:
         return self.loss(params, hparams, task) + 0.5 * self.strength * torch.stack(squares).sum()
 
     def pulled(self, slopes: list[Tensor | None], params: PyTree, hparams: PyTree) -> list[Tensor | None]:
-        """∇₁ℓ + ρ (w − λ): a fraction of the nodes that autograd makes of the penalty."""
+        """∇₁ℓ + ρ (w − λ), with fewer graph nodes than autograd would make for the penalty."""
         a, pairs = self.strength, zip(slopes, self.away(params, hparams), strict=True)
         return [a * d if g is None else plus(g, a, d) for g, d in pairs]
 
     def away(self, params: PyTree, hparams: PyTree) -> list[Tensor]:
-        """w − λ, leaf by leaf of params; the centre is matched by key."""
+        """w − λ for each leaf of params; the centre is matched by key."""
         leaves, names, _ = flatten(params, "params")
         centre, _ = arranged(hparams if self.centre is None else self.centre(hparams), names, "centre of biased")
         return [w - c for w, c in zip(leaves, centre, strict=True)]
@@ -60,10 +60,10 @@ def biased(loss: Loss, strength: float | Tensor, centre: Callable[[PyTree], PyTr
     Args:
         loss: ℓ(params, hparams, task), scalar.
         strength: ρ > 0, a number or a 0-d tensor.
-        centre: gives the part of hparams towards which params are drawn, of params' structure; default: hparams itself.
+        centre: function of hparams that returns the λ of the formula, in params' structure; default: hparams itself.
 
-    Returns: g(params, hparams, task). Passed to `grad` directly, it costs less than within another function.
-    Cost: beside ℓ, one pass over params for all tasks together.
+    Returns: g(params, hparams, task). It costs less if it is passed to `grad` directly, not within another function.
+    Cost: that of ℓ, and one pass over params for all tasks together.
     Source: Rajeswaran et al. 2019, equation 3.
 
     Example:
@@ -77,11 +77,11 @@ def biased(loss: Loss, strength: float | Tensor, centre: Callable[[PyTree], PyTr
 
 
 class Tasks:
-    """The tasks as given; `groups` hold the numbers of those that can be evaluated side by side."""
+    """The user's tasks. Each of `groups` holds the indices of tasks that can be evaluated in parallel."""
 
     def __init__(self, tasks: PyTree):
         self._batches: list[tuple[list[Tensor], Callable[..., PyTree]]] = []
-        self._places: list[tuple[int, int]] = []  # of each task: which batch, and which row of it
+        self._places: list[tuple[int, int]] = []  # for each task, the index of its batch and its row there
         groups: dict[Any, list[int]] = {}
         for batch in _batches(tasks):
             _check_leaves(batch)
@@ -104,7 +104,7 @@ class Tasks:
         return [x for tensors, _ in self._batches for x in tensors]
 
     def take(self, index: Sequence[int]) -> PyTree:
-        """Some tasks of one group as a batch; views where these are neighbours."""
+        """Some tasks of one group as a batch; views of the user's batch if they are consecutive rows of it."""
         places = [self._places[i] for i in index]
         (batch, first), count = places[0], len(places)
         tensors, rebuild = self._batches[batch]
@@ -115,7 +115,7 @@ class Tasks:
 
 
 def _batches(tasks: PyTree) -> list[PyTree]:
-    """The tasks as trees whose tensors have a first axis of tasks."""
+    """The tasks as trees whose tensors have a leading axis of tasks."""
     if isinstance(tasks, list):
         return list(map(_batch_of_one, tasks)) if _is_list_of_tasks(tasks) else [tasks]
     container = (
@@ -123,7 +123,7 @@ def _batches(tasks: PyTree) -> list[PyTree]:
     )
     if container or not isinstance(tasks, Iterable):
         return [tasks]
-    if getattr(tasks, "batch_sampler", None) is None:  # an iterator, or a DataLoader that gives one task after another
+    if getattr(tasks, "batch_sampler", None) is None:  # an iterator, or a DataLoader, over single tasks
         return list(map(_batch_of_one, tasks))
     if getattr(tasks, "collate_fn", None) is default_collate:
         return list(tasks)
@@ -135,7 +135,7 @@ def _batch_of_one(task: PyTree) -> PyTree:
 
 
 def _is_list_of_tasks(tasks: list[Any]) -> bool:
-    """Whether this is no container of one batch, such as the [inputs, targets] that default_collate makes of tuples."""
+    """False if the list is one batch of tasks, such as the [inputs, targets] that default_collate makes of tuples."""
     if not all(isinstance(task, (Tensor, list)) for task in tasks):
         return True
     lengths = {len(x) if x.ndim else None for x in split(tasks)[0]}
@@ -148,7 +148,7 @@ def _is_list_of_tasks(tasks: list[Any]) -> bool:
 
 
 def _check_leaves(batch: PyTree) -> None:
-    """TypeError for an object that every task would get whole, though it may hold the data of all tasks."""
+    """Raise TypeError for an object that may hold the data of all tasks, but would be passed whole to every task."""
     for path, leaf in zip(*optree.tree_flatten_with_path(batch)[:2], strict=True):
         holds = is_dataclass(leaf) or isinstance(leaf, Mapping) or hasattr(leaf, "__array__")
         if holds and not isinstance(leaf, (Tensor, type)):
@@ -167,14 +167,14 @@ def _count(tensors: list[Tensor]) -> int:
     for i, x in enumerate(tensors):
         if not x.ndim or x.shape[0] != first.shape[0]:
             raise ValueError(
-                f"the first axis of every tensor in tasks counts tasks: tensor 0 has shape {tuple(first.shape)}, "
-                f"tensor {i} has {tuple(x.shape)}; tasks of different sizes are given as a list of tuples or dicts"
+                f"the first axis of each tensor in tasks must run over tasks: tensor 0 has shape {tuple(first.shape)}, "
+                f"tensor {i} has {tuple(x.shape)}; pass tasks of different sizes as a list of tuples or dicts"
             )
     return first.shape[0]
 
 
 def _form(batch: PyTree) -> Any:
-    """Equal for tasks that can be stacked: structure, shapes, dtypes, devices, and what is no tensor."""
+    """A key that is equal for tasks that can be stacked: structure, shapes, dtypes, devices, and other leaves."""
     leaves, spec = optree.tree_flatten(batch)
     plain = (str, int, float)
     return spec, *(
@@ -185,7 +185,7 @@ def _form(batch: PyTree) -> Any:
 
 @dataclass(frozen=True)
 class TaskProblem:
-    """What is the same for all tasks, checked."""
+    """The arguments that all tasks share, checked."""
 
     outer_loss: Loss | None
     inner_loss: Loss
@@ -207,12 +207,12 @@ class TaskProblem:
         dim = getattr(getattr(self.rule, "prox", None), "dim", -1)
         if dim is None or dim >= 0:
             raise ValueError(
-                f"GroupLasso(dim={dim}) would take all tasks, the first axis, for one group: count dim from the end"
+                f"GroupLasso(dim={dim}) would make one group of all tasks (the first axis): count dim from the end"
             )
 
 
 class Diverged(Exception):
-    """Tasks whose inner loop or outer loss is not finite. `good` says of each task of the chunk whether it is."""
+    """The inner loop or outer loss of some tasks is not finite. `good` says for each task of the chunk if it is."""
 
     def __init__(self, good: list[bool]):
         super().__init__("a task diverged")
@@ -220,13 +220,13 @@ class Diverged(Exception):
 
 
 class Chunk:
-    """Some tasks at once, with `loop` one by one in the outer loss; params are lists of all leaves [B, ...]."""
+    """Some tasks in parallel (with `loop`, one by one in the outer loss). params are lists of all leaves, [B, ...]."""
 
     def __init__(self, problem: TaskProblem, tasks: Tasks, index: Sequence[int], loop: bool = False):
         self.problem, self.index, self.loop = problem, list(index), loop
         self.task, self.tried = tasks.take(index), tasks.tried
         self.rebuild: Callable[..., PyTree] = list
-        self.places: list[int] = []  # of the leaves that are not frozen
+        self.places: list[int] = []  # indices of the leaves that are not frozen
         self.params: PyTree = None
         self.values: Tensor | None = None
         self._checked = False
@@ -250,7 +250,7 @@ class Chunk:
         return [leaves[i] for i in self.places]
 
     def completed(self, moving: Iterable[Any], leaves: Sequence[Any]) -> list[Any]:
-        """Leaves with others for those that are not frozen."""
+        """leaves, with those that are not frozen replaced by `moving`."""
         return filled(leaves, self.places, moving)
 
     def adapt(self, start: Sequence[Tensor], hparams: PyTree) -> list[Tensor]:
@@ -293,7 +293,7 @@ class Chunk:
         return self.completed(self.moving(slopes), [None] * len(leaves))
 
     def outer(self, leaves: list[Tensor], hparams: PyTree) -> Tensor:
-        """Σᵢ E(wᵢ, λ, taskᵢ). Keeps params and each value. Raises Diverged where one is not finite."""
+        """Σᵢ E(wᵢ, λ, taskᵢ). Stores params and the values of E. Raises Diverged if some are not finite."""
         loss, params = self.problem.outer_loss, [x.detach() for x in leaves]
         losses, self.params = leaves[0].new_zeros(len(self.index)), self.rebuild(params)
         if loss is not None:
@@ -307,7 +307,7 @@ class Chunk:
         return losses.sum()
 
     def rows(self, places: list[int]) -> tuple[PyTree, Tensor | None]:
-        """The params and outer values of some of the tasks, as `outer` found them."""
+        """The params and outer values of some of the tasks, as stored by `outer`."""
         tensors, rebuild = split(self.params)
         return rebuild([x[places] for x in tensors]), None if self.values is None else self.values[places]
 
@@ -320,7 +320,7 @@ class Chunk:
         loop: bool = False,
         differentiated: bool = False,
     ) -> Tensor:
-        """A loss of each task, [B]; differentiated: second derivatives will be taken."""
+        """The values of a loss for all tasks, [B]. differentiated: whether second derivatives will be taken."""
 
         def value(*given: PyTree) -> list[Tensor]:
             *leaves, hparams, task = given
@@ -335,7 +335,7 @@ class Chunk:
     def _map(
         self, function: Callable[..., list[Tensor]], leaves: Sequence[Tensor], hparams: PyTree, loop: bool = False
     ) -> list[Tensor]:
-        """function(*leaves, hparams, task) of each task, stacked."""
+        """function(*leaves, hparams, task) for each task, stacked."""
         tensors, rebuild = split((*leaves, self.task))
 
         def one(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -343,16 +343,16 @@ class Chunk:
             return function(*own, hparams, task)
 
         if loop or len(self.index) == 1:
-            # By unbind, whose derivatives take sparse gradients: those of x[0] and x.squeeze(0) do not.
+            # unbind, because its derivative accepts sparse gradients; those of x[0] and x.squeeze(0) do not.
             results = [one(own) for own in zip(*(x.unbind() for x in tensors), strict=True)]
             return [torch.stack(own) for own in zip(*results, strict=True)]
         return _torch.vmap(lambda *tensors: one(tensors), tensors)
 
 
 def _moving(start: list[Tensor], hparams: list[Tensor]) -> list[int]:
-    """Which leaves of the start are adapted: all but leaves of hparams and Parameters with requires_grad=False.
+    """Indices of adapted leaves of the start: all but leaves of hparams and Parameters with requires_grad=False.
 
-    None are frozen where that would be all of them, or where no leaf of hparams requires grad.
+    If that would freeze all of them, or if no leaf of hparams requires grad, none is frozen.
     """
     marked, parameter = {id(x) for x in hparams if not x.requires_grad}, torch.nn.Parameter
     frozen = [id(x) in marked or (isinstance(x, parameter) and not x.requires_grad) for x in start]
@@ -361,7 +361,7 @@ def _moving(start: list[Tensor], hparams: list[Tensor]) -> list[int]:
 
 
 def without_penalties(loss: Loss) -> tuple[Loss, list[_Biased]]:
-    """A loss without its biased regularisations, and these."""
+    """A loss without its biased regularisations, and a list of those."""
     penalties = []
     while isinstance(loss, _Biased):
         penalties.append(loss)
@@ -370,7 +370,7 @@ def without_penalties(loss: Loss) -> tuple[Loss, list[_Biased]]:
 
 
 def finite_tasks(tensors: Sequence[Tensor]) -> list[bool]:
-    """Which rows are finite in all tensors: by their sums, and entry by entry only where a sum is not."""
+    """Whether each row is finite in all tensors. Entries are checked only if the sum of some row is not finite."""
     rows = [x.flatten(1) if x.ndim > 1 else x.unsqueeze(1) for x in tensors]
     good = torch.isfinite(torch.stack([x.sum(1) for x in rows]).sum(0)).tolist()
     return good if all(good) else torch.stack([torch.isfinite(x).all(1) for x in rows]).all(0).tolist()

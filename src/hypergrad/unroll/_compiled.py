@@ -1,7 +1,7 @@
-"""compile=: the steps as compiled functions, compared with the steps themselves.
+"""compile=: each step as a compiled function of tensors, compared with the user's step.
 
-Reverse mode: w ↦ Φ_t(w, λ) and (w, α, ∇) ↦ (∂₁Φ_tᵀα, ∇ + ∂₂Φ_tᵀα). No graph is kept: the second evaluates the step
-again, with its derivative, as one function of tensors.
+Reverse mode compiles two functions, w ↦ Φ_t(w, λ) and (w, α, ∇) ↦ (∂₁Φ_tᵀα, ∇ + ∂₂Φ_tᵀα). No graph is kept: the second
+function evaluates the step again, together with its derivative.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from ._steps import EXHAUSTED, Iterate, Recorded, Run, is_continuous, leaf
 
 Key = tuple[Any, ...]
 Batch = tuple[list[Any], Any] | None  # leaves and structure
-FORMS = 8  # of batches in one call, for each of which the step is compiled
-AS_IT_IS = "the steps could not be compiled and are evaluated as they are: {}"
-OTHER = (
-    "compiled, step {} gives other numbers than step itself (off by {:.1e} of the change of params): step reads "
-    "something other than tensors that changes between calls (an iterator, a counter, NumPy's random numbers). Pass it "
-    "as batches= or t"
+MAX_FORMS = 8  # forms of the batch (shapes, dtypes, plain values) in one call; the step is compiled once for each
+NOT_COMPILED = "the steps could not be compiled and are evaluated without compilation: {}"
+OTHER_VALUES = (
+    "the compiled step {} gives other numbers than step itself (error relative to the change of params: {:.1e}): step "
+    "reads something that is not a tensor and that changes between calls (an iterator, a counter, NumPy's random "
+    "numbers). Pass it as batches= or t"
 )
-DERIVATIVE = (
-    "compiled, the derivative of step {} is off by {:.1e}: does step use hparams of the surroundings in place of its "
-    "argument?"
+OTHER_DERIVATIVE = (
+    "the derivative of the compiled step {} has a relative error of {:.1e}: does step use hparams from outside in "
+    "place of its argument?"
 )
 
 
 def checked_backend(compile: object) -> str | None:
-    """The backend that `compile` asks for; None for none."""
+    """The backend of torch.compile that `compile` names; None without compilation."""
     if not isinstance(compile, (bool, str)):
         raise TypeError(f"compile must be True, False or the name of a backend of torch.compile, got {compile!r}")
     return "inductor" if compile is True else compile or None
@@ -51,24 +51,24 @@ def checked_backend(compile: object) -> str | None:
 
 @dataclass
 class Functions:
-    """What a step was compiled to, for one form of the batch."""
+    """The compiled functions of a step, for one form of the batch."""
 
     traced: list[Traced]
     reached: list[bool]  # for each of the differentiated leaves of λ, whether the step depends on it
-    compared: bool = False  # at two steps, which finds what differs from call to call
+    compared: bool = False  # whether they were compared at a second step too, where changes between calls show
 
 
 class Compiled(ABC):
-    """The steps of a run as functions of tensors.
+    """The steps of a run as compiled functions of tensors.
 
-    They are compared with the step itself: where they are built (the first two steps and a derivative), and in every
-    call, at the second iterate.
+    They are compared with the user's step when they are built (at two steps, and the derivative at the first of them),
+    and in every later call at the second iterate.
     """
 
     def __init__(self, run: Run, backend: str):
         self.run, self.backend = run, backend
         self.known: dict[Key, Any] = run.found.setdefault("compiled", {})
-        self.seconds = 0.0  # of building
+        self.seconds = 0.0  # spent on building functions in this call
         self.used: dict[Key, Functions] = {}
         self.outer = [x.detach().contiguous() for x in run.outer]
         self.form: Key = type(self), backend, autocast_state(), run.with_time, tuple(run.places), *run.form
@@ -77,45 +77,45 @@ class Compiled(ABC):
 
     @abstractmethod
     def _traced(self, inputs: list[Tensor], batch: Batch) -> Functions:
-        """The step, traced at these inputs, for batches like this one."""
+        """Functions for batches of this batch's form, traced at these inputs."""
 
     @abstractmethod
     def _image(self, functions: Functions, inputs: list[Tensor]) -> Sequence[Tensor]:
-        """Φ_t by the functions."""
+        """Φ_t(w, λ), computed by the functions."""
 
     @abstractmethod
     def _derivative(self, functions: Functions, inputs: list[Tensor]) -> list[Tensor]:
-        """Its derivatives in w and in λ by the functions, each as a vector, in directions that are always the same."""
+        """The derivatives in w and in λ along fixed directions, computed by the functions; each as one vector."""
 
     @abstractmethod
     def _true_derivative(self, true: Recorded) -> list[Tensor]:
-        """The same by the step's own graph."""
+        """The same derivatives, computed from the graph of the user's step."""
 
     @property
     def report(self) -> str:
         functions = next(iter(self.used.values()), None)
         counts = [] if functions is None else [str(each.operations) for each in functions.traced]
         sizes = f" of {' and '.join(counts)} operations" if counts else ""
-        built = f", built in {self.seconds:.1f} s" if self.seconds else ", which were there"
+        built = f", built in {self.seconds:.1f} s" if self.seconds else ", which an earlier call built"
         return f"{'one function' if len(counts) == 1 else 'two functions'}{sizes} compiled by {self.backend}{built}"
 
     def _first(self, first: Iterate, t: int, more: bool = False) -> list[list[Tensor]]:
-        """Functions for the first step of a call: known ones that still give its numbers, or new ones.
+        """Choose the functions for the first step of a call; return the iterates that were computed for this.
 
-        Gives the iterates that are known by then. more: whether a second step follows.
+        Functions of an earlier call are used if they still agree with the step. more: whether a second step follows.
         """
         inputs, self.key = self._inputs(first.tensors, t)
         found = self._found(self.key)
         if found is not None:
             try:
-                # One step on, where momenta and distances from the start are no longer zero.
+                # Compare at the second iterate, where momenta and distances from the start are no longer zero.
                 after = first._replace(tensors=list(self._image(found, inputs)))
                 later = t + 1 if more and self.run.batches is None else t
                 last = self._compare(found, after, later, self._evaluated(after, later))
                 self.used[self.key] = found
                 self.run.evaluations += 1 + more
                 return [after.tensors, last]
-            except NotCompiled:  # the step's surroundings have changed since
+            except NotCompiled:  # something that the step reads from outside has changed since
                 del self.known[self.key]
         true = self._evaluated(first, t)
         with self._noted():
@@ -123,7 +123,7 @@ class Compiled(ABC):
         return [[y.detach().contiguous() for y in true.outputs]]
 
     def _second(self, second: Iterate, t: int) -> None:
-        """New functions are compared at a second step too."""
+        """Compare new functions with the step at a second step too."""
         if not self.used[self.key].compared:
             with self._noted():
                 self._compare(self._at(second.tensors, t)[0], second, t, self._evaluated(second, t))
@@ -131,7 +131,7 @@ class Compiled(ABC):
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
-        """Keeps the reason why the step cannot be compiled, for later calls."""
+        """Remember, for later calls, the reason why the step cannot be compiled."""
         try:
             yield
         except NotCompiled as error:
@@ -139,19 +139,19 @@ class Compiled(ABC):
             raise
 
     def _found(self, key: Key) -> Functions | None:
-        """What is known for this form. Raises where it is known that nothing can be compiled, and why."""
+        """The functions of an earlier call for this form, or None. Raises NotCompiled if compilation failed there."""
         known = self.known.get(key)
         if isinstance(known, str):
             raise NotCompiled(known)
         return known
 
     @property
-    def _drawn(self) -> bool:
+    def _may_draw(self) -> bool:
         """Whether steps may draw random numbers, as far as is known."""
         return self.run.batches is not None or any(f.traced[0].draws for f in self.used.values())
 
     def _inputs(self, tensors: Sequence[Tensor], t: int) -> tuple[list[Tensor], Key]:
-        """What the functions take first, and what else they depend on."""
+        """The tensors of w, λ, t and the batch, which the functions take, and the key of what else they depend on."""
         run = self.run
         inputs = [*tensors, *self.outer]
         if not run.with_time:
@@ -172,13 +172,13 @@ class Compiled(ABC):
             raise ValueError(EXHAUSTED.format("batches", t)) from None
 
     def _at(self, tensors: Sequence[Tensor], t: int) -> tuple[Functions, list[Tensor]]:
-        """The functions for step t, and what they take; built where its batch has another form than those before."""
+        """The functions for step t, and their inputs. A batch of a new form gets new functions."""
         before = _random.capture(self.run.devices) if self.run.batches else None
         inputs, key = self._inputs(tensors, t)
         if key not in self.used:
-            if len(self.used) == FORMS:
+            if len(self.used) == MAX_FORMS:
                 raise NotCompiled(
-                    f"batches have more than {FORMS} forms: give them one shape, and numbers that change as tensors"
+                    f"batches have more than {MAX_FORMS} forms: give all one shape, and pass changing values as tensors"
                 )
             before = _random.capture(self.run.devices) if before is None else before
             iterate = Iterate(list(tensors), self.run.rebuild, before, [])
@@ -188,9 +188,9 @@ class Compiled(ABC):
         return self.used[key], inputs
 
     def _built(self, iterate: Iterate, t: int, true: Recorded) -> Functions:
-        """The functions, traced at this iterate, compiled, and compared with the step.
+        """New functions, traced at this iterate, and compared with the step.
 
-        true: the step itself, evaluated before, so that the user's own error is raised unchanged.
+        true: the step, evaluated before compilation so that an error in it reaches the user unchanged.
         """
         begun = time.perf_counter()
         _random.restore(iterate.random)
@@ -202,7 +202,7 @@ class Compiled(ABC):
         return functions
 
     def _step(self, inputs: Sequence[Tensor], batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The step as `Run` evaluates it, of leaves of its own: leaves of w, the results, and leaves of λ."""
+        """Evaluate the step as `Run` does, on new leaves: returns the leaves of w, the results, and the leaves of λ."""
         run = self.run
         tensors = [leaf(x) for x in inputs[: len(run.start)]]
         outer, rest = list(inputs[len(run.start) :][: len(run.outer)]), inputs[len(run.start) + len(run.outer) :]
@@ -217,14 +217,14 @@ class Compiled(ABC):
         return [x for x in tensors if x.requires_grad], outputs, [outer[i] for i in run.places]
 
     def _evaluated(self, iterate: Iterate, t: int, off: float = 0.0) -> Recorded:
-        """The step itself, with its graph; where params are changed by so much, as by rounding."""
+        """The user's step with its graph, at (1 + off) w: off = eps shows by how much rounding changes the result."""
         _random.restore(iterate.random)
         leaves = [leaf(x * (1 + off) if off and is_continuous(x) else x) for x in iterate.tensors]
         with differentiated_rightly(dense=True):
             return Recorded(leaves, *self.run.evaluate(leaves, iterate.rebuild, t))
 
     def _compare(self, functions: Functions, iterate: Iterate, t: int, true: Recorded) -> list[Tensor]:
-        """What the compiled step gives. Raises where these are other numbers than the step's."""
+        """The result of the compiled step. Raises NotCompiled if it differs from the step's result."""
         _random.restore(iterate.random)
         found = list(self._image(functions, self._inputs(iterate.tensors, t)[0]))
         due, got, before = map(flat, (true.outputs, found, true.leaves))
@@ -233,12 +233,12 @@ class Compiled(ABC):
         if error > allowed:
             again, rounded = (flat(self._evaluated(iterate, t, off).outputs) for off in (0.0, self._eps))
             if gap(due, again) > allowed or error > ROUNDING * size(due - rounded):
-                raise NotCompiled(OTHER.format(t, error / change if change else error))
+                raise NotCompiled(OTHER_VALUES.format(t, error / change if change else error))
         _random.restore(iterate.random)
         return found
 
     def _compare_derivative(self, functions: Functions, iterate: Iterate, t: int, true: Recorded) -> None:
-        """The same of the derivatives in w and in λ, which may differ in size."""
+        """Compare the derivatives in w and in λ, one by one since their sizes may differ."""
         _random.restore(iterate.random)
         got = self._derivative(functions, self._inputs(iterate.tensors, t)[0])
         for i, (x, y) in enumerate(zip(self._true_derivative(true), got, strict=True)):
@@ -246,7 +246,7 @@ class Compiled(ABC):
             if error > self._eps**0.5 * norm:
                 rounded = self._true_derivative(self._evaluated(iterate, t, self._eps))[i]
                 if error > ROUNDING * size(x - rounded):
-                    raise NotCompiled(DERIVATIVE.format(t, error / norm if norm else error))
+                    raise NotCompiled(OTHER_DERIVATIVE.format(t, error / norm if norm else error))
         _random.restore(iterate.random)
 
     @property
@@ -255,22 +255,22 @@ class Compiled(ABC):
 
 
 class CompiledReverse(Compiled):
-    """What `Run` gives the reverse pass, without a graph."""
+    """Takes the place of `Run` in the reverse pass, and keeps no graph."""
 
-    ahead: dict[int, list[Tensor]]  # iterates by t that are known, and are not computed again
+    ahead: dict[int, list[Tensor]]  # iterates by t that the comparisons have already computed
 
     def begin(self, first: Iterate, steps: int) -> Iterate:
-        """The first iterate as the functions take it, after they were compared with the steps that follow it."""
+        """Choose the functions and compare them with the steps. Returns the first iterate in contiguous tensors."""
         first = first._replace(tensors=[x.contiguous() for x in first.tensors])
         ahead = self._first(first, 0, steps > 1)
-        self.ahead = {} if self._drawn else dict(enumerate(ahead, 1))
+        self.ahead = {} if self._may_draw else dict(enumerate(ahead, 1))
         if steps > 1 and not self.used[self.key].compared:
             self._second(self.advance(first, 0, 1), 1)
         return first
 
     def advance(self, iterate: Iterate, begin: int, end: int) -> Iterate:
         """The iterate after steps begin … end − 1."""
-        if self._drawn:
+        if self._may_draw:
             _random.restore(iterate.random)
         tensors = iterate.tensors
         for t in range(begin, end):
@@ -280,17 +280,17 @@ class CompiledReverse(Compiled):
                 known = list(self._image(functions, inputs))
                 self.run.evaluations += 1
             tensors = known
-        return self.run.keep(tensors, self.run.rebuild) if self._drawn else iterate._replace(tensors=tensors)
+        return self.run.keep(tensors, self.run.rebuild) if self._may_draw else iterate._replace(tensors=tensors)
 
     def pull_back(self, blocks: Iterable[tuple[int, int, Iterate]]) -> tuple[list[Tensor], list[Tensor | None]]:
-        """α where the last of these blocks of one step begins, and ∇ through all of them."""
+        """α at the first step, and ∇ summed over all steps. Each block holds one step; the last step comes first."""
         alpha, grads, closed = [], [], False
         for t, end, iterate in blocks:
             if not closed:
                 final = self.advance(iterate, t, end)
                 (alpha, grads), closed = self.run.close(final.tensors, final.rebuild), True
                 alpha = [a.contiguous() for a in alpha]
-            if self._drawn:
+            if self._may_draw:
                 _random.restore(iterate.random)
             functions, inputs = self._at(iterate.tensors, t)
             alpha, grads = self._pull(functions, inputs, alpha, grads)
@@ -350,7 +350,7 @@ def compiled_gradients(
     storage: tuple[str, int | None],
     backwards: Callable[..., Iterator[tuple[int, int, Iterate]]],
 ) -> tuple[tuple[list[Tensor], list[Tensor | None]] | None, str | None]:
-    """(α, ∇) as `_gradients` has them, and what was compiled; Nones, after a warning, where nothing can be."""
+    """(α, ∇) as from `_gradients`, and a report; (None, None) for no steps, or with a warning if compilation failed."""
     if not end:
         return None, None
     before = first.random
@@ -364,14 +364,14 @@ def compiled_gradients(
         del first
         return compiled.pull_back(blocks), compiled.report
     except NotCompiled as error:
-        warn(AS_IT_IS.format(error), NotCompiled)
+        warn(NOT_COMPILED.format(error), NotCompiled)
         _random.restore(before)
         run.evaluations = 0
         return None, None
 
 
 def iterates_kept(first: Iterate, length: int, memory: str, checkpoints: int | None) -> int:
-    """How many iterates compiled steps keep: "sqrt" so many that no step is evaluated more than three times."""
+    """The number of iterates that compiled steps keep. With "sqrt" no step is evaluated more than three times."""
     if checkpoints is not None or memory == "iterates":
         return checkpoints or length
     if memory == "sqrt":
@@ -383,7 +383,7 @@ def iterates_kept(first: Iterate, length: int, memory: str, checkpoints: int | N
 
 
 def flat(xs: Sequence[Tensor]) -> Tensor:
-    """All tensors, those of whole numbers and truth values too, as one vector in double precision."""
+    """All tensors, including those of integers and booleans, as one vector in double precision."""
     wide = torch.complex128 if any(x.is_complex() for x in xs) else torch.float64
     flat = [x.detach().reshape(-1) for x in xs]
     if len({(x.dtype, x.device) for x in xs}) > 1:

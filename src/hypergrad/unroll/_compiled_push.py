@@ -14,7 +14,7 @@ from .._autodiff import Linearisation
 from .._recorded import NotCompiled
 from .._solution import warn
 from .._traced import Traced
-from ._compiled import AS_IT_IS, Batch, Compiled, Functions, flat
+from ._compiled import NOT_COMPILED, Batch, Compiled, Functions, flat
 from ._steps import Iterate, Recorded, Run, is_continuous
 
 if TYPE_CHECKING:
@@ -22,21 +22,24 @@ if TYPE_CHECKING:
 
 
 class CompiledPushes:
-    """The steps of a run that can be compiled: to the first that cannot, of which it warns. backend: None for none."""
+    """Compiles the steps of a run, up to the first step that cannot be compiled, with a warning there.
+
+    backend: of torch.compile; None compiles nothing.
+    """
 
     def __init__(self, run: Run, push: Push, backend: str | None):
         self.run, self.push, self.backend = run, push, backend
         self.steps: CompiledPush | None = None
 
     def __call__(self, tensors: list[Tensor], tangents: Tangents, t: int) -> tuple[list[Tensor], Tangents] | None:
-        """Φ_t and the tangents after it; None where the step is to be evaluated as it is."""
+        """The next iterate and its tangents; None if the step must be evaluated without compilation."""
         if self.backend is None:
             return None
         try:
             self.steps = self.steps or CompiledPush(self.run, self.backend, self.push)
             return self.steps(tensors, tangents, t)
         except NotCompiled as error:
-            warn(AS_IT_IS.format(error), NotCompiled)
+            warn(NOT_COMPILED.format(error), NotCompiled)
             self.backend = self.steps = None
             return None
 
@@ -46,10 +49,7 @@ class CompiledPushes:
 
 
 class CompiledPush(Compiled):
-    """Steps that push the tangents on, without a graph. Each batch is drawn once, and in order.
-
-    NotCompiled leaves all as it was before the step.
-    """
+    """Compiled steps that push the tangents through Φ_t without a graph. Each batch is drawn once, and in order."""
 
     def __init__(self, run: Run, backend: str, push: Push):
         super().__init__(run, backend)
@@ -62,8 +62,8 @@ class CompiledPush(Compiled):
         run.batches = None if run.batches is None else _kept(run.batches)
 
     def __call__(self, tensors: list[Tensor], tangents: Tangents, t: int) -> tuple[list[Tensor], Tangents]:
-        """Φ_t and the tangents after it."""
-        self._batch(t)  # what it draws is no part of the step
+        """The next iterate and its tangents. NotCompiled leaves the random state as it was before the step."""
+        self._batch(t)  # draws the batch now, so that random numbers drawn for it are not drawn again with the step
         before = _random.capture(self.run.devices)
         iterate = Iterate([x.contiguous() for x in tensors], self.run.rebuild, before, [])
         try:
@@ -73,7 +73,7 @@ class CompiledPush(Compiled):
                 self._second(iterate, t)
             self.steps += 1
             if len(tangents.rows) < self.count:
-                tangents = self.push.begun(tangents, torch.ones(self.count, dtype=torch.bool, device="cpu"))
+                tangents = self.push.with_entries(tangents, torch.ones(self.count, dtype=torch.bool, device="cpu"))
             return self._pushed(iterate, tangents, t)
         except NotCompiled:
             _random.restore(before)
@@ -83,7 +83,7 @@ class CompiledPush(Compiled):
         functions, inputs = self._at(iterate.tensors, t)
         outputs, parts = [], []
         for begin in range(0, self.count, self.size):
-            at = min(begin, self.count - self.size)  # the last chunk has some of the one before again
+            at = min(begin, self.count - self.size)  # the last chunk, as long as the others, may overlap the one before
             own = slice(at, at + self.size)
             if begin and functions.traced[0].draws:
                 _random.restore(iterate.random)
@@ -122,14 +122,14 @@ class CompiledPush(Compiled):
         return [flat(self.push.along(linear, self._columns(*each), check=True)) for each in ((1, 0), (0, 1))]
 
     def _columns(self, along_params: int, along_hparams: int) -> list[Tensor]:
-        """Directions to compare in: a normal vector along params, and unit vectors along hparams, or zeros."""
+        """Directions to compare along: a normal vector in params and unit vectors in hparams, each times 0 or 1."""
         z = [(c * along_params).expand(self.size, *c.shape).contiguous() for c in self.push.probe]
         units = self.push.units(torch.arange(self.size, device="cpu"))
         return z + [u * along_hparams for u in units]
 
 
 def _kept(batches: Callable[[int], Any]) -> Callable[[int], Any]:
-    """Batches of which the last is not drawn again."""
+    """batches, with the last batch remembered so that it is not drawn again."""
     last: tuple[int, Any] = -1, None
 
     def at(t: int) -> Any:

@@ -1,4 +1,4 @@
-"""Forward mode through the steps: tangents are carried along with the iterate, and nothing of the past is kept."""
+"""Forward mode through the steps: tangents are carried along with the iterate, and no earlier iterate is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ._compiled import checked_backend
 from ._compiled_push import CompiledPushes
 from ._steps import Batches, Run, add, leaf
 
-PASS = 2**20  # numbers in the tangents of one vectorised pass; measured: above it one at a time is as fast
+PASS_SIZE = 2**20  # tangent entries in one vectorised pass; above it, measured, one tangent at a time is as fast
 COMPLEX = (
     "forward mode takes no complex tensors: use unroll.reverse, or pass torch.view_as_real(x) and use "
     "torch.view_as_complex in step"
@@ -35,7 +35,7 @@ NOT_ADJOINT = (
 
 
 def placed(values: Tensor, like: Tensor, lead: int = 0) -> Tensor:
-    """Values of `like`'s shape after `lead` more axes, in its dtype, on its device, and sharded as it is."""
+    """values, of `like`'s shape after `lead` leading axes, with the dtype, device and sharding of `like`."""
     values = values.to(device=like.device, dtype=like.dtype)
     if not hasattr(like, "placements"):
         return values
@@ -47,28 +47,28 @@ def placed(values: Tensor, like: Tensor, lead: int = 0) -> Tensor:
 
 
 def _products(z: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-    """⟨z_i, a⟩ for each of the stacked z_i."""
+    """⟨z_i, a⟩ for each z_i stacked in z."""
     if not hasattr(z, "placements"):
         return z.reshape(len(z), a.numel()).to(dtype) @ a.reshape(-1).to(dtype)
-    # One shared along a later axis cannot be flattened.
+    # A tensor that is sharded along a later axis cannot be flattened.
     return full((z.to(dtype) * a.to(dtype)).sum(tuple(range(1, z.ndim)))) if a.ndim else full(z.to(dtype) * a.to(dtype))
 
 
 @dataclass(frozen=True)
 class Tangents:
-    """Z, along the entries of λ that something has depended on. Along the others it is zero, and not kept."""
+    """Z = ∂w/∂λ for the entries of λ that have been used so far. For the others it is zero, and not stored."""
 
     like: list[Tensor]  # the leaves of λ that require grad, detached
-    rows: Tensor  # the entries of λ, counted over all these leaves, that are kept
+    rows: Tensor  # the entries of λ, numbered over all these leaves, whose tangents are stored
     leaves: list[Tensor]  # [len(rows), *shape] for each floating point tensor of params
-    reached: list[bool]  # for each leaf of λ that requires grad, whether something has depended on it
+    reached: list[bool]  # for each leaf of λ that requires grad, whether it has been used
 
     @property
     def count(self) -> int:
         return sum(x.numel() for x in self.like)
 
     def gradient(self, alpha: Sequence[Tensor]) -> list[Tensor | None]:
-        """Zᵀ ∇₁E, summed in the widest dtype; None for a leaf that nothing has depended on."""
+        """Zᵀ ∇₁E, summed in the widest dtype; None for a leaf of λ that has not been used."""
         dtype = torch.float32
         for a in alpha:
             dtype = torch.promote_types(dtype, a.dtype)
@@ -85,13 +85,13 @@ class ForwardResult:
     """A hypergradient through the steps so far, and what a later call needs to continue from here.
 
     Attributes:
-        grads: ∇f(λ), in the structure of hparams; zeros for a leaf that does not require grad or reaches nothing.
+        grads: ∇f(λ), in the structure of hparams; zeros for a leaf that does not require grad or is not used.
         params: w_t, in the start's structure.
         outer_value: E(w_t, λ).
-        evaluations: how often this call called step.
-        steps: t, the steps since the start, in this call and those before.
+        evaluations: the number of evaluations of step in this call.
+        steps: t, the number of steps since the start, in this and all earlier calls.
         tangents: Z = ∂w_t/∂λ.
-        compiled: what was compiled, and how long that took; None where nothing was.
+        compiled: what was compiled, and how long that took; None if nothing was.
 
     Example:
         >>> step = lambda w, lam: w - 0.5 * (w - lam)
@@ -99,7 +99,7 @@ class ForwardResult:
         >>> run = hg.unroll.forward(step, start, lam, lambda w, lam: w**2 / 2, steps=2)
         >>> run.grads, run.params  # w₂ = ¾λ + ¼w₀
         (tensor(1.1250), tensor(1.5000))
-        >>> hg.unroll.forward(step, run, lam, lambda w, lam: w**2 / 2, steps=1).steps  # goes on from there
+        >>> hg.unroll.forward(step, run, lam, lambda w, lam: w**2 / 2, steps=1).steps  # continues from there
         3
     """
 
@@ -129,37 +129,37 @@ def forward(
 
         Z₀ = ∂w₀/∂λ,      Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t,      ∇f(λ) = ∇₂E(w_T, λ) + Z_Tᵀ ∇₁E(w_T, λ)
 
-    The numbers are those of `reverse`. Memory does not depend on T; memory and time are proportional to the number of
-    hyperparameters. Nothing is evaluated twice: random numbers are drawn as in a plain run of the steps, a batch is
-    drawn once and in order, and what no replay could repeat (an iterator, a simulator) may be used in step. In the
-    inner gradient write create_graph=True: without it second derivatives are lost, with a warning.
+    The result equals that of `reverse`. Memory does not depend on T; memory and time are proportional to the number of
+    hyperparameters. No step is evaluated twice: random numbers are drawn as in a plain run of the steps, each batch is
+    drawn once and in order, and step may use what cannot be replayed (an iterator, a simulator). Compute the inner
+    gradient with create_graph=True: without it second derivatives are lost, with a warning.
 
-    Online: a result is also a start. `forward(step, result, hparams, outer_loss, more)` continues where it ended, and
-    hparams may be updated in between (real-time mode). The tangents are kept through such an update: grads is then the
-    derivative at δ = 0 of E(w_t(λ₀+δ, …, λ_{t−1}+δ), λ_t+δ), for a shift δ of all that λ has been.
+    Online (real-time mode): `forward(step, result, hparams, outer_loss, more)` continues from an earlier result, and
+    hparams may be updated in between. The update leaves the tangents as they are. With λ_s the hparams of step s,
+    grads is then the derivative of E(w_t(λ₀+δ, …, λ_{t−1}+δ), λ_t+δ) at δ = 0, where δ shifts all of them at once.
 
     Sharing: a schedule with one value for each window of steps, `PerStep(λ.repeat_interleave(length))`, has few
-    hyperparameters however many steps there are; a tangent costs nothing before the first step that depends on it.
+    hyperparameters for any number of steps. A tangent costs nothing before the first step that uses its hyperparameter.
 
     Args:
         step, outer_loss, hparams, with_time, allow_detached: as in `reverse`; no complex tensors.
         start: w₀ as in `reverse`, or an earlier result to continue from.
-        steps: T, or how many more.
-        chunk: how many tangents are pushed through a step in one vectorised pass, in as many times the memory of a
-            step's graph; by default about a million numbers' worth, and at least one.
+        steps: T, or the number of further steps.
+        chunk: the number of tangents that one vectorised pass pushes through a step, which takes `chunk` times the
+            memory of a step's graph. By default as many as have about a million entries, and at least one.
         batches: batch t for step t, by index or by call; t is counted from the start, not from an earlier result.
-        compile: as in `reverse`; one function of a step and a chunk of tangents, those of all hyperparameters.
+        compile: as in `reverse`; one function evaluates a step and pushes a chunk of the tangents of all hparams.
 
     Returns:
         A ForwardResult.
 
-    Raises, Warns: as `reverse`; RuntimeError too where an operation in step cannot be differentiated as often as
-        forward mode needs, once more than `reverse`.
-    Cost: for each step its evaluation, a reverse pass with a graph, and a reverse pass through that for each tangent
-        (vectorised over a chunk): measured, 2.3 + 1.5k times the step alone for k tangents of an MLP's 270,000
-        weights. Memory: three iterates a tangent, the graph of one step, and `chunk` times the working memory of its
-        reverse pass. While some hyperparameters have reached nothing yet, one device synchronisation a step. At t = 0,
-        1, 2, 4, 8, … the derivative is compared with its transpose (two synchronisations).
+    Raises, Warns: as `reverse`; also RuntimeError if an operation in step cannot be differentiated once more often
+        than `reverse` needs.
+    Cost: for each step one evaluation, one reverse pass with a graph, and for each tangent one reverse pass through
+        that graph (vectorised over a chunk): measured, 2.3 + 1.5k times the step alone for k tangents of an MLP's
+        270,000 weights. Memory: three iterates for each tangent, the graph of one step, and `chunk` times the working
+        memory of its reverse pass. While some hyperparameters have not been used yet, one device synchronisation for
+        each step. At t = 0, 1, 2, 4, 8, … the derivative is compared with its transpose (two synchronisations).
     Source: Franceschi et al. 2017, section 3.2 (forward-HG) and 3.3 (real-time, RTHO); Micaelli and Storkey 2021
         (sharing over windows, FDS).
 
@@ -196,7 +196,7 @@ def forward(
                 tangents = push(tangents, leaves, outputs, check=t & (t - 1) == 0)
                 tensors = [x.detach() for x in outputs]
                 del leaves, outputs
-            # What step gave may be a leaf of hparams, which will be updated in place.
+            # step may have returned a leaf of hparams, which the user will update in place.
             alpha, direct = run.close([x.clone() for x in tensors], rebuild)
         return ForwardResult(
             grads=run.hypergradient(add(direct, tangents.gradient(alpha)), complain=True),
@@ -210,15 +210,15 @@ def forward(
 
 
 class Push:
-    """Z ← ∂₁Φ Z + ∂₂Φ at one step of a run after the other."""
+    """Pushes the tangents through one step of a run after another: Z ← ∂₁Φ Z + ∂₂Φ."""
 
     def __init__(self, run: Run, chunk: int | None):
         self.hparams, self.start_leaves = run.differentiated, run.start
         self.floats = [x for x in run.start if x.is_floating_point()]
         self.half = any(torch.finfo(x.dtype).bits < 32 for x in (*self.floats, *self.hparams))
-        self.chunk = chunk or max(1, PASS // max(1, sum(x.numel() for x in self.floats)))
+        self.chunk = chunk or max(1, PASS_SIZE // max(1, sum(x.numel() for x in self.floats)))
         self.kept: tuple[Tensor | None, list[Tensor]] = None, []
-        # Its own generator, for the user's random numbers must be those of a plain run.
+        # A separate generator, because the user's random numbers must be those of a plain run.
         draw = torch.Generator("cpu").manual_seed(0)
         self.probe = [placed(torch.randn(x.shape, generator=draw, device="cpu"), x) for x in self.floats]
 
@@ -239,15 +239,15 @@ class Push:
         outputs = [y for y in outputs if y.is_floating_point()]
         linear = Linearisation(outputs, [*inputs, *self.hparams], probe=self.probe)
         try:
-            tangents = self._begun(tangents, linear.pulled[len(inputs) :])
+            tangents = self._with_used(tangents, linear.pulled[len(inputs) :])
             return replace(tangents, leaves=self._columns(linear, tangents, len(inputs), check))
         except RuntimeError as error:
             if any(words in str(error) for words in ("derivative for", "double backward")):
                 raise RuntimeError(NO_DERIVATIVE.format(error)) from error
             raise
 
-    def _begun(self, tangents: Tangents, pulled: Sequence[Tensor | None]) -> Tangents:
-        """With zeros for the entries of λ that this step is the first to depend on: where ∂₂Φᵀc ≠ 0 for a random c."""
+    def _with_used(self, tangents: Tangents, pulled: Sequence[Tensor | None]) -> Tangents:
+        """Add zero tangents for the entries of λ that this step is the first to use: ∂₂Φᵀc ≠ 0 there for a random c."""
         reached = [old or g is not None for old, g in zip(tangents.reached, pulled, strict=True)]
         tangents = replace(tangents, reached=reached)
         if len(tangents.rows) == tangents.count:
@@ -258,10 +258,10 @@ class Push:
                 hit.append(torch.full((x.numel(),), g is not None, device="cpu"))
             else:
                 hit.append(full(g.detach() != 0).reshape(-1).cpu())
-        return self.begun(tangents, torch.cat(hit))
+        return self.with_entries(tangents, torch.cat(hit))
 
-    def begun(self, tangents: Tangents, hit: Tensor) -> Tangents:
-        """With zeros for these entries of λ, where they are not kept yet."""
+    def with_entries(self, tangents: Tangents, hit: Tensor) -> Tangents:
+        """Add zero tangents for the entries of λ that `hit` marks, unless they are already stored."""
         if not len(fresh := hit.index_fill(0, tangents.rows, False).nonzero().squeeze(1)):
             return tangents
         zeros = [placed(torch.zeros(len(fresh), *x.shape, device=x.device), x, 1) for x in self.floats]
@@ -278,7 +278,7 @@ class Push:
         return [placed(u.reshape(len(rows), *x.shape).contiguous(), x, 1) for u, x in pairs]
 
     def directions(self, tangents: Tangents, own: slice) -> list[Tensor]:
-        """Unit vectors for some of the entries that are kept; made once while they are the same at each step."""
+        """Unit vectors for the slice `own` of the stored entries, made anew only when these change."""
         rows = tangents.rows if len(tangents.rows) <= self.chunk else tangents.rows[own]
         if self.kept[0] is not rows:
             self.kept = rows, self.units(rows)
@@ -295,7 +295,7 @@ class Push:
         return [torch.cat(leaves) for leaves in zip(*parts, strict=True)]
 
     def along(self, linear: Linearisation, columns: Sequence[Tensor], check: bool = False) -> list[Tensor]:
-        """∂Φ u for a stack of u; check: compared with the transpose."""
+        """∂Φ u for each of the stacked u; check: whether to compare with the transpose."""
         pushed = linear.jvp_many(columns)
         if check:
             _check_adjoint(self.probe, pushed, linear.pulled, columns)
@@ -305,7 +305,7 @@ class Push:
 def _check_adjoint(
     probe: Sequence[Tensor], pushed: Sequence[Tensor], pulled: Sequence[Tensor | None], columns: Sequence[Tensor]
 ) -> None:
-    """⟨c, ∂Φ u⟩ = ⟨∂Φᵀ c, u⟩ for the sum u of columns; not so where a reverse pass hides how it depends on c."""
+    """Check ⟨c, ∂Φ u⟩ = ⟨∂Φᵀ c, u⟩, u the sum of columns. It fails if a custom backward hides that it depends on c."""
     left, left_scale = _dot(probe, pushed)
     right, right_scale = _dot(pulled, columns)
     eps = max(torch.finfo(c.dtype).eps for c in probe)
@@ -314,7 +314,7 @@ def _check_adjoint(
 
 
 def _dot(xs: Sequence[Tensor | None], columns: Sequence[Tensor]) -> tuple[float, float]:
-    """⟨x, Σ columns⟩, and the size that it has with random signs; read at once."""
+    """⟨x, Σ columns⟩, and the norm of its terms (its size if their signs were random), in one read from the device."""
     sums: list[Tensor] = []
     for x, each in zip(xs, columns, strict=True):
         if x is not None:
@@ -326,10 +326,10 @@ def _dot(xs: Sequence[Tensor | None], columns: Sequence[Tensor]) -> tuple[float,
 
 
 def _checked(tangents: Tangents, run: Run) -> Tangents:
-    """The tangents of an earlier result, if they are of this λ."""
+    """The tangents of an earlier result. Raises ValueError unless its hparams were like those of this run."""
     due, got = ("; ".join(describe(*KIND(x)) for x in each) for each in (tangents.like, run.differentiated))
     if due != got:
         raise ValueError(
-            f"hparams that require grad must be like those of the result to go on from: expected {due}; got {got}"
+            f"hparams that require grad must be like those of the result to continue from: expected {due}; got {got}"
         )
     return tangents

@@ -24,7 +24,7 @@ def jacobian(
     with_time: bool = False,
     allow_detached: bool = False,
 ) -> ReverseResult:
-    """Gradients of k outer losses E₁ … E_k through T steps, in one reverse pass: each step's graph serves all.
+    """Gradients of k outer losses E₁ … E_k through T steps, in one reverse pass that uses each step's graph for all.
 
     Args:
         outer_losses: E(params, hparams) ↦ [k].
@@ -33,8 +33,8 @@ def jacobian(
     Returns: a ReverseResult whose grads and start_grads have a leading axis k in every leaf; outer_value is [k].
     Raises: as `reverse`; ValueError for losses that are not of shape [k].
     Warns: as `reverse`.
-    Cost: the evaluations of `reverse`; reverse passes with k cotangents at once, vectorised where torch can. k
-        gradients with respect to the iterate and k with respect to hparams; a budget of memory counts them.
+    Cost: the evaluations of `reverse`; reverse passes with k cotangents at once, vectorised where torch can. Memory: k
+        gradients with respect to the iterate and k with respect to hparams, which a budget includes.
 
     Example:
         >>> lam = torch.tensor(2.0, requires_grad=True)

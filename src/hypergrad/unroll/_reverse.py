@@ -1,4 +1,4 @@
-"""Reverse mode through the steps, with a choice of how iterates are stored.
+"""Reverse mode through the steps, with several ways to store or recompute iterates.
 
 f(λ) = E(w_T(λ), λ);   α ← ∇₁E(w_T, λ), ∇ ← ∇₂E;   for t = T−1 … 0:   ∇ ← ∇ + ∂₂Φ_tᵀ α,   α ← ∂₁Φ_tᵀ α
 """
@@ -22,9 +22,9 @@ from ._steps import Batches, Iterate, Run, is_continuous
 POLICIES = ("graph", "iterates", "sqrt")
 NO_REPLAY = (
     "steps {} to {} gave other numbers when they were evaluated again. torch's random numbers are replayed (does "
-    "another thread draw from the same generator? Give it a torch.Generator of its own). What else changes (the random "
-    "module, NumPy's random numbers, a torch.Generator, an iterator or counter outside, buffers of a module, kernels "
-    'that are not deterministic) must enter through params, t or batches; or use memory="graph", which replays nothing'
+    "another thread draw from the same generator? Give it a separate torch.Generator). Anything else that changes (the "
+    "random module, NumPy's random numbers, a torch.Generator, an iterator or counter outside, buffers of a module, "
+    'nondeterministic kernels) must enter through params, t or batches; or use memory="graph", which replays nothing'
 )
 
 
@@ -33,13 +33,13 @@ class ReverseResult:
     """A hypergradient through the steps of an inner optimiser.
 
     Attributes:
-        grads: ∇f(λ), in the structure of hparams; zeros for a leaf that does not require grad or reaches nothing.
-        start_grads: the gradient with respect to the start, in its structure, zeros where a tensor is of integers;
+        grads: ∇f(λ), in the structure of hparams; zeros for a leaf that does not require grad or is not used.
+        start_grads: the gradient with respect to the start, in the start's structure, with zeros for integer tensors;
             None if truncated.
         params: w_T, in the start's structure.
         outer_value: E(w_T, λ).
-        evaluations: how often step was evaluated, in compiled functions too.
-        compiled: what was compiled, and how long that took; None where nothing was.
+        evaluations: the number of evaluations of step, those by compiled functions included.
+        compiled: what was compiled, and how long that took; None if nothing was.
 
     Example:
         >>> step = lambda w, lam: w - 0.5 * (w - lam)
@@ -74,59 +74,59 @@ def reverse(
 ) -> ReverseResult:
     """Gradient of E(w_T(λ), λ) through T steps of w_{t+1} = Φ_t(w_t, λ), in reverse mode. Writes no .grad.
 
-    Iterates that are not kept are evaluated again, from the last one that is (a checkpoint). torch's random
-    numbers, on the CPU and on the CUDA devices in use, are replayed bit for bit, and each replay is checked to end
-    where the first run did. Afterwards the random state is as after one run of the steps and outer_loss. Write
-    create_graph=True in the inner gradient: without it second derivatives are lost, with a warning.
+    Iterates that are not stored are recomputed from the last one that is (a checkpoint). torch's random numbers, on
+    the CPU and on the CUDA devices in use, are replayed bit for bit, and every replay is checked to end at the iterate
+    of the first run. Afterwards the random state is as after one run of the steps and outer_loss. Compute the inner
+    gradient with create_graph=True: without it second derivatives are lost, with a warning.
 
     Args:
-        step: Φ(params, hparams), of params' structure (mappings are matched by key); called with gradients enabled,
-            must change nothing in place. Φ(params, hparams, t) with with_time; Φ(params, hparams, t, batch) with
-            batches.
-        start: w₀, any pytree of tensors, an optimiser's state included. Integer tensors are carried along.
+        step: Φ(params, hparams), returns the structure of params (mappings are matched by key). It is called with
+            gradients enabled and must change nothing in place. With with_time it is called as Φ(params, hparams, t),
+            with batches as Φ(params, hparams, t, batch).
+        start: w₀, any pytree of tensors; may include an optimiser's state. Integer tensors get no gradient.
         hparams: λ, a pytree of floating point or complex tensors; at least one requires grad. start may be computed
-            from them, or be one of them. Their gradient hooks act once, on the total gradient.
+            from them, or be one of them. Their gradient hooks are called once, with the total gradient.
         outer_loss: E(params, hparams), scalar.
         steps: T.
-        memory: what is kept for the reverse pass, I being the bytes of an iterate, G those of the graph of a step:
+        memory: what is kept for the reverse pass, with I the bytes of an iterate and G those of the graph of a step:
             "graph", all graphs: T evaluations, T G;
             "iterates", all iterates: 2T − 1 evaluations, T I + G;
             "sqrt", n < √(2TG/I) iterates and the graph of one block of steps: 2T − √T/2 evaluations, n I + √T/2 G;
-            a budget such as "64MiB": the graph if it fits, else blocks as in "sqrt", else checkpoints.
-        checkpoints: c, instead of memory: so many iterates, the start included (revolve), c I + G and
-            T + rT − C(c+r, r−1) evaluations, with r the smallest for which C(c+r, c) ≥ T, the fewest there are.
-        truncate: k, differentiate the last k steps only, the iterate before them taken as constant.
+            a budget such as "64MiB": all graphs if they fit, else blocks as in "sqrt", else checkpoints.
+        checkpoints: c, instead of memory: keep c iterates, the start included (revolve). This takes c I + G and
+            T + rT − C(c+r, r−1) evaluations, the fewest possible, with r the smallest for which C(c+r, c) ≥ T.
+        truncate: k: differentiate the last k steps only, and treat the iterate before them as constant.
         batches: batch t for step t, by index or by call; drawn again at a replay.
         with_time: pass t to step.
-        compile: True compiles step, and its transposed derivative, once for each form of their arguments, by torch's
-            inductor; a string names another backend of torch.compile. No graph is kept: "iterates" keeps T iterates,
-            "sqrt" about √(2T), a budget as many as fit. t is a 0-d tensor then. Every call compares step with
-            what was compiled, at the second iterate, and compiles it again where they differ. A step that cannot be
-            compiled is evaluated without compilation, with a warning (NotCompiled) that says why. Define step once,
-            outside of the loop over λ: what was compiled is kept with it.
-        allow_detached: accept tensors in step's result that have no graph, a part of params that reaches nothing, an
+        compile: True compiles step and its transposed derivative with torch's inductor, once for each form of their
+            arguments; a string names another backend of torch.compile. No graph is kept: "iterates" keeps T iterates,
+            "sqrt" about √(2T), a budget as many as fit. t is then a 0-d tensor. Every call compares the compiled step
+            with step at the second iterate, and compiles again if they differ. A step that cannot be compiled is
+            evaluated without compilation, with a warning (NotCompiled) that gives the reason. Define step once,
+            outside the loop over λ: the compiled functions are kept with it.
+        allow_detached: accept tensors in step's result that have no graph, a part of params that is not used, an
             outer_loss that does not use its params, and an inner gradient without a graph.
 
     Returns:
         A ReverseResult.
 
     Raises:
-        TypeError, ValueError: something is not of the form above, nothing reaches hparams, or a budget is too small;
-            step's result has no graph; step or outer_loss uses a live start or model instead of its argument.
-        RuntimeError: step changed its arguments in place, or did not replay.
+        TypeError, ValueError: an argument does not have the form above, nothing depends on hparams, or a budget is too
+            small; step's result has no graph; step or outer_loss uses a live start or model instead of its argument.
+        RuntimeError: step changed its arguments in place, or gave other numbers at a replay.
 
-    Warns: HypergradientWarning where nothing depends on a leaf of hparams, where at the second step nothing depends on
-        a part of params (a momentum detached between steps), where the first step takes a gradient without a graph,
-        where start has gradient hooks, which are not called, where the result is not finite, and where step takes out
-        of the graph what its derivative needs (LostDerivative, found by one more evaluation of such a step).
-    Cost: the evaluations above and T reverse passes. Beside what memory says, five iterates, hparams, and the
+    Warns: HypergradientWarning if nothing depends on a leaf of hparams, if at the second step nothing depends on a
+        part of params (a momentum detached between steps), if the first step computes a gradient without a graph, if
+        start has gradient hooks, which are not called, if the result is not finite, and if step detaches what its
+        derivative needs (LostDerivative, which takes one more evaluation of such a step).
+    Cost: the evaluations above and T reverse passes. In addition to `memory`: five iterates, hparams, and the
         working memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget
-        measure I and G at the first two steps, a budget the working memory as well, by one more reverse pass and
-        call of outer_loss, once for a step and the forms of its arguments; later steps that need more can exceed
-        it. One device synchronisation, and one for each tensor of the iterate after a replayed block. compile: 2T +
-        1 evaluations with "iterates", less than 4T with "sqrt", and seconds to build, once.
+        measure I and G at the first two steps; a budget also measures the working memory, by one more reverse pass and
+        call of outer_loss. This is done once for a step and the forms of its arguments; later steps that need more can
+        exceed a budget. One device synchronisation, and one for each tensor of the iterate after a replayed block.
+        compile: 2T + 1 evaluations with "iterates", less than 4T with "sqrt", and seconds to build, once.
     Source: Franceschi et al. 2017; Grazzi et al. 2020, section 2.1 (ITD); Griewank and Walther 2000 (revolve), here
-        over blocks of steps whose graph is kept at once.
+        over blocks of steps, with the graph of one block at a time.
 
     Example:
         w ← w / 2 + λ from 0 gives w₃ = 1.75 λ.
@@ -143,7 +143,7 @@ def reverse(
 def differentiated(
     run: Run, steps: int, truncate: int | None, storage: tuple[str, int | None], backend: str | None = None
 ) -> ReverseResult:
-    """The result of `reverse` for a run of so many steps; storage: memory and checkpoints."""
+    """The result of `reverse` for a run. storage: (memory, checkpoints), as in `reverse`."""
     check_whole(truncate=(truncate, 0), checkpoints=(storage[1], 1))
     length = steps if truncate is None else min(truncate, steps)
     with random_state_kept_on_error([*run.start, *run.outer]):
@@ -169,7 +169,7 @@ def differentiated(
 def _gradients(
     run: Run, first: Iterate, begin: int, end: int, storage: tuple[str, int | None]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """α at step `begin`, where differentiation starts, and ∇; storage: memory and checkpoints, as in `reverse`."""
+    """α at step `begin`, the first that is differentiated, and ∇. storage: (memory, checkpoints), as in `reverse`."""
     first = run.advance(first, 0, begin)
     if begin == end:
         return run.close(first.tensors, first.rebuild)
@@ -179,12 +179,12 @@ def _gradients(
 
 
 def check_storage(memory: str, checkpoints: int | None, compile: bool | str = False) -> str | None:
-    """The backend to compile by, if any. Raises where these options do not go together."""
+    """The backend of torch.compile, or None without compilation. Raises if the options contradict one another."""
     backend = checked_backend(compile)
     if backend and memory == "graph":
         raise ValueError('compiled steps keep no graphs: with compile use memory="iterates", "sqrt" or bytes')
     if memory not in POLICIES and parse_bytes(memory) is None:
-        hint = f" (checkpoints={memory} keeps so many iterates)" if isinstance(memory, int) else ""
+        hint = f" (to keep {memory} iterates pass checkpoints={memory})" if isinstance(memory, int) else ""
         raise ValueError(f'memory must be "graph", "iterates", "sqrt", or bytes like "64MiB", got {memory!r}{hint}')
     if checkpoints is not None and memory != "sqrt":
         raise ValueError(f"pass checkpoints={checkpoints} or memory={memory!r}, not both")
@@ -194,7 +194,7 @@ def check_storage(memory: str, checkpoints: int | None, compile: bool | str = Fa
 def _schedule(
     run: Run, first: Iterate, begin: int, end: int, memory: str, checkpoints: int | None
 ) -> tuple[list[int], int]:
-    """The boundaries of blocks of steps whose graph is kept at once, and how many iterates may be."""
+    """The boundaries of the blocks of steps whose graph is recorded at once, and the number of iterates to keep."""
     single = list(range(begin, end + 1))
     if memory == "graph" or end - begin < 2:
         return sorted({begin, end}), 1
@@ -222,7 +222,7 @@ def _schedule(
 
 
 def _measured(run: Run, first: Iterate, begin: int) -> tuple[int, int, int, int]:
-    """Bytes of an iterate, of a step's graph, of what is needed beside both, and the least for one step."""
+    """Bytes of an iterate, of a step's graph, of the working memory beside them, and the least budget for one step."""
 
     def pull() -> None:
         alpha = [y.new_zeros((*run.lead, *y.shape)) for y in both.outputs if is_continuous(y)]
@@ -238,16 +238,16 @@ def _measured(run: Run, first: Iterate, begin: int) -> tuple[int, int, int, int]
         ahead = max(ahead, allocated.taken(pull))
         _random.restore(random)
     params, hparams, drawn = (sum(x.nbytes for x in xs) for xs in (first.tensors, run.differentiated, random.values()))
-    several, hparams = params * (prod(run.lead) - 1), hparams * prod(run.lead)  # k of α and of ∇
-    # Beside the checkpoints: the iterate that a block must end in, its outputs, α, w_T and an iterate on its way; ∇;
-    # and the random state where it is kept by run and by those who put it back.
+    several, hparams = params * (prod(run.lead) - 1), hparams * prod(run.lead)  # for k losses: k − 1 more α, k ∇
+    # Beside the checkpoints: five iterates (the one in which a block must end, the block's outputs, α, w_T, and the one
+    # being computed), ∇, and the copies of the random state in run and in the functions that restore it.
     working = 5 * params + several + hparams + 5 * drawn + max(most - after, ahead)
     least = max(working + graph + iterate, params + several + hparams + 5 * drawn + max(most, after + ahead))
     return iterate, graph, working, least
 
 
 def _blocks(begin: int, end: int, room: float, iterate: int, graph: int) -> list[int] | None:
-    """Boundaries of blocks: while i iterates are kept, the graph of as many steps as fit beside them; None for none."""
+    """Boundaries of blocks, each as long as its graph fits beside the iterates kept before it; None if no step fits."""
     bounds = [begin]
     while bounds[-1] < end:
         length = int((room - len(bounds) * iterate) // graph)
@@ -258,7 +258,7 @@ def _blocks(begin: int, end: int, room: float, iterate: int, graph: int) -> list
 
 
 def _stride(length: int, checkpoints: int) -> int:
-    """How far to advance to the next checkpoint: Griewank and Walther 2000, with β(c, r) = C(c + r, c)."""
+    """The number of blocks to the next checkpoint: Griewank and Walther 2000, with β(c, r) = C(c + r, c)."""
     r = 1
     while comb(checkpoints + r, r) < length:
         r += 1
@@ -268,9 +268,9 @@ def _stride(length: int, checkpoints: int) -> int:
 def _backwards(
     run: Run | CompiledReverse, stack: list[tuple[int, Iterate]], bounds: list[int], checkpoints: int
 ) -> Iterator[tuple[int, int, Iterate]]:
-    """The blocks of steps, the last first, each with the iterate that it begins at, by revolve.
+    """The blocks of steps in reverse order, each with the iterate at its beginning, by revolve.
 
-    stack: the first checkpoint, with the number of the block that it is before; others are left on the way.
+    stack: the checkpoints, each with the number of the block that follows it; the caller passes the first one.
     """
     for end in range(len(bounds) - 1, 0, -1):
         at, iterate = stack[-1]
@@ -288,7 +288,7 @@ def _backwards(
 
 
 def _pull_back(run: Run, blocks: Iterator[tuple[int, int, Iterate]]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """α where the last of these blocks begins, and ∇ through all of them."""
+    """α at the beginning of the first block of steps, and ∇ through all blocks, which come in reverse order."""
     later, alpha, grads = None, [], []
     for begin, end, iterate in blocks:
         graph = run.record(iterate, begin, end)

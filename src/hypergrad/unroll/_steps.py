@@ -25,23 +25,23 @@ from ..implicit import LIVE_TOO, warn_of_local
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
 Batches: TypeAlias = "Sequence[Any] | Callable[[int], Any] | None"
 
-LIVE, VERSION = attrgetter("requires_grad"), attrgetter("_version")  # of tensors that are not of inference mode
+LIVE, VERSION = attrgetter("requires_grad"), attrgetter("_version")  # inference tensors have no _version
 NODE = 512  # bytes of one node of a graph, beside the tensors it keeps
 IN_PLACE = (
     "step changed its params (or hparams) in place, and with them the iterates that the reverse pass starts from: "
     "write w = w - lr * g, not w -= lr * g or w.sub_(lr * g), and build a new container"
 )
 CHANGED_LATER = (
-    "what the derivative of a step needs was changed in place, by the step itself (the error above names what) or by "
-    "a later one: a buffer of a module, or a tensor outside, must enter through params, and step return a new one"
+    "a tensor that the derivative of a step needs was changed in place, by the step itself or a later one (the error "
+    "above names it). A buffer of a module, or a tensor outside, must enter through params, and step return a new one"
 )
 NO_SECOND = (
     "step takes a gradient with respect to its params that has no graph, so the second derivatives are lost: write "
     "create_graph=True there. If a first-order hypergradient is meant, pass allow_detached=True"
 )
 EXHAUSTED = (
-    "an iterator that {} reads has ended at step {} (counted from 0): it must give a batch to every step, and "
-    'unroll.reverse evaluates steps twice, unless memory="graph": pass batches= as a list or a function of t'
+    "an iterator that {} reads has ended at step {} (counted from 0). It must give a batch to every step, and "
+    'unroll.reverse evaluates steps twice unless memory="graph": pass batches= as a list or a function of t'
 )
 UNUSED_PARAMS = (
     "outer_loss does not depend on the params that it is called with{}: compute it from its argument (a module by "
@@ -62,7 +62,7 @@ def add(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> list[Tensor
 
 
 class Iterate(NamedTuple):
-    """The tensors that are carried, with all else that the steps from here on depend on."""
+    """The tensors of w_t, and everything else that the following steps depend on."""
 
     tensors: list[Tensor]
     rebuild: Rebuild
@@ -110,7 +110,7 @@ class Run:
         for x, name in zip(self.outer, self.names, strict=True):
             if x.is_inference():
                 raise ValueError(f"{name} was made under torch.inference_mode(): make it outside, or pass a clone()")
-        # The start that the user may use in place of the argument; not where it is one of hparams.
+        # Tensors of the start that step may use by mistake instead of its argument. Those in hparams are no mistake.
         self.live = [x for x in self.start if x.requires_grad and not _among(x, self.outer)]
         self.hooked: list[Tensor] = []
         self.devices = _random.devices_of([*self.start, *self.outer])
@@ -118,29 +118,29 @@ class Run:
         self.outer_value: Any = None
         self.random_after: dict[torch.device, Tensor] = {}
         self.evaluations = 0
-        self.several, self.lead = False, ()  # whether E gives [k] losses, and (k,) once it did
+        self.several, self.lead = False, ()  # whether outer_loss returns [k] losses; then (k,), once it was called
         self._random: dict[torch.device, Tensor] = {}
-        self._detaches = False  # whether the first step takes numbers out of the graph, and no other warning says so
+        self._detaches = False  # whether the first step detaches values, and no other warning says so
         self.found = found_of(step)
         self.form = (self.paths.spec, *map(KIND, (*self.start, *self.outer)))
-        # What `measure` evaluated ahead: iterates by t, and the graph of the steps from t₀ on, as (t₀, steps, graph).
+        # What `measure` evaluated in advance: iterates by t, and the graph of the first steps, as (t₀, steps, graph).
         self._known: dict[int, Iterate] = {}
         self._recorded: tuple[int, int, Recorded] | None = None
 
     @contextmanager
     def differentiating(self) -> Iterator[None]:
-        """Gradients can be taken, and hooks of start and hparams do not act: those of hparams do once, on the total."""
+        """Enable gradients and suspend the hooks of start and hparams; `hypergradient` calls those of hparams once."""
         hooks = hooks_suspended([*self.start, *self.outer])
         with outside_inference_mode(), torch.enable_grad(), differentiated_rightly(), hooks as self.hooked:
             for i, x in enumerate(self.leaves if self.hooked else ()):
                 if _among(x, self.hooked) and not _among(x, self.outer):
                     warn(
-                        f"the gradient hook of {self.paths[i]} is not called: steps go on from a copy. Move it to step"
+                        f"the gradient hook of {self.paths[i]} is not called: steps start from a copy. Move it to step"
                     )
             yield
 
     def keep(self, tensors: list[Tensor], rebuild: Rebuild) -> Iterate:
-        """An iterate to continue from; the random state is shared with the last one where nothing was drawn."""
+        """An iterate to continue from. It shares the random state of the last one if nothing was drawn in between."""
         new = _random.capture(self.devices)
         if not self._random or not _random.equal(new, self._random):
             self._random = new
@@ -154,7 +154,7 @@ class Run:
         return [leaf(x) for x in iterate.tensors]
 
     def evaluate(self, tensors: list[Tensor], rebuild: Rebuild, t: int) -> tuple[list[Tensor], Rebuild]:
-        """Φ_t, checked: tensors like the start, with a graph, and nothing changed in place."""
+        """Φ_t(w, λ), checked: tensors like the start's, with a graph, and nothing changed in place."""
         arguments = (t,) if self.with_time else ()
         guarded = [*tensors, *self.outer]
         versions = list(map(VERSION, guarded))
@@ -191,7 +191,7 @@ class Run:
         return outputs, new_rebuild
 
     def _writes(self, tensors: list[Tensor], rebuild: Rebuild, arguments: tuple[Any, ...]) -> bool:
-        """Whether step writes into what it is given, found by a call with copies, and not a module."""
+        """Whether step writes into its arguments (and not into a module), found by a call with copies."""
         copies = [x.clone() for x in (*tensors, *self.outer)]
         versions = list(map(VERSION, copies))
         with suppress(Exception):
@@ -199,7 +199,7 @@ class Run:
         return list(map(VERSION, copies)) != versions
 
     def arranged(self, value: Any) -> tuple[list[Tensor], Rebuild]:
-        """The tensors of step's result, put into the start's containers: mappings are matched by key."""
+        """The tensors of step's result, in the start's containers (mappings matched by key), and how to rebuild it."""
         leaves, spec = optree.tree_flatten(value)
         if spec == self.paths.spec and len(leaves) == len(self.start) and all(isinstance(x, Tensor) for x in leaves):
             return leaves, spec.unflatten
@@ -213,12 +213,12 @@ class Run:
             refuse_objects(leaves)
         if len(tensors) != len(self.start):
             raise ValueError(
-                f"step must give {len(self.start)} tensors, not {len(tensors)} in a {type(value).__name__}"
+                f"step must return {len(self.start)} tensors, got {len(tensors)} in a {type(value).__name__}"
             )
         return tensors, rebuild
 
     def _warn_if_cut(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
-        """Warn where a part of params that step was given reaches nothing. Step 0 is often a special case."""
+        """Warn if step's result does not depend on a tensor of params. Called at step 1: step 0 is often special."""
         lost = [i for i in _graph.unreached(outputs, tensors) if tensors[i].numel()]
         if lost:
             self._detaches = False
@@ -230,7 +230,7 @@ class Run:
             )
 
     def _check_outputs(self, outputs: list[Tensor]) -> None:
-        """Raise where step's result is not like the start, or has no graph."""
+        """Raise if step's result is not like the start, or has no graph."""
         for i, (x, due) in enumerate(zip(outputs, self.kinds, strict=True)):
             if KIND(x) != due:
                 expected, got = describe(*due), describe(*KIND(x))
@@ -245,18 +245,16 @@ class Run:
                 )
 
     def _check_argument_used(self, tensors: list[Tensor], outputs: list[Tensor]) -> None:
-        """Raise where step uses the live start that it closes over instead of what it is given."""
+        """Raise if step uses the live start that it closes over instead of its argument; warn if it uses both."""
         if not self.live or not _graph.depends(outputs, self.live):
             return
         if not _graph.depends(outputs, [x for x in tensors if x.requires_grad]):
-            raise ValueError(
-                "step does not use the params that it is called with, but the live start: use its argument"
-            )
+            raise ValueError("step uses the live start instead of the params that it is called with: use its argument")
         if not self.allow_detached:
             warn(LIVE_TOO.format("step", "start"))
 
     def advance(self, iterate: Iterate, begin: int, end: int) -> Iterate:
-        """The iterate after steps begin … end − 1, keeping no graph; from the last known one on the way, if any."""
+        """The iterate after steps begin … end − 1, without a graph; iterates that are already known are reused."""
         self._recorded = None
         at = max((t for t in self._known if begin < t <= end), default=begin)
         begin, iterate = at, self._known.get(at, iterate)
@@ -270,7 +268,7 @@ class Run:
         return self.keep([x.detach() for x in tensors], rebuild)
 
     def record(self, iterate: Iterate, begin: int, end: int) -> Recorded:
-        """The graph of steps begin … end − 1; continues what `measure` recorded, if that is where this begins."""
+        """The graph of steps begin … end − 1; continues the graph that `measure` recorded if that starts at `begin`."""
         (origin, steps, graph), self._recorded = self._recorded or (-1, 0, None), None
         self._known.clear()
         if graph is None or origin != begin or steps > end - begin:
@@ -283,8 +281,8 @@ class Run:
         return Recorded(leaves, outputs, rebuild)
 
     def sizes(self, kind: str, begin: int, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        """What `measure` gives: bytes, found out once for a step and the forms of its arguments."""
-        if self.several or (self.batches and not self.indexed):  # a function of t is called for steps alone
+        """The bytes that `measure` returns, measured once for a step and the forms of its arguments."""
+        if self.several or (self.batches and not self.indexed):  # batches as a function may be called for steps only
             return measure()
         batch = map(KIND, split(self.batches(begin))[0]) if self.batches else ()
         key = kind, getattr(self.outer_loss, "__code__", None), *self.form, *batch
@@ -293,7 +291,7 @@ class Run:
         return self.found[key]
 
     def measure(self, iterate: Iterate, begin: int) -> tuple[int, int, Recorded]:
-        """Bytes of an iterate and of the graph of the second step from here, and the graph of both, which are kept."""
+        """Bytes of an iterate and of the second step's graph from here, and the graph of both, kept for `record`."""
         leaves, middle, rebuild = self.record(iterate, begin, begin + 1)
         one = self.keep([x.detach() for x in middle], rebuild)
         seen: set[Any] = set()
@@ -310,7 +308,7 @@ class Run:
         return max(sum(x.nbytes for x in two.tensors) + drawn, 1), own + NODE * max(len(seen) - nodes, 1), both
 
     def close(self, final: list[Tensor], rebuild: Rebuild) -> tuple[list[Tensor], list[Tensor | None]]:
-        """∇₁E and ∇₂E at the final iterate. Keeps E, and the random state after it."""
+        """∇₁E and ∇₂E at the final iterate. Stores the value of E, and the random state after it."""
         self.params = rebuild(final)
         leaves = [leaf(x) for x in final]
         try:
@@ -332,20 +330,20 @@ class Run:
         return alpha, both[len(inputs) :]
 
     def _warn_of_lost(self, final: list[Tensor], rebuild: Rebuild, alpha: list[Tensor]) -> None:
-        """LostDerivative where step takes out of the graph what its derivative needs."""
+        """Warn (LostDerivative) if step detaches what its derivative needs."""
         leaves = [leaf(x) for x in final]
 
-        def evaluate() -> Sequence[Tensor]:  # w − Φ, beside which a small step counts
+        def evaluate() -> Sequence[Tensor]:  # w − Φ: relative to Φ a small step would seem negligible
             outputs = self.arranged(self.step(rebuild(leaves), self.hparams, *self._arguments))[0]
             return difference(inputs, list(filter(is_continuous, outputs)))
 
         inputs, v = [x for x in leaves if x.requires_grad], [x[0] if self.several else x for x in alpha]
-        # Of a single step from a constant the hypergradient has no derivative in params.
+        # The derivative in params is not used where there is a single step from a constant start.
         alone = self.evaluations == 1 and not _graph.depends(self.start, self.differentiated)
         warn_of_lost("step", self.step, evaluate, [] if alone else inputs, self.differentiated, v)
 
     def _check_outer(self, loss: Tensor, used: bool) -> None:
-        """Raise where outer_loss uses other tensors in place of its argument; warn where it may."""
+        """Raise if outer_loss does not use its params; warn if it also uses the live start, or uses hparams only."""
         if used and self.live and _graph.depends([loss], self.live):
             warn(LIVE_TOO.format("outer_loss", "start"))
         if used:
@@ -371,7 +369,7 @@ class Run:
     ) -> list[Tensor | None]:
         if self.several:
             return _autodiff.stacked(outputs, [*inputs, *self.differentiated], cotangents)
-        # Between hparams that one network computes torch would free the network's graph as well.
+        # If one network computes several of hparams, torch would free the network's graph as well.
         retain = retain or not all(x.is_leaf for x in self.differentiated)
         try:
             return _autodiff.grad_or_none(outputs, [*inputs, *self.differentiated], cotangents, retain_graph=retain)
@@ -385,14 +383,14 @@ class Run:
         return [next(each).clone() if is_continuous(x) else x.new_zeros((*self.lead, *x.shape)) for x in self.start]
 
     def through_start(self, start_grads: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
-        """∇ ← ∇ + (∂w₀/∂λ)ᵀ α, where the start was computed from hparams."""
+        """∇ ← ∇ + (∂w₀/∂λ)ᵀ α, if the start was computed from hparams."""
         if not _graph.depends(self.start, self.differentiated):
             return grads
         pull = _autodiff.stacked if self.several else partial(_autodiff.grad_or_none, retain_graph=True)
         return add(grads, pull(self.start, self.differentiated, start_grads))
 
     def hypergradient(self, grads: list[Tensor | None], complain: bool) -> PyTree:
-        """∇ in the structure of hparams, in memory of its own, after its hooks; unreached leaves are zero."""
+        """∇ in the structure of hparams, in new memory, after the hooks of hparams; zero for leaves not used."""
         if all(g is None for g in grads):
             raise ValueError(
                 "neither step nor outer_loss depends on hparams: are they used from the argument, and as tensors (not "
