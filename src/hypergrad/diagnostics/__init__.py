@@ -1,4 +1,4 @@
-"""How wrong a hypergradient is, and why: an estimate, finite differences, and what its linear system is like."""
+"""How wrong a hypergradient is, and why: an error estimate, finite differences, and the structure of its system."""
 
 from ._differences import Differences, finite_differences
 from ._error import Estimate
@@ -8,6 +8,6 @@ from ._structure import SolverChoice, Structure, operator_structure, solver_choi
 
 __all__ = ["check", "Report"]
 __all__ += ["Estimate", "Differences", "finite_differences"]  # the error, estimated or by finite differences
-# the linear system, and what solves it
+# the linear system, and the solvers that suit it
 __all__ += ["Structure", "structure", "operator_structure", "SolverChoice", "solver_choice"]
 __all__ += ["Finding", "findings"]  # what is wrong

@@ -1,4 +1,4 @@
-"""From numbers to sentences: the verdict on a hypergradient, and what to do."""
+"""The verdict on a hypergradient and the advice of `check`, as sentences."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ._error import Estimate
 from ._findings import Finding
 from ._structure import Structure, solver_choice
 
-GOOD = 1e-3  # relative error of a hypergradient about which there is nothing to say
-POOR = 0.1  # relative residual of the adjoint system that is a finding
-FLOOR = "rounding floor"  # the only finding that merely bounds the accuracy
+GOOD = 1e-3  # relative error up to which a hypergradient counts as right
+POOR = 0.1  # relative residual of the adjoint system above which there is a finding
+FLOOR = "rounding floor"  # the only finding that limits the accuracy and nothing else
 
 
 def verdict(e: Estimate, findings: Sequence[Finding]) -> tuple[bool, str]:
-    """Whether the hypergradient can be used as it is, and the sentence that says so. Every finding enters."""
+    """Whether the hypergradient can be used as it is, and the sentence that says so. All findings count."""
     if not math.isfinite(e.error):
         return False, "the residuals or the hypergradient hold NaN or infinity: look at the losses at this point"
     floor = max([0.0, *(f.numbers["distance"] for f in findings if f.name == FLOOR)])
@@ -43,10 +43,10 @@ def verdict(e: Estimate, findings: Sequence[Finding]) -> tuple[bool, str]:
 def findings_about_the_check(
     e: Estimate, differences: Differences | None, before: float | None, left_out: Sequence[str], better: str
 ) -> Iterator[Finding]:
-    """What is wrong with the result, or prevents the estimate. before: ‖F‖ when it was computed."""
+    """Findings about the given result and about the estimate. before: ‖F‖ when the result was computed."""
     relative = e.adjoint_relative_residual
     if relative > POOR:
-        worse = ", more than v = 0 leaves" if relative >= 1 else ""
+        worse = ", no smaller than for v = 0" if relative >= 1 else ""
         text = f"the adjoint system has a relative residual of {relative:.2g}{worse}{better}"
         yield Finding("adjoint unsolved", text, {"relative residual": relative})
     changed = before is not None and abs(before - e.inner_residual) > 1e-3 * max(before, e.inner_residual)
@@ -57,26 +57,26 @@ def findings_about_the_check(
         )
         yield Finding("problem changed", text)
     if math.isfinite(e.error) and e.status.value > Status.COMPLETED.value:
-        text = f"a linear system behind it ended as {e.status.name}: {e.status.message}. Pass check another solver="
+        text = f"a system of the estimate ended as {e.status.name}: {e.status.message}. Pass another solver= to check"
         yield Finding("estimate unsolved", text)
     if left_out:
-        yield Finding("max_products", f"it left no room for {' and '.join(dict.fromkeys(left_out))}")
+        yield Finding("max_products", f"the limit left too few for {' and '.join(dict.fromkeys(left_out))}")
     if differences is not None and not differences.agrees and differences.relative_error > GOOD:
         error, own = differences.relative_error, differences.uncertainty
-        text = f"they disagree by {error:.1e}, more than their own uncertainty {own:.1e}"
+        text = f"they differ from the hypergradient by {error:.1e} (relative), and their uncertainty is {own:.1e}"
         if not any(differences.derivatives):
-            text = "they are all zero: does solve use its argument, and outer_loss what solve gives?"
+            text = "they are all zero: does solve use its argument, and outer_loss the params that solve returns?"
         elif e.relative_error >= error / 2:
             text += ", which the estimated error explains"
         yield Finding("finite differences", text, {"relative error": error})
 
 
 def better_solver(structure: Structure | None, solution: Solution | None) -> str:
-    """Why the solver of the hypergradient does not fit its system, and one that does."""
-    every = () if structure is None else solver_choice(structure)
+    """Why the solver of the hypergradient does not suit its system, and which one needs the fewest products."""
+    choices = () if structure is None else solver_choice(structure)
     name = "" if solution is None else solution.method.partition(":")[0]
-    against = [f"; {name} does not fit: {c.against}" for c in every if c.solver == name and c.against]
-    bounded = [c for c in every if c.products and c.solver != "Auto"]
+    against = [f"; {name} does not fit: {c.against}" for c in choices if c.solver == name and c.against]
+    bounded = [c for c in choices if c.products and c.solver != "Auto"]
     better = [f"; {c.solver} needs at most {c.products:.0f} products" for c in bounded[:1]]
     return "".join([*against, *better])
 
@@ -84,7 +84,7 @@ def better_solver(structure: Structure | None, solution: Solution | None) -> str
 def remedies(
     e: Estimate, at: Structure | None, there: Structure | None, fixed_point: bool, better: str
 ) -> Iterator[str]:
-    """What to do about the error. at, there: the structure at params, and at the estimated inner solution."""
+    """What to do about the error. at, there: the structure of A at params, and at the estimated inner solution."""
     if not math.isfinite(e.error) or (e.settled and e.relative_error <= GOOD):
         return
     most = max(e.from_inner, e.from_adjoint, e.from_damping)
@@ -100,8 +100,8 @@ def remedies(
     if e.from_damping > 0.1 * most:
         yield (
             f"the adjoint system was solved with a damping of about {e.damping:.2g}, which changes the hypergradient "
-            f"by about {e.from_damping:.2g}: take less, as far as the system allows; or pass check the inner_loss with "
-            f"damping/2 ‖w − w₀‖² added, if you mean that problem"
+            f"by about {e.from_damping:.2g}: use less damping, as far as the system allows; or, if the damped problem "
+            f"is meant, pass check an inner_loss with damping/2 ‖w − w₀‖² added"
         )
     if e.from_adjoint > 0.1 * most and e.adjoint_relative_residual <= POOR:
         yield (
@@ -110,10 +110,10 @@ def remedies(
         )
     if at is not None and not fixed_point and at.definiteness == "indefinite":
         yield (
-            "if params are in mid-training and the derivative of training is meant: on small networks "
-            "(docs/estimators.md) answers of one linear system were off by .3 to 1 of its size. For its direction take "
-            "operators.GaussNewton, or the damping of the finding above; for itself unroll.reverse through the steps, "
-            "with which check(..., solve=the training) compares"
+            "if params are in mid-training and you want the derivative of the training: on small networks "
+            "(docs/estimators.md), hypergradients from one linear system were off by 30 to 100 % of its norm. For its "
+            "direction use operators.GaussNewton, or the damping of the finding above; for the derivative itself use "
+            "unroll.reverse through the steps, and compare by check(..., solve=the training)"
         )
     pair = sorted([(e.from_inner, "inner problem"), (e.from_adjoint, "adjoint system")])
     if e.settled and pair[0][0] < 0.1 * pair[1][0] and most == pair[1][0]:
@@ -124,7 +124,7 @@ def remedies(
 
 
 def _pace(error: float, s: Structure | None, fixed_point: bool) -> str:
-    """What the contraction factor says of the inner solver."""
+    """A phrase on the contraction factor of the inner solver, and on the steps that it needs."""
     if s is None or not (fixed_point or s.definiteness == "positive definite"):
         return ""
     q = s.radius if fixed_point else rate_of(s.condition)

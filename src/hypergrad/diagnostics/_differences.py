@@ -1,4 +1,4 @@
-"""A hypergradient against finite differences of λ ↦ E(w*(λ), λ), with new inner solutions: slow, independent."""
+"""An independent, slow check by finite differences of λ ↦ E(w*(λ), λ), for which the inner problem is solved again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._structure import seeded
 
 @dataclass(frozen=True)
 class Differences:
-    """Derivatives along random directions u by `finite_differences`, with their own estimated errors, and ⟨h, u⟩.
+    """Derivatives along random directions u by finite differences, their estimated errors, and ⟨h, u⟩ as given.
 
     Example:
         >>> lam = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
@@ -42,12 +42,12 @@ class Differences:
 
     @property
     def uncertainty(self) -> float:
-        """‖errors‖ / ‖derivatives‖: what `relative_error` cannot tell from 0."""
+        """‖errors‖ / ‖derivatives‖: a smaller `relative_error` is not significant."""
         return ratio(math.hypot(*self.errors), math.hypot(*self.derivatives))
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is no larger than the differences' own error."""
+        """Whether ‖derivatives − given‖ is no larger than ‖errors‖."""
         return self._difference <= math.hypot(*self.errors)
 
     @property
@@ -63,19 +63,19 @@ def finite_differences(
     directions: int = 3,
     step: float | None = None,
 ) -> Differences:
-    """The hypergradient against D(t) = (f(λ + tu) − f(λ − tu)) / 2t, each f(λ) with the inner problem solved again.
+    """Compare a hypergradient with D(t) = (f(λ + tu) − f(λ − tu)) / 2t, solving the inner problem again for each f.
 
         D = D(t/2) + (D(t/2) − D(t)) / 3,      error ≈ |D(t/2) − D(t)| / 3 + 10 eps |f| / t
 
-    The first term of the error is that of D(t/2), so D of a smooth f is far more accurate than this estimate. An error
-    τ of the inner solution adds about τ/t, which the first term shows, too.
+    The first term is the error of D(t/2), so for a smooth f the error of D is far below this estimate. An error τ of
+    the inner solution adds about τ/t to the error, which the first term includes.
 
     Args:
         problem: as for `findings`.
-        grads: in hparams' structure.
-        solve: hparams ↦ params, any code: the inner problem solved from scratch.
+        grads: the hypergradient, in hparams' structure.
+        solve: hparams ↦ params, any code that solves the inner problem from scratch.
         directions: the number of random u.
-        step: t (default: eps^(1/5) · max(‖λ‖, 1)); hparams that must stay positive need a smaller one.
+        step: t (default: eps^(1/5) · max(‖λ‖, 1)); hparams that must stay positive may need a smaller one.
 
     Cost: four solves and evaluations of outer_loss for each direction.
 

@@ -15,41 +15,41 @@ from .._vector import Vector, ratio
 from ..implicit import Correction, Problem, correct, newton_step
 from ..solvers import GMRES, MINRES, Dense, IterativeSolver, Solver, solve
 
-DENSE = 200  # unknowns of a system up to which it is solved by factors
-LINEAR = 0.003  # estimated relative error up to which the first-order estimate is accepted
-SETTLED = 0.01  # what the last Newton step may change of the estimate, and of the corrected hypergradient
-NEGLIGIBLE = 1e-3  # what it may change of the estimate in any case
+DENSE = 200  # unknowns up to which a system is solved by a factorisation
+LINEAR = 0.003  # relative effect of the inner residual up to which the first-order estimate is accepted
+SETTLED = 0.01  # the last Newton step may change the estimate and the corrected hypergradient by this (relative)
+NEGLIGIBLE = 1e-3  # a change of the estimate by this (relative) is accepted whatever the hypergradient's change
 NEWTON_STEPS = 20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of the error of a hypergradient h at (w, v), against the exact ∇f(λ) at the inner solution w*.
+    """An estimate of the error of a hypergradient h at (w, v), compared with ∇f(λ) at the inner solution w*.
 
-    The first-order correction (see `implicit.polish`) at the given w and v is a first estimate. If the effect of the
-    inner residual in it exceeds 0.3 % of the hypergradient, or the Newton step a tenth of w, w takes Newton steps, each
-    halved until ‖F‖ falls, with a new v and correction, until a step changes the estimate and the hypergradient by less
-    than 1 %. The estimate is the distance of h from the hypergradient reached.
+    The first estimate is the first-order correction (see `implicit.polish`) at the given w and v. If the effect of the
+    inner residual in it exceeds 0.3 % of the hypergradient, or its Newton step a tenth of w, then w takes Newton steps
+    (each halved until ‖F‖ falls), with a new v and a new correction after each, until a step changes the estimate and
+    the hypergradient by less than 1 %. `error` is the distance of h from the last corrected hypergradient.
 
     Attributes:
         inner_residual: ‖F‖ = ‖∇₁g‖ or ‖w − Φ(w)‖.
         distance: estimate of ‖w − w*‖ / ‖w*‖.
-        damping: γ if v solves a damped system, (Aᵀ + γI)v = ∇₁E, which its residuals show; else 0.
-        adjoint_residual: ‖r_v‖ = ‖∇₁E − (Aᵀ + γI)v‖, computed anew.
+        damping: γ if the residuals show that v solves a damped system (Aᵀ + γI)v = ∇₁E; else 0.
+        adjoint_residual: ‖r_v‖ = ‖∇₁E − (Aᵀ + γI)v‖, recomputed.
         adjoint_relative_residual: ‖r_v‖ / ‖∇₁E‖.
         hypergradient_norm: ‖h‖ as given.
         error: estimate of ‖h − ∇f(λ)‖.
-        relative_error: the same relative to the corrected hypergradient.
-        from_inner, from_adjoint, from_damping: norms of the first-order effects of F (v follows w), of r_v, and of γ.
-        uncertainty: how far `error` may be off, relative: by the last Newton step, or to first order.
-        settled: whether that is small. If not, do not trust the estimate.
-        newton_steps: Newton steps of the inner problem that the estimate took.
-        status: the worst status of the linear systems behind the estimate.
+        relative_error: error divided by the norm of the corrected hypergradient.
+        from_inner, from_adjoint, from_damping: norms of the first-order effects of F (through w and v), r_v and γ.
+        uncertainty: relative uncertainty of `error`: its last change by a Newton step, or to first order.
+        settled: whether the uncertainty is small. If not, do not trust the estimate.
+        newton_steps: the Newton steps that w took for the estimate.
+        status: the worst status of the linear systems of the estimate.
         outer_value: E(w, λ).
-        corrected_value: E − vᵀF at the last Newton step: f(λ) to second order or better.
+        corrected_value: E − vᵀF after the last Newton step: f(λ) to second order or better.
         corrected_norm: norm of the corrected hypergradient.
         corrected: the corrected hypergradient, in hparams' structure.
-        params: the estimate of w*: w after the Newton steps, and one more.
+        params: the estimate of w*, which is w after one more Newton step than newton_steps.
 
     Example:
         >>> lam, scale = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 4.0])
@@ -94,13 +94,13 @@ def estimate(
     solved: float = math.inf,
     follow: bool = True,
 ) -> Estimate:
-    """The error of grads, as a hypergradient of the problem, which is deterministic.
+    """Estimate the error of grads as a hypergradient of a deterministic problem.
 
     Args:
-        adjoint: v; None solves for it first, and then grads may come from anywhere.
+        adjoint: v; None solves for it, for grads that were not computed by implicit differentiation.
         solver: as in `check`.
-        solved: the residual of the adjoint system when v was computed, with its damping.
-        follow: whether Newton steps are taken; if not, the estimate is of first order.
+        solved: the residual of the (damped) adjoint system when v was computed.
+        follow: whether to take Newton steps; without them the estimate is of first order.
     """
     systems = _Systems(problem, solver, budget)
     start, space = systems.problem, systems.problem.space
@@ -112,7 +112,7 @@ def estimate(
     from_adjoint = systems.effect(r_v)
     from_damping = systems.effect(v * damping) if damping else from_adjoint * 0.0
     from_inner = first.change - from_adjoint - from_damping
-    # h is linear in v, so that only what w changes has an error of second order.
+    # h is linear in v, so only the effect of w has a second-order error.
     uncertainty = ratio(norm(from_inner), norm(first.corrected))
     settled, steps, status = uncertainty <= LINEAR and bool(first.holds), 0, first.status
     while follow and not settled and steps < NEWTON_STEPS and systems.newton_step(last.step):
@@ -147,12 +147,12 @@ def estimate(
 
 
 class Budget:
-    """Counts products with A and Aᵀ, of which about so many may be done."""
+    """Counts products with A and Aᵀ, up to a limit that may be exceeded by a few."""
 
     def __init__(self, most: int, progress: bool | None):
         self.most, self.done = most, 0
-        self.tight = False  # whether a solver had fewer steps than it would take by itself
-        self.left_out: list[str] = []  # what was not done because the products were spent
+        self.tight = False  # whether the budget lowered max_steps of a solver
+        self.left_out: list[str] = []  # what was left out because the products were spent
         self.bar = progress_bar(progress, total=most, desc="check, at most", unit="product")
 
     def close(self) -> None:
@@ -169,7 +169,7 @@ class Budget:
             self.bar.update(products)
 
     def limited(self, solver: Any, systems: int, rtol: float) -> Any:
-        """The solver with as many steps as its share of what is left, with so many systems to come."""
+        """The solver with max_steps at most its share of the products left, for this number of systems to come."""
         if not isinstance(solver, IterativeSolver):
             return solver
         if solver.rtol is None and solver.atol is None and solver.max_steps is None:
@@ -180,7 +180,7 @@ class Budget:
 
 
 class _Systems:
-    """The linear systems at a point that Newton's method moves, solved within the budget."""
+    """Solves linear systems within the budget, at a point that `newton_step` moves."""
 
     def __init__(self, problem: Problem, solver: Solver | None, budget: Budget):
         self.budget, self.chosen = budget, solver
@@ -192,7 +192,7 @@ class _Systems:
         self.problem, self.before = problem, self.budget.done
 
     def solver(self, systems: int) -> Solver:
-        """The solver for one of so many systems to come."""
+        """The solver for the next of this number of systems to come."""
         space, chosen = self.problem.space, self.chosen
         if chosen is None:
             few = 0 < space.length <= min(DENSE, self.budget.left / systems) and all(space.plain)
@@ -201,7 +201,7 @@ class _Systems:
         return self.budget.limited(chosen, systems, space.rtol)
 
     def spend(self) -> None:
-        """Take the products since the last call from the budget."""
+        """Charge the products since the last call to the budget."""
         self.budget.spend(self.op.products - self.counted)
         self.counted = self.op.products
 
@@ -216,13 +216,13 @@ class _Systems:
         return correction
 
     def effect(self, r: Vector) -> Vector:
-        """−∂₂Fᵀ A⁻ᵀ r: what r in the right hand side of the adjoint system changes of the hypergradient."""
+        """−∂₂Fᵀ A⁻ᵀ r: the change of the hypergradient when r is added to the right hand side of the adjoint system."""
         solve(self.solver(2), self.op, r.copy(), None, self.problem.last_product)
         self.spend()
         return self.problem.cross_vector().copy()
 
     def newton_step(self, step: Vector) -> bool:
-        """Move to w + tδ; False if ‖F‖ falls at no t, or if the budget is spent."""
+        """Move to w + tδ; return False, and do not move, if no t decreases ‖F‖ or the budget is spent."""
         if self.budget.left < max(self.budget.done - self.before, 3):
             self.budget.left_out.append("Newton steps of the inner problem")
             return False
@@ -233,7 +233,7 @@ class _Systems:
 
 
 def _damping(r_v: Vector, v: Vector, solved: float) -> float:
-    """γ where r_v = γv + r with ‖r‖ no larger than the residual that the system had when it was solved, else 0."""
+    """γ if r_v = γv + r with ‖r‖ no larger than `solved`, the residual that the solver reported; else 0."""
     size = norm(v)
     gamma = float(r_v.dot(v).sum()) / size**2 if size else 0.0
     rounding = 10 * r_v.space.eps * norm(r_v)
@@ -242,9 +242,9 @@ def _damping(r_v: Vector, v: Vector, solved: float) -> float:
 
 
 def _settled(last: Correction, given: Vector) -> tuple[bool, float]:
-    """Whether the estimate is good after a Newton step, and its relative uncertainty."""
+    """Whether the estimate has settled after a Newton step, and its relative uncertainty."""
     change, size = norm(last.change), norm(last.corrected)
-    # The corrected hypergradient must be right too where it is much smaller than the error; but it may be zero.
+    # The corrected hypergradient must settle too, even if it is much smaller than the error, unless it is zero.
     uncertainty = ratio(change, norm(last.corrected - given))
     return uncertainty <= SETTLED and (change <= SETTLED * size or uncertainty <= NEGLIGIBLE), uncertainty
 
@@ -254,5 +254,5 @@ def norm(x: Vector) -> float:
 
 
 def total(norms: Tensor) -> float:
-    """The norm over all systems."""
+    """The norm over all systems, from the norm of each."""
     return float(norms.square().sum().sqrt())

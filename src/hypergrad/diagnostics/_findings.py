@@ -1,4 +1,4 @@
-"""What is wrong with a bilevel problem at a point: each Finding has a test of its own."""
+"""Tests for what can be wrong with a bilevel problem at a point, one for each kind of Finding."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from ..implicit import Problem
 from ..operators import has_curvature
 from ._structure import Structure, checked, require_callable, seeded, unchanged
 
-REPEATABLE = 1e3  # eps: two evaluations that differ by more are not the same map
-ROUNDING = 10.0  # a residual below so many times what one unit in the last place of w changes is rounding
-HARMLESS = 1e-8  # relative distance to the solution below which that does not matter
-CERTAIN = 1e-2  # κ · eps above which rounding alone spoils the hypergradient
+REPEATABLE = 1e3  # relative difference of two evaluations, in units of eps, above which a map is not deterministic
+ROUNDING = 10.0  # a residual is rounding if it is below this multiple of its change when w changes in the last digit
+HARMLESS = 1e-8  # relative distance to the solution below which a residual that is rounding is no finding
+ILL_CONDITIONED = 1e-2  # κ · eps above which rounding alone spoils the hypergradient
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One thing that is wrong with a problem or a hypergradient.
 
     Attributes:
-        name: one of those in `findings`; of `check` also "adjoint unsolved" (v hardly solves its system), "problem
-            changed" (since the hypergradient was computed), "finite differences" (they disagree), "estimate unsolved"
-            and "max_products" (the estimate could not be finished).
-        message: what was seen, with numbers, and what to do.
-        numbers: these numbers by name.
+        name: one of the names in `findings`; `check` adds "adjoint unsolved" (v hardly solves its system), "problem
+            changed" (since the hypergradient was computed), "finite differences" (they disagree with it), "estimate
+            unsolved" and "max_products" (the estimate could not be completed).
+        message: what was found, with numbers, and what to do.
+        numbers: the same numbers by name.
 
     Example:
         >>> lam = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
@@ -58,32 +58,33 @@ class Finding:
 
 
 def findings(problem: Problem, structure: Structure | None = None) -> tuple[Finding, ...]:
-    """Everything that is recognised as wrong with this problem at (w, λ). An empty result proves nothing.
+    """Test a problem at (w, λ) for known defects. An empty result proves nothing.
 
     - not symmetric: A was declared symmetric, and xᵀAy ≠ yᵀAx for random x, y.
-    - indefinite: the Hessian of the inner loss, or an A declared positive definite, has a negative eigenvalue: proven.
+    - indefinite: the Hessian of the inner loss, or an A declared positive definite, provably has a negative eigenvalue.
     - singular: some singular values of A are zero to rounding, or κ eps > 1 %.
     - expansion: the spectral radius of ∂₁Φ is above 1, so the map does not converge to this point.
-    - stochastic, dropout: two evaluations of a map or loss differ; "dropout" where a module that can be seen (in a
+    - stochastic, dropout: two evaluations of a map or loss differ; "dropout" if a module that can be seen (in a
       closure, partial, bound method or global) drops something in training mode.
-    - kink: ∇₁g, Φ or F, or a product with its derivative, jumps between w − εd and w + εd for a random d: it changes as
-      much at ε = eps^½ ‖w‖ as at eps^⅓ ‖w‖, a product by eps^⅙ at least (0.25 % in float64, 7 % in float32).
-    - wrong derivative: where there is no kink, finite differences of ∇₁g, Φ or F along random directions of w and of λ
-      differ from what autograd gives by more than eps^⅕ (0.07 % in float64, 4 % in float32) and than their own error.
-    - rounding floor: a change of w in its last digit changes the residual by as much as it is, and w may be off by more
-      than 1e-8 of its norm. It cannot be solved further in this dtype.
+    - kink: ∇₁g, Φ or F, or a product with its derivative, jumps between w − εd and w + εd for a random d: its change
+      hardly shrinks from ε = eps^⅓ ‖w‖ to eps^½ ‖w‖; of a product it exceeds eps^⅙ (0.25 % in float64, 7 % in float32).
+    - wrong derivative: finite differences of the outer loss and, if there is no kink, of ∇₁g, Φ or F along random
+      directions of w and λ differ from autograd's derivative by more than eps^⅕ (0.07 % in float64, 4 % in float32)
+      and by more than their own error.
+    - rounding floor: changing w in its last digit changes the residual by a tenth of it or more, and w may be off by
+      more than 1e-8 of its norm. The inner problem cannot be solved further in this dtype.
     - outer loss ignores params, hyperparameter reaches nothing: by the graphs of the losses.
 
-    Of a stochastic map one draw is tested, and neither for kinks nor for rounding.
+    A stochastic map is tested at one draw, and not for kinks, wrong derivatives and rounding.
 
     Args:
         problem: `implicit.Problem(outer_loss, params=..., hparams=..., inner_loss=...)` with functions for losses and
-            maps, or that of a result.
-        structure: of A; without it nothing is said of the system, nor of rounding.
+            maps, or the problem of a result.
+        structure: the structure of A; without it, the linear system and rounding are not tested.
 
-    Returns: a tuple of Findings. Buffers of visible modules and torch's random state are put back.
+    Returns: a tuple of Findings. Buffers of visible modules and torch's random state are restored.
     Raises: TypeError for an evaluated loss, or complex hparams.
-    Cost: three evaluations of the outer loss; 19 of the inner loss or map, with eleven products.
+    Cost: 9 evaluations of the outer loss, with 8 reverse passes; 17 of the inner loss or map, with 13 products.
 
     Example:
         >>> problem = hg.implicit.Problem(
@@ -113,14 +114,14 @@ def findings(problem: Problem, structure: Structure | None = None) -> tuple[Find
 
 
 def _of_system(s: Structure, problem: Problem) -> Iterator[Finding]:
-    """What the structure of A shows."""
+    """Findings from the structure of A."""
     kind, where = problem.kind, "" if s.system is None else f" (system {s.system})"
     if s.declared_symmetric and not s.symmetric:
         remedy = "leave the declaration out and use GMRES, BiCGStab, NormalCG or LSQR"
         if kind == "inner_loss":
             remedy = (
-                "the Hessian of a loss is, so either the systems of batch_dims=1 are not independent, or a derivative "
-                "in the loss is wrong (a custom backward)"
+                "a Hessian is symmetric, so either the systems of batch_dims=1 are not independent, or a derivative in "
+                "the loss is wrong (a custom backward)"
             )
         text = f"A was declared symmetric and is not: |xᵀAy − yᵀAx| is {s.asymmetry:.1e} of its size{where}; {remedy}"
         yield Finding("not symmetric", text, {"asymmetry": s.asymmetry})
@@ -138,14 +139,14 @@ def _of_system(s: Structure, problem: Problem) -> Iterator[Finding]:
         )
         numbers = {"least eigenvalue": low, "negative": float(negative), "damping": damping}
         yield Finding("indefinite", text, numbers)
-    if s.singular or s.condition * s.eps > CERTAIN:
+    if s.singular or s.condition * s.eps > ILL_CONDITIONED:
         least = f"{s.negligible} {'or more ' * (not s.exact)}singular values of {s.n} are zero to rounding"
         nearly = f"the condition number is at least {s.condition:.1e}, so rounding alone may change 1 % or more of v"
         damping = s.eps**0.5 * s.norm
         text = (
-            f"{least if s.singular else nearly}{where}: the inner solution is not unique, or barely; add a "
-            f"penalty to the inner problem or damping to the solver (damping={damping:.1g} is √eps ‖A‖), or fix what "
-            f"params leave free"
+            f"{least if s.singular else nearly}{where}: the inner solution is not unique, or barely so; add a "
+            f"penalty to the inner problem or damping to the solver (damping={damping:.1g} is √eps ‖A‖), or remove "
+            f"redundant params"
         )
         numbers = {"negligible": float(s.negligible), "condition": s.condition, "least": s.least}
         yield Finding("singular", text, numbers | {"damping": damping})
@@ -159,7 +160,7 @@ def _of_system(s: Structure, problem: Problem) -> Iterator[Finding]:
 
 
 class _Near:
-    """A problem at (w, λ), and at points near by."""
+    """Evaluates a problem at (w, λ) and at nearby points."""
 
     def __init__(self, problem: Problem):
         self.problem, self.generator = problem, seeded(None)
@@ -169,12 +170,11 @@ class _Near:
         self.map = "∇₁ of inner_loss" if problem.kind == "inner_loss" else problem.kind
 
     def direction(self) -> Vector:
-        """A random direction of w's length."""
+        """A random vector with the norm of w (1 if w = 0)."""
         d = self.w.random(self.generator)
         return d * (self.size / d.norm())
 
     def at(self, params: Vector | None = None, hparams: Vector | None = None) -> Problem:
-        """The problem at other params or hparams."""
         tree = None
         if hparams is not None:
             tree = self.problem.hparams_with([x.requires_grad_() for x in hparams.copy().leaves])
@@ -189,7 +189,7 @@ class _Near:
 
 
 def _outputs(problem: Problem, outer: bool) -> list[Tensor]:
-    """E, or ∇₁g, Φ or F, with its graph."""
+    """E if outer, else ∇₁g, Φ or F, with its graph."""
     if not outer:
         return list(problem.linearise().outputs)
     with torch.enable_grad():
@@ -262,7 +262,7 @@ def _kink(near: _Near) -> Iterator[Finding]:
     u = u / u.norm()
 
     def at(step: float) -> tuple[Vector, Vector]:
-        """The value and a product at w + step · d, from a graph that is used before another evaluation."""
+        """The value and a product at w + step · d, both computed before the next evaluation."""
         linearisation = near.at(near.w + d * step).linearise()
         return near.values(linearisation), near.w.space.pack(linearisation.vjp(u.leaves))
 
@@ -273,12 +273,12 @@ def _kink(near: _Near) -> Iterator[Finding]:
         size = torch.maximum(base, torch.maximum(product.norm(), other_product.norm()))
         changes.append(ratio((product - other_product).norm(), size))
         jumps.append(ratio((value - other_value).norm(), size * near.size))
-    # Of several systems, that where it is the largest.
+    # The largest of all systems.
     turned = float(torch.where(changes[1] > 0.5 * changes[0], changes[1], 0.0).max())
     jumped = float(torch.where(jumps[1] > 0.5 * jumps[0], jumps[1] / (30 * eps**0.5), 0.0).max())
     remedy = (
-        "an implicit derivative there is one of several; smooth the map (softplus for relu), pass the proximal step of "
-        "an L1 term as fp_map, or move off the kink"
+        "the implicit derivative is not unique there; smooth the map (softplus for relu), pass the proximal step of an "
+        "L1 term as fp_map, or move off the kink"
     )
     if jumped > 1:
         jump = float(jumps[1].max())
@@ -290,10 +290,10 @@ def _kink(near: _Near) -> Iterator[Finding]:
 
 
 def _wrong_derivatives(near: _Near, *, outer: bool) -> Iterator[Finding]:
-    """Finite differences of a loss or map along directions of w and of λ, against the derivatives of its graph."""
+    """Compare finite differences of a loss or map along directions of w and of λ with the derivatives of its graph."""
     eps, problem = near.w.space.eps, near.problem
     given = problem.outer_space.pack([x.detach() for x in problem.differentiated])
-    # Relative to each entry, so that its sign stays.
+    # Relative to each entry, which keeps its sign.
     drawn = given.random(near.generator).leaves
     across = [torch.where(x == 0, u, x * u) for x, u in zip(given.leaves, drawn, strict=True)]
     outputs, t = _outputs(problem, outer), eps ** (1 / 3)
@@ -301,14 +301,14 @@ def _wrong_derivatives(near: _Near, *, outer: bool) -> Iterator[Finding]:
     moves += [("hparams", problem.differentiated, given, problem.outer_space.pack(across))]
     for name, inputs, start, along in moves:
         sides = [_outputs(near.at(**{name: start + along * step}), outer) for step in (-t, t)]
-        change, doubt = [], []  # central differences, and their error: that of one-sided ones (a kink), and rounding
+        change, doubt = [], []  # central differences, and their error from one-sided ones (at kinks) and rounding
         for x, *others in zip(outputs, *sides, strict=True):
             minus, here, plus = (y.detach() for y in (others[0], x, others[1]))
             change.append((plus - minus) / (2 * t))
             doubt.append((plus + minus - 2 * here).abs() / t + 10 * eps / t * here.abs())
         sizes = [float(x.norm()) for x in change]
         least, numbers = t * max(sizes) or 1.0, []
-        for _ in range(4):  # random weights of the outputs, in which each leaf counts
+        for _ in range(4):  # random weights of the outputs, scaled so that each leaf counts
             drawn = [torch.randn(x.shape, generator=near.generator, dtype=x.dtype, device="cpu") for x in change]
             y = [r.to(x.device) / max(size, least) for r, x, size in zip(drawn, change, sizes, strict=True)]
             exact = _autodiff.grad(outputs, inputs, y, retain_graph=True)

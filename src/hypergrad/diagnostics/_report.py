@@ -1,4 +1,4 @@
-"""The report on a hypergradient: what `check` finds, as numbers, as a table, and as advice."""
+"""`check`, and the report on a hypergradient as numbers, a table and advice."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from ._findings import Finding, findings
 from ._structure import Structure, require_callable, solver_choice, solver_rows, structure
 
 UNROLLED = (ReverseResult, ForwardResult)
-STEPS = 50  # of the Krylov spaces of a structure
+STEPS = 50  # dimension of the Krylov space for the structure of A
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of the error of a hypergradient. print(report) shows it as a table that ends in advice.
+    """What `check` found about the error of a hypergradient. print(report) shows a table followed by advice.
 
     Attributes:
         ok: whether the hypergradient can be used as it is.
-        verdict: why, in one sentence, which takes everything below into account.
-        estimate: of the error, with the residuals it comes from.
-        differences: finite differences of the whole map; None if not asked for.
-        structure: of A; None where max_products did not allow it.
-        findings: what is recognised as wrong with the problem.
+        verdict: the reason in one sentence, which takes everything below into account.
+        estimate: the estimated error, with the residuals that it comes from.
+        differences: finite differences of λ ↦ E(w*(λ), λ); None without solve=.
+        structure: the structure of A; None if max_products did not allow it or a product was not finite.
+        findings: what was found to be wrong with the problem or the hypergradient.
         advice: the verdict, the findings, and what to do, in sentences.
-        products: with A and Aᵀ, beside the two reverse passes of each correction.
-        left_out: what was not done because max_products were spent.
+        products: the number of products with A and Aᵀ, without the two reverse passes of each correction.
+        left_out: what was left out because max_products were spent.
 
     Example:
         >>> lam = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
@@ -66,7 +66,7 @@ class Report:
     left_out: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers, texts, lists and dicts (no tensors), for a file; complex numbers as pairs."""
+        """All fields as numbers, strings, lists and dicts (no tensors), for a file; complex numbers become pairs."""
         found = asdict(replace(self, estimate=replace(self.estimate, corrected=None, params=None)))
         numbers = found.pop("estimate") | {"status": self.estimate.status.name}
         if self.structure is not None:
@@ -117,37 +117,37 @@ def check(
     max_products: int = 3000,
     progress: bool | None = None,
 ) -> Report:
-    """How wrong a hypergradient is, and why. Changes nothing of the user's.
+    """Estimate how wrong a hypergradient is, and why. It changes none of its arguments.
 
-    A result of `implicit.grad` knows its problem, as long as the losses were functions and neither params nor hparams
-    changed since (check before the optimizer's step); keywords replace what it knows. Other results come with all of
+    A result of `implicit.grad` holds its problem if the losses were functions and neither params nor hparams have
+    changed since (so check before the optimizer's step); keywords override parts of it. For other results pass
     outer_loss, hparams, params (a result of `unroll` has its own) and one form of the inner problem; their error is
-    that against the exact hypergradient at the inner solution.
+    the difference from the exact hypergradient at the inner solution.
 
     Args:
         result: a Hypergradient, a result of `unroll`, or the gradients themselves in hparams' structure (HyperTorch's
             lists).
-        outer_loss, inner_loss, fp_map, residual, params, hparams, symmetric: as in `implicit.grad`; functions. To
-            judge a hypergradient as that of a damped system, add γ/2 ‖w − w₀‖² to inner_loss, w₀ being a
-            detached copy of params.
-        solver: of the linear systems behind the estimate (default: Dense up to 200 unknowns, else MINRES where A is
-            symmetric and GMRES where it is not), without damping.
-        solve: hparams ↦ params, solving the inner problem from scratch: asks for finite differences.
-        max_products: about how many products with A and Aᵀ may be done, those of finite differences aside; the report
-            names what was left out.
-        progress: True shows a bar (by tqdm), None after three seconds where there are a terminal and tqdm, False never.
+        outer_loss, inner_loss, fp_map, residual, params, hparams, symmetric: as in `implicit.grad`, but losses and
+            maps must be functions. To check a hypergradient of a damped system, add γ/2 ‖w − w₀‖² to inner_loss,
+            where w₀ is a detached copy of params.
+        solver: for the linear systems of the estimate, without damping (default: Dense up to 200 unknowns, else MINRES
+            if A is symmetric and GMRES if not).
+        solve: hparams ↦ params, solves the inner problem from scratch. If given, finite differences are computed.
+        max_products: about how many products with A and Aᵀ may be taken (without finite differences); the report names
+            what was left out.
+        progress: True shows a bar (by tqdm), False none; None shows one after three seconds, given a terminal and tqdm.
 
     Returns: a Report.
     Raises:
         ValueError: params or hparams changed since, or the problem is stochastic.
-        TypeError: a part of the problem is missing or complex, solver approximates, or the result is that of
+        TypeError: a part of the problem is missing or complex, solver only approximates, or the result is one of
             `implicit.jacobian`.
         ImportError: progress=True without tqdm.
     Cost: see `structure`, `findings` and Estimate: three linear systems, and three more for each Newton step; with
         solve four solves for each of three directions.
 
     Example:
-        w minimises ½(w − λ)², so f(λ) = ½λ² and ∇f(λ) = λ, but w was taken 1 % off.
+        w minimises ½(w − λ)², so f(λ) = ½λ² and ∇f(λ) = λ, but the given params are 1 % off.
 
         >>> lam = torch.tensor(3.0, requires_grad=True)
         >>> result = hg.implicit.grad(
@@ -194,7 +194,7 @@ def check(
 
 
 def _check_solver(solver: Any) -> None:
-    """Raise for a solver whose answers are not those of the systems behind the estimate."""
+    """Raise TypeError for a solver that does not solve the systems of the estimate."""
     if solver is not None and not callable(solver):
         raise TypeError(f"solver must be a function, got {solver!r}")
     if isinstance(solver, Nystrom) or (isinstance(solver, IterativeSolver) and solver.fixed_steps):
@@ -207,21 +207,21 @@ def _check_solver(solver: Any) -> None:
 
 
 def _structure(problem: Problem, budget: Budget) -> Structure | None:
-    """The structure of A from a third of what may still be spent, at most; None where that does not suffice."""
+    """The structure of A from at most a third of the products left; None if these are too few, or not finite."""
     steps = min(STEPS, budget.left // 3 - 6)
     if steps < 1:
         budget.left_out.append("the structure of A")
         return None
     try:
         found = structure(problem, steps=steps)
-    except ValueError:  # of products that are not finite the estimate tells
+    except ValueError:  # a product is not finite, which the estimate reports
         return None
     budget.spend(found.products)
     return found
 
 
 def _problem(result: Any, given: dict[str, Any], inner: dict[str, Any], symmetric: bool) -> Problem:
-    """The problem that the result knows, with the arguments that were passed in their places."""
+    """The problem of the result, with the keywords of `check` in place of its parts."""
     known = result.problem if isinstance(result, Hypergradient) else None
     if known is not None:
         _check_known(result, [name for name in ("params", "hparams") if given[name] is None])
@@ -238,11 +238,11 @@ def _problem(result: Any, given: dict[str, Any], inner: dict[str, Any], symmetri
         why = "it was given evaluated, and its graph is gone" if known is not None else "the result does not know it"
         raise TypeError(
             f"check needs {', '.join(missing)} ({why}): pass it as a keyword, losses and maps as functions of (params, "
-            f"hparams), which for a live module go through torch.func.functional_call"
+            f"hparams), which call a live module by torch.func.functional_call"
         )
     for name, value in (("outer_loss", parts["outer_loss"]), *forms.items()):
         require_callable(value, name)
-    # The error is that against the Hessian, where a Gauss–Newton matrix stands in for it.
+    # The error is measured against the Hessian, also if a Gauss–Newton matrix replaced it.
     forms = {kind: value.__call__ if has_curvature(value) else value for kind, value in forms.items()}
     tags: dict[str, Any] = {"symmetric": symmetric}
     if known is not None:
@@ -253,7 +253,7 @@ def _problem(result: Any, given: dict[str, Any], inner: dict[str, Any], symmetri
 
 
 def _check_known(result: Hypergradient, used: list[str]) -> None:
-    """Raise if what a result knows is not enough to check it."""
+    """Raise if a result holds several hypergradients, a changed problem or a random one."""
     problem = result.problem
     if result.outer_value.ndim:
         raise TypeError(

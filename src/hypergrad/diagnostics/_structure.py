@@ -1,4 +1,4 @@
-"""What products with random vectors say of A = ∂₁F (∇²₁₁g, or I − ∂₁Φ) at a point, and which solvers it suits."""
+"""The structure of A = ∂₁F (∇²₁₁g, or I − ∂₁Φ) at a point, from products with random vectors, and solvers for it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FAR_FROM_NORMAL = 100  # condition number of an eigenvalue above which its first
 def structure(problem: Problem, *, steps: int = 50) -> Structure:
     """The structure of A = ∇²₁₁g, I − ∂₁Φ or ∂₁F at (w, λ): see `operator_structure`.
 
-    Buffers of modules that the callables can be seen to use, and torch's random state, are put back.
+    Buffers of modules that the callables visibly use, and torch's random state, are restored afterwards.
 
     Args:
         problem: `implicit.Problem(None, params=..., hparams=..., inner_loss=...)` with a function for the inner loss
-            or map, or that of a result.
+            or map, or the problem of a result.
         steps: as in `operator_structure`.
 
     Raises: TypeError for an evaluated loss, or complex hparams; ValueError as `operator_structure`.
@@ -52,7 +52,7 @@ def structure(problem: Problem, *, steps: int = 50) -> Structure:
     problem = checked(problem)
     with unchanged(problem):
         linearisation = problem.linearise()
-        # Declared as little as possible: a wrong declaration would stand in for the transposed product.
+        # Declared symmetric only if that is certain, because A is then used in place of Aᵀ.
         op = operators.adjoint(
             lambda: linearisation,
             fixed_point=problem.fixed_point,
@@ -68,18 +68,18 @@ def operator_structure(
 ) -> Structure:
     """The structure of an operator A.
 
-    Arnoldi from a random vector (Lanczos with full reorthogonalisation where A is symmetric) gives Ritz values θ. For
-    a symmetric A these lie inside the spectrum, so that θ < 0 < θ' proves it indefinite. The basis bounds singular
-    values from inside; what lies outside is not known before m = n.
+    Arnoldi from a random vector (Lanczos with full reorthogonalisation if A is symmetric) gives Ritz values θ. For a
+    symmetric A these lie within the spectrum, so θ < 0 < θ' proves it indefinite. The singular values of AV_m, V_m
+    being the basis, lie between the extreme ones of A, which are known exactly only for m = n.
 
     Args:
-        op: A or Aᵀ. How it is declared is compared with what is found.
-        like: a Vector or a pytree of tensors as A takes it; only its form counts.
-        steps: m ≥ 1; at most n are done. All of them give the eigenvalues and singular values themselves.
-        generator: of the random vectors, on the CPU (default: one with a seed of its own).
+        op: A or Aᵀ. Its declared symmetry is compared with what is found.
+        like: a Vector or a pytree of tensors of the form that A takes; its values do not matter.
+        steps: m ≥ 1, at most n. With m = n, the eigenvalues and singular values are exact.
+        generator: a generator on the CPU for the random vectors (default: a new one with a fixed seed).
 
-    Returns: a Structure; with batch_dims=1 that of the worst system: the most negligible singular values, else the
-        largest condition number.
+    Returns: a Structure; with batch_dims=1 that of the worst system: the one with the most negligible singular values
+        and, among these, the largest condition number.
     Raises: TypeError for sharded tensors; ValueError for steps below 1, no unknowns, or a product that is not finite.
     Cost: 6 + m products; m + 1 vectors.
     Source: Parlett 1998, section 13 (residual bounds).
@@ -94,7 +94,7 @@ def operator_structure(
     vector = like if isinstance(like, Vector) else Vector.of(like, "like", op.batch_dims)
     space, before, generator = vector.space, op.products, seeded(generator)
     if not space.length or not vector.norm().numel():
-        raise ValueError("a system without unknowns has no structure: params hold no numbers")
+        raise ValueError("the linear system has no unknowns, so it has no structure: params hold no numbers")
     steps = min(steps, space.length)
     with torch.no_grad():
         asymmetry = _asymmetry(op, vector, generator).to("cpu", torch.float64)
@@ -122,14 +122,14 @@ def checked(problem: Problem) -> Problem:
 def require_callable(value: Any, name: str) -> None:
     if not callable(value):
         raise TypeError(
-            f"{name} must be a function of (params, hparams), got {type(value).__name__}: an evaluated value has only "
-            f"one graph"
+            f"{name} must be a function of (params, hparams), because it is evaluated several times, got "
+            f"{type(value).__name__}"
         )
 
 
 @contextmanager
 def unchanged(problem: Problem) -> Iterator[None]:
-    """Buffers of the modules that the callables can be seen to use, and torch's random state, are put back."""
+    """Restore buffers of the modules that the callables visibly use, and torch's random state, on exit."""
     modules = modules_of(problem.outer_loss, problem.inner)
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     try:
@@ -143,7 +143,7 @@ def unchanged(problem: Problem) -> Iterator[None]:
 
 
 def seeded(generator: torch.Generator | None) -> torch.Generator:
-    """The generator, or one of the library's own whose numbers are the same at each call."""
+    """The given generator, or a new one with a fixed seed."""
     return torch.Generator(device="cpu").manual_seed(0) if generator is None else generator
 
 
@@ -159,9 +159,9 @@ def _asymmetry(op: LinearOperator, like: Vector, generator: torch.Generator) -> 
 
 
 def _from_arnoldi(h: Tensor, about: dict[str, Any]) -> Structure:
-    """From A V_m = V_{m+1} H, whose first m rows are symmetric where A is."""
+    """The Structure from A V_m = V_{m+1} H. The first m rows of H are symmetric if A is."""
     n, m, eps, symmetric = about["n"], about["steps"], about["eps"], about["symmetric"]
-    values = torch.linalg.svdvals(h)  # of A V_m, so that all lie between the extreme ones of A
+    values = torch.linalg.svdvals(h)  # those of A V_m, which lie between the extreme ones of A
     least, largest = float(values.min()), float(values.max())
     negligible = int((values <= 10 * math.sqrt(n) * eps * largest).sum())
     if symmetric:
@@ -194,7 +194,7 @@ def _from_arnoldi(h: Tensor, about: dict[str, Any]) -> Structure:
 def _arnoldi(op: LinearOperator, like: Vector, steps: int, generator: torch.Generator) -> Tensor:
     """H [m + 1, m] (or [B, m + 1, m]) of A V_m = V_{m+1} H for m = steps ≤ n; the last row is 0 for m = n.
 
-    Gram–Schmidt twice. Where the Krylov space is exhausted it goes on with a random vector: n steps see all of A.
+    With repeated Gram–Schmidt. A random vector continues an exhausted Krylov space, so that n steps span the space.
     """
     basis = Basis(like, steps + 1)
     first = like.random(generator)
@@ -214,7 +214,7 @@ def _arnoldi(op: LinearOperator, like: Vector, steps: int, generator: torch.Gene
 
 
 def _next_vector(w: Vector, norm: Tensor, basis: Basis, count: int, generator: torch.Generator) -> Vector:
-    """w / ‖w‖, or a random unit vector orthogonal to the basis where nothing is left of w."""
+    """w / ‖w‖, or for systems with w = 0 a random unit vector orthogonal to the basis."""
     spent = norm == 0
     if not bool(spent.any()):
         return w / norm
@@ -227,7 +227,7 @@ def _next_vector(w: Vector, norm: Tensor, basis: Basis, count: int, generator: t
 
 @dataclass(frozen=True)
 class SolverChoice:
-    """A solver by name, the products that it needs (None: no bound is known), and why it does not apply, if so.
+    """A solver's name, the products that it needs (None if no bound is known), and why it does not apply (or None).
 
     Example:
         >>> matrix = torch.diag(torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64))
@@ -249,10 +249,10 @@ class SolverChoice:
 
 
 def solver_choice(structure: Structure, rtol: float = 1e-6) -> tuple[SolverChoice, ...]:
-    """For each solver of hg.solvers, with its default options, whether it applies to a system, and at what cost.
+    """Whether each solver of hg.solvers, with its default options, applies to a system, and at what cost.
 
-    These are `valid_for` and `products_needed` of the solvers, which name the bounds; unless the structure is `exact`,
-    more products may be needed. The valid ones come first, by their products.
+    The choices come from `valid_for` and `products_needed` of the solvers, which name the bounds. Unless the structure
+    is `exact`, more products may be needed. Valid solvers come first, in order of their products.
 
     Raises: ValueError for an rtol outside (0, 1).
 
@@ -265,21 +265,21 @@ def solver_choice(structure: Structure, rtol: float = 1e-6) -> tuple[SolverChoic
     """
     if not 0 < rtol < 1:
         raise ValueError(f"rtol must lie between 0 and 1, got {rtol!r}")
-    every = []
+    choices = []
     for name in solvers.__all__:
         kind = getattr(solvers, name)
         if inspect.isclass(kind) and issubclass(kind, solvers.LinearSolver) and not inspect.isabstract(kind):
             against = kind().valid_for(structure)
-            every.append(SolverChoice(name, None if against else kind().products_needed(structure, rtol), against))
-    return tuple(sorted(every, key=lambda c: (not c.valid, math.inf if c.products is None else c.products)))
+            choices.append(SolverChoice(name, None if against else kind().products_needed(structure, rtol), against))
+    return tuple(sorted(choices, key=lambda c: (not c.valid, math.inf if c.products is None else c.products)))
 
 
 def solver_rows(structure: Structure) -> str:
     """`solver_choice` as three lines of a table."""
-    every = solver_choice(structure)
+    choices = solver_choice(structure)
     rows = {
-        "products for 1e-06": [f"{c.solver} {c.products:.0f}" for c in every if c.products is not None],
-        "no bound": [c.solver for c in every if c.valid and c.products is None],
-        "not valid": [c.solver for c in every if not c.valid],
+        "products for 1e-06": [f"{c.solver} {c.products:.0f}" for c in choices if c.products is not None],
+        "no bound": [c.solver for c in choices if c.valid and c.products is None],
+        "not valid": [c.solver for c in choices if not c.valid],
     }
     return "\n".join(f"{name:<22}{', '.join(names)}" for name, names in rows.items() if names)
