@@ -1,14 +1,14 @@
-"""Losses over many ranks: `replicated` and `gathered` make every derivative, of any order, that of all ranks' data.
+"""Losses over many ranks: `replicated` and `gathered` make derivatives of any order those of all ranks' data.
 
-Two functions, each the other's transpose, are put around what is equal on all ranks:
+Two functions, each the transpose of the other, are applied to tensors that are equal on all ranks:
 
     copy: x ↦ x on every rank,  backward: the mean of the ranks' gradients
     mean: x ↦ the mean over ranks,  backward: the gradient as it is
 
 A loss of a rank's own data, evaluated at copies of params and hparams, has a gradient that is the mean of all ranks'
 gradients, and so have its Hessian products. Solvers, unrolled steps, meta-learning and trackers then do the same on
-every rank with the same numbers, and need no other communication. (The mean of the ranks' own solves is not the solve
-of the mean.)
+every rank with the same numbers, and need no other communication. (The mean of the ranks' solutions would not be the
+solution of the mean problem.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CopyToRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        # Every rank must take part for the same tensors: what this pass asks for is the same on all.
+        # All ranks must reduce the same tensors: those whose gradients this pass needs are the same on all ranks.
         wanted = _torch.wanted_inputs(ctx, skip=1)
         means: list[Any] = [None] * len(grads)
         found = MeanOverRanks.apply(ctx.group, *(grads[i] for i in wanted)) if wanted else ()
@@ -81,7 +81,7 @@ class MeanOverRanks(torch.autograd.Function):
 
 
 class GatherShards(torch.autograd.Function):
-    """Sharded tensors as whole ones on every rank; backward: the mean over ranks, sharded as they are.
+    """Sharded tensors as whole ones on every rank; backward: the mean over ranks, sharded as the inputs.
 
     (The backward of DTensor's own conversions has a derivative of zero, so products with a transpose would be lost.)
     """
@@ -127,7 +127,7 @@ class MeanToShards(torch.autograd.Function):
 
 
 def _reduced(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
-    """The means over ranks, in memory of their own."""
+    """The means over ranks, in new memory."""
     kinds: dict[Any, list[int]] = {}
     for i, x in enumerate(tensors):
         kinds.setdefault((x.dtype, x.device), []).append(i)
@@ -142,7 +142,7 @@ def _reduced(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
 
 
 def replicated(tree: PyTree, group: Any = None) -> PyTree:
-    """Tensors that are equal on all ranks, so that derivatives of any order with respect to them are means over ranks.
+    """The same tensors, with respect to which derivatives of any order are means over ranks.
 
         inner_loss = lambda w, h: local_loss(replicated(w), replicated(h))
 
@@ -151,7 +151,7 @@ def replicated(tree: PyTree, group: Any = None) -> PyTree:
         group: a process group; None: all ranks.
 
     Raises: RuntimeError without a process group; TypeError for sharded tensors, which are for `gathered`.
-    Cost: in every reverse pass one all-reduce of as many numbers as the tree has (of those that the pass asks for).
+    Cost: in every reverse pass one all-reduce of as many numbers as the tensors have whose gradients it needs.
     Source: Shoeybi et al. 2019 (Megatron-LM), section 3, the conjugate operators f and g, here with means.
 
     Example:
@@ -174,13 +174,13 @@ def replicated(tree: PyTree, group: Any = None) -> PyTree:
 
 
 def gathered(tree: PyTree, group: Any = None) -> PyTree:
-    """Sharded tensors (DTensor, FSDP2's parameters) as whole ones, whose derivatives are means over ranks, and sharded.
+    """Sharded tensors (DTensor, FSDP2's parameters) as whole ones; derivatives are means over ranks, and sharded alike.
 
-    Other tensors are taken as `replicated` takes them. Every rank holds the whole tensors while its graph lives.
+    Other tensors are treated as by `replicated`. Every rank holds the whole tensors while its graph lives.
 
     Args:
         tree: params or hparams.
-        group: of the tensors that are not sharded.
+        group: the process group for tensors that are not sharded.
 
     Cost: an all-gather; in every reverse pass a reduce-scatter.
 
@@ -212,8 +212,8 @@ def call(module: nn.Module, *args: object, group: Any = None, **kwargs: object) 
     """module(*args), whose derivatives of any order with respect to the live parameters are means over ranks.
 
     Args:
-        module: one that is equal on every rank; its DistributedDataParallel wrapper is removed. Its buffers are
-            each rank's own.
+        module: a module that is equal on every rank, except for its buffers, which each rank has for itself. A
+            DistributedDataParallel wrapper is removed.
         group: a process group; None: all ranks.
 
     Raises: TypeError for a module sharded by FSDP2: its hooks give no graph for second derivatives.
@@ -229,25 +229,25 @@ def call(module: nn.Module, *args: object, group: Any = None, **kwargs: object) 
         module = module.module
     if _is_fully_sharded(module):
         raise TypeError(
-            "FSDP2's hooks give no graph for second derivatives: evaluate a copy of the model made before "
-            "fully_shard, by torch.func.functional_call at hg.distributed.gathered(its parameters), or take an "
-            "algorithm without second derivatives (bilevel.F2SA, BOME, SAMA), which takes the model as it is"
+            "FSDP2's hooks give no graph for second derivatives: copy the model before fully_shard and evaluate the "
+            "copy by torch.func.functional_call at hg.distributed.gathered(its parameters), or use an algorithm "
+            "without second derivatives (bilevel.F2SA, BOME, SAMA), which takes the model as it is"
         )
     moved = {name: x for name, x in module.named_parameters() if x.requires_grad}
     return torch.func.functional_call(module, replicated(moved, group), args, kwargs)
 
 
 def everywhere(loss: Callable[..., Any], group: Any = None) -> Callable[..., Any]:
-    """A rank's own loss as that of all ranks: evaluated `together`, at `gathered` params and hparams.
+    """The loss of all ranks' data, from each rank's own loss: it is evaluated `together`, at `gathered` tensors.
 
         inner_loss = hg.distributed.everywhere(local_loss)
 
     Args:
-        loss: (params, hparams, ...) ↦ the loss of this rank's data; what follows hparams is passed through. It must
-            communicate nothing: not the forward pass of an FSDP2 module.
+        loss: (params, hparams, ...) ↦ the loss of this rank's data; further arguments are passed through. It must not
+            communicate, as the forward pass of an FSDP2 module does.
         group: a process group; None: all ranks.
 
-    Raises: what loss raises; on the other ranks a RuntimeError that names the one that failed.
+    Raises: what loss raises, and on the other ranks a RuntimeError that names the rank that failed.
     Cost: that of `gathered`, and for each evaluation that of `together`.
 
     Example:
@@ -275,7 +275,7 @@ def share(count: float, group: Any = None, device: torch.device | str | None = N
     Args:
         count: rows of this rank's batch.
         group: a process group; None: all ranks.
-        device: where the counts are added up, such as "cuda" for NCCL; the CPU by default.
+        device: the device on which the counts are summed, such as "cuda" for NCCL; the CPU by default.
 
     Example:
         >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -291,7 +291,7 @@ def share(count: float, group: Any = None, device: torch.device | str | None = N
 
 @contextmanager
 def together(group: Any = None) -> Iterator[None]:
-    """An error of one rank in this block is an error of all ranks, at its end.
+    """A context in which an error on one rank becomes, at the end, an error on all ranks.
 
         def inner_loss(w, h):
             w, h = replicated((w, h))
@@ -299,14 +299,14 @@ def together(group: Any = None) -> Iterator[None]:
                 return local_loss(w, h, next(batches))
 
     Without it a rank that fails leaves the others waiting in their next collective until its process ends (gloo) or a
-    timeout passes (NCCL): a rank cannot know in which collective they are. So the block must hold what communicates
-    nothing: the loading of a batch, the evaluation of a loss; no reverse pass through `replicated`.
+    timeout passes (NCCL), because it cannot know in which collective they are. For the same reason nothing in the block
+    may communicate: it may load a batch or evaluate a loss, but run no reverse pass through `replicated`.
 
     Args:
         group: a process group; None: all ranks.
 
-    Raises: RuntimeError on the ranks that did not fail themselves, which names one that did.
-    Cost: an all-reduce of one number, which is read.
+    Raises: on the ranks that did not fail, a RuntimeError that names one that did.
+    Cost: an all-reduce of one number, which is read from the device.
 
     Example:
         >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -329,7 +329,7 @@ def together(group: Any = None) -> Iterator[None]:
 
 
 def _first_to_fail(failed: bool, group: Any) -> int | None:
-    """The rank, of the lowest number in the group, whose block failed."""
+    """The lowest rank in the group whose block failed; None if none did."""
     size = torch.distributed.get_world_size(group)
     on_cpu = any(name in torch.distributed.get_backend(group) for name in ("gloo", "mpi"))
     device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
@@ -342,8 +342,8 @@ def _first_to_fail(failed: bool, group: Any) -> int | None:
 def _check_started() -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise RuntimeError(
-            "torch.distributed is not started: call torch.distributed.init_process_group() on every rank (torchrun "
-            "sets what it needs)"
+            "torch.distributed is not initialised: call torch.distributed.init_process_group() on every rank (torchrun "
+            "sets the environment variables that it needs)"
         )
 
 

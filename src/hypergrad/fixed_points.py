@@ -1,7 +1,7 @@
 """Forward solvers of w = Φ(w, λ): frozen configuration, called as solver(fp_map, start, hparams).
 
-Nothing here is differentiated: `implicit.fixed_point` attaches derivatives to what comes out. With batch_dims=1 each
-sample converges by itself and then rests.
+Nothing here is differentiated: `implicit.fixed_point` attaches derivatives to the solution. With batch_dims=1 each
+sample converges by itself and is not changed any more.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .solvers import GMRES, LinearSolver, check_options, solve
 
 
 class Iterate:
-    """w with Φ(w), and what is taken of them when it is first asked for; norms are NaN until they are measured."""
+    """w and Φ(w), with their residual and its norms, which are `unknown` (NaN) until `StoppingRule.measure`."""
 
     def __init__(self, w: Vector, image: Vector, unknown: Tensor):
         self.w, self.image = w, image
-        self.norm = self.size = self.merit = unknown  # ‖Φ(w) − w‖, ‖Φ(w)‖, what is compared
+        self.norm = self.size = self.merit = unknown  # ‖Φ(w) − w‖, ‖Φ(w)‖, and what iterates are compared by
 
     @cached_property
     def residual(self) -> Vector:
@@ -38,7 +38,7 @@ class Iterate:
         return self.image - self.w
 
     def where(self, mask: Tensor, other: Iterate) -> Iterate:
-        """This one for the samples where the mask holds, the other elsewhere."""
+        """This iterate for the samples where the mask holds, the other one elsewhere."""
         if mask.device.type == "cpu":
             if bool(mask.all()):
                 return self
@@ -51,10 +51,10 @@ class Iterate:
 
 
 def _norms(at: Iterate) -> Sequence[Tensor]:
-    """‖Φ(w) − w‖ and ‖Φ(w)‖ of each system, also where squares leave the range of the dtype."""
-    space, vectors = at.w.space, (at.image - at.w, at.image)  # the residual is kept where a method asks for it alone
+    """‖Φ(w) − w‖ and ‖Φ(w)‖ of each system, even if squares leave the range of the dtype."""
+    space, vectors = at.w.space, (at.image - at.w, at.image)  # not at.residual, which would stay in memory
     norms = torch.stack([v.norm() for v in vectors])
-    if space.uniform and norms.device.type == "cpu" and norms.numel():  # where looking is free
+    if space.uniform and norms.device.type == "cpu" and norms.numel():  # reading is free
         low, high = torch.aminmax(norms)
         if low.item() > space.tiny**0.25 and high.item() < space.tiny**-0.25:
             return norms.unbind()
@@ -65,11 +65,11 @@ Propose: TypeAlias = Callable[[Iterate], Vector]  # a method's step: the next w
 Evaluate: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # Φ on the leaves of w
 
 
-class Goal:
-    """The tolerance: ‖Φ(w) − w‖ ≤ max(atol, rtol · ‖Φ(w)‖), which growth of ‖Φ(w)‖ alone must not meet.
+class StoppingRule:
+    """‖Φ(w) − w‖ ≤ max(atol, rtol · ‖Φ(w)‖), which must not be met by growth of ‖Φ(w)‖ alone.
 
-    ‖Φ(w)‖ counts at most as `limit`, a multiple of that of the start. Beyond it (an extrapolation may throw w to 1e16,
-    where the residual rounds to 0) a residual counts as no smaller than its rounding, and as more in proportion.
+    ‖Φ(w)‖ counts at most as `limit`, a multiple of its value at the start. Beyond it (an extrapolation may throw w to
+    1e16, where the residual rounds to 0), at least eps · ‖Φ(w)‖ counts as residual, multiplied by ‖Φ(w)‖ / limit.
     """
 
     def __init__(self, rtol: float, atol: float, eps: float, start: Iterate):
@@ -90,11 +90,11 @@ class Goal:
         return ~(at.merit <= torch.clamp_min(self.rtol * torch.minimum(at.size, self.limit), self.atol))
 
 
-class Guard:
-    """Back to Φ(best) where the residual has not fallen for a while, and on from there by plain steps.
+class StallGuard:
+    """Restarts a method at Φ(best) with some plain steps w ← Φ(w) if its residual has not fallen for a while.
 
-    An accelerated method may wander off for good around the kinks of a proximal step; the plain iteration does not.
-    The plain steps are as many as the method remembers iterates, twice as many the next time.
+    Near the kinks of a proximal step an accelerated method may wander and never converge; the plain iteration does not.
+    The number of plain steps is the number of iterates that the method remembers, and doubles with each restart.
     """
 
     def __init__(self, memory: int, start: Iterate):
@@ -103,7 +103,7 @@ class Guard:
         self.stalled = torch.zeros_like(start.merit, dtype=torch.bool)
 
     def next(self, propose: Propose, at: Iterate, best: Iterate, going: Tensor, step: int) -> Vector:
-        """The next w; read from the device once in `patience` steps."""
+        """The next w. It reads from the device once every `patience` steps."""
         if self.left:
             self.left -= 1
         elif step and step % self.patience == 0:
@@ -121,17 +121,17 @@ class FixedPointSolver(ABC):
     """What all forward solvers share: a step evaluates Φ once, and the solve ends when ‖Φ(w) − w‖ is small.
 
     Args:
-        max_steps: steps at most (default: 200); exactly that many where neither rtol nor atol is given. The residual of
+        max_steps: the most steps (default: 200); exactly that many if neither rtol nor atol is given. The residual of
             the last w takes one evaluation more.
         rtol, atol: solved when ‖Φ(w) − w‖ ≤ max(atol, rtol · ‖Φ(w)‖), where ‖Φ(w)‖ counts at most as 1e-3 / rtol times
             (10 to 1e6 times) that of the start. With max_steps, rtol and atol all left out, rtol is 1e-6 in float64 and
             1e-4 in float32 (4 eps in half precision).
-        batch_dims: 1 where the first axis of each leaf counts independent samples.
-        on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore", with which nothing is read from
-            the device where the number of steps is given.
-        check_every: steps between two looks at the residual (default: 1 on the CPU, 5 elsewhere).
-        trace: keep the residual norm of each sample at each step, [steps + 1, B]; else that of the worst, [steps + 1],
-            and without a tolerance only at steps 1, 2, 4, … and the last (NaN in between).
+        batch_dims: 1 if the first axis of each leaf counts independent samples.
+        on_failure: "warn" (HypergradientWarning), "raise" (SolverError) or "ignore", which reads nothing from the
+            device if the number of steps is fixed.
+        check_every: steps between two checks of the residual (default: 1 on the CPU, 5 elsewhere).
+        trace: keep the residual norm of each sample at each step, [steps + 1, B]. Otherwise that of the worst sample is
+            kept, [steps + 1], and without a tolerance only at steps 1, 2, 4, … and the last (NaN in between).
 
     Example:
         >>> for solver in (hg.fixed_points.Picard(rtol=1e-10), hg.fixed_points.Anderson(rtol=1e-10)):
@@ -154,29 +154,29 @@ class FixedPointSolver(ABC):
 
     @abstractmethod
     def _method(self, start: Vector, evaluate: Evaluate) -> Propose:
-        """The method's step, with what it remembers between steps."""
+        """The method's step, a function that keeps what it remembers between steps."""
 
     @final
     def __call__(self, fp_map: Callable[..., PyTree], start: PyTree, hparams: PyTree = None) -> Solution:
         """Solve w = Φ(w, λ).
 
         Args:
-            fp_map: Φ(params, hparams), or Φ(params) where hparams is None; of params' structure and shapes. It may call
-                torch.autograd.grad itself (the step of an energy model).
+            fp_map: Φ(params, hparams), or Φ(params) if hparams is None; its value is like params. It may itself call
+                torch.autograd.grad (as the step of an energy model does).
             start: the first w, any pytree of floating point tensors.
-            hparams: λ. Under torch.func.vmap all that is mapped must be in start or hparams.
+            hparams: λ. Under torch.func.vmap all mapped tensors must be in start or hparams.
 
-        Returns: a Solution with the best w met (without a tolerance the last), residual_norm ‖Φ(w) − w‖ and rhs_norm
-            ‖Φ(w)‖. Picard() returns Φ(w) for a w within the tolerance.
-        Raises: ValueError where Φ changes structure, shape, dtype or device, and for a mapped tensor that was not
-            passed; SolverError under on_failure="raise".
+        Returns: a Solution with the best w that was met (without a tolerance, the last one), residual_norm ‖Φ(w) − w‖
+            and rhs_norm ‖Φ(w)‖. Picard() returns Φ(w) for a w within the tolerance.
+        Raises: ValueError if Φ changes structure, shape, dtype or device, or uses a mapped tensor that was not passed;
+            SolverError under on_failure="raise".
         """
         return self.solve_below(fp_map, start, hparams)[0]
 
     def solve_below(
         self, fp_map: Callable[..., PyTree], start: PyTree, hparams: PyTree, batch_dims: int | None = None
     ) -> tuple[Solution, Solution]:
-        """The Solution in terms of the transforms of torch.func that are on, and the same on plain tensors."""
+        """The Solution in tensors of the active torch.func transforms, and the same Solution in plain tensors."""
         leaves, paths, unflatten = flatten(start, "start")
         given, rebuild = split(hparams)
 
@@ -211,10 +211,10 @@ class FixedPointSolver(ABC):
         every = self.check_every or (1 if space.device.type == "cpu" else 5)
         unknown = space.scalar(torch.nan)
         at = Iterate(w, phi(w), unknown)
-        goal = Goal(space.rtol if default else self.rtol or 0.0, self.atol or 0.0, space.eps, at)
-        guard = None if isinstance(self, Picard) else Guard(getattr(self, "history", 5), at)
-        best, going = at, goal.unsolved(at)
-        first = before = at.merit  # before: at the last power of two, to see growth by
+        rule = StoppingRule(space.rtol if default else self.rtol or 0.0, self.atol or 0.0, space.eps, at)
+        guard = None if isinstance(self, Picard) else StallGuard(getattr(self, "history", 5), at)
+        best, going = at, rule.unsolved(at)
+        first = before = at.merit  # before: the merit at the last power of two of steps, to detect growth
         trace, steps = [self._traced(at.norm)], 0
         while steps < most and (fixed or steps % every or bool(going.any())):
             before = before if steps & (steps - 1) else at.merit
@@ -224,14 +224,14 @@ class FixedPointSolver(ABC):
             steps += 1
             at = Iterate(new, phi(new), unknown)
             if not fixed or self.trace or not steps & (steps - 1) or steps == most:
-                goal.measure(at)
+                rule.measure(at)
             trace.append(self._traced(at.norm))
-            best = at if fixed else at.where(at.merit <= best.merit, best)  # what is not finite never wins
-            going = going if fixed else going & goal.unsolved(at)
-        failed = torch.zeros_like(best.norm, dtype=torch.bool) if fixed else goal.unsolved(best)
+            best = at if fixed else at.where(at.merit <= best.merit, best)  # NaN is never best
+            going = going if fixed else going & rule.unsolved(at)
+        failed = torch.zeros_like(best.norm, dtype=torch.bool) if fixed else rule.unsolved(best)
         code = torch.where(failed, Status.MAX_STEPS.value, (Status.COMPLETED if fixed else Status.CONVERGED).value)
-        grown = (at.merit > first) & ((at.merit > before) | (at.size > goal.limit)) & (steps > 1)
-        grown = grown & ~(at.merit <= 100 * space.eps * best.size)  # at rounding level nothing is growth
+        grown = (at.merit > first) & ((at.merit > before) | (at.size > rule.limit)) & (steps > 1)
+        grown = grown & ~(at.merit <= 100 * space.eps * best.size)  # a change at rounding level is not growth
         code = torch.where(grown & (failed | fixed), Status.DIVERGED.value, code)
         finite = torch.isfinite(best.norm) & (torch.isfinite(at.norm) | ~failed)
         code = torch.where(finite, code, Status.NON_FINITE.value)
@@ -245,10 +245,10 @@ class FixedPointSolver(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Picard(FixedPointSolver):
-    """w ← (1 − τ) w + τ Φ(w): the error falls by the contraction factor of Φ a step.
+    """w ← (1 − τ) w + τ Φ(w): each step reduces the error by the contraction factor of Φ (for τ = 1).
 
-    With mixing=1 the value of a solve to a tolerance is Φ(w), one contraction closer than w, and residual_norm that of
-    w, an upper bound where Φ contracts.
+    With mixing=1 and a tolerance the value is Φ(w), one step closer to the solution than w. residual_norm is that of w,
+    which is an upper bound if Φ contracts.
 
     Args:
         mixing: τ in (0, 1]; 1 is the plain iteration.
@@ -268,10 +268,10 @@ class Picard(FixedPointSolver):
 
 @dataclass(frozen=True, kw_only=True)
 class Anderson(FixedPointSolver):
-    """Anderson acceleration: w ← Σᵢ αᵢ (wᵢ + β rᵢ) over the last m iterates, with Σα = 1 and ‖Σᵢ αᵢ rᵢ‖ least.
+    """Anderson acceleration: w ← Σᵢ αᵢ (wᵢ + β rᵢ) over the last m iterates, with Σα = 1 and minimal ‖Σᵢ αᵢ rᵢ‖.
 
     Args:
-        history: m ≥ 1, iterates remembered.
+        history: m ≥ 1, the number of iterates remembered.
         regularisation: of the least squares problem, relative to its largest diagonal entry.
         mixing: β in (0, 1].
 
@@ -291,7 +291,7 @@ class Anderson(FixedPointSolver):
         space, m = start.space, self.history
         proposals, residuals = Basis(start, m), Basis(start, m)  # residuals in units of the first one
         gram = torch.zeros(*space.batch_shape, m, m, dtype=torch.float64, device=space.device)
-        # Residuals may be dependent to the last bit: some regularisation there must be, in the Gram matrix's dtype.
+        # Residuals may be dependent to the last bit, so the Gram matrix needs some regularisation in its dtype.
         regularisation = max(self.regularisation, 1e2 * space.eps**2, 4 * torch.finfo(gram.dtype).eps)
         seen, unit = 0, None
 
@@ -313,7 +313,7 @@ class Anderson(FixedPointSolver):
 
 
 def _unit(r: Vector) -> float | Tensor:
-    """A power of two for each system in which the squares of r, and of what it falls to, are numbers of its dtype."""
+    """A unit for each system (a power of two) in which squares of r and of later residuals are in the dtype's range."""
     unit = r.scale()
     if unit.device.type == "cpu" and bool(((unit > 2.0**-32) & (unit < 2.0**32)).all()):
         return 1.0
@@ -337,7 +337,7 @@ class Broyden(FixedPointSolver):
         B = −I + Σᵢ uᵢ vᵢᵀ ≈ (∂r)⁻¹,   w ← w − B r,   v = Bᵀ Δw,   u = (Δw − B Δr) / vᵀΔr
 
     Args:
-        history: rank-one updates kept; the method starts anew from −I when it is full.
+        history: the number of rank-one updates kept. When it is reached, the method restarts from −I.
 
     Cost: one evaluation a step; 2 · history + 4 vectors.
     Source: Broyden 1965; Bai, Kolter and Koltun 2019, section 3.1.4.
@@ -365,7 +365,7 @@ class Broyden(FixedPointSolver):
                 if count == self.history:
                     count = 0
                 dw, dr = at.w - before.w, at.residual - before.residual
-                size = dw.scale()  # u vᵀ is the same for Δw and Δr in any unit
+                size = dw.scale()  # u vᵀ does not depend on the unit of Δw and Δr
                 dw, dr = dw / size, dr / size
                 v = product(vs, us, dw)
                 curvature = v.dot(dr)

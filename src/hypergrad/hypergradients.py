@@ -1,8 +1,8 @@
-"""HyperTorch, whole: its functions and helpers with their names, arguments, defaults and results.
+"""HyperTorch's functions and helpers, all of them, with their names, arguments, defaults and results.
 
 Its defects are not kept: `tol` is relative to ‖∇₁E‖; CG returns its last iterate, not the one before; unused params and
-hparams count as zero; params may hold one tensor twice; containers may be nested; and what is known to be wrong is an
-error or a warning. Its optimisers are in `diff_optimizers`, `cg` is in `CG_torch`.
+hparams have zero gradients; params may hold one tensor twice; containers may be nested; and known wrong cases raise an
+error or warn. HyperTorch's optimisers are in `diff_optimizers`, its `cg` is in `CG_torch`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Tensors = Sequence[Any]
 
 
 def _list(tensors: Any, name: str) -> list[Any]:
-    """A list of what the caller gave as one; a bare tensor would fall apart into its rows."""
+    """The tensors as a list. A bare tensor is an error, because it would be split into its rows."""
     if isinstance(tensors, (Tensor, dict)):
         kind = type(tensors).__name__
         raise TypeError(f"{name} must be a list of tensors, got {kind}; implicit.grad takes any pytree")
@@ -38,7 +38,7 @@ def _list(tensors: Any, name: str) -> list[Any]:
 def _backpropagated(
     evaluate: Callable[[list[Any]], Tensor], hparams: Tensors, set_grad: bool, retain_graph: bool
 ) -> tuple[Any, ...]:
-    """∇ of an outer loss whose graph reaches hparams, in memory of its own."""
+    """The gradient of an outer loss whose graph reaches hparams, in new memory."""
     leaves, names, rebuild = flatten(_list(hparams, "hparams"), "hparams", complex=True)
     places, needed = _autodiff.check_hparams(leaves, names)
     with random_state_kept_on_error(leaves), _torch.outside_inference_mode():
@@ -67,16 +67,16 @@ def _implicit(
     start: Tensors | None = None,
     fatal: tuple[Status, ...] = (),
 ) -> implicit.Hypergradient:
-    """implicit.grad on lists, where K steps are what was asked for: to miss tol is no failure, to be far off is.
+    """`implicit.grad` on lists. K steps were asked for, so missing tol is no failure, but a large error is.
 
-    draws: how often the inner problem is drawn at the last product, and once at each before; 0: it is always the same.
-    fatal: statuses that are an error.
+    draws: over how many draws of the inner problem the last product is averaged; 0 if it is not stochastic.
+    fatal: statuses that raise an error.
     """
-    # [w, w] are two variables to a map: the state of HeavyBall at a fixed point.
+    # A map takes [w, w] as two variables: this is the state of HeavyBall at a fixed point.
     given, _, rebuild = flatten(_list(params, "params"), "params")
     leaves, hparams = [x.detach() for x in given], _list(hparams, "hparams")
     fixed = [isinstance(x, torch.nn.Parameter) and not x.requires_grad for x in given]
-    if any(fixed):  # parameters of a module that are frozen where others are not
+    if any(fixed):  # some parameters of a module are frozen
         leaves = [x.requires_grad_(not each) for x, each in zip(leaves, fixed, strict=True)]
     if draws:
         forms = {kind: form and operators.Stochastic(form, draws) for kind, form in forms.items()}
@@ -97,17 +97,17 @@ def _implicit(
 
 
 def reverse_unroll(params: Tensors, hparams: Tensors, outer_loss: Loss, set_grad=True) -> tuple[Any, ...]:
-    """Hypergradient by backpropagation through the graph that params bring along.
+    """Hypergradient by backpropagation through the graph of params.
 
     Args:
-        params: w_T(λ), as an inner loop with create_graph=True leaves it.
-        hparams: λ, the tensors that loop started from.
+        params: w_T(λ), the result of an inner loop with create_graph=True.
+        hparams: λ, the tensors that the inner loop used.
         outer_loss: E(params, hparams), scalar.
-        set_grad: add the result to hparams' .grad, as backward() does. Hooks of hparams act once.
+        set_grad: add the result to hparams' .grad, as backward() does. Hooks of hparams run once.
 
     Returns: ∇f(λ) of f(λ) = E(w_T(λ), λ), a tuple like hparams.
-    Raises: ValueError where outer_loss is no scalar, or depends on none of hparams.
-    Cost: one reverse pass through all steps, whose graph stays.
+    Raises: ValueError if outer_loss is not a scalar, or depends on none of hparams.
+    Cost: one reverse pass through all steps, which keeps their graph.
     Source: Grazzi et al. 2020, section 2.1 (ITD).
 
     Example:
@@ -124,18 +124,18 @@ def reverse_unroll(params: Tensors, hparams: Tensors, outer_loss: Loss, set_grad
 def reverse(
     params_history: Sequence[Any], hparams: Tensors, update_map_history: Sequence[Map], outer_loss: Loss, set_grad=True
 ) -> list[Any]:
-    """Hypergradient by reverse mode through stored iterates, one step's graph at a time.
+    """Hypergradient by reverse mode through stored iterates, with the graph of one step at a time.
 
         α ← ∇₁E(w_T, λ);   for t = T … T − K + 1:   ∇ ← ∇ + ∂₂Φ_tᵀ α,   α ← ∂₁Φ_tᵀ α
 
     Args:
         params_history: the last K + 1 iterates, w_{T−K} … w_T.
-        update_map_history: the maps between them, the last of which gave w_T; at least K.
+        update_map_history: at least K maps, of which the last one gave w_T.
         hparams, outer_loss, set_grad: as in `reverse_unroll`.
 
-    Returns: ∇f(λ), through the last K steps, a list like hparams.
+    Returns: ∇f(λ) through the last K steps, a list like hparams.
     Raises: ValueError for fewer maps than steps, or a map whose result is not like its argument.
-    Cost: K evaluations of the map and K reverse passes; the memory of one step beside the iterates.
+    Cost: K evaluations of the map and K reverse passes; the memory of the iterates and of one step's graph.
     Source: Grazzi et al. 2020, Algorithm 1 (reverse); Franceschi et al. 2017.
 
     Example:
@@ -177,7 +177,7 @@ def reverse(
 
 
 def _at(params: Any, hparams: Tensors, outer_loss: Loss, step: Map) -> implicit.Problem:
-    """The problem at an iterate, of which all tensors are variables, whichever of them have a graph."""
+    """The problem at an iterate, all of whose tensors are variables, with or without a graph."""
     tree: Any = _list(params, "params")
     tree = optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
     return implicit.Problem(outer_loss, params=tree, hparams=hparams, fp_map=step)
@@ -195,11 +195,11 @@ def fixed_point(
         fp_map: Φ(params, hparams), a list like params.
         outer_loss: E(params, hparams), scalar.
         tol: stop earlier once ‖∇₁E − Aᵀv‖ ≤ tol · ‖∇₁E‖, which is measured at every fifth step.
-        set_grad: add the result to hparams' .grad, as backward() does. Hooks of hparams act once.
-        stochastic: fp_map is drawn anew at every product.
+        set_grad: add the result to hparams' .grad, as backward() does. Hooks of hparams run once.
+        stochastic: fp_map draws random numbers, so it is evaluated anew at every product.
 
     Returns: ∇f(λ) ≈ ∇₂E + ∂₂Φᵀv, a list like hparams.
-    Raises, Warns: as `implicit.grad`, but fewer steps than tol would need are no failure.
+    Raises, Warns: as `implicit.grad`, but K steps that miss tol are no failure.
     Cost: K products, the last with respect to params and hparams together.
     Source: Grazzi et al. 2020, section 2.2 (AID-FP).
 
@@ -209,7 +209,7 @@ def fixed_point(
         >>> fixed_point([lam.detach()], [lam], 20, phi, lambda w, lam: w[0].sum() ** 2 / 2)
         [tensor([3.0000])]
     """
-    every = max(1, min(5, K // 3))  # of few steps enough are measured to see their rate
+    every = max(1, min(5, K // 3))  # even few steps are measured often enough to estimate their rate
     solver = solvers.FixedPoint(max_steps=K, rtol=tol, check_every=every, on_failure="ignore")
     return _implicit(params, hparams, outer_loss, solver, set_grad, {"fp_map": fp_map}, draws=int(stochastic)).grads
 
@@ -237,8 +237,8 @@ def CG(
 ) -> list[Any]:
     """Hypergradient by K steps of conjugate gradients on (I − ∂₁Φᵀ) v = ∇₁E. Arguments and cost: as `fixed_point`.
 
-    Calling this declares I − ∂₁Φ symmetric positive definite, as it is for a gradient step on a strongly convex loss.
-    A warning names a Φ for which it is not (momentum, an equilibrium cell): use `fixed_point` or `CG_normaleq` there.
+    I − ∂₁Φ must be symmetric positive definite, as it is for a gradient step on a strongly convex loss. A warning tells
+    if it is not (momentum, an equilibrium cell): use `fixed_point` or `CG_normaleq` then.
 
     Source: Pedregosa 2016; Grazzi et al. 2020, section 2.2 (AID-CG).
 
@@ -259,7 +259,7 @@ def CG_normaleq(
 ) -> list[Any]:
     """Hypergradient by K steps of conjugate gradients on the normal equations, for any Φ. Arguments: as `fixed_point`.
 
-    Cost: K products with ∂₁Φᵀ and K with ∂₁Φ, all from one evaluation of Φ, and the last.
+    Cost: K products with ∂₁Φᵀ and K with ∂₁Φ, all from one evaluation of Φ, and the product with ∂₂Φᵀ.
     Source: Grazzi et al. 2020, section 2.2.
 
     Example:
@@ -305,20 +305,20 @@ def stoch_AID(
     set_grad: bool = True,
     verbose: bool = True,
 ) -> tuple[list[Any], list[Any]]:
-    """Stochastic hypergradient: K steps of a torch optimizer on the linear system, a new draw at each.
+    """Stochastic hypergradient: K steps of a torch optimizer on the linear system, with a new draw at each step.
 
     Args: as `fixed_point`, and
-        J_inner: draws of the inner problem over which the last product is averaged (1 unless stoch_inner).
-        J_outer: draws of outer_loss that are averaged (1 unless stoch_outer).
-        fp_map, inner_loss: Φ, or g; exactly one.
-        linsys_start: v to start from, the second result of the call before; ∇₁E if None.
+        J_inner: number of draws of the inner problem over which the last product is averaged (1 unless stoch_inner).
+        J_outer: number of draws of outer_loss that are averaged (1 unless stoch_outer).
+        fp_map, inner_loss: Φ, or g; exactly one of them.
+        linsys_start: the first v, such as the second result of the previous call; ∇₁E if None.
         stoch_outer, stoch_inner: whether outer_loss, and fp_map or inner_loss, draw anew at every evaluation.
         optim_build: (tensors, **opt_params) ↦ (optimizer, scheduler), or an optimizer alone; SGD(lr=1) if None.
         opt_params: keywords for optim_build.
         verbose: print the residual of the linear system, five times.
 
     Returns: (∇f(λ), v), lists like hparams and like params.
-    Raises: ValueError where v is not finite in the end, or for J > 1 without its stoch flag; else as `implicit.grad`.
+    Raises: ValueError if v is not finite in the end, or for J > 1 without its stoch flag; else as `implicit.grad`.
     Cost: J_outer evaluations of outer_loss, K products, J_inner last products.
     Source: Grazzi, Pontil and Salzo 2021, Algorithm 1.
 
@@ -350,7 +350,7 @@ def stoch_AID(
 
 
 def grd(a: Any, b: Any) -> tuple[Tensor, ...]:
-    """∇ of a with respect to the tensors b, with a graph.
+    """The gradient of a with respect to the tensors b, with a graph.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -411,7 +411,7 @@ def cat_list_to_tensor(list_tx: Sequence[Tensor]) -> Tensor:
 
 
 def update_tensor_grads(hparams: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Add gradients to .grad as they are: no hook runs, and nothing is passed on behind hparams.
+    """Add gradients to .grad as they are: no hook runs, and the graph of hparams gets no gradient.
 
     Example:
         >>> lam = torch.zeros(2, requires_grad=True)

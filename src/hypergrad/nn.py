@@ -1,4 +1,4 @@
-"""Modules: Equilibrium, and what training one needs."""
+"""Modules: Equilibrium layers, and functions for training them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from .solvers import GMRES, Solver
 def functional(module: nn.Module) -> Callable[..., Any]:
     """A module as a pure function of its parameters: (parameters, *args) ↦ module(*args).
 
-    Parameters come as a dict like dict(module.named_parameters()); buffers may be among them, and are copied at each
-    call. A tensor that stands under several names goes by its first. BatchNorm in training mode uses its batch's
-    statistics without recording them. Derivatives of all orders are right, through weight_norm and non-reentrant
-    checkpoints too.
+    Parameters are passed as a dict like dict(module.named_parameters()). It may also hold buffers, which are copied at
+    each call. A tensor with several names is passed under the first. BatchNorm in training mode uses its batch's
+    statistics without recording them. Derivatives of all orders are correct, through weight_norm and checkpoints too.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -49,13 +48,13 @@ def functional(module: nn.Module) -> Callable[..., Any]:
 
 
 def _copied(name: str, buffer: Tensor) -> Tensor:
-    """A buffer to write into. torch has no derivative in running statistics, and takes none that require one."""
+    """A copy of a buffer, to be written into. torch accepts no running statistics that require grad."""
     constant = name.rpartition(".")[2] in ("running_mean", "running_var")
     return buffer.detach().clone() if constant else buffer.clone()
 
 
 def _further_names(module: nn.Module) -> dict[str, str]:
-    """For the further names of a tensor of different submodules, the one that named_parameters() tells."""
+    """A dict from the further names of tensors that several submodules hold to their names in named_parameters()."""
     first: dict[int, str] = {}
     further: dict[str, str] = {}
     for prefix, part in module.named_modules():
@@ -68,7 +67,7 @@ def _further_names(module: nn.Module) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _nothing_recorded(module: nn.Module) -> Iterator[None]:
-    """Normalisation in training mode writes no running statistics: under vmap it could not."""
+    """In this context normalisation in training mode writes no running statistics, which is impossible under vmap."""
     recording: list[Any] = [part for part in module.modules() if records_statistics(part)]
     for part in recording:
         part.track_running_stats = False
@@ -83,27 +82,27 @@ class Equilibrium(nn.Module):
     """z* = cell(z*, x) as a layer: any forward solver, gradients by the implicit function theorem.
 
     The memory does not depend on the number of forward steps. Each sample (first axis of each leaf of z) converges by
-    itself, forward and backward. It works under torch.func (also vmap: per-sample gradients, ensembles), in a
-    non-reentrant checkpoint, and its cell may call torch.autograd.grad.
+    itself, forward and backward. The layer works under torch.func (including vmap: per-sample gradients, ensembles) and
+    in a non-reentrant checkpoint, and its cell may call torch.autograd.grad.
 
     Args:
-        cell: a Module or a function (z, u) ↦ z; u = x, or inject(x). A function may use no tensor that requires grad.
+        cell: a Module or a function (z, u) ↦ z; u = x, or inject(x). A function may use no other tensor with grad.
         forward: solver from hg.fixed_points; default Anderson().
         backward: linear solver of (I − ∂₁cellᵀ) v = z̄; default GMRES().
-        inject: a Module or a function of x for all that does not depend on z (xB + c): evaluated once per call, not at
-            every step, and differentiated as usual.
+        inject: a Module or a function of x that computes what does not depend on z (xB + c). It is evaluated once per
+            call, not at every step, and differentiated as usual.
         start: x ↦ the first z, or None for zeros like inject(x), or like x.
-        batch_dims: 1 where the first axis of each leaf of z counts independent samples, 0 where the samples are coupled
-            (a graph network); None: 1, or 0 while the cell has a BatchNorm that uses the batch's statistics.
-        warm_start: start from the last call's z*, and each backward pass from the last v, while shapes stay the same.
-            Both are part of the state_dict and of pickles.
+        batch_dims: 1 if the first axis of each leaf of z counts independent samples, 0 if the samples are coupled (a
+            graph network); None: 0 while the cell has a BatchNorm that uses the batch's statistics, else 1.
+        warm_start: start each call from the last z*, and each backward pass from the last v, while shapes stay the
+            same. Both are part of the state_dict and of pickles.
 
     Attributes:
         forward_info: the Solution of the last forward solve.
         backward_info: the Info of the last backward pass.
 
-    Cost: forward one evaluation of cell a step, one more to record BatchNorm's statistics (once, at z*; not under
-        torch.func); backward one evaluation and the products of the linear solver.
+    Cost: forward, one evaluation of cell a step, and one at z* to record BatchNorm's statistics (not under torch.func);
+        backward, one evaluation and the products of the linear solver.
     Source: Bai, Kolter and Koltun 2019.
 
     Example:
@@ -165,7 +164,7 @@ class Equilibrium(nn.Module):
 
         Args:
             z: the state, usually the layer's output; it is detached.
-            probes: normal vectors averaged, from `generator` (on any device).
+            probes: the number of normal vectors that are averaged; `generator` (on any device) draws them.
 
         Source: Bai, Koltun and Kolter 2021, equation 5.
         """
@@ -196,9 +195,9 @@ class Equilibrium(nn.Module):
         return first
 
     def _step(self, z: PyTree, live: bool = False) -> Callable[[PyTree, PyTree], PyTree]:
-        """(z, (tensors, u)) ↦ cell(z, u) in z's dtype, under the autocast of this call also when differentiated.
+        """(z, (tensors, u)) ↦ cell(z, u) in z's dtype, under the present autocast even if it is differentiated later.
 
-        live: nothing differentiates it, and a cell without buffers is called as it is, in half the time.
+        live: it will not be differentiated, so a cell without buffers is called as it is, in half the time.
         """
         dtypes = [leaf.dtype for leaf in split(z)[0]]
         device = split(z)[0][0].device.type
@@ -221,7 +220,7 @@ class Equilibrium(nn.Module):
         return step
 
     def _cell_tensors(self) -> dict[str, Tensor]:
-        """The cell's parameters, and copies of its buffers, which may be written into before the backward pass."""
+        """The cell's parameters, and copies of its buffers, because these may change before the backward pass."""
         if not isinstance(self.cell, nn.Module):
             return {}
         buffers = {name: buffer.clone() for name, buffer in self.cell.named_buffers()}
@@ -242,7 +241,7 @@ class Equilibrium(nn.Module):
                 self.cell(z, u)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and files hold the layer without the infos of its last call."""
+        """Pickles and copies exclude forward_info and backward_info."""
         return self.__dict__ | {"forward_info": None, "backward_info": Info()}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -261,10 +260,10 @@ class Equilibrium(nn.Module):
 
 
 def project_spectral_(weight: Tensor, radius: float) -> Tensor:
-    """Project a matrix on the ball ‖W‖₂ ≤ radius, in place: singular values above are cut.
+    """Project a matrix onto the ball ‖W‖₂ ≤ radius, in place: larger singular values are set to radius.
 
     Args:
-        weight: [n, m]; a parameter, after an optimiser's step.
+        weight: [n, m], such as a parameter after an optimiser's step.
         radius: > 0; below 1 it makes tanh(zWᵀ + u) a contraction.
 
     Returns: weight.
