@@ -210,7 +210,7 @@ def test_an_estimator_that_solves_another_problem_is_refused():
     x, y = scaled(load_breast_cancer)
     with pytest.raises(ValueError, match="do not solve this problem"):
         LogisticRegressionHG(cv=2, estimator=LinearSVC(max_iter=10_000)).fit(x, y)
-    with pytest.raises(TypeError, match="no strength"):
+    with pytest.raises(TypeError, match="must have the parameters"):
         RidgeHG(estimator=LinearRegression()).fit(x, y)
     with pytest.raises(ValueError, match="one strength for each feature"):
         LogisticRegressionHG("class", cv=2, estimator=LogisticRegression(max_iter=5000)).fit(*scaled(load_iris))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_FORMS = 8  # forms of pairs of batches (shapes, dtypes, plain values); each is compiled once
 CHANGED = (
-    "what the losses read beside tensors (a number, a module's parameter that was replaced) has changed since it was "
+    "something that the losses read (a number, a module's parameter that was replaced) has changed since it was "
     "compiled, in the last {} batches, whose directions may have used its old value. It is now compiled again. Put "
     "what changes into the batches, as tensors"
 )

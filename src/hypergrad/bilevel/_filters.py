@@ -59,7 +59,7 @@ class Average(Filter):
             raise ValueError(f"average must be in (0, 1], the weight of the newest direction; got {rate!r}")
         self.rate = rate
         self.mean = [torch.zeros_like(x, requires_grad=False) for x in like]
-        self.given: Grads = [None] * len(self.mean)
+        self.given: Grads = [None] * len(self.mean)  # the sum of directions since the last step
 
     def __call__(self, new: Grads) -> Grads:
         """The direction to be added to .grad for this batch. The caller calls `accept` if it is added."""

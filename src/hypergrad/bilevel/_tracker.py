@@ -274,7 +274,7 @@ class Tracker(ABC):
         def taken(loss: Any, name: str) -> Any:
             return loss if isinstance(loss, (Tensor, Sum)) else oracles.batch(loss, name).evaluate(moved=True)
 
-        with _random.replayed(_random.capture(_random.devices_of(oracles.params))):  # and put back
+        with _random.replayed(_random.capture(_random.devices_of(oracles.params))):  # keeps the random state
             outer, inner = taken(outer_loss, "outer_loss"), taken(inner_loss, "inner_loss")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnsolvedInnerProblem)  # params need not solve the inner problem here
@@ -405,7 +405,7 @@ class Tracker(ABC):
         return Directions([], [], [None] * len(found.hparams), {})
 
     def _warn_of_another(self) -> None:
-        """Warn if .grad of params is what another tracker added, unchanged since."""
+        """Warn if .grad of params is still the direction that another tracker added."""
         grad = self.oracles.params[0].grad
         if grad is None:
             return

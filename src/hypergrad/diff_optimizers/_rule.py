@@ -285,7 +285,7 @@ class Rule(ABC):
         lost = [i for i, each in enumerate(fixed) if each and i not in self.frozen]
         if lost and not all(fixed):
             raise ValueError(
-                f"{', '.join(names[i] for i in lost[:5])} do not require grad where others do, and a step would move "
+                f"{', '.join(names[i] for i in lost[:5])} do not require grad while others do, and a step would change "
                 f"them: pass {type(self).__name__}(frozen={(*lost, *self.frozen)}), or leave them out of params"
             )
         dtype = torch.promote_types(leaves[0].dtype, torch.float32)

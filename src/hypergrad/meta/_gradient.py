@@ -344,7 +344,7 @@ def _sizes(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tuple[int, in
 
 
 def _bytes_of_a_task(problem: TaskProblem, tasks: Tasks, hparams: PyTree) -> tuple[int, int, int]:
-    """Bytes kept by the graphs of the inner and of the outer loss of a largest task, and bytes of its params."""
+    """Bytes kept by the graphs of the inner and of the outer loss of the largest task, and bytes of its params."""
     largest = max(tasks.groups, key=lambda group: sum(x.numel() for x in split(tasks.take(group[:1]))[0]))
     chunk = Chunk(problem, tasks, largest[:1])
     leaves, _, rebuild = flatten(hparams, "hparams")

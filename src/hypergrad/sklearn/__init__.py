@@ -1,7 +1,7 @@
-"""Estimators of scikit-learn with one penalty for each feature, group or class, tuned by hypergradients of the CV loss.
+"""Estimators for scikit-learn with one penalty per feature, group or class, tuned by hypergradients of the CV loss.
 
-`RidgeHG`, `LogisticRegressionHG` and `ElasticNetHG` stand beside `RidgeCV`, `LogisticRegressionCV` and `ElasticNetCV`,
-which tune one penalty. They need scikit-learn, which `pip install torch-hypergrad[sklearn]` brings.
+`RidgeHG`, `LogisticRegressionHG` and `ElasticNetHG` correspond to `RidgeCV`, `LogisticRegressionCV` and `ElasticNetCV`,
+which tune one penalty. They need scikit-learn: `pip install torch-hypergrad[sklearn]`.
 """
 
 try:

@@ -1,13 +1,14 @@
-"""Elastic nets with many strengths: coordinate descent by scikit-learn, then exact on the support.
+"""Elastic nets with many strengths: coordinate descent by scikit-learn, then an exact solution on the support.
 
     w = argmin ½ Σᵢ sᵢ (xᵢᵀw − yᵢ)² + Σⱼ aⱼ (ρ |wⱼ| + (1 − ρ) wⱼ² / 2)
 
-On the support S, with the signs σ, of the solution everything is linear; one factorisation serves solution and adjoint:
+Given the support S of the solution and its signs σ, all equations are linear. The solution and the adjoint share one
+factorisation:
 
     A = X_SᵀX_S + (1 − ρ) diag a_S,    A w_S = X_Sᵀy − ρ a_S σ,    A v = ∇E(w)_S
     ∂E/∂ log aⱼ = −aⱼ (ρ σⱼ + (1 − ρ) wⱼ) vⱼ
 
-A feature of strength aⱼ is like the feature divided by aⱼ with strength 1, so coordinate descent serves every strength.
+A feature of strength aⱼ is equivalent to the feature divided by aⱼ with strength 1, which coordinate descent solves.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class Elastic:
     """The folds of an elastic net with T targets.
 
     Args:
-        X: [n, d], a NumPy array, centred or near it, or a scipy.sparse matrix.
+        X: [n, d], a NumPy array, at least approximately centred, or a scipy.sparse matrix.
         y: [n, T].
         ratio: ρ, l1_ratio of scikit-learn.
-        estimator: scikit-learn's Lasso, or another estimator of the same problem, with its own settings.
+        estimator: the user's solver of the lasso, an estimator with its settings; None for scikit-learn's Lasso.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Elastic:
         self.w = np.zeros((folds.number, y.shape[1], X.shape[1]))
 
     def largest(self) -> Tensor:
-        """α_max of each target: the strength from which on every coefficient of every fold is zero."""
+        """α_max of each target, the smallest strength for which every coefficient of every fold is zero."""
         return torch.from_numpy(np.max([np.abs(part.q).max(1) for part in self.parts], 0) / self.ratio)
 
     def evaluate(
@@ -108,7 +109,7 @@ class Elastic:
         return float(np.abs(off).max())
 
     def _solution(self, fold: int, target: int, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
-        """Support, w there, and the factor of A where it is known."""
+        """The support, w on it, and the factor of A, None if it was not computed."""
         part, before = self.parts[fold], self.w[fold, target]
         if self.given:
             w = self._descend(part, target, a, before)
@@ -116,7 +117,7 @@ class Elastic:
             self.w[fold, target] = w
             return support, w[support], None
         w = before
-        for attempt in range(3):  # the last solution may have the right support; if not, coordinate descent finds it
+        for attempt in range(3):  # try the support of the last solution, then supports found by coordinate descent
             if attempt or not w.any():
                 w = self._descend(part, target, a, w, TOLERANCE / 100 if attempt > 1 else TOLERANCE)
             exact = self._exact(part, target, a, w)
@@ -131,7 +132,7 @@ class Elastic:
     def _exact(
         self, part: _Part, target: int, a: np.ndarray, start: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, Any] | None:
-        """The solution from the support and signs of `start`, which are mended a few times; None where that fails."""
+        """The solution from the support and signs of `start`, corrected at most ROUNDS times; None if that fails."""
         sign = np.sign(start)
         bound = self.ratio * a
         for _ in range(ROUNDS):
@@ -164,7 +165,7 @@ class Elastic:
     def _descend(
         self, part: _Part, target: int, a: np.ndarray, start: np.ndarray, tolerance: float = TOLERANCE
     ) -> np.ndarray:
-        """Coordinate descent of scikit-learn, on features divided by their strengths; one row more for each ridge."""
+        """Coordinate descent of scikit-learn on features divided by their strengths, with a row for each ridge term."""
         scale = self.ratio * a
         x, y, n = part.x, part.y[:, target], part.rows
         sparse = scipy.sparse.issparse(x)
@@ -187,7 +188,7 @@ class Elastic:
 
 
 class _Part:
-    """S½ (X − x̄) and S½ (y − ȳ) of one fold; a sparse X is not centred, and there the intercept is 0.
+    """S½ (X − x̄) and S½ (y − ȳ) of one fold. A sparse X is not centred, and its intercept is 0.
 
     Attributes:
         x, y: rows scaled by √s.

@@ -1,4 +1,4 @@
-"""RidgeHG, LogisticRegressionHG, ElasticNetHG."""
+"""The estimators RidgeHG, LogisticRegressionHG and ElasticNetHG."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from ._elastic import Elastic
 from ._folds import Folds, Labels
 from ._glm import Linear, logistic, squared
-from ._inner import Given
+from ._inner import UserEstimator
 from ._ridge import Ridge
 from ._tuned import Data, Tuned, on_cpu, row_losses
 
-CLOSED = 3_000  # the smaller of rows and features up to which a ridge regression is factorised
+CLOSED = 3_000  # a ridge regression is factorised if it has at most so many rows or so many features
 
 
 class _Regressor(RegressorMixin, Tuned):
-    """One or more real targets."""
+    """An estimator for one or more real targets."""
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -54,7 +54,7 @@ class _Regressor(RegressorMixin, Tuned):
         Args:
             X: [n, d], dense or sparse.
             y: [n] or [n, T].
-            sample_weight: [n], ≥ 0, in the inner and in the outer loss.
+            sample_weight: [n], ≥ 0; weights both the inner and the outer loss.
             groups: [n], for a `cv` that keeps groups of samples together.
         """
         data = self._read(X, y, sample_weight, True)
@@ -73,50 +73,50 @@ class _Regressor(RegressorMixin, Tuned):
             alpha: positive, [d] or [T, d], like alpha_.
 
         Returns:
-            The loss (one for each target) and the gradient, like alpha.
+            The loss (one for each target), and the gradient in alpha's shape.
         """
         return self._loss_at(self._read(X, y, sample_weight, True), alpha, groups, None)
 
     def predict(self, X: Any) -> np.ndarray:
-        """[n] or [n, T], as y was."""
+        """Predictions in y's shape, [n] or [n, T]."""
         return self._decision(X)
 
 
 class RidgeHG(_Regressor):
-    """Ridge regression with a strength for each feature or group of features, of each target, tuned by hypergradients.
+    """Ridge regression with a strength for each target and each feature or group of features, tuned by hypergradients.
 
         w(α) = argmin Σᵢ (xᵢᵀw + b − yᵢ)² + Σⱼ αⱼ wⱼ²,    min_α  CV loss(w(α)) + shrinkage of log α to a common value
 
-    The search starts from the best single strength, goes down the objective by L-BFGS, and returns the best point that
-    was scored. Each of K folds and T targets has one factorisation a step, of the smaller of n and d, which serves
-    solution and adjoint; where both are above 3,000 CG takes its place.
+    The search starts from the best single strength, minimises the objective by L-BFGS, and returns the best point that
+    was scored. Each of K folds and T targets needs one factorisation per step, of size min(n, d), for the solution and
+    the adjoint. If both n and d are above 3,000, CG replaces the factorisation.
 
     Args:
         penalty: which coefficients share a strength: "feature" (none), "group" (columns named group__feature), "class"
-            (all of a target), or an array of labels: [d], then each target has strengths of its own, or [d, T] over
-            all coefficients, where equal labels share a strength across targets.
-        alphas: single strengths to start from, of which the best is taken; by default 15 over seven decades.
+            (all of a target), or an array of labels: of shape [d], with separate strengths for each target, or [d, T]
+            over all coefficients, where equal labels share a strength across targets.
+        alphas: single strengths, of which the best is the start; by default 15 over seven decades.
         cv: number of folds, a splitter, or pairs of training and validation rows.
         scoring: the outer loss: "squared_error", or a function of tensors (prediction, y) that returns losses like y.
-        estimator: a linear estimator of scikit-learn that solves the inner problems: Ridge(solver="lsqr").
-        shrinkage: ρ ≥ 0. Each log α counts as drawn from N(log of the best single strength, 1/ρ), beside the CV loss
-            of n samples as a likelihood: 0 trusts the CV loss alone, a large ρ gives the single strength.
-        early_stopping: keep the last split of cv to watch, and return the point where its loss is least.
-        max_iter: the most steps of the search; 0 only tunes the single strength.
-        fit_intercept: whether there is a b, which is not penalised.
+        estimator: a linear estimator of scikit-learn to solve the inner problems, such as Ridge(solver="lsqr").
+        shrinkage: ρ ≥ 0, the precision of a normal prior of each log α around the log of the best single strength; the
+            CV loss of n samples is the likelihood. 0 uses the CV loss alone, a large ρ gives the single strength.
+        early_stopping: leave the last split of cv out of the objective, and return the point with the least loss on it.
+        max_iter: the largest number of steps of the search; 0 only tunes the single strength.
+        fit_intercept: whether to fit b, which is not penalised.
         warm_start: start from the strengths of the last fit instead of single ones.
-        progress: show a bar (tqdm).
+        progress: show a progress bar (tqdm).
 
     Attributes:
         alpha_: the strengths, in the units of `Ridge(alpha=)`, [d] or [T, d].
-        start_alpha_: the best single strength, of each target.
+        start_alpha_: the best single strength (for each target).
         coef_, intercept_: fitted on all rows.
         cv_loss_path_: the CV loss at the start and after each step, [n_iter_ + 1] or [n_iter_ + 1, T].
-        hypergradient_error_: relative distance of the last hypergradient from one whose systems were solved further
-            (of ten targets or so, where there are more).
-        n_iter_, stop_reason_: steps, and why the search ended (of each target).
+        hypergradient_error_: relative distance of the last hypergradient from one whose systems were solved more
+            accurately (for about ten targets, if there are more).
+        n_iter_, stop_reason_: the number of steps, and why the search ended (for each target).
 
-    Cost: K T (k³/3 + 2 n d) a step, k = min(n, d).
+    Cost: K T (k³/3 + 2 n d) per step, k = min(n, d).
 
     Example:
         >>> import numpy as np
@@ -152,32 +152,30 @@ class RidgeHG(_Regressor):
         y = torch.from_numpy(data.y)
         given = None
         if self.estimator is not None:
-            given = Given(self.estimator, data.X, data.y, folds, self.fit_intercept, False).regression
+            given = UserEstimator(self.estimator, data.X, data.y, folds, self.fit_intercept, False).regression
         if not data.sparse and min(data.X.shape) <= CLOSED:
             return Ridge(torch.from_numpy(data.X), y, folds, labels, loss, self.fit_intercept, given)
         if given is not None:
-            raise ValueError(
-                f"estimator= is for problems of which the smaller of rows and features is at most {CLOSED}"
-            )
+            raise ValueError(f"estimator= is for problems with at most {CLOSED} rows or at most {CLOSED} features")
         X = data.X if data.sparse else torch.from_numpy(data.X)
         return Linear(X, y, folds, squared, loss, self.fit_intercept)
 
 
 class ElasticNetHG(_Regressor):
-    """Elastic net, or lasso, with a strength for each feature or group, of each target, tuned by hypergradients.
+    """Elastic net, or lasso, with a strength for each target and each feature or group, tuned by hypergradients.
 
         w(α) = argmin 1/2n Σᵢ (xᵢᵀw + b − yᵢ)² + Σⱼ αⱼ (ρ |wⱼ| + (1 − ρ) wⱼ²/2),    ρ = l1_ratio
 
-    As `RidgeHG`, with scikit-learn's coordinate descent for the supports, on which solution and adjoint are exact.
-    Folds are solved one after the other. A feature whose coefficient is zero in every fold has a hypergradient of zero.
+    As `RidgeHG`, but scikit-learn's coordinate descent finds the supports, on which solution and adjoint are exact.
+    Folds are solved one after another. A feature whose coefficient is zero in every fold has a hypergradient of zero.
 
     Args:
-        penalty, alphas, cv, scoring, shrinkage, early_stopping, max_iter, fit_intercept, warm_start, progress: as those
-            of `RidgeHG`; `alphas` must lie below α_max, from which on every coefficient is zero.
-        estimator: a solver of the lasso other than `Lasso()`, with its settings; its coef_ is used unchanged.
+        penalty, alphas, cv, scoring, shrinkage, early_stopping, max_iter, fit_intercept, warm_start, progress: as in
+            `RidgeHG`; `alphas` must lie below α_max, at which every coefficient is zero.
+        estimator: instead of `Lasso()`, another solver of the lasso with its settings; its coef_ is used unchanged.
         l1_ratio: ρ in (0, 1]; 1 is the lasso.
 
-    Attributes: as those of `RidgeHG`; alpha_ is in the units of `ElasticNet(alpha=)`.
+    Attributes: as in `RidgeHG`; alpha_ is in the units of `ElasticNet(alpha=)`.
 
     Example:
         >>> from sklearn.datasets import load_diabetes
@@ -215,13 +213,13 @@ class ElasticNetHG(_Regressor):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         if not 0 < self.l1_ratio <= 1:
-            raise ValueError(f"l1_ratio must lie in (0, 1], got {self.l1_ratio!r}: without an L1 term it is RidgeHG")
+            raise ValueError(f"l1_ratio must lie in (0, 1], got {self.l1_ratio!r}: without an L1 term use RidgeHG")
 
     def _problem(self, data: Data, folds: Folds, labels: Labels) -> Any:
         if data.sparse and self.fit_intercept:
             raise ValueError(
-                f"X is sparse and of {data.X.shape[0]} · {data.X.shape[1]} numbers, too many to centre: give "
-                f"fit_intercept=False, with y centred"
+                f"X is sparse with {data.X.shape[0]} × {data.X.shape[1]} entries, too many to centre: pass "
+                f"fit_intercept=False and a centred y"
             )
         loss, _ = row_losses(self.scoring, "squared_error", False)
         return Elastic(data.X, data.y, folds, loss, self.fit_intercept, float(self.l1_ratio), self.estimator)
@@ -233,8 +231,8 @@ class ElasticNetHG(_Regressor):
         largest = problem.largest().clamp(min=1e-300)
         if self.alphas is not None and np.min(self.alphas) >= float(largest.max()):
             raise ValueError(
-                f"all of alphas={self.alphas!r} are at least α_max = {float(largest.max()):.6g}, above which "
-                f"every coefficient is zero and no strength can be tuned: give smaller ones"
+                f"all of alphas={self.alphas!r} are at least α_max = {float(largest.max()):.6g}, where every "
+                f"coefficient is zero and no strength can be tuned: pass smaller ones"
             )
         return torch.logspace(-0.05, -4, 25, dtype=torch.float64)[:, None] * largest
 
@@ -244,20 +242,19 @@ class LogisticRegressionHG(ClassifierMixin, Tuned):
 
         w(α) = argmin Σᵢ log-loss(xᵢᵀw + b, yᵢ) + ½ Σⱼ αⱼ ‖wⱼ‖²,    min_α  CV loss(w(α)) + shrinkage of log α
 
-    As `RidgeHG`, with Newton's method and CG inside, on all folds side by side; from a thousand coefficients on, or
-    with a sparse X, without factors: the gradient at coef_ is then 1e-4 of the penalty's, or 1e-2 where there are more
-    than 100,000 coefficients.
+    As `RidgeHG`, but Newton's method and CG solve the inner problems, on all folds in parallel. With more than a
+    thousand coefficients, or a sparse X, they work without factors, and the gradient at coef_ is 1e-4 of the penalty's,
+    or 1e-2 with more than 100,000 coefficients.
 
     Args:
-        penalty, alphas, cv, shrinkage, early_stopping, max_iter, fit_intercept, warm_start, progress: as those of
-            `RidgeHG`, but shrinkage is 1. "class" is a strength for each class; labels [d, C] are over all coefficients
-            of C classes.
+        penalty, alphas, cv, shrinkage, early_stopping, max_iter, fit_intercept, warm_start, progress: as in `RidgeHG`,
+            but the default shrinkage is 1. "class" is a strength for each class; labels [d, C] are over all
+            coefficients of C classes.
         scoring: the outer loss: "log_loss", or a function of tensors (logits, y) that returns the losses [n]; logits
-            are [n] with y in {0, 1}, or [n, C] with the number of the class.
-        estimator: a classifier of scikit-learn that solves the inner problems: LogisticRegression(tol=1e-8).
+            are [n] with y in {0, 1}, or [n, C] with y the index of the class.
+        estimator: a classifier of scikit-learn to solve the inner problems, such as LogisticRegression(tol=1e-8).
 
-    Attributes: as those of `RidgeHG`, and classes_; alpha_ is in the units of 1/C of `LogisticRegression(C=)`, [d] or
-        [C, d].
+    Attributes: as in `RidgeHG`, and classes_; alpha_ is in the units of 1/C of `LogisticRegression(C=)`, [d] or [C, d].
 
     Example:
         >>> from sklearn.datasets import load_iris
@@ -297,7 +294,7 @@ class LogisticRegressionHG(ClassifierMixin, Tuned):
         if len(np.unique(codes[weights > 0])) < 2:
             raise ValueError(
                 f"y has one class only, {self.classes_[codes[weights > 0][0]]}, among samples of positive weight: a "
-                f"classifier needs samples of two classes at least"
+                f"classifier needs samples of at least two classes"
             )
         columns = codes[:, None].astype(float) if len(self.classes_) == 2 else np.eye(len(self.classes_))[codes]
         return Data(X, columns, weights, self.fit_intercept), y
@@ -309,7 +306,7 @@ class LogisticRegressionHG(ClassifierMixin, Tuned):
         Args:
             X: [n, d], dense or sparse.
             y: [n], classes.
-            sample_weight: [n], ≥ 0, in the inner and in the outer loss.
+            sample_weight: [n], ≥ 0; weights both the inner and the outer loss.
             groups: [n], for a `cv` that keeps groups of samples together.
         """
         data, classes = self._read(X, y, sample_weight)
@@ -331,12 +328,12 @@ class LogisticRegressionHG(ClassifierMixin, Tuned):
         given = None
         if self.estimator is not None:
             codes = data.y[:, 0] if data.y.shape[1] == 1 else data.y.argmax(1)
-            given = Given(self.estimator, data.X, codes, folds, self.fit_intercept, True).classification
+            given = UserEstimator(self.estimator, data.X, codes, folds, self.fit_intercept, True).classification
         X = data.X if data.sparse else torch.from_numpy(data.X)
         return Linear(X, torch.from_numpy(data.y), folds, logistic, loss, self.fit_intercept, given)
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Logits: [n] of the second of two classes, or [n, C]."""
+        """Logits: [n], of the second class, if there are two classes; otherwise [n, C]."""
         scores = self._decision(X)
         return scores[:, 0] if scores.shape[1] == 1 else scores
 

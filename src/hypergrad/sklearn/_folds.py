@@ -19,9 +19,9 @@ class Folds:
     Attributes:
         train: [F, n], weights in the inner loss of a fold.
         valid: [F, n], weights in the outer loss of a fold.
-        share: [F], of each fold in the CV loss: 0 for one that is only watched.
-        watched: the fold that is only watched, for early stopping.
-        count: the weight of all rows that are scored: the sample size of the CV loss.
+        share: [F], the weight of each fold in the CV loss; 0 for the watched fold.
+        watched: the index of the fold that only serves early stopping, or None.
+        count: the weight of all rows that are scored, the sample size of the CV loss.
     """
 
     train: Tensor
@@ -35,7 +35,7 @@ class Folds:
         return len(self.train)
 
     def rows(self, fold: int, part: str = "valid") -> Tensor:
-        """The indices of the rows that count in a fold."""
+        """The indices of the rows with positive weight in a fold."""
         return getattr(self, part)[fold].nonzero()[:, 0]
 
 
@@ -48,20 +48,20 @@ def whole(weights: np.ndarray) -> Folds:
 def make_folds(
     cv: Any, X: Any, y: np.ndarray, weights: np.ndarray, groups: Any, classes: np.ndarray | None, watch: bool
 ) -> Folds:
-    """The splits of `cv` as weights; with `watch`, the last one is kept from the others and only watched.
+    """The splits of `cv` as weights. watch: leave the validation rows of the last split out of all other splits.
 
-    Raises: ValueError for a fold without training or validation rows, or without a class in its training rows.
+    Raises: ValueError for a fold without training or validation rows, or if its training rows lack a class.
     """
     splitter: Any = check_cv(cv, y if classes is None else classes, classifier=classes is not None)
     splits = [(np.asarray(a), np.asarray(b)) for a, b in splitter.split(X, y if classes is None else classes, groups)]
     if not splits:
-        raise ValueError(f"cv={cv!r} gives no split: it must give at least one pair of training and validation rows")
+        raise ValueError(f"cv={cv!r} gives no split: it needs at least one pair of training and validation rows")
     train, valid = (_masses([split[part] for split in splits], weights) for part in (0, 1))
     if watch:
         if len(splits) == 1:
             raise ValueError(
-                "early_stopping=True keeps the last split of cv to watch, and cv has only one: give cv at least two "
-                "splits, or early_stopping=False"
+                "early_stopping=True sets the last split of cv apart, and cv has only one: give cv at least two "
+                "splits, or pass early_stopping=False"
             )
         kept = valid[-1] > 0
         train[:-1, kept] = valid[:-1, kept] = 0.0
@@ -74,7 +74,7 @@ def make_folds(
         if classes is not None and (missing := set(np.unique(classes)) - set(classes[train[fold] > 0])):
             raise ValueError(
                 f"the training rows of fold {fold} have no sample of class {sorted(missing)[0]}: use fewer folds, or "
-                f"a cv= that puts every class into each training part"
+                f"a cv= whose training rows always contain every class"
             )
     masses = valid.sum(1)
     scored = slice(0, -1 if watch else None)
@@ -100,11 +100,11 @@ def _masses(rows: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Labels:
-    """Which strength each coefficient has.
+    """The strength that each coefficient has.
 
     Attributes:
-        index: [d], the same for every target, each of which has strengths of its own; or [C, d], over all coefficients
-            of one problem.
+        index: [d], the index of each feature's strength, with separate strengths for each target; or [C, d], the index
+            of each coefficient's strength, with strengths shared by all outputs.
         count: p, the number of strengths of a problem.
     """
 
@@ -116,7 +116,7 @@ class Labels:
         return self.index.ndim == 2
 
     def strengths(self, theta: Tensor) -> Tensor:
-        """[P, p] logarithms ↦ strengths of the coefficients, [P, d] or [C, d]."""
+        """Logarithms of strengths [P, p] ↦ strengths of the coefficients, [P, d] or [C, d]."""
         return (theta[0, self.index] if self.coupled else theta[:, self.index]).exp()
 
     def collect(self, gradient: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Labels:
         return gradient.new_zeros(len(gradient), self.count).index_add_(1, self.index, gradient)
 
     def thetas(self, strengths: Tensor) -> Tensor:
-        """The inverse of `strengths`, from the first coefficient of each label."""
+        """The inverse of `strengths`, by the first coefficient of each label."""
         flat = strengths.reshape(1, -1) if self.coupled else strengths
         index = self.index.flatten()
         first = torch.full((self.count,), len(index)).scatter_reduce_(0, index, torch.arange(len(index)), "amin")
@@ -135,11 +135,11 @@ class Labels:
 
 
 def make_labels(penalty: Any, features: int, outputs: int, joint: bool, names: np.ndarray | None) -> Labels:
-    """From `penalty`: "feature", "group", "class" or an array of labels, [d] or [d, outputs].
+    """The labels of `penalty`, which is "feature", "group", "class" or an array of labels, [d] or [d, outputs].
 
     Args:
-        outputs: targets, or columns of coefficients of a classifier.
-        joint: one problem has all outputs, as in a softmax regression.
+        outputs: the number of targets, or of columns of coefficients of a classifier.
+        joint: whether one problem has all outputs, as in a softmax regression.
         names: the names of the columns, for "group".
     """
     if isinstance(penalty, str):
@@ -151,8 +151,8 @@ def make_labels(penalty: Any, features: int, outputs: int, joint: bool, names: n
             return Labels(torch.arange(outputs)[:, None].expand(outputs, features), outputs)
         if penalty != "group":
             raise ValueError(
-                f"penalty={penalty!r} is not one of 'feature', 'group' and 'class'; or give an array with a label for "
-                f"each feature, [n_features], or for each coefficient, [n_features, n_targets]"
+                f"penalty={penalty!r} is not one of 'feature', 'group' and 'class', nor an array with a label for each "
+                f"feature, [n_features], or for each coefficient, [n_features, n_targets]"
             )
         penalty = _prefixes(names)
     labels = np.asarray(penalty)
@@ -169,7 +169,7 @@ def make_labels(penalty: Any, features: int, outputs: int, joint: bool, names: n
 def _prefixes(names: Iterable[str] | None) -> list[str]:
     if names is None or not all("__" in name for name in names):
         raise ValueError(
-            "penalty='group' reads the groups from column names such as band__feature, as ColumnTransformer with "
-            "set_output(transform='pandas') makes them; X has none. Give an array with a label for each feature instead"
+            "penalty='group' reads the groups from column names such as band__feature, which ColumnTransformer with "
+            "set_output(transform='pandas') makes. X has no such names: pass an array with a label for each feature"
         )
     return [name.split("__", 1)[0] for name in names]

@@ -2,10 +2,10 @@
 
     ∇g = Xᵀ(s ∘ ℓ'(XW)) + a ∘ W,    A V = Xᵀ(s ∘ ℓ''(XW) XV) + a ∘ V,    A V = ∇E(W),    ∂E/∂ log aⱼ = −aⱼ ⟨wⱼ, vⱼ⟩
 
-The systems of all folds (and targets, for the squared loss) are solved side by side: B weights on the rows of one X, so
-that a product with it serves all of them, and their validation predictions come with it. Where X is too large to
-factorise, steps and adjoints of low accuracy are solved for in float32, gradients and solutions are of float64, and
-columns of a sparse X that are zero in every training row are left out: their coefficients and slopes are zero.
+The B systems of all folds (and targets, for the squared loss) are solved in parallel. They differ in the weights of
+the rows of one X, so one product with X serves all of them, and also gives their validation predictions. If X is too
+large to factorise, steps and adjoints of low accuracy are computed in float32, gradients and solutions in float64.
+Columns of a sparse X that are zero in every training row are left out: their coefficients and slopes are zero.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from ..operators import function
 from ..solvers import CG, Status
 from ._folds import Folds
 
-SMALL = 150  # coefficients of a system that is factorised for each solve
-DENSE, MEMORY = 1_000, 60_000_000  # coefficients of one whose factors are kept for CG; numbers in all factors
-INEXACT = 200  # steps of CG for a step of Newton's method, which need not be exact
-STALE = 15  # steps of CG after which the factors are computed again
-LARGE = 100_000  # coefficients of a classifier whose refit is no more accurate than the search
+SMALL = 150  # systems with at most so many coefficients are factorised for each solve
+DENSE, MEMORY = 1_000, 60_000_000  # the most coefficients, and numbers in all factors, if factors precondition CG
+INEXACT = 200  # the most steps of CG for a Newton step, which may be inexact
+STALE = 15  # if CG takes more steps than this, the factors are computed again
+LARGE = 100_000  # the refit of a classifier with more coefficients is only as accurate as the search
 SINGLE = 1e-4  # relative residual down to which CG runs in float32
 
 
 def squared(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """½ Σ_c (z − y)², and its derivative."""
+    """½ Σ_c (z − y)² and its derivative in z."""
     return (z - y).square().sum(-1) / 2, z - y
 
 
 def logistic(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-loss of one logit against y in {0, 1}, or of C logits against one-hot y."""
+    """The log-loss of one logit against y in {0, 1}, or of C logits against one-hot y, and its derivative in z."""
     if z.shape[-1] == 1:
         return (torch.nn.functional.softplus(z) - y * z).sum(-1), torch.sigmoid(z) - y
     return torch.logsumexp(z, -1) - (y * z).sum(-1), torch.softmax(z, -1) - y
 
 
 class Linear:
-    """The folds of a penalised linear model whose inner loss is `inner`, by products with X alone.
+    """The folds of a penalised linear model with the inner loss `inner`, solved by products with X.
 
     Args:
         X: [n, d], dense or a scipy.sparse matrix.
-        y: [n, C] of one problem, or [n, T] of T problems where `inner` is `squared`.
+        y: [n, C] of one problem, or [n, T] of T problems if `inner` is `squared`.
         outer: (predictions [R, C], y [R, C]) ↦ losses of the rows and their derivatives; [R, T] for `squared`.
-        solution: (strengths, targets) ↦ W [B, d + 1, C] in place of our own, from a solver of the user's.
+        solution: the user's solver, (strengths, targets) ↦ W [B, d + 1, C]; None for Newton's method.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Linear:
         self.fit_intercept, self.shape = fit_intercept, X.shape
         self.separate = inner is squared
         self.C = 1 if self.separate else y.shape[1]
-        self.floating = float(self.C > 1 and fit_intercept)  # the sum of the intercepts, which a softmax ignores
-        self.used = folds.train.any(0).nonzero()[:, 0]  # rows that some fold is trained on
+        self.free_sum = float(self.C > 1 and fit_intercept)  # 1 if the loss ignores the sum of intercepts (softmax)
+        self.used = folds.train.any(0).nonzero()[:, 0]  # the training rows of all folds
         self.train = folds.train[:, self.used]
-        self.kept = torch.arange(X.shape[1])  # columns with a coefficient
+        self.kept = torch.arange(X.shape[1])  # columns that have a coefficient
         if scipy.sparse.issparse(X):
             X = scipy.sparse.csr_array(X)
             self.kept = torch.from_numpy(np.unique(X[self.used.numpy()].indices).astype("int64"))
@@ -93,7 +93,7 @@ class Linear:
         self.rtol = 1e-8 if self.dense else 1e-2
 
     def scale(self) -> float:
-        """The mean eigenvalue of XᵀSX, as if its columns were orthogonal to the vector of ones."""
+        """The mean eigenvalue of XᵀSX, computed as if its columns were orthogonal to the vector of ones."""
         total = self.train.mean(0)
         values = self.X.values() if self.X.layout == torch.sparse_csr else self.X
         if self.X.layout == torch.sparse_csr:
@@ -103,7 +103,7 @@ class Linear:
             squares = (total @ values.square()).sum()
         return float(squares - (total.sum() if self.fit_intercept else 0.0)) / min(self.shape)
 
-    # products with all systems at once: [B, d + 1, C] ↔ [n, B, C]
+    # Products with all systems at once: [B, d + 1, C] ↔ [n, B, C].
 
     def _times(self, w: Tensor, x: Tensor | None = None) -> Tensor:
         return ((self.X if x is None else x) @ w.permute(1, 0, 2).flatten(1)).unflatten(1, w.shape[::2])
@@ -154,7 +154,7 @@ class Linear:
         return losses, self._spread(slopes)
 
     def _spread(self, kept: Tensor) -> Tensor:
-        """Zeros for the columns that were left out, [..., d]."""
+        """Add zeros for the columns that were left out: [..., kept] ↦ [..., d]."""
         return kept.new_zeros(*kept.shape[:-1], self.shape[1]).index_copy_(-1, self.kept, kept)
 
     def _systems(self, strengths: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +170,7 @@ class Linear:
         return a, y, self.train.mT.repeat_interleave(len(which), 1)[..., None]
 
     def _solution(self, a: Tensor, y: Tensor, train: Tensor, strengths: Tensor, which: Tensor, rtol: float) -> Tensor:
-        """W [B, d + 1, C], by Newton's method from the last solution, to ‖∇g‖ ≤ rtol ‖a ∘ W‖, or to rounding."""
+        """W [B, d + 1, C] with ‖∇g‖ ≤ rtol ‖a ∘ W‖ or to rounding, by Newton's method from the last solution."""
         if self.given is not None:
             w = self.given(strengths, which)
             return torch.cat([w[:, self.kept], w[:, -1:]], 1)
@@ -209,7 +209,7 @@ class Linear:
     def _solve(
         self, a: Tensor, train: Tensor, z: Tensor, r: Tensor, x0: Tensor | None, rtol: float, most: int = 1000
     ) -> Tensor:
-        """A⁻¹r of every system: by factors, by CG in float32 where that reaches rtol, or by CG in float64."""
+        """A⁻¹r of every system, by factors, by CG in float32 if that reaches rtol, or by CG in float64."""
         if self.dense and r[0].numel() <= SMALL:
             factors = self._factors(a, train, z)
             x = _backward(factors, r)
@@ -231,7 +231,7 @@ class Linear:
 
         def product(v: Tensor) -> Tensor:
             image = self._transposed(train * self._curved(z, self._times(v, x)), xt).addcmul(a, v)
-            image[:, -1] += v[:, -1].mean(-1, keepdim=True) * self.floating + v[:, -1] * (1 - self.fit_intercept)
+            image[:, -1] += v[:, -1].mean(-1, keepdim=True) * self.free_sum + v[:, -1] * (1 - self.fit_intercept)
             return image
 
         return product
@@ -256,7 +256,7 @@ class Linear:
         return solution
 
     def _preconditioner(self, a: Tensor, train: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
-        """The factors of an earlier A, or the diagonal of this one."""
+        """The inverse of an earlier A, by its factors, or of the diagonal of this A."""
         if not self.dense:
             p = torch.softmax(z, -1) if self.C > 1 else torch.sigmoid(z)
             curvature = torch.ones_like(z) if self.separate else p * (1 - p)
@@ -277,7 +277,7 @@ class Linear:
         return (self._squared @ weights.flatten(1)).unflatten(1, weights.shape[1:]).permute(1, 0, 2)
 
     def _factors(self, a: Tensor, train: Tensor, z: Tensor) -> Tensor:
-        """Cholesky factors of A, [B, C(d + 1), C(d + 1)], of a dense X."""
+        """Cholesky factors of A for a dense X, [B, C(d + 1), C(d + 1)]."""
         p = torch.softmax(z, -1) if self.C > 1 else torch.sigmoid(z)
         side, each = self.X.shape[1], []
         for system in range(z.shape[1]):
@@ -287,7 +287,7 @@ class Linear:
                 for k in range(c + 1):
                     weights = train[:, system, 0] * own[:, c] * (float(c == k) - own[:, k])
                     block = (self.Xt * weights) @ self.X
-                    block[-1, -1] += self.floating / self.C
+                    block[-1, -1] += self.free_sum / self.C
                     blocks[c, :, k] = blocks[k, :, c] = block
             matrix = blocks.reshape(self.C * side, -1)
             strengths = a[system].expand(-1, self.C).mT.clone()
@@ -298,14 +298,14 @@ class Linear:
         return torch.stack(each)
 
     def begin(self, other: Linear) -> None:
-        """Start from the mean of the solutions of other folds."""
+        """Start from the mean over folds of another problem's solutions."""
         places = torch.cat([self.kept, torch.tensor([self.shape[1]])])
         w = self.W.new_zeros(1, other.W.shape[1], self.shape[1] + 1, self.C)
         w[:, :, torch.cat([other.kept, torch.tensor([self.shape[1]])])] = other.W.mean(0, keepdim=True)
         self.W = w[:, :, places].repeat(self.folds.number, 1, 1, 1)
 
     def coefficients(self, strengths: Tensor) -> tuple[Tensor, Tensor]:
-        """W [C or T, d] and intercepts of the first fold: to rounding, or as accurate as the search needs."""
+        """W [C or T, d] and intercepts of the first fold, with a tolerance of 1e-10, 1e-4 or, if large, 1e-2."""
         which = torch.arange(self.W.shape[1])
         a, y, train = self._systems(strengths, which)
         large = not self.separate and self.W[0].numel() > LARGE
@@ -315,7 +315,7 @@ class Linear:
         return self._spread(w[:, :-1]), w[:, -1]
 
     def residual(self, strengths: Tensor, which: Tensor) -> Tensor:
-        """‖∇g‖ / ‖∇g(0)‖ of each system at the solution."""
+        """‖∇g(W)‖ / ‖∇g(0)‖ of each system, W its solution."""
         a, y, train = self._systems(strengths, which)
         w = self._solution(a, y, train, strengths, which, self.rtol)
         z = self._times(w)
@@ -338,7 +338,7 @@ def _float(x: Tensor) -> Tensor:
 
 
 def compressed(x: Any) -> Tensor:
-    """A scipy.sparse matrix as torch's compressed rows."""
+    """A scipy.sparse matrix as a torch tensor of compressed rows."""
     rows, columns = (torch.from_numpy(part) for part in (x.indptr, x.indices))
     return _csr(rows, columns, torch.from_numpy(x.data.copy()), x.shape)
 

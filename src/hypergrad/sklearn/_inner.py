@@ -1,4 +1,4 @@
-"""A linear estimator of scikit-learn as the solver of the inner problems: its coef_ is taken, the adjoint is ours."""
+"""A linear estimator of scikit-learn as the solver of the inner problems, whose coef_ is used as the solution."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from ._folds import Folds
 
 
-class Given:
-    """Fits of the user's estimator on features divided by √a, whose strengths are all 1.
+class UserEstimator:
+    """Fits the user's estimator on features divided by √a, whose strengths are all 1.
 
     Args:
         y: labels [n] of a classifier, or targets [n, T].
 
-    Raises: TypeError for an estimator without a strength that can be set, `alpha` or `C`.
+    Raises: TypeError for an estimator without a parameter `alpha` or `C` for the strength.
     """
 
     def __init__(self, estimator: Any, X: Any, y: np.ndarray, folds: Folds, fit_intercept: bool, classifier: bool):
@@ -30,8 +30,8 @@ class Given:
         self.strength = next((name for name in ("alpha", "C") if name in known), "")
         if not self.strength or "fit_intercept" not in known:
             raise TypeError(
-                f"estimator={estimator!r} has no strength `alpha` or `C` beside `fit_intercept`: give a linear model "
-                f"of scikit-learn such as Ridge or LogisticRegression"
+                f"estimator={estimator!r} must have the parameters `fit_intercept` and `alpha` or `C`: pass a linear "
+                f"model of scikit-learn such as Ridge or LogisticRegression"
             )
         self.estimator.set_params(fit_intercept=fit_intercept)
 
@@ -46,7 +46,7 @@ class Given:
         more = {}
         if not np.allclose(weights, 1.0, rtol=1e-12):
             if not has_fit_parameter(self.estimator, "sample_weight"):
-                raise TypeError(f"estimator={self.estimator!r} takes no sample_weight, but the rows are weighted")
+                raise TypeError(f"estimator={self.estimator!r} has no sample_weight, but the rows are weighted")
             more["sample_weight"] = weights
         solver: Any = clone(self.estimator)
         return solver.set_params(**{self.strength: value}).fit(x, y, **more)
@@ -64,7 +64,7 @@ class Given:
         """W [F, d + 1, C]."""
         if len(strengths) > 1:
             raise ValueError(
-                "estimator= takes one strength for each feature, and this penalty has one for each class too"
+                "estimator= needs one strength for each feature, and this penalty has separate ones for each class"
             )
         each, a = [], strengths[0].numpy()
         for fold in range(self.folds.number):

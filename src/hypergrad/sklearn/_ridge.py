@@ -2,8 +2,8 @@
 
     A = XᵀSX + diag a,    A w = XᵀSy,    A v = ∇E(w),    ∂E/∂ log aⱼ = −aⱼ wⱼ vⱼ
 
-of each fold and target, rows centred by the fold's training mean, S the weights of its training rows. Where features
-outnumber rows the factor is that of I + S½ X diag(1/a) Xᵀ S½, as kernels have it.
+holds for each fold and target; rows are centred by the fold's training mean, and S are the weights of its training
+rows. With more features than rows, the dual matrix I + S½ X diag(1/a) Xᵀ S½ is factorised instead.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ._folds import Folds, Labels
 
-KERNELS, CHUNK = 30_000_000, 3_000_000  # numbers: of kernels that are kept, of factors at one time
-TOGETHER = 400_000  # numbers of matrices that are made at one time
+KERNELS, CHUNK = 30_000_000, 3_000_000  # the most numbers in kernels that are kept, and in factors at one time
+TOGETHER = 400_000  # the most numbers in matrices that are built at one time
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (prediction, y) ↦ losses of the rows, their derivatives
 
@@ -25,9 +25,9 @@ class Ridge:
     """The folds of a ridge regression with T targets.
 
     Args:
-        X: [n, d], centred or near it.
+        X: [n, d], at least approximately centred.
         y: [n, T].
-        solution: (strengths [T, d], targets) ↦ [F, T, d] in place of our own, from a solver of the user's.
+        solution: the user's solver, (strengths [T, d], targets) ↦ w [F, T, d]; None for the closed form.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class Ridge:
             self.G = torch.stack([x.mT @ x for x, _ in parts])
 
     def _scaled(self, fold: int) -> tuple[Tensor, Tensor]:
-        """S½ (X − x̄), S½ (y − ȳ), of the training rows."""
+        """S½ (X − x̄) and S½ (y − ȳ) of the training rows."""
         rows = self.folds.rows(fold, "train")
         root = self.folds.train[fold, rows].sqrt()[:, None]
         return root * (self.X[rows] - self.mean[fold]), root * (self.y[rows] - self.offset[fold])
 
     def _kernels(self, labels: Labels) -> tuple[Tensor | None, Tensor]:
-        """Kernels of the groups [F, p, n, n], where there are few, and one feature of each group."""
+        """Kernels of the groups [F, p, n, n] and one feature of each group; None if there are too many groups."""
         folds, height, _ = self.Xt.shape
         if labels.coupled or labels.count * folds * height**2 > KERNELS or labels.count > self.X.shape[1] / 4:
             return None, torch.empty(0)
@@ -73,7 +73,7 @@ class Ridge:
         return kernels, torch.stack([each[0] for each in members])
 
     def scale(self) -> float:
-        """The mean eigenvalue of XᵀSX, of columns that are not constant."""
+        """The mean eigenvalue of XᵀSX over columns that are not constant."""
         diagonal = self.Xt.square().sum(1) if self.dual else self.G.diagonal(dim1=1, dim2=2)
         rank = min(self.Xt.shape[1] if self.dual else self.X.shape[1], int((diagonal > 0).any(0).sum()))
         return float(diagonal.sum()) / (len(diagonal) * max(rank, 1))
@@ -88,7 +88,7 @@ class Ridge:
     def evaluate(
         self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool | str = False
     ) -> tuple[Tensor, Tensor]:
-        """Losses [F, T] and slopes [T, d]; strengths are [T, d], or [1, d] for all targets alike."""
+        """Losses [F, T] and slopes [T, d]; strengths are [T, d], or [1, d] if all targets share them."""
         side = self.Xt.shape[1] if self.dual else self.X.shape[1]
         losses = self.q.new_zeros(len(self.q), len(targets))
         slopes = self.q.new_zeros(len(targets), self.X.shape[1])
@@ -128,9 +128,9 @@ class Ridge:
         return w, self.offset[0] - w @ self.mean[0]
 
     def _factor(self, a: Tensor) -> Tensor:
-        """Cholesky factors [F, S, k, k], k the smaller of rows and features, one after the other to stay in cache."""
+        """Cholesky factors [F, S, k, k], k the smaller of rows and features, one by one to stay in cache."""
         folds, side = len(self.q), self.Xt.shape[1] if self.dual else self.X.shape[1]
-        factors = a.new_empty(folds, len(a), side, side).mT  # column by column, as LAPACK has them
+        factors = a.new_empty(folds, len(a), side, side).mT  # column-major, as LAPACK needs them
         size = self.Xt[0].numel() if self.dual and self.kernels is None else side**2
         step = max(1, TOGETHER // size)
         for fold in range(folds):
@@ -153,7 +153,7 @@ class Ridge:
         return kernels
 
     def _refined(self, a: Tensor, factor: Tensor, r: Tensor, targets: Tensor | None, refinements: int) -> Tensor:
-        """A⁻¹r for r [F, T, d]; with targets, r is their XᵀSy, and kernels solve for it without cancellation."""
+        """A⁻¹r for r [F, T, d]. If targets are given, r is their XᵀSy, and the dual solve avoids cancellation."""
         x = self._solve(a, factor, r, targets)
         for _ in range(refinements):
             product = (x @ self.Xt.mT) @ self.Xt if self.dual else x @ self.G
@@ -169,7 +169,7 @@ class Ridge:
 
 
 def _alike(strengths: Tensor, targets: int, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Strengths [S, d] and the places of their targets: S = 1 where these share all strengths, else at most `most`."""
+    """Groups of targets, as strengths [S, d] and indices: S = 1 if they share all strengths, else S ≤ `most`."""
     if len(strengths) == 1:
         yield strengths, torch.arange(targets)
         return
@@ -181,7 +181,7 @@ def _alike(strengths: Tensor, targets: int, most: int) -> Iterator[tuple[Tensor,
 
 
 def _columns(factor: Tensor, r: Tensor) -> Tensor:
-    """Solve for r [F, T, k] with factors [F, S, k, k]: S = T, or 1 for all."""
+    """Solve for r [F, T, k] with factors [F, S, k, k], where S = T, or S = 1 for all targets."""
     r = r.mT if factor.shape[1] == 1 else r[..., None]
     factor = factor[:, 0] if factor.shape[1] == 1 else factor
     half = torch.linalg.solve_triangular(factor, r, upper=False)

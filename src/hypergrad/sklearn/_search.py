@@ -1,4 +1,4 @@
-"""The outer search: L-BFGS for many independent problems at once, each with its own line search and stopping."""
+"""The outer search: L-BFGS for many independent problems in parallel, with a separate line search for each."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from ._folds import Folds, Labels
 
-HISTORY, LONGEST, RANGE, SLOPE, HALVINGS = 10, 2.0, 16.0, 1e-4, 12
-GAIN = 0.01  # nats: a negligible change of the whole sample's predictive likelihood
-PATIENCE = 10
+HISTORY, ARMIJO, HALVINGS = 10, 1e-4, 12  # pairs of L-BFGS; sufficient decrease, and halvings, of the line search
+LONGEST, RANGE = 2.0, 16.0  # the longest step of an entry of θ, and its largest distance from the start
+GAIN, PATIENCE = 0.01, 10  # negligible change of the sample's log-likelihood, in nats; steps before early stopping
 
 
 class Problem(Protocol):
-    """The folds of a problem with strengths, solved side by side."""
+    """The folds of a problem with strengths."""
 
     def evaluate(
         self, strengths: Tensor, targets: Tensor, gradient: bool = True, tighter: bool | str = False
     ) -> tuple[Tensor, Tensor]:
-        """The losses of the folds [F, T], and ∂(Σ_f share_f loss_f)/∂ log strength, like strengths.
+        """The losses of the folds [F, T], and ∂(Σ_f share_f loss_f)/∂ log strength in the shape of strengths.
 
-        Systems are solved more accurately where `tighter`, and to rounding where that is "all".
+        tighter: True solves systems more accurately, "all" solves them to rounding.
         """
         ...
 
@@ -35,11 +35,11 @@ class Problem(Protocol):
 
 @dataclass
 class Objective:
-    """J(θ) = h(L(θ)) + ρ/2n Σ_g (θ_g − c)², of each problem, per row of the data.
+    """J(θ) = h(L(θ)) + ρ/2n Σ_g (θ_g − c)² for each problem, per row of the data.
 
-    L is the CV loss, n its sample size, c the logarithm of the best single strength; h(L) is L for the log-loss and
-    ½ log L for every other: n h(L) is a negative log-likelihood, of Gaussian errors with unknown variance in the
-    second case, beside which the last term is that of θ_g ~ N(c, 1/ρ).
+    L is the CV loss, n its sample size, c the logarithm of the best single strength. h(L) is L for the log-loss and
+    ½ log L for any other loss, so n h(L) is a negative log-likelihood (in the second case, of Gaussian errors with
+    unknown variance), and the last term is that of the prior θ_g ~ N(c, 1/ρ).
     """
 
     problem: Problem
@@ -69,7 +69,7 @@ class Objective:
 
 @dataclass
 class Point:
-    """θ [P, p], J, ∇J, the CV loss [T], the watched loss [P], the hypergradient of the CV loss [P, p]."""
+    """θ [P, p], J [P], ∇J [P, p], the CV loss [T], the watched loss [P], the hypergradient of the CV loss [P, p]."""
 
     theta: Tensor
     value: Tensor
@@ -79,7 +79,7 @@ class Point:
     slope: Tensor
 
     def put(self, which: Tensor, other: Point, taken: Tensor) -> None:
-        """Copy the problems `taken` of another point, which holds the problems `which` only."""
+        """Copy the problems marked in `taken` from another point, which holds only the problems `which`."""
         for name, mine in vars(self).items():
             if len(mine) == len(self.theta):
                 mine[which[taken]] = getattr(other, name)[taken]
@@ -102,7 +102,7 @@ class Found:
 
 @dataclass
 class Memory:
-    """The pairs of L-BFGS, of all problems; a pair without positive curvature counts as none."""
+    """The pairs of L-BFGS for all problems; a pair without positive curvature is ignored."""
 
     pairs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
@@ -112,7 +112,7 @@ class Memory:
         self.pairs = [*self.pairs, (s, y, torch.where(good, 1 / product.where(good, 1.0), 0.0))][-HISTORY:]
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """−H∇J (Nocedal and Wright 2006, algorithm 7.4); a step of length 1 in its largest entry where no pair is."""
+        """−H∇J (Nocedal and Wright 2006, algorithm 7.4); without pairs, −∇J scaled to a largest entry of 1."""
         q, kept = gradient.clone(), []
         largest = gradient.abs().amax(1, keepdim=True).clamp(min=1e-300)
         scale = 1 / largest
@@ -133,11 +133,11 @@ class Memory:
 def search(
     objective: Objective, here: Point, max_iter: int, progress: Callable[[Any], Any], done: dict[int, str]
 ) -> Found:
-    """Minimise J from `here`, each problem by itself; `here` is moved.
+    """Minimise J from `here`, independently for each problem. Changes `here`.
 
     Args:
-        progress: wraps the range of steps.
-        done: problems that are not searched, and why.
+        progress: function that wraps the range of steps in a progress bar.
+        done: the problems that are not searched, with the reason.
     """
     theta, problems = here.theta.clone(), len(here.theta)
     every = torch.arange(problems)
@@ -152,10 +152,10 @@ def search(
         before, direction = here.copy(), memory.direction(here.gradient)
         out = ((here.theta <= low) & (direction < 0)) | ((here.theta >= high) & (direction > 0))
         direction[out] = 0.0
-        if memory.pairs:  # the gain that the model predicts, −∇Jᵀd/2, is not worth the step
+        if memory.pairs:  # stop if the gain that the quadratic model predicts, −∇Jᵀd/2, is negligible
             promised = -(here.gradient * direction).sum(1) * objective.folds.count / 2
             for each in (active & (promised < GAIN)).nonzero()[:, 0].tolist():
-                reasons[each], active[each] = f"converged: a further step promises less than {GAIN} nats", False
+                reasons[each], active[each] = f"converged: the next step would gain less than {GAIN} nats", False
             if not active.any():
                 break
         steps += 1
@@ -169,30 +169,30 @@ def search(
         best.put(every, here, better)
         for each in active.nonzero()[:, 0].tolist():
             if each in failed:
-                reasons[each] = "no step along the search direction lowers the objective: it is minimal, to rounding"
+                reasons[each] = "no step along the search direction lowers the objective: it is minimal up to rounding"
             elif objective.folds.watched is not None and unchanged[each] >= PATIENCE:
                 reasons[each] = f"early stopping: the watched fold's loss has not fallen for {PATIENCE} steps"
             elif idle[each] >= 2:
                 reasons[each] = f"converged: each of the last two steps gained less than {GAIN} nats"
-    reasons = [reason or f"max_iter={max_iter} steps were made, and the last still gained" for reason in reasons]
+    reasons = [reason or f"max_iter={max_iter} steps were made without convergence" for reason in reasons]
     return Found(best, path, reasons, steps)
 
 
 def _targets(objective: Objective, which: Tensor) -> Tensor:
-    """The targets of these problems: all of a coupled one."""
+    """The targets of these problems; a coupled problem has all targets."""
     return torch.arange(len(objective.labels.index)) if objective.labels.coupled else which
 
 
 def _line_search(
     objective: Objective, here: Point, direction: Tensor, pending: Tensor, low: Tensor, high: Tensor
 ) -> set[int]:
-    """Move `here` by the first of 1, ½, ¼, … that lowers J enough; returns the problems where none does."""
+    """Move `here` by the first step size of 1, ½, ¼, … that lowers J enough; returns the problems without one."""
     size, start = torch.ones(len(direction), 1, dtype=direction.dtype), here.copy()
     for _ in range(HALVINGS):
         trial = torch.minimum(torch.maximum(start.theta + size * direction, low), high)[pending]
         point = objective(trial, _targets(objective, pending))
         promised = ((trial - start.theta[pending]) * start.gradient[pending]).sum(1).clamp(max=0.0)
-        taken = (point.value <= start.value[pending] + SLOPE * promised) & torch.isfinite(point.gradient).all(1)
+        taken = (point.value <= start.value[pending] + ARMIJO * promised) & torch.isfinite(point.gradient).all(1)
         here.put(pending, point, taken)
         pending = pending[~taken]
         if not len(pending):

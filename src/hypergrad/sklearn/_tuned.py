@@ -1,4 +1,4 @@
-"""What the three estimators share: reading the arguments, the start, the search, the attributes."""
+"""The base class of the three estimators: it reads arguments, starts and runs the search, and sets the attributes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .._options import progress_bar
 from ._folds import Folds, Labels, make_folds, make_labels, whole
 from ._search import Found, Objective, Point, search
 
-CHECKED = 10  # targets whose hypergradients are computed again for hypergradient_error_
-DENSE = 20_000_000  # numbers of a sparse X that is made dense
-WRONG, ROUGH = 1e-2, 1e-4  # ‖∇g‖ / ‖∇g(0)‖ at the coefficients of a user's estimator: an error, a warning
+CHECKED = 10  # number of targets whose hypergradients are computed again for hypergradient_error_
+DENSE = 20_000_000  # a sparse X with at most so many entries, zeros included, is made dense
+WRONG, ROUGH = 1e-2, 1e-4  # ‖∇g‖ / ‖∇g(0)‖ at the coefficients of a user's estimator: error above, warning above
 
 
 def on_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, whose tensors are on the CPU whatever torch.set_default_device says."""
+    """Make the method create its tensors on the CPU, whatever torch.set_default_device says."""
 
     @functools.wraps(method)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ def on_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Data:
-    """X and y as the problems take them, weights, and the mean that was subtracted from a dense X."""
+    """X and y in the form that problems need, weights, and the mean that was subtracted from a dense X."""
 
     def __init__(self, X: Any, y: np.ndarray, weights: np.ndarray, center: bool):
         self.sparse = scipy.sparse.issparse(X) and math.prod(X.shape) > DENSE
@@ -61,9 +61,9 @@ class Data:
 
 
 def row_losses(scoring: Any, default: str, joint: bool) -> tuple[Callable[..., Any], bool]:
-    """(predictions, y) ↦ losses of the rows and derivatives; whether it is a log-loss.
+    """The function (predictions, y) ↦ losses of the rows and derivatives, and whether it is the log-loss.
 
-    Raises: ValueError for a name that is not known.
+    Raises: ValueError for an unknown name.
     """
     from ._glm import logistic
 
@@ -74,7 +74,7 @@ def row_losses(scoring: Any, default: str, joint: bool) -> tuple[Callable[..., A
         return logistic, True
     if not callable(scoring):
         raise ValueError(
-            f"scoring={scoring!r} is not a differentiable loss: give {default!r}, or a function of tensors "
+            f"scoring={scoring!r} is not a differentiable loss: pass {default!r}, or a function of tensors "
             f"(prediction, y) that returns the loss of each row"
         )
 
@@ -92,16 +92,16 @@ def row_losses(scoring: Any, default: str, joint: bool) -> tuple[Callable[..., A
         if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
             raise ValueError("scoring returned losses that are negative or not finite")
         if not values.requires_grad:
-            raise ValueError("scoring is not differentiable: torch sees no dependence of its losses on the predictions")
+            raise ValueError("scoring is not differentiable: its losses have no graph to the predictions")
         return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
 
     return loss, False
 
 
 class Tuned(BaseEstimator):
-    """A linear model whose strengths are tuned; subclasses say which problem it is."""
+    """A linear model whose strengths are tuned; subclasses define the problem."""
 
-    # set by the constructors of the subclasses
+    # Set by the constructors of the subclasses.
     penalty: Any
     alphas: Any
     cv: Any
@@ -121,17 +121,17 @@ class Tuned(BaseEstimator):
         tags.input_tags.sparse = True
         return tags
 
-    # what a subclass gives
+    # Defined by subclasses.
 
     def _problem(self, data: Data, folds: Folds, labels: Labels) -> Any:
         raise NotImplementedError
 
     def _unit(self, data: Data) -> float:
-        """The ratio of alpha_ to the strength that stands beside a mean loss."""
+        """The ratio of alpha_ to the strength of the same problem with a mean loss."""
         return float(data.weights.sum())
 
     def _grid(self, problem: Any, outputs: int) -> Tensor:
-        """Single strengths from strong to weak, [A, T] or [A, 1]; above the first one hypergradients vanish."""
+        """Single strengths in descending order, [A, T] or [A, 1]; hypergradients vanish above the first one."""
         return (torch.logspace(1, -6, 15, dtype=torch.float64) * max(problem.scale(), 1e-300))[:, None]
 
     def _labels(self, data: Data) -> Labels:
@@ -140,7 +140,7 @@ class Tuned(BaseEstimator):
 
     _joint = False
 
-    # fitting
+    # Fitting.
 
     def _check_arguments(self) -> None:
         if not isinstance(self.shrinkage, numbers.Real) or not 0 <= float(self.shrinkage) < math.inf:
@@ -154,7 +154,7 @@ class Tuned(BaseEstimator):
 
     def _weights(self, sample_weight: Any, X: Any) -> np.ndarray:
         weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        if not weights.any():  # older versions of scikit-learn let them pass
+        if not weights.any():  # older versions of scikit-learn accept zeros
             raise ValueError("sample_weight must have at least one non-zero entry, got zeros only")
         return weights
 
@@ -169,7 +169,7 @@ class Tuned(BaseEstimator):
     _default_scoring = "squared_error"
 
     def _fit(self, data: Data, groups: Any, classes: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        """The search; coefficients and intercepts of the refit on all rows."""
+        """Run the search; return coefficients and intercepts of the refit on all rows."""
         objective = self._objective(data, groups, classes)
         unit, problems = self._unit(data), 1 if objective.labels.coupled or self._joint else data.y.shape[1]
         before, single = getattr(self, "_found", (None, None)) if self.warm_start else (None, None)
@@ -211,7 +211,7 @@ class Tuned(BaseEstimator):
         return grid[best, torch.arange(problems) if grid.shape[1] > 1 else 0].expand(problems).clone()
 
     def _nothing_to_tune(self, data: Data, point: Point) -> dict[int, str]:
-        """Problems without a search: a CV loss of zero, or one that no strength reaches."""
+        """The problems without a search, because the CV loss is zero or depends on no strength, with the reason."""
         outputs, problems = 1 if self._joint else data.y.shape[1], len(point.theta)
         done = {}
         constant = np.ptp(data.y, axis=0) == 0
@@ -222,14 +222,14 @@ class Tuned(BaseEstimator):
                 done[problem] = "the CV loss is zero: there is nothing to tune"
             elif not bool(point.slope[problem].any()):
                 done[problem] = (
-                    "no strength reaches the CV loss, for every coefficient is zero at the best single strength: the "
-                    "features predict nothing there, or alphas are too large"
+                    "the CV loss depends on no strength, because every coefficient is zero at the best single "
+                    "strength: the features predict nothing there, or alphas are too large"
                 )
                 warnings.warn(f"{type(self).__name__}: {done[problem]}", ConvergenceWarning, stacklevel=4)
         return done
 
     def _check_given(self, objective: Objective, theta: Tensor) -> None:
-        """Whether the user's estimator solves this problem."""
+        """Raise or warn if the user's estimator does not solve this problem."""
         if self.estimator is None:
             return
         outputs = len(theta) if not objective.labels.coupled else len(objective.labels.index)
@@ -238,12 +238,12 @@ class Tuned(BaseEstimator):
         if rest > WRONG:
             raise ValueError(
                 f"the coefficients of estimator={self.estimator!r} do not solve this problem: they leave {rest:.1e} of "
-                f"its gradient. Give one with the same loss and penalty, or a smaller tolerance of its own"
+                f"its gradient. Pass an estimator with the same loss and penalty, or with a smaller tolerance"
             )
         if rest > ROUGH:
             warnings.warn(
                 f"the coefficients of estimator={self.estimator!r} leave {rest:.1e} of the inner problem's gradient, "
-                f"and the hypergradient is as inaccurate: give it a smaller tolerance",
+                f"so the hypergradient is inaccurate too: give the estimator a smaller tolerance",
                 ConvergenceWarning,
                 stacklevel=4,
             )
@@ -282,14 +282,14 @@ class Tuned(BaseEstimator):
         self, data: Data, alpha: Any, groups: Any, classes: np.ndarray | None
     ) -> tuple[float | np.ndarray, np.ndarray]:
         features = data.X.shape[1]
-        every = Labels(torch.arange(features), features)  # alpha need not be that of the penalty
+        every = Labels(torch.arange(features), features)  # alpha may differ within a group of the penalty
         objective, unit = self._objective(data, groups, classes, every), self._unit(data)
         outputs = 1 if self._joint else data.y.shape[1]
         alpha = np.asarray(alpha, dtype=np.float64)
         shape, rows = (features,), data.y.shape[1]
         if alpha.shape not in (shape, (rows, *shape)) or not np.all(np.isfinite(alpha) & (alpha > 0)):
             raise ValueError(
-                f"alpha must hold positive finite numbers of shape {shape} or {(rows, *shape)}, as alpha_ does; got "
+                f"alpha must hold positive finite numbers of shape {shape} or {(rows, *shape)}, like alpha_; got "
                 f"shape {alpha.shape}"
             )
         strengths = torch.from_numpy(np.atleast_2d(alpha) / unit)
@@ -305,7 +305,7 @@ class Tuned(BaseEstimator):
         return np.asarray(safe_sparse_dot(X, self.coef_.T, dense_output=True)) + self.intercept_
 
     def plot_path(self, ax: Any = None) -> Any:
-        """The CV loss along the search, on matplotlib's axes `ax` or new ones, which are returned."""
+        """Plot the CV loss along the search on matplotlib's axes `ax`, or new ones, and return the axes."""
         check_is_fitted(self)
         try:
             from matplotlib.figure import Figure
@@ -315,12 +315,12 @@ class Tuned(BaseEstimator):
             ax = Figure(layout="constrained").subplots()
         path = np.asarray(self.cv_loss_path_)
         ax.plot(path / path[0] if path.ndim > 1 else path, marker=".")
-        ax.set(xlabel="step of the search", ylabel="CV loss" + (" / that of the start" if path.ndim > 1 else ""))
+        ax.set(xlabel="step of the search", ylabel="CV loss" + (" / its value at the start" if path.ndim > 1 else ""))
         return ax
 
 
 def _bisected(score: Callable[[Tensor], Tensor], grid: Tensor) -> Tensor:
-    """The best strength, from few scores: every second one until they rise, then near the best, then a parabola."""
+    """The best strength from few scores: every second one until they rise, the best one's neighbours, a parabola."""
     known = {}
     for k in range(0, len(grid), 2):
         known[k] = float(score(grid[k]).sum())

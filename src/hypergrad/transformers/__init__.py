@@ -1,8 +1,8 @@
-"""A Trainer of Hugging Face's transformers that learns weights of its training data while it trains.
+"""A Trainer for Hugging Face's transformers that learns weights of its training data while it trains.
 
     w ← w − η ∇₁g,      g(w, λ) = Σ ω(λ) ℓ(w) / (number of tokens),      λ ← λ − γ dℓ_valid(w*(λ))/dλ
 
-The weights ω of sources, examples or tokens are those of a small module, and move by a tracker of `hg.bilevel`.
+A small module computes the weights ω of sources, examples or tokens; a tracker of `hg.bilevel` trains the module.
 """
 
 try:

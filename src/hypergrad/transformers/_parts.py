@@ -1,4 +1,4 @@
-"""What each of several processes has: its rows of a batch, and its part of a tracker's state under FSDP2."""
+"""The part of each of several processes: its rows of a batch, and its shards of a tracker's state under FSDP2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..bilevel import Tracker
 
 
 class PartOfBatches(BatchSampler):
-    """Of each batch of all processes the rows of one of them."""
+    """The rows of one process from each batch of all processes."""
 
     def __init__(self, sampler: RandomSampler, size: int, rank: int, ranks: int):
         super().__init__(sampler, size * ranks, drop_last=True)
@@ -25,12 +25,12 @@ class PartOfBatches(BatchSampler):
 
 
 def whole(state: Any) -> Any:
-    """A tracker's state with its sharded tensors gathered, one after the other, and kept on the CPU."""
+    """A tracker's state with its sharded tensors gathered to the CPU, one after another."""
     return optree.tree_map(lambda x: x.full_tensor().cpu() if hasattr(x, "placements") else x, state)
 
 
 def sharded_as(tracker: Tracker, state: dict[str, Any]) -> dict[str, Any]:
-    """A tracker's state of whole tensors, with those that are sharded here as they are here."""
+    """A tracker's state of whole tensors, sharded like the tensors of this tracker."""
     from torch.distributed.tensor import distribute_tensor
 
     def like(x: Any, whole: Any) -> Any:

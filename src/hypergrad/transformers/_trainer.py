@@ -1,4 +1,4 @@
-"""The Trainer: its losses, its steps, its state."""
+"""The Trainer: its losses, steps and state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .. import distributed
 from ..bilevel import BOME, F2SA, SAMA, Tracker, cycle
 from ._parts import PartOfBatches, sharded_as, whole
 
-STATE = "bilevel.pt"  # the file of a checkpoint with what the Trainer does not save
+STATE = "bilevel.pt"  # the file of a checkpoint that holds the state which the Trainer does not save
 MakeTracker = Callable[[list[nn.Parameter], list[nn.Parameter], torch.optim.Optimizer], Tracker]
 
 
@@ -31,10 +31,10 @@ def f2sa(
     penalty: float = 10.0,
     average: float | None = None,
 ) -> Tracker:
-    """The default method: F2SA, whose copies are moved by an optimizer like the Trainer's, group by group.
+    """The default method: F2SA, which moves its copies by an optimizer like the Trainer's, with the same param groups.
 
     Args:
-        order, penalty, average: of F2SA: method=functools.partial(f2sa, penalty=30.0).
+        order, penalty, average: as in F2SA. To change one, pass method=functools.partial(f2sa, penalty=30.0).
 
     Example:
         >>> from hypergrad.transformers import SourceWeights, f2sa
@@ -62,33 +62,33 @@ def f2sa(
 class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
     """A Trainer that learns `hparams`, weights of its training data, from the loss on `valid_dataset`.
 
-    The model is trained on the weighted loss alone; validation data reaches it through the weights. Everything else is
-    the Trainer's own: gradient accumulation, bf16 and fp16, PEFT, schedules, callbacks, logging, checkpoints, resume.
-    The losses are those of a causal language model (labels of the form of input_ids) or of a classifier (one label an
-    example); override `token_losses` for others.
+    The model is trained on the weighted loss alone; validation data influences it only through the weights. All other
+    features are the Trainer's: gradient accumulation, bf16 and fp16, PEFT, schedules, callbacks, logging, checkpoints,
+    resuming. The losses are those of a causal language model (labels in the shape of input_ids) or of a classifier (one
+    label per example); override `token_losses` for others.
 
-    Under torchrun or accelerate's launcher the directions of both levels are those of all processes' batches together:
-    what N processes learn is what one learns from batches of N times the size. The model is held whole by each process
-    (DDP), or sharded by FSDP2, which F2SA, BOME and SAMA take; hparams are held whole, as on process 0.
+    Under torchrun or accelerate's launcher the directions of both levels are computed from the batches of all
+    processes: N processes learn the same as one process with batches of N times the size. Each process holds the whole
+    model (DDP), or a shard of it (FSDP2, with F2SA, BOME or SAMA), and all of hparams, which are those of process 0.
 
     Args:
-        args, kwargs: the Trainer's, but for compute_loss_func.
-        valid_dataset: what the weights are learned on, in batches of per_device_train_batch_size for each process; not
-            the eval_dataset, on which the Trainer evaluates.
-        hparams: a module (losses [rows, tokens], inputs) ↦ weights that broadcast to losses; its `columns` name what
-            inputs hold beside the model's arguments. SourceWeights, ExampleWeights, TokenWeights, or your own.
+        args, kwargs: the Trainer's, except compute_loss_func.
+        valid_dataset: the data on which the weights are learned, in batches of per_device_train_batch_size for each
+            process. It is not the eval_dataset, on which the Trainer evaluates.
+        hparams: a module (losses [rows, tokens], inputs) ↦ weights that broadcast to losses. Its `columns` name the
+            inputs that the model does not take. SourceWeights, ExampleWeights, TokenWeights, or a custom module.
         method: (params, hparams, optimizer) ↦ a tracker of hg.bilevel: F2SA by default, with the Trainer's optimizer
             for its copies; lambda params, hparams, optimizer: SAMA(params, hparams, optimizer=optimizer). SOBA and the
-            others with second derivatives need attn_implementation="eager". None: the weights stay as they are, for a
-            second training with the learned ones.
-        outer_optimizer: of hparams' parameters; torch.optim.Adam(lr=0.1) by default.
-        restart: steps after which F2SA's copies are put back to the model, since copies of a network drift apart; None:
-            never.
-        begin: steps before hparams begin to move.
+            others with second derivatives need attn_implementation="eager". None leaves the weights unchanged, for a
+            second training with the learned weights.
+        outer_optimizer: the optimizer of hparams' parameters; torch.optim.Adam(lr=0.1) by default.
+        restart: F2SA's copies are set to the model again after so many steps, since copies of a network drift apart;
+            None: never.
+        begin: number of steps before hparams are updated.
 
     Raises: ValueError for several devices in one process, FSDP1, DeepSpeed, tensor and context parallelism, label
         smoothing, and for an algorithm with second derivatives under FSDP2.
-    Source: the trackers': see `hg.bilevel`.
+    Source: see the trackers of `hg.bilevel`.
 
     Example:
         >>> import tempfile, transformers
@@ -121,20 +121,20 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
     ):
         if kwargs.get("compute_loss_func") is not None:
             raise TypeError(
-                "BilevelTrainer weighs the losses itself: override token_losses in place of compute_loss_func"
+                "BilevelTrainer weights the losses itself: override token_losses instead of compute_loss_func"
             )
         if (restart is not None and restart < 1) or begin < 0:
             raise ValueError(f"restart must be at least 1 and begin at least 0, got {restart} and {begin}")
         super().__init__(*args, **kwargs)
         self._check_parallelism()
         if self.args.label_smoothing_factor:
-            raise ValueError("BilevelTrainer takes no label_smoothing_factor: override token_losses")
+            raise ValueError("BilevelTrainer does not support label_smoothing_factor: override token_losses")
         self.hparams, self.method, self.restart, self.begin = hparams.to(self.args.device), method, restart, begin
         self.outer_optimizer = outer_optimizer or torch.optim.Adam(self.hparams.parameters(), lr=0.1)
         self.valid_dataset = valid_dataset
         self.tracker: Tracker | None = None
         self._checkpoint: str | None = None
-        self._sharded = False  # whether FSDP2's hooks average the gradients
+        self._sharded = False  # whether the model is sharded by FSDP2, whose hooks average the gradients
         self.add_callback(_Outer(self))
 
     def _check_parallelism(self) -> None:
@@ -142,34 +142,34 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"BilevelTrainer runs on one device in each process, and this process has {self.args.n_gpu}: start one "
+                f"BilevelTrainer uses one device in each process, but this process has {self.args.n_gpu}: start one "
                 f"process for each device (torchrun --nproc-per-node={self.args.n_gpu}), or set CUDA_VISIBLE_DEVICES"
             )
         if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
-            raise ValueError('BilevelTrainer runs under FSDP2, not FSDP1: set fsdp_config={"version": 2}')
+            raise ValueError('BilevelTrainer supports FSDP2, not FSDP1: set fsdp_config={"version": 2}')
         if (
             self.is_deepspeed_enabled
             or getattr(self, "is_distributed_loading_by_transformers", False)
             or any(getattr(parallel, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp"))
         ):
             raise ValueError(
-                "BilevelTrainer runs under DDP and FSDP2 alone, without DeepSpeed, tensor, context or sequence "
-                "parallelism: use hg.bilevel with hg.distributed for those"
+                "BilevelTrainer supports only DDP and FSDP2, not DeepSpeed or tensor, context or sequence parallelism: "
+                "use hg.bilevel with hg.distributed for those"
             )
 
-    # What a batch's losses are.
+    # The losses of a batch.
 
     def counted(self, labels: Tensor) -> Tensor:
-        """Which of the losses count: [rows, tokens], of a classifier [rows, 1]."""
+        """Mask of the losses that count: [rows, tokens], for a classifier [rows, 1]."""
         return (labels[:, 1:] if labels.ndim == 2 else labels[:, None]) != -100
 
     def token_losses(self, outputs: Any, labels: Tensor) -> Tensor:
-        """The losses [rows, tokens] of a batch; of a classifier [rows, 1]."""
+        """The losses of a batch: [rows, tokens], for a classifier [rows, 1]."""
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         if labels.ndim + 1 != logits.ndim or logits.ndim not in (2, 3):
             raise ValueError(
-                f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)} are neither those of "
-                f"a causal language model nor those of a classifier: override token_losses and counted"
+                f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)} fit neither a causal "
+                f"language model nor a classifier: override token_losses and counted"
             )
         logits, labels = (logits[:, :-1], labels[:, 1:]) if logits.ndim == 3 else (logits[:, None], labels[:, None])
         logits = logits if logits.element_size() >= 4 else logits.float()
@@ -178,12 +178,12 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean of a batch's losses, without weights: that of evaluation, and of validation."""
+        """The unweighted mean of a batch's losses, for evaluation and validation."""
         loss, outputs = self._loss(model, inputs, None, None)
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The batches of one step, and how many losses count in those of all processes."""
+        """The batches of one step, and the number of losses that count in the batches of all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         return batches, self._count(batches) if batches else None
 
@@ -196,9 +196,9 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
     def _loss(
         self, model: nn.Module, inputs: dict[str, Any], hparams: nn.Module | None, count: Any
     ) -> tuple[Tensor, Any]:
-        """Σ ω ℓ / count, by default over what counts in this batch, and the model's outputs.
+        """The weighted loss Σ ω ℓ / count, and the model's outputs.
 
-        With a count, of all processes' losses that count: what has the mean over processes Σ ω ℓ / count.
+        count: the number in all processes, so that the mean over processes is Σ ω ℓ / count; None: that in this batch.
         """
         labels, others = _labels(inputs), ("labels", *self._columns)
         shared = count is not None and self.tracker is not None and self.args.world_size > 1
@@ -219,11 +219,11 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         self._signature_columns = known + [name for name in self._columns if name not in known]
 
     def get_valid_dataloader(self) -> DataLoader:
-        """The batches that the weights are learned on: shuffled by args.seed; this process's part of each."""
+        """This process's part of the batches on which the weights are learned, shuffled by args.seed."""
         rows, ranks, draw = len(self.valid_dataset), self.args.world_size, torch.Generator().manual_seed(self.args.seed)
         size = min(self.args.per_device_train_batch_size, rows // ranks)
         if not size:
-            raise ValueError(f"valid_dataset has {rows} rows for {ranks} processes: each batch needs one for each")
+            raise ValueError(f"valid_dataset has {rows} rows for {ranks} processes: each process needs a row")
         return DataLoader(
             self.valid_dataset,
             batch_sampler=PartOfBatches(
@@ -233,10 +233,10 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
             generator=draw,
         )
 
-    # The loop.
+    # The training loop.
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Add the directions of this batch and of one of validation to .grad of the model and of hparams."""
+        """Add the directions of this batch and a validation batch to .grad of the model and of hparams."""
         model.train()
         optimizer: Any = self.optimizer
         if callable(getattr(optimizer, "train", None)):
@@ -248,7 +248,7 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
             self.accelerator.backward(loss)
             return loss.detach()
         if self._sharded:
-            model.set_requires_gradient_sync(True)  # pyright: ignore[reportCallIssue]  # accumulated are directions
+            model.set_requires_gradient_sync(True)  # pyright: ignore[reportCallIssue]  # averaged directions accumulate
         valid = self._prepare_inputs(next(self._valid))
         count = self._count([valid])
         scaler, parts = self._scaler, self.current_gradient_accumulation_steps
@@ -272,7 +272,7 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         return scaler if scaler is not None and scaler.is_enabled() else None
 
     def _start(self) -> None:
-        """A tracker for the model and the optimizer that train() has prepared, with the state of a checkpoint."""
+        """Make a tracker for the model and optimizer that train() has prepared; load its state from a checkpoint."""
         self.hparams.requires_grad_(self.method is not None)
         if self.args.world_size > 1:
             for x in (*self.hparams.parameters(), *self.hparams.buffers()):
@@ -281,13 +281,13 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
             return
         model: Any = self.model
         params = [x for x in model.parameters() if x.requires_grad]
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # within accelerate's
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         self._sharded = any(hasattr(x, "placements") for x in params)
         self.tracker = self.method(params, list(self.hparams.parameters()), optimizer)
         if self._sharded and not isinstance(self.tracker, (F2SA, BOME, SAMA)):
             raise ValueError(
-                f"{type(self.tracker).__name__} takes second derivatives, of which FSDP2's hooks give no graph: take "
-                f"f2sa, BOME or SAMA, or train without FSDP, by DDP"
+                f"{type(self.tracker).__name__} takes second derivatives, for which FSDP2's hooks give no graph: use "
+                f"f2sa, BOME or SAMA, or train with DDP instead of FSDP"
             )
         self._valid = cycle(self.get_valid_dataloader())
         checkpoint, self._checkpoint = self._checkpoint, None
@@ -309,7 +309,7 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         if getattr(self.method, "func", self.method) is f2sa and self.tracker.optimizer is not None:
             optimizer: Any = self.optimizer
             for own, group in zip(self.tracker.optimizer.param_groups, optimizer.param_groups, strict=True):
-                own["lr"] = group["lr"]  # copies move as the model does
+                own["lr"] = group["lr"]  # the copies follow the model's schedule
         self.tracker.step()
         grads = [x.grad for x in self.hparams.parameters() if x.grad is not None]
         if self._scaler is not None:
@@ -323,10 +323,10 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
         if isinstance(self.tracker, F2SA) and self.restart and self.state.global_step % self.restart == 0:
             self.tracker.restart()
 
-    # What it says, and what it keeps.
+    # Logging and checkpoints.
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, and in training the tracker's numbers and the weights, where they are few."""
+        """Log as the Trainer does; in training also the tracker's numbers and the weights, if these are at most 20."""
         if "loss" in logs and self.tracker is not None:
             own = {f"bilevel/{name}": value for name, value in self.tracker.metrics().items() if math.isfinite(value)}
             weights = getattr(self.hparams, "weights", None)
@@ -345,7 +345,7 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
             "tracker": self.tracker.state_dict(),
             "valid": self._valid.state_dict(),
         }
-        if self._sharded:  # each process takes part, and one writes
+        if self._sharded:  # all processes must take part in gathering; one of them writes the file
             state["tracker"] = whole(state["tracker"])
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, STATE))
@@ -357,12 +357,12 @@ class BilevelTrainer(Trainer):  # pyright: ignore[reportGeneralTypeIssues]
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
     if "labels" not in batch:
-        raise ValueError(f"a batch needs labels, and has {sorted(batch)}: take a collator that makes them")
+        raise ValueError(f"a batch needs labels, but has only {sorted(batch)}: use a collator that makes them")
     return batch["labels"]
 
 
 class _Outer(TrainerCallback):  # pyright: ignore[reportGeneralTypeIssues]
-    """Calls a BilevelTrainer when the Trainer's loop comes to its optimizer step."""
+    """Calls a BilevelTrainer when training begins, and before and after the Trainer's optimizer step."""
 
     def __init__(self, trainer: BilevelTrainer):
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""Modules that give the weights of training data: of sources, examples or tokens."""
+"""Modules that compute the weights of training data: of sources, examples or tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class SourceWeights(nn.Module):
-    """ω = n · softmax(logits)[source], one weight for each of n sources; their mean stays 1.
+    """ω = n · softmax(logits)[source], one weight for each of n sources; their mean is always 1.
 
-    Each training example has a column "source", an integer from 0.
+    Each training example needs a column "source", the index of its source.
 
     Example:
         >>> SourceWeights(2)(torch.zeros(3, 5), {"source": torch.tensor([0, 1, 1])}).shape
@@ -36,7 +36,7 @@ class SourceWeights(nn.Module):
 class ExampleWeights(nn.Module):
     """ω = 2σ(logits)[index], one weight for each of n examples, 1 at the start.
 
-    Each training example has a column "index", its number from 0.
+    Each training example needs a column "index", its index in the dataset.
 
     Example:
         >>> ExampleWeights(2)(torch.zeros(2, 5), {"index": torch.tensor([1, 0])}).detach().flatten()
@@ -59,7 +59,7 @@ class ExampleWeights(nn.Module):
 
 
 class TokenWeights(nn.Module):
-    """ω = 2σ(logits)[token], one weight for each token that is to be predicted, 1 at the start.
+    """ω = 2σ(logits)[token], one weight for each token of the vocabulary as a label, 1 at the start.
 
     Example:
         >>> TokenWeights(10)(torch.zeros(1, 2), {"labels": torch.tensor([[3, 1, -100]])}).shape

@@ -1,7 +1,7 @@
 """Iterative differentiation: the gradient through the inner optimiser's own steps, w_{t+1} = Φ_t(w_t, λ).
 
-Nothing needs to have converged, so step sizes, schedules and starts can be learned. `reverse` for many hyperparameters,
-`forward` for few and any number of steps.
+The steps need not have converged, so step sizes, schedules and starts can be learned. Use `reverse` for many
+hyperparameters, and `forward` for few hyperparameters and any number of steps.
 """
 
 from ._forward import ForwardResult, forward

@@ -278,7 +278,7 @@ class Push:
         return [placed(u.reshape(len(rows), *x.shape).contiguous(), x, 1) for u, x in pairs]
 
     def directions(self, tangents: Tangents, own: slice) -> list[Tensor]:
-        """Unit vectors for the slice `own` of the stored entries, made anew only when these change."""
+        """Unit vectors for the slice `own` of the stored entries, rebuilt only when these change."""
         rows = tangents.rows if len(tangents.rows) <= self.chunk else tangents.rows[own]
         if self.kept[0] is not rows:
             self.kept = rows, self.units(rows)
