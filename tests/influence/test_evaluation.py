@@ -71,7 +71,7 @@ def test_what_is_refused(result):
 
 
 def test_noisy_trainings_are_named():
-    with pytest.warns(hg.HypergradientWarning, match="gave other losses when it was done again"):
+    with pytest.warns(hg.HypergradientWarning, match="gave other losses when it was repeated"):
         influence.retrained(lambda weights: torch.rand(2), N, leave_out=[0])
 
 

@@ -276,8 +276,8 @@ def test_what_is_refused():
         ({"train": []}, "train gave no example"),
         ({"queries": []}, "queries gave no batch"),
         ({"damping": "auto"}, 'damping must be a number ≥ 0, several, or "path"'),
-        ({"damping": -1.0}, "damping must be finite numbers"),
-        ({"damping": []}, "damping must be finite numbers"),
+        ({"damping": -1.0}, "damping must be one or more finite numbers"),
+        ({"damping": []}, "damping must be one or more finite numbers"),
         ({"query_loss": lambda w, batch: loss(solution(), batch)}, "query_loss"),
     ):
         with pytest.raises(ValueError, match=message):

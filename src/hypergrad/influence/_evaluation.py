@@ -1,4 +1,4 @@
-"""Whether scores predict what retraining gives: linear datamodelling score, leave-one-out, metasmoothness."""
+"""Evaluation of scores by retraining: linear datamodelling score, leave-one-out, metasmoothness."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ._result import Influence, spearman
 
 @dataclass(frozen=True)
 class Retrained:
-    """Losses of the queries after trainings on parts of the examples, which scores should predict.
+    """Losses of the queries after trainings on subsets of the examples, which scores should predict.
 
     Attributes:
-        weights: [trainings, examples]: 1 for an example that was in, 0 for one that was left out.
+        weights: [trainings, examples]: 1 for an example that was used, 0 for one that was left out.
         losses: [trainings, queries].
-        whole: [queries], after the training on all examples.
+        whole: [queries], the losses after the training on all examples.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0, 6.0])
@@ -38,7 +38,7 @@ class Retrained:
     whole: Tensor
 
     def predicted(self, result: Influence) -> Tensor:
-        """Changes of the losses that the scores predict, Σᵢ (ωᵢ − 1) s_qi: [..., trainings, queries]."""
+        """The changes of the losses that the scores predict, Σᵢ (ωᵢ − 1) s_qi: [..., trainings, queries]."""
         scores = result.scores
         if scores.shape[-2:] != (len(self.whole), self.weights.shape[1]):
             raise ValueError(
@@ -50,14 +50,14 @@ class Retrained:
     def lds(self, result: Influence) -> Tensor:
         """Linear datamodelling score of each query: Spearman's correlation of predicted and retrained losses.
 
-        [queries], after an axis of dampings if the result has one. NaN where all trainings give the same loss.
+        It is [queries], or [dampings, queries] if the result has several. NaN if all trainings give the same loss.
         Source: Park et al. 2023, Definition 2.3.
         """
         return spearman(self.predicted(result).mT, self.losses.mT.to(result.scores))
 
     def error(self, result: Influence) -> Tensor:
-        """‖predicted − true change‖ / ‖true change‖ over the trainings, for each query. Of leave-one-out it tells size
-        and sign, where `lds` tells the order alone."""
+        """‖predicted − true change‖ / ‖true change‖ over the trainings, for each query. It measures size and sign of
+        the scores, while `lds` measures only their order."""
         truth = (self.losses - self.whole).to(result.scores)
         return (self.predicted(result) - truth).norm(dim=-2) / truth.norm(dim=-2)
 
@@ -75,20 +75,20 @@ def retrained(
     """Train on random subsets of the examples, or without single ones, to evaluate scores.
 
     Args:
-        train: weights [examples] of zeros and ones ↦ losses of the queries [queries], after a training with them.
-            Everything else in it (start, order of batches, dropout) must be the same each time.
+        train: weights [examples] of zeros and ones ↦ losses of the queries [queries] after a training with these
+            weights. Everything else in it (start, order of batches, dropout) must be the same each time.
         examples: n.
-        subsets: how many random subsets.
-        drop: the fraction of the examples that each of them lacks.
-        leave_out: examples that are left out one at a time, in place of subsets (leave-one-out).
-        seed: of the subsets.
+        subsets: the number of random subsets.
+        drop: the fraction of the examples that each subset lacks.
+        leave_out: indices of examples to leave out one at a time, in place of subsets (leave-one-out).
+        seed: seed for drawing the subsets.
         progress: show a bar (needs tqdm).
 
-    Returns: a Retrained; `lds` and `error` compare scores with it.
-    Raises: ValueError for numbers out of range, and for losses that are no vector or not finite.
-    Warns: HypergradientWarning if the first training gives other losses when it is repeated: the difference is noise
-        that no score predicts.
-    Cost: subsets + 2 trainings.
+    Returns: a Retrained, whose `lds` and `error` evaluate scores.
+    Raises: ValueError for numbers out of range, and for losses that are not a finite vector.
+    Warns: HypergradientWarning if the first training gives other losses when it is repeated, because the difference is
+        noise that no score predicts.
+    Cost: subsets (or left out examples) + 2 trainings.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0, 6.0])
@@ -100,7 +100,8 @@ def retrained(
     count = round(drop * examples)
     if not leave_out and not (subsets >= 1 and 1 <= count < examples):
         raise ValueError(
-            f"each of {subsets} subsets lacks {count} of {examples} examples: raise subsets, drop or examples"
+            f"each of {subsets} subsets lacks {count} of {examples} examples: at least one subset is needed, and each "
+            f"must lack at least one example and keep one"
         )
     if not all(0 <= i < examples for i in leave_out):
         raise ValueError(f"leave_out must hold indices in 0 … {examples - 1}, got {list(leave_out)}")
@@ -117,7 +118,7 @@ def retrained(
         if not torch.allclose(whole, again, rtol=torch.finfo(whole.dtype).eps ** 0.5, atol=0):
             apart = float((whole - again).abs().max())
             warn(
-                f"the same training gave other losses when it was done again (by {apart:.2g} at most): seed everything "
+                f"the same training gave other losses when it was repeated (by {apart:.2g} at most): seed everything "
                 f"random in train, or average several trainings"
             )
         rows = [_losses(train, row) for row in progress_bar(progress, list(weights), desc="trainings")]
@@ -132,12 +133,12 @@ def _losses(train: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
 
 
 def metasmoothness(train: Callable[[PyTree], PyTree], hparams: PyTree, direction: PyTree, step: float) -> float:
-    """Whether a training responds smoothly to its hyperparameters: in [−1, 1], 1 for a smooth one, 0 for noise.
+    """How smoothly a training responds to its hyperparameters: S in [−1, 1], 1 if smoothly, 0 for noise.
 
         Δ₁ = f(λ + hv) − f(λ),   Δ₂ = f(λ + 2hv) − f(λ + hv),      S = Σ |Δ₁| sign(Δ₁) sign(Δ₂) / Σ |Δ₁|
 
-    Where it is far below 1, derivatives through the training (`unrolled`, `unroll.reverse`) say little about steps as
-    large as h: take less momentum, a smaller step size, or a smooth activation.
+    If S is far below 1, derivatives through the training (`unrolled`, `unroll.reverse`) say little about changes of
+    size h. To raise S, use less momentum, a smaller step size, or smooth activations.
 
     Args:
         train: f(hparams) ↦ a tensor or a pytree: params after the training, or outputs for validation data.

@@ -1,4 +1,4 @@
-"""Scores, and how good they are."""
+"""Influence: scores, and how accurately their systems were solved."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Influence:
     """Scores of training examples for queries, and how their linear systems were solved.
 
     Attributes:
-        scores: ∂(loss of the query)/∂(weight of the example): [queries, examples], or [queries, groups]; of
-            `self_influence` [examples]. With several dampings there is a leading axis for them.
+        scores: ∂(loss of the query)/∂(weight of the example): [queries, examples], or [queries, groups]; [examples]
+            from `self_influence`. Several dampings add a leading axis.
         query_losses: the losses of the queries at params.
-        method: the solver, or how else the scores were found.
-        residual: ‖∇ℓ_q − (A + γI)v‖ / ‖∇ℓ_q‖, recomputed: [queries], or [dampings, queries]; None for `unrolled`, where
-            no system is solved.
-        damping: γ, 0-d or [dampings]; None for `unrolled`.
-        inner_residual: ‖∇g‖ at params: 0 for a minimiser. None for `unrolled`.
-        products: products with A that were taken for all queries together.
+        method: the name of the solver, or of the other method that computed the scores.
+        residual: ‖∇ℓ_q − (A + γI)v‖ / ‖∇ℓ_q‖, recomputed: [queries], or [dampings, queries]; None from `unrolled`,
+            which solves no system.
+        damping: γ, 0-d or [dampings]; None from `unrolled`.
+        inner_residual: ‖∇g‖ at params, which is 0 at a minimiser; None from `unrolled`.
+        products: the number of products with A, each for all queries of a batch.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0, 6.0])
@@ -44,9 +44,9 @@ class Influence:
     products: int = 0
 
     def top(self, k: int = 10, harmful: bool = False) -> tuple[Tensor, Tensor]:
-        """The scores of the k most helpful (harmful) examples of each query, and their indices, the strongest first.
+        """The scores and indices of the k most helpful (or harmful) examples of each query, the strongest first.
 
-        Helpful ones have negative scores: their weights lower the loss of the query.
+        Helpful examples have negative scores: more weight on them lowers the loss of the query.
 
         Example:
             >>> Influence(torch.tensor([[3.0, -2.0, 1.0]]), torch.tensor([0.1]), "by hand").top(2)
@@ -56,18 +56,16 @@ class Influence:
         return values, indices
 
     def at(self, index: int) -> Influence:
-        """Those of one of several dampings."""
+        """The result for the damping with this index."""
         if self.damping is None or not self.damping.ndim or self.residual is None:
-            raise ValueError("at() chooses one of several dampings, and these scores have one or none")
+            raise ValueError("at() selects one of several dampings, but these scores have one or none")
         chosen = {name: getattr(self, name)[index] for name in ("scores", "residual", "damping")}
         return replace(self, **chosen)
 
     def report(self) -> str:
-        """One line for each damping: the residuals of its systems, and the agreement of its scores with the next
-        damping's.
+        """One line for each damping: the residuals of its systems, and the correlation with the scores of the next.
 
-        The correlation is Spearman's with the scores of the next larger damping: where the path is flat, the damping
-        does not matter.
+        The correlation is Spearman's. Where it is near 1, the choice of damping hardly changes the ranking.
         """
         if self.residual is None or self.damping is None:
             return f"{self.method}: no system was solved"
@@ -94,7 +92,7 @@ def _size(residual: Tensor) -> str:
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation along the last axis; equal numbers share the mean of their ranks."""
+    """Spearman's rank correlation along the last axis; equal numbers get the mean of their ranks."""
     x, y = (each - each.mean(-1, keepdim=True) for each in (_ranks(a), _ranks(b)))
     return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
 

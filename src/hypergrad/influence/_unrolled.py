@@ -1,4 +1,4 @@
-"""Scores through the whole training: the derivative of its outcome with respect to the examples' weights."""
+"""Scores through a whole training: the derivative of its result with respect to the examples' weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .._solution import warn
 from .._torch import outside_inference_mode
 from .._tree import PyTree, split
 from ..unroll import ReverseResult, jacobian
-from ._data import opened, rows
+from ._data import as_rows, batches_of
 from ._result import Influence
 
 LOW_PRECISION = (
-    "{}: the derivative through a long training amplifies rounding, and scores below float32 are often noise. Train in "
-    "float32 or float64 for these scores"
+    "{}: the derivative through a long training amplifies rounding, so scores in dtypes below float32 are often noise. "
+    "Train in float32 or float64 for these scores"
 )
 
 
@@ -44,32 +44,32 @@ def unrolled(
 
         w_{t+1} = Φ_t(w_t, ω),      s_qi = ∂ℓ_q(w_T(ω)) / ∂ωᵢ  at ω = 1
 
-    These scores belong to one training, with its start, its order of batches and its number of steps. Nothing needs to
-    have converged.
+    These scores belong to one training run, with its start, its order of batches and its number of steps. The training
+    need not have converged.
 
     Args:
         step: Φ(params, weights) as `unroll.reverse` takes it; Φ(params, weights, t) with with_time, and Φ(params,
-            weights, t, batch) with batches. weights [examples] multiply the losses of the examples; in the inner
-            gradient write create_graph=True.
-        start: w₀, an optimiser's state included.
+            weights, t, batch) with batches. weights [examples] multiply the losses of the examples; the inner gradient
+            needs create_graph=True.
+        start: w₀, including the state of an optimiser.
         query_loss: ℓ_q(params, batch) ↦ [rows] of a batch of queries; params has start's structure.
         examples: n.
-        queries: batches of queries. All are pulled back at once.
+        queries: batches of queries. One reverse pass serves all of them.
         steps: T.
         batches, with_time, memory: as in `unroll.reverse`.
-        folder: keeps the iterates between segments of the training, and the gradients of the finished ones. After an
-            interruption the same call continues from there, and gives the same scores bit for bit. A folder belongs to
-            one step and its queries; the last finished segment of the training is repeated, to check that the step is
-            the same. The files are not removed.
-        segments: how many, with folder; about √T by default.
+        folder: a directory for the iterates between segments of the training, and for the gradients of finished
+            segments. After an interruption, the same call continues from there and gives bit-identical scores. Use one
+            folder for one step and its queries; the last finished segment of the training is repeated, to check that
+            the step is the same. The files are not removed.
+        segments: the number of segments with folder (default: about √T).
         progress: show a bar over segments (needs tqdm).
 
-    Returns: an Influence, whose scores are [queries, examples].
-    Raises: as `unroll.reverse`; ValueError where folder holds another run, RuntimeError where a segment gives other
-        iterates when it is run again.
-    Warns: as `unroll.reverse`; HypergradientWarning where a tensor of start is below float32, or autocast is on.
+    Returns: an Influence with scores [queries, examples].
+    Raises: as `unroll.reverse`; ValueError if folder holds another run, RuntimeError if a segment gives other iterates
+        when it is repeated.
+    Warns: as `unroll.reverse`; HypergradientWarning if a tensor of start has a dtype below float32, or autocast is on.
     Cost: as `unroll.jacobian` with k queries: less than 2T evaluations of step, and T reverse passes with k cotangents
-        at once; with a folder, T evaluations more, and the memory of one segment.
+        at once; with a folder, T more evaluations, and the memory of one segment.
     Source: Engstrom et al. 2025 (MAGIC).
 
     Example:
@@ -87,7 +87,7 @@ def unrolled(
         weights = torch.ones(examples, dtype=like.dtype, device=like.device, requires_grad=True)
 
     def losses(params: PyTree, _: Any) -> Tensor:
-        return torch.cat([rows(query_loss(params, batch), "query_loss") for batch in opened(queries)])
+        return torch.cat([as_rows(query_loss(params, batch), "query_loss") for batch in batches_of(queries)])
 
     if folder is None or not steps:
         options = {"memory": memory, "batches": batches, "with_time": with_time}
@@ -102,7 +102,9 @@ def unrolled(
         return step(params, weights, t) if with_time else step(params, weights)
 
     count = min(steps, segments or round(steps**0.5))
-    run = _Resumed(timed, start, weights, Path(folder), [round(i * steps / count) for i in range(count + 1)], progress)
+    run = _SegmentedRun(
+        timed, start, weights, Path(folder), [round(i * steps / count) for i in range(count + 1)], progress
+    )
     scores, values = run.reverse(losses, memory)
     return Influence(scores, values, "unrolled")
 
@@ -115,11 +117,11 @@ def _warn_of_precision(tensors: list[Tensor], device: torch.device) -> None:
         warn(LOW_PRECISION.format("torch.autocast is on"))
 
 
-class _Resumed:
-    """A training in segments, whose boundaries and gradients are files of a folder.
+class _SegmentedRun:
+    """A training in segments, whose iterates and gradients are kept in the files of a folder.
 
-    iterate_<s>.pt holds the tensors where segment s begins, and the random state; adjoint.pt what the reverse pass
-    knows after a segment: its number, the gradients with respect to its start, those of the weights, the losses.
+    iterate_<s>.pt holds the tensors at the start of segment s, and the random state. adjoint.pt holds the state of the
+    reverse pass after a segment: its number, the gradients of its start and of the weights, and the query losses.
     """
 
     def __init__(
@@ -158,13 +160,13 @@ class _Resumed:
         return torch.load(self.folder / name, weights_only=True)
 
     def _begin(self, segment: int) -> list[Tensor]:
-        """The tensors where a segment begins; the random state is restored to what it was there."""
+        """The tensors at the start of a segment. Restores the random state of that point."""
         state = self._load(f"iterate_{segment}.pt")
         _random.restore(dict(zip([torch.device("cpu"), *self.cuda], state["random"], strict=True)))
         return state["tensors"]
 
     def _forward(self) -> None:
-        """All iterates that are not known yet."""
+        """Check the last saved iterate, then compute and save the remaining ones."""
         count = len(self.bounds) - 1
         known = max(s for s in range(count + 1) if (self.folder / f"iterate_{s}.pt").exists())
         last = self._load(f"iterate_{known}.pt")["tensors"]
@@ -179,7 +181,7 @@ class _Resumed:
             self._save(f"iterate_{segment + 1}.pt", self._iterate(tensors))
 
     def _trained(self, segment: int, tensors: list[Tensor]) -> list[Tensor]:
-        """The iterate after a segment."""
+        """The tensors at the end of a segment that starts from these."""
         for t in range(self.bounds[segment], self.bounds[segment + 1]):
             leaves = [x.requires_grad_() if x.is_floating_point() or x.is_complex() else x for x in tensors]
             tensors = [x.detach() for x in split(self.step(self.rebuild(leaves), self.weights, t))[0]]
@@ -199,7 +201,7 @@ class _Resumed:
             pairs = zip(split(result.start_grads)[0], split(result.params)[0], strict=True)
             done = {
                 "segment": segment,
-                "alpha": [g for g, x in pairs if _smooth(x)],
+                "alpha": [g for g, x in pairs if _differentiable(x)],
                 "scores": result.grads if first else done["scores"] + result.grads,
                 "losses": result.outer_value if first else done["losses"],
             }
@@ -214,8 +216,8 @@ class _Resumed:
         tolerance = torch.finfo(known.dtype).eps ** 0.5
         if values.shape != known.shape or not torch.allclose(values, known, rtol=tolerance, atol=0, equal_nan=True):
             raise ValueError(
-                f"{self.folder} holds the reverse pass of other queries: remove adjoint.pt in it to go back for these "
-                f"(the iterates of the training stay)"
+                f"{self.folder} holds the reverse pass of other queries: remove adjoint.pt from it to run the reverse "
+                f"pass for these queries (the iterates of the training stay)"
             )
 
     def _through(self, segment: int, outer: Callable[[PyTree, Any], Tensor], memory: str) -> ReverseResult:
@@ -231,15 +233,15 @@ class _Resumed:
         return result
 
 
-def _smooth(x: Tensor) -> bool:
+def _differentiable(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
 def _along(alpha: list[Tensor]) -> Callable[[PyTree, Any], Tensor]:
-    """⟨α_q, w⟩ for each query q, whose gradient is α_q."""
+    """The function w ↦ ⟨α_q, w⟩ for each query q, whose gradients are the α_q."""
 
     def losses(params: PyTree, _: Any) -> Tensor:
-        leaves = filter(_smooth, split(params)[0])
+        leaves = filter(_differentiable, split(params)[0])
         return torch.stack([a.reshape(len(a), -1) @ x.reshape(-1) for a, x in zip(alpha, leaves, strict=True)]).sum(0)
 
     return losses
