@@ -259,11 +259,11 @@ def changed(v):
 @pytest.mark.parametrize(
     ("linear", "reason"),
     [
-        (lambda v: v * torch.rand((), dtype=v.dtype), "it draws random numbers"),
-        (in_views, "it changes a tensor in place"),
-        (lambda v: (v.float() * 2).add_(v).double(), "it changes a tensor in place .aten.add_.Tensor"),
-        (changed, "it changes in place what it has used before"),
-        (lambda v: v + float(v.sum()), "it reads numbers from a tensor"),
+        (lambda v: v * torch.rand((), dtype=v.dtype), "a product draws random numbers"),
+        (in_views, "a product changes a tensor in place"),
+        (lambda v: (v.float() * 2).add_(v).double(), "a product changes a tensor in place .aten.add_.Tensor"),
+        (changed, "a product changes in place a tensor that it has used before"),
+        (lambda v: v + float(v.sum()), "a product reads numbers from a tensor"),
         (lambda v: torch.from_numpy(2 * v.numpy()), "a recording is off by"),
         (lambda v: torch.from_numpy(2 * v.numpy()) + v, "a recording is off by"),
     ],

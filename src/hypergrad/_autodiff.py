@@ -167,7 +167,7 @@ def densified(grads: Sequence[Any]) -> list[Any]:
 
 @contextmanager
 def gradients_taken(inputs: Iterable[Tensor]) -> Iterator[list[bool]]:
-    """A list with an entry for each gradient of an input that is taken in this context: whether it has a graph."""
+    """A list to which each gradient that is taken with respect to an input appends whether it has a graph."""
     taken: list[bool] = []
     hooks = [x.register_hook(lambda _: taken.append(torch.is_grad_enabled())) for x in inputs if x.requires_grad]
     try:
@@ -370,7 +370,7 @@ def taking_derivatives(function: Callable[[Any, Any], Any]) -> Callable[[Any, An
 
 
 def check_hparams(leaves: list[Tensor], names: Sequence[str]) -> tuple[list[int], list[Tensor]]:
-    """The indices of the leaves that require grad, and these leaves. Raises ValueError for none or dependent ones."""
+    """The indices of the leaves that require grad, and these leaves; ValueError for none, equal or dependent leaves."""
     check_distinct(leaves, names)
     if not all(x.is_leaf for x in leaves):
         check_independent(leaves, names)

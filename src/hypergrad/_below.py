@@ -37,7 +37,7 @@ def explain_tracing(error: RuntimeError) -> None:
 class Call:
     """A solve as a function of tensors."""
 
-    solve: Callable[[PyTree, Callable[..., Sequence[Tensor]], int], Solution]  # (start, Φ on leaves, batch_dims) ↦ w*
+    solve: Callable[[PyTree, Callable[..., Sequence[Tensor]], int], Solution]  # takes start, Φ, batch_dims
     function: Callable[[Leaves, Leaves], Sequence[Tensor]]  # (w, λ) ↦ Φ(w, λ), on leaves
     unflatten: Callable[..., PyTree]  # the leaves of w ↦ the tree w
     batch_dims: int  # the number of leading axes of independent samples

@@ -23,18 +23,10 @@ DEPTH = 4  # how deeply nested containers, partials and closures are searched
 LONG = 1000  # longer containers are data, and are not searched
 PLAIN = (int, float, complex, str, bytes, type(None), Tensor, types.ModuleType)  # not searched
 LIBRARIES = ("torch", "hypergrad", "numpy", "math")
-_SWITCHES = ("no_grad", "inference_mode", "set_grad_enabled")
-_TAKEN = ("detach", "detach_", "data", "item", "tolist", "numpy", *_SWITCHES)
-_UNCALLED = (
-    "__init__",
-    "__post_init__",
-    "__repr__",
-    "__eq__",
-    "__hash__",
-    "__setattr__",
-    "__getstate__",
-    "__setstate__",
-)
+_SWITCHES = ("no_grad", "inference_mode", "set_grad_enabled")  # without a graph
+_TAKEN = ("detach", "detach_", "data", "item", "tolist", "numpy", *_SWITCHES)  # attributes
+# Special methods that are not called by the evaluation of a function.
+_UNCALLED = {f"__{name}__" for name in ["init", "post_init", "repr", "eq", "hash", "setattr", "getstate", "setstate"]}
 LEAVE: dict[str, Any] = {  # names by which values leave autograd's graph, for each instruction that loads them
     **dict.fromkeys(("LOAD_ATTR", "LOAD_METHOD"), _TAKEN),
     **dict.fromkeys(
@@ -44,7 +36,7 @@ LEAVE: dict[str, Any] = {  # names by which values leave autograd's graph, for e
 
 DETACH = {Tensor.detach, torch.detach, Tensor.data.__get__}  # pyright: ignore[reportAttributeAccessIssue]
 READ = {Tensor.item, Tensor.__float__}
-_PASSED = {__file__, torch.overrides.__file__}
+_PASSED = {__file__, torch.overrides.__file__}  # files whose frames `place_of` skips
 UNWATCHED = nullcontext(SimpleNamespace(found=False))
 
 
@@ -115,8 +107,8 @@ def _code_detaches(code: types.CodeType) -> bool:
     if code.co_filename.startswith(LIBRARY_FOLDERS):  # where a function decorated by torch.no_grad() comes from
         return code.co_name == "decorate_context"
     inner, before = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)], None
-    for step in dis.get_instructions(code):
-        if step.argval in LEAVE.get(step.opname, ()) and (before, step.argval) != ("self", "data"):  # an object's own
+    for step in dis.get_instructions(code):  # self.data is an attribute of the user's object, not a tensor's
+        if step.argval in LEAVE.get(step.opname, ()) and (before, step.argval) != ("self", "data"):
             return True
         before = step.argval
     return any(map(_code_detaches, inner))

@@ -62,7 +62,7 @@ FUSED: dict[Any, Any] = {aten.mv.default: torch.addmv, aten.mm.default: torch.ad
 
 
 class NotCompiled(HypergradientWarning):
-    """Products could not be compiled; the usual ones were used instead.
+    """Products or steps could not be compiled; they were evaluated without compilation instead.
 
     Example:
         >>> import warnings
@@ -322,7 +322,7 @@ class Recorder:
         self.steps: list[Step] = []
         self.constants: list[Any] = []  # tensors and numbers
         self.forms: list[tuple[torch.Size, torch.dtype, torch.device]] = []  # of the values; the first values are v
-        self.reason = None if all(is_plain(x) for x in v) else "its tensors are not plain ones"
+        self.reason = None if all(is_plain(x) for x in v) else "v holds tensors of a subclass"
         # By id(tensor): a weak reference to it, its Ref (None: new memory without parts of v), its memory's number.
         self._notes: dict[int, tuple[Any, Ref | None, int]] = {}
         self._memories = count()
@@ -337,7 +337,7 @@ class Recorder:
         """The result of one operation of the product, which is recorded if it depends on v."""
         traits = _torch.operation_traits(func) if self.reason is None else None
         if traits is None:
-            self.reason = self.reason or f"it draws random numbers, or calls what is not an operator of torch ({func})"
+            self.reason = self.reason or f"a product draws random numbers or calls no operator of torch ({func})"
             return func(*args, **kwargs)
         writes, view, functional = traits
         depends = self._depends(args) or (bool(kwargs) and self._depends(kwargs.values()))
@@ -360,7 +360,7 @@ class Recorder:
         # Out of place the result would have a wider dtype than the target.
         wider = any(isinstance(x, Tensor) and torch.result_type(target, x) != target.dtype for x in args[1:])
         if functional is None or memory in self._shared or wider:
-            self.reason = f"it changes a tensor in place ({func})"
+            self.reason = f"a product changes a tensor in place ({func})"
             return func(*args, **kwargs)
         before = ref if ref is not None and ref[0] == "v" else self._ref(target.clone())
         given = before, *map(self._ref, args[1:])
@@ -373,7 +373,7 @@ class Recorder:
         returns_list = isinstance(out, (list, tuple))
         tensors = out if returns_list else (out,)
         if not all(x is None or isinstance(x, Tensor) for x in tensors):
-            self.reason = f"it reads numbers from a tensor ({func})"
+            self.reason = f"a product reads numbers from a tensor ({func})"
             return
         outs = tuple([-1 if x is None else self._value(x, memory) for x in tensors])
         same_form = not returns_list and all([self.forms[ref[1]] == self.forms[-1] for ref in args if ref[0] == "v"])
@@ -438,9 +438,9 @@ class Recorder:
         """The program of the recorded steps. Raises NotCompiled if they are not the whole map."""
         refs = tuple(map(self._ref, results))
         if any(_torch.version_of(x) != before for x, before in self._versions):
-            self.reason = self.reason or "it changes in place what it has used before"
+            self.reason = self.reason or "a product changes in place a tensor that it has used before"
         if any(bool(torch.linalg.vector_norm(x)) for x in self._assumed_zeros):
-            self.reason = self.reason or "a part of it was done where torch does not see it"
+            self.reason = self.reason or "a part of a product is computed outside torch"
         if self.reason is not None:
             raise NotCompiled(self.reason)
         return _program(tuple(self.steps), refs, len(self._inputs))

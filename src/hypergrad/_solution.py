@@ -292,13 +292,13 @@ class Solution:
         """(θ, ρ) of each system; an empty list if all are 0, as in most calls.
 
         θ estimates ‖A⁻¹r‖ / ‖x‖, the relative size of what the iteration would still add to x at its present rate ρ.
-        Its steps sum to x and are assumed proportional to the residuals before them. These fall from ‖b‖ to ‖r_h‖, half
+        The steps sum to x and are assumed proportional to the residuals before them. These fall from ‖b‖ to ‖r_h‖, half
         way through the trace, by a factor of ρ₁ a step, and from there to ‖r‖ by a factor of ρ a step:
 
             θ = ‖r‖/(1 − ρ) / [(‖b‖ − ‖r_h‖)/(1 − ρ₁) + (‖r_h‖ − ‖r‖)/(1 − ρ)]
 
-        If ρ₁ = ρ, or the residual does not fall, θ = ‖r‖ / (‖b‖ − ‖r‖). A residual below ‖b‖ / 1000, at rounding level
-        or not finite counts as 0; the trace is read from the device only if there is another.
+        If ρ₁ = ρ, or the residual does not fall, θ = ‖r‖ / (‖b‖ − ‖r‖). Residuals below ‖b‖ / 1000, at rounding level
+        or not finite count as 0. If all are below ‖b‖ / 1000, the trace is not read from the device.
         """
         r, b, trace = map(self.known, ("residual_norm", "rhs_norm", "trace"))
         if not anywhere((r > 1e-3 * b) & (b > 0) & (r < math.inf)):

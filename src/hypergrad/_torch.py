@@ -64,7 +64,7 @@ ENGINE_CALLERS = {
 
 @contextmanager
 def hooks_suspended(tensors: Iterable[Tensor], retained: bool = True) -> Iterator[list[Tensor]]:
-    """In this context gradient hooks of these tensors do nothing. The context gives the tensors that have hooks.
+    """Gradient hooks of these tensors, which torch.autograd.grad would call, do nothing; yields those that have hooks.
 
     retained: restore the .grad of tensors that retain it, because torch.autograd.grad writes into it.
     """
@@ -126,7 +126,7 @@ def has_gradient_hooks(x: Tensor) -> bool:
 
 
 def with_hooks(leaves: Sequence[Tensor], grads: Sequence[Any], hooked: Sequence[Tensor]) -> list[Any]:
-    """The gradients after the hooks of their leaves. A stack of several losses' gradients goes through row by row."""
+    """The gradients after the hooks of their leaves. Hooks get the gradients of several losses (a stack) one by one."""
     places, grads = {id(x) for x in hooked}, list(grads)
     for i, x in enumerate(leaves):
         if id(x) in places and grads[i] is not None:
@@ -262,7 +262,7 @@ class Allocated(TorchDispatchMode):  # pyright: ignore[reportGeneralTypeIssues]
         self.now -= size
 
     def taken(self, call: Callable[[], object]) -> int:
-        """The maximum of bytes during the call, beyond those before it."""
+        """The most bytes that were alive during the call, minus those alive before it."""
         before, self.peak = self.now, self.now
         call()
         return self.peak - before
@@ -331,7 +331,7 @@ def numbers(x: Tensor) -> list[Any]:
 
 
 def depends_on_transform(y: Tensor, mapped: set[int]) -> bool:
-    """Whether a function's value y at constant inputs is still differentiated, or mapped at a level not in `mapped`."""
+    """Whether y, computed from constants, is differentiated by a transform, or mapped at a level not in `mapped`."""
     if not is_wrapped(y):
         return False
     if _functorch.is_batchedtensor(y):

@@ -84,7 +84,7 @@ def _hint(leaf: Any) -> str:
 def refuse_objects(leaves: Iterable[Any]) -> None:
     """Raise TypeError for a leaf that is an object with tensors inside, because these tensors would be ignored."""
     for leaf in leaves:
-        if isinstance(leaf, Tensor) or (callable(leaf) and not dataclasses.is_dataclass(leaf)):  # a module, say
+        if isinstance(leaf, Tensor) or (callable(leaf) and not dataclasses.is_dataclass(leaf)):  # such as a module
             continue
         slots = [key for kind in type(leaf).__mro__ for key in getattr(kind, "__slots__", ())]
         inside = leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, Set) else ()

@@ -67,12 +67,12 @@ def _implicit(
     start: Tensors | None = None,
     fatal: tuple[Status, ...] = (),
 ) -> implicit.Hypergradient:
-    """`implicit.grad` on lists. K steps were asked for, so missing tol is no failure, but a large error is.
+    """`implicit.grad` on lists. K steps were asked for, so missing tol is no failure; a large error gives a warning.
 
     draws: over how many draws of the inner problem the last product is averaged; 0 if it is not stochastic.
     fatal: statuses that raise an error.
     """
-    # A map takes [w, w] as two variables: this is the state of HeavyBall at a fixed point.
+    # [w, w], the state of HeavyBall at a fixed point, must become two tensors, because a map has two variables there.
     given, _, rebuild = flatten(_list(params, "params"), "params")
     leaves, hparams = [x.detach() for x in given], _list(hparams, "hparams")
     fixed = [isinstance(x, torch.nn.Parameter) and not x.requires_grad for x in given]
@@ -194,7 +194,7 @@ def fixed_point(
         K: steps.
         fp_map: Φ(params, hparams), a list like params.
         outer_loss: E(params, hparams), scalar.
-        tol: stop earlier once ‖∇₁E − Aᵀv‖ ≤ tol · ‖∇₁E‖, which is measured at every fifth step.
+        tol: stop earlier once ‖∇₁E − Aᵀv‖ ≤ tol · ‖∇₁E‖, which is checked at every fifth step (more often if K < 15).
         set_grad: add the result to hparams' .grad, as backward() does. Hooks of hparams run once.
         stochastic: fp_map draws random numbers, so it is evaluated anew at every product.
 
@@ -277,7 +277,7 @@ def CG_normaleq(
 def exact(opt_params_f: Callable[[Any], Any], hparams: Tensors, outer_loss: Loss, set_grad=True) -> tuple[Any, ...]:
     """Hypergradient by backpropagation through λ ↦ w(λ), a closed form (opt_params_f) of the inner solution.
 
-    Otherwise as `reverse_unroll`.
+    hparams, outer_loss, set_grad, result: as in `reverse_unroll`.
 
     Example:
         >>> outer = lambda params, hparams: ((params[0] - 2) ** 2).sum() / 2
@@ -411,7 +411,7 @@ def cat_list_to_tensor(list_tx: Sequence[Tensor]) -> Tensor:
 
 
 def update_tensor_grads(hparams: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Add gradients to .grad as they are: no hook runs, and the graph of hparams gets no gradient.
+    """Add gradients to .grad as they are: no hook runs, and nothing is propagated through the graph of hparams.
 
     Example:
         >>> lam = torch.zeros(2, requires_grad=True)
