@@ -141,3 +141,29 @@ def test_what_is_used_in_part_is_right(method):
     if method != "implicit.backward, loss":
         call(solution, h, lambda w, h: [h[0] * 1, h[0].sum().reshape(1)], inner_loss, lambda w, h: w[0].square().sum())
         assert torch.allclose(h[0].grad, 2 * h[0].detach()) and not h[1].grad.any()
+
+
+class WeightNormSquare(torch.autograd.Function):
+    """w², with a tensor in its context under the name that torch gives to a leaf's own, and torch's name of a layer."""
+
+    other = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.variable = WeightNormSquare.other
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+def test_what_a_function_of_the_users_keeps_in_its_context_is_not_taken_for_a_part_of_the_graph():
+    w, lam = torch.tensor([3.0, 3.0], dtype=torch.float64).unbind()
+    lam = lam.clone().requires_grad_()
+    root = hg.implicit.root(lambda w, lam: WeightNormSquare.apply(w) - lam**2, w, lam)
+    live = w.clone().requires_grad_()
+    value = WeightNormSquare.apply(live) - lam**2
+    evaluated = hg.implicit.grad(live * 1, residual=value, params=live, hparams=lam)
+    assert float(torch.autograd.grad(root, lam)[0]) == float(evaluated.grads) == 1.0

@@ -19,6 +19,7 @@ from . import _torch
 from ._tree import local
 
 Edge = tuple[Any, int]  # a node of the graph, and the index of one of its outputs
+LEAF: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)  # the type of the nodes of leaves
 
 
 def _edge(x: Tensor | GradientEdge) -> Edge:
@@ -50,7 +51,8 @@ def depends(outputs: Sequence[Tensor | GradientEdge], inputs: Sequence[Tensor]) 
 
 def refuse_weight_norm(outputs: Sequence[Tensor], inputs: Sequence[Tensor], name: str) -> None:
     """Raise ValueError if outputs depend on inputs through torch's weight_norm, whose second derivative is wrong."""
-    nodes = {node for node, _ in _ancestors(_edges(outputs), set()) if type(node).__name__.startswith("WeightNorm")}
+    reached = {node for node, _ in _ancestors(_edges(outputs), set())}
+    nodes = [node for node in reached if type(node).__name__.startswith("WeightNormInterface")]
     if nodes and depends([GradientEdge(node, 0) for node in nodes], inputs):
         raise ValueError(
             f"{name} was computed through torch's weight_norm, whose second derivative is wrong: pass it as a function "
@@ -96,8 +98,7 @@ def undeclared_leaves(outputs: Sequence[Tensor | GradientEdge], declared: Sequen
             if parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
-        x = getattr(node, "variable", None)
-        if x is not None and id(x) not in known and x.numel():
+        if type(node) is LEAF and id(x := node.variable) not in known and x.numel():
             found[id(x)] = x
     return list(found.values())
 
@@ -109,7 +110,7 @@ def saved_bytes(outputs: Sequence[Tensor], seen: set[Any]) -> dict[int, int]:
     """
     before, sizes = set(seen), {}
     for node, _ in _ancestors(_edges(outputs), seen):
-        if node in before or hasattr(node, "variable"):
+        if node in before or type(node) is LEAF:
             continue
         for value in _torch.saved_values(node):
             for x in value if isinstance(value, (tuple, list)) else (value,):

@@ -127,10 +127,12 @@ class Noticing(TorchFunctionMode):
 
 
 def noticing(user: Any) -> Any:
-    """A context in which to evaluate the user's function; `found` of what it gives says whether it detaches.
+    """A context in which to evaluate the user's function, if any; `found` of what it gives says whether it detaches.
 
     What the function uses is searched at its 1st, 2nd, 3rd, 5th, 9th, … call: it may change between two calls.
     """
+    if user is None:
+        return UNWATCHED
     known = found_of(user)
     calls, detaches = known.get("detaches", (0, False))
     if not calls & (calls - 1):

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ aten = torch.ops.aten
 # Methods that read a tensor without an operation that a trace would record.
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 READ = "gets a value out of a tensor"
+MADE = {torch.tensor, torch.as_tensor}  # which turn a number into a tensor
+NUMBER = "is_number"  # an attribute of tensors
 CONVERSIONS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16}
 # Random operations that use only the shape, dtype and device of a tensor argument.
 DRAWS = ("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm")
@@ -48,28 +51,44 @@ class Draw(NamedTuple):
 
 
 class _TensorNumbers(TorchFunctionMode):
-    """0-d integer tensors act like Python's integers: x[t] does not read t, and t / 3 has double precision."""
+    """Indexing by a 0-d integer tensor reads no number, and tensors that `as_number` marked act like Python's numbers.
+
+    The quotient t / 3 of a marked t has double precision, and does not give its dtype to other tensors.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in READS:
             raise RuntimeError(f"Tensor.{func.__name__} {READ}")
         if func is Tensor.__getitem__:
             x, index = args
             each: tuple[Any, ...] = index if isinstance(index, tuple) and index else (index,)
             first, *rest = each
-            if _is_number(first):
+            if isinstance(first, Tensor) and not first.ndim and first.dtype in (torch.int64, torch.int32):
                 row = x.index_select(0, first.reshape(1).to(x.device)).squeeze(0)
                 return row[tuple(rest)] if rest else row
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not result.ndim and result.is_floating_point() and func not in CONVERSIONS:
-            tensors = [x for x in args if isinstance(x, Tensor)]
-            if tensors and all(map(_is_number, tensors)):
-                return func(*[x.double() if isinstance(x, Tensor) else x for x in args], **(kwargs or {}))
-        return result
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        others = [x for x in tensors if not hasattr(x, NUMBER)]
+        if not tensors or len(others) == len(tensors) or func in CONVERSIONS:
+            return func(*args, **kwargs)
+        if func in MADE:
+            usual = torch.get_default_dtype() if args[0].is_floating_point() else args[0].dtype
+            return args[0].clone().to(kwargs.get("device"), kwargs.get("dtype", usual))
+        if others:  # these have the dtype, as beside a Python number
+            kinds = [torch.result_type(x, 1.0) for x in others if x.dtype is not torch.bool]
+            dtype = reduce(torch.promote_types, kinds, kinds[0] if kinds else torch.get_default_dtype())
+            real = [isinstance(x, Tensor) and hasattr(x, NUMBER) and x.is_floating_point() for x in args]
+            return func(*[x.to(dtype) if each else x for x, each in zip(args, real, strict=True)], **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            result = func(*[x.double() if isinstance(x, Tensor) else x for x in args], **kwargs)
+        return as_number(result) if isinstance(result, Tensor) and not result.ndim else result
 
 
-def _is_number(x: Any) -> bool:
-    return isinstance(x, Tensor) and not x.ndim and x.dtype in (torch.int64, torch.int32)
+def as_number(x: Tensor) -> Tensor:
+    """x, which acts as a Python number while a function is traced; and so does what is computed from it alone."""
+    setattr(x, NUMBER, True)
+    return x
 
 
 # The keys hold the backend, the text of the graph and the forms of its inputs. The last used function comes last.
@@ -208,7 +227,7 @@ def _reason(error: Exception) -> str:
     if READ in text or "value out of a tracing tensor" in text or "data-dependent" in text.lower():
         return (
             "a number is read from a tensor (.item(), float(), int(), bool(), an if or an index): with compile the "
-            "number t of the step is a tensor too. Use torch.where in place of if, and pass batches= in place of "
-            "indexing a list by t"
+            "number t of the step is a tensor too. Use torch.where(torch.as_tensor(t) < 10, a, b) in place of if, and "
+            "pass batches= in place of indexing a list by t"
         )
     return f"{type(error).__name__}: {text}"

@@ -130,6 +130,50 @@ def test_learned_schedule_by_time():
     check(*both(reverse, step, w, lam, outer, 7, with_time=True))
 
 
+def slower(w: Tensor, factor: Any) -> Tensor:
+    return w - 0.3 * factor * (w - 2)
+
+
+COUNTED = {  # by the number of the step, or by a tensor that counts
+    "t / 3": lambda w, n, t: (slower(w, 0.5 / (t / 3 + 1)), n),
+    "power": lambda w, n, t: (slower(w, 0.9**t), n),
+    "whole numbers": lambda w, n, t: (slower(w, t % 3 + t // 2), n),
+    "branch": lambda w, n, t: (slower(w, torch.where(torch.as_tensor(t) < 3, 0.3, 0.1 * w)), n),
+    "made a tensor": lambda w, n, t: (slower(w, torch.tensor(t / 3) + torch.tensor(t + 1, dtype=F64)), n),
+    "clamped": lambda w, n, t: (slower(w, 1 / torch.as_tensor(t).clamp(min=1)), n),
+    "counter": lambda w, n, t: (slower(w, 0.5 / (n + 1)), n + 1),
+    "function of a counter": lambda w, n, t: (slower(w, torch.exp(-n)), n + 1),
+    "index": lambda w, n, t: (slower(w, X[n, 0] + X[t, 1]), n + 1),
+}
+
+
+@either
+@pytest.mark.parametrize("counter", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("counted", COUNTED.values(), ids=COUNTED)
+def test_a_number_of_the_step_acts_as_pythons_and_a_tensor_that_counts_as_a_tensor(differentiate, counted, counter):
+    """1 / (t + 1) is in double precision, and 1 / (n + 1) in single precision where n is a tensor."""
+    w, lam = start()
+
+    def step(carry, lam, t):
+        w, n = counted(*carry, t)
+        return w * lam.sin(), n
+
+    given = step, (w, torch.zeros((), dtype=counter)), lam, lambda carry, lam: outer(carry[0], lam), 7
+    check(*both(differentiate, *given, with_time=True))
+
+
+@either
+def test_params_of_one_number_keep_their_dtype_beside_the_number_of_the_step(differentiate):
+    lam, w = torch.tensor(0.5, requires_grad=True), torch.tensor(1.0)
+
+    def step(w, lam, t):
+        return w - lam * 0.3 / (t + 1) * 0.9**t * w
+
+    plain, compiled = both(differentiate, step, w, lam, lambda w, lam: w.square(), 7, with_time=True)
+    assert compiled.params.dtype == torch.float32
+    torch.testing.assert_close(compiled.grads, plain.grads, rtol=1e-6, atol=0)
+
+
 @either
 def test_batches_of_two_sizes_are_compiled_once_each(differentiate):
     w, lam = start()

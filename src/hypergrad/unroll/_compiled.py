@@ -23,7 +23,7 @@ from .._options import parse_bytes
 from .._recorded import NotCompiled
 from .._solution import warn
 from .._torch import differentiated_rightly
-from .._traced import ROUNDING, Traced, autocast_state, gap, size
+from .._traced import ROUNDING, Traced, as_number, autocast_state, gap, size
 from .._tree import KIND
 from ._steps import EXHAUSTED, Iterate, Recorded, Run, is_continuous, leaf
 
@@ -38,7 +38,7 @@ OTHER_VALUES = (
 )
 OTHER_DERIVATIVE = (
     "the derivative of the compiled step {} has a relative error of {:.1e}: does step use hparams from outside in "
-    "place of its argument?"
+    'place of its argument, or is the compiler at fault (then compile="eager" is right)?'
 )
 
 
@@ -208,7 +208,7 @@ class Compiled(ABC):
         outer, rest = list(inputs[len(run.start) :][: len(run.outer)]), inputs[len(run.start) + len(run.outer) :]
         for i in run.places:
             outer[i] = leaf(outer[i])
-        arguments: list[Any] = list(rest[:1])
+        arguments: list[Any] = list(map(as_number, rest[:1]))
         if batch is not None:
             each = iter(rest[1:])
             arguments.append(batch[1].unflatten([next(each) if isinstance(x, Tensor) else x for x in batch[0]]))
@@ -227,6 +227,8 @@ class Compiled(ABC):
         """The result of the compiled step. Raises NotCompiled if it differs from the step's result."""
         _random.restore(iterate.random)
         found = list(self._image(functions, self._inputs(iterate.tensors, t)[0]))
+        if list(map(KIND, found)) != list(map(KIND, true.outputs)):
+            raise NotCompiled(f"the compiled step {t} gives tensors of other shapes or dtypes than step itself")
         due, got, before = map(flat, (true.outputs, found, true.leaves))
         error, change = gap(due, got), size(due - before)
         allowed = self._eps**0.5 * change + 8 * self._eps * size(due)
