@@ -84,7 +84,7 @@ class Tracker(ABC):
     """
 
     takes: ClassVar[tuple[str, ...]] = ()  # further arguments of `backward` that the algorithm uses
-    _step_supports_amp_scaling = True  # a GradScaler calls `step`, which looks for overflow itself
+    _step_supports_amp_scaling = True  # a GradScaler calls `step`, which detects overflow itself
 
     def __init__(
         self, params: PyTree, hparams: PyTree, *, average: float | None = None, on_nonfinite: OnNonfinite = "raise"

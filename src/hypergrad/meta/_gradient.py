@@ -90,7 +90,7 @@ def grad(
         is over the other tasks), named in the warning, and NON_FINITE in `statuses`.
 
     Raises:
-        TypeError, ValueError: an argument does not have the form above; the message says what came.
+        TypeError, ValueError: an argument does not have the form above; the message says what was passed.
         TaskError: a task diverged and on_failure is "raise", or all tasks diverged.
     Warns: HypergradientWarning, with the indices of the tasks, if tasks diverge, and (for `Implicit`, by its solver's
         on_failure) if adjoint systems or inner problems are not solved; also if nothing depends on a leaf of hparams.

@@ -44,7 +44,7 @@ class Method(ABC):
     def _differentiate(self, chunk: Chunk, hparams: PyTree) -> Found: ...
 
     def _need(self, steps: int) -> tuple[float, float]:
-        """Memory of one task, in graphs of its inner loss and in vectors of its params; not less than was measured."""
+        """Memory of one task, in graphs of its inner loss and in vectors of its params; bounds of measured memory."""
         return 2, 8
 
 

@@ -194,7 +194,7 @@ def report_unreached(unreached: set[int], hparams: PyTree, method: str) -> None:
 
 
 def report_unsolved(result: MetaGradient, on_failure: OnFailure) -> None:
-    """Warn of adjoint systems and inner problems that are not solved; raise if on_failure says so (of systems)."""
+    """Warn of adjoint systems and inner problems that are not solved; "raise" raises for the adjoint systems."""
     if on_failure == "ignore" or result.adjoint_residual is None or result.inner_distance is None:
         return
     count = len(result.statuses)

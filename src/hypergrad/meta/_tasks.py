@@ -90,7 +90,7 @@ class Tasks:
             groups.setdefault(_form(batch), []).extend(range(self.count, self.count + count))
             self._places += [(len(self._batches), row) for row in range(count)]
             self._batches.append((tensors, rebuild))
-        self.tried: set[int] = set()  # indices of tasks that `stepping` has compiled for
+        self.tried: set[int] = set()  # indices of tasks that `stepping` has seen
         self.groups = [group for group in groups.values() if group]
         if not self.groups:
             raise ValueError("tasks holds no task")

@@ -156,7 +156,7 @@ class RidgeHG(_Regressor):
         if not data.sparse and min(data.X.shape) <= CLOSED:
             return Ridge(torch.from_numpy(data.X), y, folds, labels, loss, self.fit_intercept, given)
         if given is not None:
-            raise ValueError(f"estimator= is for problems with at most {CLOSED} rows or at most {CLOSED} features")
+            raise ValueError(f"estimator= needs an X with at most {CLOSED} rows or features, not too large to be dense")
         X = data.X if data.sparse else torch.from_numpy(data.X)
         return Linear(X, y, folds, squared, loss, self.fit_intercept)
 
@@ -243,8 +243,8 @@ class LogisticRegressionHG(ClassifierMixin, Tuned):
         w(α) = argmin Σᵢ log-loss(xᵢᵀw + b, yᵢ) + ½ Σⱼ αⱼ ‖wⱼ‖²,    min_α  CV loss(w(α)) + shrinkage of log α
 
     As `RidgeHG`, but Newton's method and CG solve the inner problems, on all folds in parallel. With more than a
-    thousand coefficients, or a sparse X, they work without factors, and the gradient at coef_ is 1e-4 of the penalty's,
-    or 1e-2 with more than 100,000 coefficients.
+    thousand coefficients, or a large sparse X, they work without factors and stop at a gradient of 1e-4 of the
+    penalty's gradient, or of 1e-2 with more than 100,000 coefficients.
 
     Args:
         penalty, alphas, cv, shrinkage, early_stopping, max_iter, fit_intercept, warm_start, progress: as in `RidgeHG`,

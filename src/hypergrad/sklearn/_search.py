@@ -29,7 +29,7 @@ class Problem(Protocol):
         ...
 
     def residual(self, strengths: Tensor, targets: Tensor) -> Tensor:
-        """The norms of the inner gradients at the solutions, relative to those at 0."""
+        """The norms of the inner gradients at the solutions, relative to those at w = 0."""
         ...
 
 

@@ -129,10 +129,10 @@ def forward(
 
         Z₀ = ∂w₀/∂λ,      Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t,      ∇f(λ) = ∇₂E(w_T, λ) + Z_Tᵀ ∇₁E(w_T, λ)
 
-    The result equals that of `reverse`. Memory does not depend on T; memory and time are proportional to the number of
-    hyperparameters. No step is evaluated twice: random numbers are drawn as in a plain run of the steps, each batch is
-    drawn once and in order, and step may use what cannot be replayed (an iterator, a simulator). Compute the inner
-    gradient with create_graph=True: without it second derivatives are lost, with a warning.
+    The result is that of `reverse` up to rounding. Memory does not depend on T; memory and time are proportional to the
+    number of hyperparameters. No step is evaluated twice: random numbers are drawn as in a plain run of the steps, each
+    batch is drawn once and in order, and step may use what cannot be replayed (an iterator, a simulator). Compute the
+    inner gradient with create_graph=True: without it second derivatives are lost, with a warning.
 
     Online (real-time mode): `forward(step, result, hparams, outer_loss, more)` continues from an earlier result, and
     hparams may be updated in between. The update leaves the tangents as they are. With λ_s the hparams of step s,
