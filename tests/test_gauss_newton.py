@@ -117,7 +117,7 @@ def test_it_is_the_loss_that_it_stands_for():
 @pytest.mark.parametrize(
     ("inner", "kind", "error", "words"),
     [
-        (hg.operators.GaussNewton(network, cross_entropy), "fp_map", TypeError, "GaussNewton is an inner_loss"),
+        (hg.operators.GaussNewton(network, cross_entropy), "fp_map", TypeError, "pass a GaussNewton as inner_loss"),
         (hg.operators.GaussNewton(network, lambda z, lam: z), "inner_loss", ValueError, "loss must give a scalar"),
         (hg.operators.GaussNewton(lambda w, lam: 3.0, cross_entropy), "inner_loss", TypeError, "output of GaussNewton"),
         (hg.operators.GaussNewton(lambda w, lam: X @ X[:4, :3], cross_entropy), "inner_loss", ValueError, "depend"),

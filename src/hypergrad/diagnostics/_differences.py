@@ -16,7 +16,7 @@ from ._structure import seeded
 
 @dataclass(frozen=True)
 class Differences:
-    """Derivatives along random directions u by finite differences, their estimated errors, and ⟨h, u⟩ as given.
+    """Derivatives along random directions u by finite differences, their estimated errors, and given = ⟨h, u⟩.
 
     Example:
         >>> lam = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)

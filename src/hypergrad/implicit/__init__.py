@@ -1,4 +1,4 @@
-"""Implicit differentiation at a solution of the inner problem: hypergradients, and solutions that autograd sees.
+"""Implicit differentiation at a solution of the inner problem: hypergradients, and solutions as differentiable values.
 
     A = ∂₁F,   Aᵀ v = ∇₁E(w, λ),   ∇f(λ) = ∇₂E(w, λ) − ∂₂Fᵀ v
 

@@ -158,10 +158,10 @@ def refine(
     update: Callable[[PyTree, PyTree], PyTree] | None = None,
     solver: LinearSolver | None = None,
 ) -> Hypergradient:
-    """Reduce the estimated error to rtol · ‖∇f(λ)‖, with inner problem and adjoint solved only as far as that needs.
+    """Reduce the estimated error to rtol · ‖∇f(λ)‖, and solve inner problem and adjoint system only as far as needed.
 
     The adjoint system is solved until a tenfold smaller residual changes the hypergradient by at most rtol. Then the
-    effect of the inner residual is estimated from systems solved to 10 %, and w is improved while it is too large.
+    effect of the inner residual is estimated, from systems with a relative residual of 0.1, and w improved if needed.
 
     Args:
         result: as in `polish`.

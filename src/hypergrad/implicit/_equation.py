@@ -185,9 +185,9 @@ class Equation:
         return linearisation
 
     def check_declared(self, w: Sequence[Tensor], hparams: Sequence[Tensor]) -> None:
-        """Evaluate F at constants to find undeclared tensors that `linearise` would miss; raise ValueError for them.
+        """Raise ValueError for undeclared tensors that `linearise` would not see, by evaluating F at constants.
 
-        `linearise` runs below all transforms, and not at all if no declared tensor requires grad or within another map.
+        `linearise` runs below all transforms, and not if no declared tensor requires grad, or inside another map.
         """
         count = len(w)
         if _torch.transforms_active():

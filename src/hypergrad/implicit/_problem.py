@@ -31,7 +31,7 @@ INNER_UNREACHED = (
     "(.item(), float()), detached, or copied?"
 )
 LIVE_TOO = (
-    "{} uses the live {} beside the params that it is called with, and these count as constants there: is that "
+    "{} uses the live {} beside the params that it is called with, and the live ones count as constants: is that "
     "intended? Use the argument alone (torch.func.functional_call), or detach what is meant to be constant"
 )
 
@@ -90,7 +90,7 @@ class Problem:
         self.outer_loss = outer_loss
         self.kind, self.inner = one_of(inner_loss=inner_loss, fp_map=fp_map, residual=residual)
         if has_curvature(self.inner) and self.kind != "inner_loss":
-            raise TypeError(f"GaussNewton is an inner_loss, and was passed as {self.kind}")
+            raise TypeError(f"pass a GaussNewton as inner_loss, not as {self.kind}")
         self.fixed_point, self.stochastic = self.kind == "fp_map", isinstance(self.inner, Stochastic)
         self.positive_definite = positive_definite or self.kind == "inner_loss"
         self.symmetric = symmetric or self.positive_definite
@@ -114,7 +114,7 @@ class Problem:
         # Whether a loss was given evaluated, that is, computed from the user's own tensors.
         self.live = not callable(self.inner) or not (self.outer_loss is None or callable(self.outer_loss))
         if self.live and not trained:
-            raise ValueError(f"{names[0]} does not require grad, so no evaluated loss has a derivative in it")
+            raise ValueError(f"{names[0]} does not require grad, so evaluated losses have no derivative in it")
         self.leaves = self._chosen if self.live else [_torch.new_leaf(leaf) for leaf in self._chosen]
         self._argument = rebuild(filled(given, self._places, self.leaves))
         self.replaced = [] if self.live else [x for x in self._chosen if x.requires_grad and x.is_leaf]
@@ -353,8 +353,8 @@ class Problem:
         if _graph.undeclared_leaves(values, declared) or _graph.depends(values, self._given):
             raise ValueError(
                 f"{name} does not use the params that it is called with, but the live ones, or others that require "
-                f"grad, so its derivative would count as zero: use its argument (torch.func.functional_call), or pass "
-                f"evaluated losses"
+                f"grad, so its derivative would be taken for zero: use the argument (torch.func.functional_call), or "
+                f"pass evaluated losses"
             )
         if name == "outer_loss" and not _graph.depends(values, self.differentiated):
             raise ValueError(

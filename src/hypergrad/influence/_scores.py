@@ -297,9 +297,9 @@ class _System:
         leaves = self.problem.leaves
         if not _graph.depends([value], leaves) or _graph.undeclared_leaves([value], leaves):
             raise ValueError(
-                f"{name} does not depend on the params that it is called with, or on others too: compute it from its "
-                f"argument (a module by torch.func.functional_call), with gradients enabled and without .item() or "
-                f".detach()"
+                f"{name} does not depend on the params that it is called with, or depends on other tensors that "
+                f"require grad: compute it from its argument (a module by torch.func.functional_call), with gradients "
+                f"enabled and without .item() or .detach()"
             )
 
     def examples(self) -> Iterator[tuple[Tensor, tuple[Tensor, Linearisation]]]:

@@ -121,7 +121,7 @@ class _SegmentedRun:
     """A training in segments, whose iterates and gradients are kept in the files of a folder.
 
     iterate_<s>.pt holds the tensors at the start of segment s, and the random state. adjoint.pt holds the state of the
-    reverse pass after a segment: its number, the gradients of its start and of the weights, and the query losses.
+    reverse pass after a segment: its number, gradients with respect to its start and the weights, and query losses.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class Kept:
 
 
 def kind(space: Space) -> tuple[Any, ...]:
-    """What two systems must have in common for what one of them left to be used for the other."""
+    """What a system must share with the previous one, so that the kept vectors or factors fit it."""
     return space.shapes, space.dtypes, space.batch_dims
 
 

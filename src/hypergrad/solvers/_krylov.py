@@ -83,7 +83,7 @@ class GMRES(IterativeSolver):
         return structure.n if steps is None else min(steps, structure.n)
 
 
-class Growing:
+class GrowingBasis:
     """A basis of at most m vectors, allocated when needed, `BLOCK` vectors at a time."""
 
     def __init__(self, m: int):
@@ -110,12 +110,12 @@ class Growing:
 
 def arnoldi(
     system: System, r: Vector, going: Tensor | bool, most: int, before: int, size: Tensor
-) -> tuple[Growing, Tensor, Tensor, Tensor]:
+) -> tuple[GrowingBasis, Tensor, Tensor, Tensor]:
     """One cycle: the basis, the Hessenberg matrix [steps + 1, steps] (or [B, …]), whether the space is invariant, size.
 
     most: the most steps of this cycle; before: steps done in earlier cycles; size: the largest ‖Av‖ / ‖v‖ so far.
     """
-    basis, beta = Growing(most + 1), r.norm()
+    basis, beta = GrowingBasis(most + 1), r.norm()
     reads = system.goal is not None and system.check_every == 1
     basis[0] = r * divide(1.0, beta)
     h = torch.zeros(*beta.shape, most + 1, most, dtype=beta.dtype, device=beta.device)
@@ -128,7 +128,7 @@ def arnoldi(
         if not j:  # if r is the residual of a least-squares solution, A r is only rounding
             closed = norm <= negligible(size, True)
         column = h[..., : j + 1, j]
-        for _ in range(2):  # the second time only if the first removed 90 % (Rutishauser), where reading costs nothing
+        for _ in range(2):  # if numbers are read anyway, again only if the first removed 90 % (Rutishauser)
             old, part = norm, basis.coefficients(w, j + 1)
             w, column = w - basis.combine(part), column + part
             norm = w.norm()
@@ -180,7 +180,7 @@ def triangular_solve(triangle: Tensor, rhs: Tensor, rounding: Tensor) -> Tensor:
 class BiCGStab(IterativeSolver):
     """Stabilised biconjugate gradients for any A, in constant memory.
 
-    The residual is not monotone. If ρ = r̂ᵀr, r̂ᵀv or ω vanishes to rounding, it ends as BREAKDOWN at the last iterate.
+    The residual is not monotone. If ρ = r̂ᵀr, r̂ᵀv or ω vanishes to rounding, it ends as BREAKDOWN at the iterate before.
 
     Cost: two products a step; seven vectors beside b.
     Source: van der Vorst 1992.

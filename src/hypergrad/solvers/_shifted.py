@@ -24,7 +24,7 @@ def shifted(
     max_steps: int | None = None,
     on_failure: OnFailure = "warn",
 ) -> list[Solution]:
-    """Solve (A + γᵢ I) xᵢ = b for several dampings γᵢ by CG in Lanczos form, with the products of the slowest alone.
+    """Solve (A + γᵢ I) xᵢ = b for several dampings γᵢ by CG in Lanczos form: one product a step serves all γᵢ.
 
         β₊v₊ = Av − αv − βv₋;   for each γ:  l = β / d₋,  d = α + γ − lβ,  ζ = −lζ₋,  p = (v − βp₋) / d,  x ← x + ζp
 
