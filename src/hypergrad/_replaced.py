@@ -1,4 +1,4 @@
-"""Functions of torch whose derivatives are wrong, and their replacements in `_torch.differentiated_rightly`."""
+"""Functions of torch whose derivatives are wrong, and their replacements in `_torch.correct_derivatives`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _weight_norm_written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _embedding(weight: Tensor, indices: Tensor, *args: Any, sparse: bool = False, **kwargs: Any) -> Tensor:
-    """torch.embedding, whose gradient is never sparse where `differentiated_rightly(dense=True)` acts."""
+    """torch.embedding, whose gradient is never sparse where `correct_derivatives(dense=True)` acts."""
     sparse = (args[2] if len(args) == 3 else sparse) and not inside.get()
     return _torch_embedding(weight, indices, *args[:2], sparse=sparse, **kwargs)
 

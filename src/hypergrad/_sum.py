@@ -272,7 +272,7 @@ class Sum:
 
         def function(item: tuple[int, Any], tensors: Sequence[Tensor], create_graph: bool) -> Values:
             given = rebuild_params(tensors[: len(w)]), rebuild_hparams(tensors[len(w) :])
-            with _torch.differentiated_rightly(dense=True), users_autocast():
+            with _torch.correct_derivatives(dense=True), users_autocast():
                 value = as_scalar(self.loss(*given, item[1]), "the loss of a batch").reshape(())
             batches.record_loss(value)
             if not item[0]:

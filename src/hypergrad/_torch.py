@@ -389,7 +389,7 @@ def tracked(x: Tensor) -> Tensor:
         return x.detach().requires_grad_()
 
 
-_lock, _users = threading.Lock(), 0  # how many contexts of `differentiated_rightly` are open, in all threads
+_lock, _users = threading.Lock(), 0  # how many contexts of `correct_derivatives` are open, in all threads
 
 
 def _change_users(by: int) -> None:
@@ -402,7 +402,7 @@ def _change_users(by: int) -> None:
 
 
 @contextmanager
-def differentiated_rightly(dense: bool = False) -> Iterator[None]:
+def correct_derivatives(dense: bool = False) -> Iterator[None]:
     """A map that is evaluated in this context has correct derivatives of every order.
 
     The functions in `_replaced` are replaced. parametrize.cached() is off, because a cached weight belongs to other

@@ -42,7 +42,7 @@ def _backpropagated(
     leaves, names, rebuild = flatten(_list(hparams, "hparams"), "hparams", complex=True)
     places, needed = _autodiff.check_hparams(leaves, names)
     with random_state_kept_on_error(leaves), _torch.outside_inference_mode():
-        with torch.enable_grad(), _torch.differentiated_rightly():
+        with torch.enable_grad(), _torch.correct_derivatives():
             loss = as_scalar(evaluate(rebuild(leaves)), "outer_loss")
         with _torch.hooks_suspended(leaves) as hooked:
             found = _autodiff.grad([loss], needed, retain_graph=retain_graph, must_reach=implicit.NO_HPARAMS)
@@ -159,7 +159,7 @@ def reverse(
         for t in range(steps):
             step = update_map_history[-1 - t]
             problem = _at(params_history[-2 - t], hparams, outer_loss, step)
-            with torch.enable_grad(), _torch.differentiated_rightly():
+            with torch.enable_grad(), _torch.correct_derivatives():
                 outputs = alpha.space.check(step(*problem.arguments), "the value of the update map")
             linearisation = Linearisation(outputs, problem.leaves, problem.differentiated)
             pulled, cross = linearisation.vjp_both(alpha.leaves, retain_graph=False)

@@ -41,7 +41,7 @@ def functional(module: nn.Module) -> Callable[..., Any]:
         tensors |= {name: tensors[first] for name, first in further_names.items() if name not in tensors}
 
         # tie_weights=True would leave the given tensors in a module that holds one submodule under two names.
-        with _nothing_recorded(module), _torch.differentiated_rightly():
+        with _nothing_recorded(module), _torch.correct_derivatives():
             return torch.func.functional_call(module, tensors, args, tie_weights=False)
 
     return function

@@ -280,7 +280,7 @@ class Oracles:
     @contextmanager
     def as_the_user(self) -> Iterator[None]:
         """The context in which losses are evaluated: with gradients, under the user's autocast."""
-        with torch.enable_grad(), users_autocast(), _torch.differentiated_rightly():
+        with torch.enable_grad(), users_autocast(), _torch.correct_derivatives():
             yield
 
     @contextmanager

@@ -146,7 +146,7 @@ class DifferentiableOptimizer:
     def get_loss(self, params: Params, hparams: Any) -> Tensor:
         """loss_f at params, with the next data if there are any; stored as curr_loss."""
         data = () if self.data_iterator is None else (next(self.data_iterator),)
-        with _torch.differentiated_rightly():
+        with _torch.correct_derivatives():
             self.curr_loss = self.loss_f(params, hparams, *data)
         return self.curr_loss
 

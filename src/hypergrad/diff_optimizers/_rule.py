@@ -381,7 +381,7 @@ class Rule(ABC):
             if torch.is_inference_mode_enabled():
                 raise RuntimeError("nothing can be differentiated under torch.inference_mode(): use torch.no_grad()")
             leaves, _, unflatten = flatten(carry[0], "params")
-            with torch.enable_grad(), _torch.differentiated_rightly():
+            with torch.enable_grad(), _torch.correct_derivatives():
                 at = list(leaves)
                 moved = [i for i in range(len(leaves)) if i not in self.frozen]
                 for i in moved:

@@ -153,7 +153,7 @@ class Equation:
         """F (or Φ) at the leaves of (w, λ)."""
         outermost = _within_a_map.set(True)
         try:
-            with _torch.differentiated_rightly(dense=True), users_autocast():
+            with _torch.correct_derivatives(dense=True), users_autocast():
                 return self.function(leaves[: self.count], leaves[self.count :])
         except RuntimeError as error:
             if _torch.is_of_ended_transform(error):

@@ -147,8 +147,8 @@ class Problem:
         """
         suspended = _torch.hooks_suspended([*self._chosen, *self._outer])
         # Embeddings and weight norms are replaced here once, for all evaluations inside.
-        rightly, outside = _torch.differentiated_rightly(dense=True), _torch.outside_inference_mode()
-        with outside, suspended as hooked, without_autocast(self.space.device), rightly:
+        correct, outside = _torch.correct_derivatives(dense=True), _torch.outside_inference_mode()
+        with outside, suspended as hooked, without_autocast(self.space.device), correct:
             ids = {id(x) for x in hooked}
             names = [name for name, x in zip(self._names, self._given, strict=True) if id(x) in ids] if ids else []
             if names and self.live and not warned:
@@ -182,7 +182,7 @@ class Problem:
     def linearise(self) -> Linearisation:
         """The graph of ∇₁g, Φ or F at params and hparams."""
         looked_at = None if isinstance(self.inner, Sum) or has_curvature(self.inner) else self.inner
-        with torch.enable_grad(), _torch.differentiated_rightly(dense=True):
+        with torch.enable_grad(), _torch.correct_derivatives(dense=True):
             with users_autocast(), noticing(looked_at) as noticed:
                 if has_curvature(self.inner):
                     return self.inner.linearise(*self.arguments, self.leaves, self.differentiated)
@@ -387,7 +387,7 @@ def warn_of_local(losses: Iterable[Any], name: str) -> None:
 def outer_gradients(problem: Problem, keep: bool) -> tuple[Tensor, Vector, list[Tensor | None]]:
     """E with its graph, ∇₁E as a copied Vector, and ∇₂E (None means zeros); stacked for several losses."""
     outer_loss, leaves, hparams = problem.outer_loss, problem.leaves, problem.differentiated
-    with torch.enable_grad(), _torch.differentiated_rightly(dense=True), users_autocast():
+    with torch.enable_grad(), _torch.correct_derivatives(dense=True), users_autocast():
         value = outer_loss(*problem.arguments) if callable(outer_loss) else outer_loss
     loss = as_losses(value, "outer_losses") if problem.several else as_scalar(value, "outer_loss")
     warn_of_local([loss], "outer_loss")

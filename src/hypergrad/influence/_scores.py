@@ -159,7 +159,7 @@ class _BatchLoss:
         self, params: PyTree, hparams: PyTree, leaves: Sequence[Tensor], differentiated: Sequence[Tensor]
     ) -> Linearisation:
         """∇₁ of this batch's loss, with its graph."""
-        with _torch.differentiated_rightly(dense=True):
+        with _torch.correct_derivatives(dense=True):
             value = self(params, hparams, self.batch)
             return Linearisation(_autodiff.grad([value], leaves, create_graph=True), leaves)
 
@@ -287,7 +287,7 @@ class _System:
 
     def evaluated(self, loss: Loss, batch: Any, name: str) -> tuple[Tensor, Linearisation]:
         """The losses of a batch's rows, and their graph."""
-        with torch.enable_grad(), _torch.differentiated_rightly(dense=True), users_autocast():
+        with torch.enable_grad(), _torch.correct_derivatives(dense=True), users_autocast():
             losses = as_rows(loss(self.problem.arguments[0], batch), name)
         if len(losses):
             self._check_uses_params(losses, name)

@@ -324,7 +324,7 @@ class Chunk:
 
         def value(*given: PyTree) -> list[Tensor]:
             *leaves, hparams, task = given
-            with _torch.differentiated_rightly():
+            with _torch.correct_derivatives():
                 result = as_scalar(loss(self.rebuild(leaves), hparams, task), f"{name} of one task")
             if differentiated and any(getattr(w, "_backward_hooks", None) for w in leaves):
                 raise ValueError(HOOKED)

@@ -22,7 +22,7 @@ from .. import _autodiff, _random
 from .._options import parse_bytes
 from .._recorded import NotCompiled
 from .._solution import warn
-from .._torch import differentiated_rightly
+from .._torch import correct_derivatives
 from .._traced import ROUNDING, Traced, as_number, autocast_state, gap, size
 from .._tree import KIND
 from ._steps import EXHAUSTED, Iterate, Recorded, Run, is_continuous, leaf
@@ -212,7 +212,7 @@ class Compiled(ABC):
         if batch is not None:
             each = iter(rest[1:])
             arguments.append(batch[1].unflatten([next(each) if isinstance(x, Tensor) else x for x in batch[0]]))
-        with differentiated_rightly(dense=True):
+        with correct_derivatives(dense=True):
             outputs, _ = run.arranged(run.step(run.rebuild(tensors), run.hparams_tree(outer), *arguments))
         return [x for x in tensors if x.requires_grad], outputs, [outer[i] for i in run.places]
 
@@ -220,7 +220,7 @@ class Compiled(ABC):
         """The user's step with its graph, at (1 + off) w: off = eps shows by how much rounding changes the result."""
         _random.restore(iterate.random)
         leaves = [leaf(x * (1 + off) if off and is_continuous(x) else x) for x in iterate.tensors]
-        with differentiated_rightly(dense=True):
+        with correct_derivatives(dense=True):
             return Recorded(leaves, *self.run.evaluate(leaves, iterate.rebuild, t))
 
     def _compare(self, functions: Functions, iterate: Iterate, t: int, true: Recorded) -> list[Tensor]:

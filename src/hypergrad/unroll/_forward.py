@@ -191,7 +191,7 @@ def forward(
                     tensors, tangents = pushed
                     continue
                 leaves = [leaf(x) for x in tensors]
-                with _torch.differentiated_rightly(dense=True):
+                with _torch.correct_derivatives(dense=True):
                     outputs, rebuild = run.evaluate(leaves, rebuild, t)
                 tangents = push(tangents, leaves, outputs, check=t & (t - 1) == 0)
                 tensors = [x.detach() for x in outputs]

@@ -18,7 +18,7 @@ from .._detached import warn_of_lost
 from .._options import check_whole
 from .._reach import found_of, noticing
 from .._solution import warn, warn_if_not_finite
-from .._torch import differentiated_rightly, hooks_suspended, outside_inference_mode, with_hooks
+from .._torch import correct_derivatives, hooks_suspended, outside_inference_mode, with_hooks
 from .._tree import KIND, Paths, PyTree, describe, difference, filled, flatten, refuse_objects, split
 from ..implicit import LIVE_TOO, warn_of_local
 
@@ -131,7 +131,7 @@ class Run:
     def differentiating(self) -> Iterator[None]:
         """Enable gradients and suspend the hooks of start and hparams; `hypergradient` calls those of hparams once."""
         hooks = hooks_suspended([*self.start, *self.outer])
-        with outside_inference_mode(), torch.enable_grad(), differentiated_rightly(), hooks as self.hooked:
+        with outside_inference_mode(), torch.enable_grad(), correct_derivatives(), hooks as self.hooked:
             for i, x in enumerate(self.leaves if self.hooked else ()):
                 if _among(x, self.hooked) and not _among(x, self.outer):
                     warn(
