@@ -24,14 +24,14 @@ def verdict(e: Estimate, findings: Sequence[Finding]) -> tuple[bool, str]:
     floor = max([0.0, *(f.numbers["distance"] for f in findings if f.name == FLOOR)])
     doubts = list(dict.fromkeys(f.name for f in findings if f.name != FLOOR or floor > GOOD))
     if not e.settled and "indefinite" in doubts:
-        start = f"params are not at an inner minimum; to first order the hypergradient is off by {_size(e)}"
+        start = f"params are not at an inner minimum; to first order the hypergradient is off by {_percent(e)}"
     elif not e.settled:
         start = (
-            f"the error cannot be estimated: after {e.newton_steps} Newton steps the estimate is {_size(e)} and still "
-            f"changes by {e.uncertainty:.0%}"
+            f"the error cannot be estimated: after {e.newton_steps} Newton steps the estimate is {_percent(e)} and "
+            f"still changes by {e.uncertainty:.0%}"
         )
     elif e.relative_error > GOOD:
-        start = f"the hypergradient is off by about {_size(e)}"
+        start = f"the hypergradient is off by about {_percent(e)}"
     elif doubts:
         start = f"the residuals alone say that the hypergradient is right to about {max(e.relative_error, 1e-16):.0e}"
     else:
@@ -92,10 +92,10 @@ def remedies(
         away = f"{e.distance:.1%} of their norm away from" if math.isfinite(e.distance) else "not 0, which seems to be"
         kink = "" if e.settled else ". Or a kink (an L1 term, relu, max) lies between params and the solution"
         yield (
-            f"the inner problem is not solved: {_pace(e.relative_error, there, fixed_point)}params are {away} its "
+            f"the inner problem is not solved: {_rate_text(e.relative_error, there, fixed_point)}params are {away} its "
             f"solution. Run its solver longer, or use a faster one (a second-order method for a loss, Anderson or "
             f"Newton for a map), or implicit.refine, which solves both as far as the hypergradient needs, or "
-            f"implicit.polish, which squares the error; or expect an error of {_size(e)}{kink}"
+            f"implicit.polish, which squares the error; or expect an error of {_percent(e)}{kink}"
         )
     if e.from_damping > 0.1 * most:
         yield (
@@ -123,7 +123,7 @@ def remedies(
         )
 
 
-def _pace(error: float, s: Structure | None, fixed_point: bool) -> str:
+def _rate_text(error: float, s: Structure | None, fixed_point: bool) -> str:
     """A phrase on the contraction factor of the inner solver, and on the steps that it needs."""
     if s is None or not (fixed_point or s.definiteness == "positive definite"):
         return ""
@@ -136,6 +136,6 @@ def _pace(error: float, s: Structure | None, fixed_point: bool) -> str:
     return f"{whose} is {q:.6g}{enough}; "
 
 
-def _size(e: Estimate) -> str:
+def _percent(e: Estimate) -> str:
     finite = math.isfinite(e.relative_error)
     return f"{e.relative_error:.2%}" if finite else f"{e.error:.2g} where the true hypergradient is 0"

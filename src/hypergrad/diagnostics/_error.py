@@ -92,7 +92,7 @@ def estimate(
     budget: Budget,
     *,
     solved: float = math.inf,
-    follow: bool = True,
+    newton: bool = True,
 ) -> Estimate:
     """Estimate the error of grads as a hypergradient of a deterministic problem.
 
@@ -100,7 +100,7 @@ def estimate(
         adjoint: v; None solves for it, for grads that were not computed by implicit differentiation.
         solver: as in `check`.
         solved: the residual of the (damped) adjoint system when v was computed.
-        follow: whether to take Newton steps; without them the estimate is of first order.
+        newton: whether to take Newton steps; without them the estimate is of first order.
     """
     systems = _Systems(problem, solver, budget)
     start, space = systems.problem, systems.problem.space
@@ -115,7 +115,7 @@ def estimate(
     # h is linear in v, so only the effect of w has a second-order error.
     uncertainty = ratio(norm(from_inner), norm(first.corrected))
     settled, steps, status = uncertainty <= LINEAR and bool(first.holds), 0, first.status
-    while follow and not settled and steps < NEWTON_STEPS and systems.newton_step(last.step):
+    while newton and not settled and steps < NEWTON_STEPS and systems.newton_step(last.step):
         last = systems.correct(systems.adjoint(last.adjoint + last.adjoint_step))
         settled, uncertainty = _settled(last, given)
         steps, status = steps + 1, max(status, last.status, key=lambda s: s.value)
@@ -184,9 +184,9 @@ class _Systems:
 
     def __init__(self, problem: Problem, solver: Solver | None, budget: Budget):
         self.budget, self.chosen = budget, solver
-        self._take(problem.again())
+        self._move_to(problem.again())
 
-    def _take(self, problem: Problem) -> None:
+    def _move_to(self, problem: Problem) -> None:
         problem.evaluate(keep=True)
         self.op, self.counted = problem.operator(), 0
         self.problem, self.before = problem, self.budget.done
@@ -228,7 +228,7 @@ class _Systems:
             return False
         new = newton_step(self.problem, step)
         if new is not None:
-            self._take(new)
+            self._move_to(new)
         return new is not None
 
 

@@ -104,7 +104,7 @@ def findings(problem: Problem, structure: Structure | None = None) -> tuple[Find
         drawn_outside = [*_random_values(near, outer=True)]
         found = [*drawn, *drawn_outside, *_ignored_params(near), *_unreached_hparams(near)]
         if structure is not None:
-            found += _of_system(structure, problem)
+            found += _system_defects(structure, problem)
         if not drawn and not problem.stochastic:
             found += [*_kink(near)] or _wrong_derivatives(near, outer=False)
             found += [] if structure is None else _rounding_floor(near, structure)
@@ -113,7 +113,7 @@ def findings(problem: Problem, structure: Structure | None = None) -> tuple[Find
     return tuple(found)
 
 
-def _of_system(s: Structure, problem: Problem) -> Iterator[Finding]:
+def _system_defects(s: Structure, problem: Problem) -> Iterator[Finding]:
     """Findings from the structure of A."""
     kind, where = problem.kind, "" if s.system is None else f" (system {s.system})"
     if s.declared_symmetric and not s.symmetric:

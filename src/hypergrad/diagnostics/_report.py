@@ -178,7 +178,7 @@ def check(
         system = there = _structure(problem, budget)
         minimum = problem.kind != "inner_loss" or system is None or system.definiteness != "indefinite"
         adjoint = None if known is None else known.adjoint
-        found = estimate(problem, grads, adjoint, solver, budget, solved=solved, follow=minimum)
+        found = estimate(problem, grads, adjoint, solver, budget, solved=solved, newton=minimum)
         differences = None if solve is None else finite_differences(problem, grads, solve)
         better = better_solver(system, solution)
         wrong = [*findings_about_the_check(found, differences, before, budget.left_out, better)]

@@ -22,7 +22,7 @@ from .._solution import Solution, at_kink, inner_distance, warn, warn_if_unsolve
 from .._tree import KIND, difference, filled, flatten
 from .._vector import Space, Vector
 from ..operators import LinearOperator
-from ..solvers import Kept, Recycled, Solver, on_failure_of, solve, solve_at_once, solves_at_once
+from ..solvers import Recycled, Solver, Stateful, on_failure_of, solve, solve_at_once, solves_at_once
 from ._problem import INNER_UNREACHED, warn_of_hooks
 
 Function: TypeAlias = "Callable[[Leaves, Leaves], Leaves]"  # F(w, λ) on leaves
@@ -62,7 +62,7 @@ class Info:
 
 
 @dataclass
-class WarmStart(Kept):
+class WarmStart(Stateful):
     """Keeps v from one backward pass as the start of the next. Use one object for each implicit function of a model.
 
     Attributes:

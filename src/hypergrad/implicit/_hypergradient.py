@@ -111,8 +111,8 @@ class Hypergradient:
             return theta / (1 + theta), rate
         cross = [g if d is None else g - d for g, d in zip(grads, direct, strict=True)]
         if not stacked:
-            return _off(theta, grads, cross), rate
-        return max(_off(theta, [g[i] for g in grads], [c[i] for c in cross]) for i, theta in enumerate(thetas)), rate
+            return _effect(theta, grads, cross), rate
+        return max(_effect(theta, [g[i] for g in grads], [c[i] for c in cross]) for i, theta in enumerate(thetas)), rate
 
     def warn_if_inaccurate(self, stacked: bool = False) -> None:
         """Warn with InaccurateHypergradient if the solver did all its steps and these were too few.
@@ -128,7 +128,7 @@ class Hypergradient:
         warn_of_few_steps("the hypergradient", solution, *self.adjoint_error(stacked))
 
 
-def _off(theta: float, grads: list[Tensor], cross: list[Tensor]) -> float:
+def _effect(theta: float, grads: list[Tensor], cross: list[Tensor]) -> float:
     """θ‖c‖ / ‖g + θc‖ for g = grads and c = cross."""
     # Scaled, because squares of small numbers underflow.
     top = max(float(full(x.abs().sum())) for x in [*grads, *cross]) or 1.0
@@ -229,16 +229,16 @@ def grad(
     return result
 
 
-def hypergradient_of(problem: Problem, solver: Solver, x0: Any, second: Solver | None = None) -> Hypergradient:
-    """∇f(λ), without warnings; `second` solves again if the solver ends as NOT_POSITIVE_DEFINITE or DIVERGED."""
+def hypergradient_of(problem: Problem, solver: Solver, x0: Any, backup: Solver | None = None) -> Hypergradient:
+    """∇f(λ), without warnings; `backup` solves again if the solver ends as NOT_POSITIVE_DEFINITE or DIVERGED."""
     if isinstance(solver, IterativeSolver) and solver.fixed_steps:
         problem.expected_products = solver.max_steps
     with problem.without_hooks_and_autocast() as hooked:
         problem.evaluate()
         operator = problem.operator().stacked() if problem.several else problem.operator()
-        solution = solve(solver, operator, problem.b if second is None else problem.b.copy(), x0, problem.last_product)
-        if second is not None and solution.status in (Status.NOT_POSITIVE_DEFINITE, Status.DIVERGED):
-            solution = solve(second, operator, problem.b, None, problem.last_product)
+        solution = solve(solver, operator, problem.b if backup is None else problem.b.copy(), x0, problem.last_product)
+        if backup is not None and solution.status in (Status.NOT_POSITIVE_DEFINITE, Status.DIVERGED):
+            solution = solve(backup, operator, problem.b, None, problem.last_product)
         grads = problem.grads()
     return result_of(problem, solution, _torch.with_hooks(problem.differentiated, grads, hooked))
 

@@ -71,9 +71,9 @@ def jacobian(
     problem.several = True
     if problem.stochastic:
         raise TypeError("jacobian takes all its products at one draw, so the inner problem must not be Stochastic")
-    second = Auto() if solver is None else None
+    backup = Auto() if solver is None else None
     solver = (BlockCG() if problem.symmetric else GMRES()) if solver is None else solver
     with random_state_kept_on_error(problem.leaves):
-        result = hypergradient_of(problem, solver, x0, second)
+        result = hypergradient_of(problem, solver, x0, backup)
         report(problem, result, "the adjoint systems of the Jacobian", on_failure_of(solver))
     return result

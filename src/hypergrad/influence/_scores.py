@@ -240,7 +240,7 @@ class _System:
                 raise ValueError(f"damping must be one or more finite numbers ≥ 0, got {damping!r}")
             self.inverse = is_inverse(solver)
             self.solver_damping = solver.damping if isinstance(solver, LinearSolver) else 0.0
-            self.solver = self._shared(BlockCG() if solver is None else solver)
+            self.solver = self._for_stack(BlockCG() if solver is None else solver)
             named = solver if self.inverse or callable(solver) else self.solver
             self.method = "shifted" if self.several else getattr(named, "__name__", type(named).__name__)
             yield
@@ -253,7 +253,7 @@ class _System:
             v = self.operator(v / v.norm())
         return v.norm()
 
-    def _shared(self, solver: Any) -> Any:
+    def _for_stack(self, solver: Any) -> Any:
         """The solver for a stack of queries, with its preconditioner (or the approximate inverse) built once."""
         if self.several:
             if not isinstance(solver, (CG, BlockCG)) or getattr(solver, "preconditioner", None) or solver.damping:

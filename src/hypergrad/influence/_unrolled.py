@@ -159,7 +159,7 @@ class _SegmentedRun:
     def _load(self, name: str) -> dict[str, Any]:
         return torch.load(self.folder / name, weights_only=True)
 
-    def _begin(self, segment: int) -> list[Tensor]:
+    def _restore(self, segment: int) -> list[Tensor]:
         """The tensors at the start of a segment. Restores the random state of that point."""
         state = self._load(f"iterate_{segment}.pt")
         _random.restore(dict(zip([torch.device("cpu"), *self.cuda], state["random"], strict=True)))
@@ -170,17 +170,17 @@ class _SegmentedRun:
         count = len(self.bounds) - 1
         known = max(s for s in range(count + 1) if (self.folder / f"iterate_{s}.pt").exists())
         last = self._load(f"iterate_{known}.pt")["tensors"]
-        if known and not all(map(torch.equal, self._trained(known - 1, self._begin(known - 1)), last)):
+        if known and not all(map(torch.equal, self._run_segment(known - 1, self._restore(known - 1)), last)):
             raise ValueError(
                 f"{self.folder} holds the iterates of another step, or of other batches: pass an empty one (a step "
                 f"that is not deterministic cannot be resumed)"
             )
-        tensors = self._begin(known)
+        tensors = self._restore(known)
         for segment in progress_bar(self.progress, range(known, count), desc="training"):
-            tensors = self._trained(segment, tensors)
+            tensors = self._run_segment(segment, tensors)
             self._save(f"iterate_{segment + 1}.pt", self._iterate(tensors))
 
-    def _trained(self, segment: int, tensors: list[Tensor]) -> list[Tensor]:
+    def _run_segment(self, segment: int, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors at the end of a segment that starts from these."""
         for t in range(self.bounds[segment], self.bounds[segment + 1]):
             leaves = [x.requires_grad_() if x.is_floating_point() or x.is_complex() else x for x in tensors]
@@ -197,7 +197,7 @@ class _SegmentedRun:
             self._check_queries(losses, done["losses"])
         for segment in progress_bar(self.progress, range(done["segment"] - 1, -1, -1), desc="reverse pass"):
             first = segment == last
-            result = self._through(segment, losses if first else _along(done["alpha"]), memory)
+            result = self._reverse_segment(segment, losses if first else _along(done["alpha"]), memory)
             pairs = zip(split(result.start_grads)[0], split(result.params)[0], strict=True)
             done = {
                 "segment": segment,
@@ -206,13 +206,13 @@ class _SegmentedRun:
                 "losses": result.outer_value if first else done["losses"],
             }
             self._save(path.name, done)
-        self._begin(last + 1)
+        self._restore(last + 1)
         return done["scores"], done["losses"]
 
     def _check_queries(self, losses: Callable[[PyTree, Any], Tensor], known: Tensor) -> None:
         """Raise if the saved part of the reverse pass belongs to other queries."""
         with torch.no_grad():
-            values = losses(self.rebuild(self._begin(len(self.bounds) - 1)), None)
+            values = losses(self.rebuild(self._restore(len(self.bounds) - 1)), None)
         tolerance = torch.finfo(known.dtype).eps ** 0.5
         if values.shape != known.shape or not torch.allclose(values, known, rtol=tolerance, atol=0, equal_nan=True):
             raise ValueError(
@@ -220,9 +220,9 @@ class _SegmentedRun:
                 f"pass for these queries (the iterates of the training stay)"
             )
 
-    def _through(self, segment: int, outer: Callable[[PyTree, Any], Tensor], memory: str) -> ReverseResult:
+    def _reverse_segment(self, segment: int, outer: Callable[[PyTree, Any], Tensor], memory: str) -> ReverseResult:
         begin, end = self.bounds[segment : segment + 2]
-        start = self.rebuild(self._begin(segment))
+        start = self.rebuild(self._restore(segment))
         step = lambda params, weights, t: self.step(params, weights, begin + t)  # noqa: E731
         result = jacobian(step, start, self.weights, outer, end - begin, memory=memory, with_time=True)
         if not all(map(torch.equal, split(result.params)[0], self._load(f"iterate_{segment + 1}.pt")["tensors"])):

@@ -6,8 +6,8 @@ from ._at_once import solves_at_once as solves_at_once
 from ._auto import Auto
 from ._block import BlockCG
 from ._direct import Dense
-from ._kept import Kept as Kept
 from ._kept import Recycled, Reused
+from ._kept import Stateful as Stateful
 from ._krylov import GMRES, BiCGStab
 from ._normal import LSQR, NormalCG
 from ._preconditioners import Nystrom

@@ -16,7 +16,7 @@ from ._krylov import triangular_solve
 from ._preconditioners import is_recipe
 
 
-class Kept:
+class Stateful:
     """Base of objects whose state is tensors and numbers, so that a resumed sequence equals an uninterrupted one."""
 
     _state: ClassVar[tuple[str, ...]]
@@ -40,7 +40,7 @@ def kind(space: Space) -> tuple[Any, ...]:
 
 
 @dataclass(eq=False)
-class Recycled(Kept):
+class Recycled(Stateful):
     """A start in the span of the last m solutions: pass one object as x0 to every solve of a sequence.
 
         Y = (x₁, …, x_m) = QR,   AQ = CR',   CᵀC = I,      x₀ = Q R'⁻¹Cᵀb,   r₀ = b − CCᵀb
@@ -111,7 +111,7 @@ class Recycled(Kept):
 
 
 @dataclass(eq=False)
-class Reused(Kept):
+class Reused(Stateful):
     """A preconditioner that is kept from one system to the next, and rebuilt when that pays.
 
     As A changes from the system that the preconditioner was built for, solves take more steps s. It is rebuilt once the

@@ -286,7 +286,7 @@ def _verified(
     """
     for refinements_left in (2, 1, 0):
         if len(outcome.trace) > outcome.steps:
-            _give_up(outcome, outcome.trace[-1], system)
+            _zero_if_worse(outcome, outcome.trace[-1], system)
         x = outcome.x.scale_(system.scale)
         image = system.op(x) if last_product is None else last_product(x)
         if last_product is not None and solver.damping:
@@ -301,7 +301,7 @@ def _verified(
             else:
                 outcome.trace = torch.cat([r.space.tensor(outcome.trace), r.space.tensor(residual)[None]])
         if last_product is None:
-            residual = _give_up(outcome, residual, system)
+            residual = _zero_if_worse(outcome, residual, system)
             x = outcome.x
         code = _judge(outcome, residual, system)
         if last:
@@ -317,20 +317,20 @@ def _verified(
     return outcome, x, residual, code
 
 
-def _give_up(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
+def _zero_if_worse(outcome: Outcome, residual: Scalar, system: System) -> Scalar:
     """Replace x by 0 if the method failed and the residual is no smaller than ‖b‖; return the resulting residual."""
     if outcome.code is None:
         return residual
     residual = system.number(residual)
     worse = (residual >= system.rhs_norm) & (residual < math.inf)
     # A DIVERGED iterate is kept: a diverging stationary iteration returns what was asked for.
-    given_up = (system.number(outcome.code) > Status.DIVERGED.value) & worse
-    if isinstance(given_up, Tensor):
-        outcome.x = outcome.x.zeros().where(given_up, outcome.x)
-    elif given_up:
+    rejected = (system.number(outcome.code) > Status.DIVERGED.value) & worse
+    if isinstance(rejected, Tensor):
+        outcome.x = outcome.x.zeros().where(rejected, outcome.x)
+    elif rejected:
         outcome.x = outcome.x.zeros()
-    outcome.trace[-1] = where(given_up, system.rhs_norm, outcome.trace[-1])
-    return where(given_up, system.rhs_norm, residual)
+    outcome.trace[-1] = where(rejected, system.rhs_norm, outcome.trace[-1])
+    return where(rejected, system.rhs_norm, residual)
 
 
 def _scaled(b: Vector) -> tuple[Scalar, Scalar]:
