@@ -89,7 +89,6 @@ def names() -> list[str]:
 INTERNAL = {
     "operators.adjoint",
     "operators.has_curvature",
-    "operators.stacked",
     "fixed_points.Iterate",
     "fixed_points.StallGuard",
     "fixed_points.StoppingRule",

@@ -130,7 +130,7 @@ def forward(
         Z₀ = ∂w₀/∂λ,      Z_{t+1} = ∂₁Φ_t Z_t + ∂₂Φ_t,      ∇f(λ) = ∇₂E(w_T, λ) + Z_Tᵀ ∇₁E(w_T, λ)
 
     The result is that of `reverse` up to rounding. Memory does not depend on T; memory and time are proportional to the
-    number of hyperparameters. No step is evaluated twice: random numbers are drawn as in a plain run of the steps, each
+    number of hyperparameters. No step is recomputed: random numbers are drawn as in a plain run of the steps, each
     batch is drawn once and in order, and step may use what cannot be replayed (an iterator, a simulator). Compute the
     inner gradient with create_graph=True: without it second derivatives are lost, with a warning.
 
