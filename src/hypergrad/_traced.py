@@ -28,6 +28,7 @@ aten = torch.ops.aten
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 READ = "gets a value out of a tensor"
 MADE = {torch.tensor, torch.as_tensor}  # which turn a number into a tensor
+SUBSCRIPTS = (int, slice, type(Ellipsis))
 NUMBER = "is_number"  # an attribute of tensors
 CONVERSIONS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16}
 # Random operations that use only the shape, dtype and device of a tensor argument.
@@ -62,11 +63,13 @@ class _TensorNumbers(TorchFunctionMode):
             raise RuntimeError(f"Tensor.{func.__name__} {READ}")
         if func is Tensor.__getitem__:
             x, index = args
-            each: tuple[Any, ...] = index if isinstance(index, tuple) and index else (index,)
-            first, *rest = each
-            if isinstance(first, Tensor) and not first.ndim and first.dtype in (torch.int64, torch.int32):
-                row = x.index_select(0, first.reshape(1).to(x.device)).squeeze(0)
-                return row[tuple(rest)] if rest else row
+            parts = list(index) if isinstance(index, tuple) else [index]
+            if any(map(_is_place, parts)) and all(_is_place(p) or isinstance(p, SUBSCRIPTS) for p in parts):
+                for i, part in enumerate(parts):
+                    if _is_place(part):
+                        dim = i - len(parts) if any(p is Ellipsis for p in parts[:i]) else i
+                        x, parts[i] = x.index_select(dim, part.reshape(1).to(x.device)), 0
+                return x[tuple(parts)]
         tensors = [x for x in args if isinstance(x, Tensor)]
         others = [x for x in tensors if not hasattr(x, NUMBER)]
         if not tensors or len(others) == len(tensors) or func in CONVERSIONS:
@@ -83,6 +86,10 @@ class _TensorNumbers(TorchFunctionMode):
         if isinstance(result, Tensor) and result.is_floating_point():
             result = func(*[x.double() if isinstance(x, Tensor) else x for x in args], **kwargs)
         return as_number(result) if isinstance(result, Tensor) and not result.ndim else result
+
+
+def _is_place(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.ndim and x.dtype in (torch.int64, torch.int32)
 
 
 def as_number(x: Tensor) -> Tensor:

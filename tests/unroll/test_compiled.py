@@ -143,7 +143,8 @@ COUNTED = {  # by the number of the step, or by a tensor that counts
     "clamped": lambda w, n, t: (slower(w, 1 / torch.as_tensor(t).clamp(min=1)), n),
     "counter": lambda w, n, t: (slower(w, 0.5 / (n + 1)), n + 1),
     "function of a counter": lambda w, n, t: (slower(w, torch.exp(-n)), n + 1),
-    "index": lambda w, n, t: (slower(w, X[n, 0] + X[t, 1]), n + 1),
+    "index": lambda w, n, t: (slower(w, X[n, 0] + X[t, t % 3]), n + 1),
+    "index of a later axis": lambda w, n, t: (slower(w, X[2:5, n % 3] + X[..., t % 3][4:7] + X[1, t % 3]), n + 1),
 }
 
 
