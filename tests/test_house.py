@@ -66,6 +66,11 @@ def room(name: str) -> str:
     return name.split("/")[0].removesuffix(".py")
 
 
+def test_contributing_names_every_file_and_folder():
+    text = (SOURCE.parent.parent / "CONTRIBUTING.md").read_text()
+    assert not [own for own in ORDER if not any(f"`{own}{end}`" in text for end in (".py", "/"))]
+
+
 def imported(name: str) -> list[tuple[str, str]]:
     """(room, module within the room or "") of each import of the package's own files."""
     depth, found = name.count("/"), []
