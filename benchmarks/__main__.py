@@ -1,4 +1,4 @@
-"""python -m benchmarks: every section; prints tables, writes JSON, pictures and a page. With --quick it asserts counts.
+"""Measure every section (or those named): print tables, write JSON, pictures and pages. --quick only asserts counts.
 
 python -m benchmarks equal accuracy --rows quadratic --methods CG --rounds 3
 """
@@ -74,7 +74,7 @@ def main() -> None:
             report.redraw(SECTIONS[name], options.output / f"benchmarks_{name}")
         report.pages(SECTIONS, options.output)
         return
-    # What the library has to say about float32 after K steps is in the table: the errors.
+    # The tables list the errors in float32 after K steps; the library's warnings about them would repeat that.
     warnings.simplefilter("ignore", hg.HypergradientWarning)
     for name in tqdm(options.sections or SECTIONS, desc="sections"):
         section = SECTIONS[name]

@@ -1,11 +1,11 @@
 """Time to a relative error of the hypergradient, over 50 outer steps on ill-conditioned problems.
 
-Every method sees the same λ_t and exact inner solutions. For each the loosest setting is sought (a tolerance, or a
-number of steps where it has none) with which each of the 50 hypergradients is right to the target; then they are timed.
-The search goes from loose to tight, and a method that it takes more than `SECONDS` is stopped and said to be.
+Every method gets the same λ_t and the exact inner solutions. A search finds the loosest setting of each method (its
+tolerance, or its number of steps if it has none) for which the error of each of the 50 hypergradients is below the
+target; then the methods are timed. If a search takes more than `SECONDS`, the method is reported as stopped.
 
-To add a method: a function that takes the setting and gives a function of the outer step's problem, which may keep
-what it likes between the steps, and a line in `COLUMNS`.
+To add a method, write a function from the setting to a function of the outer step's problem, which may keep state
+between the steps, and add a line to `COLUMNS`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .problems import Problem
 from .report import Section
 
 TARGETS = (1e-3, 1e-6)  # from loose to tight
-PROBE = 4  # outer steps on which a setting is sought before it is tried on all
+PROBE = 4  # outer steps on which the search compares settings before it tries them on all outer steps
 ROUNDS = 2
-MOST = 5000  # steps of a method with a tolerance
-SECONDS = 90.0  # of CPU, for the search of one setting
+MOST = 5000  # steps that a method with a tolerance may take
+SECONDS = 90.0  # CPU time that the search of one setting may take
 
 Run = Callable[[Problem], Sequence[Tensor]]
 TOLERANCES = tuple(10 ** (-k / 4) for k in range(0, 53))
@@ -45,14 +45,14 @@ STEPS = tuple(sorted({round(4 * 1.12**k) for k in range(60)}))
 
 @dataclass(frozen=True)
 class Column:
-    """A method: `start(setting)` is a run over the outer steps, `settings` go from the loosest to the tightest."""
+    """A method: `start(setting)` begins a run over the outer steps; `settings` go from the loosest to the tightest."""
 
     name: str
     library: str
     start: Callable[[float], Run]
     settings: tuple[float, ...] = TOLERANCES
-    passes: Callable[[Sequence[Step], float], int] | None = None  # where they are made unseen
-    largest: int | None = None  # parameters up to which it makes sense
+    passes: Callable[[Sequence[Step], float], int] | None = None  # counts reverse passes where `counted` cannot
+    largest: int | None = None  # parameters of the largest problem on which it is run
 
     @property
     def torch_peer(self) -> bool:
@@ -64,7 +64,7 @@ def ours(
 ) -> Callable[[float], Run]:
     """hg.implicit.grad with a solver made from the tolerance.
 
-    warm: each adjoint starts at the one before; recycle: in the span of as many before.
+    warm: each solve starts at the last adjoint. recycle: each solve starts in the span of this many last adjoints.
     """
 
     def start(setting: float) -> Run:
@@ -92,7 +92,7 @@ def minres(setting: float) -> hg.solvers.MINRES:
 
 
 def reused(setting: float, recipe: Any) -> hg.solvers.CG:
-    """CG with a preconditioner that is kept from one outer step to the next while that pays."""
+    """CG with a preconditioner that is kept for the following outer steps as long as that saves time."""
     return cg(setting, preconditioner=hg.solvers.Reused(recipe))
 
 
@@ -101,7 +101,7 @@ def hypertorch_cg(setting: float) -> Run:
 
 
 def passes_of(start: Callable[[float], Run], steps: Sequence[Step], setting: float) -> int:
-    """Reverse passes of a run that is seen; k at once count as k."""
+    """Reverse passes of a run, as counted by `counted`; a pass for k cotangents at once counts as k."""
     run = start(setting)
     with counted(reads=False) as counts:
         for step in steps:
@@ -110,14 +110,14 @@ def passes_of(start: Callable[[float], Run], steps: Sequence[Step], setting: flo
 
 
 def compiled(name: str, solver: Callable[[float], Any], recycle: int = 0) -> Column:
-    """Compiled products are not seen: they are counted as those that are not."""
+    """A column with compiled products, which `counted` does not see: it counts the passes of the same run without."""
     passes = partial(passes_of, ours(solver, recycle=recycle))
     return Column(f"{name}, compiled", "hypergrad", ours(solver, compile=True, recycle=recycle), passes=passes)
 
 
 NYSTROM = partial(reused, recipe=hg.solvers.Nystrom(rank=80, damping=1e-5))
 DENSE = partial(reused, recipe=hg.solvers.Dense())
-SMALL = 500  # parameters up to which the whole matrix is made
+SMALL = 500  # parameters of the largest problem whose whole matrix is formed
 COLUMNS = [
     Column("hg CG, cold", "hypergrad", ours(cg, warm=False)),
     Column("hg CG", "hypergrad", ours(cg)),
@@ -156,7 +156,7 @@ if peers.installed("jax", "jaxopt"):
 
 @dataclass(frozen=True)
 class Result:
-    """One method at one target on one row. Seconds and passes are those of all outer steps."""
+    """One method at one target on one row. Seconds and passes are totals over all outer steps."""
 
     row: str
     method: str
@@ -164,7 +164,7 @@ class Result:
     target: float
     outer_steps: int
     setting: float | None  # None: no setting reaches the target
-    error: float  # the largest of all outer steps; with no setting, the least that was seen
+    error: float  # the largest of all outer steps; if no setting reaches the target, the smallest found in the search
     passes: int
     failure: str | None = None
     cpu: Spread | None = None
@@ -174,11 +174,11 @@ class Result:
 
 
 class TooLong(Exception):
-    """The search of a setting has used up its time."""
+    """The search of a setting has taken longer than `SECONDS`."""
 
 
 def worst(run: Run, steps: Sequence[Step], limit: float, end: float = np.inf) -> float:
-    """The largest relative error; stops where it passes the limit. Raises TooLong at the CPU time `end`."""
+    """The largest relative error; stops at the first one above `limit`. Raises TooLong after the CPU time `end`."""
     largest = 0.0
     for step in steps:
         (found,) = run(step.problem)
@@ -194,10 +194,11 @@ def worst(run: Run, steps: Sequence[Step], limit: float, end: float = np.inf) ->
 def search(
     column: Column, steps: Sequence[Step], target: float, loosest: float | None = None
 ) -> tuple[float | None, float, int]:
-    """The loosest setting that is right on all steps, its error, and its reverse passes (k at once count as k).
+    """The loosest setting with which all steps reach the target, its error, and its reverse passes (k at once count k).
 
-    In growing strides from the loose end (or from `loosest`): the tightest, at which rounding lets no method stop, are
-    the dearest. Then between the last two, on the first steps; then one by one on all of them.
+    The search starts at the loose end (or at `loosest`) with growing strides, because the tightest settings cost most:
+    rounding lets no method stop there. It then bisects the last stride on the first `PROBE` steps, and finally tries
+    one setting after the other on all steps.
     """
     settings, best, end = column.settings, np.inf, time.process_time() + SECONDS
     low = 0 if loosest is None else settings.index(loosest)
@@ -245,7 +246,7 @@ def measure_row(row: str, columns: Sequence[Column], steps: Sequence[Step], roun
     loosest: dict[str, float | None] = {}
     for column, target in tqdm(pairs, desc=f"{row}: settings", leave=False):
         missed = next((r for r in found if r.method == column.name and r.setting is None), None)
-        if missed is not None:  # at a looser target
+        if missed is not None:  # a looser target was not reached either
             found.append(replace(missed, target=target))
             continue
         try:
@@ -342,7 +343,7 @@ def rows() -> list[str]:
     return list(illconditioned.SOURCES)
 
 
-ABOUT = f"""Time until all hypergradients of 50 outer steps are right to the target, a relative error, on
-ill-conditioned problems. Every method gets the same λ and the exact inner solutions, and the loosest setting with
-which it is right enough; one that takes more than {SECONDS:.0f} seconds is stopped."""
+ABOUT = f"""Time for the hypergradients of 50 outer steps on ill-conditioned problems, with a relative error below the
+target in every step. All methods get the same λ and the exact inner solutions. Each runs with the loosest setting that
+reaches the target; if the search for it takes more than {SECONDS:.0f} seconds, it is stopped."""
 SECTION = Section("Time to an accuracy", rows, measure, table, draw, ABOUT)

@@ -1,11 +1,11 @@
-"""Trackers of hg.bilevel beside BOAT and Betty, on full batches at fixed hparams; and a step of SOBA over its passes.
+"""Trackers of hg.bilevel compared with BOAT and Betty at fixed hparams, and the time of a step of SOBA over its passes.
 
-On ridge regression with a decay for each weight, and on cleaning with a weight for each example, every method takes the
-same small steps until its direction stands still. Then that direction is compared with the hypergradient from a dense
-solve, and a step is timed. (BOME and VFO move params along the outer loss too, so that at fixed hparams their direction
-need not be a hypergradient; SAMA takes the identity for the inverse Hessian.) On a small convolutional network a step
-of SOBA is timed beside the passes that it is made of, written by hand: an evaluation and two reverse passes of g, an
-evaluation and one reverse pass of f.
+On ridge regression with a decay for each weight, and on data cleaning with a weight for each example, every method
+takes the same small steps on full batches until its direction no longer changes. That direction is compared with the
+hypergradient from a dense solve, and a step is timed. (BOME and VFO move params along the outer loss, too, so at fixed
+hparams their direction need not be a hypergradient; SAMA replaces the inverse Hessian by the identity.) On a small
+convolutional network the time of a step of SOBA is compared with the passes that it consists of, written by hand: an
+evaluation and two reverse passes of g, an evaluation and one reverse pass of f.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from .report import Section, cell
 
 Tensors = list[Tensor]
 PENALTIES = (10.0, 100.0, 1000.0)
-STEPS = 300  # to where the slowest stands still
+STEPS = 300  # after which the direction of the slowest method no longer changes
 INNER = 10  # K of AmIGO, BOME, VFO and VSO
 COMPILE: bool | str = True  # the backend of compiled steps
 ROUNDS = {"ridge": 20, "cleaning": 10, "CNN": 30, "logistic, d = 22": 100}
 
 
 class Values(nn.Module):
-    """A vector of numbers that a level learns."""
+    """A vector as a module: the hparams in BOAT's form."""
 
     def __init__(self, values: Tensor):
         super().__init__()
         self.values = nn.Parameter(values)
 
 
-# The losses as BOAT calls them: of a dict of data, the module of hparams, and that of params.
+# The losses in BOAT's form: functions of a dict of data, the module of hparams (upper), and that of params (lower).
 
 
 def ridge_inner(data: dict[str, Tensor], upper: Any, lower: Any) -> Tensor:
@@ -94,13 +94,13 @@ class Case:
         return self.losses[1](self.data, self.upper, self.lower)
 
     def fresh(self) -> Case:
-        """The same problem in tensors of its own, with params at zero."""
+        """A copy of the problem with params at zero."""
         case = deepcopy(self)
         nn.init.zeros_(case.lower.weight)
         return case
 
     def solved(self) -> tuple[Tensor, float, float]:
-        """At the solution, by Newton's method: the hypergradient by a dense solve, the Hessian's top eigenvalue, g."""
+        """Solve by Newton's method. Returns the hypergradient by a dense solve, the Hessian's top eigenvalue, and g."""
         w, shape = self.lower.weight, self.lower.weight.shape
         gradient, hessian = self._dense(self.inner)
         for _ in range(30):
@@ -145,16 +145,16 @@ def cleaning(n: int = 500, d: int = 30, classes: int = 5, wrong: float = 0.4) ->
 
 CASES: dict[str, Callable[[], Case]] = {"ridge": ridge, "cleaning": cleaning}
 QUICK: dict[str, Callable[[], Case]] = {"ridge": lambda: ridge(40, 5), "cleaning": lambda: cleaning(40, 5, 3)}
-Step = Callable[[], Tensor]  # one step of params and of what a method keeps; gives its direction for hparams
+Step = Callable[[], Tensor]  # updates params and the method's state once; returns the direction for hparams
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to the direction for hparams.
+    """A method that computes the direction for hparams.
 
     Attributes:
-        counts: of a step, where they are asserted: evaluations of g and f, reverse passes, second-order products.
-        exact: how near it comes to the hypergradient where that is known.
+        counts: evaluations of g and f, reverse passes and second-order products of a step (None: not asserted).
+        exact: largest relative error of its direction, for a method that converges to the hypergradient.
     """
 
     name: str
@@ -194,7 +194,7 @@ def f2sa(order: int, penalty: float) -> Method:
 
 
 def tracked(name: str, kind: Any, counts: tuple[int, int, int, int], exact: float | None, **options: Any) -> Method:
-    """A method of hg.bilevel; options of the case's step size are named in `options` as None."""
+    """A method of hg.bilevel; `lr=None` and `optimizer=None` in `options` stand for the case's own."""
 
     def make(case: Case, optimizer: torch.optim.Optimizer) -> hg.bilevel.Tracker:
         given = {"lr": case.lr, "optimizer": optimizer}
@@ -226,21 +226,21 @@ def available(words: Sequence[str] | None = None) -> list[Method]:
 
 @dataclass(frozen=True)
 class Result:
-    """One method on one problem. `error` and `cosine` compare its direction at last with the hypergradient."""
+    """One method on one problem. `error` and `cosine` compare its last direction with the hypergradient."""
 
     row: str
     method: str
     library: str
     error: float | None
     cosine: float | None
-    cpu: Spread | None  # seconds a step
-    ratio: Spread | None  # over SOBA's, or over the passes by hand
-    peak: int | None  # bytes of a step
-    vectors: float | None = None  # of params' size that a step holds beyond the passes by hand
+    cpu: Spread | None  # CPU seconds of a step
+    ratio: Spread | None  # CPU time over that of SOBA, or of the passes by hand
+    peak: int | None  # peak memory of a step in bytes
+    vectors: float | None = None  # vectors of params' size that a step holds beyond the passes by hand
 
 
 def settled(case: Case, method: Method, steps: int) -> tuple[float, float, Step]:
-    """Relative error and cosine of the direction after so many steps; and the step, to go on."""
+    """Relative error and cosine of the direction after `steps` steps, and the function that takes the next step."""
     step = method.make(case.fresh())
     direction = step()
     for _ in range(steps - 1):
@@ -251,7 +251,7 @@ def settled(case: Case, method: Method, steps: int) -> tuple[float, float, Step]
 
 
 def measure_case(case: Case, methods: Sequence[Method], rounds: int, steps: int) -> list[Result]:
-    """All directions first, then all clocks in turns; every method goes on from where it stands."""
+    """Compute all directions first, then time all methods in turns; every method continues from its last step."""
     found, calls = {}, {}
     for method in tqdm(methods, desc=f"{case.name}: directions", leave=False):
         error, cosine, step = settled(case, method, steps)
@@ -275,11 +275,11 @@ def measure_case(case: Case, methods: Sequence[Method], rounds: int, steps: int)
     ]
 
 
-# A step of SOBA over its passes.
+# The time of a step of SOBA over that of its passes.
 
 
 class Network:
-    """A model on random data, with hparams; losses of one batch each, as functions of the batch."""
+    """A model on random data with hparams; the losses are functions of a batch."""
 
     def __init__(self, model: nn.Module, hparams: Tensor, x: Tensor, classes: int):
         self.model, self.hparams = model, hparams.requires_grad_()
@@ -290,7 +290,7 @@ class Network:
         self.tracker, self.compiled = (hg.bilevel.SOBA(self.params, [hparams], lr=0.0) for _ in range(2))
 
     def inner(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """A weight for each example where there are as many hparams, else a strength for each weight."""
+        """hparams weight the examples if there is one for each, else they are decays of the first tensor's entries."""
         losses = cross_entropy(self.model(batch[0]), batch[1], reduction="none")
         if len(self.hparams) == len(losses):
             return (self.hparams.sigmoid() * losses).mean() + 1e-3 * sum((w**2).sum() for w in self.params)
@@ -300,13 +300,13 @@ class Network:
         return cross_entropy(self.model(batch[0]), batch[1])
 
     def by_hand(self) -> Any:
-        """The passes of a step and nothing else: three of g, two of f."""
+        """Only the passes of a step: an evaluation and two reverse passes of g, an evaluation and a pass of f."""
         slopes = torch.autograd.grad(self.outer(self.valid), self.params)
         gradient = torch.autograd.grad(self.inner(self.train), self.params, create_graph=True)
         return slopes, torch.autograd.grad(gradient, [*self.params, self.hparams], self.v)
 
     def step(self) -> None:
-        """What a user's step calls, but for the optimizers of both levels."""
+        """A user's step without the optimizers of the two levels."""
         self._clear()
         self.tracker.backward(lambda: self.outer(self.valid), lambda: self.inner(self.train))
         self.tracker.step()
@@ -317,7 +317,7 @@ class Network:
         self.compiled.step()
 
     def training(self) -> None:
-        """An ordinary step's passes on g, for scale."""
+        """The passes of an ordinary training step on g, for comparison."""
         torch.autograd.grad(self.inner(self.train), self.params)
 
     def _clear(self) -> None:
@@ -366,7 +366,7 @@ def measure_network(row: str, network: Network, rounds: int) -> list[Result]:
 
 
 def count(case: Case, method: Method) -> dict[str, int]:
-    """Evaluations of both losses, reverse passes and second-order products of the second step."""
+    """Evaluations of both losses, reverse passes and second-order products of a method's second step."""
     case, counts = case.fresh(), Counter[str]()
     step, (inner, outer), pull = method.make(case), case.losses, hg.bilevel.Oracles.pull
     step()
@@ -416,7 +416,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A bar a method: how long a step takes over the base; its error beside it."""
+    """One bar per method: the time of a step over that of the base, labelled with the error."""
     panels = []
     for row in dict.fromkeys(r.row for r in results):
         cells = [r for r in results if r.row == row and r.ratio and not r.method.endswith((" 10", " 1000"))]

@@ -1,9 +1,9 @@
-"""Several outer losses on one inner problem: their hypergradients at once beside one after the other.
+"""The hypergradients of several outer losses on one inner problem: all at once compared with one after the other.
 
-The ill-conditioned problems, at their first λ, with 8 outer losses. For each method the loosest tolerance is sought
-with which every one of the hypergradients is right to 1e-6.
+The problems are the ill-conditioned ones at their first λ, with 8 outer losses. Each method runs with the loosest
+tolerance for which the relative error of every hypergradient is below 1e-6.
 
-To add a method: a function of the problem, the outer losses and the tolerance, and a line in `METHODS`.
+To add a method, write a function of the problem, the outer losses and the tolerance, and add a line to `METHODS`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Result:
     method: str
     losses: int
     setting: float | None  # None: no tolerance reaches the target
-    error: float  # the largest of all losses
+    error: float  # the largest relative error over the outer losses
     passes: int
     cpu: Spread | None = None
     ratio: Spread | None = None

@@ -1,9 +1,9 @@
-"""What implicit.grad does beside its products: the checks that are on by default, and the vector arithmetic of CG.
+"""The cost of implicit.grad beyond its products: the checks that are on by default, and the vector arithmetic of CG.
 
-Checks: the share of CPU time, of one thread, that a call spends in taking the inner residual, estimating the distance
-from the solution, looking for NaN, and keeping a record of the problem. Shares are medians over calls; a ratio of whole
-calls drowns in the noise of the clock, and stands beside it: as it comes, over silent. Arithmetic: the time of the
-solver's K steps that is not spent in reverse passes, over the time that is.
+Checks: the share of a call's CPU time (one thread) that is spent on the inner residual, the estimated distance from the
+solution, the search for NaN, and the record of the problem. Shares are medians over calls. The ratio of whole calls
+(default over on_failure="ignore") is listed as well, but the noise of the clock is larger than the effect. Arithmetic:
+the time that the solver's K steps spend outside reverse passes over the time inside.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .pictures import draw as draw_panels
 from .problems import Problem
 from .report import Section
 
-ROWS = ("mlp", "logistic")  # on which the limit is due; the calls on others are too short or too odd
+ROWS = ("mlp", "logistic")  # rows to which the limit applies; calls on the others are too short or not typical
 LIMIT = 0.02
 WIDE = "a million parameters"
-ARITHMETIC = {WIDE: 0.03, "tiny": 1.0}  # where it is measured, with the limit
+ARITHMETIC = {WIDE: 0.03, "tiny": 1.0}  # rows on which the arithmetic is measured, with their limits
 CALLS = 15
 ROUNDS = {"mlp": 7, "logistic": 20, "equilibrium": 10, "tiny": 40, WIDE: 5}
 CHECKS = (
@@ -54,9 +54,9 @@ CHECKS = (
 class Result:
     row: str
     method: str
-    seconds: Spread  # CPU, as it comes
-    share: Spread  # of them in the checks; or arithmetic over products
-    ratio: Spread | None  # over those with on_failure="ignore"
+    seconds: Spread  # CPU time of a call with the default settings
+    share: Spread  # share of the checks in it, or time of the arithmetic over that of the products
+    ratio: Spread | None  # CPU time over that of calls with on_failure="ignore"
     limit: float | None
 
 
@@ -67,7 +67,7 @@ def call(problem: Problem, on_failure: OnFailure = "warn") -> None:
 
 @contextmanager
 def clocked(functions: Sequence[tuple[Any, str]]) -> Iterator[list[float]]:
-    """Collects the CPU seconds of each call of these functions in the block."""
+    """Collect the CPU seconds of each call of these functions within the block."""
     spent: list[float] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,7 +98,7 @@ def share(problem: Problem, calls: int = CALLS) -> Spread:
 
 
 def arithmetic(problem: Problem, calls: int = CALLS) -> Spread:
-    """CPU time of CG's K steps outside the reverse passes, over that inside."""
+    """CPU time of CG's K steps outside reverse passes over the time inside."""
     call(problem)
     found = []
     for _ in range(calls):
@@ -134,7 +134,7 @@ def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None
 
 
 def checked(name: str, problem: Problem, turns: int) -> Result:
-    """The checks' share, and the ratio of whole calls."""
+    """The share of the checks, and the ratio of the times of whole calls."""
     found = share(problem, turns)
     calls = {"silent": partial(call, problem, "ignore"), "checked": partial(call, problem)}
     with tqdm(total=2 * (turns + 1), desc=f"{name}: clock", leave=False) as bar:

@@ -1,4 +1,4 @@
-"""What does not depend on the machine: products, evaluations, reads from the device, vectors of memory. No times."""
+"""Counts that do not depend on the machine: products, evaluations, reads from the device, vectors of memory."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from .unrolled import Descent
 
 Answer = TypeVar("Answer")
 
-VECTORS = 4  # b, x, r and p of CG, and of NormalCG; the product it waits for counts apart
-LET_GO = 1  # ∇₁g, which the least keeps; a tanh keeps its own value
-STEP_VECTORS = 1.5  # a step of SOBA beside its passes: D_v, and what the checks and .grad hold of λ
-SCALARS = 0.05  # in vectors of the wide row: what is no vector
+VECTORS = 4  # b, x, r and p of CG and of NormalCG; the current product is counted with the graph
+FREED = 1  # ∇₁g, which `graph_and_product` holds and CG frees; the graph of a tanh map needs its own value
+STEP_VECTORS = 1.5  # of a step of SOBA beyond its passes: D_v, and the vectors of λ's size in the checks and in .grad
+SCALARS = 0.05  # allowance for scalars and other small objects, in vectors of the row `wide`
 
-# Products of K steps from zero in fixed-step mode, beside the last one.
+# Each solver, and the number of products in K steps from zero without a tolerance, without the last product.
 SOLVERS: dict[str, tuple[Callable[[int], hg.solvers.LinearSolver], Callable[[int], int]]] = {
     "CG": (lambda k: hg.solvers.CG(max_steps=k, on_failure="ignore"), lambda k: k),
     "BlockCG": (lambda k: hg.solvers.BlockCG(max_steps=k, on_failure="ignore"), lambda k: k),
@@ -52,12 +52,12 @@ SOLVERS: dict[str, tuple[Callable[[int], hg.solvers.LinearSolver], Callable[[int
     "FixedPoint": (lambda k: hg.solvers.FixedPoint(max_steps=k, on_failure="ignore"), lambda k: k - 1),
     "Neumann": (lambda k: hg.solvers.Neumann(max_steps=k, on_failure="ignore"), lambda k: k),
 }
-OWN_PASSES = 3  # of every implicit hypergradient: the gradient or map, the outer gradient, the last product
+OWN_PASSES = 3  # passes beyond the solver's: the gradient of the inner loss, the outer gradient, the last product
 
 
 @contextmanager
 def costly_reads() -> Iterator[None]:
-    """The library takes the CPU for a device from which reading a number waits for all that was asked of it."""
+    """In this block the library treats the CPU as a device on which reading a number waits for all queued work."""
     with ExitStack() as stack:
         for place in ("_vector", "_solution", "solvers._solver"):
             stack.enter_context(patch(f"hypergrad.{place}.FREE_TO_READ", ()))
@@ -65,7 +65,7 @@ def costly_reads() -> Iterator[None]:
 
 
 def count(problem: Problem, call: Callable[[Problem], Answer]) -> tuple[Counter[str], Answer]:
-    """Reverse passes, reads, and evaluations of the inner and the outer loss in one call; and what it gave."""
+    """Counts of a call (reverse passes, reads, evaluations of the inner and the outer loss), and its result."""
     with counted() as counts:
         inner, outer = counting(problem.inner, counts, "inner"), counting(problem.outer, counts, "outer")
         answer = call(replace(problem, inner=inner, outer=outer))
@@ -78,7 +78,7 @@ def expect(what: str, got: float, wanted: float, at_most: bool = False) -> None:
 
 
 def check_method(problem: Problem, method: Method) -> Counter[str]:
-    """Counts of one method on a problem in float64, compared with what it claims; and its answer, with the truth."""
+    """Compare a method's counts on a problem in float64 with those that it claims, and its result with the truth."""
     title, steps = f"{problem.name}, {method.name}", problem.steps
     counts, grads = count(problem, method.run)
     expect(f"{title}: reverse passes", counts["passes"], method.passes_on(problem))
@@ -90,7 +90,7 @@ def check_method(problem: Problem, method: Method) -> Counter[str]:
 
 
 def check_solver(problem: Problem, name: str) -> Counter[str]:
-    """Counts of implicit.grad with a solver in fixed-step mode: nothing is read from an accelerator."""
+    """Check implicit.grad with a solver in fixed-step mode: its counts, and that it reads nothing from the device."""
     make, products = SOLVERS[name]
     with costly_reads():
         counts, _ = count(problem, lambda p: implicit(p, make(p.steps)))
@@ -101,9 +101,9 @@ def check_solver(problem: Problem, name: str) -> Counter[str]:
 
 
 def check_jacobian(problem: Problem, losses: int = 3) -> Counter[str]:
-    """Counts of implicit.jacobian: one evaluation of each loss, one graph; K steps and the passes around them times k.
+    """Check implicit.jacobian: each loss is evaluated once, and nothing is read from the device.
 
-    Nothing is read from an accelerator.
+    Reverse passes: one for the graph, and for each of the outer losses K products, its gradient and the last product.
     """
 
     def call(p: Problem) -> object:
@@ -125,7 +125,7 @@ def check_jacobian(problem: Problem, losses: int = 3) -> Counter[str]:
 
 
 def check_recycled(problem: Problem, size: int = 3) -> int:
-    """Passes of the last of some hypergradients in fixed-step mode that start in the span of those before."""
+    """Check hypergradients in fixed-step mode that start in the span of the last adjoints; passes of the last one."""
     recycled, passes = hg.solvers.Recycled(size), 0
     for step in range(size + 2):
         solver = SOLVERS["CG"][0](problem.steps)
@@ -139,30 +139,30 @@ def check_recycled(problem: Problem, size: int = 3) -> int:
 
 
 def beside(problem: Problem, peak: int, fixed_point: bool) -> float:
-    """What a call's peak memory holds beyond the graph and one product, in vectors of params' size."""
+    """The peak memory of a call beyond the graph and one product, in vectors of params' size."""
     least = peak_memory(lambda: graph_and_product(problem, fixed_point))
     return (peak - least) / sum(w.numel() * w.element_size() for w in problem.params)
 
 
 def check_memory(problem: Problem) -> float:
-    """Vectors that CG holds beside the graph, less ∇₁g."""
+    """Vectors that CG holds beyond the graph and one product (∇₁g, which it frees, counts as −1)."""
     peak = peak_memory(lambda: implicit(problem, SOLVERS["CG"][0](problem.steps)))
     held = beside(problem, peak, fixed_point=False)
-    expect(f"{problem.name}, CG: vectors beside the graph", held, VECTORS - LET_GO + SCALARS, at_most=True)
+    expect(f"{problem.name}, CG: vectors beside the graph", held, VECTORS - FREED + SCALARS, at_most=True)
     return held
 
 
 def check_normal_memory(problem: Problem) -> float:
-    """Vectors that NormalCG holds beside the graph of a tanh map: CG's, and the one that the transposed graph keeps."""
+    """Vectors that NormalCG holds beyond the graph of a tanh map: those of CG, and one in the transposed graph."""
     call = functools.partial(library(hg.CG_normaleq), problem)
-    call()  # what the first call of all leaves behind is none of its vectors
+    call()  # the first call allocates memory that is kept, which is not counted
     held = beside(problem, peak_memory(call), fixed_point=True)
     expect(f"{problem.name}, CG_normaleq: vectors beside the graph", held, VECTORS + 1 + SCALARS, at_most=True)
     return held
 
 
 def check_gmres_memory(steps: int, n: int = 20_000) -> float:
-    """Vectors that GMRES holds at its peak: those of the steps that it takes, eight at a time, and seven others."""
+    """Vectors that GMRES holds at its peak: a basis that grows by eight vectors at a time, and seven others."""
     diagonal, b = torch.linspace(1.0, 2.0, n), torch.ones(n)
     op, solver = hg.operators.function(lambda v: diagonal * v), hg.solvers.GMRES(max_steps=steps)
     held = peak_memory(lambda: solver(op, b)) / (n * b.element_size())
@@ -171,7 +171,7 @@ def check_gmres_memory(steps: int, n: int = 20_000) -> float:
 
 
 def check_factorisations(n: int = 3, count: int = 4) -> Counter[str]:
-    """Operations of vmap(jacrev(root)) by default: each matrix is factorised and solved with once."""
+    """Check that vmap(jacrev(root)) with the default solver calls LU and its solve once for all matrices."""
     with operations() as found:
         small_rows.roots(n, count).columns[1].run()
     for name in ("linalg_lu_factor_ex", "linalg_lu_solve"):
@@ -180,7 +180,7 @@ def check_factorisations(n: int = 3, count: int = 4) -> Counter[str]:
 
 
 def check_mapped_solver(count: int = 4) -> int:
-    """Factorisations of 1 + 12 steps of Newton's method for all entries of a vmap: the user's code ran once."""
+    """Check that the user's code runs once for all entries of a vmap: 12 steps of Newton's method need 12 + 1 LUs."""
     with operations() as found:
         small_rows.solved(count, 3).columns[1].run()
     expect(f"{count} solves under vmap: factorisations", found["linalg_lu_factor_ex"], 13)
@@ -188,13 +188,13 @@ def check_mapped_solver(count: int = 4) -> int:
 
 
 def check_forward_memory(problem: Problem) -> None:
-    """The layer's memory does not depend on how many steps the forward solver takes."""
+    """Check that the layer's memory does not depend on the number of steps of its forward solver."""
     few, many = (peak_memory(lambda steps=steps: layer(problem, steps)) for steps in (3, 60))
     expect(f"{problem.name}: peak bytes after 60 steps, over those after 3", many / few, 1.05, at_most=True)
 
 
 def check_unrolled(descent: Descent, column: unrolled.Column, exact: Tensor) -> int:
-    """Evaluations of the step, and the answer in float64, of one way to store the steps."""
+    """Check one way to store the steps: the number of evaluations of the step, and the result in float64."""
     assert column.evaluations
     result = unrolled.check(descent, column, exact)
     most = column.evaluations(descent.timed, descent.checkpoints)
@@ -204,7 +204,7 @@ def check_unrolled(descent: Descent, column: unrolled.Column, exact: Tensor) -> 
 
 
 def check_loop(rule: str, steps: int = 12) -> int:
-    """Evaluations of a step once it is compiled: one to compare, one forwards and one backwards for each step."""
+    """Check the evaluations of a compiled step: one for a comparison, and one forward and one backward per step."""
     call = loops.reversed_by(loops.Loop(rule, steps, torch.float64), memory="iterates", compile="eager")
     call()
     evaluations = call().evaluations
@@ -212,8 +212,8 @@ def check_loop(rule: str, steps: int = 12) -> int:
     return evaluations
 
 
-def check_pushed(rule: str, steps: int = 12) -> int:
-    """Evaluations in forward mode of a step that is compiled: two to compare, and one for each step."""
+def check_forward_loop(rule: str, steps: int = 12) -> int:
+    """Check the evaluations of a compiled step in forward mode: two for a comparison, and one per step."""
     call = loops.forwards(loops.Loop(rule, steps, torch.float64), compile="eager")
     call()
     evaluations = call().evaluations
@@ -222,7 +222,7 @@ def check_pushed(rule: str, steps: int = 12) -> int:
 
 
 def check_saved(steps: int) -> int:
-    """Tensors that autograd keeps for the backward pass of a layer: its parameter, its input, and z*."""
+    """Check that a layer saves three tensors for the backward pass: its parameter, its input, and z*."""
     cell, inputs, kept = small_layers.Tanh(6), torch.ones(4, 6, dtype=torch.float64, requires_grad=True), []
     layer = hg.nn.Equilibrium(cell, forward=hg.fixed_points.Picard(max_steps=steps, on_failure="ignore"))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -232,7 +232,7 @@ def check_saved(steps: int) -> int:
 
 
 def check_tracker(case: bilevel.Case, method: bilevel.Method) -> dict[str, int]:
-    """Evaluations, reverse passes and second-order products of a tracker's step; and its answer where it is exact."""
+    """Check a tracker's step: evaluations, reverse passes, second-order products, and the direction if it is exact."""
     found = bilevel.count(case, method)
     assert method.counts
     for name, wanted in method.counts.items():
@@ -243,7 +243,7 @@ def check_tracker(case: bilevel.Case, method: bilevel.Method) -> dict[str, int]:
 
 
 def check_estimators() -> tuple[list[estimators.Result], dict]:
-    """Passes of the estimators on a small model trained to the end, and the answers of those that are right there."""
+    """Check the estimators on a small model trained to the end: their passes, and the errors of those in `RIGHT`."""
     make, steps = functools.partial(networks.linear, count=40, steps=400), 400
     results, stood = estimators.measure_row("linear", make, list(estimators.METHODS), 1)
     expect("linear: differences of retraining", max(stood["differences, 0.0001"]), 1e-7, at_most=True)
@@ -256,7 +256,7 @@ def check_estimators() -> tuple[list[estimators.Result], dict]:
 
 
 def check_step_memory(network: bilevel.Network) -> float:
-    """Vectors of params' size that a step of SOBA holds at its peak beyond its passes by hand."""
+    """Check how many vectors of params' size a step of SOBA holds at its peak beyond its passes by hand."""
     network.step()
     peaks = [peak_memory(call) for call in (network.step, network.by_hand)]
     held = (peaks[0] - peaks[1]) / sum(w.numel() * w.element_size() for w in network.params)
@@ -265,7 +265,7 @@ def check_step_memory(network: bilevel.Network) -> float:
 
 
 def check_sequence(steps: list[Step]) -> tuple[int, int, int, int]:
-    """Reverse passes to 1e-3 over some outer steps: HyperTorch's, from zero, warm-started, recycled: each fewer."""
+    """Check that the reverse passes to an error of 1e-3 decrease: HyperTorch, from zero, warm-started, recycled."""
     columns = {column.name: column for column in accuracy.COLUMNS}
     found = []
     for name in ("HyperTorch CG", "hg CG, cold", "hg CG", "hg CG, Recycled(4)"):
@@ -280,7 +280,7 @@ def check_sequence(steps: list[Step]) -> tuple[int, int, int, int]:
 
 
 def run() -> None:
-    """Check everything and print the counts. Raises AssertionError for a count that is off."""
+    """Check and print all counts. Raises AssertionError for a wrong one."""
     for build in problems.quick_rows().values():
         problem = build()
         print(f"{problem.name}: {problem.size} parameters, K = {problem.steps}")
@@ -301,7 +301,8 @@ def run() -> None:
             if column.evaluations:
                 print(f"  {column.name:32}{check_unrolled(descent, column, exact):4} evaluations of a step")
     for rule in ("SGD", "Adam"):
-        print(f"{rule}, compiled step: {check_loop(rule)} evaluations of 12 steps, forwards {check_pushed(rule)}")
+        reverse, forward = check_loop(rule), check_forward_loop(rule)
+        print(f"{rule}, compiled step: {reverse} evaluations of 12 steps, {forward} in forward mode")
     for build_case in bilevel.QUICK.values():
         case = build_case()
         print(f"{case.name}: {case.lower.weight.numel()} params, {case.hparams[0].numel()} hparams")

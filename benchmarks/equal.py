@@ -1,4 +1,4 @@
-"""At equal K: every column does K products, and its time is compared with the floor's."""
+"""Equal numbers of products: every column does K products, and its time is divided by that of the floor."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .report import MIB, Section, cell
 
 @dataclass(frozen=True)
 class Result:
-    """One cell. Seconds are those of a call; ratios are taken round by round."""
+    """One method on one row. Seconds are those of a call; ratios are taken round by round."""
 
     row: str
     method: str
     library: str
     correct: bool
-    error: float | None  # relative difference from K steps without rounding
+    error: float | None  # relative difference from the result of K steps in float64
     distance: float | None  # relative difference from the exact hypergradient
     passes: int | None
     reads: int | None
-    peak: int | None = None  # bytes held at once beside the data
-    vectors: float | None = None  # peak memory beside the graph and one product
+    peak: int | None = None  # peak memory in bytes beyond the data
+    vectors: float | None = None  # peak memory beyond the graph and one product, in vectors of params' size
     peer_peak: float | None = None  # peak over that of the leanest library with the same answer
-    first: float | None = None  # wall seconds of the first call, which builds what is compiled
+    first: float | None = None  # wall seconds of the first call, which compiles
     failure: str | None = None
     cpu: Spread | None = None
     wall: Spread | None = None
@@ -45,7 +45,7 @@ class Result:
     floor_wall: Spread | None = None
     peer: str | None = None  # the fastest PyTorch library with the same answer
     peer_cpu: Spread | None = None
-    peer_step: Spread | None = None  # a step, over that of the fastest there
+    peer_step: Spread | None = None  # time of one more step over that of the fastest peer in this
     target: float | None = None
 
 
@@ -64,7 +64,7 @@ def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None
 
 
 def measure_row(problem: Problem, methods: list[Method], rounds: int) -> list[Result]:
-    """All cells of one row: answers first, then the clock for those that are right."""
+    """Check all methods on one row, then time those with the right result."""
     methods = [method for method in methods if method.fits(problem)]
     checked = [check(problem, method) for method in tqdm(methods, desc=f"{problem.name}: answers", leave=False)]
     right = [method for method, result in zip(methods, checked, strict=True) if result.correct]
@@ -79,7 +79,7 @@ def measure_row(problem: Problem, methods: list[Method], rounds: int) -> list[Re
 
 
 def check(problem: Problem, method: Method) -> Result:
-    """Whether the answer is right, and what it takes."""
+    """The error of a method, its counts, and its peak memory."""
     begin = time.perf_counter()
     try:
         counted, grads = counts.count(problem, method.run) if method.passes else (Counter(), method.run(problem))
@@ -109,7 +109,7 @@ def check(problem: Problem, method: Method) -> Result:
 
 
 def leanness(method: Method, result: Result, pairs: list[tuple[Method, Result]]) -> Result:
-    """The result with its peak over the leanest peer's."""
+    """The result with the ratio of its peak memory to that of the peer with the least."""
     peaks = [r.peak for m, r in pairs if m.peer and m.work == method.work and r.correct and r.peak]
     if method.library != "hypergrad" or not peaks or not result.peak:
         return result
@@ -150,7 +150,7 @@ def timed(
 
 
 def table(results: Iterable[Result]) -> str:
-    """The results as text: medians, and quartiles of the ratio in CPU time."""
+    """The results as text: medians, and quartiles of the ratio of CPU times."""
     lines = [
         f"{'':32}{'passes':>7}{'ms':>10}  {'× floor, CPU':22}{'wall':>6}{'target':>8}{'× peer':>8}"
         f"{'µs/step':>9}{'× peer':>8}{'MiB':>8}{'× peer':>8}{'vectors':>9}{'error':>7}{'to exact':>9}"
@@ -187,7 +187,7 @@ CG = ("hg.implicit.grad, CG", "hg.CG", "HyperTorch CG", "TorchOpt CG", "Betty CG
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """The ratio to the floor in CPU time, of CG where a row has it; a tick where the target is."""
+    """One bar per method (of CG, if the row has it): CPU time over that of the floor, with a tick at the target."""
     panels = []
     for row in dict.fromkeys(r.row for r in results):
         cells = [r for r in results if r.row == row and not r.failure and r.library != "floor"]

@@ -1,9 +1,9 @@
-"""How far off every estimator of a hypergradient is on real networks in mid-training.
+"""The error of every estimator of a hypergradient on real networks in mid-training.
 
 The truth is the derivative of retraining: `unroll.reverse` through all T steps from the start, in float64, which is
-compared with central differences of retraining. Every estimator then answers at the weights after these T steps;
-trackers that keep something (copies, an adjoint) go along from the start, λ standing still. Batches are full ones, so
-that what is seen is the estimators' own error; that of minibatches comes on top.
+compared with central differences of retraining. Every estimator is evaluated at the weights after these T steps.
+Trackers with a state (copies, an adjoint) update it in every step from the start, at fixed λ. All batches are full, so
+the errors are those of the estimators alone; minibatches add theirs.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from .report import Section
 
 SEEDS = 3
 PARTS = {"decay": "decay of each tensor", "weights": "weight of each example"}
-PRODUCTS = 50  # at most, of CG
+PRODUCTS = 50  # largest number of CG's
 PENALTY = 100.0  # of F2SA
 DIFFERENCES = (1e-4, 0.1)  # distances over which λ is moved in retraining
 
 
 class Point:
-    """A network after training by torch's optimizer: what an estimator is given.
+    """A network after training by torch's optimizer: the input of an estimator.
 
     Attributes:
-        metric, damping: the optimizer's steps are −η ∇g / metric, with mean 1; 1/ηT. For SGD metric is 1 and η is
-            lr/(1 − momentum); for Adam they are √v + ε over its mean, and lr over that mean.
-        top, least: the outermost eigenvalues of the Hessian of the inner loss.
+        metric: the optimizer's steps are −η ∇g / metric. For SGD metric is 1 and η is lr/(1 − momentum); for Adam
+            metric is √v + ε over its mean, so that its own mean is 1, and η is lr over that mean.
+        damping: 1/ηT. top, least: the largest and the smallest eigenvalue of the Hessian of the inner loss.
     """
 
     def __init__(self, case: Case):
         self.case, self.h = case, case.hparams()
         self.live, self.optimizer = case.trained(case.steps)
         self.w = {name: x.detach() for name, x in self.live.items()}
-        self.metric, self.damping = self._time()
+        self.metric, self.damping = self._metric_and_damping()
         problem = hg.implicit.Problem(None, inner_loss=case.inner, params=self.w, hparams=self.h)
         found = hg.diagnostics.structure(problem, steps=40)
         self.least, self.top = (float(found.eigenvalues[i].real) for i in (0, -1))
 
     def along(self, make: Callable[[Named], hg.bilevel.Tracker]) -> Named:
-        """The direction of a tracker that went along with training, at the last weights."""
+        """The direction at the last weights of a tracker that was updated in every step of training."""
         trackers: list[hg.bilevel.Tracker] = []
 
         def each(w: Named) -> None:
@@ -68,7 +68,7 @@ class Point:
         return self.direction(trackers[0], w)
 
     def direction(self, tracker: hg.bilevel.Tracker, w: Named) -> Named:
-        """What a tracker adds to the .grad of λ; that of w stays there, for a step."""
+        """The direction that a tracker adds to the .grad of λ; the one for w stays in the .grad of w for a step."""
         for x in (*w.values(), *self.h.values()):
             x.grad = None
         tracker.backward(lambda: self.case.outer(w, self.h), lambda: self.case.inner(w, self.h))
@@ -79,12 +79,12 @@ class Point:
         return hg.implicit.grad(self.case.outer, inner_loss=inner, params=self.w, hparams=self.h, solver=solver).grads
 
     def anchored(self, w: Named, h: Named) -> Tensor:
-        """The penalty, and ½ Σ metric (w − w_T)² / ηT."""
+        """The penalty plus ½ Σ metric (w − w_T)² / ηT."""
         apart = [(d * (w[n] - self.w[n]).square()).sum() for n, d in self.metric.items()]
         return self.case.penalty(w, h) + self.damping / 2 * torch.stack(apart).sum()
 
     def unrolled(self, optimizer: torch.optim.Optimizer, steps: int) -> tuple[Named, Named]:
-        """Through so many steps on from where an optimizer stands: the hypergradient, and the weights."""
+        """The hypergradient through `steps` further steps of an optimizer, and the weights after them."""
 
         def named(leaves: Sequence[Tensor]) -> Named:
             return dict(zip(self.w, leaves, strict=True))
@@ -100,7 +100,7 @@ class Point:
         return run.grads, named(run.params[0])
 
     def truth(self) -> Named:
-        """The derivative of the whole training."""
+        """The derivative of retraining, through all steps."""
         start = [x.clone().requires_grad_() for x in self.case.start.values()]
         grads, w = self.unrolled(self.case.optimizer(start), self.case.steps)
         apart = max(float((w[n] - x).abs().max()) for n, x in self.w.items())
@@ -108,7 +108,7 @@ class Point:
         return grads
 
     def differences(self, truth: Named, step: float) -> float:
-        """How far central differences of retraining, along a hypergradient, are from its norm; relative."""
+        """The relative difference between the norm of a hypergradient and the central difference along it."""
         size = norm(truth)
         ends = []
         for s in (step, -step):
@@ -117,7 +117,7 @@ class Point:
                 ends.append(float(self.case.outer(w, self.h)))
         return abs((ends[0] - ends[1]) / (2 * step) - size) / size
 
-    def _time(self) -> tuple[Named, float]:
+    def _metric_and_damping(self) -> tuple[Named, float]:
         group, steps = self.optimizer.param_groups[0], self.case.steps
         if "momentum" in group:
             return {n: torch.ones_like(x) for n, x in self.w.items()}, (1 - group["momentum"]) / (group["lr"] * steps)
@@ -142,7 +142,7 @@ def gauss_newton(point: Point, metric: bool) -> Named:
 
 
 def f2sa(point: Point) -> Named:
-    """Copies that diverge give NaN."""
+    """F2SA's direction; NaN if its copies diverge."""
     options: Any = {"penalty": PENALTY, "optimizer": point.case.optimizer, "on_nonfinite": "ignore"}
     return point.along(lambda w: hg.bilevel.F2SA(list(w.values()), point.h, order=2, **options))
 
@@ -167,7 +167,7 @@ METHODS: dict[str, Callable[[Point], Named]] = {
 }
 
 
-# Reverse passes of those that always take the same, as functions of T.
+# Reverse passes, as functions of T, of the estimators that always take the same number.
 PASSES: dict[str, Callable[[int], int]] = {
     "MINRES, 20 steps": lambda steps: 23,
     "Neumann, 20 terms": lambda steps: 23,
@@ -177,20 +177,20 @@ PASSES: dict[str, Callable[[int], int]] = {
     "SAMA": lambda steps: 5,
     "T1–T2": lambda steps: 3,
 }
-# What those come to that are right where the inner problem is strongly convex and solved.
+# Largest relative error of the estimators that are right if the inner problem is strongly convex and solved.
 RIGHT = {"default": 1e-5, "MINRES, 20 steps": 1e-3, "SOBA, going along": 1e-5, "F2SA-2, going along": 1e-2}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One estimator for one kind of λ of one network. Lists have an entry a seed."""
+    """One estimator for one part of λ (see `PARTS`) of one network. Lists have one entry per seed."""
 
     row: str
     part: str
     method: str
     errors: list[float]  # relative
     cosines: list[float]
-    passes: list[int]  # reverse passes for all of λ; those of a tracker are of all T steps
+    passes: list[int]  # reverse passes for both parts of λ; those of a tracker are the sum over all T steps
 
 
 def norm(grads: Named) -> float:
@@ -198,7 +198,7 @@ def norm(grads: Named) -> float:
 
 
 def compared(found: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Relative error and cosine; what is not finite is infinitely far off."""
+    """Relative error and cosine; (inf, 0) if `found` is not finite."""
     size, own = float(truth.norm()), float(found.norm())
     if not math.isfinite(own):
         return math.inf, 0.0
@@ -208,7 +208,7 @@ def compared(found: Tensor, truth: Tensor) -> tuple[float, float]:
 def measure_row(
     name: str, make: Callable[[int], Case], methods: Sequence[str], seeds: int, progress: Callable[[], object] = int
 ) -> tuple[list[Result], dict]:
-    """All methods for all seeds on one network; how it stood."""
+    """The results of all methods for all seeds on one network, and its settings, losses and eigenvalues."""
     found: dict[tuple[str, str], Result] = {
         (part, m): Result(name, part, m, [], [], []) for part in PARTS for m in methods
     }
@@ -244,11 +244,11 @@ def measure_row(
 
 
 def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None) -> tuple[list[Result], list[dict]]:
-    """rounds: how many seeds."""
+    """rounds: the number of seeds."""
     methods = [m for m in METHODS if words is None or any(word in m for word in words)]
     results, settings, seeds = [], [], rounds or SEEDS
     with tqdm(total=len(rows) * len(methods) * seeds, desc="estimators", leave=False) as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the library says of unsolved problems is what is measured here
+        warnings.simplefilter("ignore")  # the library warns that the inner problem is not solved: that is the subject
         for name in rows:
             found, setting = measure_row(name, networks.CASES[name], methods, seeds, bar.update)
             results += found
@@ -276,7 +276,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A point a network: the median cosine of each estimator; hollow: trained to the end; a line: the median."""
+    """Median cosine of each estimator: a point per network (hollow: trained to the end), a line at their median."""
     rows = list(dict.fromkeys(r.row for r in results))
     methods = list(dict.fromkeys(r.method for r in results))
     places = {(r.part, r.row, r.method): r for r in results}
@@ -300,8 +300,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
 
 
-ABOUT = """Relative error and cosine of each estimator of a hypergradient, against the derivative of retraining, for
-λ that holds a decay for each tensor, or a weight for each training example; median, least and greatest over three
-seeds. The truth comes from `unroll.reverse` through all steps in float64. Batches are full ones. [What this
-means](../estimators.md)."""
+ABOUT = """Relative error and cosine of each estimator of a hypergradient, compared with the derivative of retraining,
+where λ is a decay for each tensor or a weight for each training example: median, smallest and largest value over three
+seeds. The derivative of retraining comes from `unroll.reverse` through all steps in float64. All batches are full.
+[What this means](../estimators.md)."""
 SECTION = Section("Estimators on networks in mid-training", networks.available, measure, table, draw, ABOUT)

@@ -1,7 +1,7 @@
 """Ill-conditioned problems, and sequences of 50 outer steps on them with exact hypergradients by NumPy and SciPy.
 
-The inner solutions and the hypergradients come from dense Cholesky factors, or from Newton's method with
-preconditioned conjugate gradients of our own on a SciPy matrix: nothing that a column uses.
+The inner solutions and the hypergradients come from dense Cholesky factors, or from Newton's method with the
+preconditioned conjugate gradients below on a SciPy matrix. No column uses any of these.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OUTER_STEPS = 50
 
 
 class _Product(torch.autograd.Function):
-    """X w for a sparse X, differentiable to any order in either mode; its transpose is kept, not made anew."""
+    """X w for a sparse X, differentiable to any order in both modes; the backward pass uses the stored transpose."""
 
     generate_vmap_rule = False
 
@@ -53,7 +53,7 @@ class _Product(torch.autograd.Function):
 
 
 class Sparse:
-    """A constant sparse matrix X with X @ w and its transpose. torch's own backward pass transposes X at each call."""
+    """A constant sparse matrix X with a stored transpose. torch's own backward pass of X @ w transposes X each time."""
 
     def __init__(self, matrix: Any, transposed: Sparse | None = None):
         self.scipy = scipy.sparse.csr_array(matrix)
@@ -68,16 +68,16 @@ class Sparse:
         return _Product.apply(self, w)  # type: ignore[return-value]
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, columns and values, by rows."""
+        """Row indices, column indices and values, ordered by rows."""
         coordinates = self.scipy.tocoo()
         return tuple(torch.from_numpy(each) for each in (*coordinates.coords, coordinates.data))  # type: ignore[return-value]
 
     def is_floating_point(self) -> bool:
-        """False: the rows that hold one stay in float64."""
+        """False, so that `Problem.to` leaves it in float64."""
         return False
 
 
-# The same formulas; names of their own for those who have to write them otherwise.
+# The formulas of `logistic_inner`; the second name lets peers recognise a sparse X and compute X w in their own way.
 def sparse_inner(params: Sequence[Tensor], hparams: Sequence[Tensor], data: dict[str, Any]) -> Tensor:
     return logistic_inner(params, hparams, data)
 
@@ -94,7 +94,7 @@ def quadratic_outer(params: Sequence[Tensor], hparams: Sequence[Tensor], data: d
 
 
 class Quadratic:
-    """The quadratic of the reference problems, in any size: w = A⁻¹(Bλ + c), ∇ = .1λ + BᵀA⁻¹(w − t)."""
+    """The quadratic of the reference problems in any size: w* = A⁻¹(Bλ + c), ∇f = .1λ + BᵀA⁻¹(w − t)."""
 
     inner, outer = staticmethod(quadratic_inner), staticmethod(quadratic_outer)
     rate = 0.1
@@ -120,7 +120,7 @@ class Quadratic:
 
 
 class Logistic:
-    """Logistic regression, one penalty a feature, X dense or sparse: A = XᵀDX/n + diag e^θ, ∇ = −e^θ ∘ w ∘ A⁻¹∇E."""
+    """Logistic regression, a penalty per feature, X dense or sparse: A = XᵀDX/n + diag e^θ, ∇f = −e^θ ∘ w ∘ A⁻¹∇E."""
 
     outer = staticmethod(logistic_outer)
     rate = 0.07
@@ -163,7 +163,7 @@ class Logistic:
 def group_losses(source: Any, count: int) -> tuple[list[Callable[..., Tensor]], Callable[[Array, Array], Array]]:
     """`count` outer losses of a problem, and their exact hypergradients at (λ, w): [count, hyperparameters].
 
-    Of the quadratic: as many targets; of logistic regression: the mean loss of as many parts of the validation rows.
+    Those of the quadratic differ in t; those of logistic regression are means over disjoint parts of validation rows.
     """
     if isinstance(source, Quadratic):
         targets = np.random.RandomState(1).randn(count, len(source.t))
@@ -189,7 +189,7 @@ def group_losses(source: Any, count: int) -> tuple[list[Callable[..., Tensor]], 
 
 
 def conjugate_gradients(apply: Callable[[Array], Array], b: Array, diagonal: Array, rtol: float = 1e-13) -> Array:
-    """A⁻¹ b, preconditioned by the diagonal of A, to rounding level."""
+    """A⁻¹ b to a relative residual of `rtol`, preconditioned by the diagonal of A."""
     x, r = np.zeros_like(b), b
     z = r / diagonal
     p, rz = z, r @ z
@@ -205,7 +205,7 @@ def conjugate_gradients(apply: Callable[[Array], Array], b: Array, diagonal: Arr
 
 
 def weak_logistic(rows: int = 600, size: int = 200, scales: float = -1.5, decay: float = -9.0) -> Logistic:
-    """Features whose scales fall from 1 to 10^scales, labels that are not separable, little regularisation."""
+    """Features with scales from 1 down to 10^scales, labels that are not separable, little regularisation."""
     draw = np.random.RandomState(0)
     x = draw.randn(2 * rows, size) * np.logspace(0, scales, size)
     x = x @ np.linalg.qr(draw.randn(size, size))[0]
@@ -214,7 +214,7 @@ def weak_logistic(rows: int = 600, size: int = 200, scales: float = -1.5, decay:
 
 
 def sparse_text(rows: int = 1500, words: int = 2000, decay: float = -9.0) -> Logistic:
-    """Documents over a vocabulary with frequencies as in Zipf's law, term frequencies with unit rows, two topics."""
+    """Documents on two topics over a Zipf-distributed vocabulary: logarithmic term frequencies, rows of norm 1."""
     draw = np.random.RandomState(0)
     frequency = 1 / np.arange(1, words + 1)
     topics = [frequency * np.exp(0.5 * draw.randn(words)) for _ in range(2)]
@@ -257,7 +257,7 @@ def sequence(name: str, steps: int = OUTER_STEPS) -> Iterator[Step]:
 
 
 def quick_sequence() -> Iterator[Step]:
-    """A small relation of the sequences, for counts."""
+    """A small sequence of the same kind, for counts."""
     return outer_steps("quick", weak_logistic(100, 30), 6)
 
 

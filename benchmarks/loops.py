@@ -1,9 +1,9 @@
 """Unrolled loops of small steps: a network of 6,922 parameters, by SGD with momentum and by Adam.
 
-One strength of weight decay for each tensor is learned. The floor is the plain graph of all steps in torch; beside it
-stand checkpointing by hand, the library in reverse and in forward mode, with and without a compiled step, TorchOpt, and
-a scan of JAX under jit. Every method is compared in float64 with the plain graph first (1e-10), at 20 steps, where
-rounding has not grown yet.
+λ is the logarithm of a weight decay for each tensor. The floor is the plain graph of all steps in torch. It is compared
+with checkpointing by hand, the library in reverse and in forward mode, with and without a compiled step, TorchOpt, and
+a JAX scan under jit. The result of every method is first compared in float64 with that of the plain graph (1e-10), over
+at most 20 steps, after which rounding errors are still small.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .report import MIB, Section, cell
 Tensors = list[Tensor]
 WIDTHS = (32, 64, 64, 10)
 GRAPH = "plain graph"
-TOLERANCE, CHECKED = 1e-10, 20  # relative error in float64, steps
+TOLERANCE, CHECKED = 1e-10, 20  # largest relative error in float64, and over how many steps
 LR, MOMENTUM = {"SGD": 0.1, "Adam": 0.01}, 0.9
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class Loop:
-    """A rule, a number of steps, and the data. A step maps (params, buffer, …), each a list of tensors."""
+    """An update rule, a number of steps, and the data. The state is (params, buffer, …), each a list of tensors."""
 
     def __init__(self, rule: str, steps: int, dtype: torch.dtype = torch.float32):
         self.rule, self.steps, self.dtype = rule, steps, dtype
@@ -67,7 +67,7 @@ class Loop:
         return (zeros,) if self.rule == "SGD" else (zeros, zeros)
 
     def step(self, carry: Any, lam: Tensor, t: Any) -> Any:
-        """Written as one would by hand, from step t on."""
+        """Step t of the rule, written by hand."""
         w, *buffers = carry
         g = torch.autograd.grad(self.inner(w, lam), w, create_graph=True)
         if self.rule == "SGD":
@@ -98,7 +98,7 @@ def plain_graph(loop: Loop) -> Tensor:
 
 
 def by_hand(loop: Loop) -> Tensor:
-    """√T blocks of √T steps, with the graph of one block at a time."""
+    """√T blocks of √T steps; the graph of one block at a time is in memory."""
     length = ceil(sqrt(loop.steps))
     bounds = [*range(0, loop.steps, length), loop.steps]
     kept, count = [flat((loop.start, *loop.state()))], len(loop.start)
@@ -130,7 +130,7 @@ def by_hand(loop: Loop) -> Tensor:
 
 
 def reversed_by(loop: Loop, rule: bool = False, **options: Any) -> Callable[[], hg.unroll.ReverseResult]:
-    """unroll.reverse on the step written by hand, or on the library's own rule."""
+    """unroll.reverse on the step written by hand, or (`rule`) on the rule of diff_optimizers."""
     if rule:
         own = hg.diff_optimizers.SGD(lr=LR["SGD"], momentum=MOMENTUM)
         own = own if loop.rule == "SGD" else hg.diff_optimizers.Adam(lr=LR["Adam"], betas=BETAS, eps=EPS)
@@ -148,7 +148,7 @@ def library(loop: Loop, **options: Any) -> Callable[[], Tensor]:
 
 
 def forwards(loop: Loop, **options: Any) -> Callable[[], hg.unroll.ForwardResult]:
-    """unroll.forward, whose tangents are those of the strengths of decay of the tensors."""
+    """unroll.forward with one tangent for each entry of λ."""
     start, validation = (loop.start, *loop.state()), lambda carry, lam: loop.outer(carry[0])
     return lambda: hg.unroll.forward(loop.step, start, loop.lam, validation, loop.steps, with_time=True, **options)
 
@@ -191,14 +191,14 @@ class Result:
     row: str
     method: str
     library: str
-    error: float  # in float64, at 20 steps at most
-    cpu: Spread | None  # seconds a call
-    ratio: Spread | None  # over the plain graph
-    peak: int | None  # bytes, up to 200 steps
+    error: float  # relative error in float64 over at most 20 steps
+    cpu: Spread | None  # CPU seconds of a call
+    ratio: Spread | None  # CPU time over that of the plain graph
+    peak: int | None  # peak memory in bytes, for at most 200 steps
 
 
 def errors(loop: Loop, methods: Sequence[str]) -> dict[str, float]:
-    """Of each method in float64, over the plain graph."""
+    """The relative error of each method in float64, compared with the plain graph."""
     wide = Loop(loop.rule, min(loop.steps, CHECKED), torch.float64)
     exact = plain_graph(wide)
     return {name: float((COLUMNS[name][1](wide)() - exact).norm() / exact.norm()) for name in methods}
@@ -253,7 +253,7 @@ SHOWN = ("√T blocks by hand", 'memory="graph"', 'memory="sqrt"', 'compile=True
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """CPU time of each method over the plain graph."""
+    """One bar per method: CPU time over that of the plain graph."""
     panels = []
     for row in dict.fromkeys(r.row for r in results):
         cells = [r for r in results if r.row == row and r.ratio]

@@ -1,4 +1,4 @@
-"""The instruments: interleaved clocks, the allocator's peak, and counts. One thread; nothing here knows a method."""
+"""Measurements of any function: interleaved times, the allocator's peak memory, and counts, all in one thread."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a call, one entry a round."""
+    """Seconds per call, one entry per round."""
 
     cpu: list[float]
     wall: list[float]
@@ -51,11 +51,11 @@ class Spread:
 def interleaved(
     calls: dict[Name, Call], rounds: int, repeat: int = 1, step: Callable[[], object] = int, warm_up: int = 1
 ) -> dict[Name, Times]:
-    """Time each call once a round, in an order that turns round by round.
+    """Time each function once per round, in an order that rotates from round to round.
 
-    repeat: calls in one sample, for those that are too short for the clock.
+    repeat: calls in one sample, for functions that are too fast for the clock.
     step: called after each sample, for a progress bar.
-    warm_up: rounds before those that count.
+    warm_up: rounds before the first that counts.
     """
     names = list(calls)
     times = {name: Times([], []) for name in names}
@@ -75,16 +75,16 @@ def interleaved(
 
 
 def ratios(times: Times, base: Times) -> tuple[Spread, Spread]:
-    """CPU and wall time over those of the base, round by round."""
+    """CPU and wall time divided by those of the base in the same round."""
     cpu = Spread.of([x / y for x, y in zip(times.cpu, base.cpu, strict=True)])
     wall = Spread.of([x / y for x, y in zip(times.wall, base.wall, strict=True)])
     return cpu, wall
 
 
 def peak_memory(call: Call) -> int:
-    """The most bytes that the call held at once beyond what was there before, by torch's CPU allocator.
+    """The peak memory (bytes) of a call in torch's CPU allocator, beyond what was allocated before.
 
-    Only the allocator's events are recorded, not torch's operations, of which a thousand steps make gigabytes.
+    Only the allocator's events are recorded: a record of torch's operations takes gigabytes for a thousand steps.
     """
     record = profile(profile_memory=True)
     config: Any = record.config()
@@ -104,7 +104,7 @@ def peak_memory(call: Call) -> int:
 
 
 class _Calls(TorchFunctionMode):
-    """Counts reverse passes, and the reads that the dispatcher does not report as scalar reads."""
+    """Counts reverse passes, and reads of tensors, which the dispatcher does not report as scalar reads."""
 
     READS: ClassVar = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.nonzero}
 
@@ -115,14 +115,14 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.autograd.grad:
             self.counts["passes"] += _cotangents(**(kwargs or {}))
-        # tolist of a 0-d tensor is item(), which the dispatcher reports
+        # tolist of a 0-d tensor is item(), which `_Scalars` counts
         if func in self.READS and args[0].ndim:
             self.counts["reads"] += 1
         return func(*args, **(kwargs or {}))
 
 
 def _cotangents(grad_outputs: Any = None, is_grads_batched: bool = False, **_: Any) -> int:
-    """How many cotangents a reverse pass takes at once, by is_grads_batched or by torch.func.vmap."""
+    """The number of cotangents of a reverse pass: more than one under is_grads_batched or torch.func.vmap."""
     first = grad_outputs[0] if isinstance(grad_outputs, (tuple, list)) else grad_outputs
     if is_grads_batched:
         return len(first)
@@ -133,7 +133,7 @@ def _cotangents(grad_outputs: Any = None, is_grads_batched: bool = False, **_: A
 
 
 class _Scalars(TorchDispatchMode):
-    """Counts scalar reads, each of which makes an accelerator's queue run dry."""
+    """Counts scalar reads, each of which waits for all queued work on an accelerator."""
 
     def __init__(self, counts: Counter[str]):
         super().__init__()
@@ -149,7 +149,7 @@ class _Scalars(TorchDispatchMode):
 def counted(reads: bool = True) -> Iterator[Counter[str]]:
     """Counts calls of torch.autograd.grad ("passes") and reads of numbers from the device ("reads") in the block.
 
-    A call for k cotangents at once counts as k passes. Without reads it is several times as fast.
+    A call for k cotangents at once counts as k passes. With reads=False the block runs several times as fast.
     """
     counts: Counter[str] = Counter(passes=0, reads=0)
     with _Calls(counts), _Scalars(counts) if reads else nullcontext():
@@ -157,8 +157,6 @@ def counted(reads: bool = True) -> Iterator[Counter[str]]:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations by name."""
-
     def __init__(self, counts: Counter[str]):
         super().__init__()
         self.counts = counts
@@ -170,14 +168,14 @@ class _Operations(TorchDispatchMode):
 
 @contextmanager
 def operations() -> Iterator[Counter[str]]:
-    """Counts torch's operations in the block, by name; those of many entries under vmap are one."""
+    """Counts torch's operations in the block by name; an operation on all entries of a vmap counts once."""
     counts: Counter[str] = Counter()
     with _Operations(counts):
         yield counts
 
 
 def counting(function: Callable[..., Any], counts: Counter[str], key: str) -> Callable[..., Any]:
-    """The function, each of whose calls is counted under this key."""
+    """The function, which now counts its calls under this key."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         counts[key] += 1

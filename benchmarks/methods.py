@@ -1,9 +1,9 @@
-"""The columns: floors, hypergrad, and its peers. To add one: a function of a Problem, and a line in `METHODS`.
+"""The columns: floors, hypergrad, other libraries. To add one, write a function of a Problem and list it in METHODS.
 
-A floor is the least that any method with K products has to do: one forward pass with the graph of the gradient (or of
-the map), the outer gradient, K retained products and the last product. It has no linear algebra and gives no answer.
+A floor is the work that every method with K products has to do: one forward pass with the graph of the gradient (or of
+the map), the outer gradient, K retained products and the last product. It has no linear algebra and no result.
 
-"HyperTorch" is its published algorithm (Grazzi et al. 2020) in our own lines: lists of tensors, a read of the
+"HyperTorch" is its published algorithm (Grazzi et al. 2020), written again here: lists of tensors, a read of the
 residual norm at each step, and a product with the Jacobian that evaluates the map again.
 """
 
@@ -30,11 +30,11 @@ Tensors = list[Tensor]
 class Method:
     """One column.
 
-    `library` is whose it is ("floor" for a floor). `floor` names the method it is compared with, `target` is the ratio
-    to that which it should not exceed, `truth` is the estimate that it must agree with (None: it gives none).
-    `passes` is the number of reverse passes of K steps (None: they are made unseen), and `evaluations` that of the
-    inner loss or map. `needs` says for which problems it is: "any", "loss" (the inner problem is a loss, its system
-    symmetric) or "map". `compiled`: its first call builds it. `memory`: the peak in bytes, where torch does not know.
+    `library` is "hypergrad", another library, or "floor". `floor` names the method that its time is divided by, and
+    `target` is the largest ratio that we accept. `truth` is the kind of `System.truth` that its result has to agree
+    with (None: no result). `passes` is the number of reverse passes of K steps (None: they cannot be counted), and
+    `evaluations` that of the inner loss or map. `needs` is the kind of problem: "loss" (whose system is symmetric),
+    "map" or "any". `compiled`: its first call compiles. `memory`: peak bytes, if torch does not allocate them.
     """
 
     name: str
@@ -59,23 +59,23 @@ class Method:
 
     @property
     def work(self) -> tuple[str | None, bool]:
-        """What compared methods have in common: the estimate, and whether the map is iterated first."""
+        """Only methods with the same work are compared: the estimate, and whether the map is iterated first."""
         return self.truth, self.floor == ITERATED_FLOOR
 
     def fits(self, problem: Problem) -> bool:
         return self.needs in ("any", "map" if problem.step_size is None else "loss")
 
     def passes_on(self, problem: Problem) -> int:
-        """`passes`, in which each evaluation of a map counts as one: it is, where the map is a gradient step."""
+        """`passes` on this problem: it includes one pass for each gradient step, which other maps do not need."""
         free = problem.step_size is None and self.needs == "any"
         assert self.passes is not None
         return self.passes(problem.steps) - free * self.evaluations(problem.steps)
 
 
-# The relative difference from K steps without rounding above which a method gets no time. In float32 the normal
-# equations lose the digits that their condition number takes, whoever writes them.
+# The relative difference from K steps in float64 above which a method is not timed. In float32 every implementation of
+# the normal equations loses digits, because they square the condition number.
 TOLERANCE = {"cg": 1e-4, "fixed_point": 1e-4, "normal_cg": 5e-2}
-TOL = 1e-12  # never reached: every method does its K steps, or goes to rounding level
+TOL = 1e-12  # so small that every method does its K steps or reaches rounding level
 
 
 def leaves(problem: Problem) -> Tensors:
@@ -89,7 +89,7 @@ def outer_gradient(problem: Problem, params: Tensors) -> tuple[Tensors, list[Ten
 
 
 def graph(problem: Problem, params: Tensors, fixed_point: bool) -> Tensors:
-    """The map, or the gradient of the inner loss, with its graph."""
+    """The image under the map, or the gradient of the inner loss, with its graph."""
     if fixed_point:
         return problem.fp_map(params, problem.hparams)
     loss = problem.inner_loss(params, problem.hparams)
@@ -97,7 +97,7 @@ def graph(problem: Problem, params: Tensors, fixed_point: bool) -> Tensors:
 
 
 def floor(problem: Problem, fixed_point: bool, with_params: bool = True) -> Tensors:
-    """Forward + graph, outer gradient, K retained products, one last product (with_params: and its residual)."""
+    """Graph, outer gradient, K retained products, and the last one (with_params: also for params, for the residual)."""
     params = leaves(problem)
     outputs = graph(problem, params, fixed_point)
     b, _ = outer_gradient(problem, params)
@@ -108,7 +108,7 @@ def floor(problem: Problem, fixed_point: bool, with_params: bool = True) -> Tens
 
 
 def iterated_floor(problem: Problem) -> Tensors:
-    """K steps of the map as it is, without a graph, and then the floor."""
+    """K steps of the map without a graph, and then the floor."""
     with torch.no_grad():
         params = problem.params
         for _ in range(problem.steps):
@@ -117,7 +117,7 @@ def iterated_floor(problem: Problem) -> Tensors:
 
 
 def graph_and_product(problem: Problem, fixed_point: bool) -> Tensors:
-    """What a product needs in memory: the graph, v, and the result. For the memory beside the graph."""
+    """A product with its graph, v and result: the memory that is subtracted from the peak of a method."""
     params = leaves(problem)
     outputs = graph(problem, params, fixed_point)
     return list(torch.autograd.grad(outputs, params, problem.params))
@@ -136,7 +136,7 @@ def hypergradient(
     x0: Tensors | hg.solvers.Recycled | None = None,
     compile: bool = False,
 ) -> hg.Hypergradient:
-    """hg.implicit.grad of the inner loss, or of the map; an error where it was to be compiled and is not."""
+    """hg.implicit.grad of the inner loss or of the map. With compile=True it raises NotCompiled if that fails."""
     loss = problem.step_size is not None
     with must_compile() if compile else nullcontext():
         return hg.implicit.grad(
@@ -172,7 +172,7 @@ def compiled_neumann(problem: Problem) -> Tensors:
 
 
 def neumann(problem: Problem) -> hg.solvers.Neumann:
-    """K terms of the series, hence K − 1 products: what K steps of the map give from zero."""
+    """K terms of the series by K − 1 products, which is the result of K steps of the map from zero."""
     assert problem.step_size is not None
     return hg.solvers.Neumann(max_steps=problem.steps - 1, step_size=problem.step_size)
 
@@ -198,7 +198,7 @@ class Cell(nn.Module):
 
 
 def layer(problem: Problem, forward_steps: int | None = None) -> Tensors:
-    """hg.nn.Equilibrium, xB + c evaluated once: K steps of the map (or as many as said), K terms of the adjoint."""
+    """hg.nn.Equilibrium with xB + c evaluated once: K (or `forward_steps`) steps of the map, K terms of the adjoint."""
     a, b, c, weight, bias = problem.hparams
     steps = problem.steps if forward_steps is None else forward_steps
     equilibrium = hg.nn.Equilibrium(
@@ -214,7 +214,7 @@ def layer(problem: Problem, forward_steps: int | None = None) -> Tensors:
 
 
 class HyperTorch:
-    """HyperTorch's CG, CG_normaleq and fixed_point, restated."""
+    """HyperTorch's CG, CG_normaleq and fixed_point, written again."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -227,7 +227,7 @@ class HyperTorch:
         return list(torch.autograd.grad(self.mapped, self.params, v, retain_graph=True))
 
     def push(self, u: Tensors) -> Tensors:
-        """∂₁Φ u by double backward through a new evaluation of Φ; its probe's shape takes another."""
+        """∂₁Φ u by double backward through a new evaluation of Φ, after another one for the shape of the probe."""
         probe = [torch.ones_like(y).requires_grad_() for y in self.problem.fp_map(self.params, self.problem.hparams)]
         mapped = self.problem.fp_map(self.params, self.problem.hparams)
         pulled = torch.autograd.grad(mapped, self.params, probe, create_graph=True)
@@ -251,7 +251,7 @@ class HyperTorch:
         return total
 
     def solve(self, product: Callable[[Tensors], Tensors], b: Tensors, tol: float = TOL) -> Tensors:
-        """Conjugate gradients on lists of tensors; reads ‖r‖ at every step and ends with the iterate before."""
+        """Conjugate gradients on lists of tensors; reads ‖r‖ in every step and returns the iterate before the last."""
         x = [torch.zeros_like(each) for each in b]
         r, p = [each.clone() for each in b], [each.clone() for each in b]
         for _ in range(self.problem.steps):
@@ -270,7 +270,7 @@ class HyperTorch:
         return x
 
     def cg(self, rtol: float | None = None) -> Tensors:
-        """rtol: the tolerance, which is absolute there, over ‖b‖."""
+        """rtol: the tolerance over ‖b‖ (HyperTorch's own is absolute)."""
         tol = TOL if rtol is None else rtol * float(joined(self.b).norm())
         return self.finish(self.solve(self.residual, self.b, tol))
 
@@ -359,11 +359,11 @@ METHODS = [
     Method(
         "hg.nn.Equilibrium, inject",
         layer,
-        lambda k: 1,  # those inside a backward pass are not seen
+        lambda k: 1,  # passes inside a backward pass are not counted
         ITERATED_FLOOR,
         "fixed_point",
         0.55,
-        evaluations=lambda k: 0,  # of the map as it is
+        evaluations=lambda k: 0,  # it evaluates its own `Cell`, not the map of the problem
         needs="map",
     ),
 ]

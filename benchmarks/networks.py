@@ -1,8 +1,8 @@
 """Small real networks in mid-training, on scikit-learn's digits and on the texts that describe its data sets.
 
-Every network trains on full batches, in float64, by torch's SGD with momentum or Adam: some steps that belong to its
-start, after which momenta are warm, then T steps that λ acts on. A fifth of the labels of digits are wrong. λ is the
-logarithm of the decay of each tensor of weights, and of the weight of each training example.
+Every network trains on full batches in float64 by torch's SGD with momentum or Adam: first some steps at a fixed λ,
+so that momenta are warm at the start, then T steps through which the derivative is taken. A fifth of the labels of the
+digits are wrong. λ is the logarithm of a decay for each tensor of weights, and of a weight for each training example.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ Named = dict[str, Tensor]
 Make = Callable[[Any], torch.optim.Optimizer]
 Trained = tuple[Named, torch.optim.Optimizer]
 F64 = torch.float64
-LENGTH = 16  # characters of an example of text
+LENGTH = 16  # characters in an example of text
 
 
 class Case:
-    """A network at its start, with what its optimizer remembers there.
+    """A network at its start, with the state of its optimizer.
 
     Args:
-        module: where the outputs come from. Those of its parameters that require grad are trained.
-        data: x, y of training, and xv, yv of validation.
+        module: the network. Those of its parameters that require grad are trained.
+        data: x, y for training, and xv, yv for validation.
         make: makes the optimizer of a list of tensors.
-        before: steps that belong to the start.
+        before: steps before the start.
         steps: T.
-        log_decay: λ of each tensor.
+        log_decay: the logarithm of the decay of each tensor.
 
     Attributes:
         start, state: the weights and the optimizer's state after `before` steps.
@@ -62,14 +62,14 @@ class Case:
         self.start, self.state = {n: x.detach() for n, x in w.items()}, deepcopy(optimizer.state_dict())
 
     def hparams(self) -> Named:
-        """λ, where everything is evaluated."""
+        """λ: log_decay for each tensor, and log-weights of 0."""
         decay = torch.full((len(self.start),), self.log_decay, dtype=F64, requires_grad=True)
         return {"decay": decay, "weights": torch.zeros(len(self.data["y"]), dtype=F64, requires_grad=True)}
 
     def model(self, w: Named, x: Tensor) -> Tensor:
-        """The logits. Buffers are copies, for BatchNorm in training mode writes into them."""
+        """The logits. Buffers are copied, because BatchNorm in training mode writes to them."""
         buffers = {name: b.clone() for name, b in self.module.named_buffers()}
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
             out: Any = functional_call(self.module, {**w, **buffers}, (x,))
         return out if isinstance(out, Tensor) else out.logits
 
@@ -86,7 +86,7 @@ class Case:
         return each_loss(self.model(w, self.data["xv"]), self.data["yv"]).mean()
 
     def optimizer(self, tensors: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """Torch's, for one or more sets of weights that begin at the start."""
+        """torch's optimizer, with its state at the start, of one or more sets of the network's weights."""
         optimizer = self.make(list(tensors))
         if self.state is not None:
             kept: Any = self.state["state"]
@@ -95,9 +95,9 @@ class Case:
         return optimizer
 
     def trained(self, steps: int, h: Named | None = None, each: Callable[[Named], Any] | None = None) -> Trained:
-        """The live weights after so many steps from the start, and their optimizer.
+        """The leaves that hold the weights after `steps` steps from the start, and their optimizer.
 
-        each: leaves the gradient of a step in .grad; by default that of the inner loss.
+        each: writes the gradient of a step to .grad; by default that of the inner loss.
         """
         h = {name: x.detach() for name, x in (self.hparams() if h is None else h).items()}
         w = {name: x.clone().requires_grad_() for name, x in self.start.items()}
@@ -113,7 +113,7 @@ class Case:
 
 
 def each_loss(outputs: Tensor, y: Tensor) -> Tensor:
-    """The loss of each example: of text, the mean over its characters."""
+    """The loss of each example; that of a text is the mean over its characters."""
     if y.ndim == 1:
         return cross_entropy(outputs, y, reduction="none")
     return cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean(1)
@@ -133,7 +133,7 @@ def digits(seed: int, count: int = 200, wrong: float = 0.2, image: bool = False)
 
 
 def characters() -> tuple[list[Tensor], int]:
-    """Two texts as numbers of characters, and how many characters there are."""
+    """Two texts as indices of characters, and the number of different characters."""
     from sklearn import datasets
 
     texts = ["".join(getattr(datasets, f"load_{name}")().DESCR for name in names)
@@ -143,7 +143,7 @@ def characters() -> tuple[list[Tensor], int]:
 
 
 def text(seed: int, source: int, count: int = 64) -> dict[str, Tensor]:
-    """Windows of a text; those of validation come from its second half."""
+    """Windows of a text: those for training from its first half, those for validation from its second."""
     whole = characters()[0][source]
     draw, half = torch.Generator().manual_seed(seed), len(whole) // 2
     data = {}
@@ -163,7 +163,7 @@ def adam(lr: float) -> Make:
 
 
 def linear(seed: int, count: int = 200, steps: int = 400) -> Case:
-    """Strongly convex, and trained to the end: the anchor of the table."""
+    """A strongly convex problem, trained to the end, on which most estimators have to be right."""
     torch.manual_seed(seed)
     return Case("linear, to the end", nn.Linear(64, 10), digits(seed, count), sgd(0.05), 20, steps, log_decay=-2.0)
 
@@ -175,7 +175,7 @@ def mlp(seed: int) -> Case:
 
 
 class Residual(nn.Module):
-    """A convolution, a residual block with BatchNorm, a mean over places, and a linear layer."""
+    """A convolution, a residual block with BatchNorm, average pooling, and a linear layer."""
 
     def __init__(self, channels: int = 8):
         super().__init__()
@@ -196,12 +196,12 @@ class Residual(nn.Module):
 
 
 def resnet(seed: int, train: bool) -> Case:
-    """In eval mode BatchNorm keeps the statistics of the start; in training mode both losses take their batch's."""
+    """In eval mode BatchNorm uses fixed statistics of the initial network, in training mode those of each batch."""
     torch.manual_seed(seed)
     net, data = Residual().double(), digits(seed, image=True)
     for part in net.modules():
         if isinstance(part, nn.BatchNorm2d):
-            part.momentum = None  # the mean over all batches so far
+            part.momentum = None  # running statistics are the mean over all batches
     with torch.no_grad():
         net(data["x"])
     name = f"ResNet, BatchNorm {'train' if train else 'eval'}"
@@ -209,7 +209,7 @@ def resnet(seed: int, train: bool) -> Case:
 
 
 class Recurrent(nn.Module):
-    """An LSTM over the lines of an image."""
+    """An LSTM over the rows of an image."""
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -268,20 +268,20 @@ def vit(seed: int) -> Case:
 
 
 def unstable(seed: int) -> Case:
-    """The same by five times larger steps: training is chaotic, and its derivative large and of no use."""
+    """`gpt2` with five times larger steps: training is chaotic, so its derivative is large and of no use."""
     torch.manual_seed(seed)
     return Case("GPT-2, large steps", gpt2_module(), text(seed, 0), adam(0.01), 40, 60)
 
 
 def lora(seed: int) -> Case:
-    """Adapters of rank 4 in the attention of a GPT-2 that was trained on the other text."""
+    """Adapters of rank 4 in the attention of a GPT-2 that was trained on the first text; they train on the second."""
     peft: Any = import_module("peft")
     net, data = gpt2_module(), text(seed, 0)
     before = Case("GPT-2", net, data, adam(0.003), 100, 0)
     net.load_state_dict(before.start, strict=False)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"], fan_in_fan_out=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of names that transformers will change
+        warnings.simplefilter("ignore", FutureWarning)  # about names that transformers will change
         adapted = peft.get_peft_model(net.requires_grad_(True), config, autocast_adapter_dtype=False)
     return Case("LoRA of GPT-2", adapted, text(seed, 1), adam(0.005), 40, 60)
 
@@ -306,5 +306,5 @@ NEEDS = {
 
 
 def available() -> list[str]:
-    """The networks whose packages are installed, and scikit-learn, whose data all of them take."""
+    """The networks whose packages are installed; all of them need scikit-learn for its data."""
     return [name for name in CASES if all(find_spec(each) for each in ("sklearn", *NEEDS.get(name, ())))]

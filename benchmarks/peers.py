@@ -1,10 +1,10 @@
-"""Columns of other libraries; each is there if it is installed, and through its public interface.
+"""Columns of other libraries, for those that are installed, through their public interfaces.
 
 TorchOpt: `diff.implicit.custom_root` around a solver that returns the known solution. torchdeq: `get_deq` with
-implicit differentiation. Betty and BOAT: their hypergradient functions, without their engines; for Betty on a stand-in
-for its two problems.
-JAXopt: `implicit_diff.root_vjp`, the whole hypergradient under `jax.jit`, data as arguments. Through the steps:
-TorchOpt's `MetaSGD` and higher's `innerloop_ctx`, on a module that owns the params.
+implicit differentiation. Betty and BOAT: their hypergradient functions without their engines; `Level` stands for the
+two problems that Betty's functions take. JAXopt: `implicit_diff.root_vjp`, with the whole hypergradient under `jax.jit`
+and the data as arguments. Through the steps: TorchOpt's `MetaSGD` and higher's `innerloop_ctx`, on a module that owns
+the params.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .unrolled import Descent
 
 Tensors = list[Tensor]
-# One thread for XLA too; read when it is loaded.
+# One thread for XLA, which reads this when it is loaded.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 
 
@@ -42,7 +42,7 @@ def installed(*names: str) -> bool:
 
 
 def load(name: str) -> Any:
-    """A library that may not be there, and of which nothing is known to the type checker."""
+    """Import a library without its warnings; type checkers need not know it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return import_module(name)
@@ -57,7 +57,7 @@ def jax_in_double() -> tuple[Any, Any]:
 
 def torchopt_root(problem: Problem, solve: Callable[..., Any]) -> Tensors:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch has moved functorch
+        warnings.simplefilter("ignore")  # TorchOpt imports functorch from its old place
         torchopt = load("torchopt")
 
         def optimality(w: Tensors, h: Tensors) -> tuple[Tensor, ...]:
@@ -83,7 +83,7 @@ def torchopt_normal_cg(problem: Problem) -> Tensors:
 
 
 def torchopt_passes(problem: Problem, rtol: float, max_steps: int) -> int:
-    """Products, and the three passes around them."""
+    """Reverse passes: one for each product, and three others."""
     torchopt = load("torchopt")
     counts: Counter[str] = Counter()
     solve = torchopt.linear_solve.solve_cg(maxiter=max_steps, rtol=rtol, atol=0.0)
@@ -99,7 +99,7 @@ def torchopt_neumann(problem: Problem) -> Tensors:
 
 
 class Level:
-    """What Betty's hypergradient functions want to know of a problem."""
+    """A problem with the attributes that Betty's hypergradient functions read."""
 
     paths: tuple = ()
     cur_batch = None
@@ -127,7 +127,7 @@ def betty(problem: Problem, name: str, **config: Any) -> Tensors:
     upper = Level(problem.hparams, None)
     loss = problem.outer_loss(params, problem.hparams)
     grads = torch.autograd.grad(loss, [*params, *problem.hparams], allow_unused=True)
-    # Newer versions can add to .grad themselves.
+    # Newer versions may add to .grad; sync=False returns the result instead.
     options = {"sync": False} if "sync" in signature(function).parameters else {}
     cross = function(grads[: len(params)], lower, upper, **options)
     direct = grads[len(params) :]
@@ -145,12 +145,12 @@ def betty_neumann(problem: Problem) -> Tensors:
 
 
 def betty_has(name: str) -> bool:
-    """Whether this Betty is installed in a version with this method: SAMA is in 0.2, which is not on PyPI."""
+    """Whether Betty is installed, in a version with this method (SAMA came with 0.2, which is not on PyPI)."""
     return installed("betty") and name in load("betty.hypergradient").jvp_fn_mapping
 
 
 def betty_sama(case: Case) -> Callable[[], Tensor]:
-    """Its SAMA at params moved by plain gradient steps, of step size 1 as it takes them."""
+    """Betty's SAMA, which takes steps of size 1, at params that move by plain gradient steps."""
     sama = load("betty.hypergradient").jvp_fn_mapping["sama"]
     optimizer = torch.optim.SGD(case.params, lr=case.lr)
     lower = Level(case.params, case.inner, optimizer, sama_adam_alpha=0.01, sama_multitask=False)
@@ -191,12 +191,12 @@ def boat_neumann(problem: Problem) -> Tensors:
 
 
 def boat(name: str, case: Case, penalty: float = 1.0, steps: int = 1) -> Callable[[], Tensor]:
-    """One of BOAT's methods through its Problem, which steps params itself.
+    """One of BOAT's methods through its Problem, which takes the steps of params itself.
 
-    Of PGDO and MESO the direction is that of f + penalty (g − min g), divided by the penalty; of VSO the multiplier
-    of its barrier is a parameter over the value of g, here chosen to give the penalty at the solution. MESO's error has
-    a floor of ηγ²/μ (μ an eigenvalue of the Hessian), as it differentiates its proximal point too; VSO's one from its
-    few steps, which begin anew each time.
+    PGDO and MESO return the gradient of f + penalty (g − min g) divided by the penalty. VSO's multiplier is a parameter
+    over the value of g; this parameter is chosen such that the multiplier at the solution is the penalty. MESO's error
+    does not fall below ηγ²/μ (μ: an eigenvalue of the Hessian), because it differentiates its proximal point, too.
+    VSO's does not fall below a limit either, because its few steps start anew each time.
     """
     optimizer = torch.optim.SGD(case.params, lr=case.lr)
     scale = penalty if name in ("PGDO", "MESO") else 1.0
@@ -221,14 +221,14 @@ def boat(name: str, case: Case, penalty: float = 1.0, steps: int = 1) -> Callabl
     def step() -> Tensor:
         case.hparams[0].grad = None
         (direction,), _ = problem.run_iter(case.data, case.data, 1)
-        problem.loss_history.clear()  # which it writes anew at every step
+        problem.loss_history.clear()  # BOAT writes all of it to a file in every step
         return direction * scale
 
     return step
 
 
 def torchdeq_layer(problem: Problem) -> Tensors:
-    """xB + c evaluated once, K steps of the map, K terms of the adjoint; tolerances that are never reached."""
+    """xB + c is evaluated once; with tolerances of 0 it takes K steps of the map and K terms of the adjoint."""
     a, b, c, *_ = problem.hparams
     u = problem.data["x"] @ b + c
     steps = problem.steps
@@ -238,7 +238,7 @@ def torchdeq_layer(problem: Problem) -> Tensors:
 
 
 class InnerLoss(nn.Module):
-    """The inner loss as a module that owns the params, for libraries that want one."""
+    """The inner loss as a module that owns the params, as TorchOpt and higher require."""
 
     def __init__(self, descent: Descent):
         super().__init__()
@@ -250,7 +250,7 @@ class InnerLoss(nn.Module):
         return [getattr(self, f"w{i}") for i in range(self.count)]
 
     def forward(self, t: int | None) -> Tensor:
-        """The inner loss of batch t, or the outer loss."""
+        """The inner loss on batch t, or the outer loss (t = None)."""
         if t is None:
             return self.descent.outer_loss(self.owned(), self.descent.hparams)
         return self.descent.inner(self.owned(), self.descent.hparams, self.descent.batch(t))
@@ -278,7 +278,7 @@ def higher_unrolled(descent: Descent, steps: int) -> Tensors:
 
 
 class LoopLoss(nn.Module):
-    """The inner loss of a loop, with params as TorchOpt wants them: owned by a module."""
+    """The inner loss of a loop as a module that owns the params, as TorchOpt requires."""
 
     def __init__(self, loop: Loop):
         super().__init__()
@@ -305,7 +305,7 @@ def torchopt_loop(loop: Loop) -> Tensor:
 
 
 def jax_loop(loop: Loop) -> Callable[[], Tensor]:
-    """A scan over the steps, each recomputed in the reverse pass, under jit."""
+    """A scan over the steps under jit; the reverse pass recomputes each step."""
     from .loops import BETAS, EPS, LR, MOMENTUM
 
     jax, jnp = load("jax"), load("jax.numpy")
@@ -345,7 +345,7 @@ def jax_loop(loop: Loop) -> Callable[[], Tensor]:
 
 
 def _jax_losses(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The inner loss (or map) and the outer loss of a row in jax.numpy: lists of arrays and a dict in, as in torch."""
+    """The inner loss (or map) and the outer loss of a row in jax.numpy, with the arguments that they take in torch."""
     jax, jnp = load("jax"), load("jax.numpy")
 
     def log_loss(z: Any, y: Any) -> Any:
@@ -396,12 +396,12 @@ def _jax_losses(problem: Problem) -> tuple[Callable[..., Any], Callable[..., Any
 
 
 class Jax:
-    """A row in JAX: its data moved once, its hypergradient compiled once for any tolerance and number of steps.
+    """A row in JAX. Its data is copied once, and its hypergradient compiled once for all tolerances and step counts.
 
     normal: by conjugate gradients on the normal equations, JAXopt's default.
     """
 
-    made: ClassVar[dict[bool, tuple[Any, Jax]]] = {}  # data of the last row, and what was made of it
+    made: ClassVar[dict[bool, tuple[Any, Jax]]] = {}  # by `normal`: data of the last row, and its instance
 
     def __init__(self, problem: Problem, normal: bool):
         jax, implicit_diff, linear_solve = load("jax"), load("jaxopt.implicit_diff"), load("jaxopt.linear_solve")
@@ -455,7 +455,7 @@ def _to_jax(tensor: Tensor) -> Any:
 
 
 def _entries(value: Any, problem: Problem, key: str) -> Any:
-    """A sparse matrix as (rows, columns, values), with a vector as long as it has rows."""
+    """A sparse matrix as (rows, columns, values, y), where y has one entry per row; any other value unchanged."""
     if isinstance(value, illconditioned.Sparse):
         return (*value.entries(), problem.data[key.replace("x", "y")])
     return value
@@ -466,7 +466,7 @@ def jaxopt_cg(problem: Problem, tol: float = 0.0, max_steps: int | None = None) 
 
 
 def jaxopt_passes(problem: Problem, tol: float, max_steps: int) -> int:
-    """Products, and the three passes around them."""
+    """Reverse passes: one for each product, and three others."""
     row = Jax.of(problem)
     row.products = 0
     row(problem, max_steps, tol, count=True)
@@ -478,7 +478,7 @@ def jaxopt_normal_cg(problem: Problem) -> Tensors:
 
 
 def jaxopt_memory(problem: Problem, normal: bool = False) -> int:
-    """Bytes that the compiled program wants for its work and its result."""
+    """Bytes that the compiled program allocates for temporaries and its result."""
     row = Jax.of(problem, normal)
     analysis = row.jit.lower(*row.arguments(problem, problem.steps, 0.0), count=False).compile().memory_analysis()
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes

@@ -1,4 +1,4 @@
-"""Pictures of results: one column of panels with few bars, narrow enough to be read on a phone."""
+"""Pictures of results: one column of panels with few bars, legible on a phone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from .measure import Spread
 
 BLUE, GREY, RED = "#3465a4", "#8c8c8c", "#c02020"
-WIDTH = 5.2  # inches: letters of 9 points keep their size where 390 pixels show it
+WIDTH = 5.2  # inches: on a phone (390 pixels wide) text of 9 points keeps about its size
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One method: its value, with quartiles if there are any; without one, `text` says why.
+    """One method: its value, with quartiles if it is a Spread. If it is None, `text` gives the reason.
 
-    `own`: it is hypergrad's. `target`: a red tick.
+    `own`: the method is one of hypergrad's. `target`: the place of a red tick.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """Bars of one problem; `line`: where those stand that they are compared with."""
+    """The bars of one problem; a vertical line at `line` marks the value that they are compared with."""
 
     title: str
     bars: Sequence[Bar]
@@ -41,7 +41,7 @@ class Panel:
 
 @contextmanager
 def column(path: Path, title: str, heights: Sequence[float], width: float = WIDTH) -> Iterator[list[Any]]:
-    """Axes below each other, of these heights in inches; saved at the end."""
+    """Axes below each other with these heights in inches; the figure is saved when the block ends."""
     import matplotlib
 
     matplotlib.use("Agg")

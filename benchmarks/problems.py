@@ -1,7 +1,7 @@
-"""The rows: bilevel problems at an exact solution of the inner problem, and the truth in float64.
+"""The rows: bilevel problems at an exact solution of the inner problem, and their hypergradients in float64.
 
-Every row starts at a known inner solution at no cost: the biased row by its choice of λ, the logistic ones by Newton,
-the equilibrium by iterating. The truth is computed with products of torch.func, which no column uses.
+Every row starts at a known inner solution, whose cost is not measured: the biased one by its choice of λ, the logistic
+ones by Newton's method, the equilibrium by iteration. The true hypergradients use torch.func, which no column uses.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.func import grad, hessian, jvp, vjp
 
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-DENSE = 500  # parameters up to which A is materialised
+DENSE = 500  # parameters of the largest problem whose matrix A is formed
 
 
 @dataclass(frozen=True)
 class Problem:
-    """min over λ of E(w*(λ), λ), at w = w*(λ): the minimiser of `inner` = g(·, λ), or the fixed point of it = Φ(·, λ).
+    """min over λ of E(w*(λ), λ), at w = w*(λ): the minimiser of `inner` = g(·, λ), or the fixed point of Φ = `inner`.
 
-    `step_size` makes the map w − step_size · ∇₁g of a loss; None: `inner` is a map already, and not symmetric. `steps`
-    is K. On a `small` problem the time of a step counts, and the floor and memory mean little.
+    The map of a loss is w − step_size · ∇₁g. If `step_size` is None, `inner` is a map with a non-symmetric Jacobian.
+    `steps` is K. For a `small` problem the time of a step is compared instead of the ratio to the floor and the memory.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Problem:
         return self.outer(params, hparams, self.data)
 
     def fp_map(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor]:
-        """The map, or one step of gradient descent: its Jacobian is symmetric, but nobody says so."""
+        """The map, or one step of gradient descent, whose Jacobian is symmetric but not declared to be."""
         if self.step_size is None:
             return self.inner(params, hparams, self.data)
         with torch.enable_grad():
@@ -57,7 +57,6 @@ class Problem:
         return [w - self.step_size * g for w, g in zip(params, grads, strict=True)]
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same problem in another dtype."""
         return replace(
             self,
             params=[w.detach().to(dtype) for w in self.params],
@@ -76,7 +75,7 @@ class Problem:
 
 
 class System:
-    """A v = b of a problem in float64, A = ∇²₁₁g, b = ∇₁E, as flat vectors, and the estimates that K steps give."""
+    """The system A v = b of a problem in float64 on flat vectors, A = ∇²₁₁g, b = ∇₁E, and its estimates by K steps."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -144,7 +143,7 @@ class System:
         return flat(pull((-v, torch.ones((), dtype=v.dtype))))
 
     def truth(self, kind: str) -> Tensor:
-        """The "exact" hypergradient, or what K steps of "cg", "normal_cg" or "fixed_point" give without rounding."""
+        """The hypergradient by an "exact" solve, or by K steps of "cg", "normal_cg" or "fixed_point", in float64."""
         if kind not in self.truths:
             v = self.solution if kind == "exact" else getattr(self, kind)(self.problem.steps)
             self.truths[kind] = self.hypergradient(v)
@@ -157,7 +156,7 @@ class System:
 
 
 class MapSystem(System):
-    """(I − ∂₁Φᵀ) v = ∇₁E of a problem whose inner problem is a map."""
+    """The system (I − ∂₁Φᵀ) v = ∇₁E of a problem whose inner problem is a map."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -181,7 +180,7 @@ class MapSystem(System):
         return u - jvp(self.map, (self.w,), (u,))[1]
 
     def fixed_point(self, steps: int) -> Tensor:
-        """Σ_{k<K} (∂₁Φᵀ)ᵏ b; fewer where nothing changes any more."""
+        """Σ_{k<K} (∂₁Φᵀ)ᵏ b; stops early at rounding level."""
         v = torch.zeros_like(self.b)
         for _ in range(steps):
             v, old = self.pull(v)[0] + self.b, v
@@ -200,7 +199,7 @@ class MapSystem(System):
 
 
 def flat_live(tensors: Sequence[Tensor]) -> Tensor:
-    """`flat` with its graph."""
+    """`flat` without detaching."""
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
@@ -219,7 +218,7 @@ def logistic_outer(params: Sequence[Tensor], hparams: Sequence[Tensor], data: di
 
 
 def logistic(name: str, rows: int, size: int, decay: float, step_size: float, scales: float, **options: Any) -> Problem:
-    """Logistic regression with one penalty a feature; columns scaled from 1 down to `scales`."""
+    """Logistic regression with one penalty per feature; the scales of the columns fall from 1 to 10^scales."""
     draw = np.random.RandomState(0)
     oracle, x = draw.randn(size) / np.sqrt(size), draw.randn(rows + rows // 2, size) * np.logspace(0, scales, size)
     y = (x @ oracle + 0.1 * draw.randn(len(x)) > 0).astype(float)
@@ -305,7 +304,7 @@ def equilibrium(name: str, rows: int, inputs: int, states: int, classes: int, no
 
 
 def rows() -> dict[str, Callable[[], Problem]]:
-    """Every row of the full table, in float32 but for the ill-conditioned; a row is built when it is measured."""
+    """Every row of the full table, the ill-conditioned ones in float64, the others in float32, built when measured."""
     from . import illconditioned
 
     return {
@@ -319,7 +318,7 @@ def rows() -> dict[str, Callable[[], Problem]]:
 
 
 def quick_rows() -> dict[str, Callable[[], Problem]]:
-    """Small relations of the rows in float64, for counts."""
+    """Small rows of the same kinds in float64, for counts."""
     return {
         "mlp": lambda: biased_mlp("mlp", 50, (12, 8, 8, 3), rho=1.0, step_size=1.0, steps=6),
         "tiny": lambda: logistic("tiny", 100, 20, -6.0, 30.0, -1.0, steps=6),
@@ -328,5 +327,5 @@ def quick_rows() -> dict[str, Callable[[], Problem]]:
 
 
 def wide() -> Problem:
-    """A perceptron with few rows and many parameters, on which memory is counted in vectors."""
+    """A perceptron with few rows of data and many parameters, so that vectors of params' size dominate the memory."""
     return biased_mlp("wide", 4, (256, 256, 10), rho=2.0, step_size=1.0, steps=4).to(torch.float32)

@@ -1,4 +1,4 @@
-"""What every section gives: results, a table of text, a picture; and how they are written."""
+"""A section of the benchmark (results, a table of text, a picture), and how it is written to files."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ PEERS = ("torchopt", "higher", "torchdeq", "betty-ml", "boat-torch", "jaxopt", "
 class Section:
     """One part of the benchmark.
 
-    `rows` are its problems; `measure(rows, words, rounds)` gives a dataclass a cell and the settings of each row, for
-    the methods whose name holds one of the words (None: all). `about`: what is compared, and what the columns are.
+    `rows` returns the names of its problems. `measure(rows, words, rounds)` returns one dataclass per method and row,
+    and the settings of each row, for methods whose name holds one of the words (None: all). `about` is the text of the
+    page: what is compared, and what the columns are.
     """
 
     title: str
@@ -48,7 +49,7 @@ def cell(value: float | Spread | None, form: str, factor: float = 1.0) -> str:
 
 
 def write(section: Section, results: list[Any], settings: list[dict], stem: Path) -> str:
-    """Write the section's JSON and picture; its table, with what is missing said."""
+    """Write the section's JSON and picture. Returns its table, with the libraries that are not installed."""
     machine = surroundings()
     absent = [name for name in PEERS if name not in machine["packages"]]
     text = section.table(results) + (f"\nNot installed, hence not here: {', '.join(absent)}." if absent else "")
@@ -61,7 +62,7 @@ def write(section: Section, results: list[Any], settings: list[dict], stem: Path
 
 
 def markdown(lines: Sequence[str]) -> str:
-    """A table of text as one of Markdown for each problem: entries, two blanks apart, go below the nearest title."""
+    """A table of text as one Markdown table per problem. Two blanks part entries; each goes below the nearest title."""
     parts: list[str] = []
     titles: list[re.Match[str]] = []
     open_table = False
@@ -85,7 +86,7 @@ def markdown(lines: Sequence[str]) -> str:
 
 
 def _entries(words: Sequence[re.Match[str]], titles: Sequence[re.Match[str]]) -> list[str]:
-    """The name of a row and what stands below each title."""
+    """The name of a row, and its entry below each title."""
 
     def away(word: re.Match[str], shift: int) -> list[int]:
         return [max(title.start() - word.end() + shift, word.start() - shift - title.end()) for title in titles]
@@ -93,7 +94,7 @@ def _entries(words: Sequence[re.Match[str]], titles: Sequence[re.Match[str]]) ->
     def places(shift: int) -> list[int]:
         return [min(range(len(titles)), key=away(word, shift).__getitem__) for word in words[1:]]
 
-    # A name longer than its column moves the rest of its line.
+    # A name longer than its column moves the other entries of its line to the right.
     def fit(shift: int) -> tuple[int, int, int]:
         edges = [min(abs(title.end() - word.end() + shift) for title in titles) for word in words[1:]]
         return len({*places(shift)}), -sum(edge > 1 for edge in edges), -shift
@@ -108,7 +109,7 @@ def _entries(words: Sequence[re.Match[str]], titles: Sequence[re.Match[str]]) ->
 
 
 def pages(sections: Mapping[str, Section], folder: Path) -> None:
-    """A page for each section that was measured, now or before, and one that lists them."""
+    """Write a page for each section with a JSON file in the folder, and the page that lists them."""
     listing = [
         "# Benchmarks",
         "`make bench` measures all of it, `make bench-peers` with the other libraries installed.",
@@ -135,7 +136,7 @@ def pages(sections: Mapping[str, Section], folder: Path) -> None:
 
 
 def redraw(section: Section, stem: Path) -> None:
-    """The picture anew, from the results that were written."""
+    """Draw the picture again from the JSON file."""
 
     def revived(entry: dict[str, Any]) -> SimpleNamespace:
         spreads = {k: Spread(**v) for k, v in entry.items() if isinstance(v, dict) and v.keys() == _SPREAD}
@@ -146,7 +147,7 @@ def redraw(section: Section, stem: Path) -> None:
 
 
 def surroundings() -> dict[str, Any]:
-    """The machine's kind and the versions."""
+    """The machine, its load, and the versions of the software."""
     listing = Path("/proc/cpuinfo")
     cpuinfo = listing.read_text() if listing.exists() else ""
     models = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]

@@ -1,6 +1,6 @@
-"""How the cost grows: with parameters, hyperparameters, steps of the solver, steps of the optimiser, and tasks.
+"""Growth of the cost with parameters, hyperparameters, steps of the solver, steps of the optimiser, and tasks.
 
-A part of the cost is a difference of two calls, round by round: that of the adjoint is what K more steps take.
+The cost of the adjoint is a difference between two calls in the same round, of which one takes more steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Calls = dict[tuple[str, int], Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Result:
-    """One curve: `values` (CPU seconds, or bytes) at `sizes`, and the exponent fitted to those from `start` on."""
+    """One curve: `values` (CPU seconds, or bytes) at `sizes`, and the exponent fitted to the sizes from `start` on."""
 
     row: str
     method: str
@@ -70,7 +70,7 @@ def seconds(times: dict[tuple[str, int], Times], name: str) -> dict[int, float]:
 
 
 def growth(times: dict[tuple[str, int], Times], name: str, base: str) -> dict[int, float]:
-    """Medians of the differences of two calls at each size."""
+    """Median over rounds of the difference between two calls, for each size."""
     sizes = [n for method, n in times if method == name]
     return {n: median(np.subtract(times[name, n].cpu, times[base, n].cpu)) for n in sizes}
 
@@ -80,7 +80,7 @@ def cg(problem: Problem, steps: int) -> list[Tensor]:
 
 
 def parameters(rounds: int) -> list[Result]:
-    """A perceptron (w, w, 10) with 500 rows, K = 5. Below 10⁶ parameters calls and activations (∝ √n) have a part."""
+    """A perceptron (w, w, 10), 500 rows, K = 5. Below 10⁶ parameters the overhead and activations (∝ √n) are large."""
     calls: Calls = {}
     for size in (10**3, 10**4, 10**5, 10**6, 3 * 10**6, 10**7):
         width = round(sqrt(size + 30)) - 5
@@ -99,7 +99,7 @@ def parameters(rounds: int) -> list[Result]:
 
 
 def data_inner(params: Sequence[Tensor], hparams: Sequence[Tensor], data: dict[str, Tensor]) -> Tensor:
-    """Ridge regression whose first m entries of X are hyperparameters."""
+    """Ridge regression; the first m entries of X are hyperparameters."""
     (w,), (entries,) = params, hparams
     x = torch.cat([entries, data["rest"]]).view(-1, len(w))
     return 0.5 * (x @ w - data["y"]).square().mean() + 0.05 * w.square().sum()
@@ -110,11 +110,11 @@ def data_outer(params: Sequence[Tensor], hparams: Sequence[Tensor], data: dict[s
 
 
 def hyperparameters(rounds: int) -> list[Result]:
-    """1,000 parameters; 1 to 10⁶ entries of the data are hyperparameters. The adjoint's part: 20 more steps of CG."""
+    """1,000 parameters; 1 to 10⁶ entries of the data are hyperparameters. Cost of the adjoint: 20 more steps of CG."""
     draw, n = np.random.RandomState(0), 1000
     x, w = draw.randn(n, n) / sqrt(n), draw.randn(n)
     xv, yv = draw.randn(200, n) / sqrt(n), draw.randn(200)
-    y = x @ w + np.linalg.solve(x.T, 0.1 * n * w)  # of which w is the exact solution
+    y = x @ w + np.linalg.solve(x.T, 0.1 * n * w)  # makes w the exact solution
     flat = torch.from_numpy(x.reshape(-1))
     data = {"y": torch.from_numpy(y), "xv": torch.from_numpy(xv), "yv": torch.from_numpy(yv)}
     calls: Calls = {}
@@ -131,7 +131,7 @@ def hyperparameters(rounds: int) -> list[Result]:
 
 
 def solver_steps(rounds: int) -> list[Result]:
-    """Logistic regression, n = 2,000, d = 500; K from 10 to 640. The adjoint's part: what K = 0 does not take."""
+    """Logistic regression, n = 2,000, d = 500, K from 10 to 640. Cost of the adjoint: the difference from K = 0."""
     problem = problems.logistic("scaling", 2000, 500, -4.0, 7.0, 0.0).to(torch.float32)
     calls: Calls = {}
     for k in (10, 40, 160, 640):
@@ -144,7 +144,7 @@ def solver_steps(rounds: int) -> list[Result]:
 
 
 def optimiser_steps(rounds: int) -> list[Result]:
-    """unroll.reverse through T steps, 50 to 3,200, of logistic regression with n = 500 and d = 200."""
+    """unroll.reverse through T = 50 to 3,200 steps of logistic regression with n = 500 and d = 200."""
     options = {"timed": 1, "checkpoints": 1, "budget": "1MiB", "memory_limit": 1.0}
     descent = unrolled.logistic(500, 200, steps=1, **options).to(torch.float32)
     calls: Calls = {}
@@ -161,7 +161,7 @@ def optimiser_steps(rounds: int) -> list[Result]:
 
 
 def task_inner(params: Any, hparams: Any, data: dict[str, Tensor]) -> Tensor:
-    """The sum over tasks of softmax regression drawn towards a common start."""
+    """The sum over tasks of softmax regression with a penalty on the distance from a common start."""
     logits = torch.einsum("bnd,bdc->bnc", data["x"], params)
     fit = F.cross_entropy(logits.flatten(0, 1), data["y"].flatten(), reduction="sum") / data["x"].shape[1]
     return fit + 0.5 * (params - hparams).square().sum()
@@ -193,7 +193,7 @@ def task_call(tasks: int) -> Callable[[], Any]:
 
 
 def tasks(rounds: int) -> list[Result]:
-    """Independent systems of 80 parameters solved at once, 1 to 10⁴ of them."""
+    """1 to 10⁴ independent systems of 80 parameters, solved at once."""
     calls: Calls = {("batched", n): task_call(n) for n in (1, 10, 100, 1000, 10_000)}
     times = clock("tasks", calls, rounds)
     values = seconds(times, "batched")
@@ -287,5 +287,5 @@ def draw(results: list[Result], path: Path) -> None:
 
 ABOUT = """The exponent p of a fit cost ∝ size^p, as parameters, hyperparameters, steps of the solver, steps of the
 optimiser and tasks grow. `expected` is the interval that theory gives, where it gives one; the last columns are the
-smallest and the largest size with their costs. A part of the cost is a difference of two calls."""
+smallest and the largest size with their costs. The cost of the adjoint is a difference between two calls."""
 SECTION = Section("How the cost grows", lambda: ROWS, measure, table, draw, ABOUT)

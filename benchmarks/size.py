@@ -1,8 +1,8 @@
-"""Large problems in float32: the time of each method over the same passes by hand, and the vectors that it holds.
+"""Large problems in float32: the time of each method over that of the same passes by hand, and the vectors it holds.
 
-A network of three layers with a decay for each tensor, or for each weight; K products of CG or of a Neumann series over
-one graph, CG over batches by `operators.Sum`, a step of SOBA, a step of F2SA. By hand stands the same arithmetic on
-lists of tensors, without a check of anything. A vector is as many numbers as there are parameters.
+A network of three layers has one decay for each tensor, for each weight, or (many leaves) for all. The methods are K
+products of CG or of a Neumann series on one graph, CG over batches by `operators.Sum`, a step of SOBA, and a step of
+F2SA. The code by hand does the same on lists of tensors without any check. A vector has as many numbers as params.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FEATURES, CLASSES, ROWS, BATCHES, STEPS = 64, 10, 32, 2, 3
 
 @dataclass(frozen=True)
 class Row:
-    """How large: parameters, in how many leaves (None: one for each tensor of the network), a decay for each weight."""
+    """Number of parameters, and of leaves (None: the tensors of the network); `each`: a decay for each weight."""
 
     parameters: int
     leaves: int | None = None
@@ -55,15 +55,15 @@ FULL = ("1e8 parameters",)  # 6 GiB
 class Result:
     row: str
     method: str
-    error: float  # relative difference from what is written by hand
-    seconds: Spread  # CPU
-    ratio: Spread  # over by hand
-    vectors: float  # held at the peak beyond one graph and one product
-    by_hand: float  # the same of what is written by hand
+    error: float  # relative difference from the result of the code by hand
+    seconds: Spread  # CPU seconds of a call
+    ratio: Spread  # CPU time over that of the code by hand
+    vectors: float  # vectors held at the peak beyond one graph and one product
+    by_hand: float  # the same number for the code by hand
 
 
 class Case:
-    """A network at its start, its losses as functions of lists of tensors."""
+    """A network at its initial weights; its losses are functions of lists of tensors."""
 
     def __init__(self, row: Row):
         draw = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ class Case:
     def fit(self, w: Sequence[Tensor], rows: slice) -> Tensor:
         if self.shapes is not None:
             sizes = [a * b for a, b in self.shapes]
-            # The second derivatives of torch.cat and torch.stack take all numbers once for each part.
+            # Stacking all leaves once: second derivatives of torch.cat and torch.stack copy everything for each part.
             parts = torch.stack(list(w)).flatten()[: sum(sizes)].split(sizes)
             w = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
         z = self.x[rows]
@@ -114,11 +114,11 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(xs, ys, strict=True)]).sum()
 
 
-# What stands for each method, written by hand.
+# The methods written by hand.
 
 
 def graph_and_product(case: Case) -> None:
-    """The least that a product holds: a graph of ∇₁g, a vector, and the product."""
+    """The graph of ∇₁g, a vector, and the product: the memory that is subtracted from the peaks."""
     w = case.leaves()
     gradient = torch.autograd.grad(case.inner(w, case.h), w, create_graph=True)
     v = [torch.ones_like(x) for x in w]
@@ -170,7 +170,7 @@ def batches() -> list[slice]:
 
 
 def sum_by_hand(case: Case) -> Tensors:
-    """CG over batches, one graph after the other."""
+    """CG on a sum over batches, with the graph of one batch at a time."""
     w = case.leaves()
 
     def products(v: Tensors, inputs: Tensors, keep: bool = True) -> Tensors:
@@ -188,7 +188,7 @@ def sum_by_hand(case: Case) -> Tensors:
 
 
 def soba_by_hand(case: Case) -> Tensors:
-    """The passes of a step at v = ∇₁f, and its directions."""
+    """The passes and the directions of a step at v = ∇₁f."""
     w = case.leaves()
     v = list(torch.autograd.grad(case.outer(w, case.h), w))
     gradient = torch.autograd.grad(case.inner(w, case.h), w, create_graph=True)
@@ -196,7 +196,7 @@ def soba_by_hand(case: Case) -> Tensors:
 
 
 def f2sa_by_hand(case: Case, penalty: float = 10.0) -> Tensors:
-    """The gradients of a step at params and at both copies, which stand a little beside them."""
+    """The gradients of a step at params and at both copies, which are 1 % larger and smaller than params."""
     total: Tensors = [torch.zeros_like(h) for h in case.h]
     w = case.leaves()
     torch.autograd.grad(case.inner(w, case.h), w)
@@ -211,7 +211,7 @@ def f2sa_by_hand(case: Case, penalty: float = 10.0) -> Tensors:
     return total
 
 
-# Ours.
+# The methods of hypergrad.
 
 
 def implicit(case: Case, solver: hg.solvers.LinearSolver, inner: Any = None) -> Tensors:
@@ -234,7 +234,7 @@ def summed(case: Case) -> Tensors:
 
 
 def stepped(case: Case, make: Callable[[Tensors, Tensors], hg.bilevel.Tracker]) -> Callable[[], Tensors]:
-    """A step of a tracker, at the same point each time."""
+    """A step of a tracker, which every call takes at the same point."""
     w = case.leaves()
     tracker = make(w, case.h)
 
@@ -269,7 +269,7 @@ def f2sa(case: Case) -> Callable[[], Tensors]:
     return stepped(case, make)
 
 
-# A method: ours, by hand, and whether it keeps a state of its own between calls.
+# Each method: a function of the case that returns hypergrad's call, and the code by hand.
 METHODS: dict[str, tuple[Callable[[Case], Callable[[], Tensors]], Callable[[Case], Tensors]]] = {
     "implicit.grad, CG": (lambda case: partial(cg, case), cg_by_hand),
     "implicit.grad, Neumann": (lambda case: partial(neumann, case), neumann_by_hand),
@@ -287,7 +287,7 @@ class Sample:
 
 
 def once(call: Callable[[], Tensors]) -> Sample:
-    """One call, its peak memory, and its time."""
+    """The result, the peak memory and the time of one call."""
     values: list[Tensors] = []
     wall, cpu = perf_counter(), process_time()
     peak = peak_memory(lambda: values.append(call()))
@@ -356,6 +356,6 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 ABOUT = """Each method in float32 on a network of three layers, compared with the same passes written by hand on
-lists of tensors, without any check. `difference` is that of the results; vectors are held in addition to a graph and
-a product, and are as large as params. [What this means](../size.md)."""
+lists of tensors, without any check. `difference` is the relative one of the results. `vectors` and `by hand` count the
+vectors of params' size that are in memory in addition to a graph and a product. [What this means](../size.md)."""
 SECTION = Section("Large problems", lambda: SIZES, measure, table, draw, ABOUT)

@@ -1,7 +1,7 @@
-"""Many small problems, small calls, equilibria, meta-learning and outer loops, beside code written by hand in torch.
+"""Many small problems, small calls, equilibria, meta-learning and outer loops, compared with torch code by hand.
 
-Each column is checked first, in float64, against an oracle that shares no code with it (NumPy, or a dense solve): where
-it solves to a tolerance, at a tight one. Ratios are of CPU time, and of the peak of torch's allocator, to the floor.
+Each column is first checked in float64 against an oracle that shares no code with it (NumPy, or a dense solve), with a
+tight tolerance if it has one. CPU time and the peak memory of torch's allocator are divided by those of the floor.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ CORRECT = 1e-10
 class Column:
     """One way to do a row's work.
 
-    `run` is timed; `exact` is what is checked, where `run` stops at a loose tolerance. `floor` names the column that it
-    is compared with; "floor" in `library` says that it is one. `target` and `memory` are the ratios of time and of
-    memory that it should not exceed; `measured` is whether torch sees its memory.
+    `run` is timed. If it stops at a loose tolerance, `exact` is the same with a tight one, which is checked. `floor`
+    names the column that its time is divided by, whose `library` begins with "floor". `target` and `memory` are the
+    largest ratios of time and of memory that we accept. `measured`: torch allocates its memory.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """Columns with the same answer, `truth`: one tensor, or several. `repeat` calls make one sample of the clock."""
+    """Columns with the same result, `truth` (a tensor or several). One sample of the clock takes `repeat` calls."""
 
     name: str
     columns: Sequence[Column]
@@ -74,7 +74,7 @@ class Result:
 
 
 def flat(value: Any) -> Tensor:
-    """One vector of a tensor, an array, or several of them."""
+    """A tensor, an array, or several of them, as one vector."""
     parts = value if isinstance(value, (tuple, list)) else [value]
     return torch.cat([torch.as_tensor(part).detach().reshape(-1).double() for part in parts])
 
@@ -85,7 +85,7 @@ def error_of(value: Any, truth: Any) -> float:
 
 
 def check(row: Row, column: Column) -> Result:
-    """Whether the answer is right. An error of a peer's own is its result."""
+    """Check the result of a column. An error that another library raises is recorded as its result."""
     try:
         error = error_of((column.exact or column.run)(), row.truth)
     except Exception as failure:
@@ -97,7 +97,7 @@ def check(row: Row, column: Column) -> Result:
 
 
 def measure_row(row: Row, words: Sequence[str] | None, rounds: int | None) -> list[Result]:
-    """Answers first, then the clock for those that are right."""
+    """Check all columns of a row, then time those with the right result."""
     columns = [c for c in row.columns if not words or "floor" in c.library or any(word in c.name for word in words)]
     checked = {c.name: check(row, c) for c in columns}
     right = [c for c in columns if checked[c.name].correct]
@@ -159,11 +159,11 @@ KINDS = {
     "outer steps": "Whole loops and single calls",
     "bags": "Whole loops and single calls",
     "": "Many small problems at once",
-}  # by a part of a row's name
+}  # title of a panel by a part of the row's name
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A bar a problem: hypergrad's default over code by hand; what other libraries take beside it."""
+    """One bar per problem: time of hypergrad's default over code by hand, labelled with those of other libraries."""
     kinds: dict[str, list[Bar]] = {}
     for row in dict.fromkeys(r.row for r in results):
         cells = [r for r in results if r.row == row and r.ratio]

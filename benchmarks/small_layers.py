@@ -17,11 +17,11 @@ from . import peers
 from .small import Column, Row
 
 FLOOR = "by hand"
-TIGHT, LOOSE = 1e-13, 1e-6  # rtol of what is checked, and of what is timed
+TIGHT, LOOSE = 1e-13, 1e-6  # rtol of the runs that are checked, and of those that are timed
 
 
 class Tanh(nn.Module):
-    """z ↦ tanh(zWᵀ + u), a contraction by .9."""
+    """z ↦ tanh(zWᵀ + u) with ‖W‖₂ = .9."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -33,7 +33,7 @@ class Tanh(nn.Module):
 
 
 def solved(new: Tensor, z: Tensor, rtol: float) -> bool:
-    """Whether each sample is: the one that is hardest decides."""
+    """Whether all samples have converged to the relative tolerance."""
     return bool(((new - z).norm(dim=1) <= rtol * new.norm(dim=1)).all())
 
 
@@ -48,7 +48,7 @@ def picard(phi: Callable[[Tensor], Tensor], z: Tensor, rtol: float) -> Tensor:
 
 
 def anderson(phi: Callable[[Tensor], Tensor], z: Tensor, rtol: float, m: int = 5) -> Tensor:
-    """As in the tutorial of Kolter, Duvenaud and Johnson 2020, each sample by itself, m iterates remembered."""
+    """Anderson acceleration of each sample with m iterates, after the tutorial of Kolter, Duvenaud and Johnson 2020."""
     count, n = z.shape
     x, f = z.new_zeros(count, m, n), z.new_zeros(count, m, n)
     x[:, 0], f[:, 0] = z, phi(z)
@@ -194,7 +194,7 @@ def perceptron(params: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def maml(tasks: int, second: bool, steps: int = 5, lr: float = 0.01) -> Row:
-    """The meta-gradient of a network 1-40-40-1 over sinusoids, five gradient steps of each of the tasks."""
+    """The meta-gradient of a network 1-40-40-1 over sinusoids, through five gradient steps on each of the tasks."""
     draw = np.random.RandomState(0)
     shapes = [(40, 1), (1, 40), (40, 40), (1, 40), (1, 40), (1, 1)]
     start = [torch.from_numpy(draw.randn(*s) / np.sqrt(s[-1])).requires_grad_() for s in shapes]
@@ -230,7 +230,7 @@ def maml(tasks: int, second: bool, steps: int = 5, lr: float = 0.01) -> Row:
         ).grads
 
     def each() -> Sequence[Tensor]:
-        """A task after the other, for the truth and as a peer."""
+        """A loop over the tasks: the truth, and a column of its own."""
         total = [torch.zeros_like(p) for p in start]
         for i in range(tasks):
             params: list[Tensor] = list(start)
@@ -261,7 +261,7 @@ def maml(tasks: int, second: bool, steps: int = 5, lr: float = 0.01) -> Row:
 def bags(vocabulary: int = 20_000, texts: int = 400, words: int = 50, steps: int = 10) -> Row:
     """Logistic regression on bags of 50 of 20,000 embedded words, a hypergradient by 10 steps of conjugate gradients.
 
-    torch's EmbeddingBag itself has no second derivative.
+    The code avoids torch's EmbeddingBag, which has no second derivative.
     """
     draw = np.random.RandomState(0)
     index, labels = draw.randint(vocabulary, size=(2 * texts, words)), draw.randint(2, size=2 * texts).astype(float)

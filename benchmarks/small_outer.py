@@ -1,4 +1,4 @@
-"""Rows of `small`: a hundred outer steps on real data, of inner solve, hypergradient and gradient descent."""
+"""Rows of `small`: 100 outer steps on real data, each an inner solve, a hypergradient and a gradient step on λ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOOR = "by hand"
 
 
 def outer_steps(steps: int = 100, rtol: float = 1e-4) -> Row:
-    """100 outer steps on the breast cancer data: Newton's method inside, warm-started CG to 1e-4, gradient descent."""
+    """100 outer steps of gradient descent on the breast cancer data: inner Newton's method, warm-started CG to 1e-4."""
     datasets = peers.load("sklearn.datasets")
     x, y = datasets.load_breast_cancer(return_X_y=True)
     x = (x - x.mean(0)) / x.std(0)
@@ -57,7 +57,7 @@ def outer_steps(steps: int = 100, rtol: float = 1e-4) -> Row:
 
 
 def ridge_steps(steps: int = 100, rtol: float = 1e-4) -> Row:
-    """100 outer steps on cubic features of the diabetes data, a penalty each: exact solutions, warm CG to 1e-4."""
+    """100 outer steps on cubic features of the diabetes data, a penalty for each: exact solutions, warm CG to 1e-4."""
     x, y = peers.load("sklearn.datasets").load_diabetes(return_X_y=True)
     x = peers.load("sklearn.preprocessing").PolynomialFeatures(3, include_bias=False).fit_transform(x / x.std(0))
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
@@ -92,7 +92,7 @@ def ridge_steps(steps: int = 100, rtol: float = 1e-4) -> Row:
 
 
 def methods(loop: Any, inner: Any, outer: Any, in_jax: Callable[[float], Any], rtol: float) -> list[Column]:
-    """A row's columns. loop: all outer steps, by (w, λ, what the last call left) ↦ the direction and what it leaves."""
+    """A row's columns. loop takes all outer steps with a function (w, λ, state) ↦ (direction, new state)."""
 
     def along(hypergradient: Callable[..., Any], rtol: float) -> Tensor:
         return loop(lambda w, theta, kept: hypergradient(inner, outer, w, theta, kept, rtol))
@@ -110,7 +110,7 @@ def methods(loop: Any, inner: Any, outer: Any, in_jax: Callable[[float], Any], r
 
 
 def warm_cg(inner: Any, outer: Any, w: Tensor, theta: Tensor, v: Any, rtol: float) -> tuple[Tensor, Tensor]:
-    """The hypergradient by conjugate gradients from the last v, and the new one."""
+    """The hypergradient by conjugate gradients that start at the last v, and the new v."""
     w = w.requires_grad_()
     (slope,) = torch.autograd.grad(inner(w, theta), w, create_graph=True)
     (b,) = torch.autograd.grad(outer(w, theta), w)
@@ -194,7 +194,7 @@ def jax_ridge(parts: tuple[Any, ...], steps: int, rtol: float) -> Callable[[], T
 def jax_loop(
     solve: Any, inner: Any, outer: Any, w: Any, theta: Any, steps: int, size: float, rtol: float
 ) -> Callable[[], Tensor]:
-    """theta after `steps` outer steps: `solve` inside, the hypergradient by conjugate gradients from the last v."""
+    """theta after `steps` outer steps: inner solutions by `solve`, warm-started conjugate gradients."""
     jax, jnp = peers.jax_in_double()
 
     def step(_: Any, state: Any) -> Any:

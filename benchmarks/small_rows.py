@@ -22,7 +22,7 @@ FLOOR = "by hand"
 
 
 def cubic(n: int, count: int) -> tuple[Any, Tensor, Tensor, np.ndarray]:
-    """F(w, a) = w³ + 2w + Mw − a², points (w, a) where it vanishes, and the derivatives dw/da of each, by NumPy."""
+    """F(w, a) = w³ + 2w + Mw + 5 − a², `count` of its roots (w, a), and the derivative dw/da of each by NumPy."""
     draw = np.random.RandomState(0)
     m = 0.3 * draw.randn(n, n) / np.sqrt(n)
     w = draw.uniform(-1, 1, (count, n))
@@ -74,7 +74,7 @@ def jaxopt_roots(residual: Any, w: Tensor, a: Tensor) -> Callable[[], Tensor]:
 
 
 def matrix_of(residual: Any, n: int) -> Any:
-    """M of `cubic`: the derivative at w = 0, less that of 2w."""
+    """M of `cubic`: the derivative of F at w = 0 minus 2I."""
     zero = torch.zeros(n, dtype=torch.float64)
     return (jacrev(residual)(zero, zero) - 2 * torch.eye(n, dtype=torch.float64)).numpy()
 
@@ -108,7 +108,7 @@ Matrices = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def programs(count: int, n: int, m: int, p: int) -> tuple[tuple[Tensor, Tensor, Tensor], Matrices]:
-    """Quadratic programs ½zᵀQz + qᵀz, Gz ≤ h, Az = b with their solutions (z, λ, ν), of m / 3 active inequalities."""
+    """Quadratic programs ½zᵀQz + qᵀz, Gz ≤ h, Az = b, with solutions (z, λ, ν) and m / 3 active inequalities."""
     draw = np.random.RandomState(0)
     q = draw.randn(count, n, n) / np.sqrt(n)
     q = q @ q.transpose(0, 2, 1) + np.eye(n)
@@ -127,14 +127,14 @@ def apply(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def conditions(w: Any, given: Any) -> Any:
-    """Karush, Kuhn and Tucker's equations."""
+    """The residual of the Karush–Kuhn–Tucker equations."""
     z, lam, nu = w
     q, c, g, h, a, b = given
     return apply(q, z) + c + apply(g.mT, lam) + apply(a.mT, nu), lam * (apply(g, z) - h), apply(a, z) - b
 
 
 def optnet(w: Any, given: Any, slope: Tensor, xp: Any = torch) -> list[Any]:
-    """The backward pass of Amos and Kolter 2017, equations 7 and 8, for the derivative `slope` in z."""
+    """The backward pass of Amos and Kolter 2017, equations 7 and 8; `slope` is the gradient in z."""
     (z, lam, nu), (q, _, g, h, a, _) = w, given
     (count, n), m, p = z.shape, lam.shape[1], nu.shape[1]
     k = torch.zeros(count, n + m + p, n + m + p, dtype=z.dtype)
@@ -176,7 +176,7 @@ def quadratic_programs(count: int = 128, n: int = 10, m: int = 5, p: int = 3) ->
 
 
 def by_numpy(solution: Any, given: Any, slope: Tensor) -> list[np.ndarray]:
-    """−∂₂Fᵀ(∂₁F)⁻ᵀ of each program, with F's derivatives written out."""
+    """−∂₂Fᵀ(∂₁F)⁻ᵀ slope of each program, with the derivatives of F written out."""
     parts: list[list[np.ndarray]] = [[] for _ in given]
     z_all, lam_all, nu_all, q_all, _, g_all, h_all, a_all, _ = (x.detach().numpy() for x in (*solution, *given))
     for z, lam, nu, q, g, h, a, s in zip(
@@ -206,7 +206,7 @@ def by_numpy(solution: Any, given: Any, slope: Tensor) -> list[np.ndarray]:
 
 
 def solved(count: int = COUNT, n: int = 5, steps: int = 12) -> Row:
-    """1,000 solutions by Newton's method, each the user's function under vmap, and the gradient through each."""
+    """1,000 solutions by Newton's method in the user's function under vmap, and the gradient through each."""
     residual, _, a, jacobians = cubic(n, count)
 
     def newton(a: Tensor) -> Tensor:
@@ -260,12 +260,12 @@ def optimistix_roots(residual: Any, a: Tensor, steps: int) -> Callable[[], Tenso
 
 
 def small_call(n: int, steps: int) -> Row:
-    """One hypergradient of n parameters by K steps, through HyperTorch's interface, beside its own algorithms."""
+    """One hypergradient of n parameters by K steps, through HyperTorch's interface, compared with HyperTorch."""
     problem = problems.logistic("small", 50, n, -2.0, 2.0, 0.0, steps=steps, small=True)
     problem.hparams[0].requires_grad_()
     late = 1e-10 if steps < n else 1e-2
     columns = [
-        # Where K steps are enough to converge, HyperTorch returns the iterate before the last.
+        # If K steps converge, HyperTorch returns the iterate before the last.
         Column("HyperTorch CG", lambda: HyperTorch(problem).cg(), "HyperTorch CG", "floor", correct=late),
         Column("hg.CG", lambda: library(hg.CG)(problem), "HyperTorch CG", target=1.1),
     ]
@@ -275,7 +275,7 @@ def small_call(n: int, steps: int) -> Row:
 
 
 def small_fixed_point(n: int, steps: int) -> Row:
-    """The same by the fixed point method."""
+    """One hypergradient of n parameters by K steps of the fixed point method, through HyperTorch's interface."""
     problem = problems.logistic("small", 50, n, -2.0, 2.0, 0.0, steps=steps, small=True)
     problem.hparams[0].requires_grad_()
     floor = "HyperTorch fixed_point"

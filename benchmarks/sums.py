@@ -1,4 +1,4 @@
-"""operators.Sum: a hypergradient by CG over 32 batches, beside the same loop by hand, and beside one graph of all."""
+"""operators.Sum: a hypergradient by CG over 32 batches, compared with a loop by hand and with one graph of all rows."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Result:
     row: str
     method: str
     error: float  # relative difference from the hypergradient of one graph
-    seconds: Spread  # CPU
-    ratio: Spread  # over the loop by hand
-    memory: int  # the most bytes held at once
+    seconds: Spread  # CPU seconds of a call
+    ratio: Spread  # CPU time over that of the loop by hand
+    memory: int  # peak memory in bytes
 
 
 class Case:
-    """A network with a strength of decay for each of its tensors, in float32, at its start."""
+    """A network in float32 at its initial weights, with a decay for each of its tensors."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -76,7 +76,7 @@ class Case:
         }
 
     def by_hand(self) -> Tensor:
-        """CG on products that are accumulated batch by batch, and the residual of the inner problem."""
+        """CG on products that are accumulated batch by batch, after the residual of the inner problem."""
         w = {name: x.detach().requires_grad_() for name, x in self.w.items()}
         leaves, share = list(w.values()), 1 / len(self.batches)
 

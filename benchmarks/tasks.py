@@ -1,6 +1,6 @@
-"""hg.meta beside a loop over tasks as HyperTorch does it: same net, T and K; right answers first, then the clock.
+"""hg.meta compared with a loop over tasks, as in HyperTorch: same net, T and K. Results are checked before the timing.
 
-The loop is HyperTorch's experiment in our own lines: T gradient steps of one task after the other, then CG with K
+The loop is HyperTorch's experiment, written again here: for one task after the other, T gradient steps, then CG with K
 products on the map w − ∇g (or, for MAML, one reverse pass through the steps), and a sum over tasks.
 """
 
@@ -26,7 +26,7 @@ from .problems import Problem
 from .report import Section
 
 LR = 0.01
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # K steps of CG enlarge what rounding does
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative errors; K steps of CG amplify rounding
 METHODS = {
     "implicit": lambda steps: hg.meta.Implicit(solver=hg.solvers.CG(max_steps=steps, on_failure="ignore")),
     "unrolled": lambda steps: hg.meta.Unrolled(),
@@ -35,7 +35,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A net, its tasks ((x, y) to learn from, (x, y) for the outer loss), and how far it is to be faster."""
+    """A net, its tasks ((x, y) for the inner loss, (x, y) for the outer loss), and the speed-up that we aim at."""
 
     name: str
     net: Callable[[], nn.Module]
@@ -51,7 +51,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """`ratio` is the loop's CPU time over hg.meta's; errors are relative to the loop in float64."""
+    """`ratio` is the loop's CPU time over that of hg.meta; errors are relative to the loop in float64."""
 
     setting: str
     method: str
@@ -69,7 +69,7 @@ class Row:
 
 
 class Case:
-    """One setting with so many tasks in one dtype: both ways to its meta-gradient."""
+    """One setting with `count` tasks in one dtype, and its meta-gradient by hg.meta and by the loop."""
 
     def __init__(self, setting: Setting, method: str, count: int, dtype: torch.dtype):
         torch.manual_seed(0)
@@ -137,12 +137,12 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def by_gather(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy in the spelling that costs little under vmap (see hg.meta)."""
+    """Cross-entropy by gather, which costs less under vmap than torch's function (see hg.meta)."""
     return -logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()
 
 
 def sinusoids(count: int) -> tuple[Any, Any]:
-    """y = a sin(x + φ) of Finn et al. 2017: 10 points to learn from, 10 others."""
+    """y = a sin(x + φ) of Finn et al. 2017, with 10 points for each of the two losses."""
     a, phase = 0.1 + 4.9 * torch.rand(count, 1, 1), torch.pi * torch.rand(count, 1, 1)
     x = 10 * torch.rand(count, 20, 1) - 5
     y = a * torch.sin(x + phase)
@@ -216,7 +216,7 @@ def relative(values: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 
 def check(setting: Setting, method: str, count: int) -> tuple[float, float, float]:
-    """Errors of hg.meta in float64 and float32, and of the loop in float32. Raises where one is too large."""
+    """Errors of hg.meta in float64 and float32, and of the loop in float32. Raises if one of hg.meta is too large."""
     exact, single = (Case(setting, method, count, dtype) for dtype in (torch.float64, torch.float32))
     truth = exact.loop()
     errors = relative(exact.meta()[0], truth), relative(single.meta()[0], truth), relative(single.loop(), truth)
@@ -251,7 +251,7 @@ def measure(setting: Setting, method: str, count: int, rounds: int | None = None
 def measure_all(
     names: Sequence[str], words: Sequence[str] | None, rounds: int | None, settings: Sequence[Setting] = SETTINGS
 ) -> tuple[list[Row], list[dict]]:
-    """Every setting with every method and number of tasks: answers checked, then timed in turns."""
+    """Measure every setting with every method and number of tasks."""
     chosen = [setting for setting in settings if setting.name in names]
     methods = [method for method in METHODS if words is None or any(word in method for word in words)]
     every = [(setting, method, count) for setting in chosen for method in methods for count in setting.counts]
@@ -275,7 +275,7 @@ def table(results: Sequence[Row]) -> str:
 
 
 def draw(results: Sequence[Row], path: Path) -> None:
-    """A bar a cell: how many times faster than the loop; a tick where the target is."""
+    """One bar per setting, method and number of tasks: the speed-up over the loop, with a tick at the target."""
     panels = [
         Panel(
             setting,

@@ -1,7 +1,7 @@
-"""Through T steps of gradient descent: time and peak memory of every way to store them.
+"""The gradient through T steps of gradient descent: time and peak memory of every way to store them.
 
 Limits: memory="sqrt" needs at most 1/10 (MLP) or 1/4 (logistic) of the memory of HyperTorch's reverse, 1.1 times its
-time and 1.6 times that of the plain graph. The clock runs over fewer steps than T, on which its ratios depend little.
+time and 1.6 times that of the plain graph. Fewer steps than T are timed, because ratios depend little on their number.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from .pictures import draw as draw_panels
 from .problems import flat, logistic_inner, logistic_outer, perceptron
 from .report import MIB, Section, cell
 
-TOLERANCE = 1e-3  # of float32, against float64, above which a method gets no time
+TOLERANCE = 1e-3  # relative error in float32 above which a method is not timed
 GRAPH, HYPERTORCH = "plain graph, by hand", "HyperTorch reverse"
 
 
 @dataclass(frozen=True)
 class Descent:
-    """w ← w − lr ∇₁g(w, λ; batch t) from `start`, T = `steps` times; the clock runs over `timed` of them."""
+    """w ← w − lr ∇₁g(w, λ; batch t) from `start`, T = `steps` times; `timed` of the steps are timed."""
 
     name: str
     start: list[Tensor]
@@ -58,7 +58,7 @@ class Descent:
         return self.batches[t % len(self.batches)]
 
     def step(self, params: Sequence[Tensor], hparams: Sequence[Tensor], t: int, live: bool = True) -> Tensors:
-        """live: with the graph of the gradient."""
+        """live: keep the graph of the gradient."""
         with torch.enable_grad():
             slopes = torch.autograd.grad(self.inner(params, hparams, self.batch(t)), params, create_graph=live)
         return [w - self.lr * g for w, g in zip(params, slopes, strict=True)]
@@ -80,7 +80,7 @@ class Descent:
 
 
 def decayed_inner(params: Sequence[Tensor], hparams: Sequence[Tensor], data: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy + ½ Σ e^{θᵢ} ‖wᵢ‖², a strength for each tensor."""
+    """Cross-entropy + ½ Σ e^{θᵢ} ‖wᵢ‖², with one θᵢ for each tensor."""
     decay = torch.stack([h.exp() * w.square().sum() for w, h in zip(params, hparams, strict=True)]).sum()
     return F.cross_entropy(perceptron(params, data["x"]), data["y"]) + 0.5 * decay
 
@@ -125,7 +125,7 @@ QUICK: dict[str, Callable[[], Descent]] = {
 
 
 def truth(descent: Descent) -> Tensor:
-    """The hypergradient in float64 by torch.func, from stored iterates, flat."""
+    """The hypergradient in float64 by torch.func from stored iterates, as a flat vector."""
     descent = descent.to(torch.float64)
     hparams, iterates = [h.detach() for h in descent.hparams], [descent.start]
 
@@ -150,7 +150,7 @@ def plain_graph(descent: Descent, steps: int) -> Tensors:
 
 
 def hypertorch(descent: Descent, steps: int) -> Tensors:
-    """HyperTorch's reverse, restated: all iterates, and two reverse passes a step."""
+    """HyperTorch's reverse, written again: it stores all iterates and takes two reverse passes per step."""
     history = [descent.start]
     for t in range(steps):
         leaves = [w.detach().requires_grad_() for w in history[-1]]
@@ -191,8 +191,8 @@ def library(storage: Callable[[Descent], Any]) -> Callable[[Descent, int], Tenso
 class Column:
     """One way to store the steps.
 
-    `evaluations(T, checkpoints)` is the most times that a step is evaluated (None: another library's business);
-    `linear`: its memory grows by as much each step.
+    `evaluations(T, checkpoints)` is the largest number of evaluations of the step (None for other libraries).
+    `linear`: its memory is linear in T.
     """
 
     name: str
@@ -208,7 +208,7 @@ class Column:
 
 
 def revolve(steps: int, checkpoints: int) -> int:
-    """The least evaluations with so many checkpoints (Griewank and Walther 2000), one a step in the reverse pass."""
+    """The least number of evaluations (Griewank and Walther 2000), including one per step in the reverse pass."""
     r = 1
     while comb(checkpoints + r, r) < steps:
         r += 1
@@ -236,17 +236,17 @@ class Result:
     method: str
     library: str
     error: float
-    evaluations: int  # of the step, over the timed ones
+    evaluations: int  # of the step, over the timed steps
     steps: int
     timed: int
-    peak: float | None = None  # bytes at T steps, beside data
-    memory: float | None = None  # over HyperTorch's
+    peak: float | None = None  # peak memory in bytes for T steps, beyond the data
+    memory: float | None = None  # peak memory over that of HyperTorch
     cpu: Spread | None = None
     wall: Spread | None = None
     hypertorch_cpu: Spread | None = None
     graph_cpu: Spread | None = None
     memory_limit: float | None = None
-    time_limits: tuple[float, float] | None = None  # over HyperTorch's, over the graph's
+    time_limits: tuple[float, float] | None = None  # over HyperTorch's time, over that of the plain graph
 
 
 def measure(rows: Sequence[str], words: Sequence[str] | None, rounds: int | None) -> tuple[list[Result], list[dict]]:
@@ -290,7 +290,7 @@ def measure_row(descent: Descent, columns: Sequence[Column], exact: Tensor, roun
 
 
 def check(descent: Descent, column: Column, exact: Tensor) -> Result:
-    """Whether the answer is right, how often the step is evaluated, and the memory at T steps."""
+    """The error of the result, the number of evaluations of the step, and the peak memory for T steps."""
     counts: Counter[str] = Counter()
     watched = replace(descent, inner=counting(descent.inner, counts, "inner"))
     error = float((flat(column.run(watched, descent.timed)).double() - exact).norm() / exact.norm())
@@ -300,7 +300,7 @@ def check(descent: Descent, column: Column, exact: Tensor) -> Result:
 
 
 def peak_at(descent: Descent, column: Column) -> float:
-    """Peak bytes at T steps; of what grows linearly from two shorter runs, for it may not fit."""
+    """Peak bytes for T steps. If the memory is linear in T, it is extrapolated from two shorter runs, which fit."""
     if not column.linear:
         return peak_memory(lambda: column.run(descent, descent.steps))
     few = descent.timed // 2
@@ -338,7 +338,7 @@ SHOWN = (HYPERTORCH, 'hg memory="graph"', 'hg memory="sqrt"', "TorchOpt MetaSGD"
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Memory and time of each method, a pair of panels a row; red: the limits of memory="sqrt"."""
+    """Two panels per row, with the memory and the time of each method; red ticks are the limits of memory="sqrt"."""
     panels = []
     for row in dict.fromkeys(r.row for r in results):
         cells = [r for r in results if r.row == row and r.cpu]

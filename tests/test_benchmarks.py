@@ -176,7 +176,7 @@ def test_storing_the_steps_takes_the_evaluations_that_it_claims(name: str) -> No
 
 def test_compiled_steps_take_the_evaluations_that_they_claim() -> None:
     counts.check_loop("SGD", steps=4)
-    counts.check_pushed("SGD", steps=4)
+    counts.check_forward_loop("SGD", steps=4)
 
 
 @pytest.mark.parametrize("steps", [3, 60])

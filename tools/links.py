@@ -1,7 +1,7 @@
-"""Links of the built site and of the Markdown in the repository: each leads to a page and a section that exist.
+"""Check the links of the built site and of the repository's Markdown: their pages and sections have to exist.
 
-Every page is reached from the front page in two clicks. `python tools/links.py build/site`; with --external, addresses
-elsewhere are opened, too.
+Every page has to be at most two clicks from the front page. `python tools/links.py build/site`; with --external, the
+addresses of other sites are opened, too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Page(HTMLParser):
 
 
 def checked(site: Path) -> tuple[list[str], set[str]]:
-    """What is wrong, and the addresses elsewhere."""
+    """The errors of a built site, and the addresses of other sites that it links to."""
     pages = {
         file: Page(file.read_text(encoding="utf-8"))
         for file in sorted(site.rglob("*.html"))
@@ -96,7 +96,7 @@ def main() -> None:
     wrong += markdown()
     if "--external" in sys.argv:
         wrong += [error for address in sorted(elsewhere) if (error := opened(address))]
-    print("\n".join(wrong) or f"links: right; {len(elsewhere)} addresses elsewhere")
+    print("\n".join(wrong) or f"links: no errors; {len(elsewhere)} addresses of other sites")
     sys.exit(bool(wrong))
 
 

@@ -1,4 +1,4 @@
-"""Spelling, by codespell, and the house's rules of prose, over README, CHANGELOG and the pages of the documentation."""
+"""Check spelling (codespell) and the style rules below in README, CONTRIBUTING, CHANGELOG and the documentation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RULES = {
-    r"\b(simply|obviously|clearly|basically|of course)\b": "leave it out: what is simple shows",
+    r"\b(simply|obviously|clearly|basically|of course)\b": "leave it out",
     r"\b(utili[sz]e|leverage|facilitate)\w*": "write 'use' or 'help'",
     r"\b(seamless|blazing|powerful|cutting-edge|state-of-the-art|elegant)\w*": "say what it does instead",
     r"\bin order to\b": "write 'to'",
@@ -26,7 +26,7 @@ KNOWN = "fo,ot,ue,thats,nd,te,ba,hist,als,sur,statics"
 
 
 def prose(text: str) -> list[tuple[int, str]]:
-    """The lines of prose with their numbers: no code, no tables, no headers, no names in backquotes, no addresses."""
+    """The lines with their numbers, without code, tables, headings, front matter, names in backquotes and addresses."""
     lines, fence, header = [], None, text.startswith("---\n")
     for number, line in enumerate(text.splitlines(), 1):
         if header:

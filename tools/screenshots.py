@@ -1,9 +1,8 @@
-"""Each page of the built site in a headless browser, at the width of a desk and of a phone, in both themes.
+"""Screenshots of each page of the built site in a headless browser, on a desktop and on a phone, in both themes.
 
-`python tools/screenshots.py build/site build/screenshots`. It takes Chromium or Chrome, by whatever name it is
-installed, and fails where a page is wider than the phone, where letters have less contrast with what is behind them
-than WCAG 2 asks for at level AA (4.5:1, large ones 3:1), and where a picture has no description. With --check there
-are no screenshots.
+`python tools/screenshots.py build/site build/screenshots` uses Chromium or Chrome, under any name of its executable.
+It fails if a page is wider than the phone, if text has less contrast with its background than WCAG 2 requires at level
+AA (4.5:1, large text 3:1), or if a picture has no description. With --check it only checks and takes no screenshots.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def browse(browser: str, *options: str) -> str:
 
 
 def complaints(browser: str, page: Path, width: int) -> list[str]:
-    """What is wrong with a page where there is this much room."""
+    """The errors of a page in a window of this width (pixels)."""
     with tempfile.NamedTemporaryFile("w", suffix=".html", delete=False) as file:
         file.write(PROBE.format(width=width, address=page.as_uri(), script=SCRIPT.read_text()))
     text = browse(browser, "--virtual-time-budget=6000", "--dump-dom", Path(file.name).as_uri())
@@ -42,7 +41,7 @@ def complaints(browser: str, page: Path, width: int) -> list[str]:
     if answer is None:
         return ["the browser did not answer"]
     found = json.loads(html.unescape(answer[1]))
-    wrong = [f"{found['width']} pixels wide where there are {width}"] if found["width"] > width else []
+    wrong = [f"{found['width']} pixels wide in a window of {width}"] if found["width"] > width else []
     wrong += [] if found["letters"] > 100 else ["too few letters were found to judge their contrast"]
     return wrong + found["faint"] + found["undescribed"]
 

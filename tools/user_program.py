@@ -1,4 +1,4 @@
-"""A user's program, for type checkers: what the library returns has types, and wrong arguments are found."""
+"""A user's program for type checkers: they have to infer the types of results and to reject wrong arguments."""
 
 import torch
 from torch import Tensor
