@@ -1,4 +1,4 @@
-"""Ridge regression with one strength per feature over minibatches, in torch and in NumPy; the algorithms in NumPy."""
+"""Ridge regression with one penalty per feature over minibatches in torch and NumPy, and the algorithms in NumPy."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ class Ridge:
     # torch
 
     def tensors(self):
-        """w and λ, live."""
+        """w and λ as leaves that require grad."""
         return (torch.tensor(a.copy(), requires_grad=True) for a in (self.w, self.lam))
 
     def losses(self, w, lam):
-        """(inner(i), outer(j)) of rows, over live tensors."""
+        """The functions inner(i) and outer(j): the losses of the rows i or j at the tensors w and lam themselves."""
         x, y, v, u = (torch.tensor(a) for a in (self.x, self.y, self.v, self.u))
 
         def inner(i):
@@ -97,7 +97,7 @@ def blocks(count: int, batch: int = BATCH) -> list[slice]:
 
 
 def pairs(steps: int, seed: int = 0) -> list[tuple[int, int]]:
-    """Numbers of the training and the validation batch of each step."""
+    """For each step the number of its training batch and of its validation batch."""
     random = np.random.RandomState(seed)
     return [(random.randint(N // BATCH), random.randint(M // BATCH)) for _ in range(steps)]
 
@@ -106,7 +106,7 @@ INNER, OUTER = blocks(N), blocks(M)
 ALL = slice(None)
 
 
-# The algorithms, in NumPy: each gives (w, λ) after the steps.
+# The algorithms in NumPy; each returns (w, λ) after the steps.
 
 
 def soba(p, order, average=None, recursive=None):
@@ -161,7 +161,7 @@ def srba(p, order, period):
 
 
 def amigo(p, order, steps, warm):
-    """All steps on v with the batch of the step."""
+    """AmIGO, whose steps on v within an outer step all use the same batch."""
     w, v, lam = p.w.copy(), np.zeros(D), p.lam.copy()
     for i, j in order:
         i, j = INNER[i], OUTER[j]
@@ -175,7 +175,7 @@ def amigo(p, order, steps, warm):
 
 
 def stocbio(p, order, steps):
-    """q = η Σ_{k≤K} (I − ηH)^k ∇f, λ against ∇₂f − ∇²₂₁g q."""
+    """stocBiO: q = η Σ_{k≤K} (I − ηH)^k ∇₁f, and λ moves along −(∇₂f − ∇²₂₁g q)."""
     w, lam = p.w.copy(), p.lam.copy()
     for i, j in order:
         i, j = INNER[i], OUTER[j]
@@ -235,7 +235,7 @@ def darts(p, order, radius):
 
 
 def run(p, make, order, closures=True, index=False, **options):
-    """(w, λ) after the steps of a tracker, with plain gradient steps on both levels; and the tracker."""
+    """Train by a tracker and plain gradient steps for both variables; return (w, λ) and the tracker."""
     w, lam = p.tensors()
     inner, outer = p.losses(w, lam)
     tracker = make([w], [lam], inner, outer)
@@ -252,7 +252,7 @@ def run(p, make, order, closures=True, index=False, **options):
 
 
 def full(inner, outer):
-    """All data, as means of batches one after the other."""
+    """The argument `full` of trackers: both losses over all data, as iterables of batch losses that add up to them."""
 
     def sums():
         outers = (outer(j) / len(OUTER) for j in OUTER)
@@ -263,7 +263,7 @@ def full(inner, outer):
 
 
 B = hg.bilevel
-# name: (tracker of params, hparams and the losses, the same in NumPy, whether it needs closures, takes an index)
+# name: (maker of the tracker, algorithm in NumPy, whether losses must be closures, whether backward takes an index)
 ROWS = {
     "SOBA": (lambda w, h, g, f: B.SOBA(w, h, lr=STEP), lambda p, o: soba(p, o), False, False),
     "MA-SOBA": (

@@ -1,4 +1,4 @@
-"""A small network over minibatches, one tracker of every kind for it, and the user's loop."""
+"""A small network trained on minibatches, a tracker of every kind for it, and the training loop of a user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH, BATCHES, FEATURES, WIDTH, CLASSES = 6, 4, 4, 5, 3
 
 
 class Program:
-    """Classification with one decay for every tensor of the network; as many training as validation batches."""
+    """Classification with one weight decay for each tensor of the network; BATCHES training and validation batches."""
 
     def __init__(self, *layers: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64):
         random = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ def full(program: Program) -> Callable[[], Any]:
 
 
 LR = 0.1
-# (tracker of a program and of params and hparams, whether losses must be closures, whether it takes an index)
+# name: (maker of the tracker, whether losses must be closures, whether backward takes an index)
 KINDS: dict[str, tuple[Callable[..., B.Tracker], bool, bool]] = {
     "SOBA": (lambda p, w, h, **o: B.SOBA(w, h, lr=LR, **o), False, False),
     "MA-SOBA": (lambda p, w, h, **o: B.SOBA(w, h, lr=LR, average=0.3, **o), False, False),
@@ -87,7 +87,7 @@ def make(name: str, program: Program, params: Any = None, hparams: Any = None, *
 
 
 def backward(name: str, tracker: B.Tracker, program: Program, step: int, scale: float = 1.0, **options: Any) -> Any:
-    """tracker.backward on the batches of a step, with closures where they are needed and values elsewhere."""
+    """Call tracker.backward on the batches of a step, with closures if the tracker needs them, else with values."""
     _, needs_closures, takes_index = KINDS[name]
     losses: list[Any] = [lambda loss=loss: loss() * scale for loss in program.closures(step)]
     if not needs_closures:
@@ -97,13 +97,13 @@ def backward(name: str, tracker: B.Tracker, program: Program, step: int, scale: 
 
 
 def optimizers(program: Program) -> list[torch.optim.Optimizer]:
-    """With momentum on the inner level, Adam on the outer one."""
+    """SGD with momentum for params, and Adam for hparams."""
     inner = torch.optim.SGD(program.model.parameters(), lr=LR, momentum=0.9)
     return [inner, torch.optim.Adam([program.decay], lr=0.05)]
 
 
 def train(name: str, tracker: B.Tracker, program: Program, steps: range, optims: Any = None, **options: Any) -> Tensor:
-    """The loop; gives `numbers`."""
+    """Run the user's loop over these steps, and return `numbers`."""
     optims = optimizers(program) if optims is None else optims
     for step in steps:
         backward(name, tracker, program, step, **options)
@@ -115,5 +115,5 @@ def train(name: str, tracker: B.Tracker, program: Program, steps: range, optims:
 
 
 def numbers(tracker: B.Tracker, program: Program) -> Tensor:
-    """All that trains: params, hparams and the tracker's own variables."""
+    """All variables that are trained, as one vector: params, hparams and the tracker's variables."""
     return torch.cat([x.detach().reshape(-1).clone() for x in (*program.tensors(), *tracker.variables)])

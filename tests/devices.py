@@ -1,7 +1,7 @@
-"""Counting what is read from a device, and a device for that without hardware: torch's "meta", with numbers beside it.
+"""Counts the reads of numbers from a device, and simulates an accelerator by torch's "meta" device.
 
-On the meta device itself nothing is computed, and reading a number raises. Here each storage on it has a twin on the
-CPU, so that what looks at numbers runs too. As on an accelerator, tensors and generators of the CPU are refused.
+On the meta device itself nothing is computed, and reading a number raises. Here a twin on the CPU holds the numbers of
+each storage, so that code which reads them runs too. Mixing the CPU's tensors or generators with the device's raises.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
-MIXED = ("copy_", "_to_copy", "index", "index_put_", "_index_put_impl_")  # which take tensors of the CPU beside others
+MIXED = ("copy_", "_to_copy", "index", "index_put_", "_index_put_impl_")  # may mix tensors of the CPU and a device
 
 
 class Device(TorchDispatchMode):
-    """Counts in `reads` how often something waits for numbers of a device; while it is on, "meta" has numbers."""
+    """Counts in `reads` how often the CPU waits for numbers of the device; within it "meta" tensors have numbers."""
 
     def __init__(self, kind: str = "meta") -> None:
         super().__init__()
         self.kind, self.reads = kind, 0
-        self._twins: dict[int, tuple[Any, Any]] = {}  # address of a storage: it, so that it stays; its twin
-        self._by_way_of_the_cpu = _ByWayOfTheCPU()
+        self._twins: dict[int, tuple[Any, Any]] = {}  # address of a storage: (the storage, to keep it alive; its twin)
+        self._python_numbers = _PythonNumbers()
 
     def __enter__(self) -> Device:
-        self._by_way_of_the_cpu.__enter__()
+        self._python_numbers.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._by_way_of_the_cpu.__exit__(*error)
+        self._python_numbers.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
@@ -47,7 +47,7 @@ class Device(TorchDispatchMode):
         if there and name not in MIXED and any(x.ndim and not x.is_meta for x in given):
             raise RuntimeError(f"{name}: tensors of two devices, of shapes {[tuple(x.shape) for x in given]}")
         if target == "meta" and getattr(kwargs.get("generator"), "device", torch.device("meta")).type == "cpu":
-            raise RuntimeError(f"{name}: a generator of the CPU for a tensor elsewhere")
+            raise RuntimeError(f"{name}: a generator of the CPU for a tensor of the device")
         return self._computed(func, args, kwargs, target)
 
     def _computed(self, func: Any, args: Any, kwargs: Any, target: str) -> Any:
@@ -58,10 +58,10 @@ class Device(TorchDispatchMode):
             return kwargs.get("out", args[0]) if returned else None
         if any(returned):  # a view of the same storage
             return func(*args, **kwargs)
-        return result if target == "cpu" else tree_map(self.elsewhere, result)
+        return result if target == "cpu" else tree_map(self.on_meta, result)
 
-    def elsewhere(self, x: Any) -> Any:
-        """A tensor on "meta" with these numbers."""
+    def on_meta(self, x: Any) -> Any:
+        """A tensor on "meta" whose twin holds the numbers of x."""
         if not isinstance(x, Tensor):
             return x
         with _disable_current_modes():
@@ -72,7 +72,7 @@ class Device(TorchDispatchMode):
             return new
 
     def on_cpu(self, x: Any) -> Any:
-        """The numbers of a tensor on "meta", in the memory of its twin. Counts no read."""
+        """A tensor on "meta" as a view of its twin on the CPU. This is not counted as a read."""
         if not isinstance(x, Tensor) or not x.is_meta:
             return x
         with _disable_current_modes():
@@ -80,8 +80,8 @@ class Device(TorchDispatchMode):
             return torch.empty(0, dtype=x.dtype, device="cpu").set_(twin, x.storage_offset(), x.shape, x.stride())
 
 
-class _ByWayOfTheCPU(TorchFunctionMode):
-    """What Python gives in numbers reaches "meta" by way of the CPU: torch itself drops them."""
+class _PythonNumbers(TorchFunctionMode):
+    """Puts numbers from Python into tensors on "meta" by way of the CPU, because torch itself would drop them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,4 +1,4 @@
-"""What two ranks run in tests/test_distributed.py: each case compares with the same on all data in one process."""
+"""The cases of tests/test_distributed.py for two ranks; each compares with a computation on all data in one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def data():
 
 
 def local(x, rank, uneven=False):
-    """This rank's rows: the halves, or 9 and the rest."""
+    """The rows of this rank: one half each or, if uneven, 9 rows for rank 0 and the rest for rank 1."""
     cut = 9 if uneven else len(x) // 2
     return (x[:cut], x[cut:])[rank]
 
@@ -62,7 +62,7 @@ def hparams():
 
 
 def gap(mine, theirs):
-    """The largest relative difference of leaves, whole ones."""
+    """The largest relative difference over all leaves; DTensors are gathered first."""
     import optree
 
     pairs = zip(optree.tree_leaves(mine), optree.tree_leaves(theirs), strict=True)
@@ -71,7 +71,7 @@ def gap(mine, theirs):
 
 
 class Cases:
-    """Methods named case_* give {name: difference}; `rank` is this process."""
+    """Each method case_* returns {name: relative difference}; `rank` is the rank of this process."""
 
     def __init__(self, rank):
         import hypergrad as hg
@@ -83,7 +83,7 @@ class Cases:
         return self.hg.distributed.replicated(tree)
 
     def losses(self, uneven=False):
-        """(inner, outer) of this rank's rows at copies; (inner, outer) of all rows."""
+        """(inner, outer) of this rank's rows, at replicated arguments, and then (inner, outer) of all rows."""
         x, y, xv, yv = [local(x, self.rank, uneven) for x in data()] if uneven else self.mine
         weight = self.hg.distributed.share(len(y)) if uneven else 1.0
         valid_weight = self.hg.distributed.share(len(yv)) if uneven else 1.0
@@ -93,7 +93,7 @@ class Cases:
 
         def inner(w, lam):
             if uneven:
-                time.sleep(0.05 * self.rank)  # nothing is decided by the time that a rank takes
+                time.sleep(0.05 * self.rank)  # a slower rank must not change any decision
             w, lam = self.both((w, lam))
             return weight * (inner_loss(w, lam, x, y) - penalty(w, lam)) + penalty(w, lam)
 
@@ -147,7 +147,7 @@ class Cases:
         return {"uneven": gap(*results)}
 
     def case_sums(self):
-        """Batches of a rank, one after the other; one collective for each pass."""
+        """A Sum over the batches of each rank, which communicates once for each pass over them."""
         hg, (x, y) = self.hg, self.mine[:2]
         _, outer, whole_inner, whole_outer = self.losses()
 
@@ -269,7 +269,7 @@ class Cases:
         return penalised, lambda: self.fit(evaluate, xv, yv), weights
 
     def case_live_modules(self):
-        """A live module, and its DDP wrapper, by hg.distributed.call; the wrapper trains as before afterwards."""
+        """hg.distributed.call takes a live module and its DDP wrapper, which still trains normally afterwards."""
         hg, found = self.hg, {}
         one = hg.solvers.CG(max_steps=4, damping=5.0, on_failure="ignore")
 
@@ -306,7 +306,7 @@ class Cases:
         return found
 
     def case_sharded(self):
-        """Params as DTensors, through gathered: the hypergradient and the adjoint stay as they are."""
+        """Params may be DTensors that losses gather: the hypergradient is the same, the adjoint sharded as params."""
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
         hg, found = self.hg, {}
@@ -339,7 +339,7 @@ class Cases:
         return found
 
     def case_sharded_along_a_later_axis(self):
-        """A matrix whose columns are shared by the ranks: tangents, vectors and adjoint are shared likewise."""
+        """A matrix may be sharded by columns; tangents, vectors and the adjoint are then sharded by columns too."""
         from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
         hg, found, mesh = self.hg, {}, init_device_mesh("cpu", (2,))
@@ -375,8 +375,8 @@ class Cases:
         assert mine[0].params.placements == mine[1].adjoint.placements == (Shard(1),)
         return found
 
-    def case_weights_of_ones_own_rows(self):
-        """λ as a table that is split over ranks: its gradient is that of this rank's loss, of whose mean it is half."""
+    def case_hparams_of_one_rank_each(self):
+        """Each rank may hold a part of λ: its gradient is that of the rank's loss, twice that of the mean loss."""
         hg, found, (xv, yv) = self.hg, {}, self.mine[2:]
 
         def inner(w, h, x, y):
@@ -403,7 +403,7 @@ class Cases:
                     hparams=whole,
                     solver=solver,
                 ).grads
-            found[f"weights of one's own rows, {name}"] = gap(mine / 2, local(truth, self.rank))
+            found[f"hparams of one rank each, {name}"] = gap(mine / 2, local(truth, self.rank))
         ends = []
         for h, rows, copies in ((own, self.mine, self.both), (whole, self.all, lambda t: t)):
             w = {k: x.clone().requires_grad_() for k, x in self.w.items()}
@@ -414,11 +414,11 @@ class Cases:
                 )
                 tracker.step()
             ends.append(h.grad)
-        found["weights of one's own rows, SOBA"] = gap(ends[0] / 2, local(ends[1], self.rank))
+        found["hparams of one rank each, SOBA"] = gap(ends[0] / 2, local(ends[1], self.rank))
         return found
 
-    def case_matrix(self):
-        """Tensor parallelism and FSDP2's parameters in a copy without hooks, exact; what cannot be says what to do."""
+    def case_tensor_parallel_and_fsdp_params(self):
+        """Tensor parallelism, and FSDP2 parameters in a module without hooks, are exact; FSDP2's hooks are refused."""
         from copy import deepcopy
 
         from torch.distributed.fsdp import fully_shard
@@ -475,7 +475,7 @@ class Cases:
         return found
 
     def case_mixed_precision(self):
-        """FSDP2 in bfloat16 with params in float32: directions to the digits of bfloat16, gradients in float32."""
+        """FSDP2 with bfloat16 products and float32 params: directions have bfloat16 accuracy, gradients are float32."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from torch.distributed.tensor import init_device_mesh
 
@@ -511,7 +511,7 @@ class Cases:
         return {}
 
     def case_everywhere(self):
-        """Local losses as they are, of plain and of sharded params; what follows hparams is passed through."""
+        """everywhere takes local losses of plain or sharded params; arguments after hparams are passed unchanged."""
         from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
         hg, found, mesh = self.hg, {}, init_device_mesh("cpu", (2,))
@@ -531,7 +531,7 @@ class Cases:
         return found
 
     def case_an_error_of_one_rank(self):
-        """Within `together` it is one of both ranks, at every door, and they go on afterwards."""
+        """An error on one rank within `together` is raised on both ranks by each function, and both can go on."""
         hg, (x, y, xv, yv) = self.hg, self.mine
 
         def inner(w, lam, fail):
@@ -548,7 +548,7 @@ class Cases:
         total = hg.operators.Sum(lambda w, lam, fail: inner(w, lam, fail) / 2, [False, True])
         problem = {"params": self.w, "hparams": lam}
         everywhere = hg.distributed.everywhere(lambda w, lam: 1 / 0 if self.rank else inner_loss(w, lam, x, y))
-        doors = {
+        entry_points = {
             "everywhere": lambda: hg.implicit.grad(outer, inner_loss=everywhere, **problem),
             "implicit.grad": lambda: hg.implicit.grad(outer, inner_loss=lambda w, h: inner(w, h, True), **problem),
             "implicit.backward": lambda: hg.implicit.backward(
@@ -558,7 +558,7 @@ class Cases:
             "SOBA": lambda: hg.bilevel.SOBA(w, lam).backward(outer(w, lam), inner(w, lam, True)),
             "F2SA": lambda: hg.bilevel.F2SA(w, lam).backward(lambda: outer(w, lam), lambda: inner(w, lam, True)),
         }
-        for name, run in doors.items():
+        for name, run in entry_points.items():
             try:
                 run()
             except (KeyError, ZeroDivisionError):
@@ -574,7 +574,7 @@ class Cases:
         return {"after errors": gap(after, truth)}
 
     def case_fsdp(self):
-        """FSDP2 modules as they are under algorithms without second derivatives; an error under others."""
+        """FSDP2 modules work unchanged with algorithms without second derivatives, and raise an error with others."""
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor import init_device_mesh
 
@@ -668,7 +668,7 @@ class Cases:
 
 
 def sharded_training(net, lam, rows, steps, tracker, optimizer, shared):
-    """Steps of F2SA on a network that may be sharded."""
+    """Train a network, which may be sharded, by F2SA."""
     x, y, xv, yv = rows
     for _ in range(steps):
 
@@ -682,7 +682,7 @@ def sharded_training(net, lam, rows, steps, tracker, optimizer, shared):
 
 
 def save_from_two(rank, store, folder):
-    """Three steps of F2SA on an FSDP2 module, saved by torch.distributed.checkpoint."""
+    """Train an FSDP2 module by three steps of F2SA, and save the state by torch.distributed.checkpoint."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
@@ -705,7 +705,7 @@ def save_from_two(rank, store, folder):
 
 
 def die(rank, store, folder):
-    """Rank 1 ends in the middle of a solve; rank 0 writes what happens to it."""
+    """End rank 1 in the middle of a solve; rank 0 writes the error that it gets."""
     import hypergrad as hg
 
     torch.set_num_threads(1)
@@ -730,11 +730,11 @@ def die(rank, store, folder):
 
 
 def run(rank, store, results):
-    """All cases on one rank; the differences are written by rank 0, an error by whoever has it."""
+    """Run all cases as one rank; rank 0 writes the differences, and a rank that fails writes its error."""
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*CPU.*|.*deprecated.*|.*barrier.*", category=UserWarning)
-    warnings.filterwarnings("ignore", message=".*this rank's data alone")  # the truth is taken by one rank alone
+    warnings.filterwarnings("ignore", message=".*this rank's data alone")  # each rank computes the truth by itself
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     found, cases = {}, Cases(rank)
     try:

@@ -1,4 +1,4 @@
-"""Random problems with a closed form: one generator, everything dense in NumPy and float64.
+"""A generator of random problems with a closed form, solved by dense NumPy in float64.
 
     F(w, λ) = ρ(λ) (A w − B s(λ) − c),    s = λ + λ²/2,    ρ = 2 / (2 + ‖λ‖²),    E = ½‖w − w₀ − d‖² + ½‖λ‖²
 
@@ -31,7 +31,7 @@ CONTAINERS = ("tensor", "list", "dict", "ordered", "named", "strided", "scalars"
 
 
 class Case:
-    """A problem, its container, dtype and what is hostile about it."""
+    """A random problem, its containers, its dtype and its kind of extreme numbers (`hostile`)."""
 
     def __init__(self, seed: int):
         self.random = random = np.random.RandomState(seed)
@@ -81,7 +81,7 @@ class Case:
         return self.spectrum != "unsymmetric"
 
     def freeze(self) -> None:
-        """The first entry of w is a constant, where the container says so."""
+        """Make the first entry of w a constant if the container is "frozen"."""
         self.free[0] = self.container != "frozen"
 
     # The truth, as functions of λ.
@@ -106,11 +106,11 @@ class Case:
         return self.inverse(shift / self.rho(lam)) @ self.b @ np.diag(1 + lam)
 
     def slope(self, w) -> np.ndarray:
-        """∇₁E, 0 for what is frozen."""
+        """∇₁E, with 0 for frozen entries."""
         return np.where(self.free, w - self.w - self.d, 0.0)
 
     def determined(self, *gradients: np.ndarray) -> bool:
-        """Whether Aᵀv = ∇₁E has a solution to `slack`, all numbers being finite."""
+        """Whether all numbers are finite and Aᵀv = ∇₁E has a solution up to a relative residual of `slack`."""
         f = self.free
         a = self.a[np.ix_(f, f)].T
         for g in (g[f] for g in gradients):
@@ -138,20 +138,20 @@ class Case:
         return np.eye(self.m) + j.T @ j + np.diag(self.b.T @ self.inverse().T @ slope)
 
     def size(self) -> float:
-        """The norm of what ∇f is a sum of: rounding is in proportion to it."""
+        """The norm of the terms of which ∇f is the sum; rounding errors are proportional to it."""
         norm = np.linalg.norm
         with np.errstate(over="ignore", invalid="ignore"):
             slope = norm(self.slope(self.w))
-            terms = norm(self.a) * norm(self.w) + norm(self.rhs(self.lam))  # F is 0 where these cancel
+            terms = norm(self.a) * norm(self.w) + norm(self.rhs(self.lam))  # these cancel in F = 0
             size = norm(self.lam) * (1 + norm(self.inverse()) * slope * terms) + norm(self.jacobian(self.lam)) * slope
-        return math.inf if math.isnan(size) else size  # of infinite terms
+        return math.inf if math.isnan(size) else size  # NaN comes from infinite terms
 
     @property
     def condition(self) -> float:
         values = np.linalg.svd(self.a[np.ix_(self.free, self.free)], compute_uv=False)
         return values[0] / values[values > 1e-10 * values[0]].min() if values[0] else 1.0
 
-    # The same in torch.
+    # The problem in torch.
 
     def tensor(self, x) -> torch.Tensor:
         return torch.tensor(x, dtype=self.dtype)

@@ -1,4 +1,4 @@
-"""What several test files share: comparisons with the oracles, the solvers that apply, proof that nothing changed."""
+"""Helpers of several test files: comparison with the oracles, the solvers for each problem, checks for side effects."""
 
 import math
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ EXACT = 1e-10  # relative error of a first-order result in float64
 
 @contextmanager
 def default_device(device: str | None):
-    """As torch.set_default_device. After its None, torch 2.6 fails wherever the default device is asked for."""
+    """Set torch's default device, and reset it fully: in torch 2.6 get_default_device fails after a reset to None."""
     torch.set_default_device(device)
     try:
         yield
@@ -32,13 +32,13 @@ def default_device(device: str | None):
 
 @cache
 def problem_at(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Problem:
-    """A problem, made once; tests must not write into its tensors."""
+    """A reference problem, built once and shared: tests must not write into its tensors."""
     make = hypertorch if name == "hypertorch" else lambda **options: problem(name, **options)
     return make(random=seed, dtype=dtype)
 
 
 def hypergradient(p: Problem, form: str, solver=None, **options) -> hg.Hypergradient:
-    """implicit.grad of a problem, its inner problem in the given form."""
+    """implicit.grad of a problem whose inner problem is given as `form`: inner_loss, fp_map or residual."""
     options = {"symmetric": p.symmetric, "batch_dims": p.batch_dims} | options
     return hg.implicit.grad(
         p.outer_loss, params=p.params, hparams=p.hparams, solver=solver, **{form: getattr(p, form)}, **options
@@ -73,19 +73,19 @@ def errors(result, truth) -> list[float]:
 
 
 def assert_agrees(p: Problem, grads, tolerance: float = EXACT) -> None:
-    """∇f stands in hparams' structure and is the oracle's, leaf by leaf. The comparison of all first-order tests."""
+    """Assert that ∇f has the structure of hparams and agrees with the oracle in each leaf."""
     assert optree.tree_structure(grads) == optree.tree_structure(p.hparams)
     assert max(errors(grads, p.grads)) <= tolerance
 
 
 def adjoint_of(p: Problem, form: str):
-    """v of the oracle for this form of the inner problem."""
+    """The leaves of the oracle's adjoint v for this form of the inner problem."""
     return [leaf / (p.step if form == "fp_map" else 1.0) for leaf in optree.tree_leaves(p.adjoint)]
 
 
 @cache
 def dense_system(name: str, form: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Aᵀ, ∇₁E, ∇₂E and ∂₂Fᵀ of a problem in float64, by dense Jacobians (of one block-diagonal system if batched)."""
+    """Aᵀ, ∇₁E, ∇₂E and ∂₂Fᵀ in float64 by dense Jacobians; a batched problem gives one block-diagonal system."""
     p = problem_at(name, seed)
     w, h = flat(p.params), flat(p.hparams).detach()
     shapes = [optree.tree_structure(tree) for tree in (p.params, p.hparams)]
@@ -104,7 +104,7 @@ def dense_system(name: str, form: str, seed: int = 0) -> tuple[np.ndarray, np.nd
 
 
 def assert_is_gradient_of(p: Problem, form: str, v: np.ndarray, grads, tolerance: float = EXACT, seed: int = 0) -> None:
-    """∇f is ∇₂E − ∂₂Fᵀv for this v: what a method that stops early owes."""
+    """Assert that ∇f = ∇₂E − ∂₂Fᵀv for this v, which holds also for a method that stops early."""
     _, _, direct, cross = dense_system(p.name, form, seed)
     assert relative(flat(grads), direct - cross @ v) <= tolerance
 
@@ -113,8 +113,8 @@ def solvers_for(p: Problem, form: str) -> dict[str, S.LinearSolver]:
     """Every solver that can solve this problem to the accuracy of its dtype, by name.
 
     CG and MINRES need symmetry. Stationary methods contract by q = ‖I − ηA‖ a step (heavy ball by (√κ−1)/(√κ+1)), so
-    log ε / log q steps reach rounding level; they are listed where that is affordable. Methods on the normal equations
-    square the condition, which float32 does not carry for κ² ε > 1; BiCGStab carries no guarantee there.
+    log ε / log q steps reach rounding level; they are listed if so many steps are affordable. Methods on the normal
+    equations square the condition number and are left out if κ² ε > 1; so is BiCGStab, which has no guarantee there.
     """
     eps = torch.finfo(optree.tree_leaves(p.params)[0].dtype).eps
     condition, contraction = p.condition, p.contraction
@@ -151,7 +151,7 @@ def solvers_for(p: Problem, form: str) -> dict[str, S.LinearSolver]:
 
 
 def cases(seeds: tuple[int, ...] = (0,), names: tuple[str, ...] = PROBLEMS, dtype: torch.dtype = torch.float64):
-    """(problem, form, solver, seed) of every combination that applies."""
+    """(problem, form, solver, seed) for every solver that can solve the problem in that form."""
     return [
         (name, form, solver, seed)
         for seed in seeds
@@ -166,7 +166,7 @@ def tensors_in(trees) -> list[torch.Tensor]:
 
 
 def snapshot(x: torch.Tensor) -> tuple:
-    """Everything of the user's tensor that a library could spoil."""
+    """The value, requires_grad, version and .grad of a tensor: what the library must leave as they are."""
     grad = x.grad if x.is_leaf or x.retains_grad else None
     return x.detach().clone(), x.requires_grad, x._version, id(grad), None if grad is None else grad.clone()
 
@@ -180,7 +180,7 @@ def same(before: tuple, after: tuple) -> bool:
 
 @contextmanager
 def untouched(*trees):
-    """Values, .grad and requires_grad of these tensors are the same after as before."""
+    """Assert that the block changes no value, .grad or requires_grad of these tensors."""
     leaves = tensors_in(trees)
     before = [snapshot(x) for x in leaves]
     yield
@@ -189,7 +189,7 @@ def untouched(*trees):
 
 @contextmanager
 def nothing_changed(*trees):
-    """As `untouched`, and torch's random state is what it was."""
+    """Assert what `untouched` does, and that the block leaves torch's random state as it was."""
     state = torch.get_rng_state()
     with untouched(*trees):
         yield
@@ -197,7 +197,7 @@ def nothing_changed(*trees):
 
 
 def noisy(f):
-    """f, after drawing from torch's random state."""
+    """f, which first draws random numbers from torch's global generator."""
 
     def draws_first(*args, **kwargs):
         torch.rand(3)
@@ -207,6 +207,6 @@ def noisy(f):
 
 
 def share_buffers(patch: pytest.MonkeyPatch, small: int, total: int) -> None:
-    """Leaves up to `small` entries share a buffer, and so do all of a problem with at most `total`."""
+    """Let leaves of at most `small` entries share a buffer, and all leaves of a problem of at most `total` entries."""
     patch.setattr("hypergrad._vector.SMALL", small)
     patch.setattr("hypergrad._vector.SMALL_TOTAL", total)

@@ -1,7 +1,7 @@
 """Solution maps for the tests of implicit functions, with oracles that share no code with the library.
 
-The oracle is Newton's method: k exact steps from the solution, w ← w − (∂₁F)⁻¹F by dense Jacobians and LU factors, have
-the right derivatives with respect to λ up to order 2ᵏ − 1, whatever computes them. Everything is on flat vectors.
+The oracle is Newton's method. k exact steps w ← w − (∂₁F)⁻¹F from the solution, by dense Jacobians and LU factors, have
+the right derivatives in λ up to order 2ᵏ − 1 under autograd and torch.func alike. All vectors are flat.
 """
 
 from collections.abc import Callable
@@ -38,9 +38,9 @@ TOLERANCES = {1: 1e-10, 2: 1e-8, 3: 1e-7}
 
 @dataclass(frozen=True)
 class Case:
-    """An inner problem on flat vectors, at a λ with its solution.
+    """An inner problem on flat vectors, with its λ.
 
-    `user` is what the library gets (in the named form), `residual` the same equation written by hand.
+    `user` is the loss or map that the library gets, of the kind `form`; `residual` is the same problem as F, by hand.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Case:
         return solution_of(self)
 
     def solve(self, h: Tensor) -> Tensor:
-        """w(λ) to rounding: SciPy's answer, polished by Newton's method."""
+        """w(λ) to rounding: SciPy's solution, improved by three Newton steps."""
         h = h.detach()
         found = scipy.optimize.root(
             lambda w: self.residual(torch.from_numpy(w), h).numpy(), np.zeros(self.n), tol=1e-10
@@ -71,7 +71,7 @@ class Case:
         return FORMS[self.form](self.user, w, h, **options)
 
     def outer(self, w: Tensor, h: Tensor) -> Tensor:
-        """An outer loss that bends in w and in λ."""
+        """An outer loss that is nonlinear in w and in λ."""
         return (w.sin() + 0.3 * w**2).sum() + (w[0] * h).tanh().sum()
 
     def value(self, w: Tensor, h: Tensor, **options: Any) -> Tensor:
@@ -95,7 +95,7 @@ def newton_step(residual: Callable[[Tensor, Tensor], Tensor], w: Tensor, h: Tens
 
 
 def newton(residual: Callable[[Tensor, Tensor], Tensor], w: Tensor, h: Tensor, steps: int = 2) -> Tensor:
-    """w(λ) with right derivatives up to order 2^steps − 1, from the solution w."""
+    """w(λ) by Newton steps from the solution w, with the right derivatives up to order 2^steps − 1."""
     w = w.detach()
     for _ in range(steps):
         w = w - newton_step(residual, w, h)
@@ -104,7 +104,7 @@ def newton(residual: Callable[[Tensor, Tensor], Tensor], w: Tensor, h: Tensor, s
 
 @cache
 def oracle(case: Case, order: int, scalar: bool = True) -> Tensor:
-    """The order-th derivative of f (or of w itself) at the case's λ, in reverse mode through Newton's steps."""
+    """The derivative of this order of f (of w itself if not scalar) at the case's λ, through Newton's steps."""
     return oracle_at(case, case.solution, case.hparams, order, scalar)
 
 
@@ -119,7 +119,7 @@ def oracle_at(case: Case, w: Tensor, h: Tensor, order: int, scalar: bool = True)
 
 
 def tanh(n: int, norm: float, form: str = "fixed_point", full: bool = False) -> Case:
-    """w = tanh(diag(g) W w + b) with ‖W‖₂ = norm and W not symmetric; λ = (g, b), or all of (W, b).
+    """w = tanh(diag(g) W w + b) with ‖W‖₂ = norm and W not symmetric; λ is (g, b), or (W, b) if `full`.
 
     The residual form is ½(1 + w²)(w − Φ(w)), whose Jacobian is not that of the fixed point map.
     """
@@ -187,7 +187,7 @@ def rel(value: Tensor, truth: Tensor) -> float:
 
 
 def picard(phi: Callable[[Tensor, Tensor], Tensor], w: Tensor, h: Tensor, steps: int = 400) -> Tensor:
-    """The plain iteration through autograd: the second oracle, where Φ contracts."""
+    """w ← Φ(w, λ) through autograd: a second oracle for contractions Φ."""
     for _ in range(steps):
         w = phi(w, h)
     return w

@@ -1,4 +1,4 @@
-"""A convex training problem with its minimiser, retraining and curvature in NumPy, in float64."""
+"""A convex training problem: its minimiser, retraining and curvature in NumPy, and its losses in torch, in float64."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def fitted(weights: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def retraining(step: float = 1e-4) -> np.ndarray:
-    """∂(losses of the queries)/∂(weights) by central differences of trainings: [Q, N]."""
+    """∂(losses of the queries)/∂(weights of examples) by central differences of retrainings: [Q, N]."""
     columns = []
     for i in range(N):
         moved = [losses(fitted(np.ones(N) + sign * step * np.eye(N)[i]), *data()[2:]) for sign in (1, -1)]
@@ -66,7 +66,7 @@ def dense(damping: float = 0.0) -> np.ndarray:
     return -gradients(w, *data()[2:]) @ np.linalg.solve(a, gradients(w, *data()[:2]).T) / N
 
 
-# The same for the library.
+# The problem in torch.
 def tensors() -> tuple[torch.Tensor, ...]:
     return tuple(torch.tensor(array) for array in data())
 

@@ -1,8 +1,8 @@
 """Reference problems of DESIGN section 7, solved densely in NumPy: the truth that the library is compared with.
 
-Every function returns an `Oracle`: the data, λ, w*, f, ∇f and the dense system Aᵀ v = ∇₁E behind it. `seed=0` is the
-problem as listed; any other seed draws other data (another split where the data is real, other arrays where it is
-synthetic). Leaving λ out means the value that the row names.
+Every problem is a function that returns an `Oracle`: the data, λ, w*, f, ∇f and the dense system Aᵀ v = ∇₁E. `seed=0`
+is the problem as listed in DESIGN; any other seed draws another split of real data, or other synthetic arrays. λ
+defaults to the value in DESIGN's row. A docstring "g / E; default λ" states the inner loss, the outer loss and λ.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Data = dict[str, Any]
 
 @dataclass(frozen=True)
 class Oracle:
-    """What dense algebra knows at λ; systems of independent samples have a leading axis in `matrix` and `adjoint`."""
+    """A problem at λ by dense algebra; independent systems give `matrix` and `adjoint` a leading axis."""
 
     data: Data
     hparams: tuple[Array, ...]
@@ -61,20 +61,20 @@ def standardise(x: Array) -> Array:
 
 
 def split(x: Array, y: Array, n: int, seed: int) -> Data:
-    """Rows in the order of a seeded permutation: the first n train, the rest validation."""
+    """Permute the rows by a seeded permutation; the first n are for training, the others for validation."""
     order = np.random.RandomState(seed).permutation(len(x))
     x, y = x[order], y[order]
     return {"x": x[:n], "y": y[:n], "xv": x[n:], "yv": y[n:]}
 
 
 def diabetes(seed: int = 0) -> Data:
-    """Diabetes, 221/221, features and target standardised."""
+    """The diabetes data: 221 training and 221 validation rows, features and target standardised."""
     raw = load_diabetes()
     return split(standardise(raw.data), standardise(raw.target), 221, seed)
 
 
 def breast_cancer(seed: int = 0) -> Data:
-    """Breast cancer, 285/284, features standardised, labels 0 and 1."""
+    """The breast-cancer data: 285 training and 284 validation rows, features standardised, labels 0 and 1."""
     raw = load_breast_cancer()
     return split(standardise(raw.data), raw.target.astype(np.float64), 285, seed)
 
@@ -101,7 +101,7 @@ def log_loss_hessian(x: Array, w: Array) -> Array:
 
 
 def logistic_fit(x: Array, y: Array, penalty: Array) -> Array:
-    """argmin of log_loss + ½Σ penaltyⱼ wⱼ² by Newton's method with halving, to a relative step of 1e-14."""
+    """argmin of log_loss + ½Σ penaltyⱼ wⱼ² by Newton's method with step halving, to a relative step of 1e-14."""
 
     def loss(w: Array) -> float:
         return log_loss(x, y, w) + 0.5 * float(penalty @ (w * w))
@@ -150,14 +150,14 @@ def biased(lam: Array | None = None, seed: int = 0) -> Oracle:
 
 
 def biased_optimum(seed: int = 0) -> Oracle:
-    """`biased` at its best λ: w(λ) is onto, so w is the validation set's least squares and λ = (Aw − Xᵀy)/10."""
+    """`biased` at its best λ: each w is w*(λ) for some λ, so w minimises validation, and λ = (Aw − Xᵀy)/10."""
     d = diabetes(seed)
     w = solve(d["xv"].T @ d["xv"], d["xv"].T @ d["yv"])
     return biased(w + d["x"].T @ (d["x"] @ w - d["y"]) / 10.0, seed)
 
 
 def quadratic_data(kappa: float, seed: int = 0) -> Data:
-    """A = Q diag(logspace(−log₁₀κ, 0, 50)) Qᵀ, made symmetric to the last bit; draws in the order Q, B, c, t."""
+    """A = Q diag(logspace(−log₁₀κ, 0, 50)) Qᵀ, made symmetric to the last bit; Q, B, c, t are drawn in this order."""
     rng = np.random.RandomState(seed)
     q = np.linalg.qr(rng.randn(50, 50)).Q
     a = (q * np.logspace(-np.log10(kappa), 0.0, 50)) @ q.T
@@ -165,7 +165,7 @@ def quadratic_data(kappa: float, seed: int = 0) -> Data:
 
 
 def quadratic(kappa: float, lam: Array | None = None, seed: int = 0) -> Oracle:
-    """½wᵀAw − wᵀ(Bλ+c) / ½‖w−t‖² + .05‖λ‖²; the row names no λ, the default is RandomState(1).randn(8)."""
+    """½wᵀAw − wᵀ(Bλ+c) / ½‖w−t‖² + .05‖λ‖²; default RandomState(1).randn(8), because DESIGN's row has no λ."""
     lam = np.random.RandomState(1).randn(8) if lam is None else lam
     d = quadratic_data(kappa, seed)
     w = solve(d["a"], d["b"] @ lam + d["c"])
@@ -182,7 +182,7 @@ def quadratic_optimum(kappa: float, seed: int = 0) -> Oracle:
 
 
 def contraction(q: float, lam: Array | None = None, seed: int = 0) -> Oracle:
-    """w = Mw + Bλ + c with ‖M‖₂ = q / ½‖w−t‖²; draws in the order M, B, c, t; default λ = 0."""
+    """w = Mw + Bλ + c with ‖M‖₂ = q / ½‖w−t‖²; M, B, c, t are drawn in this order; default λ = 0."""
     lam = np.zeros(8) if lam is None else lam
     rng = np.random.RandomState(seed)
     m = rng.randn(50, 50)
@@ -194,7 +194,7 @@ def contraction(q: float, lam: Array | None = None, seed: int = 0) -> Oracle:
 
 
 def equilibrium_data(seed: int = 0) -> Data:
-    """First 64 digits/16 as they come; draws in the order W, U, C, then b for other seeds than 0, where b = 0."""
+    """The first 64 digits, divided by 16; W, U, C and b are drawn in this order, but b = 0 for seed 0."""
     raw = load_digits()
     rng = np.random.RandomState(seed)
     w = rng.randn(20, 20)
@@ -234,7 +234,7 @@ def equilibrium(w: Array | None = None, u: Array | None = None, b: Array | None 
 
 
 def elastic_net(a: Array | None = None, seed: int = 0) -> Oracle:
-    """‖Xw−y‖²/2n + e^{a₁}‖w‖₁ + ½e^{a₂}‖w‖² / ‖Xᵥw−yᵥ‖²/2m; default (log .1, log .05); A lives on the support."""
+    """‖Xw−y‖²/2n + e^{a₁}‖w‖₁ + ½e^{a₂}‖w‖² / ‖Xᵥw−yᵥ‖²/2m; default (log .1, log .05); A is that of w's support."""
     a = np.log([0.1, 0.05]) if a is None else a
     d = diabetes(seed)
     (l1, l2), n = np.exp(a), len(d["x"])
@@ -253,15 +253,15 @@ def elastic_net(a: Array | None = None, seed: int = 0) -> Oracle:
 
 
 def heavy_ball_data(seed: int = 0) -> Data:
-    """Spectrum and start of the quadratic: linspace(.1, 1, 10) from ones; a random start for other seeds."""
+    """Eigenvalues linspace(.1, 1, 10) of the quadratic, and the start: ones for seed 0, random for other seeds."""
     start = np.ones(10) if seed == 0 else np.random.RandomState(seed).randn(10)
     return {"h": np.linspace(0.1, 1.0, 10), "start": start, "steps": 30}
 
 
 def heavy_ball(a: Array | None = None, seed: int = 0) -> Oracle:
-    """v ← μv + h∘w, w ← w − ηv, 30 steps / ½‖w₃₀‖² / (log η, logit μ); default (log .3, 0); tangents run forward.
+    """30 steps v ← μv + h∘w, w ← w − ηv / ½‖w₃₀‖² / λ = (log η, logit μ), default (log .3, 0); ∇f by forward tangents.
 
-    There is no linear system: `matrix` is h as a diagonal, `adjoint` is ∇E(w₃₀) = w₃₀.
+    There is no linear system: `matrix` is diag(h), and `adjoint` is ∇E(w₃₀) = w₃₀.
     """
     a = np.array([np.log(0.3), 0.0]) if a is None else a
     d = heavy_ball_data(seed)
@@ -277,7 +277,7 @@ def heavy_ball(a: Array | None = None, seed: int = 0) -> Oracle:
 
 
 def hypertorch_data(seed: int = 0) -> Data:
-    """1000×20 normal x, y = [x·w_oracle + .1 noise > 0]; the split draws on from the same stream, as the notebook."""
+    """1000×20 normal x, y = [x·w_oracle + .1 noise > 0]; the same random stream draws the split, as in the notebook."""
     from sklearn.model_selection import train_test_split
 
     rng = np.random.RandomState(1 + seed)
@@ -299,7 +299,7 @@ def hypertorch(lam: Array | None = None, seed: int = 0) -> Oracle:
 
 @dataclass(frozen=True)
 class HyperTorchRun:
-    """HyperTorch's published run: validation loss and ‖approximate ∇f‖ before each outer update; λ at the last one."""
+    """HyperTorch's published run: validation loss and ‖approximate ∇f‖ before each outer update, and the last λ."""
 
     data: Data
     losses: Array
@@ -310,7 +310,7 @@ class HyperTorchRun:
 
 
 def hypertorch_reverse(d: Data, lam: Array, steps: int = 100, last: int = 10) -> tuple[float, Array, Array]:
-    """f, the gradient through the last steps alone, and w after `steps` gradient steps of size .1 from zero."""
+    """f, ∇f through the last steps alone, and w, after `steps` gradient steps of size .1 from zero."""
     path = [np.zeros(20)]
     for _ in range(steps):
         path.append(path[-1] - 0.1 * (log_loss_grad(d["x"], d["y"], path[-1]) + lam * path[-1]))

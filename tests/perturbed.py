@@ -1,4 +1,4 @@
-"""Problems at params that are some way off the inner solution, and how far off their hypergradients are."""
+"""Problems at params that are not the inner solution, and the errors of hypergradients there."""
 
 import math
 from dataclasses import replace
@@ -18,7 +18,7 @@ from test_oracles import flat, relative, unflatten
 
 @cache
 def plain(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Problem:
-    """A problem with one tensor for params and one for hparams."""
+    """A reference problem whose params and hparams are one flat tensor each."""
     p = problem_at(name, seed, dtype)
 
     def packed(f, value=flat):
@@ -52,7 +52,7 @@ def error(result, p: Problem) -> float:
 
 @cache
 def breast_cancer(condition: float) -> Problem:
-    """Logistic regression with one strength for all features, chosen for this condition number of the Hessian."""
+    """Logistic regression whose features share one penalty, chosen so that the Hessian has this condition number."""
 
     def off(theta: float) -> float:
         return math.log(oracles.logistic(np.full(30, theta)).condition / condition)
@@ -73,10 +73,10 @@ def breast_cancer(condition: float) -> Problem:
 
 
 def away_from(p: Problem, size: float, seed: int | None) -> Problem:
-    """Params moved in a random direction, or (None) towards 0, where an inner solver starts."""
+    """The problem at params moved in a random direction or, with seed None, towards 0, where inner solvers start."""
     return replace(p, params=(1 - size) * p.params) if seed is None else moved(p, size, seed)
 
 
 def newton_fit(p: Problem):
-    """hparams ↦ the exact solution of breast-cancer logistic regression, by the oracle."""
+    """The map from hparams to the exact solution of breast-cancer logistic regression, by the oracle."""
     return lambda h: torch.as_tensor(oracles.logistic(h.numpy()).solution)

@@ -1,8 +1,8 @@
 """The reference problems as torch callables for the library under test, each with its NumPy truth (`oracles.py`).
 
-Maps are written on flat vectors, and `Layout` turns them into maps of pytrees, other ones for each problem: a tensor,
-lists, tuples, dicts (keys sorted, so that every flattening order is the same), nested, with 0-d and matrix leaves.
-`fp_map` is w − step·residual with step 2/(L+μ) at the solution, or, for problems that are fixed points by nature, Φ.
+Formulas are written on flat vectors. A `Layout` turns them into maps of pytrees, which differ from problem to problem:
+a tensor, lists, tuples, nested dicts (keys sorted, so that every flattening order agrees), 0-d and matrix leaves.
+`fp_map` is Φ if the problem is a fixed point itself; otherwise w − step·residual with step 2/(L+μ) at the solution.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,7 @@ class Maps:
 
 @dataclass(frozen=True)
 class Row:
-    """How a named problem is made: its oracle, its formulas, its pytrees; `spread` scales the random hparams."""
+    """The oracle, formulas and pytrees of a named problem; `spread` scales the noise in λ for seeds other than 0."""
 
     oracle: Callable[..., Oracle]
     maps: Callable[[Oracle, Callable[[Any], Tensor]], Maps]
@@ -117,7 +117,7 @@ def mean_square(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
 
 
 def ridge_maps(o: Oracle, cast: Callable[[Any], Tensor]) -> Maps:
-    """Squared loss with one penalty e^θⱼ a feature."""
+    """Squared loss with one penalty e^θⱼ for each feature."""
     x, y, xv, yv = (cast(o.data[k]) for k in ("x", "y", "xv", "yv"))
     return Maps(
         outer=lambda w, h: mean_square(xv, yv, w),
@@ -130,7 +130,7 @@ def ridge_maps(o: Oracle, cast: Callable[[Any], Tensor]) -> Maps:
 def logistic_maps(
     o: Oracle, cast: Callable[[Any], Tensor], penalty: Callable[[Tensor], Tensor] = torch.exp, step: float | None = None
 ) -> Maps:
-    """Mean log-loss with one penalty a feature: e^θⱼ, or λⱼ itself as in HyperTorch's example."""
+    """Mean log-loss with one penalty for each feature: e^θⱼ, or λⱼ itself as in HyperTorch's example."""
     x, y, xv, yv = (cast(o.data[k]) for k in ("x", "y", "xv", "yv"))
     loss = F.binary_cross_entropy_with_logits
     return Maps(
@@ -142,7 +142,7 @@ def logistic_maps(
 
 
 def biased_maps(o: Oracle, cast: Callable[[Any], Tensor]) -> Maps:
-    """Squared loss, pulled towards λ."""
+    """Squared loss with the regulariser 5‖w−λ‖²."""
     x, y, xv, yv = (cast(o.data[k]) for k in ("x", "y", "xv", "yv"))
     return Maps(
         outer=lambda w, h: 0.5 * (xv @ w - yv).square().sum(),
@@ -153,7 +153,7 @@ def biased_maps(o: Oracle, cast: Callable[[Any], Tensor]) -> Maps:
 
 
 def quadratic_maps(o: Oracle, cast: Callable[[Any], Tensor]) -> Maps:
-    """½wᵀAw − wᵀ(Bλ+c); the outer loss has a term in λ of its own."""
+    """½wᵀAw − wᵀ(Bλ+c); the outer loss depends on λ directly too."""
     a, b, c, t = (cast(o.data[k]) for k in ("a", "b", "c", "t"))
     return Maps(
         outer=lambda w, h: 0.5 * (w - t).square().sum() + 0.05 * h.square().sum(),
@@ -212,19 +212,19 @@ HYPERTORCH = Row(oracles.hypertorch, partial(logistic_maps, penalty=lambda h: h,
 
 
 def tensors(arrays: tuple[np.ndarray, ...]) -> Any:
-    """One float64 tensor, or a tuple of them: what a layout packs."""
+    """The arrays as one float64 tensor or a tuple of tensors, which is the argument of `Layout.pack`."""
     out = tuple(torch.from_numpy(np.array(a)) for a in arrays)
     return out[0] if len(out) == 1 else out
 
 
 def arrays(layout: Layout, tree: Any) -> tuple[np.ndarray, ...]:
-    """The flat float64 arrays of a pytree of hparams: what an oracle takes."""
+    """The flat float64 arrays of a pytree of hparams, which are the arguments of an oracle."""
     flat = layout.unpack(optree.tree_map(lambda leaf: torch.as_tensor(leaf).detach().double(), tree))
     return tuple(a.numpy() for a in (flat if isinstance(flat, tuple) else (flat,)))
 
 
 def leaves(layout: Layout, flat: tuple[np.ndarray, ...], dtype: torch.dtype, requires_grad: bool = False) -> Any:
-    """A pytree of own, contiguous leaves."""
+    """The packed pytree; its leaves are contiguous and share no memory."""
     return optree.tree_map(
         lambda leaf: leaf.to(dtype).clone().contiguous().requires_grad_(requires_grad), layout.pack(tensors(flat))
     )
@@ -236,7 +236,7 @@ def grads_of(layout: Layout, o: Oracle) -> list[np.ndarray]:
 
 
 def oracle_at(row: Row, hparams: Any, random: bool | int) -> Oracle:
-    """The row's oracle at the given hparams; `random` is the seed of the data, and of the hparams if none are given."""
+    """The row's oracle at the given hparams; `random` seeds the data and, if no hparams are given, the hparams."""
     seed = int(random)
     if hparams is not None:
         return row.oracle(*arrays(row.hparams, hparams), seed=seed)
@@ -248,7 +248,7 @@ def oracle_at(row: Row, hparams: Any, random: bool | int) -> Oracle:
 
 
 def on_trees(row: Row, f: Map | None, packed: bool = True) -> Map | None:
-    """A map of flat vectors as a map of pytrees, its result packed like params or a scalar."""
+    """Turn a map of flat vectors into a map of pytrees; with packed=False the result stays as it is (a scalar)."""
     if f is None:
         return None
     pack = row.params.pack if packed else (lambda value: value)
@@ -281,12 +281,12 @@ def build(name: str, row: Row, dtype: torch.dtype, hparams: Any, random: bool | 
 
 
 def problem(name: str, dtype: torch.dtype = torch.float64, hparams: Any = None, random: bool | int = False) -> Problem:
-    """A row of DESIGN section 7; `hparams` in its own structure; `random` (a seed) draws other data and hparams."""
+    """A row of DESIGN section 7; `hparams` has the row's structure; `random` (a seed) draws other data and hparams."""
     return build(name, ROWS[name], dtype, hparams, random)
 
 
 def hypertorch(dtype: torch.dtype = torch.float64, hparams: Any = None, random: bool | int = False) -> Problem:
-    """HyperTorch's logistic regression, exactly solved; fp_map is its gradient step of size .1, trees are [tensor]."""
+    """HyperTorch's logistic regression, solved exactly; fp_map is a gradient step of size .1; pytrees are [tensor]."""
     return build("hypertorch", HYPERTORCH, dtype, hparams, random)
 
 
@@ -307,9 +307,9 @@ ELASTIC_NET = Row(oracles.elastic_net, elastic_net_maps, TENSOR, SCALARS, symmet
 
 
 def elastic_net(dtype: torch.dtype = torch.float64, hparams: Any = None, random: bool | int = False) -> Problem:
-    """Elastic net as a fixed point problem: fp_map alone, the proximal gradient step, for implicit methods at w*.
+    """Elastic net for implicit methods at w*: the inner problem has one form, fp_map, the proximal gradient step.
 
-    A = I − ∂₁Φ is the identity off the support, so it is not symmetric; params a tensor, hparams two 0-d tensors.
+    A = I − ∂₁Φ is the identity off the support, so it is not symmetric. params is a tensor, hparams two 0-d tensors.
     """
     p = build("elastic-net", ELASTIC_NET, dtype, hparams, random)
     o = oracle_at(ELASTIC_NET, hparams, random)
@@ -328,7 +328,7 @@ def elastic_net(dtype: torch.dtype = torch.float64, hparams: Any = None, random:
 def elastic_net_unrolled(
     dtype: torch.dtype = torch.float64, hparams: Any = None, random: bool | int = False, steps: int = 400
 ) -> Unrolled:
-    """Elastic net by `steps` proximal gradient steps from zero; by then f and ∇f are those of the solution."""
+    """Elastic net by `steps` proximal gradient steps from zero, after which f and ∇f are those of the solution."""
     p = elastic_net(dtype, hparams, random)
     start = torch.zeros_like(p.params)
     return Unrolled(p.name, start, p.hparams, p.fp_map, steps, p.outer_loss, p.value, p.grads, p.params)

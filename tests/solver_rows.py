@@ -1,4 +1,4 @@
-"""The solvers, what is promised of each, and their answers on `systems.GRID`: shared by the tests of solvers."""
+"""The solvers, the systems that each must solve, and their answers on `systems.GRID`, for all tests of solvers."""
 
 import functools
 import itertools
@@ -18,8 +18,6 @@ from hypergrad.solvers import Status
 from systems import GRID, System, norm, side, with_spectrum
 
 RTOL, LIMIT = 1e-10, 80
-
-
 ETA = 0.3  # Neumann's step size
 
 
@@ -32,13 +30,13 @@ def definite(limit: float) -> Callable[[System], list[bool]]:
 
 
 def symmetric(limit: float) -> Callable[[System], list[bool]]:
-    """Symmetric and well enough conditioned, or singular and consistent."""
+    """Whether each system is symmetric, and regular with at most this condition number or singular and consistent."""
     rows = lambda s: zip(s.symmetric, conditioned(limit)(s), s.finite, s.consistent, s.regular, strict=True)  # noqa: E731
     return lambda s: [sym and (c or (f and con and not reg)) for sym, c, f, con, reg in rows(s)]
 
 
 def contracts(step: float, steps: int = LIMIT) -> Callable[[System], list[bool]]:
-    """Whether these steps of x ← x + η (b − Ax) are enough, by ‖I − ηA‖."""
+    """Whether ‖I − ηA‖ is so small that x ← x + η (b − Ax) solves each system in this number of steps."""
     return lambda s: [
         bool(f and min(q, 1) ** steps <= 1e-13) for q, f in zip(s.contraction(step), s.finite, strict=True)
     ]
@@ -50,10 +48,10 @@ def either(*facts: Callable[[System], list[bool]]) -> Callable[[System], list[bo
 
 @dataclass(frozen=True)
 class Row:
-    """A solver and what is promised of it.
+    """A solver and what it must do.
 
-    `products(K, n)` are the products of K steps on n unknowns, without that for the residual; `solves` tells of each
-    system of a `System` whether it must be solved; `tag` is declared of every operator, true or not.
+    `products(K, n)` is the number of products in K steps on n unknowns, the one for the residual excluded. `solves`
+    tells which of the systems in a `System` it must solve. `tag` is declared for every operator, whether true or not.
     """
 
     make: Callable[..., S.LinearSolver]
@@ -72,7 +70,7 @@ class Row:
 
 
 def low_rank(rank: int) -> Callable[..., S.Nystrom]:
-    """Nystrom's damping has no zero; 0.01 stands for it."""
+    """Nystrom with damping 0.01 by default, because its damping must be positive."""
     return lambda damping=0.01, **options: S.Nystrom(rank=rank, damping=damping, **options)
 
 
@@ -109,7 +107,7 @@ BATCHES = [name for name, system in GRID.items() if system.a.ndim == 3]
 
 @dataclass(frozen=True)
 class Answer:
-    """A Solution with NumPy's own view of it; arrays have one entry a system."""
+    """A Solution, and the judgement of it by NumPy; arrays and lists have one entry for each system."""
 
     name: str
     system: System  # damped
@@ -134,7 +132,7 @@ class Answer:
 
     @functools.cached_property
     def right(self) -> list[bool]:
-        """‖b − Ax‖ ≤ rtol ‖b‖ up to rounding and, where A⁻¹ exists, ‖x − A⁻¹b‖ ≤ ‖A⁻¹‖ times that."""
+        """Whether ‖b − Ax‖ ≤ rtol ‖b‖ up to rounding and, if A⁻¹ exists, ‖x − A⁻¹b‖ is at most ‖A⁻¹‖ times as much."""
         out = []
         rounding = self.system.rounding(self.x)
         for i, (x, truth) in enumerate(zip(self.x, self.system.solutions, strict=True)):
@@ -146,20 +144,20 @@ class Answer:
         return out
 
     def systems(self, bad: list[bool]) -> list[str]:
-        """Names for a report of the systems where `bad` holds."""
+        """A line of a failure report for each system where `bad` holds: name, status, true and reported residual."""
         names = zip(bad, self.statuses, self.residual, self.reported, strict=True)
         return [f"{self.name}[{i}]: {st.name} {r:.1e} {s:.1e}" for i, (no, st, r, s) in enumerate(names) if no]
 
     def silent(self) -> list[str]:
-        """Said to be solved and not right."""
+        """Systems that are reported as CONVERGED, with a wrong solution."""
         return self.systems([s is Status.CONVERGED and not ok for s, ok in zip(self.statuses, self.right, strict=True)])
 
     def unsolved(self, due: list[bool]) -> list[str]:
-        """Not solved though due."""
+        """Systems that had to be solved and are not reported as CONVERGED."""
         return self.systems([d and s is not Status.CONVERGED for d, s in zip(due, self.statuses, strict=True)])
 
     def misreported(self) -> list[str]:
-        """The reported residual is not the true one, beyond rounding; where not finite, nothing is reported."""
+        """Systems whose reported residual is off by more than rounding, or finite though the status is NON_FINITE."""
         slack = self.system.rounding(self.x) + 1e-12 * self.residual
         lost = [status is Status.NON_FINITE for status in self.statuses]
         last = self.solution.trace[-1].reshape(-1).numpy()
@@ -168,13 +166,13 @@ class Answer:
         return self.systems(list(np.where(lost, np.isfinite(self.reported) & np.isfinite(last), ~near)))
 
     def misnamed(self) -> list[str]:
-        """NaN or infinity without NON_FINITE, or NON_FINITE for a sane system beside an insane one."""
+        """Systems with NaN or infinity whose status is not NON_FINITE, and finite ones beside them whose status is."""
         lost = [status is Status.NON_FINITE for status in self.statuses]
         insane = not all(self.system.finite)
         return self.systems([insane and f == n for f, n in zip(self.system.finite, lost, strict=True)])
 
     def mistraced(self) -> list[str]:
-        """The trace is not one longer than the steps, or does not begin with ‖b‖."""
+        """The answer's name if its trace is not one longer than the number of steps, or does not begin with ‖b‖."""
         steps = self.solution.steps
         exact = isinstance(steps, int)
         bad = [steps + 1 != len(self.solution.trace) if exact else int(steps.max()) + 1 > len(self.solution.trace)]
@@ -186,7 +184,7 @@ class Answer:
 
 @functools.cache
 def answer(row: str, system: str, started: bool = False, gamma: float = 0.0) -> Answer:
-    """A solver to RTOL on a system of the grid, from x0 = 0 or a random x0."""
+    """The answer of a solver with rtol=RTOL on a system of the grid, from x0 = 0 or from a random x0 (`started`)."""
     given = GRID[system]
     solver = ROWS[row].solver(max_steps=ROWS[row].limit, rtol=RTOL, damping=gamma, on_failure="ignore")
     solution = solver(given.operator(ROWS[row].tag), given.rhs(), given.start() if started else None)
@@ -223,7 +221,7 @@ def krylov(a: np.ndarray, r: np.ndarray, steps: int) -> np.ndarray:
 
 
 class Reads(TorchDispatchMode):
-    """Counts what would wait for the device."""
+    """Counts the operations that would wait for an accelerator to give a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,19 +240,18 @@ def reads(solver: S.LinearSolver, system: System, x0: torch.Tensor | None = None
     return counted.count, solution
 
 
-# The size of the systems below.
-N = 120
+N = 120  # unknowns of the systems below
 DECAY = with_spectrum(np.logspace(0, -5, N) + 1e-4, 3)
 
 
 def drifting(t: float) -> np.ndarray:
-    """The same eigenvalues, eigenvectors turned as t grows."""
+    """A matrix with the eigenvalues of DECAY, whose eigenvectors rotate as t grows."""
     turn = torch.matrix_exp(t * torch.tensor(np.triu(np.ones((N, N)), 1) - np.tril(np.ones((N, N)), -1)) / N).numpy()
     return turn @ DECAY @ turn.T
 
 
 def solved(a: np.ndarray, solver: S.LinearSolver, x0: torch.Tensor | None = None) -> tuple[S.Solution, int]:
-    """The checked solution of a symmetric system with side(n) on the right, and its products."""
+    """The solution of a symmetric system with right-hand side side(n), which is checked, and the number of products."""
     op = hg.operators.matrix(torch.tensor(a), symmetric=True)
     solution = solver(op, torch.tensor(side(len(a))), x0)
     assert norm(a @ solution.value.numpy() - side(len(a))) <= 1.001 * (solver.rtol or 1) * norm(side(len(a)))

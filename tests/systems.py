@@ -1,7 +1,7 @@
-"""A grid of linear systems A x = b in NumPy, easy and hostile, with what dense algebra knows of each.
+"""A grid of easy and difficult linear systems A x = b in NumPy, with the properties of each by dense algebra.
 
-A `System` is one system, or B independent ones of the same size ([B, n, n]); everything derived (symmetry, rank,
-definiteness, solution, residuals) comes from numpy.linalg, system by system.
+A `System` is one system, or B independent ones of the same size ([B, n, n]). Its properties (symmetry, rank,
+definiteness, solution, residuals) are computed by numpy.linalg, one system after the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EPS = np.finfo(np.float64).eps
 
 @dataclass(frozen=True)
 class System:
-    """A [n, n] or [B, n, n], b of shape [], [n] or [B, n]; lists below have one entry a system."""
+    """`a` is [n, n] or [B, n, n], `b` is [], [n] or [B, n]; lists below have one entry for each system."""
 
     name: str
     a: Array
@@ -50,7 +50,7 @@ class System:
 
     @cached_property
     def singular_values(self) -> list[Array]:
-        """In falling order; those that are rounding are zero. NaN where A is not finite."""
+        """Singular values in falling order. Those of rounding level are set to 0; all are NaN where A is not finite."""
         every = [np.linalg.svd(a, compute_uv=False) if np.isfinite(a).all() else a[0] * np.nan for a in self.matrices]
         return [np.where(s <= 10 * self.n * EPS * s[:1], 0.0, s) for s in every]
 
@@ -124,7 +124,7 @@ class System:
         return replace(self, a=self.matrices[i], b=self.sides[i])
 
     def operator(self, tag: str | None = None, dtype: torch.dtype = torch.float64) -> hg.operators.LinearOperator:
-        """The operator with a tag, true or false: "symmetric", "positive_definite", "none"; None is the truth."""
+        """The operator with this declaration ("symmetric", "positive_definite" or "none"); None: with what is true."""
         if tag is None:
             tag = "symmetric" if all(self.symmetric) else "none"
         tags = {} if tag == "none" else {tag: True}
@@ -137,14 +137,14 @@ class System:
         return torch.tensor(self.b, dtype=dtype)
 
     def start(self, seed: int = 0) -> torch.Tensor:
-        """A random x0 of the size of b."""
+        """A random x0 with about the norm of b."""
         draw = np.random.default_rng(seed).standard_normal(self.sides.shape)
         size = np.array([norm(b[np.isfinite(b)]) or 1.0 for b in self.sides])
         return torch.tensor((draw * size[:, None]).reshape(self.b.shape))
 
 
 def norm(x: Array | torch.Tensor) -> float:
-    """‖x‖₂ without under- or overflow."""
+    """‖x‖₂ without underflow or overflow."""
     x = np.asarray(x)
     size = np.max(np.abs(x), initial=0.0)
     return float(size * np.linalg.norm(x / size)) if 0 < size < np.inf else float(size)
@@ -181,20 +181,20 @@ def poisson(n: int, dims: int = 1) -> Array:
 
 
 def graph_laplacian(n: int) -> Array:
-    """Of a cycle with a chord: integers, so that A·1 = 0 holds to the last bit."""
+    """The Laplacian of a cycle with a chord. Its entries are integers, so that A·1 = 0 holds to the last bit."""
     adjacency = np.roll(np.eye(n), 1, 0) + np.roll(np.eye(n), -1, 0)
     adjacency[0, n // 2] = adjacency[n // 2, 0] = 1
     return np.diag(adjacency.sum(0)) - adjacency
 
 
 def singular_nonsymmetric(n: int, rank: int, seed: int = 5) -> Array:
-    """Integer factors, so that the rank is exact."""
+    """A singular matrix as a product of integer factors, so that the rank is exact."""
     rng = np.random.default_rng(seed)
     return rng.integers(-2, 3, (n, rank)).astype(float) @ rng.integers(-2, 3, (rank, n))
 
 
 def spoiled(a: Array, value: float) -> Array:
-    """A with one bad pair of entries, symmetric where A is."""
+    """A with `value` in the entries (1, 2) and (2, 1); it is symmetric if A is."""
     a = a.copy()
     a[1, 2] = a[2, 1] = value
     return a

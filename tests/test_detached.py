@@ -73,7 +73,7 @@ def stepped(w, lam, take):
     return fp_map(w, lam, take)
 
 
-DOORS = {
+ENTRY_POINTS = {
     "grad": lambda take, lam: (
         hg.implicit.grad(outer_loss, inner_loss=partial(inner_loss, take=take), params=W, hparams=lam).grads
     ),
@@ -118,22 +118,22 @@ def lost(call):
 
 
 @pytest.mark.parametrize("way", TAKEN)
-@pytest.mark.parametrize("door", DOORS)
-def test_a_lost_derivative_is_warned_of(door, way):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_a_lost_derivative_is_warned_of(entry_point, way):
     lam = LAM.clone().requires_grad_()
-    _, texts = lost(lambda: DOORS[door](TAKEN[way], lam))
+    _, texts = lost(lambda: ENTRY_POINTS[entry_point](TAKEN[way], lam))
     assert len(texts) == 1 and "test_detached.py, line" in texts[0] and "autograd sees" in texts[0], texts
 
 
 @pytest.mark.parametrize(
-    "door", ["residual", "backward", "root", "fixed_point", "forward mode", "CG", "reverse", "forward"]
+    "entry_point", ["residual", "backward", "root", "fixed_point", "forward mode", "CG", "reverse", "forward"]
 )
-def test_no_warning_where_all_is_in_the_graph(door):
+def test_no_warning_where_all_is_in_the_graph(entry_point):
     """And the value is the right one."""
     lam = LAM.clone().requires_grad_()
-    grads, texts = lost(lambda: DOORS[door](lambda x: x * 1, lam))
+    grads, texts = lost(lambda: ENTRY_POINTS[entry_point](lambda x: x * 1, lam))
     assert not texts
-    if door in ("residual", "backward", "root", "fixed_point", "CG"):
+    if entry_point in ("residual", "backward", "root", "fixed_point", "CG"):
         assert relative(grads, TRUTH) < 1e-10
 
 
@@ -253,7 +253,7 @@ def test_what_the_user_keeps_requires_no_grad_afterwards():
         kept.append(x.detach())
         return kept[-1]
 
-    _, texts = lost(lambda: DOORS["residual"](take, lam))
+    _, texts = lost(lambda: ENTRY_POINTS["residual"](take, lam))
     assert texts and len(kept) == 2 and not any(x.requires_grad for x in kept)
 
 

@@ -1,4 +1,4 @@
-"""Every door of the library on other devices: nothing is made on the wrong one, and no number is read unsaid.
+"""Every entry_point of the library on other devices: nothing is made on the wrong one, and no number is read unsaid.
 
 `pytest tests/test_devices.py --device cuda` runs them on an accelerator too.
 """
@@ -119,10 +119,10 @@ def jacobian(d, solver):
     return numbers(hg.implicit.jacobian(both, inner_loss=inner, params=d.w, hparams=d.h, solver=solver))
 
 
-def attached(d, door, solver, **options):
+def attached(d, entry_point, solver, **options):
     inner, outer, fp_map = losses(d)
-    form = {"argmin": inner, "fixed_point": fp_map, "root": fp_map}[door]
-    w = getattr(hg.implicit, door)(form, d.w, d.h, solver=solver, **options)
+    form = {"argmin": inner, "fixed_point": fp_map, "root": fp_map}[entry_point]
+    w = getattr(hg.implicit, entry_point)(form, d.w, d.h, solver=solver, **options)
     return torch.autograd.grad(outer(w, d.h), d.h)
 
 
@@ -148,10 +148,10 @@ def linear_solve(d):
     return x.detach(), torch.autograd.grad(x.sum(), a)
 
 
-def transformed(d, door="fixed_point", solver=NEUMANN):
+def transformed(d, entry_point="fixed_point", solver=NEUMANN):
     inner, outer, fp_map = losses(d)
-    form = {"argmin": inner, "fixed_point": fp_map}[door]
-    f = lambda h: outer(getattr(hg.implicit, door)(form, d.w, h, solver=solver), h)  # noqa: E731
+    form = {"argmin": inner, "fixed_point": fp_map}[entry_point]
+    f = lambda h: outer(getattr(hg.implicit, entry_point)(form, d.w, h, solver=solver), h)  # noqa: E731
     several = torch.stack([d.h.detach(), d.h.detach() / 2])
     return torch.func.grad(f)(d.h), torch.func.jacrev(torch.func.grad(f))(d.h), torch.vmap(torch.func.grad(f))(several)
 
@@ -405,7 +405,7 @@ METHODS = {
 reverse, forward = partial(unrolled, how=hg.unroll.reverse), partial(unrolled, how=hg.unroll.forward)
 
 # name: what is done, and how many reads its documentation counts for it; None where that depends on the numbers.
-DOORS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
+ENTRY_POINTS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
     "grad": (implicit, 0),
     "grad, fp_map": (partial(implicit, form="fp_map", solver=GMRES), 0),
     "grad, residual": (partial(implicit, form="residual", solver=GMRES), 0),
@@ -422,14 +422,14 @@ DOORS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
     "jacobian, GMRES": (partial(jacobian, solver=GMRES), 0),
     "polish": (partial(implicit, then=partial(hg.implicit.polish, solver=CG)), 0),
     "refine": (refined, None),
-    "argmin": (partial(attached, door="argmin", solver=CG), 0),
-    "fixed_point": (partial(attached, door="fixed_point", solver=NEUMANN), 0),
-    "root": (partial(attached, door="root", solver=GMRES), 0),
+    "argmin": (partial(attached, entry_point="argmin", solver=CG), 0),
+    "fixed_point": (partial(attached, entry_point="fixed_point", solver=NEUMANN), 0),
+    "root": (partial(attached, entry_point="root", solver=GMRES), 0),
     "root, warm start": (warm, 0),
     "solver": (decorated, 0),
     "linear_solve": (linear_solve, 0),
     "torch.func": (transformed, 0),
-    "torch.func, argmin": (partial(transformed, door="argmin", solver=CG), 0),
+    "torch.func, argmin": (partial(transformed, entry_point="argmin", solver=CG), 0),
     **{f"solvers.{name}": (partial(solved, solver=solver), 0) for name, solver in SOLVERS.items()},
     "solvers.Dense": (partial(solved, solver=S.Dense(on_failure="ignore")), 2),
     **{f"hg.{n}": (partial(hypertorch, name=n), None) for n in ("fixed_point", "neumann", "CG", "CG_normaleq")},
@@ -468,7 +468,7 @@ DOORS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
     "diagnostics, fp_map": (partial(checked, form="fp_map"), None),
     "structure, findings": (structured, None),
 }
-SILENT = [name for name, (_, count) in DOORS.items() if count == 0]
+SILENT = [name for name, (_, count) in ENTRY_POINTS.items() if count == 0]
 quiet = pytest.mark.filterwarnings("ignore::hypergrad.HypergradientWarning")
 
 
@@ -483,12 +483,12 @@ def compare(found: Any, due: Any, tolerance: float) -> None:
 
 
 @quiet
-@pytest.mark.parametrize("door", DOORS)
-def test_another_device_has_the_numbers_of_the_cpu_and_few_are_read(door, device):
-    run, reads = DOORS[door]
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_another_device_has_the_numbers_of_the_cpu_and_few_are_read(entry_point, device):
+    run, reads = ENTRY_POINTS[entry_point]
     due, kind = run(data()), "meta" if device.type == "cpu" else device.type
     with Device(kind) as counted:
-        found = run(data(counted.elsewhere if kind == "meta" else lambda x: x.to(device)))
+        found = run(data(counted.on_meta if kind == "meta" else lambda x: x.to(device)))
     if reads is not None:
         assert counted.reads == reads
     for leaf in optree.tree_leaves(found):
@@ -503,15 +503,15 @@ def test_another_device_has_the_numbers_of_the_cpu_and_few_are_read(door, device
         (partial(implicit, solver=S.CG(max_steps=5)), 6),
         (partial(implicit, solver=S.GMRES(max_steps=5), form="fp_map"), 6),
         (partial(jacobian, solver=S.BlockCG(max_steps=5)), 6),
-        (partial(attached, door="argmin", solver=S.CG(max_steps=5)), 4),
-        (partial(attached, door="fixed_point", solver=S.GMRES(max_steps=5)), 3),
+        (partial(attached, entry_point="argmin", solver=S.CG(max_steps=5)), 4),
+        (partial(attached, entry_point="fixed_point", solver=S.GMRES(max_steps=5)), 3),
     ],
 )
 def test_the_checks_behind_warnings_read_few_numbers(run, most, device):
     """At a solution, where no warning is due."""
     kind = "meta" if device.type == "cpu" else device.type
     with Device(kind) as counted:
-        d = data(counted.elsewhere if kind == "meta" else lambda x: x.to(device))
+        d = data(counted.on_meta if kind == "meta" else lambda x: x.to(device))
         for _ in range(300):
             w = {k: v.detach().requires_grad_() for k, v in d.w.items()}
             d = d._replace(w={k: v.detach() for k, v in losses(d)[2](w, d.h).items()})
@@ -521,10 +521,10 @@ def test_the_checks_behind_warnings_read_few_numbers(run, most, device):
 
 
 @quiet
-@pytest.mark.parametrize("door", SILENT)
-def test_what_reads_nothing_runs_where_there_are_no_numbers(door):
+@pytest.mark.parametrize("entry_point", SILENT)
+def test_what_reads_nothing_runs_where_there_are_no_numbers(entry_point):
     """As torch.compile and the capture of graphs need."""
-    run = DOORS[door][0]
+    run = ENTRY_POINTS[entry_point][0]
     due, found = run(data()), run(data(lambda x: x.to("meta")))
     for a, b in zip(optree.tree_leaves(found), optree.tree_leaves(due), strict=True):
         if isinstance(b, Tensor):
@@ -533,13 +533,13 @@ def test_what_reads_nothing_runs_where_there_are_no_numbers(door):
 
 @quiet
 @pytest.mark.parametrize("default", ["meta", torch.float16])
-@pytest.mark.parametrize("door", DOORS)
-def test_the_default_device_and_dtype_do_not_matter(door, default):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_the_default_device_and_dtype_do_not_matter(entry_point, default):
     """On a default device without numbers, anything that is made there fails or is lost.
 
     Where tensors lie in memory decides the last digit of a matrix product, so it is not asked for.
     """
-    run, dtype = DOORS[door][0], torch.get_default_dtype()
+    run, dtype = ENTRY_POINTS[entry_point][0], torch.get_default_dtype()
     due = run(data())
     try:
         with default_device("meta" if default == "meta" else None):

@@ -1,4 +1,4 @@
-"""Two gloo ranks, each with half of the data: the numbers of one process with all of it."""
+"""Two gloo ranks, each with half of the data, against one process with all data."""
 
 import multiprocessing
 import warnings
@@ -25,7 +25,7 @@ def start(target, *args):
     return processes
 
 
-def test_every_door_on_two_ranks(tmp_path):
+def test_two_ranks_give_the_results_of_one_process(tmp_path):
     results = tmp_path / "results.pt"
     processes = start(distributed_cases.run, tmp_path / "store", results)
     for process in processes:

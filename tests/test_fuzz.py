@@ -1,7 +1,7 @@
-"""Random calls of every door against dense NumPy in float64: an answer is right, or an error or a warning says that it
-may not be.
+"""Random calls of the public functions against dense NumPy in float64: each answer is right, or an error or a warning
+says that it may be wrong.
 
-FUZZ=5000 pytest tests/test_fuzz.py takes that many calls; the suite takes a few hundred.
+FUZZ=5000 pytest tests/test_fuzz.py makes 5000 calls; without FUZZ the suite makes a few hundred.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ EXACT = ("Auto", "CG", "MINRES", "GMRES", "BiCGStab", "NormalCG", "LSQR", "Dense
 
 @dataclass
 class Answer:
-    """What a door gave.
+    """The result of a call.
 
     Attributes:
-        pairs: values and their truths; None where nothing is determined, so that a success is a failure.
-        label: what was called.
-        near: the relative error that need not be told, of few steps; the estimates are no better.
-        power: of the condition number in the error that rounding explains.
-        size: what rounding is relative to; that of ∇f if None.
-        floor: an error that is allowed in any case.
+        pairs: (value, truth); truth is None if it is not determined, so that the call must not report success.
+        label: what was called, for the failure report.
+        near: relative error that few steps may leave without a warning, because error estimates are no better.
+        power: power of the condition number in the error that rounding explains.
+        size: the norm to which rounding errors are relative; None for `Case.size`.
+        floor: absolute error that is allowed in any case.
         ok: whether the result says that it succeeded.
     """
 
@@ -69,7 +69,7 @@ class Answer:
 
 
 def chosen(case: Case, names=tuple(SOLVERS), symmetric: bool | None = None):
-    """A solver that applies, and its name."""
+    """The name of a random solver that can solve the problem, and the solver."""
     name = case.pick(names)
     while name in SYMMETRIC and not (case.symmetric if symmetric is None else symmetric):
         name = case.pick(names)
@@ -77,7 +77,7 @@ def chosen(case: Case, names=tuple(SOLVERS), symmetric: bool | None = None):
 
 
 def near(case: Case, name: str, power: int = 1) -> float:
-    """The error of a solver that was given few steps (or a loose tolerance) that need not be told."""
+    """The relative error that few steps or a loose tolerance may leave without a warning; 0 for other solvers."""
     few = name.endswith("K") or name in ("Nystrom", "default")
     return min(1.0, max(0.35, 0.1 * case.condition**power)) if few else 0.0
 
@@ -103,7 +103,7 @@ def implicit_options(case: Case):
     return outer, options, f"{form}; {name}; x0 {x0}"
 
 
-def door_grad(case: Case) -> Answer:
+def call_grad(case: Case) -> Answer:
     outer, options, name = implicit_options(case)
     lam = case.hparams()
     options["compile"] = case.pick((False, False, True))
@@ -120,7 +120,7 @@ def implicit_answer(case: Case, value, result, name: str) -> Answer:
     return Answer([(value, truth)], f"{name}: {result.solution.message}", near=allowed, ok=result.solution.ok)
 
 
-def door_backward(case: Case) -> Answer:
+def call_backward(case: Case) -> Answer:
     outer, options, name = implicit_options(case)
     lam = case.hparams()
     leaves = lam if isinstance(lam, list) else [lam]
@@ -137,11 +137,11 @@ def door_backward(case: Case) -> Answer:
     result = hg.implicit.backward(outer, params=params, hparams=lam, **options)
     grads = [x.grad - 1 if x.requires_grad else torch.zeros_like(x) for x in leaves]
     answer = implicit_answer(case, numbers(grads), result, name)
-    answer.floor = 1e-15 if case.dtype is torch.float64 else 1e-6  # what is added to ones
+    answer.floor = 1e-15 if case.dtype is torch.float64 else 1e-6  # rounding of the sum with a .grad of ones
     return answer
 
 
-def door_jacobian(case: Case) -> Answer:
+def call_jacobian(case: Case) -> Answer:
     outer, options, name = implicit_options(case)
     options["x0"] = None
     direction = case.random.randn(case.n)
@@ -162,7 +162,7 @@ def door_jacobian(case: Case) -> Answer:
 
 
 def implicit_function(case: Case):
-    """λ ↦ w(λ) by one of the five differentiable solution maps, the name, and whether it takes few steps."""
+    """λ ↦ w(λ) by one of the five differentiable solution maps, with its name and whether it takes few steps."""
     kind = case.pick(("root", "fixed_point", "argmin", "linear_solve", "solver"))
     if kind == "argmin" and not case.symmetric:
         kind = "root"
@@ -175,7 +175,7 @@ def implicit_function(case: Case):
     a, b, c = map(case.tensor, (case.a, case.b, case.c))
 
     def w_of(lam):
-        """The solution by any code, without a derivative."""
+        """The solution without a graph."""
         with torch.no_grad():
             r = b @ (lam + lam**2 / 2 - case.tensor(case.lam + case.lam**2 / 2))
             w = case.tensor(case.w) + case.tensor(case.inverse()) @ r
@@ -201,7 +201,7 @@ def implicit_function(case: Case):
     return call, f"{kind}, {name}"
 
 
-def door_functions(case: Case) -> Answer:
+def call_functions(case: Case) -> Answer:
     case.outer_container = "tensor"
     case.learned[:] = True
     call, name = implicit_function(case)
@@ -249,7 +249,7 @@ def door_functions(case: Case) -> Answer:
     return Answer(pairs, f"{name}, {way}", power=1 + second, floor=floor)
 
 
-def door_hypertorch(case: Case) -> Answer:
+def call_hypertorch(case: Case) -> Answer:
     case.container = case.pick(("list", "scalars", "empty", "mixed"))
     if case.outer_container in ("tensor", "strided"):
         case.outer_container = "list"
@@ -321,7 +321,7 @@ def unrolled_answer(case: Case, d: Descent, value, name: str, first: int = 0) ->
     return Answer([(value, truth)], f"{name}, lr={d.lr}, T={d.steps}", power=0, size=bound)
 
 
-def door_reverse(case: Case) -> Answer:
+def call_reverse(case: Case) -> Answer:
     d = descent(case)
     _, outer = case.functions()
     memory = case.pick(("graph", "iterates", "sqrt", "64KiB", "1MiB", "checkpoints"))
@@ -334,7 +334,7 @@ def door_reverse(case: Case) -> Answer:
     return unrolled_answer(case, d, numbers(result.grads), f"{memory}, truncate={truncate}", first)
 
 
-def door_forward(case: Case) -> Answer:
+def call_forward(case: Case) -> Answer:
     d = descent(case)
     _, outer = case.functions()
     chunk = case.pick((None, 1, 2))
@@ -346,7 +346,7 @@ def door_forward(case: Case) -> Answer:
     return unrolled_answer(case, d, numbers(result.grads), f"chunk={chunk}")
 
 
-def door_history(case: Case) -> Answer:
+def call_history(case: Case) -> Answer:
     """HyperTorch's reverse, reverse_unroll and exact."""
     d, case.slack = descent(case), np.inf
     case.container = case.pick(("list", "empty", "scalars"))
@@ -373,7 +373,7 @@ def door_history(case: Case) -> Answer:
     return unrolled_answer(case, d, numbers(value), name)
 
 
-def door_meta(case: Case) -> Answer:
+def call_meta(case: Case) -> Answer:
     """Tasks that differ in c, t and w₀; w₀ is w₀ᵢ (1 + Σλ) but for Implicit, which starts at the solution."""
     method = case.pick(("Implicit", "Unrolled", "FirstOrder", "Reptile"))
     reduction, count = case.pick(("mean", "sum")), case.random.randint(1, 4)
@@ -482,7 +482,7 @@ class Cell(torch.nn.Module):
         return z - (z @ self.a.T - u)
 
 
-def door_equilibrium(case: Case) -> Answer:
+def call_equilibrium(case: Case) -> Answer:
     rtol = 1e-10 if case.dtype is torch.float64 else 1e-5
     forward = case.pick(tuple(FORWARD))
     name, backward = chosen(case, ("GMRES", "BiCGStab", "NormalCG", "LSQR", "Dense", "FixedPoint"))
@@ -509,7 +509,7 @@ def door_equilibrium(case: Case) -> Answer:
     return Answer(pairs, f"{forward}, {name}", near=allowed, size=size, floor=allowed * size, ok=ok)
 
 
-def door_fixed_points(case: Case) -> Answer:
+def call_fixed_points(case: Case) -> Answer:
     """The residual in float64, and the value where it is determined."""
     rtol = 1e-10 if case.dtype is torch.float64 else 1e-5
     if case.container == "frozen":
@@ -533,7 +533,7 @@ def door_fixed_points(case: Case) -> Answer:
     return Answer(pairs, label, size=size, ok=solution.ok)
 
 
-def door_bilevel(case: Case) -> Answer:
+def call_bilevel(case: Case) -> Answer:
     """SOBA's directions on its second batch, v being −lr ∇₁f: D_w = ∇₁g and D_λ = ∇²₂₁g v + ∇₂f."""
     case.a = (case.a + case.a.T) / 2
     case.container = case.pick(("tensor", "list", "dict", "ordered", "named", "strided", "scalars", "empty", "mixed"))
@@ -572,7 +572,7 @@ OPTIMISERS = {
 }
 
 
-def door_rules(case: Case) -> Answer:
+def call_rules(case: Case) -> Answer:
     """from_torch after some steps, then more steps in both; and d/dlr by finite differences of torch.optim."""
     name = case.pick(tuple(OPTIMISERS))
     options = {key: case.pick(values) for key, values in OPTIMISERS[name].items()}
@@ -625,7 +625,7 @@ def door_rules(case: Case) -> Answer:
     return Answer(pairs if fine else pairs[:1], label, floor=1e-2, size=1.0, power=0)
 
 
-def door_check(case: Case) -> Answer:
+def call_check(case: Case) -> Answer:
     """diagnostics.check of a result at params that are off, or whose system was not solved."""
     case.container = case.pick(("tensor", "list", "dict", "scalars", "frozen"))
     outer, options, name = implicit_options(case)
@@ -640,7 +640,7 @@ def door_check(case: Case) -> Answer:
     return Answer(pairs, f"{name}, off by {away}: {report.verdict}", near=0.1, size=0.0, ok=report.ok)
 
 
-def door_polish(case: Case) -> Answer:
+def call_polish(case: Case) -> Answer:
     """polish and refine of a result at params that are a little off."""
     case.container = case.pick(("tensor", "list", "dict", "scalars", "frozen"))
     outer, options, name = implicit_options(case)
@@ -654,8 +654,8 @@ def door_polish(case: Case) -> Answer:
     return Answer(pairs, f"{name}, off by {away}", near=0.35, ok=result.solution.ok)
 
 
-DOORS: dict[str, Callable[[Case], Answer]] = {
-    name.removeprefix("door_"): door for name, door in list(globals().items()) if name.startswith("door_")
+ENTRY_POINTS: dict[str, Callable[[Case], Answer]] = {
+    name.removeprefix("call_"): call for name, call in list(globals().items()) if name.startswith("call_")
 }
 
 
@@ -663,12 +663,12 @@ FINE = ("right", "warned", "refused", "not ok")
 
 
 def outcome(seed: int) -> str:
-    """One of `FINE`, or what is wrong without a word of it."""
-    name, case = list(DOORS)[seed % len(DOORS)], Case(seed)
+    """One of `FINE`, or a description of an error that neither an exception nor a warning reports."""
+    name, case = list(ENTRY_POINTS)[seed % len(ENTRY_POINTS)], Case(seed)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         try:
-            answer = DOORS[name](case)
+            answer = ENTRY_POINTS[name](case)
         except (ValueError, TypeError, NotImplementedError):
             return "refused"
     if any(issubclass(w.category, hg.HypergradientWarning) for w in seen):
@@ -683,13 +683,13 @@ def silent_failure(case: Case, answer: Answer, name: str) -> str | None:
     size = case.size() if answer.size is None else answer.size
     for value, truth in answer.pairs:
         if name == "functions" and not np.isfinite(value).all():
-            continue  # the outer loss, and what overflows in its derivatives, is the caller's own there
+            continue  # here the test evaluates the outer loss, whose derivatives may overflow
         if truth is None:
             return "a success where nothing is determined"
         with np.errstate(all="ignore"):
             unit = max(1.0, np.abs(truth).max(initial=0.0))  # squares may overflow
             off, length = (np.linalg.norm(x / unit) * unit for x in (value - truth, truth))
-            few = answer.near * max(length, size / 2)  # ∂₂F may take the error of v further than v
+            few = answer.near * max(length, size / 2)  # ∂₂F may amplify the error of v more than v
             allowed = max(answer.floor, few, explained * size, min(0.1, explained) * length)
         if not off <= allowed:
             return f"off by {off:.1e} of {length:.1e}, allowed {allowed:.1e}"

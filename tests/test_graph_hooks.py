@@ -135,7 +135,7 @@ def phi(w: Tensor, h: Tensor) -> Tensor:
 
 
 W, H = torch.ones(2, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
-DOORS = {
+ENTRY_POINTS = {
     "grad": lambda h: hg.implicit.grad(lambda w, h: w.sum(), fp_map=phi, params=W, hparams=h),
     "jacobian": lambda h: hg.implicit.jacobian(lambda w, h: w, fp_map=phi, params=W, hparams=h),
     "fixed_point": lambda h: hg.implicit.fixed_point(phi, W, h).sum().backward(),
@@ -147,9 +147,9 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_every_door_says_it(door):
-    assert len(said(lambda: DOORS[door](H.clone().requires_grad_()))) == 1
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_every_entry_point_warns(entry_point):
+    assert len(said(lambda: ENTRY_POINTS[entry_point](H.clone().requires_grad_()))) == 1
 
 
 @pytest.mark.parametrize("closures", [False, True])

@@ -62,7 +62,7 @@ def exact(inner, outer, w, h):
 
 
 DENSE = hg.solvers.Dense(on_failure="ignore")
-DOORS = {
+ENTRY_POINTS = {
     "grad": lambda g, f, w, h: hg.implicit.grad(f, inner_loss=g, params=w, hparams=h, solver=DENSE).grads,
     "fp_map": lambda g, f, w, h: hg.implicit.grad(f, fp_map=partial(step, g), params=w, hparams=h, solver=DENSE).grads,
     "jacobian": lambda g, f, w, h: (
@@ -91,21 +91,21 @@ def point():
     return w, torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_checkpoints_in_a_module_called_at_given_tensors(door, point):
-    one, other = (DOORS[door](*losses(module()), *point) for module in (Checkpointed, Plain))
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_checkpoints_in_a_module_called_at_given_tensors(entry_point, point):
+    one, other = (ENTRY_POINTS[entry_point](*losses(module()), *point) for module in (Checkpointed, Plain))
     assert rel(one, other) < 1e-10
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_parametrisations_are_not_taken_from_a_cache(door, point):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_parametrisations_are_not_taken_from_a_cache(entry_point, point):
     module = Plain()
     nn.utils.parametrize.register_parametrization(module.first, "weight", Half())
     w = {name: 1.5 * p.detach() for name, p in module.named_parameters()}
-    expected = DOORS[door](*losses(module), w, point[1])
+    expected = ENTRY_POINTS[entry_point](*losses(module), w, point[1])
     with nn.utils.parametrize.cached():
         module.first.weight  # noqa: B018  what the cache holds
-        assert rel(DOORS[door](*losses(module), w, point[1]), expected) < 1e-10
+        assert rel(ENTRY_POINTS[entry_point](*losses(module), w, point[1]), expected) < 1e-10
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Embeddings with sparse=True behind every door: the numbers of dense ones."""
+"""Embeddings with sparse=True behind every entry_point: the numbers of dense ones."""
 
 from functools import partial
 
@@ -58,9 +58,9 @@ def evaluated(c):
     return hg.implicit.grad(c.outer(w, c.h), inner_loss=c.inner(w, c.h), params=w, hparams=c.h, solver=DENSE).grads
 
 
-def attached(c, door):
-    form = {"argmin": c.inner, "fixed_point": c.step}[door]
-    return lambda h: c.outer(getattr(hg.implicit, door)(form, c.w, h, solver=TIGHT), h)
+def attached(c, entry_point):
+    form = {"argmin": c.inner, "fixed_point": c.step}[entry_point]
+    return lambda h: c.outer(getattr(hg.implicit, entry_point)(form, c.w, h, solver=TIGHT), h)
 
 
 def hypertorch(c, name):
@@ -85,7 +85,7 @@ def tracked(c, make):
     return h.grad
 
 
-DOORS = {
+ENTRY_POINTS = {
     "grad": lambda c: c.grad().grads,
     "grad, NormalCG": lambda c: c.grad("fp_map", S.NormalCG(rtol=1e-12)).grads,
     "grad, evaluated": evaluated,
@@ -104,8 +104,8 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_the_numbers_are_those_of_dense_gradients(door):
-    due, found = (DOORS[door](Case(sparse)) for sparse in (False, True))
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_the_numbers_are_those_of_dense_gradients(entry_point):
+    due, found = (ENTRY_POINTS[entry_point](Case(sparse)) for sparse in (False, True))
     torch.testing.assert_close(found, due, rtol=1e-8, atol=0.0)
     assert due != 0

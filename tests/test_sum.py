@@ -1,4 +1,4 @@
-"""operators.Sum: sums over batches beside one graph of all rows, behind every door."""
+"""operators.Sum: sums over batches beside one graph of all rows, behind every entry_point."""
 
 import functools
 import warnings

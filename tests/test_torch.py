@@ -46,7 +46,7 @@ def evaluated(h, method):
 
 
 # Each adds the hypergradient to .grad of the leaves behind a list of one tensor.
-DOORS = {
+ENTRY_POINTS = {
     "fixed_point": lambda h: hg.fixed_point(at_solution(h), h, 100, fp_map, outer_loss, tol=1e-14),
     "neumann": lambda h: hg.neumann(at_solution(h), h, 100, fp_map, outer_loss, tol=1e-14),
     "CG": lambda h: hg.CG(at_solution(h), h, 5, fp_map, outer_loss),
@@ -63,9 +63,9 @@ DOORS = {
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 @pytest.mark.parametrize("of_network", [False, True])
-def test_a_hook_on_hparams_acts_once(door, hook, of_network):
+def test_a_hook_on_hparams_acts_once(entry_point, hook, of_network):
     """On a leaf, and on what a network computed."""
 
     def grad_of(backward):
@@ -78,15 +78,15 @@ def test_a_hook_on_hparams_acts_once(door, hook, of_network):
         return leaf.grad
 
     truth = grad_of(lambda h: outer_loss(solution(h), h).backward())
-    assert (grad_of(DOORS[door]) - truth).norm() < 1e-9 * truth.norm()
+    assert (grad_of(ENTRY_POINTS[entry_point]) - truth).norm() < 1e-9 * truth.norm()
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_a_retained_gradient_is_the_whole(door):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_a_retained_gradient_is_the_whole(entry_point):
     leaf = start()
     h = leaf * 1.0
     h.retain_grad()
-    DOORS[door]([h])
+    ENTRY_POINTS[entry_point]([h])
     truth = torch.autograd.grad(outer_loss(solution([leaf]), [leaf]), leaf)[0]
     assert (h.grad - truth).norm() < 1e-9 * truth.norm() and (leaf.grad - truth).norm() < 1e-9 * truth.norm()
 

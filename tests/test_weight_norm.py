@@ -107,7 +107,7 @@ def hypertorch(case, model, name):
     return hg.reverse_unroll(optimizer(optimizer(params, [case.h]), [case.h]), [case.h], loss, set_grad=False)
 
 
-DOORS = {
+ENTRY_POINTS = {
     **{f"grad, {form}": lambda c, m, f=form: grad(c, m, f) for form in ("inner_loss", "fp_map", "residual", "Sum")},
     "unroll.reverse": lambda c, m: unrolled(c, m, hg.unroll.reverse),
     "unroll.forward": lambda c, m: unrolled(c, m, hg.unroll.forward),
@@ -120,10 +120,10 @@ DOORS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("door", DOORS)
-def test_functions_have_right_second_derivatives(door, kind):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_functions_have_right_second_derivatives(entry_point, kind):
     case = Case(kind)
-    due, found = (optree.tree_leaves(DOORS[door](case, model)) for model in (case.by_hand, case.torch_s))
+    due, found = (optree.tree_leaves(ENTRY_POINTS[entry_point](case, model)) for model in (case.by_hand, case.torch_s))
     for a, b in zip(found, due, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 

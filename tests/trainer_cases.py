@@ -1,4 +1,4 @@
-"""Trainings by BilevelTrainer that two ranks run, and one process with batches of twice the size."""
+"""Trainings by BilevelTrainer, to be run by two ranks and by one process with batches of twice the size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def data():
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(0, VOCABULARY, (40, LENGTH), generator=draw)
     labels = rows.clone()
-    labels[::3, -2:] = -100  # so that ranks have unequal numbers of losses that count
+    labels[::3, -2:] = -100  # masked, so that ranks have unequal numbers of labels
     every = [{"input_ids": x, "labels": y} for x, y in zip(rows, labels, strict=True)]
     return [each | {"source": i % SOURCES} for i, each in enumerate(every[:24])], every[24:]
 
@@ -50,7 +50,7 @@ def methods() -> dict[str, Any]:
 
 
 def trainer(folder, ranks, name="F2SA", **changes) -> Any:
-    """A training whose batches of all ranks together are the same for any number of ranks."""
+    """A trainer; the batches of all ranks together are the same for any number of ranks."""
     import transformers
 
     from hypergrad.transformers import BilevelTrainer, SourceWeights
@@ -65,14 +65,14 @@ def trainer(folder, ranks, name="F2SA", **changes) -> Any:
         "max_steps": STEPS,
         "per_device_train_batch_size": 4 // ranks,
         "learning_rate": 1e-2,
-        "adam_epsilon": 1e-3,  # with a small one the first of Adam's steps, which SAMA differentiates, is all rounding
+        "adam_epsilon": 1e-3,  # with a smaller one, rounding decides Adam's first step, which SAMA differentiates
         "max_grad_norm": 0.5,
         "logging_steps": 2,
     }
     train, valid = data()
     hparams = SourceWeights(SOURCES).double()
     rank = dist.get_rank() if ranks > 1 else 0
-    hparams.logits.data[0] = 0.3 if rank == 0 else 7.0  # those of rank 0 count
+    hparams.logits.data[0] = 0.3 if rank == 0 else 7.0  # the trainer must take those of rank 0
     return BilevelTrainer(
         gpt2("eager" if name == "SOBA" else "sdpa"),
         transformers.TrainingArguments(str(folder), **(options | changes)),
@@ -85,7 +85,7 @@ def trainer(folder, ranks, name="F2SA", **changes) -> Any:
 
 
 def shard(run):
-    """Have accelerate shard the model by FSDP2, which it does by itself on accelerators alone."""
+    """Make accelerate shard the model by FSDP2; on its own it does so only on accelerators."""
     from accelerate import FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
 
@@ -112,7 +112,7 @@ def ended(run: Any) -> dict[str, Any]:
 
 
 def results(folder, ranks) -> dict[str, Any]:
-    """The ends of all trainings."""
+    """The final state of each training, by name."""
     found = {}
     for name in methods():
         run = trainer(folder, ranks, name)
@@ -125,7 +125,7 @@ def results(folder, ranks) -> dict[str, Any]:
 
 
 def saved_and_resumed(folder, ranks, prepare=None) -> dict[str, Any]:
-    """Six steps of two batches, and the last three of them from a checkpoint."""
+    """Six steps of two batches each, once in a single run and once resumed from the checkpoint after three steps."""
     found, options = {}, {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
     for name, start in (("two batches a step", None), ("two batches a step, resumed", str(folder / "checkpoint-3"))):
         run = trainer(folder, ranks, **options)
@@ -139,7 +139,7 @@ def saved_and_resumed(folder, ranks, prepare=None) -> dict[str, Any]:
 
 
 def sharded(folder) -> dict[str, Any]:
-    """The same under FSDP2."""
+    """The trainings under FSDP2, where SOBA must raise an error."""
     found = {}
     for name in ("F2SA", "SAMA", "BOME"):
         run = trainer(folder, 2, name)
@@ -156,7 +156,7 @@ def sharded(folder) -> dict[str, Any]:
 
 
 def run(rank, port, folder):
-    """All trainings on one of two ranks."""
+    """Run all trainings as one of two ranks, and save the final states."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

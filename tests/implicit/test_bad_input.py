@@ -52,7 +52,7 @@ def good() -> SimpleNamespace:
     return case
 
 
-def doors(form: str = "fp_map"):
+def apis(form: str = "fp_map"):
     """Every public function that takes the outer loss and this form of the inner problem."""
 
     def implicit(function):
@@ -78,11 +78,11 @@ def doors(form: str = "fp_map"):
 def test_the_good_case_is_good():
     """The rows below are wrong in what they change, and in nothing else."""
     for form in ("fp_map", "inner_loss", "residual"):
-        for call in doors(form).values():
+        for call in apis(form).values():
             call(good())
 
 
-# --- errors, through every door that takes the argument ---------------------------------------------------------------
+# --- errors, through every public function that takes the argument ----------------------------------------------------
 
 OUTER = [
     ("a vector", lambda w, h: w[0], ValueError, ["outer_loss must give a scalar", "(3,)"]),
@@ -177,46 +177,46 @@ def refuses(call, case, error, words) -> None:
 
 
 def through(rows, form="fp_map", extra=()):
-    table = doors(form)
-    return [pytest.param(door, *row[1:], id=f"{row[0]}-{door}") for row in rows for door in table if door not in extra]
+    table = apis(form)
+    return [pytest.param(api, *row[1:], id=f"{row[0]}-{api}") for row in rows for api in table if api not in extra]
 
 
-@pytest.mark.parametrize(("door", "outer_loss", "error", "words"), through(OUTER))
-def test_outer_losses(door, outer_loss, error, words):
+@pytest.mark.parametrize(("api", "outer_loss", "error", "words"), through(OUTER))
+def test_outer_losses(api, outer_loss, error, words):
     case = good()
     case.outer_loss = noisy(outer_loss)
-    refuses(doors()[door], case, error, words)
+    refuses(apis()[api], case, error, words)
 
 
-@pytest.mark.parametrize(("door", "fp_map", "error", "words"), through(MAPS))
-def test_maps(door, fp_map, error, words):
+@pytest.mark.parametrize(("api", "fp_map", "error", "words"), through(MAPS))
+def test_maps(api, fp_map, error, words):
     case = good()
     case.fp_map = noisy(fp_map)
-    name = "the update map" if door == "reverse" else "fp_map"
-    refuses(doors()[door], case, error, [*words, f"the value of {name}"])
+    name = "the update map" if api == "reverse" else "fp_map"
+    refuses(apis()[api], case, error, [*words, f"the value of {name}"])
 
 
-@pytest.mark.parametrize(("door", "residual", "error", "words"), through(MAPS, "residual"))
-def test_residuals(door, residual, error, words):
+@pytest.mark.parametrize(("api", "residual", "error", "words"), through(MAPS, "residual"))
+def test_residuals(api, residual, error, words):
     case = good()
     case.residual = noisy(residual)
-    refuses(doors("residual")[door], case, error, [*words, "the value of residual"])
+    refuses(apis("residual")[api], case, error, [*words, "the value of residual"])
 
 
-@pytest.mark.parametrize(("door", "inner_loss", "error", "words"), through(INNER, "inner_loss"))
-def test_inner_losses(door, inner_loss, error, words):
+@pytest.mark.parametrize(("api", "inner_loss", "error", "words"), through(INNER, "inner_loss"))
+def test_inner_losses(api, inner_loss, error, words):
     case = good()
     case.inner_loss = noisy(inner_loss)
-    refuses(doors("inner_loss")[door], case, error, words)
+    refuses(apis("inner_loss")[api], case, error, words)
 
 
 @pytest.mark.parametrize(
-    ("door", "change", "error", "words"), [*through(VARIABLES), *through([ONE_PARAM_TWICE], extra=("reverse", *LISTS))]
+    ("api", "change", "error", "words"), [*through(VARIABLES), *through([ONE_PARAM_TWICE], extra=("reverse", *LISTS))]
 )
-def test_params_and_hparams(door, change, error, words):
+def test_params_and_hparams(api, change, error, words):
     case = good()
     change(case)
-    refuses(doors()[door], case, error, words)
+    refuses(apis()[api], case, error, words)
 
 
 @pytest.mark.parametrize("where", ["outer_loss", "fp_map", "inner_loss", "residual"])
@@ -227,12 +227,12 @@ def test_exceptions_of_the_users_functions_pass_unchanged(where):
         raise boom
 
     form = "fp_map" if where == "outer_loss" else where
-    for door, call in doors(form).items():
+    for api, call in apis(form).items():
         case = good()
         setattr(case, where, noisy(explode))
         with nothing_changed(case.params, case.hparams), pytest.raises(Boom) as raised:
             call(case)
-        assert raised.value is boom and raised.value.__cause__ is None, door
+        assert raised.value is boom and raised.value.__cause__ is None, api
 
 
 def test_exceptions_late_in_a_stochastic_solve():
@@ -444,12 +444,12 @@ def test_functional_interface(call, error, words):
     refuses(call, good(), error, words)
 
 
-@pytest.mark.parametrize("door", ["exact", "reverse_unroll"])
-def test_exact_and_reverse_unroll(door):
+@pytest.mark.parametrize("api", ["exact", "reverse_unroll"])
+def test_exact_and_reverse_unroll(api):
     """The same errors for the outer loss and for hparams, and one for hparams of which none requires grad."""
 
     def call(c):
-        if door == "exact":
+        if api == "exact":
             return hg.exact(noisy(lambda h: [h[0] * 2, h[1]]), c.hparams, c.outer_loss)
         return hg.reverse_unroll([c.hparams[0] * 2, c.hparams[1] * 1.0], c.hparams, c.outer_loss)
 
@@ -463,11 +463,11 @@ def test_exact_and_reverse_unroll(door):
         case = good()
         change(case)
         live = case.hparams
-        refuses(lambda c, live=live: call_on(door, c, live), case, error, words)
+        refuses(lambda c, live=live: call_on(api, c, live), case, error, words)
 
 
-def call_on(door, case, hparams):
-    if door == "exact":
+def call_on(api, case, hparams):
+    if api == "exact":
         return hg.exact(lambda h: case.params, hparams, case.outer_loss)
     return hg.reverse_unroll(case.params, hparams, case.outer_loss)
 
@@ -789,15 +789,15 @@ def half_way(w, h):
     return [0.5 * w[0] + 0.5 + 0.5 * h[0].sqrt()]
 
 
-@pytest.mark.parametrize("door", NOT_FINITE_THERE)
-def test_a_hypergradient_that_is_not_finite_is_said_to_be_so(door):
+@pytest.mark.parametrize("api", NOT_FINITE_THERE)
+def test_a_hypergradient_that_is_not_finite_is_said_to_be_so(api):
     case = {"params": torch.tensor([1.0, 2.0, 1.0]), "hparams": torch.tensor([0.0, 1.0, 0.0], requires_grad=True)}
     with pytest.warns(hg.HypergradientWarning, match="the hypergradient holds NaN or infinity"):
-        NOT_FINITE_THERE[door](case)
-    if door in ("outer loss", "inner loss"):
+        NOT_FINITE_THERE[api](case)
+    if api in ("outer loss", "inner loss"):
         with pytest.raises(hg.SolverError, match="holds NaN or infinity"):
-            NOT_FINITE_THERE[door](case | {"solver": S.CG(on_failure="raise")})
-        NOT_FINITE_THERE[door](case | {"solver": S.CG(on_failure="ignore")})  # any warning is an error here
+            NOT_FINITE_THERE[api](case | {"solver": S.CG(on_failure="raise")})
+        NOT_FINITE_THERE[api](case | {"solver": S.CG(on_failure="ignore")})  # any warning is an error here
 
 
 def test_sums_that_overflow_are_finite():
@@ -942,14 +942,14 @@ def test_warnings_point_at_the_callers_line():
     assert told[0].filename == __file__
 
 
-@pytest.mark.parametrize("door", [door for door in doors() if door != "reverse"])  # reverse has nothing to warn of
-def test_warnings_turned_into_errors_change_nothing_either(door):
+@pytest.mark.parametrize("api", [api for api in apis() if api != "reverse"])  # reverse has nothing to warn of
+def test_warnings_turned_into_errors_change_nothing_either(api):
     case = good_but_far()
     with pytest.warns(hg.HypergradientWarning, match="not solved"):
-        doors()[door](good_but_far())
+        apis()[api](good_but_far())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        refuses(doors()[door], case, hg.HypergradientWarning, ["not solved"])
+        refuses(apis()[api], case, hg.HypergradientWarning, ["not solved"])
 
 
 def good_but_far():

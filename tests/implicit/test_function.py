@@ -66,7 +66,7 @@ def by_linear_solve(h: Tensor) -> Tensor:
     return implicit.linear_solve(hg.operators.matrix(a), b, DENSE)
 
 
-INNER = {  # door: (the library's, the oracle's)
+INNER = {  # entry_point: (the library's, the oracle's)
     "solver(fixed_point)": (implicit.solver(fixed_point=cell, **EXACT)(equilibrium), equilibrium),
     "solver(argmin)": (implicit.solver(argmin=bowl, **EXACT)(minimum), minimum),
     "fixed_point": (lambda h: implicit.fixed_point(cell, equilibrium(h).detach(), h, **EXACT), equilibrium),
@@ -107,18 +107,18 @@ def outer_solution(form: str, inner: str) -> Tensor:
 
 def nested(form: str, inner: str, h: Tensor) -> Tensor:
     """The outer solution by the library, with an implicit function in its problem."""
-    door = INNER[inner][0]
+    entry_point = INNER[inner][0]
     if form == "linear_solve":
-        op = hg.operators.function(partial(outer_product, door), tensors=(h,))
+        op = hg.operators.function(partial(outer_product, entry_point), tensors=(h,))
         return implicit.linear_solve(op, h[2:], DENSE)
     w = outer_solution("argmin" if "argmin" in form else "fixed_point", inner)
     if form == "argmin":
-        return implicit.argmin(partial(outer_loss, door), w, h, **EXACT)
+        return implicit.argmin(partial(outer_loss, entry_point), w, h, **EXACT)
     if form == "root":
-        return implicit.root(lambda w, h: w - outer_map(door, w, h), w, h, **EXACT)
+        return implicit.root(lambda w, h: w - outer_map(entry_point, w, h), w, h, **EXACT)
     if form == "solver(fixed_point)":
-        return implicit.solver(fixed_point=partial(outer_map, door), **EXACT)(lambda h: w.clone())(h)
-    return implicit.fixed_point(partial(outer_map, door), w, h, **EXACT)
+        return implicit.solver(fixed_point=partial(outer_map, entry_point), **EXACT)(lambda h: w.clone())(h)
+    return implicit.fixed_point(partial(outer_map, entry_point), w, h, **EXACT)
 
 
 def precompute(form: str, inner: str) -> None:
@@ -188,9 +188,9 @@ def test_third_derivatives_of_nested_functions(transform):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("door", INNER)
-def test_a_checkpoint_around_an_implicit_function(door, order):
-    library, oracle = INNER[door]
+@pytest.mark.parametrize("entry_point", INNER)
+def test_a_checkpoint_around_an_implicit_function(entry_point, order):
+    library, oracle = INNER[entry_point]
 
     def around(h: Tensor) -> Tensor:
         return checkpoint(lambda h: library(h.sin()).cos(), h, use_reentrant=False).exp().sum()
@@ -205,10 +205,10 @@ def test_a_checkpoint_around_an_implicit_function(door, order):
     not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
     reason="an older torch, which does not let others set a checkpoint's hooks aside, raises its CheckpointError",
 )
-@pytest.mark.parametrize("door", INNER)
-def test_a_checkpoint_around_a_derivative(door):
+@pytest.mark.parametrize("entry_point", INNER)
+def test_a_checkpoint_around_a_derivative(entry_point):
     """The derivative is taken inside, and derived once more outside; the systems solved inside are not held."""
-    library, oracle = INNER[door]
+    library, oracle = INNER[entry_point]
 
     def around(h: Tensor) -> Tensor:
         value = library(h.sin()).cos().sum()
@@ -220,23 +220,23 @@ def test_a_checkpoint_around_a_derivative(door):
     assert rel(rows, jacrev(jacrev(lambda h: oracle(h.sin()).cos().sum()))(LAMBDA)) < 1e-8
 
 
-@pytest.mark.parametrize("door", INNER)
-def test_a_checkpoint_around_nested_functions(door):
-    precompute("fixed_point", door)
+@pytest.mark.parametrize("entry_point", INNER)
+def test_a_checkpoint_around_nested_functions(entry_point):
+    precompute("fixed_point", entry_point)
 
     def around(h: Tensor) -> Tensor:
-        return checkpoint(lambda h: nested("fixed_point", door, h).sin().sum(), h, use_reentrant=False)
+        return checkpoint(lambda h: nested("fixed_point", entry_point, h).sin().sum(), h, use_reentrant=False)
 
-    assert rel(by_autograd(around, LAMBDA, 1), truth("fixed_point", door, 1)) < 1e-10
+    assert rel(by_autograd(around, LAMBDA, 1), truth("fixed_point", entry_point, 1)) < 1e-10
 
 
 # --- linearize --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("door", ["fixed_point", "linear_solve", "Anderson"])
-def test_linearize_is_refused_with_what_to_take(door):
+@pytest.mark.parametrize("entry_point", ["fixed_point", "linear_solve", "Anderson"])
+def test_linearize_is_refused_with_what_to_take(entry_point):
     forward = lambda h: hg.fixed_points.Anderson()(cell, torch.zeros(2, dtype=h.dtype), h).value  # noqa: E731
-    function = forward if door == "Anderson" else INNER[door][0]
+    function = forward if entry_point == "Anderson" else INNER[entry_point][0]
     with pytest.raises(NotImplementedError, match=r"torch\.func\.jvp .* torch\.func\.jacrev"):
         torch.func.linearize(function, LAMBDA)
 
@@ -371,17 +371,17 @@ def refused(middle: str) -> Refused:
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("door", ["argmin", "root", "solver"])
+@pytest.mark.parametrize("entry_point", ["argmin", "root", "solver"])
 @pytest.mark.parametrize("middle", MIDDLES)
-def test_an_inner_loss_that_torch_func_refuses(middle, door, order):
+def test_an_inner_loss_that_torch_func_refuses(middle, entry_point, order):
     """Against differences of the solution found by Newton's method on dense derivatives."""
     case = refused(middle)
     loss, slope, w = case.loss, case.slope, case.w
 
     def value(h: Tensor) -> Tensor:
-        if door == "argmin":
+        if entry_point == "argmin":
             return implicit.argmin(loss, w, h, **EXACT).sin().sum()
-        if door == "root":
+        if entry_point == "root":
             return implicit.root(slope, w, h, symmetric=True, **EXACT).sin().sum()
         return implicit.solver(argmin=loss, **EXACT)(lambda h: w.clone())(h).sin().sum()
 
@@ -423,20 +423,20 @@ ORDERS = [lambda w: w, OrderedDict, lambda w: OrderedDict(reversed(w.items()))]
 
 @pytest.mark.parametrize("given", ORDERS)
 @pytest.mark.parametrize("returned", ORDERS)
-@pytest.mark.parametrize("door", ["fixed_point", "root", "solver", "linear_solve"])
-def test_mappings_are_matched_by_key(door, returned, given):
+@pytest.mark.parametrize("entry_point", ["fixed_point", "root", "solver", "linear_solve"])
+def test_mappings_are_matched_by_key(entry_point, returned, given):
     h = double(3.0).requires_grad_()
     tree = given({"b": double([-3.0]), "a": double([-8.0])})  # a = −8h/3, b = 2 + ah/2 = 2 − 4h²/3
     tree["b"] = double([2 - 4 * 9 / 3])
-    if door == "linear_solve":  # (I − J) x = b for the same map, linear in w at fixed h
+    if entry_point == "linear_solve":  # (I − J) x = b for the same map, linear in w at fixed h
         op = hg.operators.function(
             lambda v, h: returned({"b": 0.5 * v["b"] - v["a"] * h / 4, "a": 0.75 * v["a"]}), tensors=(h,)
         )
         w = implicit.linear_solve(op, given({"b": h.new_ones(1), "a": -2 * h.reshape(1)}), DENSE)
-    elif door == "root":
+    elif entry_point == "root":
         residual = lambda w, h: returned({key: w[key] - new for key, new in tangled(w, h).items()})  # noqa: E731
         w = implicit.root(residual, tree, h, **EXACT)
-    elif door == "solver":
+    elif entry_point == "solver":
         w = implicit.solver(fixed_point=lambda w, h: returned(tangled(w, h)), **EXACT)(lambda h: tree)(h)
     else:
         w = implicit.fixed_point(lambda w, h: returned(tangled(w, h)), tree, h, **EXACT)
@@ -474,8 +474,8 @@ def test_an_unregistered_dataclass_is_named(call):
 
 
 @pytest.mark.parametrize("transform", [name for name in NESTED if "(vmap)" not in name])
-@pytest.mark.parametrize("door", ["fixed_point", "root", "argmin"])
-def test_a_map_that_calls_autograd_grad(door, transform):
+@pytest.mark.parametrize("entry_point", ["fixed_point", "root", "argmin"])
+def test_a_map_that_calls_autograd_grad(entry_point, transform):
     """The gradient step of the bowl, its gradient, and a loss with a penalty on a slope."""
 
     def slope(z: Tensor, h: Tensor) -> Tensor:
@@ -486,9 +486,9 @@ def test_a_map_that_calls_autograd_grad(door, transform):
 
     def value(h: Tensor) -> Tensor:
         z = minimum(LAMBDA)
-        if door == "fixed_point":
+        if entry_point == "fixed_point":
             z = implicit.fixed_point(lambda z, h: z - 0.4 * slope(z, h), z, h, **EXACT)
-        elif door == "root":
+        elif entry_point == "root":
             z = implicit.root(slope, z, h, **EXACT)
         else:
             z = implicit.argmin(penalised, z, h, **EXACT)

@@ -190,9 +190,9 @@ def test_autograd_gives_what_func_gives():
     assert rel(torch.autograd.functional.hessian(value, case.hparams), oracle(case, 2)) < 1e-8
 
 
-@pytest.mark.parametrize("door", ["root", "fixed_point", "argmin", "linear_solve", "solver", "Equilibrium"])
-def test_the_older_vmap_of_torch_autograd_is_refused_with_what_to_write(door):
-    doors = {
+@pytest.mark.parametrize("entry_point", ["root", "fixed_point", "argmin", "linear_solve", "solver", "Equilibrium"])
+def test_the_older_vmap_of_torch_autograd_is_refused_with_what_to_write(entry_point):
+    entry_points = {
         "root": lambda a: implicit.root(lambda w, a: w**2 - a, a.detach().sqrt(), a),
         "fixed_point": lambda a: implicit.fixed_point(lambda w, a: (w + a) / 2, a.detach(), a),
         "argmin": lambda a: implicit.argmin(lambda w, a: ((w - a) ** 2).sum(), a.detach(), a),
@@ -200,7 +200,7 @@ def test_the_older_vmap_of_torch_autograd_is_refused_with_what_to_write(door):
         "solver": implicit.solver(residual=lambda w, a: w**2 - a)(torch.sqrt),
         "Equilibrium": hg.nn.Equilibrium(lambda z, u: (z + u) / 2, forward=hg.fixed_points.Picard(rtol=1e-12)),
     }
-    f, a = doors[door], torch.tensor([4.0, 9.0], dtype=torch.float64, requires_grad=True)
+    f, a = entry_points[entry_point], torch.tensor([4.0, 9.0], dtype=torch.float64, requires_grad=True)
     units = torch.eye(2, dtype=torch.float64)
     for call in (
         lambda: torch.autograd.grad(f(a), a, units, is_grads_batched=True),
@@ -1384,27 +1384,27 @@ def test_one_step_takes_the_map_for_its_own_derivative():
     )
 
 
-@pytest.mark.parametrize("door", ["argmin", "root", "fixed_point", "solver"])
+@pytest.mark.parametrize("entry_point", ["argmin", "root", "fixed_point", "solver"])
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_a_point_that_is_no_solution_is_said(door, create_graph):
+def test_a_point_that_is_no_solution_is_said(entry_point, create_graph):
     """w minimises (w − a)² / 2 at a = 3; 2 is given."""
     a, w = double(3.0).requires_grad_(), double(2.0)
     loss, slope = (lambda w, a: (w - a) ** 2 / 2), (lambda w, a: w - a)
-    doors = {
+    entry_points = {
         "argmin": lambda w: implicit.argmin(loss, w, a),
         "root": lambda w: implicit.root(slope, w, a),
         "fixed_point": lambda w: implicit.fixed_point(lambda w, a: (w + a) / 2, w, a),
         "solver": lambda w: implicit.solver(residual=slope)(lambda a: w)(a),
     }
-    value = doors[door](w)
+    value = entry_points[entry_point](w)
     with pytest.warns(hg.UnsolvedInnerProblem, match="the inner problem is not solved"):
         torch.autograd.grad(value, a, create_graph=create_graph)
-    (grad,) = torch.autograd.grad(doors[door](double(3.0)), a, create_graph=create_graph)
+    (grad,) = torch.autograd.grad(entry_points[entry_point](double(3.0)), a, create_graph=create_graph)
     assert abs(float(grad.detach()) - 1) < 1e-12
 
 
 def maps_of(loss, slope, step=0.1):
-    """λ ↦ w(λ) by every door, at a given solution: argmin, root, fixed_point, solver."""
+    """λ ↦ w(λ) by every entry_point, at a given solution: argmin, root, fixed_point, solver."""
     phi = lambda w, h: optree.tree_map(lambda x, g: x - step * g, w, slope(w, h))  # noqa: E731
     return {
         "argmin": lambda w, h: implicit.argmin(loss, w, h),
@@ -1414,27 +1414,27 @@ def maps_of(loss, slope, step=0.1):
     }
 
 
-@pytest.mark.parametrize("door", ["argmin", "root", "fixed_point", "solver"])
-def test_frozen_leaves_of_a_solution_are_constants(door):
+@pytest.mark.parametrize("entry_point", ["argmin", "root", "fixed_point", "solver"])
+def test_frozen_leaves_of_a_solution_are_constants(entry_point):
     """g = (w − c − a)² + (c − 2a)² with c frozen off its solution: w = c + a, dw/da = 1 (3 if c moved)."""
     a = double(1.0).requires_grad_()
     loss = lambda w, a: (w["w"] - w["c"] - a) ** 2 + (w["c"] - 2 * a) ** 2  # noqa: E731
     solution = {"c": double(5.0), "w": double(6.0).requires_grad_()}
-    found = maps_of(loss, lambda w, a: torch.func.grad(loss)(w, a))[door](solution, a)
+    found = maps_of(loss, lambda w, a: torch.func.grad(loss)(w, a))[entry_point](solution, a)
     assert not found["c"].requires_grad and torch.equal(found["c"], solution["c"])
     (slope,) = torch.autograd.grad(found["w"], a)
     assert abs(float(slope) - 1) < 1e-12
 
 
-@pytest.mark.parametrize("door", ["argmin", "root", "fixed_point", "solver"])
-def test_complex_hparams(door):
+@pytest.mark.parametrize("entry_point", ["argmin", "root", "fixed_point", "solver"])
+def test_complex_hparams(entry_point):
     """w = Re(B h) / 2, E = |w|² + |h|²: to second order, in reverse and in forward mode, and mapped."""
     b = torch.tensor([[1 + 2j, 3j], [0.5, 1 - 1j]], dtype=torch.complex128)
     loss = lambda w, h: (w**2).sum() - w @ (b @ h).real  # noqa: E731
     solution = lambda h: (b @ h).real / 2  # noqa: E731
-    call = maps_of(loss, lambda w, h: 2 * w - (b @ h).real)[door]
+    call = maps_of(loss, lambda w, h: 2 * w - (b @ h).real)[entry_point]
     outer = lambda w, h: (w**2).sum() + (h.abs() ** 2).sum()  # noqa: E731
-    if door == "solver":
+    if entry_point == "solver":
         call = lambda w, h: implicit.solver(argmin=loss)(solution)(h)  # noqa: E731
     found = lambda h: outer(call(solution(h).detach(), h), h)  # noqa: E731
     truth = lambda h: outer(solution(h), h)  # noqa: E731
@@ -1451,11 +1451,11 @@ def test_complex_hparams(door):
     torch.testing.assert_close(tracked.grad, grad(truth)(h), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("door", ["argmin", "root", "fixed_point", "solver"])
-def test_a_map_that_hparams_do_not_reach_is_said(door):
+@pytest.mark.parametrize("entry_point", ["argmin", "root", "fixed_point", "solver"])
+def test_a_map_that_hparams_do_not_reach_is_said(entry_point):
     a = double(3.0).requires_grad_()
     slope = lambda w, a: w - a.detach()  # noqa: E731
-    w = maps_of(lambda w, a: (w - float(a.detach())) ** 2 / 2, slope)[door](double(3.0), a)
+    w = maps_of(lambda w, a: (w - float(a.detach())) ** 2 / 2, slope)[entry_point](double(3.0), a)
     with pytest.warns(hg.HypergradientWarning, match="the inner problem does not depend on hparams"):
         torch.autograd.grad(w, a)
 
@@ -1477,8 +1477,8 @@ def test_too_few_steps_of_a_derivative_are_said(solver):
         assert abs(1 - float(derivative(0.95))) < 0.1
 
 
-@pytest.mark.parametrize("door", ["argmin", "grad", "newton"])
-def test_a_compiled_map_without_second_derivatives_is_named(door):
+@pytest.mark.parametrize("entry_point", ["argmin", "grad", "newton"])
+def test_a_compiled_map_without_second_derivatives_is_named(entry_point):
     """aot_autograd's own text speaks of an in-place operation, or its graph shows an empty leaf."""
     torch.compiler.reset()
     m, lam = torch.eye(3, dtype=torch.float64) / 3, torch.ones(3, dtype=torch.float64, requires_grad=True)
@@ -1494,7 +1494,7 @@ def test_a_compiled_map_without_second_derivatives_is_named(door):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pytest.raises(RuntimeError, match=r"compiled by .* has no second derivative"):
-                calls[door]()
+                calls[entry_point]()
     finally:
         torch.compiler.reset()
 

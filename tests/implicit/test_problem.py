@@ -224,8 +224,8 @@ def test_hooks_in_a_jacobian(ridge):
     torch.testing.assert_close(result.grads, truth, rtol=1e-9, atol=0)
 
 
-def doors(outer, inner, params, hparams):
-    """The same problem through each door that takes losses as callables."""
+def entry_points(outer, inner, params, hparams):
+    """The same problem through each entry_point that takes losses as callables."""
     step = lambda w, h: {k: w[k] - 0.1 * g for k, g in zip(w, slopes(inner, w, h), strict=True)}  # noqa: E731
     return {
         "grad": lambda: hg.implicit.grad(outer, inner_loss=inner, params=params, hparams=hparams),
@@ -240,8 +240,8 @@ def slopes(inner, w, h):
         return torch.autograd.grad(inner(dict(zip(w, leaves, strict=True)), h), leaves, create_graph=True)
 
 
-@pytest.mark.parametrize("door", ["grad", "backward", "fp_map"])
-def test_an_outer_loss_that_does_not_use_its_params(ridge, door):
+@pytest.mark.parametrize("entry_point", ["grad", "backward", "fp_map"])
+def test_an_outer_loss_that_does_not_use_its_params(ridge, entry_point):
     params = {key: x.requires_grad_() for key, x in ridge.params().items()}
 
     def live(w, theta):
@@ -253,12 +253,12 @@ def test_an_outer_loss_that_does_not_use_its_params(ridge, door):
 
     for outer in (live, graphless, lambda w, theta: torch.tensor(1.0, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"outer_loss d(oes not|epends neither)"):
-            doors(outer, ridge.inner, params, ridge.theta)[door]()
+            entry_points(outer, ridge.inner, params, ridge.theta)[entry_point]()
     assert all(x.grad is None for x in (*params.values(), ridge.theta))
 
 
-@pytest.mark.parametrize("door", ["grad", "backward", "fp_map"])
-def test_losses_that_reach_no_hparams(ridge, door):
+@pytest.mark.parametrize("entry_point", ["grad", "backward", "fp_map"])
+def test_losses_that_reach_no_hparams(ridge, entry_point):
     other = ridge.theta.detach().clone().requires_grad_()
     for spoil in (lambda t: t.detach(), lambda t: torch.tensor(t.tolist(), dtype=torch.float64), lambda t: other):
 
@@ -266,7 +266,7 @@ def test_losses_that_reach_no_hparams(ridge, door):
             return ridge.inner(w, spoil(theta))
 
         with pytest.raises(ValueError, match="depends on any of hparams"):
-            doors(ridge.outer, inner, ridge.params(), ridge.theta)[door]()
+            entry_points(ridge.outer, inner, ridge.params(), ridge.theta)[entry_point]()
     assert ridge.theta.grad is None
 
 
@@ -413,25 +413,25 @@ INSIDE = {
 
 
 @pytest.mark.parametrize("made", ["outside", "inside"])
-@pytest.mark.parametrize("door", INSIDE)
-def test_inference_mode_is_left_as_no_grad_is(door, made):
+@pytest.mark.parametrize("entry_point", INSIDE)
+def test_inference_mode_is_left_as_no_grad_is(entry_point, made):
     lam = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     w = lam.detach().clone()
     forms = (lambda w, h: (w - h) ** 2 / 2, lambda w, h: w**2 / 2, lambda w, h: (w + h) / 2)
     with torch.inference_mode():
         w = w.clone() if made == "inside" else w
-        value = INSIDE[door](*forms, w, lam)
+        value = INSIDE[entry_point](*forms, w, lam)
     assert abs(float(value) - 3) < 1e-8
     assert lam.grad is None or not lam.grad.is_inference()
 
 
 @pytest.mark.parametrize("who", ["inner_loss", "fp_map", "residual", "outer_loss"])
-@pytest.mark.parametrize("door", ["grad", "jacobian", "CG"])
-def test_a_function_that_mixes_the_live_params_in_is_warned_of(door, who):
+@pytest.mark.parametrize("entry_point", ["grad", "jacobian", "CG"])
+def test_a_function_that_mixes_the_live_params_in_is_warned_of(entry_point, who):
     """w = (a + λ/2) / 1.2; what the live w gives is a constant to autograd. None where the argument alone is used."""
     a, lam = rand(3), rand(3, seed=1).requires_grad_()
     w = nn.Parameter((a + lam.detach() / 2) / 1.2)
-    form = "inner_loss" if who == "outer_loss" and door != "CG" else "fp_map" if door == "CG" else who
+    form = "inner_loss" if who == "outer_loss" and entry_point != "CG" else "fp_map" if entry_point == "CG" else who
 
     def call(mixed):
         other = lambda x: w if mixed else x  # noqa: E731
@@ -445,17 +445,17 @@ def test_a_function_that_mixes_the_live_params_in_is_warned_of(door, who):
         outer = lambda x, lam: (x**2).sum() + ((other(x) if who == "outer_loss" else x) ** 3).sum()  # noqa: E731
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            if door == "CG":
+            if entry_point == "CG":
                 step = lambda x, lam: [functions["fp_map"](x[0], lam[0])]  # noqa: E731
                 found = hg.CG([w], [lam], 9, step, lambda x, lam: outer(x[0], lam[0]), set_grad=False)[0]
-            elif door == "grad":
+            elif entry_point == "grad":
                 found = hg.implicit.grad(outer, params=w, hparams=lam, **{form: functions[form]}).grads
             else:
                 losses = lambda x, lam: torch.stack([outer(x, lam), x.sum()])  # noqa: E731
                 found = hg.implicit.jacobian(losses, params=w, hparams=lam, **{form: functions[form]}).grads[0]
         return found, [str(each.message) for each in caught if "uses the live params beside" in str(each.message)]
 
-    if door == "CG" and who in ("inner_loss", "residual"):
+    if entry_point == "CG" and who in ("inner_loss", "residual"):
         pytest.skip("HyperTorch's functions take maps")
     found, texts = call(mixed=False)
     torch.testing.assert_close(found, (2 * w + 3 * w**2).detach() / 2.4, rtol=1e-10, atol=0.0)

@@ -1,4 +1,4 @@
-"""Auto: which method it takes, when it goes on to another, and what the default gives."""
+"""Auto: which method it chooses, when it tries a second one, and what the default solver returns."""
 
 import re
 import warnings
@@ -44,7 +44,7 @@ def test_auto_chooses_and_says_why(name):
     np.testing.assert_allclose(solution.value.numpy(), np.linalg.solve(a, side(len(a))), rtol=1e-6, atol=1e-8)
 
 
-def test_auto_goes_on_with_those_systems_of_a_batch_that_failed():
+def test_auto_tries_the_second_method_only_on_the_failed_systems_of_a_batch():
     definite, indefinite = CHOICES["symmetric"][0], CHOICES["indefinite"][0]
     a, b = np.stack([definite, indefinite, 2 * definite]), np.stack([side(N)] * 3)
     op = hg.operators.matrix(torch.tensor(a), symmetric=True)
@@ -55,7 +55,7 @@ def test_auto_goes_on_with_those_systems_of_a_batch_that_failed():
     np.testing.assert_allclose(solution.value.numpy(), np.linalg.solve(a, b[..., None])[..., 0], rtol=1e-6, atol=1e-8)
 
 
-def test_auto_without_a_tolerance_does_exactly_the_first_methods_steps():
+def test_auto_without_a_tolerance_takes_max_steps_of_the_first_method_alone():
     a = CHOICES["indefinite"][0]
     op = hg.operators.matrix(torch.tensor(a), symmetric=True)
     with pytest.warns(hg.HypergradientWarning, match="NOT_POSITIVE_DEFINITE"):
@@ -63,14 +63,13 @@ def test_auto_without_a_tolerance_does_exactly_the_first_methods_steps():
     assert solution.method == "CG: declared symmetric" and solution.steps == 30 and op.products == 31
 
 
-def test_auto_keeps_what_solves_the_system():
-    """CG, where a small asymmetry did no harm."""
+def test_auto_keeps_cg_if_it_solves_a_slightly_asymmetric_system():
     skew = 1e-5 * np.random.RandomState(0).randn(N, N)
     a = with_spectrum(logspace(10, N), 1) + skew
     op = hg.operators.matrix(torch.tensor(a), symmetric=True)
     solution = S.Auto(rtol=1e-3)(op, torch.tensor(side(N)))
     assert solution.method == "CG: declared symmetric" and solution.ok
-    with pytest.warns(hg.HypergradientWarning, match="NOT_SYMMETRIC"):  # CG saw it
+    with pytest.warns(hg.HypergradientWarning, match="NOT_SYMMETRIC"):  # CG detects the asymmetry
         S.CG(max_steps=5)(op, torch.tensor(side(N)))
     both = np.stack([a, with_spectrum(np.append(-np.ones(3), logspace(10, N - 3)), 1)])
     op, b = hg.operators.matrix(torch.tensor(both), symmetric=True), np.stack([side(N)] * 2)
@@ -81,15 +80,15 @@ def test_auto_keeps_what_solves_the_system():
 
 def test_auto_materialises_no_sharded_tensor():
     class Sharded(torch.Tensor):
-        """Stands for one: a vector of such tensors has no flat form."""
+        """Represents a DTensor: a vector with leaves of a tensor subclass has no flat form."""
 
     op = hg.operators.function(lambda v: 2 * v, symmetric=True)
     solution = S.Auto(rtol=1e-9)(op, torch.tensor(side(6)).as_subclass(Sharded))
     assert solution.method == "CG: declared symmetric" and solution.ok
 
 
-def test_auto_starts_anew_where_the_iterates_of_cg_are_lost():
-    """A positive definite A with a large skew part, declared symmetric: CG's residual grows a thousandfold."""
+def test_auto_runs_gmres_from_zero_after_cg_has_diverged():
+    """A is positive definite with a large skew part, but declared symmetric: CG's residual grows a thousandfold."""
     a = np.eye(N) + 5 * (SHIFT - SHIFT.T)
     solution = auto(a, True)
     assert solution.method == "GMRES: CG ended with NOT_SYMMETRIC" and solution.ok
@@ -101,7 +100,7 @@ def test_auto_starts_anew_where_the_iterates_of_cg_are_lost():
 
 
 def embedding(h: torch.Tensor):
-    """Ridge regression of the first four weights; the last row of the outer loss's weights is in no inner term."""
+    """Ridge regression of the first four of six weights; the other two occur in the outer loss alone."""
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(30, 4, generator=draw).double(), torch.randn(30, generator=draw).double()
     outer = torch.randn(6, generator=draw).double()
@@ -116,8 +115,8 @@ def embedding(h: torch.Tensor):
 
 
 @pytest.mark.parametrize("solver", [None, S.MINRES(rtol=1e-10), S.Dense(), S.LSQR(rtol=1e-10)])
-def test_weights_that_only_the_outer_loss_uses(solver):
-    """A singular inconsistent system whose least-squares solution gives the right hypergradient."""
+def test_least_squares_gives_the_hypergradient_if_only_the_outer_loss_uses_some_weights(solver):
+    """The system is singular and inconsistent, and its least-squares solution gives the right hypergradient."""
     h = torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True)
     outer_loss, inner_loss, w, truth = embedding(h)
     with pytest.warns(hg.HypergradientWarning, match="STAGNATED|BREAKDOWN|NOT_POSITIVE_DEFINITE"):
@@ -126,7 +125,7 @@ def test_weights_that_only_the_outer_loss_uses(solver):
 
 
 @pytest.mark.parametrize("steps", [5, 20])
-def test_fixed_steps_of_cg_there_warn(steps):
+def test_fixed_steps_of_cg_warn_if_only_the_outer_loss_uses_some_weights(steps):
     h = torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True)
     outer_loss, inner_loss, w, _ = embedding(h)
     with pytest.warns(hg.HypergradientWarning, match="NOT_POSITIVE_DEFINITE"):
@@ -134,8 +133,8 @@ def test_fixed_steps_of_cg_there_warn(steps):
     assert result.solution.relative_residual <= 1
 
 
-def test_interpolation_with_more_weights_than_samples():
-    """Weights of samples that are all fitted exactly change nothing: ∇f = 0, whatever lies in the null space."""
+def test_weights_of_samples_that_are_fitted_exactly_have_zero_hypergradient():
+    """With more weights than samples, all samples are fitted exactly, so their weights change nothing: ∇f = 0."""
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(10, 20, generator=draw).double(), torch.randn(10, generator=draw).double()
     outer = torch.randn(20, generator=draw).double()
@@ -167,8 +166,8 @@ def test_the_default_gives_least_squares_solutions(dtype, batched):
             assert residual <= least * (1 + (1e-6 if dtype is torch.float64 else 1e-3))
 
 
-def test_a_network_in_mid_training_is_told_the_damping_that_it_needs():
-    """Tens of negative eigenvalues: the message names the curvature and a damping with which CG converges."""
+def test_the_message_for_a_network_in_training_names_a_sufficient_damping():
+    """The Hessian has tens of negative eigenvalues; the message names a damping with which CG converges."""
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(40, 5, generator=draw).double(), torch.randn(40, 3, generator=draw).double()
     shapes = [(5, 12), (12,), (12, 3), (3,)]

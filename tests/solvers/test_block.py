@@ -22,7 +22,7 @@ SIDES = 4
 
 
 def several(name: str, sides: int = SIDES, gamma: float = 0.0) -> tuple[System, hg.operators.LinearOperator]:
-    """A system of the grid with its own right hand side and random ones, as one System a side; and A."""
+    """A system of the grid with its right-hand side and random ones, as one System for each of them; and A."""
     given = GRID[name]
     b = np.stack([given.b, *(given.start(seed).numpy() for seed in range(1, sides))])
     return System(name, np.stack([given.a] * sides), b).damped(gamma), given.operator("symmetric")
@@ -36,7 +36,7 @@ def off(x, truth) -> float:
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("gamma", [0.0, 0.3])
 def test_grid(gamma, started):
-    """No failure is silent, what is due is solved, residuals are true, NaN is named: each side by itself."""
+    """For each right-hand side: no failure is silent, the promised systems are solved, and residuals are true."""
     bad, due = [], 0
     for name in SINGLE:
         system, op = several(name, gamma=gamma)
@@ -86,7 +86,7 @@ def test_status_names_what_is_wrong(name, sides):
 
 
 def test_value_of_k_steps():
-    """The least error in the norm of A over the sum of the Krylov spaces of all sides."""
+    """K steps of BlockCG minimise the error in the norm of A over the sum of all sides' Krylov spaces."""
     system, op = several("spd 10")
     a, b, x0 = GRID["spd 10"].a, system.b, system.start().numpy()
     for steps in (1, 2, 4):
@@ -114,7 +114,7 @@ def solve(a: np.ndarray, b: np.ndarray, solver: S.LinearSolver) -> tuple[S.Solut
 
 
 @pytest.mark.parametrize("sides", [2, 8, 16])
-def test_fewer_steps_than_one_after_the_other(sides):
+def test_block_cg_takes_fewer_products_than_cg_for_each_side(sides):
     a, b = hard(sides)
     block, products = solve(a, b, S.BlockCG(rtol=1e-10))
     alone, plain = solve(a, b, S.CG(rtol=1e-10, max_steps=5000))
@@ -123,7 +123,7 @@ def test_fewer_steps_than_one_after_the_other(sides):
 
 
 def test_dependent_zero_and_solved_sides():
-    """Equal ones, a sum, zero, one solved at once (an eigenvector), other scales: none is in the others' way."""
+    """Equal sides, a sum of two, zero, an eigenvector, very different scales: none spoils the others."""
     a, b = hard(3)
     vectors = np.linalg.eigh(a)[1]
     sides = np.stack(
@@ -140,14 +140,14 @@ def test_more_sides_than_unknowns():
     assert int(solve(a, b, S.BlockCG(rtol=1e-10))[0].steps.max()) <= 2
 
 
-def test_one_side_is_cg():
+def test_block_cg_of_one_side_is_cg():
     system = GRID["spd 1e3"]
     block, plain = (make(rtol=1e-10)(system.operator(), system.rhs()) for make in (S.BlockCG, S.CG))
     assert block.ok and block.value.shape == plain.value.shape and abs(block.steps - plain.steps) <= 2
     assert off(block.value, plain.value) <= 1e-7
 
 
-def test_nan_in_one_side_stays_there():
+def test_nan_in_one_side_does_not_spoil_the_others():
     a, b = hard(3)
     b[1, 5] = np.nan
     op = hg.operators.matrix(torch.tensor(a), symmetric=True)
@@ -172,7 +172,7 @@ def test_warm_start_and_recycled_along_a_sequence():
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_fixed_steps_cost_what_they_say_and_read_nothing(steps):
+def test_fixed_steps_take_the_documented_products_and_read_nothing(steps):
     system, op = several("spd 1e3")
     with Reads() as counted:
         solution = S.BlockCG(max_steps=steps, on_failure="ignore")(op.stacked(), system.rhs())
@@ -210,7 +210,7 @@ def test_several_leaves_of_mixed_dtypes():
 
 @pytest.mark.parametrize("tolerance", [{"rtol": 1e-10}, {"max_steps": 20}])
 def test_leaves_that_are_small_alone_and_large_in_the_batch(tolerance):
-    """A batch stores its large leaves apart, so that its leaves may come in another order than those of one system."""
+    """A batch stores large leaves separately, so its leaves may be in another order than those of one system."""
     sizes = {"a": 2, "b": 20_000, "c": 2, "d": 400_000}
     draw = torch.Generator().manual_seed(0)
     diagonal = {k: 1 + (torch.arange(n, dtype=torch.float64) + len(k)) % 5 for k, n in sizes.items()}
@@ -253,7 +253,7 @@ def test_bad_input():
         S.LSQR()(hg.operators.function(lambda v: 2 * v).stacked(), torch.ones(2, 3))
 
     class Sharded(torch.Tensor):
-        """Stands for one: a vector of such tensors has no flat form."""
+        """Represents a DTensor: a vector with leaves of a tensor subclass has no flat form."""
 
     op = hg.operators.function(lambda v: 2 * v, symmetric=True)
     with pytest.raises(TypeError, match="sharded tensors cannot be stacked"):

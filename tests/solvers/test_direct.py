@@ -18,7 +18,7 @@ from systems import GRID, logspace, norm, side, with_spectrum
 
 
 @pytest.mark.parametrize("size", [1, 7, 20, 100])
-def test_dense_takes_columns_in_batches(size, monkeypatch):
+def test_dense_computes_columns_in_batches(size, monkeypatch):
     monkeypatch.setattr("hypergrad.solvers._direct.AT_ONCE", 20 * size)
     system = GRID["nonsymmetric 10"]
     agree(S.Dense()(system.operator(), system.rhs()).value, system.solutions[0], 1e-12)
@@ -69,15 +69,15 @@ def test_dense_reused_along_a_sequence_saves_nearly_all_steps():
     assert pre.builds == 1 and steps[0] <= 2 and sum(steps) < 0.2 * sum(plain)
 
 
-def test_dense_is_no_preconditioner_of_what_is_not_symmetric():
+def test_dense_as_a_preconditioner_refuses_operators_not_declared_symmetric():
     op = hg.operators.matrix(torch.tensor(np.roll(np.eye(N), 1, axis=0)))
     with pytest.raises(TypeError, match="Dense as a preconditioner needs a symmetric operator"):
         S.Dense().factors(op, hg.Vector.of(torch.ones(N), "b").zeros())
 
 
 @pytest.mark.parametrize("positive_definite", [False, True])
-def test_redundant_constraints_are_no_failure(positive_definite):
-    """A KKT matrix with one constraint twice: singular, consistent, solved with the least norm."""
+def test_a_kkt_system_with_redundant_constraints_is_solved(positive_definite):
+    """One constraint occurs twice, so the matrix is singular and the system consistent; Dense gives the least norm."""
     q, c = np.diag([1.0, 2.0, 3.0]), np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
     a = np.block([[q, c.T], [c, np.zeros((2, 2))]])
     b = np.r_[1.0, 2.0, 3.0, 4.0, 4.0]
@@ -89,8 +89,8 @@ def test_redundant_constraints_are_no_failure(positive_definite):
     np.testing.assert_allclose(S.Dense()(op, torch.tensor(b)).value, np.linalg.pinv(a) @ b, rtol=1e-10)
 
 
-def test_singular_to_rounding():
-    """No pivot need be small: what LU does not solve is solved in the least-squares sense, and said to be singular."""
+def test_matrices_that_are_singular_up_to_rounding_are_solved_by_least_squares():
+    """LU may have no small pivot here. The status is BREAKDOWN and the residual is the least one."""
     for seed in range(200):
         rng = np.random.default_rng(seed)
         n = int(rng.integers(2, 12))
@@ -101,12 +101,12 @@ def test_singular_to_rounding():
         assert norm(b - a @ solution.value.numpy()) <= least * (1 + 1e-9)
 
 
-def test_singular_to_the_rounding_of_a_narrower_leaf():
-    """A leaf in float32 beside one in float64: what its rounding makes of a singular matrix is singular still."""
+def test_matrices_that_are_singular_up_to_the_rounding_of_a_float32_leaf_count_as_singular():
+    """Float32 rounding of one leaf makes a singular matrix regular in float64; it still counts as singular."""
     half = np.random.default_rng(0).standard_normal((3, 2))
     a = torch.tensor(half @ half.T)
     split = lambda x: [x[:1].float(), x[1:]]  # noqa: E731
     op = hg.operators.function(lambda v: split(a @ torch.cat([v[0].double(), v[1]])))
-    truth = a @ torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)  # orthogonal to what A takes to 0
+    truth = a @ torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)  # orthogonal to A's null space
     value = S.Dense()(op, split(a @ truth)).value
     np.testing.assert_allclose(torch.cat([value[0].double(), value[1]]), truth, rtol=1e-5)

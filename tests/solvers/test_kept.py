@@ -1,4 +1,4 @@
-"""Recycled and Reused: what they find, cost and save, that no answer depends on what is kept, and their state."""
+"""Recycled and Reused: their starts, cost, savings and state; and that answers do not depend on what they keep."""
 
 import copy
 import io
@@ -60,8 +60,8 @@ def test_the_start_has_the_least_residual_in_the_span(symmetric):
     assert off(begun[1].flat(), b - a @ truth) <= 1e-12 * norm(b)
 
 
-def test_solutions_that_do_not_span_are_no_harm():
-    """Twice the same one, and one that is nearly another."""
+def test_dependent_solutions_do_no_harm():
+    """A solution may be kept twice, be nearly a multiple of another one, or be zero."""
     a, b, y = with_spectrum(logspace(1e3, 30), 1), side(30), side(30, 1)
     op = hg.operators.matrix(torch.tensor(a), symmetric=True)
     for ys in ([y, y], [y, 2 * y, y * (1 + 1e-14)], [0 * y, y]):
@@ -73,8 +73,8 @@ def test_solutions_that_do_not_span_are_no_harm():
         assert norm(r) <= least * (1 + 1e-12)
 
 
-def test_it_extrapolates():
-    """Solutions that are cubic in t, of a matrix that changes with t: four of them give the fifth."""
+def test_recycled_extrapolates_a_smooth_sequence():
+    """Solutions that are cubic in t lie in the span of four of them, but not of three."""
     terms = np.random.default_rng(3).standard_normal((N, 4))
     xs = [terms @ t ** np.arange(4) for t in np.linspace(0, 1, 5)]
     a = drifting(0.7)
@@ -86,7 +86,7 @@ def test_it_extrapolates():
 
 
 def total(x0, size: float = 0.3, solver: S.LinearSolver | None = None) -> int:
-    """Products of a smooth sequence; x0 "warm" starts at the last solution."""
+    """The number of products for a smooth sequence of systems; with x0="warm" each starts at the last solution."""
     solver, products, last = solver or S.CG(rtol=1e-8), 0, None
     for t in np.linspace(0, size, 15):
         op, b = hg.operators.matrix(torch.tensor(drifting(t)), symmetric=True), torch.tensor(side(N) + t * side(N, 1))
@@ -96,7 +96,7 @@ def total(x0, size: float = 0.3, solver: S.LinearSolver | None = None) -> int:
     return products
 
 
-def test_it_saves_products_along_a_smooth_sequence():
+def test_recycled_saves_products_along_a_smooth_sequence():
     cold, warm, recycled = total(None), total("warm"), total(S.Recycled(4))
     assert recycled < 0.6 * warm < 0.6 * cold
     pre = S.CG(rtol=1e-8, preconditioner=S.Reused(S.Nystrom(rank=60, damping=1e-4)))
@@ -106,8 +106,8 @@ def test_it_saves_products_along_a_smooth_sequence():
 @pytest.mark.parametrize(
     "row", [row if row in QUICK else pytest.param(row, marks=pytest.mark.slow) for row in ITERATIVE]
 )
-def test_no_answer_depends_on_what_is_remembered(row):
-    """On the grid of systems, after two other right hand sides each: nothing silent, and solved where it is due."""
+def test_remembered_solutions_never_spoil_an_answer(row):
+    """On each system of the grid, after two other right-hand sides: no silent failure, and promised systems solved."""
     bad, gamma = [], ROWS[row].dampings[0]
     for name, given in GRID.items():
         solver = ROWS[row].solver(max_steps=ROWS[row].limit, rtol=RTOL, damping=gamma, on_failure="ignore")
@@ -120,7 +120,7 @@ def test_no_answer_depends_on_what_is_remembered(row):
     assert bad == []
 
 
-def test_it_saves_products_where_a_is_not_symmetric():
+def test_recycled_saves_products_for_a_nonsymmetric_matrix():
     base, turn = with_singular_values(logspace(10, N), 2), with_singular_values(np.ones(N), 4)
     cold, recycled = S.GMRES(rtol=1e-8, restart=N), S.Recycled(3)
     products = {"cold": 0, "recycled": 0}
@@ -156,14 +156,14 @@ def test_nan_and_infinity_are_forgotten():
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200])
-def test_any_scale_is_remembered(scale):
+def test_solutions_of_any_scale_are_remembered(scale):
     given = GRID["spd 10"]
     recycled, op = S.Recycled(3), given.operator()
     S.CG(rtol=1e-10)(op, scale * given.rhs(), recycled)
     assert S.CG(rtol=1e-9)(op, given.rhs(), recycled).steps == 0
 
 
-def test_another_kind_of_system_starts_anew():
+def test_a_system_of_another_structure_forgets_all_solutions():
     recycled, solver = S.Recycled(), S.CG(rtol=1e-6)
     for n, dtype, batch in (
         (20, torch.float64, ()),
@@ -199,7 +199,7 @@ def test_several_leaves_of_mixed_dtypes():
 
     op, recycled = hg.operators.function(product, symmetric=True), S.Recycled(2)
     steps = []
-    for t in (1.0, 2.0, 3.0):  # the third start is well below its tolerance, whatever rounding does
+    for t in (1.0, 2.0, 3.0):  # the residual of the third start is well below its tolerance
         b = {"m": torch.arange(6.0).reshape(2, 3), "s": torch.tensor(t), "x": torch.ones(5, dtype=torch.float64)}
         solution = S.CG(rtol=1e-6 if t < 3 else 1e-4)(op, b, recycled)
         image = product(solution.value)
@@ -209,8 +209,8 @@ def test_several_leaves_of_mixed_dtypes():
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_what_it_costs(steps):
-    """In fixed-step mode: m products beside the solver's, and no read from the device."""
+def test_recycled_takes_m_products_and_no_read(steps):
+    """In fixed-step mode it adds m products to those of the solver, and reads nothing from the device."""
     given, recycled = GRID["spd 1e3"].stacked(), S.Recycled(3)
     for kept in range(5):
         op, before = given.operator(), recycled.kept
@@ -242,7 +242,7 @@ def test_a_function_as_a_solver_gets_the_start():
 
 
 def ridge(step: int):
-    """The pieces of a hypergradient of ridge regression along a smooth path, and its closed form."""
+    """The arguments of a hypergradient of ridge regression at a point of a smooth path, and its closed form."""
     draw = np.random.RandomState(0)
     x, y = torch.tensor(draw.randn(60, 40) * np.logspace(0, -2, 40)), torch.tensor(draw.randn(60))
     lam = torch.full((40,), -8.0 + 0.02 * step, dtype=torch.float64, requires_grad=True)
@@ -297,7 +297,7 @@ def test_bad_input():
         S.CG(rtol=1e-9)(op, torch.tensor(side(6)).as_subclass(Sharded), S.Recycled())
 
 
-def test_a_start_with_leaves_of_these_names_is_a_start():
+def test_a_named_tuple_with_fields_called_start_and_keep_is_a_plain_x0():
     class Start(NamedTuple):
         start: torch.Tensor
         keep: torch.Tensor
@@ -308,7 +308,7 @@ def test_a_start_with_leaves_of_these_names_is_a_start():
     assert solution.steps == 0 and torch.equal(solution.value.keep, torch.ones(3) / 4)
 
 
-def test_auto_takes_it_on_to_the_next_method():
+def test_auto_passes_recycled_to_its_second_method():
     given = System("", with_spectrum(np.append(-np.ones(3), logspace(10, N - 3)), 1), side(N))
     recycled = S.Recycled(2)
     for seed in range(4):
@@ -318,7 +318,7 @@ def test_auto_takes_it_on_to_the_next_method():
         assert off(solution.value, x) <= 1e-7 * norm(x)
 
 
-def test_any_start_is_told_of_the_solution():
+def test_any_object_with_start_and_keep_gets_the_solution():
     class Remembered:
         def __init__(self):
             self.told = []
@@ -340,12 +340,12 @@ def test_reused_builds_once_for_one_matrix():
     solver = S.CG(rtol=1e-8, preconditioner=pre)
     products = [solved(DECAY, solver)[1] for _ in range(5)]
     assert pre.builds == 1 and products[0] - products[1] == 40 and len({*products[1:]}) == 1
-    assert pre.steps == [products[1] - 1] * 5  # one product more for the residual
+    assert pre.steps == [products[1] - 1] * 5  # one of the products is for the residual
     fresh, _ = solved(DECAY, S.CG(rtol=1e-8, preconditioner=S.Nystrom(rank=40, damping=1e-4)))
     assert fresh.steps == pre.steps[-1]
 
 
-def test_reused_builds_anew_when_the_steps_lost_are_worth_it():
+def test_reused_builds_anew_when_the_lost_steps_exceed_the_cost_of_building():
     pre = S.Reused(S.Nystrom(rank=40, damping=1e-4))
     solver, lost, builds = S.CG(rtol=1e-8, preconditioner=pre), [], []
     for t in np.linspace(0, 1.5, 40):
@@ -358,7 +358,7 @@ def test_reused_builds_anew_when_the_steps_lost_are_worth_it():
     assert 2 <= pre.builds < 20
 
 
-def test_reused_is_cheaper_than_never_and_than_always():
+def test_reused_is_cheaper_than_no_preconditioner_and_than_a_new_one_each_time():
     def total(preconditioner) -> int:
         solver = S.CG(rtol=1e-8, preconditioner=preconditioner)
         return sum(solved(drifting(t), solver)[1] for t in np.linspace(0, 0.5, 30))
@@ -368,7 +368,7 @@ def test_reused_is_cheaper_than_never_and_than_always():
     assert reused < 0.7 * total(None) and reused < 0.8 * total(recipe)
 
 
-def test_reused_builds_anew_for_a_problem_of_another_kind():
+def test_reused_builds_anew_for_a_system_of_another_size():
     pre = S.Reused(S.Nystrom(rank=10, damping=1e-2))
     solver = S.CG(rtol=1e-8, preconditioner=pre)
     for n in (20, 30):
@@ -377,7 +377,7 @@ def test_reused_builds_anew_for_a_problem_of_another_kind():
 
 
 def test_reused_in_hypergradients():
-    """A sequence of hypergradients of ridge regression, each right, with one sketch."""
+    """One sketch is enough for a sequence of hypergradients of ridge regression, all of which are right."""
     x, y = torch.tensor(np.random.RandomState(0).randn(60, 20)), torch.tensor(np.random.RandomState(1).randn(60))
     pre, adjoint = S.Reused(S.Nystrom(rank=20, damping=1e-2)), None
     for step in range(4):
@@ -398,10 +398,10 @@ def test_reused_in_hypergradients():
     assert pre.builds == 1
 
 
-HARD = with_spectrum(logspace(1e8, 60), 1)  # at 1e-9 rounding makes a solve go on from its true residual, twice
+HARD = with_spectrum(logspace(1e8, 60), 1)  # rounding makes CG restart from the true residual here, once or twice
 
 
-def test_a_solve_that_goes_on_keeps_its_preconditioner():
+def test_a_solve_that_restarts_keeps_its_preconditioner():
     class Counted:
         built = 0
 
@@ -418,7 +418,7 @@ def test_a_solve_that_goes_on_keeps_its_preconditioner():
         return op.products - int(solution.steps)
 
     recipe = Counted()
-    # One product for the residual, and two for each time that it went on: it did.
+    # One product for the residual, and two for each restart, of which there was at least one.
     again = products(preconditioner=recipe) - 20
     assert again in (3, 5) and recipe.built == 1
     reused = S.Reused(S.Nystrom(rank=20, damping=1e-8))
@@ -426,7 +426,7 @@ def test_a_solve_that_goes_on_keeps_its_preconditioner():
     assert reused.builds == 1 and len(reused.steps) == 3
 
 
-def test_reused_learns_nothing_from_solves_without_a_step():
+def test_solves_without_a_step_do_not_count_for_reused():
     pre = S.Reused(S.Nystrom(rank=40, damping=1e-4))
     op, b = hg.operators.matrix(torch.tensor(DECAY), symmetric=True), torch.tensor(side(N))
     solver = S.CG(rtol=1e-8, preconditioner=pre)
@@ -439,7 +439,7 @@ def test_reused_learns_nothing_from_solves_without_a_step():
 
 
 def test_reused_after_an_error():
-    """A recipe that fails changes nothing; a product that fails leaves no count of a solve that was none."""
+    """An error while building changes nothing, and a solve that ends with an error is not counted."""
 
     class Failing:
         fails = True
@@ -474,7 +474,7 @@ def test_reused_after_an_error():
 
 
 def sequence(kept, solver: S.LinearSolver, ts) -> list[torch.Tensor]:
-    """The solutions of a sequence of systems, with a `Recycled` as its start or a `Reused` in the solver."""
+    """The solutions of a sequence of systems, with a `Recycled` as x0 or a `Reused` as preconditioner."""
     values = []
     for t in ts:
         op = hg.operators.matrix(torch.tensor(drifting(float(t))), symmetric=True)
@@ -497,7 +497,7 @@ RECIPES = {"Nystrom": S.Nystrom(rank=40, damping=1e-4), "Dense": S.Dense()}
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
 @pytest.mark.parametrize("kind", ["Recycled", *RECIPES])
 def test_a_resumed_sequence_equals_an_uninterrupted_one(kind, how):
-    """Bit for bit, also where a preconditioner is built anew later."""
+    """The solutions agree bit for bit, even if a preconditioner is built anew after the resumption."""
 
     def make():
         return S.Recycled(3) if kind == "Recycled" else S.Reused(RECIPES[kind])
@@ -514,14 +514,14 @@ def test_a_resumed_sequence_equals_an_uninterrupted_one(kind, how):
         resumed.load_state_dict(saved(first.state_dict()))
     else:
         resumed = pickle.loads(pickle.dumps(first)) if how == "pickle" else copy.deepcopy(first)
-    sequence(first, solver(first), ts[5:8])  # the first one going on does not change what was taken from it
+    sequence(first, solver(first), ts[5:8])  # its state from before must not change when the first one goes on
     values = sequence(resumed, solver(resumed), ts[5:])
     assert all(torch.equal(a, b) for a, b in zip(values, truth[5:], strict=True))
     if kind != "Recycled":
         assert (resumed.builds, resumed.steps) == (whole.builds, whole.steps)
 
 
-def test_a_state_of_another_kind_is_named():
+def test_the_error_for_a_state_of_another_kind_names_it():
     with pytest.raises(ValueError, match="Recycled: a state_dict holds"):
         S.Recycled().load_state_dict(S.Reused(S.Nystrom()).state_dict())
     empty = S.Recycled(2)

@@ -1,4 +1,4 @@
-"""What a preconditioner may be, and Nystrom as a solver."""
+"""The forms of preconditioners, and Nystrom as a solver."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_every_solution_names_its_method():
     assert hg.solvers._solver.solve(mine, op, hg.Vector.of(b, "b"), None).method == "mine"
 
 
-def test_bad_preconditioners_are_named():
+def test_bad_preconditioners_raise_an_error_that_names_them():
     op, b = hg.operators.matrix(torch.eye(3), symmetric=True), torch.ones(3)
     for make in (S.CG, S.MINRES):
         for bad, said in ((5, "got 5"), ("jacobi", "got 'jacobi'"), (S.Nystrom, "got <class"), (b, r"got tensor\(")):

@@ -1,4 +1,4 @@
-"""Every solver on every system of `systems.GRID`: a right value or a status that says so; then each promise by itself.
+"""Every solver on every system of `systems.GRID` gives a right value or a status of failure; then single properties.
 
 A new solver is one row of `solver_rows.ROWS`.
 """
@@ -38,7 +38,7 @@ from systems import GRID, logspace, norm, side, with_spectrum
 
 @pytest.mark.parametrize("row", ROWS)
 def test_grid(row):
-    """No failure is silent, what is due is solved, residuals and traces are true, NaN is named.
+    """No failure is silent, promised systems are solved, residuals and traces are true, and NaN has its status.
 
     In one test, so that the grid is solved once and on one core.
     """
@@ -72,7 +72,7 @@ def test_b_zero_gives_zero_from_any_start(row, system):
 
 
 def fixed(solution: S.Solution, converged: bool = False) -> Status:
-    """How a fixed number of steps ends: the answer may be worse than none."""
+    """The status due after a fixed number of steps: DIVERGED if the residual is no smaller than that of zero."""
     if solution.relative_residual >= 1:
         return Status.DIVERGED
     return Status.CONVERGED if converged else Status.COMPLETED
@@ -258,7 +258,7 @@ def test_fixed_steps_cost_what_they_say_and_are_success(row, started):
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if ROWS[row].iterative])
-def test_no_steps_give_the_start(row):
+def test_zero_steps_return_the_start(row):
     system = GRID["spd 10"]
     op, b, x0 = system.operator(), system.rhs(), system.start()
     nothing = {"Neumann": ETA * b, "Optimizer": b}.get(row, torch.zeros_like(b))
@@ -271,7 +271,7 @@ def test_no_steps_give_the_start(row):
 @pytest.mark.parametrize("system", ["spd 10", "batch spd", "NaN in A"])
 @pytest.mark.parametrize("row", LAZY)
 def test_fixed_steps_never_read_from_the_device(row, system):
-    """Systems with a batch axis compute with tensors on the CPU too, as one system does where a read has to wait."""
+    """The systems get a batch axis, because on the CPU a single system computes with Python numbers."""
     solver = ROWS[row].solver(max_steps=7, on_failure="ignore")
     given = GRID[system].stacked()
     for x0 in (None, given.start()):
@@ -279,13 +279,13 @@ def test_fixed_steps_never_read_from_the_device(row, system):
         assert count == 0
         with Reads() as counted:
             bool(solution.code.any())
-        assert counted.count > 0  # the counter sees reads
+        assert counted.count > 0  # this is a read, and it is counted
 
 
 @pytest.mark.parametrize("batch_shape", [(), (3,)])
 @pytest.mark.parametrize("row", LAZY)
 def test_fixed_steps_run_on_the_meta_device_where_every_read_raises(row, batch_shape):
-    """torch.compile and graph capture need as much."""
+    """torch.compile and the capture of graphs need steps without reads."""
     op = hg.operators.matrix(torch.empty(*batch_shape, 6, 6, device="meta"), symmetric=True)
     b = torch.empty(*batch_shape, 6, device="meta")
     for x0 in (None, b):
@@ -313,17 +313,17 @@ def test_numbers_for_one_system_and_tensors_for_a_batch_give_the_same(row, syste
 @pytest.mark.parametrize(
     ("dtype", "rtol", "sizes"),
     [
-        # 1e-301 to 1e301; ‖b‖² is near enough to 1 up to 2^±170, and a normal number up to 2^±511.
+        # ‖b‖ from 1e-301 to 1e301. ‖b‖² is near enough to 1 up to 2^±170, and a normal number up to 2^±511.
         (torch.float64, 1e-8, (-1000, -900, -532, -260, -256, -252, -90, -85, -80, -60)),
-        # 1e-32 to 1e32; 2^±21 and 2^±63.
+        # ‖b‖ from 1e-32 to 1e32. The two limits are 2^±21 and 2^±63.
         (torch.float32, 1e-4, (-105, -80, -73, -70, -60, -34, -33, -32, -31, -30)),
         # b is scaled by its largest entry.
         (torch.bfloat16, 1e-1, (-105, -60, -30)),
     ],
 )
 @pytest.mark.parametrize("row", ["CG", "GMRES(5)", "NormalCG"])
-def test_the_size_of_b_changes_nothing_but_the_size_of_x(row, dtype, rtol, sizes):
-    """By powers of two, through the sizes at which b is scaled near 1 before and at which it is left as it is."""
+def test_scaling_b_scales_x_and_changes_nothing_else(row, dtype, rtol, sizes):
+    """The factors are powers of two, both where the solver first scales b to about 1 and where it does not."""
     op, b = GRID["spd 10"].operator(dtype=dtype), GRID["spd 10"].rhs(dtype)
     one = ROWS[row].solver(rtol=rtol)(op, b)
     assert one.ok
@@ -335,7 +335,7 @@ def test_the_size_of_b_changes_nothing_but_the_size_of_x(row, dtype, rtol, sizes
 
 
 def test_a_step_that_float32_cannot_hold_is_reported():
-    """‖A‖ = 1e-39: the step is 1e39, beyond float32, and so is the solution."""
+    """With ‖A‖ = 1e-39 the step is 1e39, beyond the range of float32, and so is the solution."""
     op = hg.operators.matrix(1e-39 * torch.eye(3), symmetric=True)
     for options in ({"max_steps": 2}, {"rtol": 1e-4}):
         solution = S.CG(on_failure="ignore", **options)(op, torch.ones(3))
@@ -398,7 +398,7 @@ def test_damping_is_a_system_with_a_larger_diagonal(row):
 @pytest.mark.parametrize("system", BATCHES)
 @pytest.mark.parametrize("row", ROWS)
 def test_batched_is_looped(row, system):
-    """The same numbers after the same steps; to a tolerance, as good an answer and the same status for each."""
+    """A batch and its systems alone agree after fixed steps; with a tolerance the status and the accuracy agree."""
     given = GRID[system]
     x0 = given.start()
     for options in ({"max_steps": 4}, {"max_steps": 30, "rtol": 1e-6}):
@@ -407,15 +407,15 @@ def test_batched_is_looped(row, system):
         for i, status in enumerate(together.statuses):
             single = given.single(i)
             alone = solver(single.operator(ROWS[row].tag), single.rhs(), x0[i])
-            if given.finite[i] and not given.regular[i] and row == "BiCGStab":  # how it fails there is rounding
+            if given.finite[i] and not given.regular[i] and row == "BiCGStab":  # rounding decides how it fails
                 assert "rtol" not in options or not (status is Status.CONVERGED or alone.ok)
             else:
                 assert status is alone.status
             if "rtol" not in options and given.regular[i]:
-                # Rounding grows with the condition number, for methods on AᵀA with its square.
+                # Rounding grows with the condition number, and with its square for methods on AᵀA.
                 tolerance = 1e-12 if given.condition[i] <= 1.01e3 else 1e-19 * given.condition[i] ** 2
                 assert norm(together.value[i] - alone.value) <= tolerance * (norm(alone.value) + norm(x0[i]))
-                traces = together.trace[:, i].nan_to_num(), alone.trace.nan_to_num()  # NaN where it was not taken
+                traces = together.trace[:, i].nan_to_num(), alone.trace.nan_to_num()  # NaN where none was recorded
                 assert abs(together.residual_norm[i] - alone.residual_norm) <= tolerance * traces[1].max()
                 assert (traces[0] - traces[1]).abs().max() <= tolerance * traces[1].max()
             elif "rtol" in options and status is Status.CONVERGED:
@@ -456,7 +456,7 @@ def test_a_failure_in_a_batch_is_named_by_its_index():
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.startswith(("Nystrom", "Neumann", "Optimizer"))])
-def test_the_default_is_a_tolerance_and_steps_alone_are_not(row):
+def test_max_steps_without_rtol_means_no_tolerance(row):
     system = GRID["contraction .8" if ROWS[row].tag is None else "spd 10"]
     for dtype, rtol in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
         solution = ROWS[row].make()(system.operator(ROWS[row].tag, dtype), system.rhs(dtype))
@@ -562,7 +562,7 @@ def test_configuration_is_frozen_and_by_keyword(row):
     assert dataclasses.replace(solver, rtol=0.5).rtol == 0.5 and solver.rtol is None
 
 
-def test_x0_unlike_b_is_named():
+def test_an_x0_of_another_structure_than_b_is_named():
     system = GRID["spd 10"]
     with pytest.raises(
         ValueError, match=r"x0 must be like b: expected shape \(20,\), float64 .* got shape \(3,\), float32"
@@ -652,8 +652,8 @@ def test_two_batch_axes(row):
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "Optimizer"])
-def test_a_start_far_out_is_not_believed(row):
-    """x0 of size 1 for b of size 1e-25: what is left of x0 by rounding is larger than b."""
+def test_a_start_much_larger_than_the_solution_gives_no_false_convergence(row):
+    """x0 has size 1 and b has size 1e-25, so the rounding errors of x0 are larger than b."""
     system = GRID["b of 1e-20"]
     given = dataclasses.replace(system, b=1e-5 * system.b)
     x0 = torch.tensor(side(system.n))
@@ -662,8 +662,8 @@ def test_a_start_far_out_is_not_believed(row):
     assert solution.status is not Status.CONVERGED or residual <= 1e-6 * norm(given.b)
 
 
-def test_a_system_at_rest_counts_no_steps_of_others():
-    """Some of these systems are taken up again; the others' own residuals stand a little above their limit by then."""
+def test_a_finished_system_of_a_batch_counts_no_steps_of_the_others():
+    """Some of these systems restart from their true residual while the residuals of others are just above the limit."""
     a = np.stack([with_spectrum(logspace(10.0**k, 20), k + 2) for k in range(2, 7)])
     b = np.stack([side(20, seed) for seed in range(4, 9)])
     for rtol in np.logspace(-14, -11, 10):
@@ -672,10 +672,10 @@ def test_a_system_at_rest_counts_no_steps_of_others():
         for i in range(2):
             alone = solver(hg.operators.matrix(torch.tensor(a[i]), symmetric=True), torch.tensor(b[i]))
             if alone.ok and together.statuses[i] is Status.CONVERGED:
-                assert int(together.steps[i]) <= 1.2 * alone.steps + 10  # those of the others are hundreds
+                assert int(together.steps[i]) <= 1.2 * alone.steps + 10  # the others take hundreds of steps
 
 
-def test_going_on_has_all_the_steps_that_are_left():
+def test_a_restarted_solve_may_use_all_remaining_steps():
     op = hg.operators.matrix(torch.tensor(with_spectrum(logspace(1e8, 60), 1)), symmetric=True)
     b = torch.tensor(side(60))
     free = S.CG(rtol=1e-11, max_steps=5000, on_failure="ignore")(op, b)
@@ -684,7 +684,7 @@ def test_going_on_has_all_the_steps_that_are_left():
 
 
 class OneBuffer:
-    """A as an operator that writes every product, of one vector or several, into the same memory, and hands it out."""
+    """A as an operator that writes all products, of one vector or of several, into the same memory, and returns it."""
 
     def __init__(self, a: torch.Tensor, **tags: bool):
         self.memory: dict[tuple[int, ...], torch.Tensor] = {}
@@ -709,7 +709,7 @@ class OneBuffer:
 
 @pytest.mark.parametrize("row", [*ROWS, "BlockCG", "CG, Nystrom", "CG, operator", "CG, Recycled"])
 def test_products_that_share_memory(row):
-    """A backward pass may hand out one buffer for all its results: what is kept over a product is copied."""
+    """A backward pass may return the same buffer each time, so solvers must copy a product that they keep."""
     system = GRID["spd 10"]
     a, b, tag = torch.tensor(system.a), system.rhs(), {"symmetric": True}
     options = {"max_steps": 6, "on_failure": "ignore"}
@@ -739,7 +739,7 @@ def test_products_that_share_memory(row):
 
 @pytest.mark.parametrize("row", [*KRYLOV, "Neumann", "Auto, symmetric", "Optimizer"])
 def test_products_that_are_their_argument(row):
-    """A exchanges two leaves so large that each is stored by itself: the product shares the memory of its argument."""
+    """A swaps two leaves that are large enough to be stored separately, so Av shares the memory of v."""
     n = 2**19 + 1
     draw = torch.Generator().manual_seed(0)
     b = [torch.randn(n, generator=draw, dtype=torch.float64) for _ in range(2)]

@@ -16,7 +16,7 @@ from systems import GRID, System, side, with_singular_values
 
 @pytest.mark.parametrize("options", [{"rtol": 1e-6}, {"max_steps": 10}, {"max_steps": 60}])
 @pytest.mark.parametrize(("factor", "make"), [(3.0, lambda q: 4 * np.eye(20)), (1.5, lambda q: np.eye(20) - 1.5 * q)])
-def test_diverged_tells_the_growth_rate(factor, make, options):
+def test_the_message_of_divergence_gives_the_growth_rate(factor, make, options):
     q = with_singular_values(np.ones(20), 3)
     system = System("", make(q), side(20))
     with pytest.warns(hg.solvers.HypergradientWarning, match=f"DIVERGED after .* growing by a factor of {factor:g} a"):
@@ -24,7 +24,7 @@ def test_diverged_tells_the_growth_rate(factor, make, options):
     agree(solution.growth_rate, factor, 1e-9)
 
 
-def test_one_step_is_b_or_a_step_from_x0():
+def test_one_step_gives_b_from_zero_and_one_iteration_from_x0():
     system = GRID["spd 10"]
     op, b, x0 = system.operator(), system.rhs(), system.start()
     solver = S.FixedPoint(max_steps=1, on_failure="ignore")

@@ -20,7 +20,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
 @pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_optimizer_steps_in_the_users_own_units(build, size):
-    """The same numbers as the optimizer run by hand on ½xᵀAx − bᵀx, whose learning rates know no scaling."""
+    """The result is that of the optimizer run by hand on ½xᵀAx − bᵀx, so b must not be scaled before."""
     system = GRID["spd 10"]
     a, b = torch.tensor(system.a), size * system.rhs()
     solution = S.Optimizer(max_steps=6, build=build, on_failure="ignore")(system.operator(), b)
@@ -43,7 +43,7 @@ def test_optimizer_steps_in_the_users_own_units(build, size):
     agree(solution.trace[0], system.residuals(b.numpy() / size)[0] * size, 1e-12)
 
 
-def test_lbfgs_solves_a_system_it_can():
+def test_lbfgs_solves_a_system():
     system = GRID["spd 10"]
     solution = S.Optimizer(
         max_steps=60, rtol=1e-8, build=lambda p: torch.optim.LBFGS(p, tolerance_grad=0, tolerance_change=0)

@@ -35,7 +35,7 @@ def preconditioned_space(a: np.ndarray, r: np.ndarray, steps: int) -> np.ndarray
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS.values(), ids=PRECONDITIONERS)
 def test_value_of_k_preconditioned_steps(preconditioner, steps):
-    """CG has the least error in the norm of A over K(M⁻¹A, M⁻¹b), MINRES the least residual in that of M⁻¹."""
+    """In K(M⁻¹A, M⁻¹b), CG has the least error in the norm of A, MINRES the least residual in the norm of M⁻¹."""
     a, b, v = WIDE.a, WIDE.b, preconditioned_space(WIDE.a, WIDE.b, steps)
     options = {"max_steps": steps, "preconditioner": preconditioner, "on_failure": "ignore"}
     cg = S.CG(**options)(WIDE.operator(), WIDE.rhs())
@@ -80,8 +80,8 @@ def test_a_preconditioner_may_take_pytrees_and_batches():
 
 
 @pytest.mark.parametrize("make", [S.CG, S.MINRES])
-def test_nystrom_preconditioner_beats_plain_by_orders_of_magnitude(make):
-    """Eigenvalues 10^(−j/3), damping 10⁻³: five steps with a sketch of rank 10 against five plain ones."""
+def test_cg_with_a_nystrom_preconditioner_is_orders_of_magnitude_more_accurate(make):
+    """Eigenvalues are 10^(−j/3), damping is 10⁻³; five steps with a sketch of rank 10 against five plain steps."""
     n, gamma = 200, 1e-3
     system = System("", with_spectrum(10.0 ** (-np.arange(n) / 3), 13), side(n))
     truth = system.damped(gamma).solutions[0]
@@ -94,14 +94,14 @@ def test_nystrom_preconditioner_beats_plain_by_orders_of_magnitude(make):
         return norm(value - truth) / norm(truth)
 
     assert error(S.Nystrom(rank=10, damping=gamma)) < error(None) / 300
-    # Here damping is part of A, so that the sketch sees it too.
+    # Here damping is part of A, and so part of the sketch.
     op = system.damped(gamma).operator()
     inside = make(max_steps=5, preconditioner=S.Nystrom(rank=10, damping=gamma))(op, system.rhs()).value.numpy()
     assert norm(inside - truth) / norm(truth) < error(None) / 3
 
 
-def test_refinement_reaches_the_tolerance_where_the_recursion_alone_does_not():
-    """MINRES's own residual is too hopeful at condition 10⁶; the rest of a batch is left as it was."""
+def test_restarts_from_the_true_residual_reach_the_tolerance():
+    """At condition 10⁶ MINRES's recursion underestimates the residual. Other systems of a batch are not changed."""
     hard, easy = GRID["spd 1e6"], GRID["spd 10"]
     failing = GRID["symmetric indefinite"]
     together = System("", np.stack([hard.a, easy.a, failing.a]), np.stack([hard.b, easy.b, failing.b]))
@@ -111,11 +111,11 @@ def test_refinement_reaches_the_tolerance_where_the_recursion_alone_does_not():
         alone = make(rtol=1e-10, max_steps=300, on_failure="ignore")(failing.operator(), failing.rhs())
         agree(solution.value[2], alone.value, 1e-9)
     once = S.MINRES(max_steps=73)(hard.operator(), hard.rhs())
-    assert once.residual_norm > 1e-9 * once.rhs_norm  # so the refinement was needed
+    assert once.residual_norm > 1e-9 * once.rhs_norm  # so a restart was needed
 
 
 def inconsistent(condition: float, tail: float, signs: bool, seed: int, dtype: torch.dtype = torch.float64) -> System:
-    """Five zero eigenvalues among 50, and the part `tail` of b in their space, which is the least residual."""
+    """50 eigenvalues of which five are 0; the part of b in the null space has norm `tail`, the least residual."""
     rng = np.random.default_rng(seed)
     values = np.r_[np.zeros(5), logspace(condition, 45) * (rng.choice([-1, 1], 45) if signs else 1)]
     a = with_spectrum(values, seed)
@@ -132,7 +132,7 @@ def inconsistent(condition: float, tail: float, signs: bool, seed: int, dtype: t
 @pytest.mark.parametrize("signs", [False, True])
 @pytest.mark.parametrize("condition", [1e1, 1e3])
 def test_minres_ends_at_the_least_residual_of_an_inconsistent_system(condition, signs, tail, steps):
-    """What it keeps of rounding in the null space must not show, however many steps are allowed."""
+    """Rounding errors in the null space must not grow, however many steps are allowed."""
     systems = [inconsistent(condition, tail, signs, seed) for seed in range(3)]
     together = System("", np.stack([s.a for s in systems]), np.stack([s.b for s in systems]))
     due = steps >= 200
@@ -171,8 +171,8 @@ def test_a_start_at_a_least_squares_solution_is_kept():
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("options", [{}, {"max_steps": 20}, {"max_steps": 60}])
-def test_cg_on_a_semidefinite_inconsistent_system_is_no_worse_than_none(options, dtype, batched):
-    """Rows that b alone has, and 20 unknowns from 10 samples: no NaN, no large number under a good status."""
+def test_cg_on_a_semidefinite_inconsistent_system_is_no_worse_than_zero(options, dtype, batched):
+    """A has zero rows where b is not 0, or comes from 10 samples of 20 features; the status must be a failure."""
     for seed in range(10):
         rng = np.random.default_rng(seed)
         x = rng.standard_normal((10, 20)) if seed % 2 else rng.standard_normal((30, 20)) * (np.arange(20) < 16)
@@ -183,7 +183,7 @@ def test_cg_on_a_semidefinite_inconsistent_system_is_no_worse_than_none(options,
         assert system.residuals(solution.value.double().numpy())[0] <= norm(system.sides[0]) * (1 + 1e-5)
 
 
-def test_k_steps_of_cg_on_a_definite_system_are_those_of_the_textbook_though_the_residual_is_larger_than_b():
+def test_k_steps_of_cg_are_the_textbooks_even_if_the_residual_is_larger_than_b():
     system = System("", with_spectrum(logspace(1e5, 40), 2), side(40))
     for steps in (3, 8):
         solution = S.CG(max_steps=steps, on_failure="ignore")(system.operator(), system.rhs())
@@ -194,8 +194,8 @@ def test_k_steps_of_cg_on_a_definite_system_are_those_of_the_textbook_though_the
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5, 8])
-def test_few_steps_of_cg_on_an_inconsistent_system_lower_the_quadratic_or_are_said_to_diverge(steps):
-    """No K tells a singular A from one with a tiny eigenvalue, of which the iterate is the textbook's."""
+def test_few_steps_of_cg_on_an_inconsistent_system_lower_the_quadratic(steps):
+    """Few steps cannot tell a singular A from one with a tiny eigenvalue; a residual above ‖b‖ has status DIVERGED."""
     seen = set()
     for seed in range(30):
         rng = np.random.default_rng(seed)
@@ -215,8 +215,8 @@ def test_few_steps_of_cg_on_an_inconsistent_system_lower_the_quadratic_or_are_sa
 
 @pytest.mark.parametrize("preconditioner", [None, lambda r: DIAGONAL[:20] * r], ids=["plain", "preconditioned"])
 @pytest.mark.parametrize("gamma", [0.0, 0.01])
-def test_curvature_is_the_least_quotient_met(gamma, preconditioner):
-    """It lies between the least eigenvalue (of A without damping) and 0, and the message names a damping above it."""
+def test_curvature_is_the_least_rayleigh_quotient_of_the_steps(gamma, preconditioner):
+    """It is between the least eigenvalue of A, without damping, and 0; the message names a damping that exceeds it."""
     system = GRID["symmetric indefinite"]
     solution = S.CG(damping=gamma, preconditioner=preconditioner, on_failure="ignore")(system.operator(), system.rhs())
     curvature, least = float(solution.curvature), np.linalg.eigvalsh(system.a)[0]
@@ -230,7 +230,7 @@ def test_curvature_is_the_least_quotient_met(gamma, preconditioner):
 
 
 @pytest.mark.parametrize("make", [S.CG, S.MINRES, S.BlockCG])
-def test_products_that_are_drawn_anew_are_not_compared(make):
+def test_stochastic_operators_are_not_checked_for_symmetry(make):
     draw = torch.Generator().manual_seed(0)
 
     def product(v):
