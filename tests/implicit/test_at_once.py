@@ -1,4 +1,4 @@
-"""Many right hand sides of one system, and many small systems: each is factorised once, for all right hand sides."""
+"""Systems with many right-hand sides, and many small systems: each matrix is factorised once for all its sides."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def seeded() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations by name, and keeps the size of the largest result."""
+    """Counts operations by name, and records the size of the largest result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,8 +127,8 @@ def test_one_system_and_a_jacobian_outside_the_map() -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_jacobian_with_respect_to_what_all_share(solver: str) -> None:
-    """The shared hyperparameter is mapped by neither vmap; its derivative is that of each entry."""
+def test_a_jacobian_with_respect_to_a_hyperparameter_shared_by_all_entries(solver: str) -> None:
+    """Neither vmap maps the shared hyperparameter; the rows of its Jacobian are the derivatives of the entries."""
     residual, w, a = problem()
     scale = torch.tensor(1.0, dtype=torch.float64)
     shared = lambda w, h: residual(w, h[0] * h[1])  # noqa: E731
@@ -166,7 +166,7 @@ def test_second_derivatives_of_many_solutions(transform: str, solver: str) -> No
 
 
 def test_backward_through_a_jacobian() -> None:
-    """Plain autograd differentiates what torch.func gave."""
+    """Plain autograd differentiates a Jacobian that torch.func has computed."""
     residual, w, a = problem(count=3)
     grads = []
     for solution in (lambda a, w: implicit.root(residual, w, a), lambda a, w: curved(residual, w, a)):
@@ -234,8 +234,8 @@ def test_the_undamped_and_the_damped_system() -> None:
 
 
 @pytest.mark.parametrize("solver", ["default", "Dense"])
-def test_a_singular_system_is_said_to_be_so(solver: str) -> None:
-    """One of three systems is singular: it is named, and the others are right."""
+def test_the_warning_names_the_singular_system(solver: str) -> None:
+    """One of three systems is singular; the warning names it, and the results of the others are right."""
     scale = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
     a = torch.randn(3, 2, dtype=torch.float64)
     residual = lambda w, h: torch.stack([w[0] - h[0][0], h[1] * w[1] - h[0][1]])  # noqa: E731
@@ -265,7 +265,7 @@ def test_a_false_declaration_of_symmetry_is_noticed() -> None:
     assert info.solution is not None and not info.solution.method.startswith("Dense")
 
 
-def test_nan_is_said_to_be_so() -> None:
+def test_nan_is_warned_of() -> None:
     residual, w, a = problem()
     w[1, 2] = torch.nan
     with pytest.warns(hg.HypergradientWarning):
@@ -275,7 +275,7 @@ def test_nan_is_said_to_be_so() -> None:
 
 @pytest.mark.parametrize("n", [3, 40])
 def test_small_systems_are_factorised_by_default(n: int) -> None:
-    """A pass with one right hand side each: by a factorisation where they are small, else by an iteration."""
+    """A pass with one right-hand side for each system factorises small systems, and iterates for larger ones."""
     residual, w, a = problem(n=n)
     a.requires_grad_()
     info = implicit.Info()
@@ -288,7 +288,7 @@ def test_small_systems_are_factorised_by_default(n: int) -> None:
 
 
 def test_a_number_of_steps_is_kept_to() -> None:
-    """Without a tolerance the default takes the steps that were asked for."""
+    """Without a tolerance the default solver takes exactly max_steps."""
     residual, w, a = problem()
     a.requires_grad_()
     info = implicit.Info()

@@ -1,4 +1,4 @@
-"""Bad input: what the user is told, and that an error leaves .grad, parameters and the random state as they were."""
+"""Bad input: the messages, and that an error leaves .grad, parameters and torch's random state unchanged."""
 
 import re
 import warnings
@@ -76,7 +76,7 @@ def apis(form: str = "fp_map"):
 
 
 def test_the_good_case_is_good():
-    """The rows below are wrong in what they change, and in nothing else."""
+    """The unchanged case is accepted, so an error below comes from the one thing that its row changes."""
     for form in ("fp_map", "inner_loss", "residual"):
         for call in apis(form).values():
             call(good())
@@ -169,7 +169,7 @@ ONE_PARAM_TWICE = ("one param twice", shared("params"), ValueError, ["params[0] 
 
 
 def refuses(call, case, error, words) -> None:
-    """The call raises this error with these words, and changes nothing."""
+    """Assert that the call raises this error with these words, and changes nothing."""
     with nothing_changed(case.params, case.hparams), pytest.raises(error) as raised:
         call(case)
     message = str(raised.value)
@@ -236,7 +236,7 @@ def test_exceptions_of_the_users_functions_pass_unchanged(where):
 
 
 def test_exceptions_late_in_a_stochastic_solve():
-    """The fourth draw fails; and so does a solver of the user's after a product."""
+    """An error of the fourth draw, and one of the user's solver after a product, pass unchanged."""
     case = good()
     draws = []
 
@@ -315,7 +315,7 @@ def test_bad_draws():
         hg.operators.Stochastic([rand(3)])
 
 
-def test_a_vector_of_another_space_from_the_users_solver():
+def test_a_users_solver_that_returns_a_vector_of_another_structure():
     case = good()
     other = hg.Vector(hg.Vector.of([rand(7)], "params").space, [rand(7)])
     for call in implicit(case, solver=lambda op, b, x0: other):
@@ -446,7 +446,7 @@ def test_functional_interface(call, error, words):
 
 @pytest.mark.parametrize("api", ["exact", "reverse_unroll"])
 def test_exact_and_reverse_unroll(api):
-    """The same errors for the outer loss and for hparams, and one for hparams of which none requires grad."""
+    """They raise the errors for bad outer losses and hparams, and one if no tensor of hparams requires grad."""
 
     def call(c):
         if api == "exact":
@@ -476,7 +476,7 @@ def call_on(api, case, hparams):
 
 
 def evaluated(freed: str = "") -> SimpleNamespace:
-    """A live linear model and its evaluated losses; one of the graphs is freed, as a backward() leaves it."""
+    """A live linear model and its evaluated losses; the graph of one of them is freed, as after a backward()."""
     model = torch.nn.Linear(3, 1).double()
     x, y, hparams = rand(8, 3), rand(8, 1), rand(3, requires_grad=True)
     inner = (model(x) - y).pow(4).mean() + (hparams.exp() * model.weight[0] ** 2).sum()
@@ -510,7 +510,7 @@ def test_graph_freed_by_the_hypergradient_before(f):
 
 
 def test_graph_of_hparams_freed():
-    """λ = (leaf, net(z)): the second call meets the network's freed graph after the leaf's gradient is known."""
+    """λ = (leaf, net(z)): the second call reaches the network's freed graph after it has the leaf's gradient."""
     leaf, net, z = rand(3, requires_grad=True), torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh()), rand(2)
     net = net.double()
     out = net(z) * 1.0
@@ -590,7 +590,7 @@ def test_params_and_hparams_must_be_separate_variables_of_evaluated_losses(f):
 
 @pytest.mark.parametrize("which", ["outer_loss", "fp_map", "residual", "inner_loss"])
 def test_callables_that_ignore_their_params_for_the_live_ones(which):
-    """A closure over the module instead of the argument: its derivative would silently count as zero."""
+    """A closure uses the module's tensors instead of the argument, so its derivative would silently be zero."""
     model = torch.nn.Linear(3, 1, bias=False).double()
     h = rand(1, 3, requires_grad=True)
     x = rand(5, 3)
@@ -615,8 +615,8 @@ def test_callables_that_ignore_their_params_for_the_live_ones(which):
         refuses(lambda c, f=f, o=options: f(params=c.params, hparams=c.hparams, **o), case, ValueError, words)
 
 
-def test_fused_attention_names_the_way_out():
-    """The kernel has no second derivative."""
+def test_the_error_for_fused_attention_says_what_to_do():
+    """The fused kernel has no second derivative."""
     q, k = rand(1, 2, 5, 4).float(), rand(1, 2, 5, 4).float()
     v = rand(1, 2, 5, 4).float()
     h = torch.randn(1, 2, 5, 4, requires_grad=True)
@@ -661,7 +661,7 @@ def spd(n: int = 6) -> torch.Tensor:
 
 
 def status_of(case, form, solver, match=None, **options):
-    """The result and its status; a failure must warn, with these words."""
+    """The result of implicit.grad; if `match` is given, assert a warning with these words."""
     call = {"params": case.params, "hparams": case.hparams, form: getattr(case, form), "solver": solver} | options
     if match is None:
         return hg.implicit.grad(case.outer_loss, **call)
@@ -672,7 +672,7 @@ def status_of(case, form, solver, match=None, **options):
 
 
 def failing():
-    """(system, form, solver, options, status, words): what implicit.grad says of it."""
+    """name: (A, form of the inner problem, solver, options, status, words of the warning)."""
     a = spd()
     indefinite = a - 2.0 * torch.eye(6)
     rotation = torch.eye(6, dtype=torch.float64) + 0.8 * torch.triu(rand(6, 6), 1)
@@ -681,7 +681,7 @@ def failing():
     expansive = -0.5 * torch.eye(6, dtype=torch.float64)
     symmetric = {"symmetric": True}
     status = hg.Status
-    # Rounding decides whether pᵀAp = 0 is met as a number ≤ 0; both messages say that the system may be singular.
+    # Rounding decides whether CG finds pᵀAp ≤ 0; both messages say that the system may be singular.
     flat = (status.STAGNATED, status.NOT_POSITIVE_DEFINITE)
     return {
         "indefinite-CG": (indefinite, "inner_loss", S.CG(), {}, status.NOT_POSITIVE_DEFINITE, "MINRES"),
@@ -723,7 +723,7 @@ def failing():
 
 @pytest.mark.parametrize("row", failing())
 def test_systems_that_a_solver_cannot_solve(row):
-    """Warned of with the status and what to try; as an error under on_failure="raise"; never silent by default."""
+    """By default a warning gives the status and advice; on_failure="raise" makes it an error, "ignore" silences it."""
     a, form, solver, options, status, words = failing()[row]
     case = quadratic(a)
     statuses = status if isinstance(status, tuple) else (status,)
@@ -754,7 +754,7 @@ def test_systems_that_a_solver_cannot_solve(row):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
 def test_a_consistent_singular_system_has_a_solution(scale):
-    """b in the range of A: CG, MINRES and the least-squares methods solve it without complaint."""
+    """With b in the range of A, CG, MINRES and the least-squares methods solve the system without a warning."""
     q = torch.linalg.qr(rand(6, 6))[0]
     a = q @ torch.diag(torch.tensor([0.0, 1, 2, 3, 4, 5], dtype=torch.float64)) @ q.T
     case = quadratic(a, scale * a @ rand(6))
@@ -764,7 +764,7 @@ def test_a_consistent_singular_system_has_a_solution(scale):
         assert relative(result.grads, truth) < 1e-8
 
 
-NOT_FINITE_THERE = {  # √λ at 0: the adjoint is fine, the last derivative is not
+NOT_FINITE_THERE = {  # √λ at 0: the adjoint is finite, but the derivative in λ is not
     "outer loss": lambda loud: hg.implicit.grad(
         lambda w, h: w.square().sum() + h.sqrt().sum(), inner_loss=lambda w, h: (w - 1 - h).square().sum(), **loud
     ),
@@ -790,7 +790,7 @@ def half_way(w, h):
 
 
 @pytest.mark.parametrize("api", NOT_FINITE_THERE)
-def test_a_hypergradient_that_is_not_finite_is_said_to_be_so(api):
+def test_a_hypergradient_that_is_not_finite_is_warned_of(api):
     case = {"params": torch.tensor([1.0, 2.0, 1.0]), "hparams": torch.tensor([0.0, 1.0, 0.0], requires_grad=True)}
     with pytest.warns(hg.HypergradientWarning, match="the hypergradient holds NaN or infinity"):
         NOT_FINITE_THERE[api](case)
@@ -801,7 +801,7 @@ def test_a_hypergradient_that_is_not_finite_is_said_to_be_so(api):
 
 
 def test_sums_that_overflow_are_finite():
-    """Entries that are finite, whose sum is not in float32."""
+    """Finite entries whose sum overflows in float32 give no warning."""
     h = torch.full((4,), 2e38, requires_grad=True)
     hg.implicit.grad(
         lambda w, h: w.square().sum() + (h * h.detach()).sum(),
@@ -814,7 +814,7 @@ def test_sums_that_overflow_are_finite():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["outer value", "outer gradient", "a product", "the inner problem"])
 def test_numbers_that_are_not_finite(where, bad):
-    """NON_FINITE, said by default; SolverError under "raise"; never a wrong number that looks right."""
+    """The status is NON_FINITE, with a warning by default and a SolverError under "raise"."""
     case = quadratic(spd())
     ones = torch.ones(6, dtype=torch.float64)
     ones[2] = bad
@@ -867,8 +867,8 @@ def test_numbers_that_are_not_finite(where, bad):
             )
 
 
-def test_functional_interface_tells_of_failures():
-    """DIVERGED, NOT_POSITIVE_DEFINITE, NOT_SYMMETRIC and an inconsistent system; not of K steps short of tol."""
+def test_functional_interface_warns_of_failures():
+    """It warns of DIVERGED, NOT_POSITIVE_DEFINITE, NOT_SYMMETRIC and inconsistency, not of K steps that miss tol."""
     rows = [
         (hg.fixed_point, "expansive-FixedPoint", r"DIVERGED.*factor of 1\.5 a step"),
         (hg.neumann, "expansive-FixedPoint", r"DIVERGED.*factor of 1\.5 a step"),
@@ -893,7 +893,7 @@ def test_functional_interface_tells_of_failures():
 
 
 def test_an_inner_problem_that_is_not_solved():
-    """The warning names ‖∇g‖; "ignore" is silent; the number is in the result either way."""
+    """The warning names ‖∇g‖, and "ignore" silences it; the result holds the number in both cases."""
     case = quadratic(spd())
     case.params = case.params + rand(6)
     for form in ("inner_loss", "residual", "fp_map"):
@@ -942,7 +942,7 @@ def test_warnings_point_at_the_callers_line():
     assert told[0].filename == __file__
 
 
-@pytest.mark.parametrize("api", [api for api in apis() if api != "reverse"])  # reverse has nothing to warn of
+@pytest.mark.parametrize("api", [api for api in apis() if api != "reverse"])  # reverse gives no warning
 def test_warnings_turned_into_errors_change_nothing_either(api):
     case = good_but_far()
     with pytest.warns(hg.HypergradientWarning, match="not solved"):
@@ -959,7 +959,7 @@ def good_but_far():
 
 
 def test_warnings_point_at_the_caller_whatever_its_folder_is_called():
-    """A file beside torch's folder whose name begins like it is somebody else's."""
+    """A file outside torch's folder counts as the caller's even if its path begins like that of torch's folder."""
     folder = f"{Path(torch.__file__).parent}_user"
     code = compile("warn('message')", f"{folder}/file.py", "exec")
     with pytest.warns(hg.HypergradientWarning, match="message") as told:

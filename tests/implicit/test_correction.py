@@ -23,7 +23,7 @@ def polish(p: Problem, form: str, solver=QUIET) -> hg.Hypergradient:
 
 
 def refine(p: Problem, form: str, solver, rtol: float, update=None) -> hg.Hypergradient:
-    """From one step of the solver at the problem's params, which nothing is said of."""
+    """Refine the result of one solver step at the problem's params, whose warnings are silenced."""
     rough = hypergradient(p, form, replace(solver, max_steps=1, on_failure="ignore"))
     return hg.implicit.refine(rough, rtol, update=update, solver=solver)
 
@@ -56,7 +56,7 @@ def test_polish_squares_the_error_of_gradient_and_value(name, form):
 @pytest.mark.parametrize(("name", "form"), LINEAR)
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_polish_is_exact_where_everything_is_linear(name, form, size):
-    """E quadratic, F linear: the gradient is exact, the value is off by −½ δᵀ∇²E δ."""
+    """With quadratic E and linear F the polished gradient is exact, and the value is off by −½ δᵀ∇²E δ."""
     p = plain(name)
     q = moved(p, size)
     result = polish(q, form)
@@ -97,7 +97,7 @@ def test_polish_and_refine_change_nothing():
 
 
 def test_polish_with_frozen_params():
-    """A quadratic in w and c, of which c is frozen off its solution: the truth is that of w alone."""
+    """A quadratic in w and c whose c is frozen away from its solution: the truth is that of the problem in w."""
     a = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
     lam = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     c = torch.tensor(0.3, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_the_adjoint_is_solved_as_far_as_the_hypergradient_needs(name, goal):
 
 
 def test_a_residual_that_is_small_is_not_enough_for_a_goal():
-    """A = diag(1, 1e-2, 1e-4): most of ∇f is in the component that shows least in the residual."""
+    """A = diag(1, 1e-2, 1e-4): the component that gives most of ∇f is the smallest part of the residual."""
     a = torch.tensor([1.0, 1e-2, 1e-4], dtype=torch.float64)
     b = torch.tensor([1.0, 3e-3, 3e-4], dtype=torch.float64)
     lam = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
@@ -175,7 +175,7 @@ def test_the_inner_problem_is_refined_as_far_as_the_hypergradient_needs(form, go
     assert check(result).estimate.relative_error <= 1.5 * goal
 
 
-def test_a_goal_that_is_missed_is_said():
+def test_a_goal_that_is_missed_is_warned_of():
     q, stays = moved(plain("logistic"), 0.1), lambda w, h: w
     with pytest.warns(hg.InaccurateHypergradient, match="instead of 1.0e-04.*update="):
         result = refine(q, "inner_loss", S.CG(), 1e-4, stays)
@@ -193,7 +193,7 @@ def test_polish_reaches_what_the_inner_problem_does_not():
 
 
 class _Curvature(torch.autograd.Function):
-    """3 w² g c, which has no derivative."""
+    """3 w² g c, whose backward pass is not differentiable."""
 
     @staticmethod
     def forward(ctx, w, g, c):
@@ -230,7 +230,7 @@ class _Quartic(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("correct", [hg.implicit.polish, hg.diagnostics.check])
-def test_a_third_derivative_that_torch_lacks_is_said(correct):
+def test_a_missing_third_derivative_is_an_error_that_names_it(correct):
     lam = torch.ones(2, dtype=torch.float64, requires_grad=True)
     result = hg.implicit.grad(
         lambda w, lam: (w**2).sum(),
@@ -307,7 +307,7 @@ def test_each_kind_of_warning_once_for_each_line():
                 loop()
 
 
-def test_not_finite_is_a_kind_of_its_own():
+def test_non_finite_hypergradients_have_their_own_warning_class():
     lam = torch.zeros((), dtype=torch.float64, requires_grad=True)
     with pytest.warns(hg.NotFinite):
         hg.implicit.grad(

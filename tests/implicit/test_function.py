@@ -1,4 +1,4 @@
-"""Implicit functions nested in one another, in checkpoints, around what torch.func refuses, and in other containers."""
+"""Implicit functions in one another and in checkpoints, of maps that torch.func refuses, and with other containers."""
 
 import dataclasses
 from collections import OrderedDict
@@ -106,7 +106,7 @@ def outer_solution(form: str, inner: str) -> Tensor:
 
 
 def nested(form: str, inner: str, h: Tensor) -> Tensor:
-    """The outer solution by the library, with an implicit function in its problem."""
+    """The outer solution by the library; its inner problem contains another implicit function."""
     entry_point = INNER[inner][0]
     if form == "linear_solve":
         op = hg.operators.function(partial(outer_product, entry_point), tensors=(h,))
@@ -122,7 +122,7 @@ def nested(form: str, inner: str, h: Tensor) -> Tensor:
 
 
 def precompute(form: str, inner: str) -> None:
-    """Outside of transforms and checkpoints, in which the oracle's own cannot run."""
+    """Compute and cache the oracle's solutions now, because it cannot run within transforms and checkpoints."""
     outer_solution(form if form in ("argmin", "linear_solve") else "fixed_point", inner)
     for order in (1, 2):
         truth(form, inner, order)
@@ -207,7 +207,7 @@ def test_a_checkpoint_around_an_implicit_function(entry_point, order):
 )
 @pytest.mark.parametrize("entry_point", INNER)
 def test_a_checkpoint_around_a_derivative(entry_point):
-    """The derivative is taken inside, and derived once more outside; the systems solved inside are not held."""
+    """A derivative taken inside the checkpoint is differentiated outside; systems solved inside are not kept."""
     library, oracle = INNER[entry_point]
 
     def around(h: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ MIDDLES = {
 
 
 class Refused:
-    """A loss with a model that torch.func refuses, its solution, and differences of the solution."""
+    """A loss of a model that torch.func refuses, its solution, and finite differences of the solution."""
 
     def __init__(self, middle: str):
         torch.manual_seed(1)
@@ -339,7 +339,7 @@ class Refused:
 
     @cache  # noqa: B019
     def differences(self, order: int) -> Tensor:
-        """Derivative of the sum of the solution's sines along `direction`, extrapolated."""
+        """The derivative of Σ sin(w(λ)) along `direction`, by extrapolated finite differences."""
 
         def along(t: float) -> Tensor:
             return self.minimise(self.h + t * self.direction, self.w).sin().sum()
@@ -354,7 +354,7 @@ class Refused:
 
 @cache
 def third_derivative_of_batch_norm() -> bool:
-    """Whether this version of torch has one."""
+    """Whether this version of torch has a third derivative of batch norm."""
     x = torch.tensor([[0.0], [1.0], [3.0]], dtype=torch.float64, requires_grad=True)
     y = nn.BatchNorm1d(1).double()(x)[0, 0]
     try:
@@ -395,8 +395,8 @@ def test_an_inner_loss_that_torch_func_refuses(middle, entry_point, order):
     assert abs(got - expected) < {1: 1e-7, 2: 1e-5}[order] * abs(expected)
 
 
-def test_buffers_are_written_as_an_evaluation_would():
-    """BatchNorm in training mode records in a derivative what implicit.grad would."""
+def test_a_derivative_updates_buffers_as_implicit_grad_does():
+    """A derivative updates the statistics of BatchNorm in training mode exactly as implicit.grad does."""
     norm = nn.BatchNorm1d(2, eps=0.1, affine=False).double()
     x = torch.randn(6, 2).double()
     h = torch.zeros(()).double().requires_grad_()
@@ -476,7 +476,7 @@ def test_an_unregistered_dataclass_is_named(call):
 @pytest.mark.parametrize("transform", [name for name in NESTED if "(vmap)" not in name])
 @pytest.mark.parametrize("entry_point", ["fixed_point", "root", "argmin"])
 def test_a_map_that_calls_autograd_grad(entry_point, transform):
-    """The gradient step of the bowl, its gradient, and a loss with a penalty on a slope."""
+    """A gradient step on the bowl, its gradient, and a loss with a gradient penalty."""
 
     def slope(z: Tensor, h: Tensor) -> Tensor:
         return torch.autograd.grad(bowl(z, h), z, create_graph=True)[0]

@@ -37,7 +37,7 @@ from hypergrad._autodiff import Linearisation
 from problems import PROBLEMS, Problem
 from test_oracles import flat, forms, relative
 
-# A thousand steps each.
+# These rows take a thousand steps or more.
 SLOW = {("quadratic-1e5", solver) for solver in ("BiCGStab", "NormalCG", "LSQR")}
 SLOW |= {("quadratic-1e3", solver) for solver in ("NormalCG", "LSQR", "Optimizer")} | {("biased", "Neumann")}
 SLOW_IN_FLOAT32 = SLOW | {("quadratic-1e5", "MINRES")}
@@ -58,7 +58,7 @@ def rand(*shape: int, requires_grad: bool = False) -> torch.Tensor:
 
 
 def marked(rows, slow):
-    """The dear rows are slow, and of the random problems all forms but the maps, which every solver takes."""
+    """Mark expensive rows as slow, and for random problems (seed 1) all forms but fp_map, which every solver takes."""
 
     def is_slow(name, form, solver, seed):
         return (name, solver) in slow or (seed and form != "fp_map")
@@ -82,10 +82,10 @@ def test_every_form_and_solver_agrees_with_the_oracle(name, form, solver, seed):
     ("name", "form", "solver", "seed"), marked(cases(seeds=(1,), dtype=torch.float32), SLOW_IN_FLOAT32)
 )
 def test_float32_is_as_accurate_as_the_condition_allows(name, form, solver, seed):
-    """Relative error of each leaf ≤ 16 κ(A) ε: rounding the data moves A⁻ᵀb by κ ε, times what −∂₂Fᵀ adds, times steps.
+    """The relative error of each leaf is at most 16 κ(A) ε. Rounding the data alone moves A⁻ᵀb by κ ε.
 
-    The problem is solved in float64 and then rounded. Measured: 11 for NormalCG on logistic, below 5 for all others.
-    BiCGStab promises nothing: it may end early if it says so.
+    The problem is solved in float64 and then rounded. The measured factor is 11 for NormalCG on logistic, and below 5
+    for all others. BiCGStab may end early with the status BREAKDOWN.
     """
     p = problem_at(name, seed, torch.float32)
     result = hypergradient(p, form, solvers_for(p, form)[solver])
@@ -96,14 +96,14 @@ def test_float32_is_as_accurate_as_the_condition_allows(name, form, solver, seed
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_default_solver(name, form):
-    """Without solver= it is CG for symmetric systems and GMRES for others, to a relative residual of 1e-6.
+    """The default is CG for symmetric systems and GMRES for others, to a relative residual of 1e-6.
 
-    A batch of small systems is solved densely.
+    A batch of small systems is solved by Dense.
     """
     p = problem_at(name)
     result = hypergradient(p, form)
     default = S.Dense() if p.batch_dims else S.CG() if p.symmetric else S.GMRES()
-    rtol = 1e-12 if p.batch_dims else 0.0  # by other operations
+    rtol = 1e-12 if p.batch_dims else 0.0  # the default takes other operations for batches
     torch.testing.assert_close(flat(result.grads), flat(hypergradient(p, form, default).grads), rtol=rtol, atol=0)
     assert result.solution.ok
     assert result.solution.relative_residual.max() <= 1e-6
@@ -133,7 +133,7 @@ SYMMETRIC_ONLY = {"CG", "MINRES", "Nystrom"}
 @pytest.mark.parametrize(("name", "form"), FORMS)
 @pytest.mark.filterwarnings("ignore::hypergrad.HypergradientWarning")
 def test_reported_residual_is_that_of_the_dense_system(name, form):
-    """‖b − Aᵀv‖ and ‖b‖ from dense matrices, per sample where batched; and any v has its own gradient to answer for."""
+    """‖b − Aᵀv‖ and ‖b‖ agree with dense matrices (per sample if batched), and ∇f with ∇₂E − ∂₂Fᵀv for every v."""
     p = problem_at(name, 1)
     a, b, _, _ = dense_system(name, form, 1)
     for key, solver in EARLY.items():
@@ -153,13 +153,13 @@ def test_reported_residual_is_that_of_the_dense_system(name, form):
         assert_is_gradient_of(p, form, v, result.grads, tolerance=1e-11, seed=1)
 
 
-# Damping is the same code at every condition, and the batched cell has the equilibrium's system.
+# Damping does not depend on the condition number, and the batched equilibrium has the same systems.
 DAMPED = [case for case in FORMS if case[0] != "equilibrium" and problem_at(case[0]).condition <= 1e3]
 
 
 @pytest.mark.parametrize(("name", "form"), DAMPED)
 def test_solvers_with_damping_solve_the_damped_system(name, form):
-    """(Aᵀ + γI) v = b; Nyström of full rank too, whose damping is its ρ."""
+    """v solves (Aᵀ + γI) v = b, also for Nystrom of full rank, whose γ is the ρ of its paper."""
     p = problem_at(name, 1)
     a, b, _, _ = dense_system(name, form, 1)
     gamma = 0.1 * np.linalg.norm(a)
@@ -183,7 +183,7 @@ def test_solvers_with_damping_solve_the_damped_system(name, form):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("name", "form"), [case for case in FORMS if problem_at(case[0]).symmetric])
 def test_k_steps_of_cg_give_the_krylov_optimum(name, form, seed):
-    """K steps minimise ‖v − A⁻¹b‖_A over span(b, Ab, …, A^{K−1}b): not the iterate before, nor the one after."""
+    """The K-th iterate, and neither neighbour, minimises ‖v − A⁻¹b‖_A over span(b, Ab, …, A^{K−1}b)."""
     steps = 4
     p = problem_at(name, seed)
     a, b, _, _ = dense_system(name, form, seed)
@@ -232,7 +232,7 @@ CONTAINERS = {
 
 
 class Biased:
-    """A model at the exact minimum of its training loss + ½ρ‖w − λ‖², λ like w: ∇f = ρ (H + ρI)⁻¹ ∇E."""
+    """A model at the exact minimum of training loss + ½ρ‖w − λ‖²; λ has the shapes of w, and ∇f = ρ (H + ρI)⁻¹ ∇E."""
 
     def __init__(self, model: torch.nn.Module):
         self.model = model.double()
@@ -432,7 +432,7 @@ def test_layouts_of_parameters(layout):
 
 
 def test_mixed_dtypes():
-    """A float32 and a float64 leaf, A not the identity on either: each leaf comes back in its dtype."""
+    """One leaf is float32 and one float64, with A not the identity on either; each result has its leaf's dtype."""
     m = rand(5, 5)
     a = m @ m.T / 5 + torch.eye(5)
     d = 1 + torch.rand(3)
@@ -454,7 +454,7 @@ def test_mixed_dtypes():
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-11, 1e11, 1e25])
 def test_outer_losses_of_any_scale(scale):
-    """float32: squares of these overflow or vanish, so neither the solve nor the estimates may square them."""
+    """Squares of these float32 losses overflow or underflow, so neither the solve nor the estimates may square them."""
     hparams = torch.randn(6, requires_grad=True)
     d, t = 1 + torch.rand(6), torch.randn(6)
     w = (hparams / d).detach() * (1 + 1e-5)
@@ -477,7 +477,7 @@ def network() -> torch.nn.Module:
 
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_hparams_that_a_network_computes(evaluated):
-    """λ = 0.3 net(z) − 3: the gradient goes on to the network's weights by its own Jacobian."""
+    """λ = 0.3 net(z) − 3: backward continues into the network's weights, by the Jacobian of the network."""
     net, z = network(), rand(3)
     theta = 0.3 * net(z) - 3.0
     o = oracles.logistic(theta.detach().numpy(), seed=1)
@@ -526,7 +526,7 @@ def test_hparams_of_several_heads_and_a_leaf():
 
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_params_that_are_results_of_computations(evaluated):
-    """Params with a history of their own: nothing flows into it."""
+    """No gradient flows into the graph that computed params."""
     seed = rand(5, requires_grad=True)
     hparams = rand(5, requires_grad=True)
     t, c = rand(5), 1 + torch.rand(5, dtype=torch.float64)
@@ -549,7 +549,7 @@ def test_params_that_are_results_of_computations(evaluated):
 
 
 def test_params_unrolled_from_hparams_count_once_with_callables():
-    """w_T(λ) with its graph is taken as a point: the implicit derivative alone, not the one through the graph too."""
+    """w_T(λ) with its graph counts as a constant point: the result is the implicit derivative alone."""
     hparams = rand(5, requires_grad=True)
     w = torch.zeros(5, dtype=torch.float64)
     for _ in range(60):
@@ -565,7 +565,7 @@ def test_params_unrolled_from_hparams_count_once_with_callables():
 
 
 def test_params_and_hparams_from_one_node():
-    """split gives both: neither was computed from the other, so evaluated losses are allowed."""
+    """Both come from one split, neither is computed from the other, so evaluated losses are allowed."""
     z = rand(6, requires_grad=True) * 1.0
     w, h = z.split([4, 2])
     c = w.detach() - h.detach().sum()
@@ -579,7 +579,7 @@ def test_params_and_hparams_from_one_node():
 @pytest.mark.parametrize("form", ["inner_loss", "fp_map", "residual"])
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_hparams_through_the_outer_loss_the_inner_problem_both_and_neither(form, evaluated):
-    """∇₂E alone, −∂₂Fᵀv alone, their sum, and zero; a leaf that requires no grad has gradient zero."""
+    """The four hparams get ∇₂E alone, −∂₂Fᵀv alone, their sum, and zero; without requires_grad the gradient is zero."""
     a, t, m = rand(5), rand(5), rand(5, 5)
     matrix = m @ m.T / 5 + torch.eye(5)
     hparams = {key: rand(5, requires_grad=True) for key in ("outer", "inner", "both", "neither")}
@@ -623,7 +623,7 @@ def test_hparams_through_the_outer_loss_the_inner_problem_both_and_neither(form,
 
 
 def test_outer_loss_without_params_gives_its_direct_gradient():
-    """b = 0: v = 0 without a step, and no complaint."""
+    """With b = 0 the adjoint is 0 after no step, and there is no warning."""
     hparams = rand(4, requires_grad=True)
     w = hparams.detach().clone()
     for solver in (None, S.FixedPoint(max_steps=5), S.Dense(), S.LSQR(), S.CG(), S.Optimizer(max_steps=3)):
@@ -645,7 +645,7 @@ def test_outer_loss_without_params_gives_its_direct_gradient():
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_warm_start_from_the_adjoint_before(name, form):
-    """From a converged adjoint no step is left; from a near one fewer are; the answer is the same."""
+    """A start at the converged adjoint takes no step, and one nearby fewer steps, with the same result."""
     p = problem_at(name)
     solver = S.GMRES(restart=60, max_steps=5000, rtol=1e-9)
     cold = hypergradient(p, form, solver)
@@ -679,7 +679,7 @@ BATCHED = {
 @pytest.mark.filterwarnings("ignore::hypergrad.InaccurateHypergradient")
 @pytest.mark.parametrize("solver", BATCHED)
 def test_batch_dims_equals_a_loop_over_tasks(solver):
-    """Tasks of very different condition with hparams of their own and shared ones: the sum's gradient, task by task."""
+    """Tasks with very different condition numbers, and with hparams of each task and shared ones, agree with a loop."""
     spectra = torch.logspace(0, 1, SIZE, dtype=torch.float64) ** torch.linspace(0, 1, TASKS).double()[:, None] / 5
     q = torch.linalg.qr(rand(TASKS, SIZE, SIZE))[0]
     matrices = q @ torch.diag_embed(spectra) @ q.mT
@@ -745,7 +745,7 @@ def finite_sum():
 
 @pytest.mark.filterwarnings("ignore::hypergrad.HypergradientWarning")  # no single draw is at its own fixed point
 def test_stochastic_maps_are_drawn_at_each_product_and_unbiased(finite_sum):
-    """K = 3 from zero takes draws i, j and a last k; their mean over all 27 is the deterministic answer."""
+    """Three steps from zero draw i and j, the last product k; the mean over all 27 is the deterministic result."""
     maps, w, hparams, (m, b) = finite_sum
     t = rand(4)
 
@@ -783,7 +783,7 @@ def test_final_draws_average_the_last_product(finite_sum, draws):
     assert torch.equal(result.adjoint, v)
 
 
-def test_params_of_zero_far_from_the_solution_are_said_to_be_so():
+def test_the_warning_names_params_of_zero_far_from_the_solution():
     hparams = torch.ones(3, requires_grad=True)
     options = {"params": torch.zeros(3), "hparams": hparams, "fp_map": lambda w, h: 0.5 * w + h}
     with pytest.warns(hg.HypergradientWarning, match="params are 0, not the solution"):
@@ -792,7 +792,7 @@ def test_params_of_zero_far_from_the_solution_are_said_to_be_so():
 
 @pytest.mark.filterwarnings("ignore::hypergrad.HypergradientWarning")
 def test_one_draw_does_not_say_whether_a_stochastic_problem_is_solved():
-    """The same point, far from the solution: warned of where the map is what it seems, silent where it is one draw."""
+    """Far from the solution a deterministic map is warned of, and the same map declared stochastic is not."""
     hparams = torch.ones(3, requires_grad=True)
     options = {"params": torch.zeros(3), "hparams": hparams, "fp_map": lambda w, h: 0.5 * w + h, "solver": S.GMRES()}
     outer = lambda w, h: ((w - 1.0) ** 2).sum()  # noqa: E731
@@ -888,7 +888,7 @@ def test_a_plain_function_gets_the_start_and_is_judged_by_its_residual():
 
 @pytest.mark.parametrize("writes", ["b", "x0"])
 def test_a_plain_function_may_write_into_what_it_is_given(writes):
-    """Textbook CG overwrites b with the residual; what is reported is still of the system itself, and x0 is kept."""
+    """Textbook CG overwrites b with its residual; the reported residual is still right, and x0 is not changed."""
     p = problem_at("ridge")
     start = torch.randn_like(p.params)
 
@@ -914,7 +914,7 @@ ZERO_STEPS = ("CG", "MINRES", "GMRES", "BiCGStab", "NormalCG", "LSQR", "FixedPoi
 
 @pytest.mark.parametrize("solver", ZERO_STEPS)
 def test_no_steps_give_the_direct_gradient(solver):
-    """K = 0: v = 0 (Optimizer: its start b), and the residual says that nothing is solved."""
+    """With K = 0 the adjoint is 0 (for Optimizer its start b), and the residual is that of this v."""
     p = problem_at("quadratic-10")
     for form in forms(p):
         result = hypergradient(p, form, getattr(S, solver)(max_steps=0, **QUIET))
@@ -925,7 +925,7 @@ def test_no_steps_give_the_direct_gradient(solver):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often each kind of product was done."""
+    """A counter of the products of each kind."""
     counts = Counter()
     for name in ("vjp", "vjp_many", "vjp_both", "jvp", "jvp_many"):
         original = getattr(Linearisation, name)
@@ -941,8 +941,8 @@ def counted(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "form"), [(name, form) for name in ("quadratic-10", "equilibrium") for form in forms(problem_at(name))]
 )
-def test_products_by_autograd_grad_are_the_same(name, form, monkeypatch):
-    """Where torch has no such engine call any more, or another function stands in for autograd.grad."""
+def test_products_by_autograd_grad_equal_those_by_the_engine_call(name, form, monkeypatch):
+    """torch.autograd.grad is used if torch lacks the private engine call, or if autograd.grad is replaced."""
     p = problem_at(name, 1)
     usual = hypergradient(p, form, S.NormalCG(max_steps=6, **QUIET))
     monkeypatch.setattr(hg._torch, "_run_backward", None)
@@ -952,7 +952,7 @@ def test_products_by_autograd_grad_are_the_same(name, form, monkeypatch):
 
 @pytest.mark.parametrize("solver", [S.NormalCG(rtol=1e-12), S.LSQR(rtol=1e-12)])
 def test_a_transposed_product_that_is_the_identity_or_nothing(solver):
-    """∂₁F v is then v itself, or no derivative at all: the graph of the product has no node of its own."""
+    """∂₁F v is then v itself, or does not depend on v: the graph of the product has no node."""
     lam = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     params = {"a": torch.ones(3, dtype=torch.float64), "b": lam.detach()}
     settings = [
@@ -1072,7 +1072,7 @@ KINDS = ("grad", "evaluated", "backward", "CG", "reverse", "error")
     ],
 )
 def test_memory_is_constant_over_a_thousand_calls(what, collector, calls):
-    """Without the cycle collector too: nothing is kept in a cycle. One tensor a call would be 25 MB in 250 calls."""
+    """The cycle collector is off, so reference cycles would count too. One tensor per call is 25 MB in 250 calls."""
     case = tiny()
     for _ in range(20):
         once(what, *case)
@@ -1121,7 +1121,7 @@ def test_results_share_no_memory_with_the_users_tensors():
 
 @pytest.mark.parametrize("solver", [S.CG(rtol=1e-13), S.CG(max_steps=3)], ids=["tolerance", "steps"])
 def test_the_size_of_the_outer_loss_changes_nothing_but_that_of_the_hypergradient(solver):
-    """By powers of two: exact, but for the estimate of the distance, where ‖v‖ / ‖∇₁E‖ is rounded."""
+    """Scaling by powers of two is exact, except in the estimated distance, where ‖v‖ / ‖∇₁E‖ is rounded."""
     a = rand(6, 6)
     a, w, lam = a @ a.T / 6 + torch.eye(6), rand(6), rand(6).requires_grad_()
 
@@ -1145,7 +1145,7 @@ def test_the_size_of_the_outer_loss_changes_nothing_but_that_of_the_hypergradien
 
 
 class Doubled(torch.autograd.Function):
-    """x ↦ 2x: a node of the graph that lives no longer than its tensor."""
+    """x ↦ 2x, as a graph node that only its tensor keeps alive."""
 
     @staticmethod
     def forward(ctx, x):
@@ -1157,8 +1157,8 @@ class Doubled(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("form", ["fp_map", "residual"])
-def test_values_of_every_kind_are_let_go(form):
-    """A leaf, a constant, params themselves, what a Function gave, and one tensor twice; by functions and evaluated."""
+def test_values_of_every_kind_are_differentiated(form):
+    """Values may be a leaf, a constant, params, the result of a Function, or one tensor twice."""
     m = rand(3, 3) / 6
     lam, other = rand(3).requires_grad_(), rand(3).requires_grad_()
     w, cs = [rand(3).requires_grad_() for _ in range(5)], [rand(3) for _ in range(5)]
@@ -1167,7 +1167,7 @@ def test_values_of_every_kind_are_let_go(form):
         lam, other = h
         twice = m @ w[0] + lam * w[1] / 4
         values = [lam, torch.ones(3, dtype=torch.float64), Doubled.apply(w[2] / 8 + other), twice, twice]
-        if form == "residual":  # invertible in w, with a leaf, a constant and so on beside
+        if form == "residual":  # values of the same kinds, but invertible in w
             values = [w[1], w[0] - lam * lam, Doubled.apply(w[2] + other), w[3] - twice, w[4] + w[3]]
         return values
 
@@ -1271,7 +1271,7 @@ def test_identities_everywhere():
 
 
 def test_problem_tensors_were_never_written():
-    """After all tests above: the shared problems still are what the oracles say."""
+    """This runs after all tests above, and compares the shared problems with the oracles once more."""
     for name in PROBLEMS:
         p: Problem = problem_at(name)
         assert relative(p.outer_loss(p.params, p.hparams).item(), p.value) < 1e-12
@@ -1279,17 +1279,17 @@ def test_problem_tensors_were_never_written():
 
 
 def shared(w, lam):
-    """Both leaves get one tensor from the product."""
+    """The product returns one tensor for both leaves."""
     return [0.3 * (w[0] + w[1]) + lam * DRAWS[0], lam * DRAWS[1]]
 
 
 def swapped(w, lam):
-    """The product is its argument, the leaves exchanged."""
+    """The product returns the leaves of its argument, swapped."""
     return [w[1] + lam * DRAWS[0], w[0] + lam * DRAWS[1]]
 
 
 def expanded(w, lam):
-    """The product is one number for all entries of a leaf."""
+    """The product returns an expanded tensor: one number for all entries of a leaf."""
     return [0.05 * w[0].sum() * DRAWS[0] + lam * DRAWS[0], 0.05 * w[1].sum() * DRAWS[1] + lam * DRAWS[1]]
 
 
@@ -1297,7 +1297,7 @@ DRAWS = [torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_
 
 
 class Stop(torch.autograd.Function):
-    """x, with a gradient of zeros that is always the same tensor, or a view of it, or was saved."""
+    """The identity, whose gradient is one tensor of zeros each time, a view of it, or the saved tensor."""
 
     @staticmethod
     def forward(ctx, x, zeros, how):
@@ -1324,8 +1324,8 @@ class Stop(torch.autograd.Function):
         S.FixedPoint(max_steps=1),
     ],
 )
-def test_a_buffer_that_a_backward_hands_out_is_not_written_into(solver, leaves, how, monkeypatch):
-    """Φ = λ + a constant as torch sees it: A = I. Leaves are stored one by one, as large ones are."""
+def test_a_buffer_that_a_backward_returns_is_not_overwritten(solver, leaves, how, monkeypatch):
+    """To autograd Φ is λ + a constant, so A = I. Leaves are stored separately, as large ones are."""
     share_buffers(monkeypatch, 0, 0)
     lam, zeros = DRAWS[0].clone().requires_grad_(), torch.zeros(6, dtype=torch.float64)
     w = [lam.detach() + 1 + i for i in range(leaves)]
@@ -1357,7 +1357,7 @@ SHARING += [("residual", swapped, solver) for solver in ("MINRES", "GMRES")]
 
 @pytest.mark.parametrize(("form", "function", "solver"), SHARING)
 def test_products_that_share_memory(form, function, solver, monkeypatch):
-    """Leaves that are stored one by one, as large ones are: what a product gives may be written to."""
+    """Leaves are stored separately, as large ones are. Solvers may write into a product, but only if it is unshared."""
     share_buffers(monkeypatch, 0, 0)
     lam = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     given = {form: function, "params": DRAWS[2:], "hparams": lam, "symmetric": function is swapped}
@@ -1378,7 +1378,7 @@ def test_products_that_share_memory(form, function, solver, monkeypatch):
 
 
 class Steps(torch.autograd.Function):
-    """round(x), and a gradient of zeros which is kept: `kept` gives it."""
+    """round(x), whose gradient is a tensor of zeros that the user keeps; `kept` is it or returns it."""
 
     @staticmethod
     def forward(ctx, x, kept):
@@ -1393,7 +1393,7 @@ class Steps(torch.autograd.Function):
 
 
 class Into(torch.autograd.Function):
-    """Ax, and a gradient that is always written into the same memory."""
+    """Ax, whose gradient is written into the same memory each time."""
 
     @staticmethod
     def forward(ctx, x, a, memory):
@@ -1431,8 +1431,8 @@ TAKING = [
 @pytest.mark.parametrize("form", ["fp_map", "residual"])
 @pytest.mark.parametrize("solver", TAKING, ids=lambda solver: type(solver).__name__)
 @pytest.mark.parametrize("name", list(KEPT))
-def test_what_a_backward_pass_keeps_is_not_written_into(name, solver, form):
-    """A = I, by a map that gives zeros of its own as a gradient: 99 ∇₁E for ∇₁E before, and it said "converged"."""
+def test_a_tensor_that_a_backward_pass_keeps_is_not_overwritten(name, solver, form):
+    """A = I; overwriting the kept zeros would give 99 ∇₁E instead of ∇₁E, with the status CONVERGED."""
     w, lam, e, zeros = rand(5), rand(5, requires_grad=True), rand(5), rand(5) * 0
     function = KEPT[name]
     given = {"fp_map": lambda w, lam: function(w, zeros) + lam, "residual": lambda w, lam: function(w, zeros) + w - lam}
@@ -1447,8 +1447,8 @@ def test_what_a_backward_pass_keeps_is_not_written_into(name, solver, form):
 
 @pytest.mark.parametrize("form", ["fp_map", "residual"])
 @pytest.mark.parametrize("solver", [*TAKING, S.Dense()], ids=lambda solver: type(solver).__name__)
-def test_products_that_are_written_into_one_place(solver, form):
-    """The second product overwrites the first: FixedPoint stopped at ∇₁E, and Dense had one column for all."""
+def test_products_that_are_written_into_the_same_memory(solver, form):
+    """Each product overwrites the one before; without copies FixedPoint stops at ∇₁E, and Dense repeats one column."""
     a, w, lam, e, memory = 0.2 * rand(5, 5), rand(5), rand(5, requires_grad=True), rand(5), torch.empty(5).double()
     given = {
         "fp_map": lambda w, lam: Into.apply(w, a, memory) + lam,
@@ -1462,8 +1462,8 @@ def test_products_that_are_written_into_one_place(solver, form):
 
 
 @pytest.mark.parametrize("draws", [2, 3])
-def test_draws_that_are_written_into_one_place(draws):
-    """Φ = sᵢAw + λ with another sᵢ at each draw: the mean of the last products, not the last one of all."""
+def test_draws_that_are_written_into_the_same_memory(draws):
+    """Φ = sᵢAw + λ with another sᵢ at each draw: the result is the mean over draws, not the last draw."""
     a, w, lam, e, memory = 0.2 * rand(5, 5), rand(5), rand(5, requires_grad=True), rand(5), torch.empty(5).double()
     count = Counter()
 
@@ -1483,7 +1483,7 @@ def test_draws_that_are_written_into_one_place(draws):
 
 
 class Clones(TorchDispatchMode):
-    """How many copies are made in its block."""
+    """Counts the copies that are made within it."""
 
     count = 0
 
@@ -1513,8 +1513,8 @@ def test_new_products_are_not_copied(shape, solver, compile):
 
 @pytest.mark.parametrize("name", ["CG", "MINRES", "GMRES", "BiCGStab", "Dense", "Auto"])
 @pytest.mark.parametrize("form", ["evaluated", "functions", "Sum"])
-def test_autocast_acts_on_the_losses_alone(form, name):
-    """A call within torch.autocast gives what a call after it gives, though the losses are in bfloat16."""
+def test_autocast_affects_only_the_losses(form, name):
+    """Autocast acts on each evaluation of a loss, and changes nothing for losses that are evaluated before the call."""
     torch.manual_seed(0)
     x, y, xv, yv = torch.randn(60, 8), torch.randn(60, 1), torch.randn(30, 8), torch.randn(30, 1)
     w = {"weight": torch.randn(1, 8, requires_grad=True), "bias": torch.zeros(1, requires_grad=True)}

@@ -24,7 +24,7 @@ SMALL = [name for name in PROBLEMS if not problem_at(name).batch_dims and name !
 
 
 def losses_of(p, sides: int = 3):
-    """The outer loss of a problem, and others that depend on params and hparams, stacked; and each by itself."""
+    """A function of several outer losses (the problem's and others of params and hparams), and each loss alone."""
     draw = torch.Generator().manual_seed(3)
     weights = [[torch.randn(x.shape, generator=draw).double() for x in optree.tree_leaves(p.params)] for _ in range(2)]
 
@@ -67,7 +67,7 @@ def test_jacobian_against_dense_algebra(name, form):
 
 
 def validation(groups: int = 4):
-    """Logistic regression with a penalty a feature, its exact solution, and the validation loss of each group."""
+    """Logistic regression with a penalty for each feature, its exact solution, and a validation loss for each group."""
     draw = np.random.RandomState(0)
     x = torch.tensor(draw.randn(200, 40) * np.logspace(0, -2, 40))
     y = torch.tensor((draw.rand(200) > 0.5).astype(float))
@@ -153,7 +153,7 @@ def test_check_takes_one_row_of_a_jacobian(groups):
 
 @pytest.mark.filterwarnings("ignore::hypergrad.LostDerivative")
 def test_jacobian_through_a_module_that_torch_cannot_vectorise():
-    """A custom autograd.Function without a vmap rule: one product after the other, the same numbers."""
+    """A custom autograd.Function without a vmap rule takes one product after the other, with the same results."""
 
     class Cube(torch.autograd.Function):
         @staticmethod
@@ -222,8 +222,8 @@ def test_jacobian_reports_what_is_wrong():
         hg.implicit.jacobian(lambda w, lam: w, inner_loss=bowl, **given, x0=torch.zeros(2))
 
 
-def test_too_few_steps_for_one_of_the_losses_are_said():
-    """Two steps of FixedPoint solve the system of the first loss, and leave half of that of the second."""
+def test_too_few_steps_for_one_of_the_losses_are_warned_of():
+    """Two steps of FixedPoint solve the first loss's system, and leave half of the residual of the second's."""
     lam = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
     a = torch.tensor([1.0, 0.1], dtype=torch.float64)
     jacobian = partial(

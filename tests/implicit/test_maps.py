@@ -78,7 +78,7 @@ def attached(p: Problem, form: str, hparams, **options):
 
 
 def row_adjoints(p: Problem) -> dict[str, S.LinearSolver]:
-    """Iterative solvers at the accuracy of float64; κ = 1e5 takes the dense one alone."""
+    """Solvers that reach the accuracy of float64: for κ = 1e5 Dense alone, otherwise iterative ones too."""
     table = {"Dense": DENSE}
     if p.condition < 1e4:
         level = {"rtol": 1e-14, "on_failure": "ignore"}
@@ -125,7 +125,7 @@ def test_argmin_takes_cholesky_and_cg(name):
 # --- every transform --------------------------------------------------------------------------------------------------
 
 WITH_ADJOINTS = [(case, adjoint) for case in CASES.values() for adjoint in adjoints_for(case)]
-# A reverse pass over thirty mapped tangents, each with a Krylov basis of its own.
+# This takes a reverse pass over thirty mapped tangents, each of which needs a Krylov basis.
 SLOW = {("tanh-30-2.0-residual", "GMRES", "jacrev(jacfwd)")}
 
 
@@ -191,7 +191,7 @@ def test_autograd_gives_what_func_gives():
 
 
 @pytest.mark.parametrize("entry_point", ["root", "fixed_point", "argmin", "linear_solve", "solver", "Equilibrium"])
-def test_the_older_vmap_of_torch_autograd_is_refused_with_what_to_write(entry_point):
+def test_the_older_vmap_of_torch_autograd_is_refused_with_an_alternative(entry_point):
     entry_points = {
         "root": lambda a: implicit.root(lambda w, a: w**2 - a, a.detach().sqrt(), a),
         "fixed_point": lambda a: implicit.fixed_point(lambda w, a: (w + a) / 2, a.detach(), a),
@@ -244,7 +244,7 @@ def test_forward_over_forward_raises_and_says_why(nested):
 
 
 def batch_of(case: Case, count: int) -> tuple[Tensor, Tensor]:
-    """Problems of different difficulty (the first nearly linear) and their solutions."""
+    """Problems of growing difficulty, of which the first is nearly linear, and their solutions."""
     h = case.random_hparams(count)
     h = h * torch.linspace(0.05, 1.0, count).double()[:, None] if case.form != "argmin" else h
     return torch.stack([case.solve(one) for one in h]), h
@@ -325,7 +325,7 @@ def test_a_vmapped_adjoint_that_fails_in_one_entry_says_which():
 
 
 def computed(case: Case, **options):
-    """The case with its solution found anew at each λ: what finite differences need."""
+    """The case with its solution recomputed at each λ, as finite differences need it."""
     return implicit.solver(**{case.form: case.user}, **options)(case.solve)
 
 
@@ -391,7 +391,7 @@ def nested_solution() -> Tensor:
 
 
 def library_equilibrium(h: Tensor, solver) -> Tensor:
-    """The equilibrium by the decorator: solved without autograd, whatever happens outside."""
+    """The equilibrium by the decorator, which solves it without autograd even within transforms."""
 
     @implicit.solver(fixed_point=cell, solver=solver)
     def solve(h: Tensor) -> Tensor:
@@ -532,7 +532,7 @@ def test_an_hparam_that_the_map_does_not_use_gets_zeros():
 
 
 def lu(a: Tensor, b: Tensor) -> Tensor:
-    """The oracle; also for batches of matrices."""
+    """The oracle for a matrix or a batch of matrices."""
     return torch.linalg.lu_solve(*torch.linalg.lu_factor(a), b[..., None])[..., 0]
 
 
@@ -631,7 +631,7 @@ def test_linear_solve_of_a_declared_matrix(solver, tag):
 
 
 def test_the_transposed_system_is_consistent():
-    """The adjoint of b ↦ A⁻¹b is u ↦ A⁻ᵀu; one solver takes both."""
+    """The adjoint of b ↦ A⁻¹b is u ↦ A⁻ᵀu, and both use the same solver."""
     a, b = system()
     u = torch.randn(4).double()
     _, pull = vjp(lambda b: solved(a, b), b)
@@ -737,7 +737,7 @@ def torch_lbfgs(h: Tensor) -> Tensor:
 
 
 def torch_sgd(h: Tensor) -> Tensor:
-    """A loop of plain steps, and the result still tied to the optimiser's graph."""
+    """The solution by SGD with momentum; the result still has a graph, to the trained parameter."""
     w = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
     optimiser = torch.optim.SGD([w], lr=0.3, momentum=0.3)
     for _ in range(300):
@@ -1017,7 +1017,7 @@ SCALED = {  # (c, a) ↦ √(ac) with c undeclared, and what that does to a
 )
 @pytest.mark.parametrize("form", SCALED)
 def test_a_tensor_of_an_outer_transform_is_undeclared_too(form, outside, declared):
-    """Below the transforms it looks like a constant: its derivative would be zero without a word."""
+    """Inside the inner transform it looks like a constant, so its derivative would silently be zero."""
     f = lambda c, a=1.0: SCALED[form](c, a * declared(c))  # noqa: E731
     with pytest.raises(ValueError, match=r"a tensor of an enclosing transform"):
         outside(f)(double(1.0))
@@ -1084,7 +1084,7 @@ class Normalised(torch.nn.Module):
 
 
 def by_hand(kind: str, z: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, x: Tensor) -> Tensor:
-    """Normalised written out, so that torch differentiates elementary operations alone."""
+    """Normalised, written out so that torch differentiates only elementary operations."""
     y = z @ weight.T
     axis = 0 if kind == "batch" else 1
     centred = y - y.mean(axis, keepdim=True)
@@ -1098,7 +1098,7 @@ NORMS = {"batch": partial(torch.nn.BatchNorm1d, 4, eps=1e-1), "layer": partial(t
 @pytest.mark.parametrize("transform", ["backward", "second backward", "grad", "jacfwd", "jacfwd(grad)", "jacrev(grad)"])
 @pytest.mark.parametrize("kind", NORMS)
 def test_derivatives_through_normalisation_in_training_mode(kind, transform):
-    """Not in the list are transforms that are silently wrong in torch itself: see the next test."""
+    """The list leaves out transforms of which torch itself gives wrong derivatives: see the next test."""
     module = Normalised(NORMS[kind]()).double()
     x, order = torch.randn(6, 4).double(), 1 if transform in ("backward", *FIRST) else 2
     names = ["weight", "norm.weight", "norm.bias"]
@@ -1141,7 +1141,7 @@ def test_derivatives_through_normalisation_in_training_mode(kind, transform):
 @pytest.mark.parametrize("transform", ["jacrev(jacrev)", "hessian", "jacrev(jacfwd)"])
 @pytest.mark.parametrize("kind", NORMS)
 def test_torch_itself_is_wrong_about_normalisation(kind, transform):
-    """Once this fails, torch is mended, and the transform belongs in the list of the test above."""
+    """If this fails, torch has been fixed, and the transform belongs in the list of the test above."""
     layer, x = NORMS[kind]().double(), torch.randn(6, 4).double()
     h = torch.cat([torch.eye(4).flatten(), torch.rand(8)]).double()
 
@@ -1193,7 +1193,7 @@ def test_a_failed_adjoint_warns_or_raises_when_differentiated(transform):
         if transform in TRANSFORMS:
             return TRANSFORMS[transform](value)(case.hparams)
         h = case.hparams.clone().requires_grad_()
-        f = value(h)  # nothing happens here
+        f = value(h)  # no system is solved here
         return torch.autograd.grad(f, h, create_graph=transform == "create_graph")[0]
 
     few = {"rtol": 1e-12, "max_steps": 2}
@@ -1324,7 +1324,7 @@ def step_once(kind: str, case: Case, warm: WarmStart, info: Info) -> weakref.ref
 
 @pytest.mark.parametrize("kind", ["backward", "decorator", "discarded", "second order", "func"])
 def test_nothing_leaks(kind):
-    """Counts of tensors and resident memory over many calls; without the garbage collector, so no cycles either."""
+    """Neither tensors nor memory accumulate over many calls. The garbage collector is off, so cycles would count."""
     case, warm, info = tanh(5, 0.9), WarmStart(), Info()
     calls = 100 if kind in ("second order", "func") else 300
 
@@ -1369,7 +1369,7 @@ def test_a_truncated_neumann_series_is_the_phantom_gradient(steps, mixing):
     assert rel(h.grad, truth) < 1e-13
 
 
-def test_one_step_takes_the_map_for_its_own_derivative():
+def test_one_step_gives_the_derivative_of_a_single_map_evaluation():
     case, info = SMALL, Info()
     w, h = case.solution, case.hparams.clone().requires_grad_()
     case.value(w, h, solver=S.FixedPoint(max_steps=1, on_failure="ignore"), info=info).backward()
@@ -1377,7 +1377,7 @@ def test_one_step_takes_the_map_for_its_own_derivative():
     assert rel(h.grad, truth) < 1e-13
     jacobian = jacrev(case.user)(w, case.hparams)
     left = jacobian.T @ grad(case.outer)(w, case.hparams)
-    assert rel(info.solution.residual_norm, left.norm()) < 1e-13  # it says how far off it is
+    assert rel(info.solution.residual_norm, left.norm()) < 1e-13  # the warning gives the error
     assert (
         rel(jacfwd(partial(case.value, w, solver=S.FixedPoint(max_steps=1, on_failure="ignore")))(case.hparams), truth)
         < 1e-13
@@ -1386,7 +1386,7 @@ def test_one_step_takes_the_map_for_its_own_derivative():
 
 @pytest.mark.parametrize("entry_point", ["argmin", "root", "fixed_point", "solver"])
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_a_point_that_is_no_solution_is_said(entry_point, create_graph):
+def test_a_point_that_is_no_solution_is_warned_of(entry_point, create_graph):
     """w minimises (w − a)² / 2 at a = 3; 2 is given."""
     a, w = double(3.0).requires_grad_(), double(2.0)
     loss, slope = (lambda w, a: (w - a) ** 2 / 2), (lambda w, a: w - a)
@@ -1404,7 +1404,7 @@ def test_a_point_that_is_no_solution_is_said(entry_point, create_graph):
 
 
 def maps_of(loss, slope, step=0.1):
-    """λ ↦ w(λ) by every entry_point, at a given solution: argmin, root, fixed_point, solver."""
+    """λ ↦ w(λ) at a given solution by argmin, root, fixed_point and solver."""
     phi = lambda w, h: optree.tree_map(lambda x, g: x - step * g, w, slope(w, h))  # noqa: E731
     return {
         "argmin": lambda w, h: implicit.argmin(loss, w, h),
@@ -1452,7 +1452,7 @@ def test_complex_hparams(entry_point):
 
 
 @pytest.mark.parametrize("entry_point", ["argmin", "root", "fixed_point", "solver"])
-def test_a_map_that_hparams_do_not_reach_is_said(entry_point):
+def test_a_map_that_does_not_depend_on_hparams_is_warned_of(entry_point):
     a = double(3.0).requires_grad_()
     slope = lambda w, a: w - a.detach()  # noqa: E731
     w = maps_of(lambda w, a: (w - float(a.detach())) ** 2 / 2, slope)[entry_point](double(3.0), a)
@@ -1461,8 +1461,8 @@ def test_a_map_that_hparams_do_not_reach_is_said(entry_point):
 
 
 @pytest.mark.parametrize("solver", [S.Neumann(max_steps=3), S.FixedPoint(max_steps=9), S.FixedPoint(max_steps=1)])
-def test_too_few_steps_of_a_derivative_are_said(solver):
-    """Of w = (1 − η) w + ηλ, whose series falls by 1 − η a step."""
+def test_too_few_steps_for_a_derivative_are_warned_of(solver):
+    """The map is w = (1 − η) w + ηλ, whose error falls by a factor of 1 − η a step."""
 
     def derivative(eta: float) -> Tensor:
         lam = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
@@ -1479,7 +1479,7 @@ def test_too_few_steps_of_a_derivative_are_said(solver):
 
 @pytest.mark.parametrize("entry_point", ["argmin", "grad", "newton"])
 def test_a_compiled_map_without_second_derivatives_is_named(entry_point):
-    """aot_autograd's own text speaks of an in-place operation, or its graph shows an empty leaf."""
+    """aot_autograd itself complains of an in-place operation, or leaves an empty leaf in the graph."""
     torch.compiler.reset()
     m, lam = torch.eye(3, dtype=torch.float64) / 3, torch.ones(3, dtype=torch.float64, requires_grad=True)
     w = torch.zeros(3, dtype=torch.float64)
@@ -1502,7 +1502,7 @@ def test_a_compiled_map_without_second_derivatives_is_named(entry_point):
 @pytest.mark.parametrize("solver", [S.CG(rtol=1e-13), S.GMRES(rtol=1e-13), S.Dense(), S.LSQR(rtol=1e-13)])
 @pytest.mark.parametrize("made", ["inside", "outside"])
 def test_under_inference_mode(solver, made):
-    """Systems are solved, and solvers of the user's trained, as under no_grad, whatever tensors were made inside."""
+    """Systems are solved and the user's solvers run as under no_grad, also with tensors made in inference mode."""
     a, b = torch.diag(torch.tensor([2.0, 3.0], dtype=torch.float64)), torch.ones(2, dtype=torch.float64)
 
     @hg.implicit.solver(argmin=lambda w, lam: ((w - lam) ** 2).sum())

@@ -1,4 +1,4 @@
-"""What a bilevel problem is made of: frozen leaves, keys, hooks, and losses that do not use what they are given."""
+"""The parts of a bilevel problem: frozen leaves, keys, hooks, and losses that do not use their arguments."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ridge() -> Ridge:
 
 
 def test_frozen_leaves_are_constants(ridge):
-    """With the intercept frozen A is its block of w: the derivative of that problem, not of the whole."""
+    """With a frozen intercept A is the block of w, and the derivative is that of the problem in w alone."""
     params = {"w": ridge.solution[:4].clone().requires_grad_(), "c": ridge.solution[4:].clone()}
     for solver in (None, S.CG(**TIGHT), S.Dense(), S.MINRES(**TIGHT), S.GMRES(**TIGHT)):
         result = hg.implicit.grad(
@@ -109,7 +109,7 @@ def test_frozen_layers_of_a_live_module():
 @pytest.mark.parametrize("form", ["fp_map", "residual"])
 @pytest.mark.parametrize("kinds", [(OrderedDict, dict), (dict, OrderedDict), (OrderedDict, OrderedDict)])
 def test_mappings_are_matched_by_key(form, kinds):
-    """w_b = λ / 2, w_a = 3λ, given in an order that is not that of the keys."""
+    """w_b = λ / 2 and w_a = 3λ, in a mapping whose order is not that of sorted keys."""
     given, returned = kinds
     lam = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     params = given([("b", lam.detach() / 2), ("a", 3 * lam.detach())])
@@ -225,7 +225,7 @@ def test_hooks_in_a_jacobian(ridge):
 
 
 def entry_points(outer, inner, params, hparams):
-    """The same problem through each entry_point that takes losses as callables."""
+    """Calls of each public function that takes losses as callables, for the same problem."""
     step = lambda w, h: {k: w[k] - 0.1 * g for k, g in zip(w, slopes(inner, w, h), strict=True)}  # noqa: E731
     return {
         "grad": lambda: hg.implicit.grad(outer, inner_loss=inner, params=params, hparams=hparams),
@@ -280,7 +280,7 @@ def test_losses_that_reach_no_hparams_in_a_jacobian(ridge):
         )
 
 
-def test_a_forgotten_parameter_of_evaluated_losses_is_said(ridge):
+def test_a_forgotten_parameter_of_evaluated_losses_is_warned_of(ridge):
     params = {key: x.requires_grad_() for key, x in ridge.params().items()}
     losses = ridge.outer(params, ridge.theta), ridge.inner(params, ridge.theta)
     with pytest.warns(hg.HypergradientWarning, match=r"1 tensors that require grad .* neither .*\(1,\)"):
@@ -288,8 +288,8 @@ def test_a_forgotten_parameter_of_evaluated_losses_is_said(ridge):
 
 
 @pytest.mark.parametrize("call", ["grad", "jacobian", "argmin", "solver"])
-def test_an_l1_term_in_a_smooth_loss_is_said(call):
-    """Soft thresholding solves it: one entry is exactly 0, where the gradient is not."""
+def test_an_l1_term_in_a_smooth_loss_is_warned_of(call):
+    """Soft thresholding gives the solution, where one entry is exactly 0 and its gradient is not."""
     a = torch.tensor([2.0, 1.0, 0.3], dtype=torch.float64)
     lam = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     w = torch.sign(a) * (a.abs() - lam.detach()).clamp_min(0)
@@ -307,8 +307,8 @@ def test_an_l1_term_in_a_smooth_loss_is_said(call):
 
 
 @pytest.mark.parametrize("call", ["grad", "argmin"])
-def test_params_of_zeros_alone_are_unsolved_and_no_kink(call):
-    """The start of most training runs."""
+def test_params_that_are_all_zero_are_unsolved_and_no_kink(call):
+    """Many training runs start there."""
     lam = torch.ones(3, dtype=torch.float64, requires_grad=True)
     w, inner = torch.zeros(3, dtype=torch.float64), lambda w, lam: (w - lam).square().sum()
     with pytest.warns(hg.UnsolvedInnerProblem, match="params are 0, not the solution"):
@@ -320,8 +320,8 @@ def test_params_of_zeros_alone_are_unsolved_and_no_kink(call):
 
 @pytest.mark.parametrize("dtype, tiny", [(torch.float32, 1e-7), (torch.float64, 1e-16)])
 @pytest.mark.parametrize("call", ["grad", "jacobian", "fixed_point", "jacrev", "hypertorch"])
-def test_a_fixed_point_map_that_is_the_identity_to_rounding_is_said(call, dtype, tiny):
-    """Φ(w) = w − tiny (w − λ), dw/dλ = 1: A = tiny has no digit left after 1 − (1 − tiny)."""
+def test_a_fixed_point_map_that_is_the_identity_to_rounding_is_warned_of(call, dtype, tiny):
+    """Φ(w) = w − tiny (w − λ) with dw/dλ = 1: 1 − (1 − tiny) leaves no correct digit of A = tiny."""
     lam = torch.ones(2, dtype=dtype, requires_grad=True)
     w, phi = lam.detach().clone(), lambda w, lam: w - tiny * (w - lam)
     calls = {
@@ -337,8 +337,8 @@ def test_a_fixed_point_map_that_is_the_identity_to_rounding_is_said(call, dtype,
         calls[call]()
 
 
-def test_an_l1_term_whose_zeros_are_no_kink_is_not_said(ridge):
-    """Entries that are 0 because the data say so: the gradient vanishes there too."""
+def test_zeros_of_a_smooth_loss_are_not_taken_for_kinks(ridge):
+    """Some entries of the solution are 0 because of the data, and the gradient vanishes there too."""
     lam = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     result = hg.implicit.grad(
         lambda w, lam: (w - 1).square().sum(),
@@ -350,8 +350,8 @@ def test_an_l1_term_whose_zeros_are_no_kink_is_not_said(ridge):
 
 
 @pytest.mark.parametrize("call", ["grad", "jacobian", "CG"])
-def test_an_inner_problem_that_hparams_do_not_reach_is_said(call):
-    """Only ∇₂E is left: hparams are copied, or read as numbers, in the inner loss alone."""
+def test_an_inner_problem_that_does_not_depend_on_hparams_is_warned_of(call):
+    """The inner loss copies hparams or reads them as numbers, so that only ∇₂E is left."""
     h = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
     w = h.detach().clone()
     inner = lambda w, h: ((w - copy.deepcopy(h)) ** 2).sum() / 2  # noqa: E731
@@ -371,7 +371,7 @@ def test_an_inner_problem_that_hparams_do_not_reach_is_said(call):
 
 @pytest.mark.parametrize("form", ["inner_loss", "fp_map", "residual"])
 def test_a_trained_tensor_that_was_forgotten_is_warned_of(form):
-    """In a closure too: it counts as a constant."""
+    """It counts as a constant, also if a closure holds it."""
     bias, lam = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.5, 3.0))
     forms = {"inner_loss": lambda w, h: (w + bias - h) ** 2 / 2, "residual": lambda w, h: w + bias - h}
     forms["fp_map"] = lambda w, h: w / 2 + (h - bias) / 2
@@ -414,7 +414,7 @@ INSIDE = {
 
 @pytest.mark.parametrize("made", ["outside", "inside"])
 @pytest.mark.parametrize("entry_point", INSIDE)
-def test_inference_mode_is_left_as_no_grad_is(entry_point, made):
+def test_inference_mode_acts_as_no_grad(entry_point, made):
     lam = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     w = lam.detach().clone()
     forms = (lambda w, h: (w - h) ** 2 / 2, lambda w, h: w**2 / 2, lambda w, h: (w + h) / 2)
@@ -428,7 +428,7 @@ def test_inference_mode_is_left_as_no_grad_is(entry_point, made):
 @pytest.mark.parametrize("who", ["inner_loss", "fp_map", "residual", "outer_loss"])
 @pytest.mark.parametrize("entry_point", ["grad", "jacobian", "CG"])
 def test_a_function_that_mixes_the_live_params_in_is_warned_of(entry_point, who):
-    """w = (a + λ/2) / 1.2; what the live w gives is a constant to autograd. None where the argument alone is used."""
+    """w = (a + λ/2) / 1.2; terms of the live w are constants to autograd. Without such terms there is no warning."""
     a, lam = rand(3), rand(3, seed=1).requires_grad_()
     w = nn.Parameter((a + lam.detach() / 2) / 1.2)
     form = "inner_loss" if who == "outer_loss" and entry_point != "CG" else "fp_map" if entry_point == "CG" else who

@@ -1,4 +1,4 @@
-"""The solver decorator under vmap: one run for all entries where vmap can, one for each where it cannot."""
+"""The solver decorator under vmap: one run for all entries if vmap can execute it, otherwise one for each entry."""
 
 from collections.abc import Callable
 from typing import Any
@@ -77,7 +77,7 @@ def newton_from(w: Tensor, a: Tensor) -> Tensor:
 
 
 def by_gradients(attribute: bool) -> Callable[[Tensor], Tensor]:
-    """torch.autograd.grad at a tensor made inside, which vmap does not map: its gradient would be that of a sum."""
+    """torch.autograd.grad at a tensor made inside, which vmap does not map: it would get the gradient of a sum."""
 
     def compute(a: Tensor) -> Tensor:
         w = torch.ones(2, dtype=torch.float64, requires_grad=not attribute)
@@ -104,7 +104,7 @@ def by_chance(generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
 
 
 def by_memory() -> Callable[[Tensor], Tensor]:
-    """It starts at its last answer."""
+    """It starts at its last solution."""
     kept = torch.ones(2, dtype=torch.float64)
 
     def compute(a: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_vmap_cannot_run_is_run_for_each_entry(name: str) -> None:
+def test_a_solver_that_vmap_cannot_run_is_run_for_each_entry(name: str) -> None:
     attempts = 0
 
     def counted(a: Tensor) -> Tensor:
@@ -137,14 +137,14 @@ def test_what_vmap_cannot_run_is_run_for_each_entry(name: str) -> None:
         return REFUSED[name](a)
 
     fit = hg.implicit.solver(residual=residual)(counted)
-    for expected in (len(A) + 1, 2 * len(A) + 1):  # a first attempt, and none after it was refused
+    for expected in (len(A) + 1, 2 * len(A) + 1):  # one attempt by vmap fails, and there is no second one
         found = vmap(fit)(A)
         torch.testing.assert_close(found, A.sqrt(), rtol=1e-12, atol=0)
         assert attempts == expected
     torch.testing.assert_close(vmap(jacrev(fit))(A), derivative(A), rtol=1e-10, atol=0)
 
 
-def test_an_error_of_the_users_is_theirs() -> None:
+def test_an_error_of_the_users_function_passes_unchanged() -> None:
     @hg.implicit.solver(residual=residual)
     def fit(a: Tensor) -> Tensor:
         raise KeyError("no such solver")
@@ -153,7 +153,7 @@ def test_an_error_of_the_users_is_theirs() -> None:
         vmap(fit)(A)
 
 
-def test_what_it_returns_beside_a_solution_is_refused() -> None:
+def test_further_outputs_beside_a_solution_are_refused() -> None:
     def frozen(a: Tensor) -> Any:
         return {"w": a.sqrt().requires_grad_(), "c": a + 1}
 

@@ -1,4 +1,4 @@
-"""Compiled steps: the numbers of the steps themselves, for every form of step, and the reason where there are none."""
+"""Compiled steps agree with uncompiled ones for every form of step; a step that is not compiled gives the reason."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ either = pytest.mark.parametrize("differentiate", [reverse, forward])
 
 
 def both(differentiate: Any, step: Any, w: Any, lam: Any, loss: Any, steps: int, **options: Any) -> list[Any]:
-    """Evaluated as they are, and compiled, from the same random numbers, which both leave as one run would."""
+    """Results of uncompiled and compiled steps from the same random state, which both must leave in the same state."""
     results, states = [], []
     for compile in (False, "eager"):
         torch.manual_seed(0)
@@ -77,7 +77,7 @@ def check(plain: Result, compiled: Result) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("steps", [0, 1, 2, 13])
-def test_numbers_of_the_steps_for_every_memory(options, steps):
+def test_compiled_steps_agree_for_every_memory(options, steps):
     w, lam = start()
     compiled = reverse(descent, w, lam, outer, steps, compile="eager", **options)
     check(reverse(descent, w, lam, outer, steps), compiled)
@@ -151,8 +151,8 @@ COUNTED = {  # by the number of the step, or by a tensor that counts
 @either
 @pytest.mark.parametrize("counter", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("counted", COUNTED.values(), ids=COUNTED)
-def test_a_number_of_the_step_acts_as_pythons_and_a_tensor_that_counts_as_a_tensor(differentiate, counted, counter):
-    """1 / (t + 1) is in double precision, and 1 / (n + 1) in single precision where n is a tensor."""
+def test_the_step_number_acts_as_a_python_int_and_a_counting_tensor_as_a_tensor(differentiate, counted, counter):
+    """1 / (t + 1) is computed in double precision, and 1 / (n + 1) for a tensor n in single precision."""
     w, lam = start()
 
     def step(carry, lam, t):
@@ -255,7 +255,7 @@ def test_live_tensors_are_read_anew():
 
 
 @either
-def test_a_number_of_the_surroundings_that_changes_is_noticed(differentiate):
+def test_a_changed_number_in_a_closure_is_noticed(differentiate):
     lr, (w, lam) = [0.3], start()
 
     def step(w, lam):
@@ -268,7 +268,7 @@ def test_a_number_of_the_surroundings_that_changes_is_noticed(differentiate):
 
 @either
 def test_a_change_that_the_first_step_does_not_show_is_noticed(differentiate):
-    """A momentum, which begins at zero, and a distance from the start."""
+    """A momentum that begins at zero, and the distance from the start, do not change the first step."""
     numbers, (w, lam) = {"momentum": 0.9, "strength": 0.5}, start()
 
     def step(carry, lam):
@@ -285,8 +285,8 @@ def test_a_change_that_the_first_step_does_not_show_is_noticed(differentiate):
     check(*both(differentiate, step, (w, torch.zeros_like(w)), lam, lambda c, lam: outer(c[0], lam), 8))
 
 
-def test_infinite_entries_that_are_carried_hide_no_difference():
-    """A least loss so far begins at infinity; a number of the surroundings changes between two calls."""
+def test_infinite_entries_of_the_state_hide_no_difference():
+    """The least loss so far begins at infinity, and a number in a closure changes between two calls."""
     lr, (w, lam) = [0.3], start()
 
     def step(carry, lam):
@@ -324,7 +324,7 @@ def test_autocast_is_that_of_the_call():
 
 
 class Model:
-    """A step that is a method, and one that cannot be referred to weakly."""
+    """An object whose method is a step, and whose instances cannot have weak references."""
 
     __slots__ = ()
 
@@ -351,12 +351,12 @@ UNCOMPILED = {
 
 
 @pytest.mark.parametrize(("step", "reason"), UNCOMPILED.values(), ids=UNCOMPILED)
-def test_what_cannot_be_compiled_is_evaluated_as_it_is(step, reason):
+def test_a_step_that_cannot_be_compiled_is_evaluated_uncompiled(step, reason):
     w, lam = start()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.manual_seed(0)
-        # An iterator cannot be replayed either: only the graph is right then.
+        # An iterator cannot be replayed either, so that only memory="graph" is right.
         compiled = reverse(step, w, lam, outer, 1 if reason.startswith("not") else 6, compile="eager")
     assert compiled.compiled is None or reason.startswith("not")
     if not reason.startswith("not"):
@@ -365,7 +365,7 @@ def test_what_cannot_be_compiled_is_evaluated_as_it_is(step, reason):
         check(reverse(step, w, lam, outer, 6), compiled)
 
 
-def test_what_cannot_be_compiled_is_tried_once():
+def test_a_step_that_cannot_be_compiled_is_tried_once():
     (w, lam), calls = start(), []
 
     def step(w, lam):
@@ -381,8 +381,8 @@ def test_what_cannot_be_compiled_is_tried_once():
     assert numbers[1] - numbers[0] == 11 < numbers[0]
 
 
-def test_rounding_that_a_step_magnifies_is_no_difference():
-    """Adam's first step divides gradients that are all rounding by their own size."""
+def test_amplified_rounding_is_not_taken_for_a_difference():
+    """Adam's first step divides gradients by their own size, even if they are nothing but rounding errors."""
     rule = hg.diff_optimizers.Adam(lr=0.01, eps=1e-12)
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     x[:, 3] = x[:, 0] - x[:, 1] - (x[:, 0] - x[:, 1] + 1e-7 * x[:, 2])
@@ -401,7 +401,7 @@ def test_an_iterator_outside_is_noticed():
         reverse(UNCOMPILED["iterator"][0], w, lam, outer, 6, memory="iterates", compile="eager")
 
 
-def test_hparams_of_the_surroundings_are_noticed():
+def test_hparams_in_a_closure_are_noticed():
     w, lam = start()
 
     def step(w, argument):
@@ -427,7 +427,7 @@ def test_changing_numbers_in_batches_are_refused():
     assert compiled.compiled is None
 
 
-def test_errors_of_the_users_are_theirs():
+def test_errors_of_the_step_pass_unchanged():
     w, lam = start()
     with pytest.raises(ZeroDivisionError):
         reverse(lambda w, lam: w * lam / (1 // 0), w, lam, outer, 4, compile="eager")

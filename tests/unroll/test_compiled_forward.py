@@ -1,4 +1,4 @@
-"""Compiled steps in forward mode: the numbers of the steps themselves, and the reason where there are none."""
+"""Compiled steps in forward mode agree with uncompiled ones; a step that cannot be compiled gives the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypergrad.unroll import forward, reverse
 
 @pytest.mark.parametrize("chunk", [None, 1, 2, 3, 7])
 @pytest.mark.parametrize("steps", [0, 1, 2, 13])
-def test_numbers_of_the_steps_for_every_chunk(chunk, steps):
+def test_compiled_steps_agree_for_every_chunk(chunk, steps):
     w, lam = start()
     compiled = forward(descent, w, lam, outer, steps, chunk=chunk, compile="eager")
     check(forward(descent, w, lam, outer, steps), compiled)
@@ -24,7 +24,7 @@ def test_numbers_of_the_steps_for_every_chunk(chunk, steps):
 
 
 def test_evaluations_are_those_documented():
-    """Two of the step itself to compare, and one for each chunk of each step."""
+    """The step is evaluated twice for comparison, and once for each chunk of tangents at each step."""
     w, lam = start()
     for chunk, due in ((None, 22), (1, 62)):
         calls = [forward(descent, w, lam, outer, 20, chunk=chunk, compile="eager") for _ in range(2)]
@@ -58,7 +58,7 @@ def test_batches_are_drawn_once_and_in_order():
         forward(step, w, lam, outer, 9, batches=lambda _: next(iterator), compile="eager")
 
 
-def test_a_hyperparameter_of_the_start_alone_counts():
+def test_a_hyperparameter_that_only_the_start_depends_on_counts():
     lam = [draw(3, seed=k).requires_grad_() for k in (2, 3)]
 
     def step(w, lam):
@@ -67,8 +67,8 @@ def test_a_hyperparameter_of_the_start_alone_counts():
     check(*both(forward, step, 2 * lam[0], lam, lambda w, lam: outer(w, lam[1]), 6))
 
 
-def test_goes_on_from_either_kind_of_result():
-    """Online, with hyperparameters that change in between, and with entries that nothing has depended on yet."""
+def test_continues_from_a_compiled_or_an_uncompiled_result():
+    """Hyperparameters change in between, and no step has depended on some of their entries so far."""
     w, schedule = draw(3, seed=2), draw(9).mul(0.1)
 
     def step(w, lam, t):
@@ -100,7 +100,7 @@ def test_other_hparams_may_require_grad_at_the_next_call(differentiate):
 
 
 @pytest.mark.parametrize("name", [name for name in UNCOMPILED if name != "iterator"])
-def test_what_cannot_be_compiled_is_evaluated_as_it_is(name):
+def test_a_step_that_cannot_be_compiled_is_evaluated_uncompiled(name):
     step, reason = UNCOMPILED[name]
     w, lam = start()
     for _ in range(2):
@@ -113,7 +113,7 @@ def test_what_cannot_be_compiled_is_evaluated_as_it_is(name):
         assert torch.equal(torch.rand(3), after) and compiled.compiled is None
 
 
-def test_what_changes_from_call_to_call_is_noticed():
+def test_a_change_between_two_calls_is_noticed():
     w, lam, calls = *start(), []
 
     def step(w, lam):
@@ -124,8 +124,8 @@ def test_what_changes_from_call_to_call_is_noticed():
         assert forward(step, w, lam, outer, 6, compile="eager").compiled is None
 
 
-def test_a_batch_that_cannot_be_compiled_ends_it_where_it_comes():
-    """The steps before are not evaluated again."""
+def test_a_batch_that_cannot_be_compiled_ends_compilation_at_its_step():
+    """The steps before it are not evaluated again."""
     w, lam = start()
 
     def step(w, lam, t, batch):
@@ -146,8 +146,8 @@ def test_a_batch_that_cannot_be_compiled_ends_it_where_it_comes():
 
 
 @pytest.mark.parametrize("differentiate", [forward, reverse])
-def test_hparams_of_the_surroundings_are_noticed(differentiate):
-    """In float32, with a derivative in λ that is small beside that in w."""
+def test_hparams_in_a_closure_are_noticed(differentiate):
+    """The dtype is float32, and the derivative in λ is much smaller than that in w."""
     w, lam = draw(50).float(), torch.tensor(1.0, requires_grad=True)
 
     def step(w, argument):

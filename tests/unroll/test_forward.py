@@ -1,4 +1,4 @@
-"""Forward mode through an inner optimiser: against reverse mode, the plain graph, closed forms and NumPy recursions."""
+"""Forward mode through an inner optimiser, against reverse mode, the plain graph, closed forms and NumPy recursions."""
 
 import itertools
 from functools import cache, partial
@@ -37,7 +37,7 @@ def assert_equal(got, due, tolerance=EXACT):
 
 
 def plain(step, start, hparams, outer_loss, steps, batches=None):
-    """The unrolled graph by torch.autograd: ∇f, f, w_T and the random numbers that come next."""
+    """∇f, f, w_T and the next random numbers, by torch.autograd through the whole unrolled graph."""
     state = start
     for t in range(steps):
         state = step(state, hparams) if batches is None else step(state, hparams, t, batches[t])
@@ -48,7 +48,7 @@ def plain(step, start, hparams, outer_loss, steps, batches=None):
 
 @pytest.mark.parametrize("chunk", [None, 1, 2, 5, 12, 13, 14])
 def test_is_the_plain_graph(chunk):
-    """Dropout, noise, batches, an integer in the state: the numbers of a plain run, and nothing is written."""
+    """With dropout, noise, batches and an integer in the state: the plain graph's results, and no side effect."""
     start, hparams, batches = setting()
     torch.manual_seed(1)
     grads, value, state, after = plain(step, start, hparams, outer, T, batches)
@@ -122,7 +122,7 @@ RULES = {
 
 @pytest.mark.parametrize("name", RULES)
 def test_update_rules(name):
-    """Learning rate, momentum and a weight decay, the rule's state being carried, over batches with dropout."""
+    """Learning rate, momentum and weight decay of a rule whose state is part of w, over batches with dropout."""
     schedule = "schedule" in name
     x, y = torch.randn(30, 20, 3, **DOUBLE), torch.randn(30, 20, **DOUBLE)
     hparams = {"decay": torch.full((3,), -2.0, **DOUBLE), "log_lr": torch.linspace(-3.0, -2.0, 10, **DOUBLE)}
@@ -156,13 +156,13 @@ def ends(w, lam):
 
 
 def still(state, hparams):
-    """An outer loss that draws nothing, so that evaluating it on the way changes nothing."""
+    """An outer loss without random numbers, so that evaluating it between steps changes nothing."""
     return (state["w"][0] ** 2).mean() + hparams["lr"] ** 2 + (state["w"][1] * state["m"][1]).sum()
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 2])
-def test_hypergradients_on_the_way(chunk):
-    """Each is that of reverse with as many steps; dropout, noise, batches and t go on where they were."""
+def test_hypergradients_between_steps(chunk):
+    """Each agrees with reverse over as many steps; dropout, noise, batches and t continue from the last step."""
     start, hparams, batches = setting()
     torch.manual_seed(1)
     result, seen, here = start, 0, torch.get_rng_state()
@@ -178,8 +178,8 @@ def test_hypergradients_on_the_way(chunk):
         assert torch.equal(result.params["m"][0], due.params["m"][0])
 
 
-def test_hyperparameters_updated_on_the_way():
-    """Real-time mode: the derivative with respect to a shift of all that λ has been, w.r.t. the present λ in E."""
+def test_hyperparameters_updated_between_steps():
+    """Real-time mode: the derivative is that in a common shift of all past values of λ; E is at the present λ."""
     start, lam = torch.randn(3, **DOUBLE), torch.rand(3, **DOUBLE).requires_grad_()
     result, used = start, []
     for t in range(12):
@@ -198,7 +198,7 @@ def test_hyperparameters_updated_on_the_way():
 
 
 def test_an_earlier_result_stays_as_it_was():
-    """Two continuations give the same, and an update of λ does not reach a state that step took from it."""
+    """Two continuations agree, and an in-place update of λ does not change a state that step took from λ."""
     start, lam = torch.randn(3, **DOUBLE), torch.rand(3, **DOUBLE).requires_grad_()
     keeps = lambda state, lam: (torch.sin(state[0]) * state[1], lam)  # noqa: E731
     first = forward(keeps, (start, start.clone()), lam, lambda s, lam: s[0].sum(), 3)
@@ -212,7 +212,7 @@ def test_an_earlier_result_stays_as_it_was():
 
 @pytest.mark.parametrize("length", [1, 4, 5])
 def test_windows(length):
-    """One value for each window of steps: the numbers of reverse, and a window has no tangent before it begins."""
+    """λ has one value for each window of steps; results agree with reverse, and a window has no tangent before it."""
     steps = 20
     windows = -(-steps // length)
     hparams = {
@@ -242,7 +242,7 @@ def test_windows(length):
 
 
 def test_a_hyperparameter_that_acts_late_and_then_early_again():
-    """Alternating entries begin in any order, and each result entry is its own."""
+    """Entries of λ act first in any order, and each entry of the gradient belongs to its entry of λ."""
     lam = torch.rand(5, **DOUBLE, requires_grad=True)
     turn = lambda w, lam, t: torch.sin(w) + lam[(3, 0, 4, 3, 1)[t % 5]] * w  # noqa: E731
     start = torch.randn(4, **DOUBLE)
@@ -253,7 +253,7 @@ def test_a_hyperparameter_that_acts_late_and_then_early_again():
     assert result.grads[2] == 0
 
 
-def test_a_leaf_that_is_reached_after_the_others():
+def test_a_leaf_that_acts_later_than_the_others():
     hparams = {name: torch.rand((), **DOUBLE).requires_grad_() for name in "ab"}
     late = lambda w, h, t: w + h["a"] if t < 3 else w + h["b"]  # noqa: E731
     result = forward(late, torch.zeros((), **DOUBLE), hparams, lambda w, h: w, 5, with_time=True)
@@ -263,7 +263,7 @@ def test_a_leaf_that_is_reached_after_the_others():
 @pytest.mark.parametrize("kind", ["same", "computed", "part"])
 @pytest.mark.parametrize("chunk", [None, 1])
 def test_gradient_through_the_start(kind, chunk):
-    """The start may be one of hparams, be computed from them, or in part; the tangent begins with it."""
+    """All or a part of the start may be one of hparams or computed from them; tangents then begin at the start."""
     a = torch.tensor([2.0, 3.0], **DOUBLE, requires_grad=True)
     b = torch.tensor(0.7, **DOUBLE, requires_grad=True)
     start = {
@@ -285,7 +285,7 @@ def test_gradient_through_the_start(kind, chunk):
 
 
 def test_hparams_that_a_network_computes():
-    """Non-leaf hparams: the derivative is with respect to them, and their graph can be used afterwards."""
+    """The derivative is with respect to the network's output, whose graph can be used afterwards."""
     theta = torch.randn(3, **DOUBLE, requires_grad=True)
     lam = torch.tanh(theta)
     start = torch.randn(3, **DOUBLE)
@@ -298,7 +298,7 @@ def test_hparams_that_a_network_computes():
 
 @pytest.mark.filterwarnings("ignore::hypergrad.HypergradientWarning")
 def test_mixed_dtypes_unused_and_outer_only():
-    """float32 beside float64, an empty and an unreached hyperparameter, one that only the outer loss sees."""
+    """float32 beside float64; an empty hyperparameter, an unused one, and one that only the outer loss uses."""
     start = {
         "w": torch.randn(3, **DOUBLE),
         "v": torch.randn(2),
@@ -335,7 +335,7 @@ def test_mixed_dtypes_unused_and_outer_only():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_dtypes(dtype):
-    """In half precision as well every hyperparameter is found."""
+    """The dependence on every hyperparameter is found in half precision too."""
     p = heavy_ball(dtype=dtype)
     result = forward(p.step, p.start, p.hparams, p.outer_loss, p.steps)
     assert all(g.dtype is dtype for g in result.grads)
@@ -345,7 +345,7 @@ def test_narrow_dtypes(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_half_precision_hides_no_hyperparameter(dtype):
-    """Where the probe's products cancel, as in half precision they may by chance, the tangent begins all the same."""
+    """The tangent begins even if the probe's products cancel, which may happen by chance in half precision."""
     start, lam = torch.ones(2, dtype=torch.bfloat16), torch.tensor(0.5, dtype=dtype, requires_grad=True)
     probe = torch.randn(2, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     column = torch.stack([probe[1], -probe[0]])
@@ -365,7 +365,7 @@ def test_under_no_grad_and_torch_func():
 
 @pytest.mark.parametrize("second", [True, False])
 def test_inner_gradients(second):
-    """Without create_graph the inner gradient is a constant, as it is in reverse."""
+    """An inner gradient without create_graph is a constant, as in reverse mode."""
     start, lam = torch.randn(3, **DOUBLE), torch.rand(3, **DOUBLE).requires_grad_()
 
     def descend(w, lam):
@@ -381,7 +381,7 @@ def test_inner_gradients(second):
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_normalisation_in_training_mode(norm):
-    """Where reverse over forward mode is silently wrong."""
+    """In torch reverse over forward mode is silently wrong for these layers."""
     x, lam = torch.randn(8, 4, **DOUBLE), torch.tensor([-1.0, 0.3], **DOUBLE, requires_grad=True)
 
     def descend(w, lam):
@@ -427,7 +427,7 @@ class Detaching(torch.autograd.Function):
 @pytest.mark.parametrize("place", ["params", "hparams"])
 @pytest.mark.parametrize("chunk", [None, 1])
 def test_a_reverse_pass_that_hides_its_derivative(function, place, chunk):
-    """torch goes on with zeros, and without an error, through once_differentiable as well."""
+    """torch's forward mode silently continues with zeros there, also for once_differentiable."""
     start, hparams = simple()
     moved = lambda w, h: function.apply(w) * h["a"] if place == "params" else w * function.apply(h["a"])  # noqa: E731
     with pytest.raises(RuntimeError, match="transpose disagree"):
@@ -452,7 +452,7 @@ def test_an_operation_without_the_derivative():
 
 @pytest.mark.parametrize("name", [name for name in BAD if name != "random"])
 def test_bad_steps_are_found(name):
-    """Each is explained, and neither the start, nor .grad, nor the random state is changed."""
+    """Each error explains the cause, and neither the start, nor .grad, nor the random state is changed."""
     bad, kind, words = BAD[name]
     start, hparams = simple()
     noisy = lambda w, h: (torch.rand(1), bad(w, h))[1]  # noqa: E731
@@ -470,8 +470,8 @@ def test_overwritten_buffer_is_found():
         forward(lambda w, h: buffer.copy_((w * h["a"]).detach()), start, hparams, total, 9, allow_detached=True)
 
 
-def test_what_no_replay_repeats_is_welcome():
-    """Each batch is drawn once, in order, from an iterator that has no end."""
+def test_an_infinite_iterator_may_give_the_batches():
+    """Forward mode replays nothing, so each batch is drawn once and in order."""
     start, hparams = simple()
     numbers = itertools.count(1)
     result = forward(lambda w, h, t, x: w + x * h["a"], start, hparams, total, 4, batches=lambda t: next(numbers))
@@ -479,7 +479,7 @@ def test_what_no_replay_repeats_is_welcome():
 
 
 def test_partly_detached():
-    """A learning rate without a graph is warned of by name; a constant part of the state needs leave."""
+    """A learning rate read as a number gives a warning with its name; a detached state needs allow_detached."""
     start, hparams = simple()
     hparams["lr"] = torch.tensor(0.1, **DOUBLE, requires_grad=True)
     with pytest.warns(hg.HypergradientWarning, match=r"hparams\['lr'\]"):
@@ -504,7 +504,7 @@ def test_live_start_and_detached_everything():
     assert result.grads["a"] == 24
 
 
-def test_steps_that_diverge_are_said_to():
+def test_steps_that_diverge_are_warned_of():
     start, hparams = simple()
     with pytest.warns(hg.HypergradientWarning, match="NaN or infinity"):
         forward(lambda w, h: w**3 * 1e9 * h["a"], start, hparams, total, 9)
@@ -527,7 +527,7 @@ def test_bad_options(options, kind, words):
         forward(lambda w, h: w * h["a"], start, hparams, total, **({"steps": 3} | options))
 
 
-def test_going_on_with_other_hparams():
+def test_continuing_with_other_hparams():
     start, hparams = simple()
     first = forward(lambda w, h: w * h["a"], start, hparams, total, 2)
     for other in (torch.ones(2, **DOUBLE), torch.ones(())):
@@ -560,7 +560,7 @@ def test_memory_does_not_depend_on_steps(steps, chunk):
 
 
 def test_chunks_bound_memory():
-    """Forty tangents one at a time need little beside the tangents; at once the working memory of as many steps."""
+    """Forty tangents one at a time take little more than the tangents; all at once, the memory of forty steps."""
     descend, start, _ = descent()
     lam = torch.full((40,), 0.01, **DOUBLE, requires_grad=True)
     move = lambda w, lam: descend(w, lam[:2] + lam.sum())  # noqa: E731
@@ -572,7 +572,7 @@ def test_chunks_bound_memory():
 
 
 def resident():
-    """Bytes of this process in memory."""
+    """The resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
@@ -580,7 +580,7 @@ def resident():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 @pytest.mark.timeout(600)
 def test_a_hundred_thousand_steps():
-    """Heavy ball of DESIGN section 7 at a rate for a long way: constant memory, and the recursion in NumPy."""
+    """Heavy ball of DESIGN section 7 with a small learning rate: constant memory, and agreement with NumPy."""
     steps, a = 100_000, np.linspace(0.1, 1.0, 10)
     lam = np.array([np.log(1e-5), 0.0])
     eta, mu = np.exp(lam[0]), 1 / (1 + np.exp(-lam[1]))
@@ -601,4 +601,4 @@ def test_a_hundred_thousand_steps():
     result = forward(ball, p.start, hparams, p.outer_loss, steps, with_time=True)
     assert relative(torch.stack(result.grads), dw.T @ w) < EXACT
     assert relative(result.params["w"], w) < EXACT
-    assert held[steps - 1] - held[1000] < 2 * 2**20  # 20 bytes a step; an iterate is 160
+    assert held[steps - 1] - held[1000] < 2 * 2**20  # about 20 bytes a step; an iterate takes 160

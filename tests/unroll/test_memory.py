@@ -1,4 +1,4 @@
-"""Where iterates are kept, how few evaluations there are, and that a budget of bytes holds, by the allocator's peak."""
+"""Schedules of checkpoints take the fewest evaluations, and the allocator's peak stays within a budget of bytes."""
 
 import heapq
 import re
@@ -27,10 +27,10 @@ def seeded():
 
 
 def cheapest(steps, checkpoints):
-    """Evaluations of the best schedule, by Dijkstra's search over everything that could be done.
+    """The number of evaluations of the best schedule, by Dijkstra's search over all schedules.
 
-    A state: the checkpoints that are kept (w₀ among them), where the working iterate stands, and the steps that are not
-    reversed yet. One evaluation moves the working iterate on, or reverses the last step from the iterate before it.
+    A node holds the kept checkpoints (w₀ among them), the index of the working iterate, and the number of steps that
+    are not reversed yet. One evaluation advances the working iterate, or reverses the last step from its start.
     """
     queue, done = [(0, frozenset([0]), 0, steps)], set()
     while queue:
@@ -80,7 +80,7 @@ def counts(steps, size, memory):
 @pytest.mark.filterwarnings("ignore::hypergrad.LostDerivative")  # no check, which evaluates once more
 @pytest.mark.parametrize("memory", ["graph", "sqrt", "100MB"])
 def test_one_block_is_evaluated_once(memory):
-    """Where the graph of all steps is kept at once, the two measured steps are not evaluated again."""
+    """If the graph of all steps is kept, the two steps whose memory was measured are not evaluated again."""
 
     def wide(w, lam):  # an iterate as large as the graphs of all steps
         calls.append(0)
@@ -96,7 +96,7 @@ def test_one_block_is_evaluated_once(memory):
 
 
 def test_the_last_iterate_is_known():
-    """All but the last block are evaluated twice, the last once."""
+    """The last block is evaluated once, and all others twice."""
     assert counts(30, 5, "iterates") == [2] * 29 + [1]
     assert set(counts(200, 2000, "sqrt")[:-20]) == {2} and counts(200, 2000, "sqrt")[-1] == 1
     assert counts(200, 2000, 200) == [2] * 199 + [1]
@@ -106,7 +106,7 @@ def test_the_last_iterate_is_known():
 
 
 def network(rule=None, drop=0.0):
-    """A network on batches, by a rule whose state is carried, its first layer's decay a hyperparameter each."""
+    """A network on batches, trained by a rule with state; each weight of its first layer has its own decay."""
     x, y = torch.randn(12, 20, 30, **DOUBLE), torch.randint(5, (12, 20))
     w = [torch.randn(30, 40, **DOUBLE) / 6, torch.zeros(40, **DOUBLE), torch.randn(40, 5, **DOUBLE) / 6]
     rule = rule or hg.diff_optimizers.SGD(lr=lambda h: h[0].exp())
@@ -140,7 +140,7 @@ def wasteful():
 
 
 def rows(inner=40, outer=40):
-    """Reverse passes over many rows: temporaries of the derivatives, and a large outer loss."""
+    """A problem with many rows, large temporaries in the derivatives, and a large outer loss."""
     x, lam = torch.randn(inner, 20, **DOUBLE), torch.tensor(0.01, **DOUBLE, requires_grad=True)
     held_out = torch.randn(outer, 20, **DOUBLE)
 
@@ -174,7 +174,7 @@ BUDGETED = {
 
 @pytest.mark.parametrize("name", BUDGETED)
 def test_a_budget_holds(name):
-    """From the least that is accepted to where the graph fits: the measured peak is below, the numbers are the same."""
+    """For budgets from the least accepted one to one for the whole graph, the peak is below and results agree."""
     step, start, hparams, outer_loss, options = BUDGETED[name]()
 
     def run(memory):
@@ -194,11 +194,11 @@ def test_a_budget_holds(name):
         for a, b in zip(*map(tree_leaves, (results[0].grads, expected.grads)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-16)
     assert evaluations == sorted(evaluations, reverse=True) and evaluations[0] > 12
-    assert least <= 2 * peak_memory(lambda: run(1))  # and it is not refused where there is room
+    assert least <= 2 * peak_memory(lambda: run(1))  # a budget with enough room is not refused
 
 
 def test_allocated_is_the_allocators_peak():
-    """The mode against the profiler, over a reverse pass with views, in-place operations and temporaries."""
+    """The dispatch mode agrees with the profiler on a reverse pass with views, in-place operations and temporaries."""
     w = torch.randn(300, 200, **DOUBLE, requires_grad=True)
 
     def call():
@@ -213,11 +213,11 @@ def test_allocated_is_the_allocators_peak():
     assert abs(taken / peak_memory(call) - 1) < 0.02
 
 
-# --- what is done ahead -----------------------------------------------------------------------------------------------
+# --- measuring before the steps ---------------------------------------------------------------------------------------
 
 
 def test_measuring_changes_no_random_number():
-    """A budget measures with one call of outer_loss and a reverse pass more; what is drawn after is as without."""
+    """A budget takes one more call of outer_loss and one more reverse pass, which change no later random number."""
     start, hparams, batches = setting()
     values = []
     for memory in ("graph", "10MB", "52 KiB"):

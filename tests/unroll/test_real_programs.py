@@ -1,4 +1,4 @@
-"""Unrolling on real programs: hooks, live models, containers, complex and sparse tensors, empty ones, modes, blame."""
+"""Unrolling real programs: hooks, live models, containers, complex, sparse and empty tensors, modes, errors."""
 
 import threading
 from collections import OrderedDict, UserDict, namedtuple
@@ -76,7 +76,7 @@ HOOKS = {
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("computed", [False, True])
 def test_a_hook_on_hparams_acts_once_on_the_total(run, hook, computed):
-    """As in loss.backward(), for every policy; on leaves, and on hparams that a network computes."""
+    """It acts as in loss.backward(), for every memory policy, on leaves and on hparams that a network computes."""
     calls, start = [], torch.randn(3, **DOUBLE)
     theta = torch.rand(3, **DOUBLE, requires_grad=True)
 
@@ -115,7 +115,7 @@ def test_hooks_come_back_after_an_error(run):
 
 
 def test_a_hook_on_the_start_is_warned_of_by_name(run):
-    """The steps go on from a copy, so that it would act at some steps only."""
+    """The steps work on a copy of the start, so the hook would not act at all of them."""
     lam = torch.rand(3, **DOUBLE, requires_grad=True)
     start = {"w": torch.randn(3, **DOUBLE, requires_grad=True), "v": lam * 2}
     step = lambda s, lam: {"w": torch.sin(s["w"]) * lam, "v": s["v"] * 0.5 + s["w"]}  # noqa: E731
@@ -150,7 +150,7 @@ class Model(torch.nn.Module):
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_outer_loss_of_the_live_model_is_an_error(run, given, grad):
-    """It would be a constant: 0. Under no_grad as well; whether the start is the model's or a copy of it."""
+    """Its derivative would be 0. It is an error also under no_grad, and whether or not the start is a copy."""
     model, hparams = Model(), simple()[1]
     start = dict(model.named_parameters())
     start = start if given else {name: x.detach().clone() for name, x in start.items()}
@@ -181,8 +181,8 @@ def test_an_outer_loss_of_hparams_alone_is_warned_of(run):
     close(run(lambda w, h: w * h["a"], start, hparams, outer, allow_detached=True).grads["a"], result.grads["a"])
 
 
-def test_an_in_place_error_of_the_outer_loss_is_its_own(run):
-    """And one of the step's own derivative is not blamed on a later step alone."""
+def test_an_in_place_error_of_the_outer_loss_is_attributed_to_it(run):
+    """An in-place error in the derivative of a step is not attributed only to a later step."""
 
     def spoilt(w, h):
         y = w.exp()
@@ -215,7 +215,7 @@ def test_an_outer_loss_that_mixes_the_live_start_in_is_warned_of(run):
 
 
 @pytest.mark.parametrize("read", [lambda h: h["a"].item(), lambda h: float(h["a"].detach()), lambda h: h["a"].detach()])
-def test_hparams_that_nothing_reaches_are_an_error(run, read):
+def test_hparams_that_nothing_depends_on_are_an_error(run, read):
     start, hparams = simple()
     with pytest.raises(ValueError, match="neither step nor outer_loss depends on hparams"):
         run(lambda w, h: w * read(h), start, hparams, total)
@@ -227,7 +227,7 @@ Pair = namedtuple("Pair", "b a")
 
 
 def two(a, b, h):
-    """A map of two leaves that must not be exchanged."""
+    """A map of two leaves, which detects if they are swapped."""
     return torch.sin(a) * h + b, 0.5 * b - 0.1 * a.sum()
 
 
@@ -241,7 +241,7 @@ KEEP = {
 
 @pytest.mark.parametrize("kind", KEEP)
 def test_mappings_are_matched_by_key(run, kind):
-    """Also where a part of the state is no tensor, and where it is nested."""
+    """The state may be nested, and a part of it may be no tensor."""
     make, give = KEEP[kind]
     a, b, lam = torch.randn(3, **DOUBLE), torch.randn((), **DOUBLE), torch.randn(3, **DOUBLE, requires_grad=True)
     start = {"n": 0, "x": [make(a=a, b=b)]}
@@ -303,7 +303,7 @@ def test_an_unregistered_dataclass_is_named(run):
 
 @pytest.mark.parametrize("place", ["params", "hparams", "both"])
 def test_complex_tensors(run, place):
-    """In reverse the gradient of torch.autograd: that of the real and imaginary parts. Forward says what to do."""
+    """Reverse mode gives torch.autograd's gradient, in the real and imaginary parts; forward mode says what to do."""
     kind = {"params": (True, False), "hparams": (False, True), "both": (True, True)}[place]
     start, lam = (torch.randn(3, dtype=torch.complex128 if c else torch.float64) for c in kind)
     lam.requires_grad_()
@@ -353,7 +353,7 @@ def test_complex_hparams_against_differences(run, index):
 
 @pytest.mark.parametrize("rule", ["by hand", "SGD", "Adam"])
 def test_sparse_gradients_of_an_embedding(run, rule):
-    """The numbers of the dense ones."""
+    """The results are those of dense gradients."""
     index, lam = torch.tensor([[1, 3], [1, 4]]), torch.tensor(-2.0, **DOUBLE, requires_grad=True)
     w = torch.randn(6, 2, **DOUBLE)
 
@@ -394,7 +394,7 @@ def test_an_embedding_table_as_hparams(run):
 
 
 def test_empty_batches_and_empty_unknowns(run):
-    """A part of the state, a hyperparameter and a batch without entries; and a state without any."""
+    """A part of the state, a hyperparameter or a batch has no entries, or the whole state has none."""
     lam = {"a": torch.rand(2, **DOUBLE, requires_grad=True), "none": torch.zeros(0, 3, **DOUBLE, requires_grad=True)}
     start = {"w": torch.randn(2, **DOUBLE), "none": torch.zeros(0, **DOUBLE)}
     batches = [torch.randn(n, 2, **DOUBLE) for n in (3, 0, 2)]
@@ -419,7 +419,7 @@ def test_empty_batches_and_empty_unknowns(run):
 
 
 def test_the_default_device_and_dtype_do_not_matter(run):
-    """Under a default device without numbers, anything that is made there would raise or be lost."""
+    """A tensor made on this default device, which holds no numbers, would raise an error or lose its numbers."""
     start, hparams = simple()
     torch.manual_seed(1)
     due = run(lambda w, h: torch.sin(w) * h["a"], start, hparams, total)
@@ -436,7 +436,7 @@ def test_the_default_device_and_dtype_do_not_matter(run):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_under_no_grad_and_inference_mode(run, mode):
-    """The numbers are those outside, with a start that was made in there, and an update rule too."""
+    """Results agree with those outside of the mode, also for a start made within it, and for an update rule."""
     start, hparams = simple()
     rule = hg.diff_optimizers.SGD(lr=0.1)
     step = rule.on(lambda w, h: h["a"] * (w**4).sum())
@@ -455,11 +455,11 @@ def test_hparams_made_in_inference_mode_are_named(run):
         run(lambda w, h: w * h["a"], simple()[0], lam, total)
 
 
-# --- blame ------------------------------------------------------------------------------------------------------------
+# --- sources of errors ------------------------------------------------------------------------------------------------
 
 
-def test_an_in_place_error_of_a_model_is_its_own(run):
-    """A weight that the model writes to, and an activation that it overwrites: torch's own words, not the step's."""
+def test_an_in_place_error_of_a_model_is_raised_unchanged(run):
+    """If the model writes to a weight or an activation, the message is torch's, and does not accuse the step."""
     start, hparams = simple()
     weight = torch.ones(3, **DOUBLE, requires_grad=True)
 
@@ -484,7 +484,7 @@ def test_an_in_place_error_of_a_model_is_its_own(run):
 
 
 def test_an_iterator_that_ends_is_named(run):
-    """As batches, in step, and in outer_loss."""
+    """The iterator may give batches, or be used in step or in outer_loss."""
     start, hparams = simple()
     stream = iter([torch.ones(3, **DOUBLE)] * 3)
     with pytest.raises(ValueError, match=r"iterator that step \(or batches\) reads has ended at step 3 .*as a list"):
@@ -496,7 +496,7 @@ def test_an_iterator_that_ends_is_named(run):
 
 
 def test_another_thread_that_draws_is_named(run):
-    """Its draws change the numbers of a replay, and how many were drawn."""
+    """Random numbers drawn by another thread change those of a replay, and their count."""
     start, hparams = simple()
     calls = []
 
@@ -517,8 +517,8 @@ def test_another_thread_that_draws_is_named(run):
 
 @pytest.mark.parametrize("kind", [lambda m: SimpleNamespace(m=m), lambda m: UserDict(m=m)])
 @pytest.mark.parametrize("at_start", [True, False])
-def test_tensors_in_what_is_no_pytree_are_refused(run, kind, at_start):
-    """A momentum in such an object would be carried along as a constant, and its derivatives lost."""
+def test_tensors_in_an_object_that_is_no_pytree_are_refused(run, kind, at_start):
+    """A momentum in such an object would count as a constant, and its derivatives would be lost."""
     start, hparams = simple()
     step = lambda carry, h: (carry[0] * h["a"], kind(carry[0]))  # noqa: E731
     first = (start, kind(torch.zeros(3, **DOUBLE)) if at_start else 0)

@@ -1,4 +1,4 @@
-"""Reverse mode through an inner optimiser: every storage against the plain unrolled graph, closed forms and minima."""
+"""Reverse mode through an inner optimiser: every memory policy against the plain graph, closed forms, least costs."""
 
 import gc
 import itertools
@@ -21,7 +21,7 @@ T = 23
 
 
 def stored(memory):
-    """A policy by name, or a number of checkpoints."""
+    """The keyword argument for a memory policy by name, or for a number of checkpoints."""
     return {"checkpoints": memory} if isinstance(memory, int) else {"memory": memory}
 
 
@@ -64,7 +64,7 @@ def outer(state, hparams):
 
 @cache
 def plain(truncate=T):
-    """The unrolled graph by torch.autograd, and the random state after it."""
+    """The results by torch.autograd through the whole unrolled graph, and the random state afterwards."""
     torch.manual_seed(0)
     start, hparams, batches = setting()
     state = start
@@ -82,7 +82,7 @@ def plain(truncate=T):
 @pytest.mark.parametrize("memory", STORAGES)
 @pytest.mark.parametrize("truncate", [None, 0, 1, 7])
 def test_every_storage_is_the_plain_graph(memory, truncate):
-    """Gradient, start, value, integers, dropout, noise, batches and the random state afterwards; nothing is written."""
+    """Gradients, value, integers, dropout, noise, batches and the final random state agree; nothing is overwritten."""
     start, hparams, batches = setting()
     before = [x.clone() for x in (*start["w"], *start["m"], *hparams.values())]
     result = reverse(step, start, hparams, outer, T, **stored(memory), truncate=truncate, batches=batches)
@@ -108,7 +108,7 @@ def test_every_storage_is_the_plain_graph(memory, truncate):
 
 @pytest.mark.parametrize("memory", STORAGES)
 def test_heavy_ball_row(memory):
-    """DESIGN section 7: f and ∇f of 30 steps, ∇f by the forward recursion as well."""
+    """f and ∇f of 30 steps as listed in DESIGN section 7; the oracle's ∇f comes from a forward recursion."""
     a = torch.linspace(0.1, 1, 10, **DOUBLE)
     lam = torch.tensor([0.3, 1.0], **DOUBLE).log().requires_grad_()
 
@@ -138,7 +138,7 @@ def contraction(w, lam):
 
 @cache
 def fewest(steps, checkpoints):
-    """Steps to advance beside the recorded ones, by dynamic programming."""
+    """The least number of steps that are evaluated without recording a graph, by dynamic programming."""
     if steps <= 1:
         return 0
     if checkpoints == 1:
@@ -193,7 +193,7 @@ def peak_of(memory, steps=60, size=120):
 
 
 def test_budget_is_respected():
-    """The measured peak stays below the budget, whichever way of keeping it picks; a too small one is refused."""
+    """The measured peak stays below the budget, whatever policy the budget leads to; too small a budget is refused."""
     for budget in ["2MB", "3MB", "5MB", "10MB", "100MB"]:
         assert peak_of(budget) <= float(budget[:-2]) * 1e6
     with pytest.raises(ValueError, match="one step needs about"):
@@ -206,7 +206,7 @@ def test_sqrt_needs_little():
 
 
 def test_nothing_leaks():
-    """No tensor of a call lives on after it; in a graph, say, or in a cycle."""
+    """No tensor of a call stays alive after it, for example in a graph or a reference cycle."""
 
     def run():
         start, hparams, batches = setting()
@@ -257,7 +257,7 @@ def iterator_outside(w, h):
 
 
 class Drifting(torch.nn.Module):
-    """A buffer that each call changes and uses."""
+    """A module with a buffer that each call uses and changes."""
 
     def __init__(self):
         super().__init__()
@@ -302,7 +302,7 @@ UNREPLAYED = {
     + [(name, m) for name in UNREPLAYED for m in ("iterates", "sqrt", 2)],
 )
 def test_bad_steps_are_found(name, memory):
-    """Each is explained, and neither the start, nor .grad, nor the random state is changed."""
+    """Each error explains the cause, and neither the start, nor .grad, nor the random state is changed."""
     bad, kind, words = (BAD | UNREPLAYED)[name]
     start, hparams = simple()
     noisy = lambda w, h: bad(w + 0 * torch.randn(3, **DOUBLE) if name == "random" else w, h)  # noqa: E731
@@ -329,8 +329,8 @@ def test_batches_that_are_not_drawn_again_are_found(memory):
 
 
 @pytest.mark.parametrize("memory", STORAGES)
-def test_a_state_that_is_cut_between_steps_is_told(memory):
-    """A momentum that is detached before it is used: a warning that says which tensor; none where leave is given."""
+def test_a_state_that_is_detached_between_steps_is_warned_of(memory):
+    """A momentum is detached before its use; the warning names the tensor, and allow_detached silences it."""
     start, hparams = simple()
     pair = (start, torch.zeros(3, **DOUBLE))
 
@@ -346,8 +346,8 @@ def test_a_state_that_is_cut_between_steps_is_told(memory):
     assert run(allow_detached=True).grads["a"].isfinite()
 
 
-def test_a_first_step_of_its_own_is_no_cut():
-    """A momentum that begins at the second step; and a part of the state that every step uses."""
+def test_a_first_step_that_ignores_the_momentum_is_not_warned_of():
+    """The momentum is used from the second step on, and the rest of the state at every step."""
     start, hparams = simple()
 
     def begins(state, h, t):
@@ -373,7 +373,7 @@ def test_hparams_changed_in_place_are_found(memory):
 
 
 def test_overwritten_buffer_is_found():
-    """A step that gives the same memory each time would overwrite the iterates that are kept."""
+    """A step that returns the same memory each time would overwrite stored iterates."""
     buffer = torch.zeros(3, **DOUBLE)
 
     def reuse(w, h):
@@ -386,7 +386,7 @@ def test_overwritten_buffer_is_found():
 
 
 def test_partly_detached():
-    """A learning rate without a graph is warned of by name; a constant part of the state needs leave."""
+    """A learning rate read as a number gives a warning with its name; a detached state needs allow_detached."""
     start, hparams = simple()
     hparams["lr"] = torch.tensor(0.1, **DOUBLE, requires_grad=True)
     with pytest.warns(hg.HypergradientWarning, match=r"hparams\['lr'\]"):
@@ -443,7 +443,7 @@ def test_bad_options(options, kind, words):
 
 
 def test_arguments_of_step():
-    """t alone with with_time; t and the batch with batches, which may be drawn at random for each step."""
+    """step gets t if with_time is set, and the batch if batches are given, which may be drawn at random."""
     start, hparams = simple()
     seen = []
     reverse(lambda w, h, t: (seen.append(t), w * h["a"])[1], start, hparams, total, 3, with_time=True, memory="graph")
@@ -485,7 +485,7 @@ RULES = {
 
 @pytest.mark.parametrize("name", RULES)
 def test_update_rules_learn_a_schedule_in_every_mode(name):
-    """A learning rate for each of 30 steps, and a weight decay; the rule's state is part of what is carried."""
+    """Hyperparameters are a learning rate for each of 30 steps and a weight decay; the rule's state is part of w."""
     x, y, w = torch.randn(20, 3, **DOUBLE), torch.randn(20, **DOUBLE), torch.randn(3, **DOUBLE)
     hparams = {"decay": torch.full((3,), -2.0, **DOUBLE), "log_lr": torch.linspace(-2.0, -3.0, 30, **DOUBLE)}
     hparams = {key: value.requires_grad_() for key, value in hparams.items()}
@@ -504,8 +504,8 @@ def test_update_rules_learn_a_schedule_in_every_mode(name):
 
 
 @pytest.mark.parametrize("memory", ["graph", "iterates", "sqrt", 2])
-def test_an_inner_gradient_without_a_graph_is_said(memory):
-    """λ is reached all the same, so nothing but this tells that the number is a first-order one."""
+def test_an_inner_gradient_without_a_graph_is_warned_of(memory):
+    """The result depends on λ nevertheless, so only this warning tells that it is a first-order approximation."""
     start, hparams = simple()
 
     def descend(w, h, second=False):

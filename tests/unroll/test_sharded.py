@@ -1,4 +1,4 @@
-"""Sharded tensors (DTensor) through the steps and in argmin, on one rank: the numbers of plain ones, in every mode."""
+"""Sharded tensors (DTensor) in unrolled steps and argmin give the results of plain ones, in every mode, on one rank."""
 
 import os
 
@@ -43,7 +43,7 @@ def by_argmin(lam):
 
 
 def compare(store, results):
-    """Runs in a process of its own, and writes the largest difference of each run."""
+    """Compare sharded with plain tensors in a separate process, and write the largest difference of each run."""
     import torch.distributed
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 

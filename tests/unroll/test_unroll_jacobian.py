@@ -1,4 +1,4 @@
-"""Several outer losses in one reverse pass, against one pass for each and the plain graph."""
+"""Several outer losses in one reverse pass, against one pass for each loss and against the plain graph."""
 
 import pytest
 import torch
