@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._reach import reached
@@ -35,3 +36,21 @@ def couples_samples(module: nn.Module) -> bool:
     if not hasattr(module, "running_mean") or isinstance(module, INSTANCE_NORMS):
         return False
     return module.training or not getattr(module, "track_running_stats", True)
+
+
+def statistics_of(closure: Any) -> list[tuple[Tensor, Tensor]]:
+    """Running statistics and copies of them, for modules in any mode, since the closure may switch the mode."""
+    parts = {id(part): part for module in modules_of(closure) for part in module.modules()}.values()
+    modules = [part for part in parts if getattr(part, "track_running_stats", False)]
+    return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
+
+
+def changed(kept: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The running statistics that no longer have the values that `statistics_of` copied."""
+    return [buffer for buffer, values in kept if not torch.equal(buffer, values)]
+
+
+def put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
+    """Give running statistics the values that `statistics_of` copied."""
+    for buffer, values in reversed(kept):  # the oldest copies last
+        buffer.data.copy_(values)  # hidden from autograd, because no graph in training mode uses running statistics

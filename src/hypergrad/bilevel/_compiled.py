@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .. import _random
 from .._autodiff import users_autocast
+from .._modules import put_back, statistics_of
 from .._recorded import NotCompiled
 from .._solution import warn
 from .._traced import ROUNDING, Traced, autocast_state, gap, size
-from ._oracles import Batch, put_back, statistics_of
+from ._oracles import Batch
 
 if TYPE_CHECKING:
     from ._tracker import Directions, Tracker

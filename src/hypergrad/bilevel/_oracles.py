@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _autodiff, _random, _torch
 from .._autodiff import ATTENTION, COMPILED, as_scalar, check_hparams, users_autocast, without_autocast
 from .._graph import refuse_weight_norm, undeclared_leaves
-from .._modules import modules_of
+from .._modules import put_back, statistics_of
 from .._tree import PyTree, check_distinct, flatten
 from .._vector import Space, sharded_dot
 from ..implicit import warn_of_hooks, warn_of_local
@@ -94,18 +94,6 @@ class Batch:
         self.last = value.detach()
         self.value = self.last if self.value is None else self.value
         return value
-
-
-def statistics_of(closure: Any) -> list[tuple[Tensor, Tensor]]:
-    """Running statistics and copies of them, for modules in any mode, since the closure may switch the mode."""
-    parts = {id(part): part for module in modules_of(closure) for part in module.modules()}.values()
-    modules = [part for part in parts if getattr(part, "track_running_stats", False)]
-    return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
-
-
-def put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
-    for buffer, values in reversed(kept):  # the oldest copies last
-        buffer.data.copy_(values)  # hidden from autograd, because no graph in training mode uses running statistics
 
 
 class Oracles:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _random
+from .._modules import changed, put_back
 from .._options import parse_bytes
 from .._recorded import NotCompiled
 from .._solution import warn
@@ -35,6 +36,10 @@ OTHER_VALUES = (
     "the compiled step {} gives other numbers than step itself (error relative to the change of params: {:.1e}): step "
     "reads something that is not a tensor and that changes between calls (an iterator, a counter, NumPy's random "
     "numbers). Pass it as batches= or t"
+)
+WRITES_STATISTICS = (
+    "step writes the running statistics of a normalisation layer (BatchNorm in training mode), which a compiled step "
+    "does not: use track_running_stats=False, or evaluate the layer in eval mode"
 )
 OTHER_DERIVATIVE = (
     "the derivative of the compiled step {} has a relative error of {:.1e}: does step use hparams from outside in "
@@ -117,8 +122,8 @@ class Compiled(ABC):
                 return [after.tensors, last]
             except NotCompiled:  # something that the step reads from outside has changed since
                 del self.known[self.key]
-        true = self._evaluated(first, t)
         with self._noted():
+            true = self._evaluated(first, t)
             self.used[self.key] = self.known[self.key] = self._built(first, t, true)
         return [[y.detach().contiguous() for y in true.outputs]]
 
@@ -219,9 +224,14 @@ class Compiled(ABC):
     def _evaluated(self, iterate: Iterate, t: int, off: float = 0.0) -> Recorded:
         """The user's step with its graph, at (1 + off) w: off = eps shows by how much rounding changes the result."""
         _random.restore(iterate.random)
+        statistics = self.run.statistics()
         leaves = [leaf(x * (1 + off) if off and is_continuous(x) else x) for x in iterate.tensors]
         with correct_derivatives(dense=True):
-            return Recorded(leaves, *self.run.evaluate(leaves, iterate.rebuild, t))
+            true = Recorded(leaves, *self.run.evaluate(leaves, iterate.rebuild, t))
+        if changed(statistics):
+            put_back(statistics)
+            raise NotCompiled(WRITES_STATISTICS)
+        return true
 
     def _compare(self, functions: Functions, iterate: Iterate, t: int, true: Recorded) -> list[Tensor]:
         """The result of the compiled step. Raises NotCompiled if it differs from the step's result."""

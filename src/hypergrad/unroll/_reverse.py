@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _random
+from .._modules import put_back
 from .._options import check_whole, parse_bytes
 from .._torch import Allocated, random_state_kept_on_error
 from .._tree import PyTree
@@ -118,7 +119,8 @@ def reverse(
     Warns: HypergradientWarning if nothing depends on a leaf of hparams, if at the second step nothing depends on a
         part of params (a momentum detached between steps), if the first step computes a gradient without a graph, if
         start has gradient hooks, which are not called, if the result is not finite, and if step detaches what its
-        derivative needs (LostDerivative, which takes one more evaluation of such a step).
+        derivative needs (LostDerivative, which takes one more evaluation of such a step), or outer_loss reads running
+        statistics (BatchNorm in eval mode) that step wrote. Afterwards these are as after one run of the steps.
     Cost: the evaluations above and T reverse passes. In addition to `memory`: five iterates, hparams, and the
         working memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget
         measure I and G at the first two steps; a budget also measures the working memory, by one more reverse pass and
@@ -152,7 +154,7 @@ def differentiated(
             span = first, steps - length, steps, storage
             gradients, compiled = compiled_gradients(run, backend, *span, _backwards) if backend else (None, None)
             alpha, grads = gradients or _gradients(run, *span)
-            _random.restore(run.random_after)
+            run.end_replays()
             start_grads = run.start_gradients(alpha) if length == steps else None
             if start_grads is not None:
                 grads = run.through_start(start_grads, grads)
@@ -231,12 +233,13 @@ def _measured(run: Run, first: Iterate, begin: int) -> tuple[int, int, int, int]
     allocated = Allocated()
     with allocated:
         iterate, graph, both = run.measure(first, begin)
-        random = _random.capture(run.devices)
+        random, statistics = _random.capture(run.devices), run.statistics()
         after, most = allocated.now, allocated.peak
         final = [y.detach() for y in both.outputs]
         ahead = allocated.taken(lambda: run.close(final, both.rebuild))
         ahead = max(ahead, allocated.taken(pull))
         _random.restore(random)
+        put_back(statistics)
     params, hparams, drawn = (sum(x.nbytes for x in xs) for xs in (first.tensors, run.differentiated, random.values()))
     several, hparams = params * (prod(run.lead) - 1), hparams * prod(run.lead)  # for k losses: k − 1 more α, k ∇
     # Beside the checkpoints: five iterates (the one in which a block must end, the block's outputs, α, w_T, and the one

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import _autodiff, _graph, _random
 from .._autodiff import as_losses, as_scalar, check_hparams
-from .._detached import warn_of_lost
+from .._detached import LostDerivative, warn_of_lost
+from .._modules import changed, put_back, statistics_of
 from .._options import check_whole
 from .._reach import found_of, noticing
 from .._solution import warn, warn_if_not_finite
@@ -42,6 +43,11 @@ NO_SECOND = (
 EXHAUSTED = (
     "an iterator that {} reads has ended at step {} (counted from 0). It must give a batch to every step, and "
     'unroll.reverse evaluates steps twice unless memory="graph": pass batches= as a list or a function of t'
+)
+STATISTICS = (
+    "outer_loss uses a model in eval mode, whose running statistics (of BatchNorm) step has written: these depend on "
+    "params, but count as constants. Use a layer without them (GroupNorm, track_running_stats=False), or train mode in "
+    "outer_loss; if the derivative is left out on purpose, warnings.simplefilter('ignore', hg.LostDerivative) says so"
 )
 UNUSED_PARAMS = (
     "outer_loss does not depend on the params that it is called with{}: compute it from its argument (a module by "
@@ -117,6 +123,7 @@ class Run:
         self.params: PyTree = None
         self.outer_value: Any = None
         self.random_after: dict[torch.device, Tensor] = {}
+        self._statistics = self._first_statistics = statistics_of((step, outer_loss))  # of BatchNorm
         self.evaluations = 0
         self.several, self.lead = False, ()  # whether outer_loss returns [k] losses; then (k,), once it was called
         self._random: dict[torch.device, Tensor] = {}
@@ -309,7 +316,7 @@ class Run:
 
     def close(self, final: list[Tensor], rebuild: Rebuild) -> tuple[list[Tensor], list[Tensor | None]]:
         """∇₁E and ∇₂E at the final iterate. Stores the value of E, and the random state after it."""
-        self.params = rebuild(final)
+        self.params, before = rebuild(final), self.statistics()
         leaves = [leaf(x) for x in final]
         try:
             value = self.outer_loss(rebuild(leaves), self.hparams)
@@ -324,10 +331,23 @@ class Run:
         both = self._vjp([loss], inputs, [torch.diag(unit) if self.several else unit], of_steps=False)
         if not self.allow_detached:
             self._check_outer(loss, any(g is not None for g in both[: len(inputs)]))
+            written = {id(x) for x in changed(self._first_statistics)} - {id(x) for x in changed(before)}
+            if written and written & {id(x) for x, _ in statistics_of(self.outer_loss)}:
+                warn(STATISTICS, LostDerivative)
         alpha = _autodiff.new_zeros(both[: len(inputs)], inputs, *self.lead)
         self.random_after = _random.capture(self.devices)
+        self._statistics = self.statistics()
         self._final = (final, rebuild, alpha) if self._detaches else None
         return alpha, both[len(inputs) :]
+
+    def statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Running statistics (of BatchNorm) that step or outer_loss may write, and copies of them."""
+        return [(buffer, buffer.clone()) for buffer, _ in self._first_statistics]
+
+    def end_replays(self) -> None:
+        """Random state and running statistics are as after one run of the steps and outer_loss."""
+        _random.restore(self.random_after)
+        put_back(self._statistics)
 
     def _warn_of_lost(self, final: list[Tensor], rebuild: Rebuild, alpha: list[Tensor]) -> None:
         """Warn (LostDerivative) if step detaches what its derivative needs."""
