@@ -1,19 +1,19 @@
 # %% [markdown]
 # # The problems of benchmark_bilevel: stochastic algorithms with the suite's steps
 #
-#     min_λ f(w*(λ), λ),      w*(λ) = argmin_w g(w, λ),      both of them means over rows of data
+#     min_λ f(w*(λ), λ),      w*(λ) = argmin_w g(w, λ),      f and g are means over rows of data
 #
 # Dagréou, Ablin, Vaiter and Moreau 2022 (arXiv:2201.13409) and their suite benchopt/benchmark_bilevel compare
 # algorithms on four problems: random quadratics, a penalty for each weight of a logistic regression on ijcnn1, one for
 # each class on covtype, and a weight for each of 20,000 MNIST images of which half are labelled at random. Here the
-# trackers of `hg.bilevel` run on them, with the steps that the suite has tuned. What they cost is counted in per-sample
-# evaluations: a gradient, a Hessian product and a cross product of one sample are one each.
+# trackers of `hg.bilevel` run on these problems with the step sizes that the suite has tuned. Their cost is counted in
+# per-sample evaluations: a gradient, a Hessian product and a cross product of one sample count as one each.
 #
-# All seeds run side by side, in tensors with a leading axis of seeds, from one start, each through the blocks of rows
-# in an order of its own. Differences from the suite: every block is drawn once an epoch (the suite's sampler draws the
-# last one twice), AmIGO's tenth inner step is taken together with the outer step, and F2SA keeps its penalty. On ijcnn1
-# the tuned steps are close to diverging: with a start of its own for each seed, 3 of 10 seeds of SABA do, and so they
-# do with the suite's own solver.
+# All seeds run at once, in tensors with a leading axis of seeds. They have the same start, and each draws the blocks of
+# rows in a different order. Differences from the suite: every block is drawn once per epoch (the suite's sampler draws
+# the last one twice), AmIGO's tenth inner step is taken together with the outer step, and F2SA keeps its penalty. On
+# ijcnn1 the tuned steps are close to divergence: if each seed has a different start, 3 of 10 seeds of SABA diverge, and
+# so they do with the suite's own solver.
 
 # %%
 import math
@@ -35,43 +35,43 @@ from examples.common import Common, parse, rounded, save
 @dataclass
 class Config(Common):
     data: Path | None = None
-    """Folder of ijcnn1, covtype and MNIST, in the forms that examples/datasets.py reads; without it, stand-ins."""
+    """Folder of ijcnn1, covtype and MNIST in the formats that examples/datasets.py reads; without it, small data."""
     problems: tuple[str, ...] = ("simulated", "ijcnn1", "covtype", "mnist")
-    """Which of these."""
+    """Names of the problems."""
     methods: tuple[str, ...] = ()
-    """Which rows of the table, as SABA or ijcnn1/SABA; all, if none is named."""
+    """Rows of the table, such as SABA or ijcnn1/SABA; all rows if none is named."""
     seeds: int = 10
-    """How many, from --seed + 1 on."""
+    """Number of seeds, from --seed + 1 on."""
     batch: int = 64
     """Rows of a block."""
     evaluations: float = 1.0
-    """Evaluations of samples for each seed, as a part of those in BUDGETS."""
+    """Per-sample evaluations for each seed, as a fraction of BUDGETS."""
     points: int = 15
-    """Of each curve."""
+    """Points of each curve."""
     checkpoints: Path | None = None
-    """Folder for the state of every run, from which --resume goes on."""
+    """Folder for the state of every run, from which --resume continues."""
     checkpoint_every: float = 60.0
-    """Seconds."""
+    """Seconds between two checkpoints."""
     resume: bool = False
-    """Go on from --checkpoints; what is finished there is not run again."""
+    """Continue the runs in --checkpoints; finished runs are not repeated."""
     suite: Path | None = None
-    """Clone of benchopt/benchmark_bilevel, whose solvers run on ijcnn1 too where jax and benchopt are installed."""
+    """Clone of benchopt/benchmark_bilevel; its solvers run on ijcnn1, too, if jax and benchopt are installed."""
 
 
 FAST = {"seeds": 3, "evaluations": 0.001, "points": 4}
 BATCH = "L-BFGS on h"
-OF_SUITE = ", JAX"  # at the end of the names of the suite's own solvers
+OF_SUITE = ", JAX"  # suffix of the names of the suite's own solvers
 
 
 # %% [markdown]
 # ## In batch
-# Beside them `implicit.grad` with L-BFGS on h, where the inner problem can be solved to rounding: by Newton's method,
-# with a Hessian that is kept as long as it serves (and counts as d products when it is computed).
+# For comparison: `implicit.grad` with L-BFGS on h, if the inner problem can be solved to rounding level by Newton's
+# method. Its Hessian is kept as long as it converges fast; computing one counts as d products.
 
 
 # %%
 def in_batch(problem: ValueProblem, progress: tqdm) -> dict[str, Any]:
-    """Without seeds; the curve has the best that was found so far."""
+    """L-BFGS on h. It does not depend on seeds, and its curve shows the best value so far."""
     curve, best = [], None
     for spent, seconds, h, norm in descend(problem, *problem.start(), most=300):
         best = (h, norm) if best is None or h < best[0] else best
@@ -87,7 +87,7 @@ def in_batch(problem: ValueProblem, progress: tqdm) -> dict[str, Any]:
 
 # %%
 def of_suite(of: Logistic, method: str, seeds: list[int], config: Config, budget: float) -> dict[str, Any]:
-    """A solver of the suite, with its steps, from the same starts."""
+    """A solver of the suite with its tuned steps, from the same start."""
     assert config.suite is not None
     row, (n, m) = ROWS["ijcnn1"][method], of.sizes
     cost: float = config.batch * row.blocks
@@ -102,14 +102,14 @@ def of_suite(of: Logistic, method: str, seeds: list[int], config: Config, budget
 
 
 def identity(name: str, method: str, of: Problem, config: Config) -> dict[str, Any]:
-    """What must be the same for a saved run to be gone on from."""
+    """The settings that have to be equal if a saved run is to be continued."""
     row = asdict(ROWS[name][method]) if method in ROWS[name] else {}
     numbers = {key: getattr(config, key) for key in ("seed", "seeds", "batch", "evaluations", "points")}
     return {"data": of.data, "sizes": list(of.sizes)} | row | numbers
 
 
 def saved(file: Path | None, own: dict[str, Any], config: Config) -> dict[str, Any]:
-    """What a file of --checkpoints holds; nothing without --resume."""
+    """The content of a file in --checkpoints; empty without --resume."""
     if not config.resume or file is None or not file.is_file():
         return {}
     state = torch.load(file, weights_only=True)
@@ -118,12 +118,12 @@ def saved(file: Path | None, own: dict[str, Any], config: Config) -> dict[str, A
         odd = ", ".join(
             f"{key} {old.get(key)} → {own.get(key)}" for key in {**old, **own} if old.get(key) != own.get(key)
         )
-        raise SystemExit(f"{file} is of a run with another configuration ({odd}): remove it, or leave --resume out")
+        raise SystemExit(f"{file} comes from another configuration ({odd}): remove it, or run without --resume")
     return state
 
 
 def one(name: str, method: str, of: Problem, config: Config, progress: tqdm) -> dict[str, Any]:
-    """The finished run of a row: from its file, gone on with from there, or from the start."""
+    """The finished run of a row: read from its file, continued from there, or run from the start."""
     seeds = [config.seed + 1 + i for i in range(config.seeds)]
     budget, own = BUDGETS[name] * config.evaluations, identity(name, method, of, config)
     file = None if config.checkpoints is None else config.checkpoints / f"{name}-{method.replace(' ', '_')}.pt"
@@ -159,9 +159,9 @@ def methods_of(name: str, of: Problem, config: Config) -> list[str]:
 
 
 def compare(config: Config) -> dict[str, Any]:
-    """Every row of every problem."""
+    """Run every row of every problem."""
     if config.resume and config.checkpoints is None:
-        raise SystemExit("--resume goes on from a folder: name it by --checkpoints")
+        raise SystemExit("--resume needs the folder of the saved runs: --checkpoints FOLDER")
     results = {}
     for name in config.problems:
         of = problem(name, config.data, config.fast)
@@ -181,7 +181,7 @@ def compare(config: Config) -> dict[str, Any]:
 
 # %%
 def band(values: list[float], worst: float) -> dict[str, float | None]:
-    """The median of seeds and where 20 % and 80 % of them are; None where that is a diverged one."""
+    """The median and the 20 % and 80 % quantiles over seeds; None if the quantile is a diverged seed."""
     filled = sorted(worst if math.isnan(x) else x for x in values)
     last = len(filled) - 1
     places = {"low": [math.floor(0.2 * last)], "median": [last // 2, (last + 1) // 2], "high": [math.ceil(0.8 * last)]}
@@ -190,7 +190,7 @@ def band(values: list[float], worst: float) -> dict[str, float | None]:
 
 
 def summary(done: dict[str, Any], metrics: tuple[str, ...]) -> dict[str, Any]:
-    """The curve as bands, and the last point's values of all seeds."""
+    """The curve as bands, and the values of all seeds at its last point."""
     curve = done["curve"]
     found: dict[str, Any] = {"iterations": done["t"], "seconds": done["seconds"]}
     bands: dict[str, Any] = {key: [float(point[key]) for point in curve] for key in ("evaluations", "seconds")}
@@ -204,7 +204,7 @@ def summary(done: dict[str, Any], metrics: tuple[str, ...]) -> dict[str, Any]:
 
 
 def shown(metric: str, found: dict[str, Any], at: int = -1) -> str:
-    """The band of a point of the curve."""
+    """The band at a point of the curve, as text."""
     form = {"test error": "{:.2%}", "AUC": "{:.3f}"}.get(metric, "{:.1e}")
     median, low, high = (found["curve"][metric][key][at] for key in ("median", "low", "high"))
     cells = ["diverged" if x is None else form.format(x) for x in (median, low, high)]
@@ -225,40 +225,40 @@ def table(results: dict[str, Any], config: Config) -> str:
 
 
 def notes(results: dict[str, Any], config: Config) -> str:
-    """What the numbers are of."""
+    """The explanation of the table."""
     said = [
-        f"Medians of {config.seeds} seeds and, in brackets, where 20 % and 80 % of them are, after as many per-sample "
-        "evaluations for each seed (a gradient, a Hessian product and a cross product of one sample are one each):"
+        f"Medians and, in brackets, 20 % and 80 % quantiles over {config.seeds} seeds. Per-sample evaluations for each "
+        "seed (a gradient, a Hessian product and a cross product of one sample count as one each):"
     ]
     for name, each in results.items():
         n, m = each["sizes"]
-        said.append(f"{name}: {each['budget']:.3g}, on {each['data']}, {n:,} rows inside and {m:,} outside.")
+        said.append(f"{name}: {each['budget']:.3g}, on {each['data']}; g has {n:,} rows, f has {m:,}.")
     said.append(
-        "Steps are those that the suite has tuned; those with * are guesses. A seed that diverged counts as the worst. "
-        "AUC is of finding the wrong labels by small weights. CPU seconds leave measuring out; they are of all seeds "
-        f"side by side, but in the rows {BATCH} and JAX of one (medians)."
+        "The suite has tuned the steps; those with * are guesses. A diverged seed counts as the worst. AUC measures "
+        "how well small weights find the wrong labels. CPU seconds do not include measurements; they are totals over "
+        f"all seeds, which run at once, but in the rows {BATCH} and JAX those of one seed (medians)."
     )
     if "mnist" in results:
-        said.append("The row no weights ends after 8,000 steps, as many as SOBA's.")
+        said.append("The row no weights ends after 8,000 steps, as SOBA does.")
     for name, each in results.items():
         if BATCH in each["rows"]:
             found, metric = each["rows"][BATCH], each["metrics"][0]
             spent = found["curve"]["evaluations"]
             at = max(0, sum(each["budget"] >= x for x in spent) - 1)
             said.append(
-                f"{name}, {BATCH}: the row is of its end, after {spent[-1]:.2g} evaluations; after as many as the "
-                f"others it is at {shown(metric, found, at)}, in {found['curve']['seconds'][at]:.2g} CPU seconds. "
-                f"h* is {each['best']:.5f}{', where it ends from λ = −5' if name == 'ijcnn1' else ''}."
+                f"{name}, {BATCH}: the row shows its end, after {spent[-1]:.2g} evaluations; after as many as the "
+                f"others it has reached {shown(metric, found, at)}, in {found['curve']['seconds'][at]:.2g} CPU seconds."
+                f" h* is {each['best']:.5f}{', its end from the start λ = −5' if name == 'ijcnn1' else ''}."
             )
     if "ijcnn1" in results:
         why = suite.missing(config.suite)
-        said.append(why or "Rows with JAX are the suite's own solvers, in single precision, from the same starts.")
+        said.append(why or "Rows with JAX are the suite's own solvers in single precision, from the same start.")
     return "\n".join(said)
 
 
 # %%
 def draw(results: dict[str, Any]) -> Figure:
-    """For each problem its first metric against evaluations and against CPU seconds."""
+    """The first metric of each problem over evaluations and over CPU seconds."""
     figure = Figure((6, 7.6 * len(results)), layout="constrained")
     grid = figure.subplots(2 * len(results), 1, squeeze=False).reshape(-1, 2)
     for axes, (name, each) in zip(grid, results.items(), strict=True):

@@ -1,8 +1,8 @@
-"""The four problems of benchmark_bilevel, for several seeds side by side, and a sampler of blocks of rows.
+"""The four problems of benchmark_bilevel for several seeds at once, and a sampler of blocks of rows.
 
 params and hparams have a leading axis of seeds, rows are [seeds, rows of a block], and a loss is [seeds]. The gradient
-of the losses' sum over seeds is then that of each seed, so one tracker runs all seeds, each on its own trajectory,
-wherever an algorithm is linear in the gradients.
+of the sum of the losses then holds the gradient of each seed. So, if an algorithm is linear in the gradients, one
+tracker runs all seeds, each on its own trajectory.
 """
 
 import time
@@ -27,10 +27,10 @@ from examples.datasets import covtype, ijcnn1, mnist
 
 
 class Blocks:
-    """Numbers and columns of blocks of consecutive rows without end: each block once an epoch, in a new order.
+    """Endless iterator over blocks of consecutive rows of data: each block once per epoch, in a new order.
 
-    The order of the numbers is one for all seeds, but a number stands for another block with each: row s of `rows` has
-    the rows of seed s, block after block. The last block is filled up with rows of the one before it.
+    `rows` [seeds, rows] lists the rows of data block by block, in another order of blocks for each seed, so a number
+    that all seeds draw is another block for each. The last block may share rows with the one before it.
     """
 
     def __init__(self, count: int, size: int, seeds: list[int]):
@@ -47,7 +47,7 @@ class Blocks:
         return self
 
     def __next__(self) -> tuple[int, slice]:
-        """The number of a block, and its columns of `rows`."""
+        """The number of a block, and its columns in `rows`."""
         if self.position == len(self.order):
             self.order, self.position = torch.randperm(self.number, generator=self.draw).tolist(), 0
         number = self.order[self.position]
@@ -67,18 +67,18 @@ ALL = slice(None)
 
 
 def split(x: Any, y: Any, test: float, draw: Any, train: float | None = None) -> list[np.ndarray]:
-    """Features and labels of two parts: x, x of the second, y, y of the second."""
+    """Split into two parts: x of the first, x of the second, y of the first, y of the second."""
     parts = train_test_split(x, y, test_size=test, train_size=train, random_state=draw)
     return [np.asarray(part) for part in parts]
 
 
 class Problem(ABC):
-    """Inner and outer loss, where to begin, and what is measured.
+    """Inner and outer loss, the start, and measurements.
 
     Attributes:
         data: the name of the data.
         sizes: rows of the inner and of the outer loss.
-        metrics: what `measure` gives.
+        metrics: keys of the result of `measure`.
     """
 
     data: str
@@ -87,7 +87,7 @@ class Problem(ABC):
 
     @abstractmethod
     def start(self) -> tuple[Tensor, Tensor]:
-        """w and λ, without the axis of seeds: one start for all of them, as in the suite."""
+        """w and λ without the axis of seeds: all seeds have the same start, as in the suite."""
 
     @abstractmethod
     def inner_loss(self, w: Tensor, lam: Tensor, rows: Rows) -> Tensor: ...
@@ -96,16 +96,16 @@ class Problem(ABC):
     def outer_loss(self, w: Tensor, lam: Tensor, rows: Rows) -> Tensor: ...
 
     def arranged(self, inner: Tensor, outer: Tensor) -> "Problem | None":
-        """One whose rows lie as these [seeds, rows] say, so that a block is a slice; None where that is too large."""
+        """The problem with rows in these orders [seeds, rows], so that a block is a slice; None if it is too large."""
         return None
 
     @abstractmethod
     def measure(self, w: Tensor, lam: Tensor) -> dict[str, list[float]]:
-        """For each metric its value for each seed; NaN where a seed has diverged."""
+        """The values of each metric for all seeds; NaN for a diverged seed."""
 
 
 class Value(NamedTuple):
-    """h(λ) = f(w*(λ), λ), its gradient, w*, and per-sample evaluations that this took."""
+    """h(λ) = f(w*(λ), λ), its gradient, w*, and the per-sample evaluations that they cost."""
 
     h: float
     gradient: Tensor
@@ -114,7 +114,7 @@ class Value(NamedTuple):
 
 
 class ValueProblem(Problem):
-    """One whose inner problem is solved to rounding, so that h and ∇h are measured, and minimised in batch."""
+    """A problem whose inner problem is solved to rounding level, so that h and ∇h can be measured."""
 
     metrics = ("h − h*", "‖∇h‖²")
     bounds: tuple[float, float] | None = None
@@ -122,7 +122,7 @@ class ValueProblem(Problem):
 
     @abstractmethod
     def value(self, lam: Tensor, w: Tensor) -> Value:
-        """At λ of one seed, from this w on."""
+        """h and its gradient at the λ of one seed; the inner solver starts at w."""
 
     @abstractmethod
     def optimum(self) -> float:
@@ -143,9 +143,9 @@ class ValueProblem(Problem):
 
 
 class Simulated(ValueProblem):
-    """g and f are means of ½ (aᵢ·w + bᵢ·λ − cᵢ)²: random quadratics of rank one each.
+    """g and f are means of ½ (aᵢ·w + bᵢ·λ − cᵢ)², random quadratics of rank one.
 
-    The means of aaᵀ have eigenvalues in [.1, 1], so has bbᵀ of f; b of g is .1 as large.
+    The eigenvalues of E aaᵀ are in [.1, 1]; b is such a vector plus a linear map of a, times .1 in g.
     """
 
     def __init__(self, sizes: tuple[int, int] = (32768, 1024), dims: tuple[int, int] = (100, 10)):
@@ -190,7 +190,7 @@ class Simulated(ValueProblem):
         return self._loss(1, w, lam, rows)
 
     def value(self, lam: Tensor, w: Tensor) -> Value:
-        """In closed form: w*(λ) = H⁻¹(linear − cross λ)."""
+        """Closed form with w*(λ) = H⁻¹(linear − cross λ)."""
         x, c = self.parts[1]
         slope = -torch.linalg.solve(self.hessian, self.cross)
         w = torch.linalg.solve(self.hessian, self.linear) + slope @ lam
@@ -221,10 +221,10 @@ class Logistic(ValueProblem):
         else:
             x, y, xv, yv = ijcnn1(folder)
         self.data = "scikit-learn's breast_cancer" if folder is None else "ijcnn1"
-        # ℓ(x·w, y) = log(1 + exp(−y x·w)): the label goes into x.
+        # ℓ(x·w, y) = log(1 + exp(−y x·w)), so x is multiplied by the label.
         self.x, self.xv = (torch.tensor(part * labels[:, None]) for part, labels in ((x, y), (xv, yv)))
         self.sizes = len(self.x), len(self.xv)
-        self.factor: Tensor | None = None  # of a Hessian at a point nearby
+        self.factor: Tensor | None = None  # Cholesky factor of a Hessian at a previous point
 
     def arranged(self, inner: Tensor, outer: Tensor) -> Problem:
         made = copy(self)
@@ -232,7 +232,7 @@ class Logistic(ValueProblem):
         return made
 
     def start(self) -> tuple[Tensor, Tensor]:
-        """w of a normal distribution; exp(λ) of a uniform one in (0, 1)."""
+        """w is normally distributed, exp(λ) uniformly in (0, 1)."""
         draw, width = np.random.default_rng(1), self.x.shape[1]
         w = torch.from_numpy(draw.standard_normal(width))
         return w, torch.from_numpy(draw.random(width)).log()
@@ -247,9 +247,9 @@ class Logistic(ValueProblem):
         return self._loss(self.xv, w, rows)
 
     def solve(self, w: Tensor, lam: Tensor, tolerance: float = 1e-11) -> tuple[Tensor, int]:
-        """w*(λ) by Newton's method, and the evaluations of its samples; a Hessian counts as d products.
+        """w*(λ) by Newton's method, and its per-sample evaluations; a Hessian counts as d products.
 
-        A Hessian is kept, here and from one λ to the next, as long as the gradient falls fast with it.
+        The Hessian is kept, for further steps and other λ, until the gradient decreases by less than 70 % in a step.
         """
         x, penalty, count, last = self.x, lam.exp(), len(self.x), torch.inf
 
@@ -283,7 +283,7 @@ class Logistic(ValueProblem):
         return w, evaluations
 
     def value(self, lam: Tensor, w: Tensor) -> Value:
-        """By implicit.grad; the kept Hessian is CG's preconditioner."""
+        """By implicit.grad, with the kept Hessian as the preconditioner of CG."""
         w, evaluations = self.solve(w, lam)
         n, m = self.sizes
 
@@ -301,15 +301,15 @@ class Logistic(ValueProblem):
         return Value(result.outer_value.item(), result.grads, w, evaluations)
 
     def optimum(self) -> float:
-        """The lowest h within the bounds that L-BFGS-B finds from λ = −5."""
+        """The lowest h that L-BFGS-B finds within the bounds from λ = −5."""
         width = self.x.shape[1]
         return min(h for _, _, h, _ in descend(self, torch.zeros(width).double(), torch.full((width,), -5.0).double()))
 
 
 def descend(problem: ValueProblem, w: Tensor, lam: Tensor, most: int = 600) -> list[tuple[int, float, float, float]]:
-    """L-BFGS-B on h from λ, each inner problem solved from the last w.
+    """Minimise h by L-BFGS-B from λ; each inner solver starts at the last w.
 
-    Gives evaluations and CPU seconds so far, h and ‖∇h‖² of every hypergradient.
+    Returns a tuple for each hypergradient: evaluations and CPU seconds so far, h, and ‖∇h‖².
     """
     seen: list[tuple[int, float, float, float]] = []
     start, spent = time.process_time(), 0
@@ -328,12 +328,12 @@ def descend(problem: ValueProblem, w: Tensor, lam: Tensor, most: int = 600) -> l
 
 
 class Softmax(Problem):
-    """Softmax regression without a bias on standardised features; the error on test data is measured."""
+    """Softmax regression without bias on standardised features; its metric is the error on test data."""
 
     metrics = ("test error",)
 
     def __init__(self, data: str, parts: list[tuple[np.ndarray, np.ndarray]]):
-        """parts: features and labels for training, validation and the test."""
+        """parts: features and labels for training, validation and test."""
         scaler = StandardScaler().fit(parts[0][0])
         x, xv, xt = (torch.tensor(scaler.transform(each), dtype=torch.float32) for each, _ in parts)
         self.y, self.yv, self.yt = (torch.tensor(labels, dtype=torch.long) for _, labels in parts)
@@ -346,10 +346,10 @@ class Softmax(Problem):
     @property
     @abstractmethod
     def tuned(self) -> int:
-        """How many hyperparameters there are."""
+        """The number of hyperparameters."""
 
     def losses(self, x: Tensor, y: Tensor, w: Tensor, rows: Rows) -> Tensor:
-        """[seeds, rows]"""
+        """The loss of each row: [seeds, rows]."""
         scores = x[rows] @ w
         labels = y[rows].expand(scores.shape[:2])
         return cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
@@ -383,7 +383,7 @@ class Covtype(Softmax):
 
 
 class Cleaning(Softmax):
-    """MNIST: half of the training labels are drawn anew; a weight σ(λᵢ) for each training image, and .2 ‖w‖²."""
+    """MNIST: half of the training labels are drawn at random; a weight σ(λᵢ) for each training image, and .2 ‖w‖²."""
 
     metrics = ("test error", "AUC")
 
@@ -410,7 +410,7 @@ class Cleaning(Softmax):
         return (weights.sigmoid() * self.losses(self.x, self.y, w, rows)).mean(1) + 0.2 * w.square().sum((1, 2))
 
     def measure(self, w: Tensor, lam: Tensor) -> dict[str, list[float]]:
-        """And the area under the ROC curve of finding the wrong labels by small weights."""
+        """The test error, and the area under the ROC curve of −λ as a detector of wrong labels."""
         found = super().measure(w, lam)
         finite = lam.isfinite().all(1).tolist()
         areas = [

@@ -1,4 +1,4 @@
-"""Rows of the table of benchmark_bilevel.py: algorithms with the suite's steps; and a run of one, for all seeds."""
+"""Rows of the table of benchmark_bilevel.py (algorithms with the suite's steps), and a run of one for all seeds."""
 
 import os
 import time
@@ -15,23 +15,24 @@ from tqdm import tqdm
 import hypergrad as hg
 from examples.bilevel_problems import Blocks, Problem
 
-BUDGETS = {"simulated": 1e7, "ijcnn1": 5e7, "covtype": 1e7, "mnist": 2_048_000}  # evaluations of samples a seed
-ADJOINT_STEPS = 10  # of AmIGO and stocBiO
-PENALTY = 10.0  # of F2SA
+BUDGETS = {"simulated": 1e7, "ijcnn1": 5e7, "covtype": 1e7, "mnist": 2_048_000}  # per-sample evaluations of a seed
+ADJOINT_STEPS = 10  # in AmIGO and stocBiO
+PENALTY = 10.0  # in F2SA
 
 
 @dataclass(frozen=True)
 class Row:
-    """An algorithm with its steps, c / (t + 1)^a at the outer iteration t; the outer c is divided by the ratio.
+    """An algorithm with its step sizes at the outer iteration t, step / (t + 1)^decay and, outside, over the ratio.
 
     Attributes:
-        kind: which tracker.
-        step, ratio, decay, outer_decay: c, the ratio, and a of the inner (and the adjoint) and of the outer step.
+        kind: the algorithm.
+        step, decay: of the inner steps, and of those of the adjoint.
+        ratio, outer_decay: outer steps are step / ratio / (t + 1)^outer_decay.
         inner_steps: inner steps for each outer step.
-        rate, rate_decay: of an average or of recursive momentum, which decays likewise.
+        rate, rate_decay: rate / (t + 1)^rate_decay, at most 1, is that of an average or of recursive momentum.
         period: of SRBA, in epochs of both levels.
-        tuned: whether the suite has tuned these steps; else they are guesses.
-        most: iterations at most.
+        tuned: the suite has tuned these steps; otherwise they are guesses.
+        most: largest number of iterations.
     """
 
     kind: str
@@ -48,10 +49,10 @@ class Row:
 
     @property
     def blocks(self) -> int:
-        """How many blocks' evaluations an iteration takes, SRBA's where it begins anew apart."""
+        """The cost of an iteration in evaluations of blocks, except for SRBA's iterations on all rows."""
         steps = self.inner_steps
         many = {"SABA": 4, "SOBA": 4, "MA-SOBA": 4, "STORM": 8, "SRBA": 8, "F2SA-2": 5 * steps, "no weights": 1}
-        # Inner gradients; a gradient and a product for each adjoint step; a cross product; an outer gradient.
+        # AmIGO: inner gradients; a gradient and a product per adjoint step; a cross product; an outer gradient.
         return many.get(self.kind, steps + 2 * ADJOINT_STEPS + 2)
 
     def restarts(self, sizes: tuple[int, int], batch: int) -> int:
@@ -64,7 +65,7 @@ def soba(step: float, ratio: float, **more: Any) -> Row:
 
 
 def storm(step: float, ratio: float, **more: Any) -> Row:
-    """With the exponents and η of SUSTAIN."""
+    """Recursive momentum with the exponents and η of SUSTAIN."""
     third = {"decay": 1 / 3, "outer_decay": 1 / 3, "rate": 0.5, "rate_decay": 2 / 3, "tuned": False}
     return Row("STORM", step, ratio, **(third | more))
 
@@ -117,7 +118,7 @@ ROWS: dict[str, dict[str, Row]] = {
 
 @dataclass
 class Run:
-    """One algorithm on one problem, for all seeds: tensors, tracker, optimizers, samplers, and the curve so far."""
+    """A run of one algorithm on one problem for all seeds, which can be saved and continued."""
 
     problem: Problem
     row: Row
@@ -156,7 +157,7 @@ class Run:
         return kinds[row.kind]()
 
     def losses(self, inner: bool) -> Callable[[slice], Callable[[], Tensor]]:
-        """From a block to the closure that evaluates a loss on it, summed over seeds."""
+        """A function from a block to a closure, which evaluates the loss on the block, summed over seeds."""
         problem, w, lam = self.blocks or self.problem, self.w, self.lam
         loss, sampler = (problem.inner_loss, self.inner) if inner else (problem.outer_loss, self.outer)
 
@@ -167,7 +168,7 @@ class Run:
         return of
 
     def full(self) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
-        """Both losses of all rows, in parts that sum to them."""
+        """Both losses on all rows, as terms whose sums they are (outer loss first)."""
 
         def parts(loss: Callable[..., Tensor], size: int, most: int = 65536) -> Iterator[Tensor]:
             for start in range(0, size, most):
@@ -179,16 +180,15 @@ class Run:
 
     @property
     def anew(self) -> bool:
-        """Whether the next iteration takes all rows."""
+        """Whether the next iteration is one of SRBA's on all rows."""
         return isinstance(self.tracker, hg.bilevel.SRBA) and self.tracker.recursive.anew
 
     def cost(self) -> int:
-        """Evaluations of samples, for each seed, of the next iteration."""
+        """Per-sample evaluations of the next iteration for each seed."""
         n, m = self.problem.sizes
         return 3 * n + m if self.anew else self.batch * self.row.blocks
 
     def iterate(self) -> None:
-        """One outer step, with the inner steps before it."""
         row, tracker, t = self.row, self.tracker, self.state["t"] + 1
         inner, outer = self.optimizers
         inner.param_groups[0]["lr"] = row.step / t**row.decay
@@ -202,7 +202,7 @@ class Run:
         self.state["t"] = t
         for step in range(row.inner_steps):
             last = step == row.inner_steps - 1
-            self.lam.grad = None  # F2SA takes a direction at each inner step, and the last one counts
+            self.lam.grad = None  # F2SA computes a direction in each inner step; only the last one is used
             self.backward(last)
             inner.step()
             self.w.grad = None
@@ -254,7 +254,7 @@ class Run:
 def finish(
     run: Run, budget: float, points: int, progress: tqdm, save: Callable[[], None] | None = None, every: float = 0.0
 ) -> dict[str, Any]:
-    """Run to the budget, measured at points that are evenly spaced in log evaluations, and saved every so often."""
+    """Run to the budget. Measure at points with equal ratios of evaluations, and call `save` every `every` seconds."""
     state, saved = run.state, time.monotonic()
     grid = np.geomspace(budget / 1000, budget, points)
     while True:
@@ -275,7 +275,7 @@ def finish(
 
 
 def keep(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole: a kill leaves the old one or the new one."""
+    """Replace a file at once, so that an interrupted write leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)

@@ -1,4 +1,4 @@
-"""The JAX solvers of benchopt/benchmark_bilevel on the ijcnn1 problem, where its clone, benchopt and jax are there."""
+"""The JAX solvers of benchopt/benchmark_bilevel on the ijcnn1 problem; they need its clone, benchopt and jax."""
 
 import importlib
 import sys
@@ -17,7 +17,7 @@ MODULES = {"SABA": "saba", "SRBA": "srba", "AmIGO": "amigo", "stocBiO": "stocbio
 
 
 def missing(folder: Path | None) -> str | None:
-    """Why the suite's solvers are left out; None if they are there."""
+    """The reason why the suite's solvers cannot run; None if they can."""
     if folder is None:
         return "The suite's own solvers are left out: --suite names no clone of github.com/benchopt/benchmark_bilevel."
     absent = [name for name in ("jax", "benchopt") if find_spec(name) is None]
@@ -27,7 +27,7 @@ def missing(folder: Path | None) -> str | None:
 
 
 def solver_of(folder: Path, name: str, options: dict[str, Any]) -> Any:
-    """The suite's solver of this name with these parameters."""
+    """The suite's solver with this name and these parameters."""
     sys.path.insert(0, str(folder))
     try:
         kind = importlib.import_module(f"solvers.{MODULES[name]}").Solver
@@ -37,7 +37,7 @@ def solver_of(folder: Path, name: str, options: dict[str, Any]) -> Any:
 
 
 def losses(problem: Logistic) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """g and f of a block of consecutive rows, as the suite's solvers take them."""
+    """g and f on a block of consecutive rows, in the form that the suite's solvers take."""
     jax = importlib.import_module("jax")
     x, xv = (jax.numpy.asarray(part.numpy(), "float32") for part in (problem.x, problem.xv))
 
@@ -57,7 +57,7 @@ def losses(problem: Logistic) -> tuple[Callable[..., Any], Callable[..., Any]]:
 def run(
     problem: Logistic, folder: Path, name: str, options: dict[str, Any], seeds: list[int], iterations: int, points: int
 ) -> dict[str, Any]:
-    """Each seed for itself, measured at evenly spaced iterations; seconds without compilation and measuring."""
+    """Run one seed after the other, measured at equal distances; seconds exclude compilation and measurements."""
     every, curves = max(1, iterations // points), []
     for seed in seeds:
         solver = solver_of(folder, name, options | {"eval_freq": every, "random_state": seed})

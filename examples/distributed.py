@@ -1,15 +1,15 @@
 # %% [markdown]
 # # The same hypergradient on one rank and on many
 #
-# Two problems, each on 1, 2 and 4 ranks, with the rows of every batch shared out among them:
+# Two problems run on 1, 2 and 4 ranks, which share the rows of every batch:
 #
-# - the demo's softmax regression on digits, a strength for each pixel and class; CG, data-parallel
+# - the demo's softmax regression on digits, with a strength for each pixel and class: data-parallel CG
 #   (`hg.distributed.call` and `replicated`);
-# - a small GPT sharded by FSDP2, that learns the weights of two sources of text, one of them noise; F2SA, on the module
-#   as it is.
+# - a small GPT sharded by FSDP2, for which the weights of two sources of text, one of them noise, are learned: F2SA on
+#   the unchanged module.
 #
-# The ranks are processes of this machine (gloo). Under torchrun, on one host or several, those that it starts are
-# taken: `torchrun --nproc-per-node 4 -m examples.distributed`.
+# The ranks are processes on this machine (gloo). With torchrun, on one host or several, they are the processes that it
+# starts: `torchrun --nproc-per-node 4 -m examples.distributed`.
 
 # %%
 import os
@@ -39,19 +39,19 @@ from examples.common import Base, parse, rounded, save
 @dataclass
 class Config(Base):
     ranks: tuple[int, ...] = (1, 2, 4)
-    """Numbers of processes to start, one after the other."""
+    """Numbers of ranks, of which one after the other is run."""
     rows: int = 1200
     """Training images; half as many are for validation."""
     layers: int = 2
-    """Of the GPT."""
+    """Layers of the GPT."""
     width: int = 64
-    """Of the GPT."""
+    """Width of the GPT."""
     length: int = 32
     """Tokens of a sequence."""
     batch: int = 16
-    """Sequences of a batch, of all ranks together."""
+    """Sequences of a batch over all ranks."""
     steps: int = 30
-    """Of F2SA."""
+    """Steps of F2SA."""
 
 
 FAST = {"ranks": (1, 2), "rows": 200, "layers": 1, "width": 16, "length": 8, "batch": 8, "steps": 5}
@@ -64,7 +64,7 @@ TOKENS = 16
 
 # %%
 def part(x: Tensor) -> Tensor:
-    """This rank's rows."""
+    """The rows of this rank."""
     return x.chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -93,7 +93,7 @@ def digits(config: Config) -> dict[str, Any]:
         optimizer.zero_grad()
         value = inner_loss(lam.detach())
         value.backward()
-        mean = value.detach().clone()  # the line search must decide the same on every rank
+        mean = value.detach().clone()  # the line search has to decide the same on every rank
         dist.all_reduce(mean)
         return mean / dist.get_world_size()
 
@@ -141,11 +141,11 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.blocks(self.token(tokens) + self.place.weight[: tokens.shape[1]])
-        return self.head(hidden).clone()  # FSDP2 warns of a view
+        return self.head(hidden).clone()  # FSDP2 warns if the output is a view
 
 
 def text(config: Config, count: int, noise: Tensor, random: torch.Generator) -> Tensor:
-    """Sequences [count, length + 1] that count up by a step of their own, or are drawn at random where noise is 1."""
+    """Sequences [count, length + 1] that count up by a random step, or, where noise is 1, of random tokens."""
     start, step = (torch.randint(high, (count, 1), generator=random) for high in (TOKENS, 4))
     clean = (start + (step + 1) * torch.arange(config.length + 1)) % TOKENS
     drawn = torch.randint(TOKENS, clean.shape, generator=random)
@@ -202,7 +202,7 @@ def gpt(config: Config) -> dict[str, Any]:
 
 # %%
 class Communication(TorchDispatchMode):
-    """Bytes that this rank hands to collectives within, as .bytes."""
+    """Counts the bytes (`bytes`) that this rank passes to collectives in the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,13 +211,13 @@ class Communication(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-            # Of a gather the part that is given, of a scatter the part that is got.
+            # The smaller tensor: the input of a gather, the output of a scatter.
             self.bytes += min((x.nbytes for x in tensors), default=0)
         return func(*args, **(kwargs or {}))
 
 
 def work(rank: int, ranks: int, config: Config, folder: str) -> None:
-    """What each rank does; the first one keeps the results."""
+    """Run both problems on a rank; the first rank saves the results."""
     torch.set_num_threads(config.threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks)
     results = both(config)
@@ -225,7 +225,7 @@ def work(rank: int, ranks: int, config: Config, folder: str) -> None:
         torch.save(results, f"{folder}/{ranks}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may outlive the group, and Python's end would then abort
+    os._exit(0)  # gloo's threads may outlive the group and abort a normal exit
 
 
 def both(config: Config) -> dict[str, dict[str, Any]]:
@@ -259,7 +259,7 @@ def main(config: Config) -> None:
             apart = float((row.pop("answer") - truth).norm() / truth.norm())
             results.setdefault(name, {})[ranks] = row | {"difference": apart}
             lines.append(f"| {name} | {ranks} | {apart:.1e} | {row['bytes']:,.0f} | {row['seconds']:.2g} |")
-    unit = "Bytes and seconds are of one Hessian product of CG, and of one step of F2SA."
+    unit = "Bytes and seconds are those of one Hessian product of CG, and of one step of F2SA."
     weights = list(first["GPT, F2SA on FSDP2"]["weights"])
     unit += f" The learned weights of the clean source and of the noise are {weights[0]:.2f} and {weights[1]:.2f}."
     save(config, "Hypergradients on many ranks", "\n".join(lines) + f"\n\n{unit}", picture(results), rounded(results))

@@ -1,13 +1,13 @@
 # %% [markdown]
-# # An equilibrium graph network beside a graph convolutional network
+# # An equilibrium graph network compared with a graph convolutional network
 #
 # The features of all nodes of a graph, Z [nodes, states], are the fixed point of one layer of message passing:
 #
 #     Z = relu(Â Z W + b(X)),    ‖W‖₂ ≤ 0.9,    logits = Z C + d
 #
-# with Â = D^(−1/2) (adjacency + I) D^(−1/2), so that ‖Â‖₂ ≤ 1 and the map contracts. A node hears from all that it is
-# connected to, in the memory of one layer (Gu, Chang, Zhu, Sojoudi and El Ghaoui 2020, "Implicit graph neural
-# networks"). Beside it: a graph convolutional network of two layers (Kipf and Welling 2017), which hears two steps far.
+# with Â = D^(−1/2) (adjacency + I) D^(−1/2), so that ‖Â‖₂ ≤ 1 and the map contracts. The state of a node depends on all
+# nodes that it is connected to, with the memory of one layer (Gu, Chang, Zhu, Sojoudi and El Ghaoui 2020, "Implicit
+# graph neural networks"); in a convolutional network of two layers (Kipf and Welling 2017), on those two edges away.
 
 # %%
 import copy
@@ -31,23 +31,23 @@ from .datasets import Graph, graph
 @dataclass
 class Config(Common):
     seeds: int = 5
-    """How many, from --seed on."""
+    """Number of seeds, from --seed on."""
     epochs: int = 200
     """Steps of Adam, each on the whole graph."""
     lr: float = 0.01
-    """Of Adam."""
+    """Learning rate of Adam."""
     weight_decay: float = 5e-4
-    """Of Adam."""
+    """Weight decay of Adam."""
     dropout: float = 0.5
-    """Probability, of features and of states."""
+    """Dropout probability of features and of states."""
     gcn_hidden: int = 16
-    """Features in the middle of the two-layer network."""
+    """Hidden features of the two-layer network."""
     states: int = 32
     """Features of a node at the equilibrium."""
     radius: float = 0.9
-    """Of the ball that W is projected on, ‖W‖₂."""
+    """Bound on ‖W‖₂, onto which W is projected."""
     rtol: float = 1e-4
-    """Of the equilibrium and of the adjoint system."""
+    """Relative tolerance of the equilibrium and of the adjoint system."""
 
 
 FAST = {"seeds": 2, "epochs": 10}
@@ -99,7 +99,7 @@ def equilibrium(data: Graph, adjacency: Tensor, config: Config) -> nn.Module:
         inject=nn.Linear(features, config.states),
         forward=hg.fixed_points.Anderson(rtol=config.rtol),
         backward=hg.solvers.GMRES(rtol=config.rtol),
-        batch_dims=0,  # the nodes are coupled: one system, not one for each row of Z
+        batch_dims=0,  # the nodes are coupled, so all rows of Z are one system
     )
     classifier = nn.Linear(config.states, classes)
     return nn.Sequential(nn.Dropout(config.dropout), layer, nn.Dropout(config.dropout), classifier)
@@ -112,12 +112,12 @@ NETWORKS: dict[str, Callable[[Graph, Tensor, Config], nn.Module]] = {
 
 # %% [markdown]
 # ## Training
-# The weights of the epoch with the best validation accuracy (among equals, the least validation loss) are tested.
+# The test uses the weights of the epoch with the best validation accuracy (among equals, the lowest validation loss).
 
 
 # %%
 def train(model: nn.Module, data: Graph, config: Config, progress: tqdm) -> tuple[list[float], float, float]:
-    """Validation accuracy after each epoch, test accuracy, CPU seconds an epoch."""
+    """Validation accuracy after each epoch, test accuracy, CPU seconds per epoch."""
     optimizer = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
     best, chosen, curve, seconds = (-1.0, 0.0), model, [], 0.0
     for _ in range(config.epochs):
@@ -146,7 +146,7 @@ def evaluate(model: nn.Module, data: Graph, nodes: Tensor) -> tuple[float, float
 
 
 def compare(data: Graph, config: Config) -> dict[str, dict[str, list]]:
-    """Both networks from each seed."""
+    """Train both networks with each seed."""
     adjacency = normalised_adjacency(data.edges, len(data.y))
     history = {name: {"curve": [], "test": [], "seconds": []} for name in NETWORKS}
     with tqdm(total=len(NETWORKS) * config.seeds * config.epochs, desc="epochs") as progress:

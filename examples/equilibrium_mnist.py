@@ -5,8 +5,8 @@
 #
 #     z = tanh(zA + xB + c),    ‖A‖₂ ≤ 0.99,    logits = z*C + d,    min over A, B, c, C, d of the cross-entropy
 #
-# This is the third experiment of Grazzi, Franceschi, Pontil and Salzo (ICML 2020), with their sizes: 5,000 images to
-# train on, 5,000 to validate, the whole training set in each of the steps of SGD (learning rate 0.5, momentum 0.9).
+# This is the third experiment of Grazzi, Franceschi, Pontil and Salzo (ICML 2020). With --images 5000 it has their
+# sizes: 5,000 images for training, 5,000 for validation, full-batch steps of SGD (learning rate 0.5, momentum 0.9).
 
 # %%
 import time
@@ -29,31 +29,31 @@ from .datasets import images
 @dataclass
 class Config(Common):
     images: int = 800
-    """To train on, and as many to validate; the full run has HyperTorch's 5,000."""
+    """Training images, and as many validation images; HyperTorch has 5,000."""
     states: int = 200
-    """Numbers in the hidden state of an image."""
+    """Entries of the hidden state of an image."""
     iterations: int = 20
-    """T of the state and K of the adjoint system, in HyperTorch's three methods."""
+    """T steps for the state and K for the adjoint system, in HyperTorch's three methods."""
     rtol: float = 1e-6
-    """Of the state and of the adjoint system, in hg.nn.Equilibrium."""
+    """Relative tolerance of the state and of the adjoint system, in hg.nn.Equilibrium."""
     radius: float = 0.99
-    """Of the ball that A is projected on, ‖A‖₂."""
+    """Bound on ‖A‖₂, onto which A is projected."""
     lr: float = 0.5
-    """Of SGD."""
+    """Learning rate of SGD."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     steps: int = 60
     """Outer steps."""
     measurements: int = 5
-    """Of the error along the way."""
+    """Number of measurements during training, after the first."""
 
 
 FAST = {"images": 200, "states": 30, "steps": 6, "measurements": 2}
 
 # %% [markdown]
 # ## The model
-# As a module: the layer solves for z* and differentiates it implicitly; xB + c does not depend on z, so the layer
-# computes it once. The parameters are, in this order, A, B, c, C, d.
+# The layer solves for z* and differentiates it implicitly. xB + c does not depend on z, so the layer computes it once.
+# The parameters are, in this order, A, B, c, C, d.
 
 
 # %%
@@ -85,8 +85,8 @@ class Model(nn.Module):
 
 
 # %% [markdown]
-# ## The same as functions of (params, hparams), as HyperTorch's interface wants it
-# Each of the methods adds a hypergradient to the `.grad` of the model's parameters.
+# ## The same as functions of (params, hparams), for HyperTorch's interface
+# Each method adds a hypergradient to the `.grad` of the model's parameters.
 
 
 # %%
@@ -136,9 +136,9 @@ METHODS = {
 }
 
 # %% [markdown]
-# ## What is measured
-# The error of a hypergradient is its distance from one in float64, at a state and an adjoint solved to 1e-12. Memory is
-# what the tensors made on the way hold at most at one time.
+# ## Measurements
+# The error of a hypergradient is its distance from one in float64 with the state and the adjoint solved to 1e-12.
+# Memory is the peak size of the tensors that are made in the computation.
 
 
 # %%
@@ -155,7 +155,7 @@ def reference(model: Model, x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: Model, name: str, x: Tensor, y: Tensor, iterations: int) -> tuple[float, float]:
-    """Loss and accuracy at the state that the method itself uses."""
+    """Loss and accuracy at the state that the method uses."""
     hparams = list(model.parameters())
     logits = model(x) if METHODS[name] is equilibrium else model.classifier(iterate(x, hparams, iterations)[0])
     return cross_entropy(logits, y).item(), (logits.argmax(1) == y).double().mean().item()
@@ -163,7 +163,7 @@ def evaluate(model: Model, name: str, x: Tensor, y: Tensor, iterations: int) -> 
 
 # %% [markdown]
 # ## Training
-# The four models start alike and take their steps by turns, so that each meets the same load of the machine.
+# The four models have the same start and take their steps in turns, so that the machine's load is the same for all.
 
 
 # %%

@@ -1,4 +1,4 @@
-"""Few-shot classification tasks: readers of Omniglot and mini-ImageNet that you have on disk, and a stand-in."""
+"""Few-shot classification tasks: readers of Omniglot and mini-ImageNet on disk, and scikit-learn's digits."""
 
 import io
 import zipfile
@@ -33,7 +33,7 @@ class Classes(NamedTuple):
 
 
 class FewShot(NamedTuple):
-    """Classes to learn from, to be tested on, and perhaps to choose settings by: no class is in two of them."""
+    """Disjoint classes for training, for the test, and (or None) for choosing settings."""
 
     name: str
     train: Classes
@@ -42,14 +42,14 @@ class FewShot(NamedTuple):
 
 
 class Tasks(NamedTuple):
-    """Tasks side by side: images [tasks, images, channels, height, width] and labels [tasks, images]."""
+    """Stacked tasks: images [tasks, images, channels, height, width] and labels [tasks, images]."""
 
     support: tuple[Tensor, Tensor]
     query: tuple[Tensor, Tensor]
 
 
 def sample(classes: Classes, count: int, ways: int, shots: int, queries: int, seed: int) -> Tasks:
-    """Random tasks: `ways` classes each, of every class `shots` images to learn from and `queries` others."""
+    """Random tasks of `ways` classes, with `shots` images of each class in the support set and `queries` others."""
     random = torch.Generator().manual_seed(seed)
     total, images = classes.x.shape[:2]
     if ways > total or shots + queries > images:
@@ -68,13 +68,13 @@ def sample(classes: Classes, count: int, ways: int, shots: int, queries: int, se
 
 
 def with_rotations(classes: Classes) -> Classes:
-    """Each class four times, as it is and turned by 90, 180 and 270 degrees: a turned character is another one."""
+    """Each class four times, rotated by 0, 90, 180 and 270 degrees: a rotated character is another class."""
     names = [name + turn for turn in ("", " 90°", " 180°", " 270°") for name in classes.names]
     return Classes(names, torch.cat([classes.x.rot90(turns, (-2, -1)) for turns in range(4)]))
 
 
 def digits() -> FewShot:
-    """scikit-learn's digits, 8×8, in four rotations: those of 0 to 5 to learn from, of 6 to 9 for the test."""
+    """scikit-learn's digits, 8×8, in four rotations: 0 to 5 for training, 6 to 9 for the test."""
     x, y = load_digits(return_X_y=True)
     images = [torch.tensor(x[y == digit][:170] / 16, dtype=torch.float32).reshape(170, 1, 8, 8) for digit in range(10)]
     all_ = Classes([str(digit) for digit in range(10)], torch.stack(images))
@@ -92,22 +92,22 @@ def omniglot(
     rotations: bool = True,
     seed: int = 0,
 ) -> FewShot:
-    """Omniglot from its own folders set/alphabet/character/*.png, or the zips of them.
+    """Omniglot from its folders set/alphabet/character/*.png, or from zip files of them.
 
     Args:
-        train, test: sets (images_background) or alphabets of them (Korean). An alphabet of the test is left out of
-            the training sets.
-        characters: instead, the split of Vinyals et al. 2016 and most papers: all characters of train and test
-            together, shuffled by seed, so many of them (1,200) to learn from and the others for the test.
-        validation: alphabets (or sets) to choose settings by, left out of the training sets.
-        size: height and width that images are reduced to.
-        rotations: turned characters as further classes to learn from.
+        train, test: names of sets (images_background) or of alphabets (Korean). An alphabet of the test is left out
+            of the training sets.
+        characters: if not 0, the split of Vinyals et al. 2016 and most papers: the characters of train and test
+            together, shuffled by `seed`; the first `characters` (1,200) are for training, the others for the test.
+        validation: alphabets (or sets) for choosing settings, left out of the training sets.
+        size: height and width to which images are reduced.
+        rotations: add rotated characters as further training classes.
     """
     if characters and validation:
         raise ValueError(f"characters = {characters} splits at random, and validation = {validation} names: give one")
     drawings: dict[str, list[Tensor]] = {}
     wanted = [[_omniglot_files(folder, name) for name in names] for names in (train, test, validation)]
-    # Sets may share alphabets, so a drawing is known by alphabet/character/file.
+    # Sets may share alphabets, so alphabet/character/file identifies a drawing.
     every = {path.split("/", 1)[1]: data for part in wanted for files in part for path, data in files}
     for path, data in every.items():
         ink = Image.open(io.BytesIO(data)).convert("L").resize((size, size), Image.Resampling.LANCZOS)
@@ -140,7 +140,7 @@ def _classes(drawings: dict[str, list[Tensor]], names: list[str]) -> Classes:
 
 
 def _omniglot_files(folder: Path, name: str) -> list[tuple[str, bytes]]:
-    """(set/alphabet/character/file, contents) of a set, or of an alphabet of any set, in order of their paths."""
+    """(set/alphabet/character/file, content) of a set, or of an alphabet in any set, sorted by paths."""
     found = [pair for source in _sources(folder) for pair in _pngs(source) if name in pair[0].split("/")[:2]]
     if not found:
         raise SystemExit(OMNIGLOT.format(folder=folder, name=name))
@@ -148,7 +148,7 @@ def _omniglot_files(folder: Path, name: str) -> list[tuple[str, bytes]]:
 
 
 def _sources(folder: Path) -> list[Path]:
-    """Unpacked sets, and the zips of those that are not."""
+    """The folders of sets, and the zip files of those without a folder."""
     folders = sorted(path for path in folder.glob("images_*") if path.is_dir())
     zips = sorted(path for path in folder.glob("*images_*.zip"))
     return [*folders, *(path for path in zips if not any(path.stem.endswith(each.name) for each in folders))]
@@ -166,7 +166,7 @@ def _pngs(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def mini_imagenet(folder: Path, size: int = 84) -> FewShot:
-    """mini-ImageNet from folders train/class/*.jpg, test/ and, where there is one, val/ (any format), in colour."""
+    """mini-ImageNet in colour from the folders train/class/*.jpg (or any format), test/, and val/ if there is one."""
     if not (folder / "train").is_dir() or not (folder / "test").is_dir():
         raise SystemExit(MINI_IMAGENET.format(folder=folder))
     parts = ["train", "test"] + ["val"] * (folder / "val").is_dir()
@@ -186,7 +186,7 @@ def _image_folder(folder: Path, size: int) -> Classes:
 
 
 def nearest_neighbour(tasks: Tasks) -> Tensor:
-    """Accuracy of each task, when a query has the label of the nearest support image, by its pixels."""
+    """Accuracy of each task if a query gets the label of the support image with the nearest pixels."""
     (x, y), (q, labels) = tasks
     nearest = torch.cdist(q.flatten(2), x.flatten(2)).argmin(-1)
     return (y.gather(1, nearest) == labels).float().mean(1)

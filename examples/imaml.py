@@ -1,26 +1,26 @@
 # %% [markdown]
-# # Few-shot classification: implicit MAML beside MAML, FOMAML, Reptile and fine-tuning
+# # Few-shot classification: implicit MAML compared with MAML, FOMAML, Reptile and fine-tuning
 #
-# A task is a few images of a few characters that were never seen. Its parameters w start from the meta-parameters λ and
-# stay near them while they fit the support set; λ is trained so that they then classify the query set well:
+# A task is a few images of a few characters that were not in the training data. Its parameters w start at the
+# meta-parameters λ and are fitted to the support set; λ is trained such that w classifies the query set well:
 #
 #     wᵢ(λ) = argmin_w  cross-entropy(w, supportᵢ) + ½ρ ‖w − λ‖²,      min_λ  Σᵢ cross-entropy(wᵢ(λ), queryᵢ)
 #
-# That is iMAML (Rajeswaran et al. 2019), and HyperTorch's experiment: 4 convolutions of 64 filters, ρ = 2, 16 steps of
-# 0.1, 5 steps of conjugate gradients, Adam outside. MAML differentiates the steps instead, FOMAML and Reptile neither.
-# `--data` names the folder of Omniglot or mini-ImageNet; without it the tasks are scikit-learn's digits.
+# That is iMAML (Rajeswaran et al. 2019), with the settings of HyperTorch's experiment: 4 convolutions of 64 filters,
+# ρ = 2, 16 steps of size 0.1, 5 steps of conjugate gradients, and Adam on λ. MAML differentiates through the steps
+# instead; FOMAML and Reptile need no second derivatives. `--data` is the folder of Omniglot or mini-ImageNet; without
+# it the tasks are made of scikit-learn's digits.
 #
-# Implicit gradients want an inner problem that is solved. Under BatchNorm on five images the curvature of its Hessian
-# reaches 100 at the start, in a narrow net: steps of 0.1 (stable up to a curvature of 20) jump about, the Hessian
-# there has negative eigenvalues, CG's answer is off by more than its right hand side, and iMAML learns far worse than
-# FOMAML. Smaller steps with momentum 0.9, and some damping of the adjoint systems, cure it; the table says how well
-# both problems were solved.
+# Implicit gradients need a solved inner problem. With BatchNorm on five images, the largest eigenvalue of its Hessian
+# reaches 100 at the start, in a narrow net. Steps of 0.1 (stable up to 20) then do not converge, the Hessian there has
+# negative eigenvalues, the residual of CG is larger than its right hand side, and iMAML learns far worse than FOMAML.
+# Smaller steps with momentum 0.9 and damped adjoint systems cure this; the page lists how far both were solved.
 #
-# The same curvature makes the derivative of many steps explode: through 16 steps of 0.01 with momentum, a task's
-# meta-gradient had a norm of 2 to 5 later on, but of up to 160,000 among MAML's first ten meta-steps. One such gradient
-# stays in Adam's second moments for a thousand meta-steps: 30 later, a meta-step moved λ by an eighth of what it does
-# where meta-gradients are clipped, and that seed learned nothing. So they are clipped, and MAML takes the inner loop of
-# its authors, one step of 0.4.
+# The same eigenvalues make the derivative of many steps explode. Through 16 steps of 0.01 with momentum, the norm of a
+# task's meta-gradient was 2 to 5 later in training, but up to 160,000 in MAML's first ten meta-steps. Such a gradient
+# stays in Adam's second moments for a thousand meta-steps: after 30 more, a meta-step was an eighth as long as with
+# clipped meta-gradients, and that seed learned nothing. So they are clipped, and MAML has its authors' inner loop, one
+# step of 0.4.
 
 # %%
 import csv
@@ -48,7 +48,7 @@ from examples.fewshot import Classes, FewShot, Tasks, nearest_neighbour, sample
 Name = Literal["iMAML", "MAML", "FOMAML", "Reptile", "fine-tuning"]
 Params = dict[str, Tensor]
 
-# Of iMAML; of MAML, Finn et al. 2017, appendix A.1.
+# Settings of iMAML from its paper, and of MAML from Finn et al. 2017, appendix A.1.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "omniglot": {"filters": 64, "regularisation": 2.0, "steps": 16, "maml_steps": 1, "maml_lr": 0.4},
     "omniglot, 20 ways": {"filters": 64, "regularisation": 2.0, "steps": 25, "maml_steps": 5, "maml_lr": 0.1},
@@ -59,67 +59,67 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 @dataclass
 class Config(Common):
     dataset: Literal["omniglot", "mini-imagenet"] = "omniglot"
-    """What --data holds."""
+    """The data set in --data."""
     train: tuple[str, ...] = ("images_background",)
-    """Omniglot's sets or alphabets to learn from."""
+    """Omniglot's sets or alphabets for training."""
     test: tuple[str, ...] = ("images_evaluation",)
     """Sets or alphabets for the test; an alphabet of these is left out of the training sets."""
     validation: tuple[str, ...] = ()
-    """Alphabets of Omniglot, left out likewise, for the curve: to choose settings by, and when the test is taken."""
+    """Alphabets of Omniglot for validation, left out of the training sets; the test is at the best validation point."""
     characters: int = 0
-    """Instead, the split of most papers: so many (1200) of all characters, at random, to learn from."""
+    """If not 0, the split of most papers: this number (1200) of all characters, drawn at random, is for training."""
     methods: tuple[Name, ...] = ("iMAML", "MAML", "FOMAML", "Reptile", "fine-tuning")
-    """In the order of the table."""
+    """Methods, in the order of the table."""
     seeds: int = 3
     """Runs of each method, from `seed` on."""
     ways: int = 5
     """Classes of a task."""
     shots: int = 1
-    """Images of each class to learn from."""
+    """Images of each class in the support set."""
     queries: int = 15
-    """Others of each class, to classify."""
+    """Images of each class in the query set."""
     filters: int | None = None
-    """Of each convolution; by default as published: 64, mini-ImageNet 32."""
+    """Filters of each convolution; by default as published: 64, mini-ImageNet 32."""
     regularisation: float | None = None
     """ρ of iMAML; by default as published: 2, mini-ImageNet 0.5."""
     steps: int | None = None
-    """T of the inner loop; by default as published: 16, 20 ways 25, mini-ImageNet 10. Not of MAML's."""
+    """T of the inner loop (but MAML's); by default as published: 16, 20 ways 25, mini-ImageNet 10."""
     lr: float = 0.1
-    """Of the inner loop. Not of MAML's."""
+    """Learning rate of the inner loop (but MAML's)."""
     momentum: float = 0.0
-    """Of the inner loop. MAML's has none."""
+    """Momentum of the inner loop; MAML's has none."""
     maml_steps: int | None = None
     """T of MAML's inner loop; by default as published: 1, 20 ways and mini-ImageNet 5."""
     maml_lr: float | None = None
-    """Of MAML's inner loop; by default as published: 0.4, 20 ways 0.1, mini-ImageNet 0.01."""
+    """Learning rate of MAML's inner loop; by default as published: 0.4, 20 ways 0.1, mini-ImageNet 0.01."""
     cg_steps: int = 5
-    """K of iMAML's adjoint systems."""
+    """K, the number of CG steps for iMAML's adjoint systems."""
     damping: float = 0.0
     """Added to the diagonal of iMAML's adjoint systems, whose Hessians need not be positive definite."""
     reptile_shots: int = 10
-    """Images of each class that Reptile, which uses no query set, trains on."""
+    """Training images of each class for Reptile, which has no query set."""
     reptile_batch: int = 10
-    """Of these images, drawn anew for each of its inner steps."""
+    """Number of these images that each of Reptile's inner steps draws."""
     meta_batch: int = 16
     """Tasks of a meta-step."""
     iterations: int = 2000
     """Meta-steps."""
     outer_lr: float = 1e-3
-    """Of Adam."""
+    """Learning rate of Adam on λ."""
     clip: float = 10.0
-    """Greatest norm of a meta-gradient: a longer one is shortened to it; `inf` leaves all as they are."""
+    """Largest norm of a meta-gradient, to which a longer one is scaled; `inf` for no clipping."""
     test_tasks: int = 600
-    """The same for all methods and seeds."""
+    """Test tasks, the same for all methods and seeds."""
     curve_tasks: int = 100
-    """Tasks of a point of the curve."""
+    """Tasks for a point of the curve."""
     curve_every: int = 100
-    """Meta-steps between two of them."""
+    """Meta-steps between two points of the curve."""
     save_every: int = 50
-    """Meta-steps between checkpoints; a run that was killed goes on from the last."""
+    """Meta-steps between checkpoints; an interrupted run continues from the last."""
     remark: str = ""
-    """What the page shall say beside: how the settings were chosen, for instance."""
+    """A paragraph to add to the page, for instance about the choice of settings."""
     device: str = "cpu"
-    """Of everything."""
+    """Device of the network and the tasks."""
 
 
 FAST = {
@@ -137,12 +137,12 @@ FAST = {
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with the published values where none was given; checked."""
+    """Check the configuration and replace options that are None by the published values."""
     if not config.clip > 0:
         raise SystemExit(f"--clip {config.clip}: the greatest norm of a meta-gradient must be > 0, or inf for none")
     if config.validation and (config.data is None or config.dataset != "omniglot"):
         raise SystemExit(
-            f"--validation {' '.join(config.validation)}: only of Omniglot, with --data, can alphabets be held out; "
+            f"--validation {' '.join(config.validation)} needs Omniglot in --data, whose alphabets can be held out; "
             f"mini-ImageNet has a folder val/"
         )
     if config.reptile_batch < 1:
@@ -158,8 +158,8 @@ def published(config: Config) -> dict[str, Any]:
 # %% [markdown]
 # ## The network and the data
 #
-# BatchNorm uses the statistics of the batch that it sees, also in the test (as in the papers: the "transductive"
-# setting). The head starts at zero.
+# BatchNorm uses the statistics of its batch, also in the test, as in the papers (the "transductive" setting). The head
+# starts at zero.
 
 
 # %%
@@ -194,13 +194,13 @@ def draw(classes: Classes, count: int, config: Config, seed: int, shots: int | N
 # %% [markdown]
 # ## The methods
 #
-# All solve the tasks of a meta-batch together, and differ in one argument. Fine-tuning learns features by classifying
-# all training classes, and adapts them, under a new head, to a task of the test.
+# All methods solve the tasks of a meta-batch at once and differ in one argument. Fine-tuning learns features by
+# classification of all training classes, and adapts them with a new head to the tasks of the test.
 
 
 # %%
 class Learner:
-    """λ, its optimiser, and how both make a meta-step: what a checkpoint holds."""
+    """λ, its optimiser, and the meta-step of one method."""
 
     def __init__(self, name: Name, data: FewShot, config: Config, seed: int):
         torch.manual_seed(seed)
@@ -215,7 +215,7 @@ class Learner:
         self.rule = hg.diff_optimizers.SGD(
             lr=(config.maml_lr or 0.0) if maml else config.lr, momentum=0.0 if maml else config.momentum
         )
-        # A few steps of CG, and of the inner loop, are what the papers take; how far they go is reported.
+        # The papers take a few steps of CG and of the inner loop; the page reports both residuals instead of warnings.
         solver = hg.solvers.CG(max_steps=config.cg_steps, damping=config.damping, on_failure="ignore")
         self.method = {
             "iMAML": hg.meta.Implicit(solver=solver),
@@ -231,7 +231,7 @@ class Learner:
         return cross_entropy(self.model(params, x), y)
 
     def fit_some(self, params: Params, hparams: Params, task: Tasks) -> Tensor:
-        """On images drawn anew: on the same ones, Reptile's steps would say nothing of how well they generalise."""
+        """The loss on newly drawn images. With the same images in every step, Reptile would not learn to generalise."""
         x, y = task.support
         some = torch.rand(len(y), device=y.device).argsort()[: self.config.reptile_batch]
         return cross_entropy(self.model(params, x[some]), y[some])
@@ -245,11 +245,11 @@ class Learner:
         return (self.model(params, x).argmax(-1) == y).float().mean()
 
     def step(self, iteration: int) -> dict[str, float]:
-        """One meta-step on tasks (or, for fine-tuning, images) that the seed and the iteration say."""
+        """One meta-step on tasks (for fine-tuning: images) that depend on the seed and the iteration alone."""
         seed = 1_000_003 * (self.seed + 1) + iteration
         self.optimizer.zero_grad()
         if self.method is None:
-            return self.step_of_classification(seed)
+            return self.classification_step(seed)
         config, reptile = self.config, self.name == "Reptile"
         shots, queries = (config.reptile_shots, 0) if reptile else (config.shots, config.queries)
         tasks = draw(self.data.train, config.meta_batch, config, seed, shots, queries)
@@ -272,7 +272,7 @@ class Learner:
             measured["inner distance"] = float(result.inner_distance.median())
         return measured
 
-    def step_of_classification(self, seed: int) -> dict[str, float]:
+    def classification_step(self, seed: int) -> dict[str, float]:
         x = self.data.train.x
         random = torch.Generator().manual_seed(seed)
         count = self.config.meta_batch * self.config.ways * (self.config.shots + self.config.queries)
@@ -282,13 +282,13 @@ class Learner:
         return self.descend() | {"loss": float(loss.detach())}
 
     def descend(self) -> dict[str, float]:
-        """Adam's step on the gradient as clipped; its norm before."""
+        """A step of Adam on the clipped gradient; returns the norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         self.optimizer.step()
         return {"gradient norm": float(norm)}
 
     def start(self) -> Params:
-        """λ for tasks of `ways` classes; for fine-tuning the features under a new head."""
+        """λ for tasks of `ways` classes; for fine-tuning, the features with a new head of zeros."""
         params = {name: p.detach() for name, p in self.net.named_parameters()}
         if self.name != "fine-tuning":
             return params
@@ -296,13 +296,13 @@ class Learner:
         return params | {name: torch.zeros_like(params[name][: self.config.ways]) for name in heads}
 
     def test(self, count: int, classes: Classes, seed: int) -> Tensor:
-        """Accuracy on the query set of each of so many tasks, after the inner loop on its support set."""
+        """Accuracy on the query set of each of `count` tasks, after the inner loop on its support set."""
         parts = []
         for begin in range(0, count, 100):
             tasks = draw(classes, min(100, count - begin), self.config, seed + begin)
             hparams = self.start()
             adapted = hg.meta.adapt(self.inner_loss, hparams, tasks, steps=self.steps, rule=self.rule)
-            chunk = 1 if self.config.device == "cpu" else None  # many images a task: see hg.meta.Plan
+            chunk = 1 if self.config.device == "cpu" else None  # a task has many images: see hg.meta.Plan
             correct = torch.func.vmap(self.correct, in_dims=(0, None, 0), chunk_size=chunk)
             with torch.no_grad():
                 parts.append(correct(adapted.params, hparams, tasks))
@@ -312,15 +312,15 @@ class Learner:
 # %% [markdown]
 # ## Training, with checkpoints
 #
-# Tasks are drawn by the number of the meta-step, so a run that was killed and goes on from its checkpoint gives the
-# numbers of one that was not.
+# The tasks depend on the number of the meta-step, so a run that continues from a checkpoint gives the same numbers as
+# one without interruption.
 
 # %%
 TEST_SEED = 10**9
 
 
-def seen(data: FewShot) -> Classes:
-    """The classes that the curve is of: those to choose settings by, where there are any."""
+def curve_classes(data: FewShot) -> Classes:
+    """The classes of the curve: those for validation, or else those of the test."""
     return data.test if data.validation is None else data.validation
 
 
@@ -329,9 +329,9 @@ def of_curve(data: FewShot) -> str:
 
 
 def train(learner: Learner, folder: Path, progress: tqdm) -> dict[str, Any]:
-    """Train to the end, from the checkpoint if there is one, and test: accuracies, curve and what was measured.
+    """Train to the end, from the checkpoint if there is one, and test. Returns accuracies, curve and measurements.
 
-    The test is of the last λ or, with classes to choose by, of the best point of the curve.
+    The test uses the last λ or, if there are validation classes, that of the best point of the curve.
     """
     config = learner.config
     path = folder / "checkpoints" / f"{learner.name}-{learner.seed}.pt"
@@ -350,7 +350,7 @@ def train(learner: Learner, folder: Path, progress: tqdm) -> dict[str, Any]:
             f"{learner.name} {learner.seed}" + "".join(f", {k} {v:.2g}" for k, v in measured.items())
         )
         if done % config.curve_every == 0 or done == config.iterations:
-            accuracy = float(learner.test(config.curve_tasks, seen(learner.data), TEST_SEED // 2).mean())
+            accuracy = float(learner.test(config.curve_tasks, curve_classes(learner.data), TEST_SEED // 2).mean())
             board.add_scalar(f"{of_curve(learner.data)} accuracy", accuracy, done)
             state["curve"].append({"step": done, "accuracy": accuracy, **measured})
             if learner.data.validation is not None and accuracy > (state["best"] or {"accuracy": 0})["accuracy"]:
@@ -369,7 +369,7 @@ def train(learner: Learner, folder: Path, progress: tqdm) -> dict[str, Any]:
 
 
 def identity(learner: Learner) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on from: the options that this method reads."""
+    """The options that this method reads, which have to be equal if a checkpoint is to be continued."""
     own = {
         "iMAML": ("regularisation", "cg_steps", "damping"),
         "MAML": ("maml_steps", "maml_lr"),
@@ -382,7 +382,7 @@ def identity(learner: Learner) -> dict[str, Any]:
 
 
 def keep(path: Path, learner: Learner, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole: a kill leaves the old one or the new one."""
+    """Replace a checkpoint at once, so that an interrupted write leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = state | {"params": learner.net.state_dict(), "optimizer": learner.optimizer.state_dict()}
     torch.save(whole | {"config": identity(learner)}, path.with_suffix(".new"))
@@ -398,7 +398,7 @@ def restored(path: Path, learner: Learner) -> dict[str, Any]:
         old, own = state["config"], identity(learner)
         odd = ", ".join(f"{key} {old.get(key)} → {own.get(key)}" for key in own if old.get(key) != own[key])
         raise SystemExit(
-            f"{path} is of a run with another configuration ({odd}): remove {path.parent}, or take another --output"
+            f"{path} comes from another configuration ({odd}): remove {path.parent}, or choose another --output"
         )
     learner.net.load_state_dict(state["params"])
     learner.optimizer.load_state_dict(state["optimizer"])
@@ -411,7 +411,7 @@ def restored(path: Path, learner: Learner) -> dict[str, Any]:
 
 # %%
 def interval(values: list[float]) -> float:
-    """Half the 95 % confidence interval of the mean of independent tasks."""
+    """Half the width of the 95 % confidence interval of a mean over independent tasks."""
     return 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
@@ -438,13 +438,13 @@ def table(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: Fe
 
 
 def remarks(runs: dict[str, list[dict[str, Any]]], data: FewShot, config: Config) -> list[str]:
-    """Paragraphs of what is to be known beside the table: the classes, the sizes, what was measured."""
+    """Paragraphs below the table: the classes, the sizes, and measurements."""
     classes = f"Learned from {kinds(data.train)}; tested on {kinds(data.test)}, {config.test_tasks} tasks"
     if data.validation:
-        classes += f"; validated on {kinds(data.validation)}, which were held out, and tested where that was best"
+        classes += f"; tested at the best point of the validation on {kinds(data.validation)}, which were held out"
     paper = published(config)
     sizes = (
-        f"{config.filters} filters, {config.meta_batch} tasks a meta-step, {config.iterations:,} meta-steps, "
+        f"{config.filters} filters, {config.meta_batch} tasks per meta-step, {config.iterations:,} meta-steps, "
         f"T = {config.steps}, ρ = {config.regularisation:g}; in the papers {paper['filters']} filters, tens of "
         f"thousands of meta-steps, T = {paper['steps']}, ρ = {paper['regularisation']:g}"
     )
@@ -452,7 +452,7 @@ def remarks(runs: dict[str, list[dict[str, Any]]], data: FewShot, config: Config
         sizes += f". MAML's inner loop: T = {config.maml_steps}, steps of {config.maml_lr:g} without momentum"
     shares = {name: mean(state["clipped"] / state["iteration"] for state in states) for name, states in runs.items()}
     clipped = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share) or "none"
-    measured = f"Meta-gradients longer than {config.clip:g}, and so clipped: {clipped}."
+    measured = f"Meta-gradients with a norm above {config.clip:g}, which were clipped: {clipped}."
     last = [state["curve"][-1] for state in runs.get("iMAML", [])]
     if last:
         residual, distance = (mean(point[key] for point in last) for key in ("adjoint residual", "inner distance"))
@@ -464,14 +464,14 @@ def remarks(runs: dict[str, list[dict[str, Any]]], data: FewShot, config: Config
 
 
 def kinds(classes: Classes) -> str:
-    """How many classes, and of which alphabets where these are named."""
+    """The number of classes, and their alphabets if these are known."""
     alphabets = sorted({name.split("/")[0] for name in classes.names if "/" in name})
     names = f" ({', '.join(alphabets)})" if 0 < len(alphabets) <= 10 else ""
     return f"{len(classes.names):,} classes{names}"
 
 
 def plot(runs: dict[str, list[dict[str, Any]]], baseline: list[float], data: FewShot, config: Config) -> Figure:
-    on_curve = nearest_neighbour(draw(seen(data), config.curve_tasks, config, TEST_SEED // 2)).tolist()
+    on_curve = nearest_neighbour(draw(curve_classes(data), config.curve_tasks, config, TEST_SEED // 2)).tolist()
     figure = Figure(figsize=(6, 12.5), layout="constrained")
     middle, right, left = figure.subplots(3, 1)
     tasks = draw(data.test, 1, config, TEST_SEED)

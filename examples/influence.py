@@ -3,11 +3,11 @@
 #
 #     s_qi = ∂ℓ_q(w(ω)) / ∂ωᵢ  at ω = 1
 #
-# A network learns digits, some of which have wrong labels, and some of which are copies of the test images that are
-# asked about. `influence.scores` (at the end of the training, by the Gauss–Newton matrix or the Hessian) and
-# `influence.unrolled` (through the training) score all training images for a few test images. Trainings without random
-# parts of the images tell which scores predict best. A linear classifier of texts, where the loss is convex, shows the
-# same with words.
+# A network learns digits. Some have wrong labels, and some are copies of the test images whose predictions are to be
+# explained (the queries). `influence.scores` (at the end of training, with the Gauss–Newton matrix or the Hessian) and
+# `influence.unrolled` (through training) give each training image a score for each query. Trainings without random
+# subsets of the images show which scores predict best. A linear classifier of texts, with a convex loss, does the same
+# with words.
 
 # %%
 import time
@@ -46,33 +46,33 @@ class Config(Common):
     train: int = 5000
     """Training images."""
     queries: int = 8
-    """Test images that are asked about."""
+    """Test images whose predictions are explained."""
     validation: int = 1000
-    """Further images, whose mean loss wrong labels are found by."""
+    """Other images, whose mean loss is used to find wrong labels."""
     wrong: float = 0.02
-    """Part of the training labels that is wrong."""
+    """Fraction of wrong training labels."""
     copies: int = 1
     """Copies of each query among the training images, with their right labels."""
     hidden: int = 128
     """Hidden units."""
     steps: tuple[int, ...] = (120, 800)
-    """Of the trainings, in batches one after the other."""
+    """Steps of the trainings that are compared."""
     batch: int = 250
     """Images of a batch."""
     lr: float = 0.3
-    """Of plain SGD."""
+    """Learning rate of SGD without momentum."""
     subsets: int = 50
-    """Trainings without a part of the images."""
+    """Number of trainings without some of the images."""
     drop: float = 0.05
-    """That part."""
+    """Fraction of images that these trainings leave out."""
     solver_steps: int = 40
-    """At most, of each linear system."""
+    """Largest number of solver steps for each linear system."""
     words: int = 500
-    """The most frequent words, of the texts."""
+    """Number of words, the most frequent ones, in the texts."""
     documents: int = 1000
     """Training texts."""
     seeds: int = 3
-    """Repetitions: other images, starts, orders and subsets."""
+    """Repetitions with other images, initial weights, orders and subsets."""
 
 
 FAST: dict[str, Any] = {"train": 200, "queries": 3, "validation": 50, "hidden": 8, "steps": (20,), "batch": 50}
@@ -86,7 +86,7 @@ Params = dict[str, Tensor]
 
 # %%
 class Digits(NamedTuple):
-    """Training images and labels, which labels are wrong, copies[q] of query q, queries, and further images."""
+    """Training images, labels, mask of wrong labels, rows copies[q] of the copies of query q, queries, other images."""
 
     name: str
     x: Tensor
@@ -119,7 +119,7 @@ def network(config: Config, pixels: int) -> nn.Module:
 
 
 class Training:
-    """SGD on weighted losses, in batches one after the other."""
+    """SGD on weighted losses, in a fixed order of batches."""
 
     def __init__(self, config: Config, data: Digits, seed: int):
         torch.manual_seed(seed)
@@ -157,15 +157,15 @@ def of_outputs(z: Tensor, batch: Any) -> Tensor:
 
 # %% [markdown]
 # ## Methods
-# All look at the end of the training alone, but for "unrolled". "Gradients" are their inner products, the identity for
-# the curvature. K-FAC and EKFAC are those of curvlinops, where it is installed.
+# All methods but "unrolled" use only the weights at the end of training. "Gradients" are inner products of gradients:
+# the identity replaces the curvature. K-FAC and EKFAC come from curvlinops, if it is installed.
 
 # %%
 Method = Callable[[Training, Params, int], list[influence.Influence]]
 
 
 def scored(training: Training, w: Params, **options: Any) -> influence.Influence:
-    """Scores for the queries, with the Hessian unless train_loss and model are given."""
+    """Scores for the queries, with the Hessian; with the Gauss–Newton matrix if train_loss and model are given."""
     data, given = training.data, {"train": training.batches, "train_loss": training.loss}
     return influence.scores(
         query_loss=options.pop("query_loss", training.loss),
@@ -219,7 +219,7 @@ METHODS: dict[str, Method] = {
     "EKFAC": kronecker("EKFAC"),
     "gradients": gradients,
 }
-# 1,000 MNIST images, 32 hidden units, 48 subsets, in a first study of these methods; of several dampings the best
+# LDS in a first study: 1,000 MNIST images, 32 hidden units, 48 subsets, the best of several dampings.
 EARLIER = {
     ("unrolled", 120): 0.966, ("Gauss–Newton", 120): 0.922, ("Hessian", 120): 0.888, ("K-FAC", 120): 0.825,
     ("EKFAC", 120): 0.804, ("gradients", 120): 0.44, ("unrolled", 800): 0.795, ("Gauss–Newton", 800): 0.834,
@@ -227,13 +227,13 @@ EARLIER = {
 }  # fmt: skip
 
 FIRST = """\
-The first study had 1,000 images, 32 hidden units and 48 subsets, without wrong labels and copies. At that size, after
-120 steps, this script gives .97 for unrolled, .85 to .88 for Gauss–Newton at a damping of .03 and .85 for the Hessian
-(two seeds, with or without wrong labels and copies; K-FAC was not repeated). So most of the difference comes from the
-size: 120 steps are 6 passes over 5,000 images and 30 over 1,000, and curvature at the end of a training says less where
-that is far from its minimum; unrolled scores do not look at the end alone. What remains, .05 for Gauss–Newton, is not
-explained: images and queries of the study are not kept, single queries have a standard deviation of .05, and neither
-the order of batches nor the query loss is behind it (a margin in place of the loss ranks subsets alike)."""
+The first study had 1,000 images, 32 hidden units and 48 subsets, without wrong labels and copies. With these sizes,
+after 120 steps, this script gives .97 for unrolled, .85 to .88 for Gauss–Newton at a damping of .03 and .85 for the
+Hessian (two seeds, with or without wrong labels and copies; K-FAC was not repeated). So most of the difference comes
+from the sizes. 120 steps are 6 passes over 5,000 images and 30 over 1,000; the farther the end of training is from a
+minimum, the less the curvature there tells, while unrolled scores use all of training. The rest, .05 for Gauss–Newton,
+is not explained. The images and queries of the study were not kept, and single queries have a standard deviation of
+.05. The order of batches and the query loss are not the reason (a margin instead of the loss ranks subsets alike)."""
 
 
 def methods() -> dict[str, Method]:
@@ -243,13 +243,13 @@ def methods() -> dict[str, Method]:
 
 # %% [markdown]
 # ## Linear datamodelling score
-# Spearman's correlation, over the subsets, of the loss of a query after the training and the sum of the scores of what
-# was in; the mean over the queries.
+# Spearman's correlation over the subsets between the loss of a query after training on a subset and the sum of the
+# scores of its images; the mean over the queries.
 
 
 # %%
 def evaluated(training: Training, steps: int, progress: Callable[[], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """For each method its numbers, those of the damping with the best LDS; the scores of that."""
+    """The numbers of each method at the damping with the best LDS, and its scores there."""
     config, data = training.config, training.data
     query = lambda w: training.loss(w, (data.xq, data.yq))  # noqa: E731
     truth = influence.retrained(
@@ -283,11 +283,11 @@ def evaluated(training: Training, steps: int, progress: Callable[[], Any]) -> tu
 
 
 def planted(training: Training, w: Params, results: dict[str, Any]) -> dict[str, Any]:
-    """Whether copies of the queries and wrong labels are found."""
+    """How well the scores find the copies of the queries and the wrong labels."""
     data = training.data
     found = {}
     for name, result in results.items():
-        places = result.scores.argsort(1).argsort(1)  # 0 for the most helpful one
+        places = result.scores.argsort(1).argsort(1)  # 0 for the most helpful image
         ranks = [int(places[q, i]) for q, copies in enumerate(data.copies) for i in copies]
         found[name] = {"first": mean(rank == 0 for rank in ranks), "ten": mean(rank < 10 for rank in ranks)}
     losses = torch.cat([training.loss(w, batch) for batch in training.batches])
@@ -302,8 +302,8 @@ def planted(training: Training, w: Params, results: dict[str, Any]) -> dict[str,
 
 # %% [markdown]
 # ## Texts
-# A linear classifier on word counts. The loss is strictly convex, so leaving out a single text changes the losses by
-# its score, up to the square of its weight.
+# A linear classifier on word counts. Its loss is strictly convex, so if a text is left out, the losses change by its
+# score up to terms of second order in its weight.
 
 
 # %%
@@ -376,7 +376,7 @@ def main() -> None:
     begin, runs, first, bar = time.process_time(), [], None, None
     bar = tqdm(total=config.seeds * len(config.steps) * len(methods()), desc="methods")
     with warnings.catch_warnings():
-        # A training that stops early is not at a minimum, and approximations solve no system: the table says how far.
+        # The weights are not at a minimum, and approximations do not solve the systems: the table lists the residuals.
         warnings.simplefilter("ignore", hg.HypergradientWarning)
         for seed in range(config.seed, config.seed + config.seeds):
             training = Training(config, digits(config, seed), seed)
@@ -431,23 +431,24 @@ def prose(config: Config, name: str, results: dict[str, Any]) -> str:
     return f"""
 
 {name}: {config.train:,} training images, {config.wrong:.0%} with wrong labels, a network of {config.hidden} hidden
-units, SGD without momentum in batches of {config.batch}; {config.queries} queries, of each of which {config.copies}
-training image is a copy. LDS: Spearman's correlation of predicted and retrained losses over {config.subsets} subsets
+units, SGD without momentum in batches of {config.batch}; {config.queries} queries, each with {config.copies} copy among
+the training images. LDS: Spearman's correlation of predicted and retrained losses over {config.subsets} subsets
 that lack {config.drop:.0%} of the images, mean over the queries, mean ± standard deviation over {config.seeds} seeds.
-Of several dampings the one with the best LDS is shown (for each seed); its relative residual is the true one, of at
-most {config.solver_steps} steps. Copies first: how many of the planted copies are the most helpful image of their
-query.
+For each seed, the table has the damping with the best LDS and the true relative residual there, after at most
+{config.solver_steps} steps. Copies first: the share of copies that are the most helpful image of their query; among
+ten: that are one of the ten most helpful.
 
 {FIRST}
 
-Wrong labels, after {config.steps[-1]} steps: area under the ROC curve {mean(each["loss"] for each in last):.3f} by the
-loss of each image, {mean(each["harm"] for each in last):.3f} by its score for the mean loss of {config.validation:,}
-further images (Gauss–Newton, damping .1).
+Area under the ROC curve for finding wrong labels after {config.steps[-1]} steps:
+{mean(each["loss"] for each in last):.3f} by the loss of each image, {mean(each["harm"] for each in last):.3f} by its
+score for the mean loss of {config.validation:,} other images (Gauss–Newton, damping .1).
 
 Texts ({texts["name"]}, {config.documents:,} training texts, 5 % with wrong labels, the {config.words} most frequent
 words, strictly convex): leaving out each of the 20 texts with the largest scores changed the losses of five queries as
 predicted with a correlation of {loo["correlation"]:.4f} and a relative error of {loo["relative error"]:.1%}. Wrong
-labels are found with an area under the ROC curve of {auc}. Below, texts by their words; "(wrong)" has a wrong label.
+labels are found with an area under the ROC curve of {auc}. Each text below is shown by its words; "(wrong)" marks a
+wrong label.
 
 | query | most helpful | most harmful |
 |---|---|---|
@@ -461,7 +462,7 @@ def said(row: dict[str, Any]) -> str:
 
 
 def figure(data: Digits, result: influence.Influence, columns: int = 2) -> Figure:
-    """Queries, the images that help them most, and those that harm most."""
+    """The queries, and for each the training images that help and that harm most."""
     count, side = min(4, len(data.yq)), round(data.x.shape[1] ** 0.5)
     made = Figure(figsize=(1.2 * (2 * columns + 1), 1.5 * count), layout="constrained")
     axes = made.subplots(count, 2 * columns + 1, squeeze=False)

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Learning a start from which one gradient step fits a sinusoid
 #
-# A task is a sinusoid y = a sin(x − p) with a in [0.1, 5], p in [0, π], and K points of it, x in [−5, 5]. A network
-# of 1-40-40-1 units is to fit it after a step of gradient descent from a start θ that all tasks share:
+# A task is a sinusoid y = a sin(x − p) with a in [0.1, 5] and p in [0, π], of which K points with x in [−5, 5] are
+# given. A 1-40-40-1 network has to fit it after one gradient step from a start θ that all tasks share:
 #
 #     w₀ = θ,   w_{t+1} = w_t − α ∇g(w_t),      min_θ E[ error of w_T on other points of the task ]
 #
-# MAML differentiates through the steps (Finn, Abbeel and Levine, ICML 2017, section 5.1). Beside it stand the
-# published variants that do without second derivatives: FOMAML, the same with the inner gradient taken as constant,
-# and Reptile, which moves θ towards w_T (Nichol, Achiam and Schulman 2018); and a start trained on all tasks at once.
+# MAML differentiates through the steps (Finn, Abbeel and Levine, ICML 2017, section 5.1). It is compared with published
+# variants without second derivatives, FOMAML (the inner gradient is treated as a constant) and Reptile (θ moves towards
+# w_T; Nichol, Achiam and Schulman 2018), and with a start that is trained on all tasks at once.
 
 # %%
 import time
@@ -31,23 +31,23 @@ from .common import Base, parse, save
 @dataclass
 class Config(Base):
     shots: tuple[int, ...] = (5, 10)
-    """K, points to fit; of as many others the error is taken."""
+    """K, the number of points to fit; the meta-loss takes as many others."""
     iterations: int = 15_000
     """Meta-steps of Adam."""
     tasks: int = 25
-    """In each meta-step."""
+    """Tasks in each meta-step."""
     seeds: int = 2
-    """Starts that are learned independently, all in one computation."""
+    """Independent starts, which are learned in one computation."""
     hidden: int = 40
-    """Units of each of two layers."""
+    """Units in each of the two hidden layers."""
     inner_lr: float = 0.01
-    """α."""
+    """α, the size of a gradient step."""
     meta_lr: float = 1e-3
-    """Of Adam."""
+    """Learning rate of Adam."""
     test_tasks: int = 1000
-    """The same for every method."""
+    """Test tasks, the same for every method."""
     test_steps: int = 10
-    """Gradient steps at most, of a test task."""
+    """Largest number of gradient steps on a test task."""
 
 
 FAST = {"shots": (10,), "iterations": 100, "test_tasks": 50}
@@ -64,8 +64,8 @@ class Points(NamedTuple):
 
 # %% [markdown]
 # ## Tasks, and networks for all of them at once
-# Every weight has a leading axis: of seeds in θ, of seeds × tasks in w. So one product serves all tasks, and the sum of
-# their losses has each task's own gradient.
+# Every weight has a leading axis: seeds in θ, seeds × tasks in w. So one matrix product serves all tasks, and the
+# gradient of the sum of their losses holds the gradient of each task.
 
 
 # %%
@@ -81,7 +81,7 @@ def draw(task: tuple[Tensor, Tensor], count: int, generator: Generator) -> Point
 
 
 def networks(count: int, hidden: int) -> Params:
-    """Weights of so many networks, at random as torch.nn.Linear has them."""
+    """Random weights of `count` networks, distributed as in torch.nn.Linear."""
     params = {}
     for i, (wide, out) in enumerate([(1, hidden), (hidden, hidden), (hidden, 1)]):
         for name, rows in (("weight", wide), ("bias", 1)):
@@ -101,13 +101,13 @@ def errors(w: Params, points: Points) -> Tensor:
 
 
 def spread(theta: Params, tasks: int) -> Params:
-    """Each seed's start, once for each of its tasks."""
+    """The start of each seed, repeated for each of its tasks."""
     return {name: weight.repeat_interleave(tasks, 0) for name, weight in theta.items()}
 
 
 # %% [markdown]
 # ## The meta-gradients
-# `hg.unroll.reverse` follows the steps back to θ, whatever they are. FOMAML is its answer where the inner gradient has
+# `hg.unroll.reverse` differentiates through the steps with respect to θ. FOMAML is its result if the inner gradient has
 # no graph.
 
 
@@ -120,7 +120,7 @@ def inner_step(config: Config, second_order: bool) -> tuple[hg.diff_optimizers.S
 def through_steps(
     theta: Params, support: Points, query: Points, config: Config, *, steps: int, second_order: bool
 ) -> Params:
-    """Of the error after the steps, a mean over the tasks of each seed."""
+    """The gradient with respect to θ of the error after the steps, as a mean over the tasks of each seed."""
     rule, step = inner_step(config, second_order)
     start = spread(theta, config.tasks)
     run = hg.unroll.reverse(
@@ -136,7 +136,7 @@ def through_steps(
 
 
 def reptile(theta: Params, support: Points, query: Points, config: Config, *, steps: int) -> Params:
-    """(θ − w_T) / (T α), a mean over tasks, with steps on the same points as the others, by turns on the two halves."""
+    """(θ − w_T) / (T α) as a mean over tasks; the steps alternate between the support and the query points."""
     w = adapt(spread(theta, config.tasks), [(support, query)[t % 2] for t in range(steps)], config)[-1]
     scale = steps * config.inner_lr
     return {
@@ -146,7 +146,7 @@ def reptile(theta: Params, support: Points, query: Points, config: Config, *, st
 
 
 def adapt(start: Params, batches: list[Points], config: Config) -> list[Params]:
-    """w₀, …, w_T, without a graph."""
+    """w₀, …, w_T without a graph."""
     rule, step = inner_step(config, second_order=False)
     path, state = [{name: weight.detach() for name, weight in start.items()}], rule.init(start)
     for t, batch in enumerate(batches):
@@ -170,7 +170,7 @@ METHODS: dict[str, Callable[[Params, Points, Points, Config], Params]] = {
 
 # %%
 def train(method: str, shots: int, config: Config) -> tuple[Params, float]:
-    """θ and CPU seconds; the start, the tasks and the points are the same for every method."""
+    """θ and CPU seconds; all methods have the same initial θ, tasks and points."""
     generator = Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
     theta = {name: weight.requires_grad_() for name, weight in networks(config.seeds, config.hidden).items()}
@@ -186,7 +186,7 @@ def train(method: str, shots: int, config: Config) -> tuple[Params, float]:
 
 
 def test(theta: Params, shots: int, config: Config) -> Tensor:
-    """Errors after 0, 1, … gradient steps [steps + 1, seeds, tasks], on a grid of 100 points a task."""
+    """Errors after 0, 1, … gradient steps on a grid of 100 points for each task: [steps + 1, seeds, tasks]."""
     generator = Generator().manual_seed(config.seed + 1)
     task = sinusoids(config.test_tasks, generator)
     support = draw(task, shots, generator)
@@ -199,13 +199,13 @@ def test(theta: Params, shots: int, config: Config) -> Tensor:
 
 
 def compare(config: Config) -> tuple[dict[str, dict], dict[str, Params]]:
-    """Results by shots and method, and the starts learned from most shots."""
+    """The results by shots and method, and the starts of each method for the last number of shots."""
     results, starts = {}, {}
     for shots in config.shots:
         for method in METHODS:
             theta, seconds = train(method, shots, config)
             error = test(theta, shots, config)
-            # The same test tasks for all seeds: the interval is that of their mean over tasks.
+            # All seeds have the same test tasks, so the interval is that of the mean over seeds.
             spread_of_tasks = error.mean(1).std(1) / config.test_tasks**0.5
             results.setdefault(str(shots), {})[method] = {
                 "error": error.mean((1, 2)).tolist(),
@@ -235,10 +235,10 @@ def table(results: dict[str, dict], config: Config) -> str:
             cells += [f"{min(seeds):.3f} to {max(seeds):.3f}", f"{1000 * result['seconds'] / config.iterations:.1f}"]
             lines.append(f"| {shots} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + (
-        f"\n\nMean squared error on {config.test_tasks} test tasks after so many gradient steps of size "
-        f"{config.inner_lr} from the learned start, ± 95 % over tasks, a mean over {config.seeds} seeds of "
-        f"{config.iterations} meta-steps. Elsewhere: Finn et al. took 70,000 meta-steps, and in their figure 3 too the "
-        f"first step gains most, and more steps than it was trained for gain still; the README of "
+        f"\n\nMean squared error on {config.test_tasks} test tasks after 0, 1, … gradient steps of size "
+        f"{config.inner_lr} from the learned start: mean over {config.seeds} seeds of {config.iterations} meta-steps, "
+        f"± 95 % over tasks. Finn et al. took 70,000 meta-steps; in their figure 3, too, the first step reduces the "
+        f"error most, and steps beyond those of the training reduce it further. The README of "
         f"github.com/63days/Meta-SGD gives .67 for MAML with 10 points after one step."
     )
 

@@ -5,10 +5,10 @@
 #
 #     v_{t+1} = μ_t v_t + ∇g_t(w_t),   w_{t+1} = w_t − η_t v_{t+1},      min over η_0 … η_{T−1}, μ_0 … μ_{T−1} of E(w_T)
 #
-# where g_t is the loss on batch t and E that on images held out. `hg.unroll.reverse` gives the gradient with respect to
-# all 2T numbers, through all T steps, in the memory that it is given. (Maclaurin, Duvenaud and Adams, ICML 2015,
-# learned such schedules by running SGD backwards.) Beside the learned schedule: the best constant and the best half
-# cosine of a grid, with the same starts, batches, steps, and images held out.
+# where g_t is the loss on batch t and E the loss on held-out images. `hg.unroll.reverse` computes the gradient with
+# respect to all 2T numbers, through all T steps, within a given memory. (Maclaurin, Duvenaud and Adams, ICML 2015,
+# learned such schedules by running SGD backwards.) The learned schedule is compared with the best constant and the best
+# half cosine of a grid, with the same initial weights, batches, steps, and held-out images.
 
 # %%
 import time
@@ -36,31 +36,31 @@ from .datasets import Images, images
 @dataclass
 class Config(Common):
     steps: int = 1000
-    """T, of SGD."""
+    """T, the number of SGD steps."""
     batch: int = 100
     """Images in each step."""
     hidden: int = 50
-    """Units of the one hidden layer."""
+    """Units of the hidden layer."""
     memory: str = "64MiB"
-    """Budget of the reverse pass."""
+    """Memory budget of the reverse pass."""
     lr: float = 0.05
-    """Of the constant that learning starts from: one that is slow enough for the hypergradient to be small."""
+    """Learning rate of the initial schedule, low enough for a small hypergradient."""
     momentum: float = 0.9
-    """Likewise."""
+    """Momentum of the initial schedule."""
     outer_steps: int = 40
-    """Of Adam."""
+    """Steps of Adam on the schedule."""
     outer_lr: float = 0.15
-    """Of Adam at first; it falls linearly."""
+    """Initial learning rate of Adam, which decreases linearly."""
     smooth: float = 0.05
-    """Standard deviation, as a part of all steps, of the window that the outer variables are averaged over."""
+    """Standard deviation of the window over which the outer variables are averaged, as a fraction of T."""
     clip: float = 3.0
-    """An entry of the hypergradient at most, in medians of the first one's."""
+    """Largest entry of a hypergradient, in units of the median entry of the first one."""
     runs: int = 2
-    """Starts and orders of batches to tune on; the hypergradient takes them by turns."""
+    """Runs (initial weights and orders of batches) for tuning; the hypergradients use them in turns."""
     test_runs: int = 5
-    """New ones, for the test."""
+    """New runs for the test."""
     lrs: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-    """Grid of the constant learning rate and of the cosine's first."""
+    """Grid of the constant learning rate and of the cosine's initial one."""
     momenta: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9, 0.95)
     """Grid of the momentum."""
 
@@ -84,14 +84,14 @@ class Split(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A start, and the rows of each batch [T, batch]."""
+    """Initial weights, and the rows of each batch [T, batch]."""
 
     start: Params
     rows: Tensor
 
 
 def split(data: Images) -> Split:
-    """Four, one and one sixths; pixels less their mean."""
+    """Four sixths for training, one for validation, one for the test; the mean of the training pixels is subtracted."""
     order = torch.randperm(len(data.y), generator=Generator().manual_seed(0))
     sixth = len(order) // 6
     parts = order.split((len(order) - 2 * sixth, sixth, sixth))
@@ -123,7 +123,7 @@ def batch_loss(w: Params, data: Images, rows: Tensor) -> Tensor:
 
 
 def train(schedule: Schedule, run: Run, data: Images, watch: Callable[[int, Params], None] | None = None) -> Params:
-    """w_T; watch sees each iterate."""
+    """w_T; `watch` is called with each t and w_t."""
     w = {name: weight.clone().requires_grad_() for name, weight in run.start.items()}
     optimizer = torch.optim.SGD(w.values(), lr=1.0, momentum=1.0)
     for t, rows in enumerate(run.rows):
@@ -140,15 +140,15 @@ def train(schedule: Schedule, run: Run, data: Images, watch: Callable[[int, Para
 
 # %% [markdown]
 # ## The schedules
-# Constant and cosine are tuned by a grid. The learned one has two numbers for each step, log η/(1 − μ) and logit μ:
-# training goes as fast as η/(1 − μ), and were log η a variable instead, more momentum would also mean longer steps.
-# What else it takes to learn through a thousand steps:
+# Constant and cosine are tuned by a grid. The learned schedule has two variables for each step, log η/(1 − μ) and
+# logit μ: η/(1 − μ) is the speed of training, and if log η were a variable instead, more momentum would also increase
+# the speed. Learning through a thousand steps needs three further measures:
 #
-# - a start with short steps. Where steps are too long the gradient explodes (the product of a thousand Jacobians I − ηH
-#   does), and points nowhere;
-# - each entry of the gradient clipped, for the same reason, when the learned schedule comes near to such steps. Not its
-#   norm: the last steps have small gradients that are right;
-# - variables averaged over neighbouring steps, for single steps would fit the noise of their batches.
+# - The initial schedule has short steps. If steps are too long, the product of a thousand Jacobians I − ηH explodes,
+#   and the gradient is useless as a direction.
+# - Each entry of the gradient is clipped, for the same reason, in case the learned schedule comes near to such steps.
+#   Clipping the norm would also reduce the gradients of the last steps, which are small and right.
+# - The variables are averaged over neighbouring steps, because those of single steps would fit the noise of batches.
 
 
 # %%
@@ -162,7 +162,7 @@ def cosine(lr: float, momentum: float, steps: int) -> Schedule:
 
 
 class Learned(NamedTuple):
-    """A schedule, what was measured on the way to it, and its name."""
+    """A schedule, the measurements of its tuning, and its name."""
 
     schedule: Schedule
     history: dict[str, Any]
@@ -170,7 +170,7 @@ class Learned(NamedTuple):
 
 
 def grid(shape: Callable[[float, float, int], Schedule], runs: list[Run], data: Split, config: Config) -> Learned:
-    """The schedule with the least mean validation loss, and that of each."""
+    """The schedule of the grid with the lowest mean validation loss, and the losses of all."""
     losses = {}
     for lr, momentum in tqdm([*product(config.lrs, config.momenta)], f"grid: {shape.__name__}"):
         schedule = shape(lr, momentum, config.steps)
@@ -181,7 +181,7 @@ def grid(shape: Callable[[float, float, int], Schedule], runs: list[Run], data: 
 
 
 def smoothed(z: Tensor, width: float) -> Tensor:
-    """Each row averaged by a Gaussian window, its ends repeated; a constant stays what it is."""
+    """The average of each row over a Gaussian window, with its ends repeated."""
     reach = int(3 * width)
     window = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=z.dtype) / width) ** 2)
     return conv1d(pad(z[:, None], (reach, reach), mode="replicate"), (window / window.sum())[None, None])[:, 0]
@@ -199,7 +199,7 @@ def schedule_of(curves: Tensor) -> Schedule:
 
 
 def hypergradient(curves: Tensor, run: Run, data: Split, memory: str) -> hg.unroll.ReverseResult:
-    """Of the validation loss after all steps, with respect to `variables`."""
+    """The gradient of the validation loss after all steps with respect to `variables`."""
     rule = SGD(lr=lambda c: PerStep(schedule_of(c)["lr"]), momentum=lambda c: PerStep(schedule_of(c)["momentum"]))
     return hg.unroll.reverse(
         rule.on(lambda w, curves, t, rows: batch_loss(w, data.train, rows)),
@@ -239,7 +239,7 @@ def learn(runs: list[Run], data: Split, config: Config) -> Learned:
 
 # %%
 def compare(data: Split, config: Config) -> dict[str, dict[str, Any]]:
-    """Constant, cosine and learned: losses on the runs that they were tuned on, and on new ones."""
+    """The losses of the constant, the cosine and the learned schedule on the runs for tuning and on new runs."""
     runs = [new_run(data.train, config, config.seed + i) for i in range(config.runs + config.test_runs)]
     tuning, new = runs[: config.runs], runs[config.runs :]
     tune = [partial(grid, constant), partial(grid, cosine), learn]
@@ -266,7 +266,7 @@ def score(w: Params, data: Split) -> dict[str, float]:
 
 
 def follow(schedule: Schedule, run: Run, data: Split) -> tuple[list[float], dict[str, float]]:
-    """The validation loss at 50 times on the way, and the scores at the end."""
+    """The validation loss at 50 steps of a training, and the scores at its end."""
     curve, every = [], max(len(run.rows) // 50, 1)
 
     def watch(t: int, w: Params) -> None:
@@ -299,13 +299,13 @@ def table(results: dict[str, dict[str, Any]], config: Config) -> str:
     gains = [a["test"] - b["test"] for a, b in pairs]
     learned = results["learned"]
     return "\n".join(lines) + (
-        f"\n\nMeans ± standard deviations over {config.runs} runs that the schedules were tuned on and "
-        f"{config.test_runs} new ones: other starts, other batches. Learned less cosine, run by run: "
-        f"{mean(gains):+.4f} ± {stdev(gains):.4f} of the test loss on new runs. A hypergradient through {config.steps} "
-        f"steps took {mean(learned['evaluations']):.0f} evaluations of a step, and {learned['peak']:.1f} MiB at most "
-        f"where {config.memory} were allowed. Its norm was {learned['norm'][0]:.1e} at first and "
-        f"{median(learned['norm'][config.outer_steps // 2 :]):.1e} in the median of the second half of outer steps: "
-        f"where it has grown much, steps have become too long for it, and it points where these runs' noise does."
+        f"\n\nMeans ± standard deviations over {config.runs} runs for tuning and {config.test_runs} new runs with "
+        f"other initial weights and batches. Difference of the test losses on new runs, learned minus cosine: "
+        f"{mean(gains):+.4f} ± {stdev(gains):.4f}. A hypergradient through {config.steps} steps took "
+        f"{mean(learned['evaluations']):.0f} evaluations of a step and at most {learned['peak']:.1f} MiB of the "
+        f"{config.memory} allowed. Its norm was {learned['norm'][0]:.1e} at first, and its median over the second half "
+        f"of outer steps {median(learned['norm'][config.outer_steps // 2 :]):.1e}. If the norm has grown much, the "
+        f"steps have become too long, and the hypergradient follows the noise of these runs."
     )
 
 

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # HyperTorch's logistic regression, beside the exact hypergradient
+# # HyperTorch's logistic regression, compared with the exact hypergradient
 #
 # Synthetic data, y = [xᵀw_oracle + noise > 0], 20 features, 500 rows each for training and validation; one ℓ₂ strength
 # for each feature is the hyperparameter:
@@ -7,9 +7,9 @@
 #     w*(λ) = argmin_w  log-loss_train(w) + ½ Σ λⱼ wⱼ²,      min_{λ ≥ 1e-8}  f(λ) = log-loss_validation(w*(λ))
 #
 # HyperTorch's notebook (Grazzi, Franceschi, Pontil and Salzo 2020, "On the iteration complexity of hypergradient
-# computation") solves the inner problem by T = 100 gradient steps of size .1 from zero, takes the hypergradient by
-# reverse mode through the last K = 10, and moves λ by SGD with momentum. Here is the same run, number for number, and
-# what cannot be seen from inside it: the exact hypergradient at every outer step, and the best λ.
+# computation") takes T = 100 gradient steps of size .1 from zero on the inner problem, computes the hypergradient by
+# reverse mode through the last K = 10, and updates λ by SGD with momentum. This is the same run, number for number,
+# together with the exact hypergradient at every outer step and the best λ, which the run does not know.
 
 # %%
 # %cd ..
@@ -39,25 +39,25 @@ from examples.common import Common, parse, rounded, save
 @dataclass
 class Config(Common):
     data: Path | None = None
-    """None: the data is drawn."""
+    """Not used: the data is drawn at random."""
     outer_steps: int = 300
     """Updates of λ."""
     inner_steps: int = 100
-    """T, gradient steps from zero."""
+    """T, the number of gradient steps from zero."""
     terms: int = 10
-    """K: steps that `reverse` goes back, or steps of the linear solver."""
+    """K, the number of steps that `reverse` differentiates, or of steps of the linear solver."""
     most_terms: int = 100
     """The largest K in the picture of the error against K."""
     inner_lr: float = 0.1
     """Size of an inner step."""
     outer_lr: float = 1.0
-    """Of SGD on λ."""
+    """Learning rate of SGD on λ."""
     momentum: float = 0.9
-    """Of SGD on λ."""
+    """Momentum of SGD on λ."""
     least: float = 1e-8
     """The smallest strength: λ is clamped after each update."""
     seed: int = 1
-    """Of the data; HyperTorch's is 1."""
+    """Seed of the data; HyperTorch's is 1."""
 
 
 FAST = {"outer_steps": 5, "most_terms": 20}
@@ -68,7 +68,7 @@ FAST = {"outer_steps": 5, "most_terms": 20}
 
 # %%
 class Problem:
-    """HyperTorch's data, drawn as in its notebook, from one NumPy stream: w_oracle, x, noise, the split, the test."""
+    """HyperTorch's data, drawn as in its notebook from one NumPy stream: w_oracle, x, noise, the split, test data."""
 
     def __init__(self, config: Config, rows: int = 1000, features: int = 20):
         draw = np.random.RandomState(config.seed)
@@ -94,7 +94,7 @@ class Problem:
         return binary_cross_entropy_with_logits(self.xt @ params[0], self.yt).item()
 
     def newton(self, hparams: Any) -> list[Tensor]:
-        """w*(λ) to rounding: Newton's method, a step halved until the loss falls."""
+        """w*(λ) to rounding level by Newton's method, whose steps are halved until the loss decreases."""
         (lam,), w = hparams, torch.zeros(self.features, dtype=torch.float64)
         for _ in range(100):
             p = torch.sigmoid(self.x @ w)
@@ -117,7 +117,7 @@ class Problem:
         return history
 
     def exact(self, lam: Tensor) -> tuple[float, Tensor]:
-        """f(λ) and ∇f(λ): the inner problem solved by Newton's method, the adjoint system by a dense factorisation."""
+        """f(λ) and ∇f(λ), with Newton's method for the inner problem and a dense factorisation for the adjoint."""
         leaf = lam.detach().requires_grad_()
         value = self.outer_loss(self.solve([leaf]), [leaf])
         value.backward()
@@ -127,7 +127,7 @@ class Problem:
 
 # %% [markdown]
 # ## The methods
-# All of HyperTorch's, under its names, with K terms. The fixed point map of the implicit ones is the gradient step.
+# All methods of HyperTorch under its names, with K terms. The fixed point map of the implicit ones is a gradient step.
 
 
 # %%
@@ -142,13 +142,13 @@ def implicit(function: Callable[..., list[Tensor]]) -> Method:
 
 
 def reverse(problem: Problem, history: list[list[Tensor]], lam: Tensor, terms: int) -> Tensor:
-    """Through the last K steps."""
+    """Reverse mode through the last K steps."""
     past = history[-terms - 1 :]
     return hg.reverse(past, [lam], [problem.step] * (len(past) - 1), problem.outer_loss, set_grad=False)[0]
 
 
 def reverse_unroll(problem: Problem, history: list[list[Tensor]], lam: Tensor, terms: int) -> Tensor:
-    """Through all T steps, by the graph of the loop."""
+    """Reverse mode through all T steps by the graph of the loop."""
     params = problem.unroll(lam, len(history) - 1, create_graph=True)[-1]
     return hg.reverse_unroll(params, [lam], problem.outer_loss, set_grad=False)[0]
 
@@ -171,7 +171,7 @@ METHODS: dict[str, Method] = {
 
 
 def measured(method: Method, *arguments: Any) -> tuple[Tensor, int, float]:
-    """The hypergradient, how many warnings hypergrad gave, CPU seconds."""
+    """The hypergradient, the number of warnings, and CPU seconds."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         start = time.process_time()
@@ -180,7 +180,7 @@ def measured(method: Method, *arguments: Any) -> tuple[Tensor, int, float]:
 
 
 def error(approximation: Tensor, truth: Tensor) -> float:
-    """Relative, in the Euclidean norm."""
+    """The relative error in the Euclidean norm."""
     return ((approximation - truth).norm() / truth.norm()).item()
 
 
@@ -200,8 +200,8 @@ def errors_by_terms(problem: Problem, lam: Tensor, most: int) -> dict[str, list[
 
 # %% [markdown]
 # ## The published run, and the same with every other method
-# The outer loop goes where one method leads it. The exact value and hypergradient are computed at each λ on the way,
-# and on the published path, that of `reverse`, the hypergradients of all methods.
+# One method updates λ in the outer loop. The exact value and hypergradient are computed at each λ of its path, and on
+# the published path, that of `reverse`, the hypergradients of all methods as well.
 
 
 # %%
@@ -239,7 +239,7 @@ def outer_loop(problem: Problem, choice: str, compared: list[str], progress: tqd
 
 # %% [markdown]
 # ## The optimum
-# With the exact hypergradient any optimiser will do; this is L-BFGS-B on log λ.
+# The exact hypergradient allows any optimiser; here it is L-BFGS-B on log λ.
 
 
 # %%
@@ -283,7 +283,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def table(config: Config, results: dict[str, Any]) -> str:
-    """Errors, warnings and times on the published path; losses at the end of each method's own."""
+    """Errors, warnings and times on the published path, and losses at the end of each method's own path."""
     published, steps = (
         results["runs"]["reverse"],
         sorted({min(step, config.outer_steps) for step in (0, 10, 100, config.outer_steps)}),
@@ -304,15 +304,16 @@ def table(config: Config, results: dict[str, Any]) -> str:
         "\n".join(lines)
         + f"""
 
-Errors (relative, against the exact hypergradient), steps at which hypergrad warned, and CPU time of a hypergradient
-(median) on the published path, that of `reverse`, whose reported validation loss is {losses}.
-The last three columns are of the end of each method's own path: what the run reports, E(w_T); what its λ is worth, with
-the inner problem solved; and the norm of the exact hypergradient there.{lost(config, published)}"""
+The first columns are measured on the published path, that of `reverse`: errors relative to the exact hypergradient, the
+number of steps with a warning of hypergrad, and the median CPU time of a hypergradient. The reported validation loss of
+this path is {losses}.
+The last three columns are taken at the end of each method's own path: the reported loss E(w_T), f(λ) with the inner
+problem solved, and the norm of the exact hypergradient.{lost(config, published)}"""
     )
 
 
 def lost(config: Config, published: dict[str, Any]) -> str:
-    """From where on no method is within a tenth of the exact hypergradient, and which of them say so."""
+    """The step from which on no method is within a tenth of the exact hypergradient, and the methods that warned."""
     least = np.min(list(published["error"].values()), axis=0)
     near = int(np.max(np.flatnonzero(least <= 0.1), initial=-1))
     if near == config.outer_steps:
@@ -322,7 +323,7 @@ def lost(config: Config, published: dict[str, Any]) -> str:
 
 From outer step {near + 1} on no method is within 10 % of the exact hypergradient: {config.inner_steps} gradient steps
 are far from the inner solution. These warned: {said or "none"}. `reverse_unroll` and `reverse` differentiate the
-steps that were made, and do not depend on a solution."""
+steps that were taken, which do not depend on a solution."""
 
 
 def draw(results: dict[str, Any]) -> Figure:
@@ -331,7 +332,7 @@ def draw(results: dict[str, Any]) -> Figure:
     published, best = results["runs"]["reverse"], results["optimum"]
     inner.semilogy(results["above the minimum"])
     inner.set(title="Inner problem at λ = 1", xlabel="inner step", ylabel="g(w_t) − min g")
-    # stoch_AID on full batches is a term of Neumann's series more a step, like `neumann`: drawn dashed, both are seen
+    # On full batches stoch_AID is the Neumann series, so its curve is that of `neumann`; it is dotted to show both.
     style = {"reverse_unroll": "-", "reverse": "-", "fixed_point": "--", "CG_normaleq": "--", "stoch_AID": ":"}
     colour = {name: f"C{i}" for i, name in enumerate(METHODS)}
     for name, curve in results["terms"].items():
@@ -359,7 +360,7 @@ def draw(results: dict[str, Any]) -> Figure:
 
 def main(config: Config) -> None:
     if config.data is not None:
-        raise SystemExit("The data of this example is drawn, not read: leave --data out.")
+        raise SystemExit("The data of this example is drawn at random: leave --data out.")
     results = run(config)
     save(config, TITLE, table(config, results), draw(results), rounded(results))
 

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Noisy labels: weights for the training examples of a network, learned over minibatches
 #
-#     w*(λ) = argmin_w  mean_i ωᵢ(λ) ℓᵢ(w) + ½ρ‖w‖²,      min_λ  mean ℓ_validation(w*(λ))
+#     w*(λ) = argmin_w  Σᵢ ωᵢ(λ) ℓᵢ(w) / Σᵢ ωᵢ(λ) + ½ρ‖w‖²,      min_λ  mean ℓ_validation(w*(λ))
 #
-# Many of the training labels are wrong, and a few validation labels are known to be right. The trackers of `hg.bilevel`
-# learn weights ω while a small convolutional network trains: one weight σ(λᵢ) for each example, or a small network that
-# gives the weight from the example's loss (Shu et al. 2019, "Meta-Weight-Net"). The network never sees validation
-# images: all accuracies are those of params that minimise the weighted training loss alone, either the live ones or
-# ones trained again with the learned weights.
+# Many training labels are wrong, and a few validation labels are known to be right. The trackers of `hg.bilevel` learn
+# weights ω while a small convolutional network trains: one weight σ(λᵢ) for each example, or a small network that maps
+# the example's loss to its weight (Shu et al. 2019, "Meta-Weight-Net"). The network is never trained on validation
+# images: all accuracies are those of params that minimise the weighted training loss, either those at the end of this
+# training (live), or those of another training with the learned weights.
 
 # %%
 import time
@@ -37,37 +37,37 @@ class Config(Common):
     data: Path | None = None
     """Folder of Fashion-MNIST or MNIST in torchvision's layout; without it, digits."""
     wrong: float = 0.4
-    """Part of the training labels that is wrong."""
+    """Fraction of wrong training labels."""
     train: int = 2000
     """Training images."""
     validation: int = 500
     """Clean validation images."""
     steps: int = 800
-    """Of the inner optimiser, in every training."""
+    """Steps of the inner optimiser in every training."""
     warm_up: int = 200
-    """Steps before the weights begin to move."""
+    """Steps before the first update of the weights."""
     batch: int = 50
-    """Images of a batch, of either level."""
+    """Images of a batch at both levels."""
     lr: float = 0.05
-    """Of SGD with momentum .9 on params; it falls to 0 as a cosine."""
+    """Initial learning rate of SGD with momentum .9 on params; it decreases to 0 as a cosine."""
     penalty: float = 0.001
     """ρ."""
     outer_lr: float = 0.03
-    """Of Adam on one weight per example."""
+    """Learning rate of Adam on one weight per example."""
     network_lr: float = 0.0003
-    """Of Adam on the network of the loss."""
+    """Learning rate of Adam on the network of the loss."""
     adjoint_lr: float = 0.05
-    """Of plain steps on the adjoint (SOBA, AmIGO)."""
+    """Step size for the adjoint (SOBA, AmIGO)."""
     damping: float = 0.1
-    """Added to the Hessian of the adjoint's system, which a network's need not be positive without."""
+    """Added to the diagonal of SOBA's adjoint system, as the Hessian of a network need not be positive definite."""
     restart: int = 25
-    """Steps after which F2SA's copies start anew from params."""
+    """Steps after which F2SA's copies are reset to params."""
     seeds: int = 3
-    """Repetitions: other images, other wrong labels, other starts."""
+    """Repetitions with other images, other wrong labels and other initial weights."""
     processes: int = 1
-    """Trainings at a time."""
+    """Trainings that run at once."""
     holdout: bool = False
-    """Measure on further training images in place of the test images, as when the options above were chosen."""
+    """Measure on other training images instead of the test images, as for the choice of the options above."""
 
 
 FAST: dict[str, Any] = {"train": 300, "validation": 200, "steps": 40, "warm_up": 10, "batch": 50, "lr": 0.1, "seeds": 1}
@@ -79,7 +79,7 @@ FAST: dict[str, Any] = {"train": 300, "validation": 200, "steps": 40, "warm_up":
 
 # %%
 class Data(NamedTuple):
-    """Images [n, 1, side, side] and labels of the three parts; which training labels are wrong."""
+    """Images [n, 1, side, side] and labels for training, validation and test, and a mask of wrong training labels."""
 
     name: str
     x: Tensor
@@ -97,7 +97,7 @@ def split(config: Config, seed: int) -> Data:
     if len(order) <= config.train + config.validation:
         raise SystemExit(
             f"{every.name} has {len(order):,} images: --train {config.train} and --validation {config.validation} "
-            f"leave none for the test."
+            f"leave none for the test"
         )
     train, validation, rest = order.tensor_split([config.train, config.train + config.validation])
     of_train = config.data is None or config.holdout
@@ -113,7 +113,7 @@ def square(x: Tensor) -> Tensor:
 
 
 def network(side: int) -> nn.Module:
-    """Two convolutions with stride 2, which halve the side, and a linear layer."""
+    """Two convolutions with stride 2 and a linear layer."""
     last = (((side + 1) // 2) + 1) // 2
     return nn.Sequential(
         nn.Conv2d(1, 8, 5, stride=2, padding=2),
@@ -127,9 +127,9 @@ def network(side: int) -> nn.Module:
 
 # %% [markdown]
 # ## Weights
-# The network of the loss gets the loss as a constant, as Meta-Weight-Net's does, so the hypergradient lacks a part.
-# (Were it not constant, a weight that falls with the loss would reward large losses.)
-# What it learned fits the losses of the live network: from a fresh start, where all losses are large, it can fail.
+# The network of the loss treats its input as a constant, as in Meta-Weight-Net, so the hypergradient lacks a term. (If
+# it did not, weights that decrease with the loss would reward large losses.) It is learned on the losses of the live
+# network, so it can fail in a new training, where all losses are large at first.
 
 
 # %%
@@ -145,7 +145,7 @@ class PerExample(nn.Module):
 
 
 class OfLoss(nn.Module):
-    """A network of one hidden layer that takes the loss."""
+    """A network with one hidden layer, from the loss of an example to its weight."""
 
     def __init__(self, count: int):
         super().__init__()
@@ -156,7 +156,7 @@ class OfLoss(nn.Module):
 
 
 class Ones(nn.Module):
-    """The same weight for all."""
+    """Equal weights."""
 
     def forward(self, rows: Tensor, losses: Tensor) -> Tensor:
         return torch.ones_like(losses)
@@ -167,14 +167,14 @@ KINDS: dict[str, Callable[[int], nn.Module]] = {"one per example": PerExample, "
 
 # %%
 class Levels:
-    """The losses of both levels on batches, as functions of the two modules' parameters."""
+    """The losses of both levels on batches, at the parameters of the two modules or at given ones."""
 
     def __init__(self, data: Data, model: nn.Module, weights: nn.Module, penalty: float):
         self.data, self.model, self.weights, self.penalty = data, model, weights, penalty
         self.of_model, self.of_weights = hg.nn.functional(model), hg.nn.functional(weights)
 
     def inner_loss(self, rows: Tensor, params: Any = None, hparams: Any = None) -> Tensor:
-        """g on these training images, at live parameters or at others."""
+        """g on these training images."""
         x, y = self.data.x[rows], self.data.y[rows]
         losses = cross_entropy(self.model(x) if params is None else self.of_model(params, x), y, reduction="none")
         given = self.weights(rows, losses) if hparams is None else self.of_weights(hparams, rows, losses)
@@ -189,14 +189,14 @@ class Levels:
 
 # %% [markdown]
 # ## Methods
-# Each adds to `.grad` of params and of hparams at `backward`, and moves what is its own at `step`. One-step unrolling
-# differentiates the validation loss after one plain step on the batch, as "learning to reweight" and Meta-Weight-Net
-# do; the others are trackers.
+# Each method adds to the `.grad` of params and of hparams in `backward`, and updates its state in `step`. One-step
+# unrolling differentiates the validation loss after one plain gradient step on the batch, as "learning to reweight" and
+# Meta-Weight-Net do. The others are trackers.
 
 
 # %%
 class OneStep:
-    """∇f(w − η ∇g(w, λ)) with respect to λ, by `unroll.reverse`."""
+    """The gradient of f(w − η ∇₁g(w, λ)) with respect to λ, by `unroll.reverse`."""
 
     def __init__(self, levels: Levels, lr: float):
         self.levels, self.lr = levels, lr
@@ -216,11 +216,11 @@ class OneStep:
             h.grad = run.grads[name]
 
     def step(self) -> None:
-        """It has nothing of its own."""
+        """Do nothing: this method has no state."""
 
 
 class Tracked:
-    """A tracker of `hg.bilevel` on these levels; closures, for the algorithms that evaluate again."""
+    """A tracker of `hg.bilevel`. It gets closures, because some algorithms evaluate the losses several times."""
 
     def __init__(self, levels: Levels, tracker: hg.bilevel.Tracker, inner: torch.optim.Optimizer, restart: int):
         self.levels, self.tracker, self.inner, self.restart = levels, tracker, inner, restart
@@ -231,8 +231,8 @@ class Tracked:
     def step(self) -> None:
         self.tracker.step()
         if isinstance(self.tracker, hg.bilevel.F2SA):
-            self.tracker.lr = self.inner.param_groups[0]["lr"]  # copies move as params do
-            if self.tracker.steps % self.restart == 0:  # those of a network drift apart, and are no difference then
+            self.tracker.lr = self.inner.param_groups[0]["lr"]  # copies have the step size of params
+            if self.tracker.steps % self.restart == 0:  # copies of a network drift apart: no finite difference then
                 self.tracker.restart()
 
 
@@ -276,14 +276,14 @@ METHODS: dict[str, Method] = {
 
 # %%
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Rows of batches without end, in a new order each pass; what is left of a pass is dropped."""
+    """Endless iterator over rows of batches, in a new order in each pass; an incomplete last batch is dropped."""
     size = min(size, count)
     while True:
         yield from torch.randperm(count, generator=generator).split(size)[: count // size]
 
 
 def trained(data: Data, config: Config, seed: int, weights: nn.Module, rows: Tensor | None = None) -> nn.Module:
-    """A network trained on these of the training images (all) with weights that stay as they are."""
+    """A network trained with fixed weights on these rows of the training images (None: all)."""
     model, inner, schedule = fresh(data, config, seed)
     levels = Levels(data, model, weights.requires_grad_(False), config.penalty)
     rows = torch.arange(len(data.y)) if rows is None else rows
@@ -306,7 +306,7 @@ def fresh(data: Data, config: Config, seed: int) -> tuple[nn.Module, torch.optim
 def learned(
     data: Data, config: Config, seed: int, kind: str, name: str, step: Callable[[], Any] = int
 ) -> tuple[nn.Module, nn.Module, dict[str, float]]:
-    """The network, the weights that were learned with it, and what a step took."""
+    """The network, the weights that were learned with it, and the time and memory of a step."""
     model, inner, schedule = fresh(data, config, seed)
     weights = KINDS[kind](len(data.y))
     levels = Levels(data, model, weights, config.penalty)
@@ -334,16 +334,16 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def separation(data: Data, model: nn.Module, weights: nn.Module) -> float:
-    """The area under the ROC curve of finding the wrong labels by their weights."""
+    """The area under the ROC curve for finding wrong labels by small weights."""
     with torch.no_grad():
         losses = cross_entropy(torch.cat([model(part) for part in data.x.split(1000)]), data.y, reduction="none")
         return float(roc_auc_score(data.wrong, -weights(torch.arange(len(data.y)), losses)))
 
 
 # %% [markdown]
-# ## All of them
-# Beside the methods: training on all images with the labels that they have (no weights), on those whose label is right,
-# which only an oracle knows, and on the clean validation images alone; each takes as many steps.
+# ## Comparison
+# The baselines train for as many steps on all images with their given labels (no weights), on those whose labels are
+# right (oracle), and on the clean validation images (clean part only).
 
 # %%
 BASELINES = ("no weights", "oracle", "clean part only")
@@ -368,11 +368,11 @@ def cell(config: Config, seed: int, kind: str, name: str) -> dict[str, float]:
 
 
 def compare(config: Config) -> list[dict[str, Any]]:
-    """Every row, with a list over the seeds for each number."""
+    """All rows; each number is a list over seeds."""
     rows: list[dict[str, Any]] = [{"weights": kind, "method": name} for kind, name in CELLS]
     jobs = [(config, seed, *each) for seed in range(config.seed, config.seed + config.seeds) for each in CELLS]
     with ProcessPoolExecutor(config.processes, get_context("spawn")) as pool:
-        # one process is this one
+        # With one process all trainings run in this one.
         found = (pool.map if config.processes > 1 else map)(cell, *zip(*jobs, strict=True))
         for i, numbers in enumerate(tqdm(found, "trainings", len(jobs))):
             for key, value in numbers.items():
@@ -393,7 +393,7 @@ def spread(values: list[float], form: str = ".1%") -> str:
 
 
 def recovered(rows: list[dict[str, Any]], row: dict[str, Any], key: str) -> float:
-    """How much of the gap between no weights and the oracle, of the mean accuracies."""
+    """The gain over no weights as a fraction of the oracle's, in mean accuracies."""
     low, high = (mean(each["anew"]) for each in rows[:2])
     return (mean(row[key]) - low) / (high - low)
 
@@ -415,18 +415,18 @@ def table(data: Data, rows: list[dict[str, Any]], config: Config) -> str:
         + f"""
 
 {data.name}, {len(data.y):,} training images, of which {config.wrong:.0%} have wrong labels, {len(data.yv):,} clean
-validation images, {len(data.yt):,} test images. Test accuracies, mean ± standard deviation over {config.seeds} seeds,
-of params that have seen training images alone ("clean part only": validation images alone): of the live params at the
-end, and of a network trained again with the weights that were learned (where the network of the loss meets losses that
-it has not learned on, so that this can fail). The gap is that between no weights and the oracle. AUC: of finding the
-wrong labels by their weights. CPU milliseconds of a step of the whole loop; MiB that one `backward` holds beyond what
-there is. The step sizes were chosen in about a dozen trainings of another seed, measured
-on further images that are not test images (--holdout). CPU time of everything: {seconds / 60:.0f} minutes."""
+validation images, {len(data.yt):,} test images. Test accuracies are means ± standard deviations over {config.seeds}
+seeds, of params that were trained on training images alone ("clean part only": on validation images alone): of the live
+params at the end, and of a network trained again with the learned weights. (That can fail for the network of the loss,
+which meets losses that it was not trained on.) The gap is the difference between no weights and the oracle.
+AUC: area under the ROC curve for finding wrong labels by small weights. ms: CPU time of a step of the whole loop. MiB:
+memory of one `backward` beyond what was allocated before. The step sizes were chosen in about a dozen trainings with
+another seed, measured on images that are not test images (--holdout). Total CPU time: {seconds / 60:.0f} minutes."""
     )
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """A point a seed, and the mean."""
+    """A point for each seed, and the mean."""
     figure = Figure(figsize=(6.2, 6), layout="constrained")
     axes: Any = figure.subplots()
     for place, row in enumerate(rows):
@@ -440,7 +440,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     names = [f"{row['method']}{', ' * bool(row['weights'])}{row['weights']}" for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
-    axes.set_xlim(left=100 * mean(rows[0]["anew"]) - 5)  # what lies further left is in the table
+    axes.set_xlim(left=100 * mean(rows[0]["anew"]) - 5)  # lower accuracies are in the table alone
     axes.set(xlabel="test accuracy, %", title="Blue: the live params.\nOrange: trained again with the learned weights")
     return figure
 

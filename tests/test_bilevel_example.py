@@ -273,7 +273,7 @@ def test_a_run_with_other_options_is_not_gone_on_with(tmp_path):
     with pytest.raises(SystemExit, match=r"another configuration \(batch 64 → 32\)"):
         other = bench.Config(**options, batch=32)
         bench.one("simulated", "SOBA", SMALL["simulated"], other, Bar())  # type: ignore[arg-type]
-    with pytest.raises(SystemExit, match="name it by --checkpoints"):
+    with pytest.raises(SystemExit, match="needs the folder of the saved runs"):
         bench.compare(bench.Config(resume=True))
 
 

@@ -171,7 +171,7 @@ def test_nearest_neighbour():
         ({"clip": 0.0}, "--clip 0.0: .* must be > 0"),
         ({"clip": float("nan")}, "--clip nan"),
         ({"reptile_batch": 0}, "--reptile-batch 0"),
-        ({"validation": ("Greek",)}, "--validation Greek: only of Omniglot, with --data"),
+        ({"validation": ("Greek",)}, "--validation Greek needs Omniglot in --data"),
         ({"validation": ("Greek",), "data": Path("x"), "dataset": "mini-imagenet"}, "has a folder val/"),
     ],
 )
@@ -264,7 +264,8 @@ def test_the_page_says_what_was_learned_from_and_chosen_by():
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {row.count("|") for row in rows} == {7}
     assert rows[2].startswith("| iMAML | 60.0% ± ") and rows[2].endswith("| 60.0%, 60.0% | 65.0% | 50, 50 | 0.500 |")
-    assert "2 classes (A); tested on 1 classes (C), 4 tasks; validated on 1 classes (B), which were held out" in text
+    chosen = "tested at the best point of the validation on 1 classes (B), which were held out"
+    assert f"2 classes (A); tested on 1 classes (C), 4 tasks; {chosen}" in text
     assert "clipped: iMAML 25.0%." in text and text.endswith("\n\nSo.")
     plain = imaml.table({"iMAML": [state]}, [0.4, 0.2], fewshot.FewShot("digits", *parts[:2]), SMALL)
     assert "valid" not in plain and "held out" not in plain and plain.splitlines()[0].count("|") == 5
