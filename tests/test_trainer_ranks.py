@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.timeout(300)  # two processes import transformers and train
 def test_two_ranks_learn_what_one_learns(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
