@@ -1,4 +1,4 @@
-"""Compiled directions: the numbers, random numbers, statistics and counts of the directions as they are."""
+"""Compiled directions have the numbers, random numbers, running statistics and counts of uncompiled directions."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_batches_of_two_sizes():
 
 
 @pytest.mark.slow
-def test_too_many_sizes_go_on_as_they_are():
+def test_too_many_batch_sizes_are_evaluated_uncompiled():
     sizes = tuple(range(4, 14))
     plain = trained(Program(), "SOBA", False, sizes=sizes)
     with pytest.warns(hg.HypergradientWarning, match="more than 8 forms"):
@@ -119,8 +119,8 @@ def test_too_many_sizes_go_on_as_they_are():
     check(plain, compiled)
 
 
-def test_frozen_and_loaded_parameters_are_those_of_now():
-    """Values of tensors are read at each step: of a frozen layer, and of a state that was loaded in between."""
+def test_frozen_and_loaded_parameters_are_read_at_each_step():
+    """Compiled code must use the current values of a frozen layer, and of a state that was loaded in between."""
     results = []
     for compile in (False, "eager"):
         program = Program()
@@ -154,7 +154,7 @@ def test_a_number_that_changes_is_noticed():
 
 
 def test_data_of_another_shape_is_compiled_anew():
-    """A table that the losses read is replaced by one of another size, between calls that compare."""
+    """A table that the losses read is replaced by one of another size, between two comparisons with the losses."""
     results = []
     for compile in (False, "eager"):
         program, found = Program(), []
@@ -187,8 +187,8 @@ def test_autocast_is_that_of_the_call():
         torch.testing.assert_close(value("eager", enabled), value(False, enabled), rtol=1e-6, atol=0)
 
 
-def test_batches_without_an_answer_are_not_compared():
-    """The second batch is not finite; the program of the first one stays."""
+def test_batches_with_non_finite_directions_are_not_compared():
+    """The second batch is not finite, and the code compiled for the first one stays in use."""
     program = Program()
     tracker = hg.bilevel.SOBA(program.model.parameters(), [program.decay], on_nonfinite="ignore")
     bad = {"x": X[:8] * torch.nan, "y": Y[:8]}
@@ -288,8 +288,8 @@ def test_inductor():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
-def test_directions_that_vanish_are_not_compared_to_rounding():
-    """At the solution what is left of a direction is rounding, which compiled code does in another order."""
+def test_rounding_of_vanishing_directions_is_not_taken_for_a_difference():
+    """At the solution directions are nothing but rounding errors, and compiled code rounds in another order."""
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(200, 40, generator=draw) / 14, torch.randn(200, generator=draw)
     w, lam = torch.zeros(40, requires_grad=True), torch.zeros(40, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Trackers without second derivatives: the slopes of optimisers' steps, orders of differences, where they converge."""
+"""Trackers without second derivatives: derivatives of optimisers' steps, orders of differences, where they converge."""
 
 import copy
 import warnings
@@ -31,7 +31,7 @@ OPTIMIZERS = {
 
 
 def after_step(optimizer, params, grads):
-    """Where a real step of the optimizer leads, from here with these gradients."""
+    """The parameters after a real step of the optimizer with these gradients, as one vector."""
     optimizer, own = copy.deepcopy((optimizer, params))
     for x, g in zip(own, grads, strict=True):
         x.grad = g.clone()
@@ -41,8 +41,8 @@ def after_step(optimizer, params, grads):
 
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_sama_looks_through_the_step_that_the_optimizer_makes(name, groups):
-    """g(w, λ) = g₀(w) + ⟨λ, w⟩ has ∇²₂₁g = I, so D_λ − ∇₂f = −u: against differences of real steps."""
+def test_sama_differentiates_the_step_of_the_optimizer(name, groups):
+    """g(w, λ) = g₀(w) + ⟨λ, w⟩ has ∇²₂₁g = I, so D_λ − ∇₂f is −u, which finite differences of real steps give."""
     random = torch.Generator().manual_seed(0)
     params = [torch.randn(n, dtype=torch.float64, generator=random).requires_grad_() for n in (3, 2)]
     lam = [torch.randn(n, dtype=torch.float64, generator=random).requires_grad_() for n in (3, 2)]
@@ -75,7 +75,7 @@ def test_sama_looks_through_the_step_that_the_optimizer_makes(name, groups):
 
 
 def test_sama_where_gradients_vanish():
-    """Adam's √v has no derivative at 0, and its step there is 0."""
+    """Adam's √v has no derivative at v = 0, where its step is 0."""
     w, lam = torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)
     tracker = B.SAMA([w], [lam], optimizer=torch.optim.Adam([w]))
     tracker.backward(lambda: (w - 1).square().sum(), lambda: (lam * w**2).sum())
@@ -111,7 +111,7 @@ def smooth_hypergradient(a, lam):
 
 @pytest.mark.parametrize("order", [1, 2, 4])
 def test_f2sas_error_falls_as_the_order_says(order):
-    """With exactly solved copies."""
+    """The copies of params are solved exactly here."""
     a, lam0 = smooth()
     matrix, errors, sigmas = torch.tensor(a), [], 2.0 ** -np.arange(3, 7)
     for sigma in sigmas:
@@ -135,8 +135,8 @@ def test_f2sas_error_falls_as_the_order_says(order):
 
 
 @pytest.mark.parametrize("name", [pytest.param("F2SA", marks=pytest.mark.slow), "BOME"])
-def test_where_first_order_trackers_converge(name):
-    """F2SA of order 4 to within its small error of the optimum; BOME towards it at its own slower rate."""
+def test_first_order_trackers_converge_near_the_optimum(name):
+    """F2SA of order 4 reaches the optimum up to its small error; BOME approaches it more slowly."""
     p = Ridge()
     w, lam = p.tensors()
     inner, outer = p.losses(w, lam)
@@ -157,7 +157,7 @@ def test_where_first_order_trackers_converge(name):
 
 
 def test_f2sa_warns_of_copies_that_ascend_without_end():
-    """f is steeper than g: g − σf has no minimum."""
+    """f grows faster than g, so g − σf has no minimum."""
     w, lam = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     tracker = B.F2SA([w], [lam], penalty=1.0, lr=0.05)
     optimizer = torch.optim.SGD([w, lam], lr=0.01)
@@ -198,7 +198,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("name", ["F2SA", "BOME", "SAMA", "SOBA", "AmIGO"])
 def test_fused_attention(name):
-    """Without second derivatives the result is that of the plain kernel; with them the error says what to do."""
+    """First-order trackers agree with the plain kernel; second-order ones raise an error that says what to do."""
     kernel, backend = torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend
     results = []
     for fused in (False, True):

@@ -1,4 +1,4 @@
-"""Hyperparameters of every kind, each beside an oracle; compiled models."""
+"""Hyperparameters of every kind against an oracle of each; compiled models."""
 
 import math
 from functools import partial
@@ -17,7 +17,7 @@ ROWS = 24
 
 
 class Kind:
-    """A training loss with hyperparameters of one kind; `losses(w, h)` are pure functions of flat lists."""
+    """A training problem with hyperparameters of one kind; `losses(w, h)` are pure functions of flat lists."""
 
     def __init__(self):
         self.program = Program()
@@ -121,7 +121,7 @@ class Prompt(Kind):
 
 
 def solve(params, loss):
-    """L-BFGS, and Newton's steps at its end."""
+    """Minimise the inner loss by L-BFGS, then by Newton steps."""
     optimizer = torch.optim.LBFGS(params, max_iter=300, line_search_fn="strong_wolfe")
 
     def closure():
@@ -176,7 +176,7 @@ def test_the_cross_product_is_that_of_differences(kind):
 @pytest.mark.parametrize("kind", [LayerDecay, Mixture, Weights, Augmentation, MetaNetwork, SoftLabels, Prompt])
 @pytest.mark.parametrize("name", ["AmIGO", "F2SA"])
 def test_trackers_find_the_hypergradient_of_every_kind(name, kind):
-    """At solved params: the adjoint solved, or copies solved for a small σ, beside implicit.grad."""
+    """At solved params, with the adjoint solved, or the copies solved for a small σ, they agree with implicit.grad."""
     problem = kind()
     h = problem.h = problem.hparams()
     params = list(problem.program.model.parameters())
@@ -217,7 +217,7 @@ def weighted(problem, table, index):
 
 @pytest.mark.parametrize("name", ["SOBA", "AmIGO", "F2SA", "BOME", "SAMA"])
 def test_sparse_weights_are_dense_ones(name):
-    """Steps of SGD: the sparse table goes where the dense one goes, and rows that were not seen stay."""
+    """By steps of SGD a sparse table takes the path of a dense one, and rows that no batch uses do not change."""
     results = []
     for sparse in (False, True):
         problem = Kind()
@@ -239,8 +239,8 @@ def test_sparse_weights_are_dense_ones(name):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_average_touches_only_the_rows_that_were_seen(accumulate):
-    """h_r ← (1 − β) h_r + β D_r for the rows of the batch: row by row in NumPy."""
+def test_an_average_changes_only_the_rows_of_the_batch(accumulate):
+    """h_r ← (1 − β) h_r + β D_r for the rows r of the batch alone, as computed row by row in NumPy."""
     problem, rate = Kind(), 0.3
     table = tables(True, torch.linspace(-1, 1, ROWS, dtype=torch.float64)[:, None])
     params = list(problem.program.model.parameters())
@@ -293,7 +293,7 @@ def dynamo_works():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["SOBA", "AmIGO", "STORM", "F2SA", "BOME", "SAMA"])
 def test_compiled_models(name, backend):
-    """Without second derivatives as the plain model; with them where torch can, or an error that says what to do."""
+    """First-order trackers agree with the plain model; so do others if torch can, else an error says what to do."""
     if not dynamo_works():
         pytest.skip("this torch does not compile here")
     results = []

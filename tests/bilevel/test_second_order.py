@@ -1,4 +1,4 @@
-"""Trackers beside their formulas in NumPy, on minibatches and on all data, and beside the exact hypergradient."""
+"""Trackers against their formulas in NumPy, on minibatches and on all data, and against the exact hypergradient."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ def test_fifty_steps_on_minibatches_are_those_of_the_formula(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SOBA", "STORM", "AmIGO", "SABA", "SRBA"])
 def test_all_data_lead_to_the_optimum(name):
-    """With all data in one batch, or variance reduced to nothing, λ goes where the hypergradient vanishes."""
+    """With all data in one batch, or with variance reduction, λ converges to a zero of the hypergradient."""
     p = Ridge()
     w, lam = p.tensors()
     inner, outer = p.losses(w, lam)
@@ -58,7 +58,7 @@ def test_all_data_lead_to_the_optimum(name):
 
 @pytest.mark.parametrize("name", ["SOBA", "AmIGO"])
 def test_the_mean_direction_over_all_pairs_of_batches_is_that_of_all_data(name):
-    """Of AmIGO where the adjoint is the same for all: with no steps on v."""
+    """AmIGO takes no steps on v here, so that the adjoint is the same for all pairs."""
     p = Ridge()
     v = torch.randn(cases.D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -75,7 +75,7 @@ def test_the_mean_direction_over_all_pairs_of_batches_is_that_of_all_data(name):
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_every_step_on_the_adjoint_may_have_a_batch_of_its_own(warm):
+def test_every_step_on_the_adjoint_may_use_another_batch(warm):
     p, v, order = Ridge(), np.zeros(cases.D), pairs(5)
     w, lam = p.tensors()
     inner, outer = p.losses(w, lam)
@@ -130,7 +130,7 @@ def part_of(loss, rows, parts):
 
 @pytest.mark.parametrize("name", ["SOBA", "MA-SOBA", "STORM", "SABA", "F2SA-2", "DARTS"])
 def test_batches_accumulate_to_the_direction_of_one_large_batch(name):
-    """Two halves of a batch with their losses divided by two, over several steps. SABA's tables are of the halves."""
+    """Each step accumulates two halves of a batch, with losses divided by two. SABA has a table entry per half."""
     make, _, _, index = ROWS[name]
     p, results = Ridge(), []
     for parts in (1, 2) if not index else (2,):
@@ -151,7 +151,7 @@ def test_batches_accumulate_to_the_direction_of_one_large_batch(name):
                 each.step()
             optimizer.zero_grad()
         results.append(torch.cat([w.detach(), lam.detach()]))
-    if name == "DARTS":  # differences over a radius: each half takes its own
+    if name == "DARTS":  # finite differences, whose radius differs for each half
         torch.testing.assert_close(results[0], results[1], rtol=0.1, atol=0.02)
     elif len(results) > 1:
         torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
@@ -162,7 +162,7 @@ def test_sizes_are_named():
 
 
 def test_a_plain_function_is_a_solver_too():
-    """It may give the bare value, as everywhere."""
+    """It may return the bare value, as for other functions."""
     p = Ridge()
     w, lam = p.tensors()
     inner, outer = p.losses(w, lam)

@@ -1,4 +1,4 @@
-"""State: saved, loaded, moved; a run that is killed at any step and resumed gives the same numbers."""
+"""The state is saved, loaded and moved; a run that is killed at any step and resumed gives the same numbers."""
 
 import copy
 import io
@@ -56,7 +56,7 @@ def resumed(name, state, tracker_of=make, **options):
 @pytest.mark.parametrize("kill", [0, 1, 2, 5])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_that_was_killed_goes_on_with_the_same_numbers(name, kill):
-    """Between two steps (even kill), or in the middle of an accumulation."""
+    """It is killed between two steps (if `kill` is even), or in the middle of an accumulation."""
     results = []
     for killed in (False, True):
         p = Program()
@@ -108,8 +108,8 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_the_random_beginnings_of_page_go_on_too(own):
-    """With a generator of its own, or torch's."""
+def test_the_random_restarts_of_page_continue_after_loading(own):
+    """The tracker draws from its generator= or from torch's random state."""
 
     def page(name, program, calls):
         def full():
@@ -172,7 +172,7 @@ def test_a_state_that_does_not_fit():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_moving_to_where_it_is_changes_nothing(name):
-    """In the middle of an accumulation."""
+    """The move comes in the middle of an accumulation."""
     results = []
     for move in (False, True):
         p = Program()
@@ -189,7 +189,7 @@ def test_moving_to_where_it_is_changes_nothing(name):
 
 
 class Rows(Dataset):
-    """(x, class, index), with noise that is drawn where the row is read."""
+    """Rows (x, class, index) with noise that is drawn when a row is read."""
 
     def __init__(self, noise=0.0):
         program, self.noise = Program(), noise
@@ -203,7 +203,7 @@ class Rows(Dataset):
 
 
 def loaders(shuffle, workers=0, context=None, noise=0.0):
-    """A training and a validation loader; shuffle: by torch's generator, one of the loader's, or one of its sampler."""
+    """A training and a validation loader; `shuffle` says whether torch, the loader or its sampler draws the order."""
     made = []
     for seed in (3, 4):
         options = {"batch_size": 5}
@@ -222,7 +222,7 @@ def loaders(shuffle, workers=0, context=None, noise=0.0):
 
 
 def loop(kill, steps, **kind):
-    """Dropout on the way, so that the random state is drawn from between batches too."""
+    """Train over the loaders with dropout, which draws from the random state between batches too."""
     torch.manual_seed(0)
     p = Program()
     tracker, optims, (inner, outer), seen = make("SOBA", p), optimizers(p), loaders(**kind), []
@@ -255,13 +255,13 @@ SHUFFLES = ["no", "torch", "loader", "sampler", "weighted"]
 @pytest.mark.parametrize("kill", [0, 1, 4, 5, 6, 11])
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 def test_loaders_go_on_after_a_kill(shuffle, kill):
-    """Five batches are a pass."""
+    """A pass has five batches."""
     whole, parts = (loop(at, 12, shuffle=shuffle) for at in (None, kill))
     assert whole[0] == parts[0] and torch.equal(whole[1], parts[1])
 
 
 @pytest.mark.parametrize("shuffle", ["no", "torch"])
-def test_loaders_go_on_with_noise_of_the_loading_process(shuffle):
+def test_loaders_continue_the_random_numbers_of_the_main_process(shuffle):
     whole, parts = (loop(at, 8, shuffle=shuffle, noise=0.1) for at in (None, 3))
     assert whole[0] == parts[0] and torch.equal(whole[1], parts[1])
 
@@ -270,7 +270,7 @@ def test_loaders_go_on_with_noise_of_the_loading_process(shuffle):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize(("context", "shuffle"), [("fork", "torch"), ("fork", "loader"), ("spawn", "loader")])
 def test_loaders_with_workers_go_on_after_a_kill(context, shuffle):
-    """Noise is drawn by the workers, from seeds that the loader draws at each pass."""
+    """Workers draw the noise, from seeds that the loader draws for each pass."""
     if context not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system has no {context}")
     workers = 1 if context == "spawn" else 2  # a spawned one imports torch

@@ -1,4 +1,4 @@
-"""The user's loop stays the user's: modules, optimisers, mixed precision, statistics and random numbers, hooks."""
+"""Trackers fit the user's loop: modules, optimisers, mixed precision, running statistics, random numbers, hooks."""
 
 import copy
 from functools import partial
@@ -16,7 +16,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def directions(program, v, step):
-    """SOBA's D_w, D_v and D_λ, each derivative by itself."""
+    """SOBA's D_w, D_v and D_λ, by a separate call of torch.autograd.grad for each derivative."""
     params, (outer, inner) = list(program.model.parameters()), program.closures(step)
     slope = torch.autograd.grad(inner(), params, create_graph=True)
     product = sum((g * x).sum() for g, x in zip(slope, v, strict=True))
@@ -26,7 +26,7 @@ def directions(program, v, step):
 
 
 def by_hand(program, optims, v, own, step, clip=None):
-    """A step of SOBA written out; v moves by `own`."""
+    """A step of SOBA by hand; the optimiser `own` moves v."""
     slope, residual, cross = directions(program, v, step)
     for x, g in zip([*program.tensors(), *v], [*slope, cross, *residual], strict=True):
         x.grad = g.detach()
@@ -99,7 +99,7 @@ def test_params_and_hparams_are_any_pytree(name):
 
 
 def extra_hparams(p):
-    """Hyperparameters that no loss uses: they get no .grad."""
+    """Two hyperparameters that no loss uses, so that they get no .grad."""
     p.unused = torch.ones(2, dtype=torch.float64, requires_grad=True), torch.ones((), requires_grad=True)
     return p.unused
 
@@ -113,7 +113,7 @@ def test_what_no_loss_uses_gets_no_grad():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_second_module_holds_the_hyperparameters(name):
-    """They are those of the plain tensor, reached through a module."""
+    """The results are those of a plain tensor of hyperparameters."""
 
     class Decay(nn.Module):
         def __init__(self, values):
@@ -129,7 +129,7 @@ def test_a_second_module_holds_the_hyperparameters(name):
 
 
 def test_inner_steps_between_two_outer_steps():
-    """backward(None, inner_loss): only params move, by the gradient of the inner loss."""
+    """backward(None, inner_loss) gives params the gradient of the inner loss, and nothing else moves."""
     mine, theirs = Program(), Program()
     tracker = make("SOBA", mine)
     optims, others = programs.optimizers(mine), programs.optimizers(theirs)
@@ -214,7 +214,7 @@ def scaled_training(name, scale, steps=6, accumulate=1, step_tracker=True, overf
 @pytest.mark.parametrize(("accumulate", "step_tracker"), [(1, True), (2, False)])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_scaler_changes_no_result(name, accumulate, step_tracker):
-    """With a scale that is a power of two; whether the scaler steps the tracker or the user does."""
+    """The scale is a power of two, so that results agree; either the scaler or the user steps the tracker."""
     plain, _, _ = scaled_training(name, None, accumulate=accumulate)
     scaled, _, _ = scaled_training(name, 2.0**12, accumulate=accumulate, step_tracker=step_tracker)
     torch.testing.assert_close(plain, scaled, rtol=1e-13, atol=1e-15)
@@ -223,7 +223,7 @@ def test_a_scaler_changes_no_result(name, accumulate, step_tracker):
 @pytest.mark.parametrize(("accumulate", "step_tracker"), [(1, True), (2, False)])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_step_that_overflows_is_left_out(name, accumulate, step_tracker):
-    """Nothing moves, the scale is halved, and the steps after it go on as if the batch had not been there."""
+    """Nothing moves, the scale is halved, and later steps are the same as without the batch."""
     before, _, _ = scaled_training(name, 2.0**12, 2, accumulate, step_tracker)
     after, other, scaler = scaled_training(name, 2.0**12, 3, accumulate, step_tracker, overflow_at=2)
     assert torch.equal(before, after)
@@ -231,14 +231,14 @@ def test_a_step_that_overflows_is_left_out(name, accumulate, step_tracker):
     assert other.skipped >= 1 and other.report().skipped == other.skipped
     assert all(x.grad is None or not x.grad.any() for x in other.variables)
     later, _, _ = scaled_training(name, 2.0**12, 6, accumulate, step_tracker, overflow_at=2)
-    if name != "SABA" or accumulate == 1:  # its tables keep the batches that did not overflow
+    if name != "SABA" or accumulate == 1:  # its tables hold the batches that did not overflow
         left_out, _, _ = scaled_training(name, 2.0**12, 6, accumulate, step_tracker, without=2)
         torch.testing.assert_close(later, left_out, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_bf16_autocast_inside_closures_and_around_the_loop_agree(name):
-    """The copies of weights that autocast keeps are not those of another point."""
+    """Autocast caches weights in low precision; the cache must not be used at another point."""
     results = []
     for around in (False, True):
         p = Program(dtype=torch.float32)
@@ -265,7 +265,7 @@ def test_bf16_autocast_inside_closures_and_around_the_loop_agree(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_frozen_params_are_those_that_were_left_out(name):
+def test_freezing_params_equals_leaving_them_out(name):
     p, q = Program(), Program()
     start = [x.detach().clone() for x in p.model[0].parameters()]
     for program in (p, q):
@@ -292,7 +292,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_tied_params_are_one(name):
-    """As a network that uses one tensor twice by hand."""
+    """The result is that of a network that explicitly uses one tensor twice."""
 
     class Twice(Tied):
         def __init__(self):
@@ -328,7 +328,7 @@ def test_tied_params_are_one(name):
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "SRBA"])
 @pytest.mark.parametrize("switch", [False, True])
 def test_running_statistics_are_recorded_once_at_the_users_point(name, switch):
-    """Of the inner loss; the validation loss is evaluated in eval mode, by a closure that switches or around it."""
+    """They are those of the inner loss; a closure, or code around it, switches to eval mode for the validation loss."""
     p = Program(nn.BatchNorm1d(programs.WIDTH))
     tracker, optims = make(name, p), programs.optimizers(p)
     norm = p.model[1]
@@ -359,7 +359,7 @@ def test_running_statistics_are_recorded_once_at_the_users_point(name, switch):
 
 
 def test_a_model_is_found_behind_functions_of_torch():
-    """A closure that torch has wrapped, on an object that holds the tracker too: statistics are still put back."""
+    """Statistics are restored even if torch has wrapped the closure, whose object also holds the tracker."""
     p = Program(nn.BatchNorm1d(programs.WIDTH))
     p.tracker = tracker = make("F2SA", p)
     before = copy.deepcopy([*p.model.buffers()])
@@ -372,7 +372,7 @@ def test_a_model_is_found_behind_functions_of_torch():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_evaluation_of_a_batch_draws_the_same_numbers(name):
-    """And afterwards the random state is that after one evaluation of each loss."""
+    """Afterwards the random state is that after one evaluation of each loss."""
     p, drawn = Program(), {}
 
     def noisy(loss, key):
@@ -408,7 +408,7 @@ def test_every_evaluation_of_a_batch_draws_the_same_numbers(name):
 
 @pytest.mark.parametrize("name", ["F2SA", "STORM", "SAMA", "BOME"])
 def test_dropout_at_several_points_is_one_network(name):
-    """The same as with a mask that is drawn beforehand."""
+    """The directions agree with those of a mask that was drawn beforehand."""
 
     class Masked(nn.Module):
         mask = torch.ones(())
@@ -443,7 +443,7 @@ def test_dropout_at_several_points_is_one_network(name):
 
 
 def expected(grad, name):
-    """2 (D + D) + 1 + 1, where the second D was added; SRBA's direction of all data is added once a step."""
+    """.grad after two backward calls with the two hooks: 2 (D + D) + 1 + 1; SRBA's first step has one call: 2 D + 1."""
     return 2 * grad + (1 if name == "SRBA" else 2)
 
 
@@ -464,7 +464,7 @@ def test_hooks_act_once_as_in_backward(name):
     for x in (weight, q.decay):
         x.register_hook(doubled)
         x.register_post_accumulate_grad_hook(after)
-    for _ in range(2 if name != "SRBA" else 1):  # the second time into a .grad that is there
+    for _ in range(2 if name != "SRBA" else 1):  # the second call adds to the first one's .grad
         called.clear()
         backward(name, plain, p, 0)
         backward(name, hooked, q, 0)
@@ -475,7 +475,7 @@ def test_hooks_act_once_as_in_backward(name):
         )
 
 
-def test_weights_that_autocast_keeps_are_not_those_of_another_point():
+def test_weights_that_autocast_caches_are_not_used_at_another_point():
     results = []
     for around in (False, True):
         p = Program(dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Bad input: the error says what came and what to do, and nothing of the user's is changed."""
+"""Bad input: the error says what was given and what to do, and none of the user's objects is changed."""
 
 import copy
 import gc
@@ -18,7 +18,7 @@ CLOSURES = [name for name, (_, needs_closures, _) in KINDS.items() if needs_clos
 
 
 def everything(tracker, program):
-    """All state that an error must leave alone, in memory of its own."""
+    """A copy of all state that an error must not change."""
     model = {key: x for key, x in program.model.state_dict().items()}
     kept = {"filters": tracker.state_dict()["filters"], "variables": tracker.variables, "grads": []}
     kept["grads"] = [x.grad for x in (*program.tensors(), *tracker.variables)]
@@ -139,7 +139,7 @@ def test_losses_evaluated_without_gradients(context):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_closures_under_no_grad_and_inference_mode(name):
-    """They are evaluated with gradients; inference mode, which torch cannot leave, is an error that names it."""
+    """Closures are evaluated with gradients; inference mode, which torch cannot leave, gives an error that names it."""
     p, q = Program(), Program()
     trackers = make(name, p), make(name, q)
     extra = {"index": (0, 0)} if KINDS[name][2] else {}
@@ -163,12 +163,12 @@ def test_losses_that_are_no_scalars(loss):
         make("SOBA", p).backward(p.outer(0), lambda: loss(p))
 
 
-# Params that are not those of before
+# Params that have changed since the last step
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_other_values_in_the_same_parameters(name):
-    """.data = and load_state_dict between steps: the tracker goes on at the new point."""
+    """After an assignment to .data or load_state_dict the tracker continues at the new point."""
     results = []
     for way in ("data", "load", "copy"):
         p = Program()
@@ -191,7 +191,7 @@ def test_other_values_in_the_same_parameters(name):
 @pytest.mark.parametrize("level", ["params", "hparams"])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_parameter_object_that_was_replaced(name, level):
-    """The tracker would go on with the old one, which no loss uses."""
+    """The tracker would continue with the old object, which no loss uses."""
     p = Program()
     p.decay = nn.ParameterList([nn.Parameter(x) for x in p.decay.detach()])
     tracker = make(name, p, hparams=p.decay.parameters())
@@ -241,7 +241,7 @@ def test_parameters_of_another_form():
     tracker.backward(*p.closures(0))
 
 
-# NaN and errors in the middle
+# NaN and errors within a step
 
 
 def spoilt(loss, factor=float("nan")):
@@ -251,7 +251,7 @@ def spoilt(loss, factor=float("nan")):
 @pytest.mark.parametrize("level", [0, 1])
 @pytest.mark.parametrize("name", KINDS)
 def test_nan_in_one_batch_is_an_error_that_changes_nothing(name, level):
-    """Not .grad, the state, running statistics or the random state, whatever the closures drew."""
+    """It leaves .grad, the tracker, running statistics and the random state as they were before the call."""
     p = Program(nn.BatchNorm1d(programs.WIDTH), nn.Dropout(0.3))
     tracker = make(name, p)
     backward(name, tracker, p, 0)
@@ -267,7 +267,7 @@ def test_nan_in_one_batch_is_an_error_that_changes_nothing(name, level):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_nan_in_one_batch_is_skipped_and_counted(name):
-    """As if the batch had not been there."""
+    """Training continues as if the batch had not been there."""
     results = []
     for spoil in (False, True):
         p = Program(nn.BatchNorm1d(programs.WIDTH))
@@ -295,7 +295,7 @@ def test_nan_is_ignored_where_that_is_asked():
 @pytest.mark.parametrize("when", [1, 2, 3])
 @pytest.mark.parametrize("name", CLOSURES)
 def test_an_error_inside_a_closure_leaves_everything(name, when):
-    """Also while params hold another point."""
+    """Params are restored too if the error comes while they hold another point."""
     p, calls = Program(nn.BatchNorm1d(programs.WIDTH), nn.Dropout(0.3)), []
 
     def failing(loss):
@@ -327,15 +327,15 @@ def test_backward_twice_adds(name):
     backward(name, once, p, 0)
     for _ in range(2):
         backward(name, twice, q, 0)
-    # SRBA's direction of all data is added once a step; SABA's table knows the batch when it comes again; an average
-    # takes in the sum.
+    # SRBA adds the direction of all data once a step, and for SABA the second call finds the batch in its table. An
+    # average takes the sum of both calls.
     if name not in ("SRBA", "SABA"):
         for x, y in zip(p.tensors(), q.tensors(), strict=True):
             torch.testing.assert_close(2 * x.grad, y.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_two_trackers_on_one_model():
-    """A warning where .grad of params still holds what the other one added, and none otherwise."""
+    """There is a warning exactly if .grad of params still holds what the other tracker has added."""
     p = Program()
     first, second = make("SOBA", p), make("AmIGO", p)
     backward("SOBA", first, p, 0)
@@ -359,7 +359,7 @@ def test_two_trackers_on_one_model():
 
 
 def test_a_tracker_made_anew_is_no_second_tracker():
-    """As in a notebook whose cell is run again."""
+    """A notebook makes a new tracker if its cell is run again."""
     p = Program()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -398,13 +398,13 @@ def test_a_table_does_not_overwrite_another_file(tmp_path):
     with pytest.raises(FileExistsError, match=r"mine\.inner\.0"):
         B.SABA([w], [lam], batches=(3, 3), file=str(tmp_path / "mine"))
     assert (tmp_path / "mine.inner.0").read_text() == "not a table"
-    for _ in range(2):  # its own from an earlier run begins anew
+    for _ in range(2):  # a table file of the same tracker from an earlier run is overwritten
         assert not B.SABA([w], [lam], batches=(3, 3), file=str(tmp_path / "own")).tables[0].rows[0].any()
 
 
 @pytest.mark.parametrize("algorithm", ["SOBA", "AmIGO", "F2SA", "BOME", "SAMA"])
 def test_an_inner_loss_that_hparams_do_not_reach_is_warned_of_once(algorithm):
-    """The direction is that of the outer loss alone. Later batches may be without hparams."""
+    """The direction is that of the outer loss alone. Later batches may lack hparams without a warning."""
     w, lam = (torch.ones(2, requires_grad=True) for _ in range(2))
     tracker = getattr(hg.bilevel, algorithm)([w], [lam], lr=0.1)
     outer = lambda: ((w - lam) ** 2).sum() + w.sum()  # noqa: E731

@@ -1,4 +1,4 @@
-"""How a tracker goes: its numbers beside NumPy's, and warnings where they are due and nowhere else."""
+"""The report of a tracker: its numbers against NumPy, and warnings exactly where they are due."""
 
 import logging
 import math
@@ -95,7 +95,7 @@ def test_the_error_of_a_direction_is_that_of_numpy(name):
 
 
 def test_an_error_over_a_sum_of_batches():
-    """The mean of the inner loss over a loader, as implicit.grad takes it; nothing is drawn or recorded."""
+    """The inner loss is a mean over a loader; no random number is drawn and no statistic is recorded."""
     p, results = Ridge(), []
     w, lam = p.tensors()
     inner, outer = p.losses(w, lam)
@@ -148,13 +148,13 @@ def training(lr, own=None, outer_lr=0.0, steps=150, sign=1.0):
     return tracker
 
 
-def test_a_step_above_the_curvature_is_told():
+def test_a_step_size_too_large_for_the_curvature_is_warned_of():
     with pytest.warns(WARNING, match=r"SOBA: lr=0.55 is above 2 / curvature = 0\.5.*lower lr"):
         training(0.55)
 
 
 @pytest.mark.parametrize("lr", [0.45, 0.1, 0.02])
-def test_a_step_below_the_curvature_is_not(lr):
+def test_a_step_size_within_the_limit_is_not_warned_of(lr):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = training(lr).report()
@@ -162,8 +162,8 @@ def test_a_step_below_the_curvature_is_not(lr):
     assert report.adjoint_residual < 0.9 and report.adjoint_ratio > 0.5
 
 
-def test_an_adjoint_that_goes_the_wrong_way_is_told():
-    """The optimiser of v ascends."""
+def test_an_adjoint_that_ascends_is_warned_of():
+    """The optimiser of v maximises."""
     with pytest.warns(WARNING, match="the adjoint v was worse than v = 0"):
         training(None, own=lambda v: torch.optim.SGD(v, lr=1e-3, maximize=True), steps=120)
 
@@ -182,14 +182,14 @@ def test_healthy_runs_on_noisy_minibatches_do_not_warn(name, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_healthy_runs_on_ridge_do_not_warn(seed):
-    """Batches of 4 rows of 24: the noise is as large as the signal."""
+    """Batches have 4 of 24 rows, so the noise is as large as the signal."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cases.run(Ridge(seed), lambda w, h, g, f: B.SOBA(w, h, lr=0.05), pairs(250, seed), closures=False)
 
 
-def test_the_step_that_is_allowed_counts_what_the_users_optimiser_does():
-    """With momentum, or Adam, no plain step is judged."""
+def test_step_sizes_of_optimisers_other_than_plain_sgd_are_not_judged():
+    """With momentum or Adam the limit of a plain gradient step does not apply."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         training(None, own=lambda v: torch.optim.SGD(v, lr=0.02, momentum=0.9), steps=3)

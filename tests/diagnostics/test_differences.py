@@ -26,8 +26,8 @@ def test_finite_differences_of_the_whole_map():
 
 
 @pytest.mark.parametrize("step", [0.3, 1e-2, 1e-9])
-def test_finite_differences_know_their_own_error(step):
-    """Large steps err by curvature, small ones by rounding: the error that is said covers the true one."""
+def test_the_error_estimate_of_finite_differences_covers_the_true_error(step):
+    """Large steps have truncation errors, small steps rounding errors; the estimate covers both."""
     p = plain("logistic")
     exact = hypergradient(p, "inner_loss", QUIET)
     found = hg.diagnostics.finite_differences(exact.problem, exact.grads, newton_fit(p), step=step, directions=4)

@@ -25,14 +25,14 @@ def assert_estimates(condition: float, seeds: list, sizes: np.ndarray) -> None:
             e = check(result).estimate
             true = error(result.grads, p)
             ratio = e.error / (true * np.linalg.norm(p.grads[0]))
-            if not e.settled:  # said, and only where the hypergradient is more wrong than zero would be
+            if not e.settled:  # this happens only if the hypergradient is worse than zero
                 assert true > 1.0
                 continue
             if true < 0.1:
                 assert 0.9 <= ratio <= 1.1, (seed, size, true, ratio)
                 worst = max(worst, ratio, 1 / ratio)
                 assert error(polished.grads, p) <= 20 * true**2 + 1e-13
-                if true > 0.005:  # 1.6e-2 becomes 4e-4 or less: here at least one Newton step was followed
+                if true > 0.005:  # 1.6e-2 becomes 4e-4 or less, by at least one Newton step
                     assert error(e.corrected, p) <= 1.6 * true**2
                 square = max(square, (error(polished.grads, p) - 1e-13) / true**2)
             elif true <= 1.0 + 1e-6:
@@ -54,7 +54,7 @@ def test_estimate_and_correction_on_breast_cancer_from_many_points(condition):
 
 @pytest.mark.parametrize("form", ["inner_loss", "fp_map", "residual"])
 def test_polish_corrects_the_adjoint_too(form):
-    """Few CG steps at the exact solution: what the correction adds is the rest of A⁻¹, solved for as far as it goes."""
+    """At the exact solution with few CG steps, the correction continues the solve of the adjoint system."""
     p = plain("logistic", seed=1)
     rough = hypergradient(p, form, S.CG(max_steps=3))
     e = check(rough).estimate
@@ -101,8 +101,8 @@ def test_check_of_an_unrolled_result(unroll):
     assert abs(e.corrected_value - p.value) < 0.05 * abs(float(result.outer_value) - p.value)
 
 
-def test_gauss_newton_is_judged_by_the_hessian():
-    """A model that is not linear: the hypergradient of the Gauss–Newton matrix is off, and the report says how far."""
+def test_gauss_newton_hypergradients_are_compared_with_the_hessians():
+    """For a nonlinear model the Gauss–Newton hypergradient has an error, and the report estimates it."""
     torch.manual_seed(0)
     x, y = torch.randn(40, 3, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
     g = hg.operators.GaussNewton(

@@ -1,4 +1,4 @@
-"""Each finding: found where it holds, and not found where it does not."""
+"""Each finding is reported if it holds, and is not reported if it does not."""
 
 import functools
 
@@ -54,7 +54,7 @@ def linear_map(j: np.ndarray):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", [n for n in PROBLEMS if n != "equilibrium"])
 def test_nothing_is_wrong_with_the_reference_problems(name, seed):
-    """At their solutions, where the residual is rounding; only what is badly conditioned has that matter."""
+    """The residuals at their solutions are rounding errors, which matter only for ill-conditioned problems."""
     p = problem_at(name, seed)
     for form in forms(p):
         given = {"params": p.params, "hparams": p.hparams, form: getattr(p, form)}
@@ -65,7 +65,7 @@ def test_nothing_is_wrong_with_the_reference_problems(name, seed):
 
 @pytest.mark.parametrize("name", [n for n in PROBLEMS if n != "equilibrium"])
 def test_the_reference_problems_in_float32(name):
-    """At solutions rounded to float32 the residual is rounding, and the distance that of their condition."""
+    """Residuals at solutions rounded to float32 are rounding errors, and distances grow with the condition number."""
     p = problem_at(name, dtype=torch.float32)
     for form in forms(p):
         given = {"params": p.params, "hparams": p.hparams, form: getattr(p, form)}
@@ -87,7 +87,7 @@ def test_not_symmetric():
 
 
 def test_systems_that_are_not_independent():
-    """Nothing but batch_dims=1 is declared, so that is what the message names."""
+    """batch_dims=1 is the only declaration, so the message names it."""
     coupled = findings(
         lambda w, h: (w**2).sum(),
         inner_loss=lambda w, h: (w.sum(0) ** 2).sum() / 2 + (w**2).sum() / 2 - (w * h).sum(),
@@ -112,13 +112,13 @@ def test_indefinite():
 
 
 def test_indefinite_in_a_large_space():
-    """One negative eigenvalue in 400 dimensions, seen in fifty steps."""
+    """Fifty steps find one negative eigenvalue in 400 dimensions."""
     values = np.r_[-0.05, np.linspace(0.05, 1, 399)]
     assert names(outer, **quadratic(with_spectrum(values))) == ["indefinite"]
 
 
 def test_singular():
-    """Two weights that enter by their sum alone: a direction without curvature."""
+    """Only the sum of two weights matters, so one direction has no curvature."""
     (found,) = findings(outer, **quadratic(with_spectrum(np.r_[0, 0, 0, np.linspace(0.1, 1, N - 3)])))
     assert found.name == "singular" and found.numbers["negligible"] == 3 and "3 singular values of 12" in found.message
     x, y = rand(30, 4), rand(30, seed=3)
@@ -133,7 +133,7 @@ def test_singular():
 
 
 def test_expansion():
-    """By the spectral radius: a large norm alone is none."""
+    """The spectral radius decides; a large norm alone is no expansion."""
     grows = with_spectrum(np.linspace(-1.2, 0.9, N))
     (found,) = findings(outer, symmetric=True, **linear_map(grows))
     assert found.name == "expansion" and found.numbers["at least"] == pytest.approx(1.2, rel=1e-9)
@@ -234,7 +234,7 @@ def test_dropout(form):
     assert names(target, inner_loss=loss, **given) == []
 
 
-def test_functional_dropout_is_only_seen_to_draw():
+def test_functional_dropout_is_reported_only_as_drawing_random_numbers():
     x = rand(20, N)
     loss = lambda w, lam: (F.dropout(x, 0.5) @ w).square().mean() + lam * w.square().sum()  # noqa: E731
     given = {"params": rand(N), "hparams": torch.tensor(1.0, dtype=torch.float64, requires_grad=True)}
@@ -279,7 +279,7 @@ def test_buffers_are_put_back():
 
 
 def relu_network(rows: int = 40, dtype: torch.dtype = torch.float64):
-    """A relu layer with fixed readout; `at` puts the preactivation of one unit on one sample at zero, or leaves it."""
+    """The loss of a relu layer, params, and params for which one preactivation of one sample is exactly zero."""
     x, c, y = rand(rows, 5, dtype=dtype), rand(3, seed=1, dtype=dtype), rand(rows, seed=2, dtype=dtype)
 
     def loss(w, lam):
@@ -307,7 +307,7 @@ def test_relu_kink_of_an_inner_loss(rows, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kink", [False, True])
 def test_relu_kink_of_a_map(kink, dtype):
-    """z = relu(Mz + λ) where one entry of Mz + λ is zero, and where none is."""
+    """z = relu(Mz + λ) has a kink if an entry of Mz + λ is zero."""
     m, z = 0.5 * torch.tensor(with_singular_values(np.linspace(0.5, 1, N))).to(dtype), rand(N, dtype=dtype)
     lam = rand(N, seed=3, dtype=dtype)
     if kink:
@@ -316,8 +316,8 @@ def test_relu_kink_of_a_map(kink, dtype):
     assert names(outer, params=z, hparams=lam, fp_map=lambda z, lam: torch.relu(m @ z + lam)) == ["kink"] * kink
 
 
-def test_kink_near_by_or_weak_is_none():
-    """One some 1e-7 of ‖w‖ away, and one that turns the products by 1e-4; nor is rounding in the products."""
+def test_near_or_weak_kinks_are_not_reported():
+    """One kink is 1e-7 ‖w‖ away, one changes products by 1e-4; nor may rounding in products count as a kink."""
     m, z = 0.5 * torch.tensor(with_singular_values(np.linspace(0.5, 1, N))), rand(N)
     lam = rand(N, seed=3)
     lam[4] = -(m @ z)[4] + 1e-7
@@ -331,7 +331,7 @@ def test_kink_near_by_or_weak_is_none():
 
 
 def test_l1_penalty():
-    """|w| at w₃ = 0 jumps in its slope; the proximal map of the same problem is smooth at its solution."""
+    """|w| has a kink at w₃ = 0; the proximal map of the same problem is smooth at its solution."""
     a = torch.tensor(with_spectrum(np.linspace(0.5, 1, N)))
     lam, w = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), rand(N)
     loss = lambda w, lam: 0.5 * w @ a @ w - w.sum() + lam * w.abs().sum()  # noqa: E731
@@ -362,7 +362,7 @@ def logistic(dtype: torch.dtype, condition: float):
 
 
 def solve(loss, lam: torch.Tensor, steps: int) -> torch.Tensor:
-    """Newton's method in lam's dtype."""
+    """The solution by Newton's method in the dtype of lam."""
     w = torch.zeros_like(lam).detach()
     gradient = torch.func.grad(lambda w: loss(w, lam.detach()))
     for _ in range(steps):
@@ -387,7 +387,7 @@ def test_rounding_floor(dtype, steps, expected):
 
 
 def test_rounding_floor_of_gradient_descent():
-    """Float32 gradient descent, run until nothing moves."""
+    """Gradient descent in float32 runs until w no longer changes."""
     loss, lam = logistic(torch.float32, 4.0)
     gradient = torch.func.grad(loss)
     fp_map = lambda w, lam: w - 4.0 * gradient(w, lam)  # noqa: E731
@@ -399,7 +399,7 @@ def test_rounding_floor_of_gradient_descent():
     assert names(outer, params=near, hparams=lam, fp_map=fp_map, symmetric=True) == []
 
 
-# --- what does not reach ----------------------------------------------------------------------------------------------
+# --- losses that do not depend on their arguments ---------------------------------------------------------------------
 
 
 def test_outer_loss_ignores_params():
@@ -437,11 +437,11 @@ def test_nothing_reaches_hparams(reads):
     assert "neither ∇₁ of inner_loss nor outer_loss depends on hparams" in found[0].message
 
 
-# --- derivatives that are not those of the values ---------------------------------------------------------------------
+# --- derivatives that disagree with the values ------------------------------------------------------------------------
 
 
 def weighting(detached: bool, dtype: torch.dtype = torch.float64):
-    """A loss whose samples are weighted by a function of their own losses."""
+    """A loss in which the weight of each sample is a function of its loss."""
     x, y = rand(40, N, dtype=dtype), rand(40, seed=1, dtype=dtype)
 
     def loss(w, lam):
@@ -473,7 +473,7 @@ def test_weights_that_are_detached_from_params(detached, form, dtype):
 
 @pytest.mark.parametrize("name", ["hparams", "params"])
 def test_part_of_a_loss_that_is_detached(name):
-    """In the inner loss from hparams, in the outer loss from params, each beside a part that is not."""
+    """A part of the inner loss is detached from hparams, or a part of the outer loss from params."""
     m = torch.tensor(with_spectrum(np.linspace(0.1, 1, N)))
     given = {"params": rand(N), "hparams": rand(N, seed=1).requires_grad_()}
     inner = lambda w, lam: 0.5 * w @ m @ w - w @ (lam if name == "params" else 0.9 * lam + 0.1 * lam.detach())  # noqa: E731
@@ -503,7 +503,7 @@ def test_a_custom_backward_that_is_wrong():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU])
-def test_networks_whose_losses_are_only_read_have_right_derivatives(activation, dtype):
+def test_reading_the_losses_of_a_network_is_no_finding(activation, dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 50), activation(), nn.Linear(50, 1)).to(dtype)
     x, y, log = rand(500, 3, dtype=dtype), rand(500, seed=1, dtype=dtype), []
@@ -519,7 +519,7 @@ def test_networks_whose_losses_are_only_read_have_right_derivatives(activation, 
 
 
 def test_an_l1_term_in_a_smooth_loss():
-    """At the solution of lasso regression, where two weights are 0; the proximal map is smooth there."""
+    """Two weights are 0 at the solution of lasso regression, where the proximal map is smooth."""
     x = rand(60, 4)
     target, strength = torch.tensor([1.0, 0.01, -0.5, 0.0], dtype=torch.float64), 0.1
     lam = torch.tensor(strength, dtype=torch.float64, requires_grad=True)
@@ -548,7 +548,7 @@ def test_an_l1_term_in_a_smooth_loss():
 
 
 def test_several_at_once():
-    """They do not hide each other."""
+    """Findings do not hide one another."""
     m = torch.tensor(with_spectrum(np.r_[0.0, -1.0, np.linspace(0.1, 1, N - 2)]))
     lam = [rand(N).requires_grad_(), rand(3).requires_grad_()]
     found = names(
@@ -568,7 +568,7 @@ def test_bad_input():
         hg.diagnostics.findings(problem)
 
 
-def test_without_the_structure_nothing_is_said_of_the_system():
+def test_without_the_structure_there_is_no_finding_about_the_system():
     m = torch.tensor(with_spectrum(np.r_[-1.0, np.linspace(0.1, 1, N - 1)]))
     given = {"params": rand(N), "hparams": rand(N).requires_grad_(), "inner_loss": lambda w, h: 0.5 * w @ m @ w}
     problem = hg.implicit.Problem(outer, **given)

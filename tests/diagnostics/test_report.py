@@ -1,4 +1,4 @@
-"""What check says: its verdict, its advice, its errors."""
+"""The report of check: its verdict, its advice, and its errors."""
 
 import json
 import sys
@@ -16,14 +16,14 @@ check = hg.diagnostics.check
 QUIET = S.Dense(on_failure="ignore")
 
 
-def test_a_right_hypergradient_is_said_to_be_right():
+def test_the_verdict_on_a_right_hypergradient_is_right():
     p = plain("logistic")
     report = check(hypergradient(p, "inner_loss", S.CG(rtol=1e-12)))
     assert report.estimate.relative_error < 1e-10
     assert "right to about" in report.advice[0] and len(report.advice) == 1
 
 
-def test_what_changed_since_is_an_error_that_names_it():
+def test_inputs_that_changed_since_the_call_are_named_by_an_error():
     p = plain("logistic")
     w, h = p.params.clone(), p.hparams.detach().clone().requires_grad_()
     options = {"inner_loss": p.inner_loss, "params": w, "hparams": h, "solver": QUIET}
@@ -84,7 +84,7 @@ def test_a_problem_that_changed_without_a_trace_is_noticed():
     assert any("the inner problem is random, or its data" in line for line in check(result).advice)
 
 
-def test_nan_is_said_and_nothing_is_estimated():
+def test_nan_is_reported_and_nothing_is_estimated():
     p = plain("logistic")
     q = replace(p, outer_loss=lambda w, h: p.outer_loss(w, h) * torch.nan)
     report = check(hypergradient(q, "inner_loss", S.CG(on_failure="ignore")))
@@ -113,14 +113,14 @@ def test_the_report_is_a_table_that_ends_in_advice_and_a_dict_of_numbers():
 
 
 @pytest.mark.parametrize("form", ["fp_map", "inner_loss"])
-def test_the_advice_tells_the_pace_of_the_inner_solver(form):
-    """After 8 gradient steps of the size that fp_map takes, which is the best: what is left falls by q a step."""
+def test_the_advice_gives_the_rate_of_the_inner_solver(form):
+    """w comes from 8 gradient steps of fp_map's size, which is the best one: the error falls by q a step."""
     p, w = plain("logistic"), torch.zeros(30, dtype=torch.float64)
     for _ in range(8):
         w = p.fp_map(w, p.hparams).detach()
     report = check(hypergradient(replace(p, params=w), form, QUIET))
     text = next(line for line in report.advice if "the inner problem is not solved" in line)
-    assert abs(float(text.split(" is ")[2].split(",")[0]) - p.contraction) < 0.03  # that is at the solution
+    assert abs(float(text.split(" is ")[2].split(",")[0]) - p.contraction) < 0.03  # the rate at the solution
     more = int(text.split("about ")[1].split(" more")[0])
     for _ in range(more):
         w = p.fp_map(w, p.hparams).detach()
@@ -147,7 +147,7 @@ def test_findings_enter_the_verdict_and_come_first_after_it():
 
 
 def test_an_estimate_that_cannot_be_had_says_so():
-    """g = log(1 + e^w) has no minimiser."""
+    """The inner loss log(1 + e^w) has no minimiser."""
     lam = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     with pytest.warns(hg.HypergradientWarning):
         result = hg.implicit.grad(
@@ -180,7 +180,7 @@ def test_bad_options_of_check():
         check([result.grads], outer_loss=p.outer_loss)
 
 
-def test_a_solve_that_ignores_its_argument_is_said():
+def test_a_solve_that_ignores_its_argument_is_reported():
     w = torch.tensor([1.0, 2.0], dtype=torch.float64)
     lam = w.clone().requires_grad_()
     result = hg.implicit.grad(
@@ -190,7 +190,7 @@ def test_a_solve_that_ignores_its_argument_is_said():
     assert not any("finite differences" in line for line in check(result, solve=lambda h: h).advice)
 
 
-def test_a_change_that_torch_does_not_count_is_said():
+def test_a_change_that_torch_does_not_count_is_reported():
     w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
     lam = w.detach().clone().requires_grad_()
     result = hg.implicit.grad(
@@ -217,7 +217,7 @@ def test_the_advice_where_the_true_hypergradient_is_zero():
 
 
 def test_no_finding_stands_beside_a_verdict_that_all_is_well():
-    """A map that is declared symmetric and is not, and a hypergradient that is 2 % off besides."""
+    """A map is wrongly declared symmetric, and the hypergradient has an error of 2 %."""
     rng = torch.Generator().manual_seed(0)
     j = torch.randn(6, 6, generator=rng, dtype=torch.float64)
     j = 0.5 * j / torch.linalg.matrix_norm(j, 2)
@@ -238,8 +238,8 @@ def test_a_right_hypergradient_with_agreeing_differences_is_right():
     assert report.ok and "nothing needs to be done" in report.verdict and not report.left_out
 
 
-def test_low_rank_that_is_no_solution_is_said():
-    """Nystrom(rank=2) leaves several times the residual that v = 0 leaves."""
+def test_a_low_rank_approximation_that_is_no_solution_is_reported():
+    """The residual of Nystrom(rank=2) is several times that of v = 0."""
     p = plain("logistic")
     result = hypergradient(p, "inner_loss", S.Nystrom(rank=2, on_failure="ignore"))
     report = check(result)
@@ -255,8 +255,8 @@ def test_low_rank_that_is_no_solution_is_said():
 
 
 @pytest.mark.parametrize("form", ["inner_loss", "residual", "fp_map"])
-def test_what_damping_does_is_told_apart_from_an_unsolved_system(form):
-    """The error against the undamped truth, which is the oracle's; γ as the residuals show it."""
+def test_the_effect_of_damping_is_told_apart_from_an_unsolved_system(form):
+    """The error is that against the oracle, which has no damping; γ is inferred from the residuals."""
     p, damping = plain("logistic"), 0.01
     result = hypergradient(p, form, S.GMRES(rtol=1e-10, damping=damping, restart=60))
     report = check(result)
@@ -271,8 +271,8 @@ def test_what_damping_does_is_told_apart_from_an_unsolved_system(form):
 
 
 @pytest.mark.parametrize("form", ["inner_loss", "residual", "fp_map"])
-def test_a_hypergradient_is_judged_as_that_of_the_damped_problem(form):
-    """At a saddle, whose own system is indefinite: the truth is that of g + γ/2 ‖w − w₀‖², by dense Newton steps."""
+def test_check_may_judge_a_hypergradient_as_that_of_the_damped_problem(form):
+    """At a saddle the undamped system is indefinite; the truth is that of g + γ/2 ‖w − w₀‖², by dense Newton steps."""
     rng, n = torch.Generator().manual_seed(3), 6
     a = torch.randn(n, n, generator=rng, dtype=torch.float64)
     a = (a + a.mT) / 4
@@ -313,7 +313,7 @@ def test_a_hypergradient_is_judged_as_that_of_the_damped_problem(form):
 
 
 class BatchNorm(torch.nn.Module):
-    """In training mode, written out: newer versions of torch have no third derivative of theirs."""
+    """Batch norm in training mode, written out, because newer versions of torch lack its third derivative."""
 
     def __init__(self, features: int):
         super().__init__()
@@ -364,7 +364,7 @@ def dense_hessian(inner, given) -> np.ndarray:
     return torch.stack([torch.autograd.grad(each, v, retain_graph=True)[0] for each in g]).numpy()
 
 
-def test_the_advice_on_a_network_in_training_names_what_would_do():
+def test_the_advice_on_a_network_in_training_works():
     outer, inner, parts, given = training_network(hidden=8)
     result = hg.implicit.grad(outer, inner_loss=inner, solver=S.CG(on_failure="ignore"), **given)
     report = check(result)
@@ -387,7 +387,7 @@ def test_the_advice_on_a_network_in_training_names_what_would_do():
 
 
 @pytest.mark.parametrize("max_products", [1, 30, 300, pytest.param(3000, marks=pytest.mark.slow)])
-def test_no_more_products_than_allowed_and_what_that_left_out(max_products):
+def test_the_limit_of_products_holds_and_what_it_left_out_is_named(max_products):
     outer, inner, _, given = training_network()
     result = hg.implicit.grad(outer, inner_loss=inner, solver=S.CG(damping=0.3, rtol=1e-8), **given)
     report = check(result, max_products=max_products)
@@ -406,7 +406,7 @@ def test_no_more_products_than_allowed_and_what_that_left_out(max_products):
 
 @pytest.mark.parametrize("form", ["inner_loss", "fp_map"])
 def test_tensors_are_made_where_params_are(form):
-    """A default device that holds no numbers shows each tensor that is made on it."""
+    """The default device holds no numbers, so a tensor that is made on it would raise an error."""
     p = moved(plain("logistic"), 1e-2)
     result = hypergradient(p, form, S.GMRES(rtol=1e-8))
     expected = check(result, solve=lambda h: p.params)

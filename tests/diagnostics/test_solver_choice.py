@@ -1,4 +1,4 @@
-"""Which solvers are valid on a system, and how many products they need: by theory, and then by running them."""
+"""Which solvers are valid for a system, and how many products they need: the theory is compared with actual solves."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_what_a_report_prints():
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_products_suffice(name):
-    """Each bounded solver reaches the accuracy with the products that its bound names, in the norm that it is for."""
+    """Each solver with a bound reaches the accuracy, in the norm of the bound, with that number of products."""
     s, rtol = REAL[name], 1e-5
     x, size = s.solutions[0], np.linalg.norm(s.b)
     for c in solver_choice(structure(s), rtol):
@@ -100,7 +100,7 @@ def test_what_is_not_valid_fails(name):
 
 @pytest.mark.parametrize("name", ["spd 10", "spd 100", "large"])
 def test_neumann_by_its_step_size(name):
-    """At the step that the reason names, which is the best one, the named products suffice; well above it, none do."""
+    """With the step size of the report, the best one, its number of products suffices; with a much larger one, none."""
     s = REAL[name]
     found = structure(s)
     values = np.linalg.eigvalsh(s.a)

@@ -47,7 +47,7 @@ def rotations(radius: float, n: int, seed: int = 0) -> np.ndarray:
 
 
 def check_against_dense(found, a: np.ndarray) -> None:
-    """Every range holds the number that it is named after, and whole spaces give the numbers themselves."""
+    """Assert that every range contains the true number, and that a whole Krylov space gives the number itself."""
     n, j = len(a), np.eye(len(a)) - a
     sigma, q = np.linalg.svd(a, compute_uv=False), np.linalg.norm(j, 2)
     slack = 100 * n * EPS * max(sigma[0], 1.0)
@@ -111,8 +111,8 @@ def test_bounds_of_large_matrices(seed):
         check_against_dense(of(tilted, 40, seed), tilted)
 
 
-def test_what_is_proven():
-    """A matrix is proven to be indefinite by two Ritz values, and to be definite by all of them."""
+def test_definiteness_is_proven_only_with_enough_ritz_values():
+    """Two Ritz values prove that a matrix is indefinite; a proof that it is definite needs all of them."""
     a = with_spectrum(np.linspace(0.2, 1, 20))
     assert of(a).definiteness == of(a, 5).definiteness == "positive definite"
     assert of(-a).definiteness == "negative definite"
@@ -122,7 +122,7 @@ def test_what_is_proven():
 
 
 def test_multiplicity_of_zero():
-    """Once the Krylov space is spent a new random vector goes on: null spaces of any size are counted."""
+    """When the Krylov space is exhausted a new random vector continues, so null spaces of any size are counted."""
     a = with_spectrum(np.r_[np.zeros(30), np.repeat([1.0, 2.0], 35)])
     assert of(a, 100).negligible == 30 and of(a, 20).negligible >= 3
     b = with_singular_values(np.r_[np.zeros(12), np.linspace(1, 2, 28)])
@@ -132,7 +132,7 @@ def test_multiplicity_of_zero():
 
 @pytest.mark.parametrize("n", [3, 6])
 def test_contracting_in_the_long_run_alone(n):
-    """ρ(J) = 1/2 < 1 < ‖J‖: a Jordan block."""
+    """A Jordan block with ρ(J) = 1/2 < 1 < ‖J‖."""
     j = jordan(n, 0.5, 3.0)
     found = of(np.eye(n) - j)
     assert found.radius_at_least <= 0.5 and found.radius == pytest.approx(0.5, abs=0.05)
@@ -142,7 +142,7 @@ def test_contracting_in_the_long_run_alone(n):
 
 
 def test_nilpotent_of_large_norm():
-    """Rounding gives this J eigenvalues near .5 where all are 0; that is not claimed to be so."""
+    """All eigenvalues of this J are 0, but rounding gives some near .5, which must not be claimed as proven."""
     j = 3.0 * np.triu(np.ones((20, 20)), 1)
     found = of(np.eye(20) + j)
     assert found.radius_at_least == 0.0
@@ -162,7 +162,7 @@ def test_complex_pairs(radius, steps):
 
 @pytest.mark.parametrize("name", BATCHED)
 def test_batched(name):
-    """The worst system, from scalars of its own, whatever stands beside it."""
+    """The report is that of the worst system, and does not depend on the other systems of the batch."""
     s = GRID[name]
     found = operator_structure(s.operator(), s.rhs(), steps=100)
     a = s.matrices[found.system]
@@ -195,7 +195,7 @@ def test_problems(name):
 
 
 def test_wrongly_declared_symmetric():
-    """Found, and for a problem nothing else is spoiled by it; a declared operator has no transposed product to ask."""
+    """The asymmetry is found, and a problem's other results stay right; an operator has no transpose to compare."""
     p = problem_at("contraction-.9")
     plain = structure(params=p.params, hparams=p.hparams, fp_map=p.fp_map)
     found = structure(params=p.params, hparams=p.hparams, fp_map=p.fp_map, symmetric=True)
@@ -219,7 +219,7 @@ def test_without_a_transposed_product():
 
 
 def test_trees_and_cost():
-    """The same numbers of a tree of tensors; products as documented; a generator of its own decides."""
+    """A tree of tensors gives the same numbers, with the documented products; generator= decides the random vectors."""
     a = with_singular_values(np.linspace(1, 2, 12))
 
     def as_tree(m):
