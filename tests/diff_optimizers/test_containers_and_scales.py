@@ -1,4 +1,4 @@
-"""Update rules on real inputs: containers, dtypes, devices, large and tiny numbers, hostile values."""
+"""Update rules on real inputs: containers, dtypes, devices, very large and small numbers, NaN and infinity."""
 
 from collections import OrderedDict
 
@@ -26,7 +26,7 @@ def trees():
 
 @pytest.mark.parametrize("name", RULED)
 def test_mappings_are_matched_by_key(name):
-    """Params as an OrderedDict, gradients and state as plain dicts, and the other way round: one result."""
+    """OrderedDict params with plain dicts as gradients and state, and the reverse, give the same result."""
     rule = RULED[name]
     ordered, plain, ordered_grads, plain_grads = trees()
     due, _ = rule.update(*rule.update(plain, rule.init(plain), plain_grads), plain_grads)
@@ -69,7 +69,7 @@ def test_empty_leaves_and_frozen_leaves(name):
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad", "RMSprop"])
 def test_sparse_gradients(name):
-    """Those of an embedding, given as they are or taken by the rule, are as the dense ones."""
+    """Sparse gradients of an embedding, passed to the rule or taken by it, give the results of dense ones."""
     rule, w, index = RULED[name], torch.randn(5, 2, **DOUBLE), torch.tensor([1, 3, 1])
 
     def loss(sparse):
@@ -92,7 +92,7 @@ def test_complex_params_are_refused_with_what_to_do(name):
 
 @pytest.mark.parametrize("name", RULED)
 def test_the_default_device_and_dtype_do_not_matter(name):
-    """Under a default device without numbers, anything that is made there would raise or be lost."""
+    """A tensor made on this default device, which holds no numbers, would raise an error or lose its numbers."""
     rule, w, g = RULED[name], torch.rand(3, **DOUBLE), torch.rand(3, **DOUBLE)
     due, state = rule.update(*rule.update(w, rule.init(w), g), g)
     before = torch.get_default_dtype()
@@ -151,7 +151,7 @@ def test_simplex_projection_against_float64(radius):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dim", [-1, 0, None])
 def test_group_lasso_at_every_scale(scale, dim):
-    """Float32 squares underflow below 1e-22 and overflow above 1e19."""
+    """Squares of float32 numbers underflow below 1e-22 and overflow above 1e19."""
     w = (torch.randn(4, 5) * scale).requires_grad_()
     wide = w.detach().double().requires_grad_()
     prox = D.GroupLasso(strength=0.7 * scale, dim=dim)
@@ -163,8 +163,8 @@ def test_group_lasso_at_every_scale(scale, dim):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", RULED)
-def test_what_is_not_finite_does_not_become_a_number(name, value):
-    """A NaN or an infinite parameter leaves a mark; a projection on a bound may take an infinity away."""
+def test_non_finite_entries_stay_non_finite(name, value):
+    """An entry that is NaN or infinite stays so, except that a projection on a box clips infinity."""
     rule = RULED[name]
     w = torch.tensor([0.2, value, 0.3], **DOUBLE)
     new = rule.update(w, rule.init(w), torch.rand(3, **DOUBLE))[0]

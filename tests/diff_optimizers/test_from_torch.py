@@ -1,4 +1,4 @@
-"""The rule of a live optimizer on real models: frozen and unused parameters, options that a version of torch lacks."""
+"""from_torch on real models: frozen and unused parameters, and options that a version of torch lacks."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def follow(twin, loss, steps):
     for t in steps:
         step = twin.rule.on(lambda w, h, t=t: loss(w, t))
         params, state = step((params, state))
-        # A plain run: nothing but the numbers goes on.
+        # A plain run, which carries numbers from step to step, and no graph.
         params = [w.detach().requires_grad_(v.requires_grad) for w, v in zip(params, twin.params, strict=True)]
         state = {name: _detached(x) for name, x in state.items()}
     return params
@@ -59,7 +59,7 @@ def dtype(request):
 
 
 def four(dtype, frozen=1):
-    """Parameters: used always, frozen, never used, and used in some steps only."""
+    """A model with a parameter that is always used, a frozen one, an unused one, and one used in some steps only."""
     params = [torch.randn(3, dtype=dtype) for _ in range(4)]
     return [w.requires_grad_(i != frozen) for i, w in enumerate(params)]
 
@@ -72,7 +72,7 @@ def some_used(w, t):
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=IDS)
 @pytest.mark.parametrize("before", [0, 1, 2, 7])
 def test_frozen_and_unused_parameters_are_skipped_as_torch_skips_them(name, options, before, dtype):
-    """Weight decay, moments and bias corrections included; converted at the start and after some steps."""
+    """Weight decay, moments and bias corrections skip them too, after a conversion at the start or after some steps."""
     theirs = four(dtype)
     start = [w.detach().clone() for w in theirs]
     optimizer = build(name, options, theirs)
@@ -87,7 +87,7 @@ def test_frozen_and_unused_parameters_are_skipped_as_torch_skips_them(name, opti
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop"])
 def test_a_low_rank_adapter_is_trained_and_its_layer_is_not(name):
-    """The optimizer was given all parameters; the hypergradient is that of the plain graph over the adapter alone."""
+    """The optimizer has all parameters; the hypergradient agrees with the plain graph over the adapter alone."""
     layer = torch.nn.Linear(4, 4, dtype=torch.float64).requires_grad_(False)
     a = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     b = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
@@ -121,7 +121,7 @@ def test_a_low_rank_adapter_is_trained_and_its_layer_is_not(name):
 
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_groups_that_do_not_say_whether_the_decay_is_decoupled(decoupled):
-    """As in torch 2.6, where AdamW and Adam were two classes."""
+    """In torch 2.6, AdamW and Adam are separate classes without this option."""
     w = torch.tensor([1.0, -2.0], requires_grad=True)
     optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)([w], weight_decay=0.1)
     optimizer.param_groups[0].pop("decoupled_weight_decay", None)
@@ -139,7 +139,7 @@ def test_options_that_a_group_lacks_have_their_defaults(name):
 
 
 def test_parameters_that_took_different_numbers_of_steps_go_on_with_their_own():
-    """Stepped once while one parameter had no gradient; Adam's first step moves an entry by the learning rate."""
+    """One parameter had no gradient at the first step; its first step of Adam moves each entry by the learning rate."""
     w = [torch.ones(2, requires_grad=True, dtype=torch.float64) for _ in range(2)]
     optimizer = torch.optim.Adam(w, lr=0.1)
     w[0].grad = torch.ones(2, dtype=torch.float64)

@@ -26,7 +26,7 @@ A = torch.diag(torch.tensor([0.3, 1.0, 2.0, 4.0], dtype=torch.float64))
 
 
 def loss_f(params, hparams):
-    """A loss with curvature that depends on λ and on w, on leaves [4] and []."""
+    """A loss of two leaves, [4] and [], whose curvature depends on λ and on w."""
     w, s = params
     return 0.5 * w @ A @ w * hparams[0].exp() + (w.sum() * s).sin() + 0.1 * s**4 + (hparams[1] * w).sum()
 
@@ -88,7 +88,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", ["DifferentiableOptimizer", *RULES])
 def test_methods_are_hypertorchs(name):
-    """A subclass of the user's may define step and call get_loss."""
+    """A subclass may define step and call get_loss."""
     kind = getattr(hg, name)
     for method, parameters in METHODS.items():
         assert list(inspect.signature(getattr(kind, method)).parameters) == parameters
@@ -114,7 +114,7 @@ def test_methods_are_hypertorchs(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_params_in_lists_in_lists(name):
-    """The state is nested as params are; the numbers are those of flat lists."""
+    """The state is nested in the same way as params; the results are those of flat lists."""
     params, hparams = case()
     flat_optimizer = make(name)
     nested_optimizer = make(name, loss=lambda w, h: loss_f([w[0][0], w[1]], h))
@@ -130,7 +130,7 @@ def test_params_in_lists_in_lists(name):
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("name", RULES)
 def test_a_step_is_its_formula(name, requires_grad):
-    """On params that require grad or not; nothing of the user's is written."""
+    """Params may or may not require grad, and none of the arguments is overwritten."""
     params, hparams = case(requires_grad)
     aux = [rand(4), rand()]
     with untouched(params, hparams, aux):
@@ -146,7 +146,7 @@ def test_a_step_is_its_formula(name, requires_grad):
 
 @pytest.mark.parametrize("name", ["GradientDescent", "Momentum"])
 def test_steps_are_torch_optims(name):
-    """25 steps of torch.optim.SGD, with momentum where it has one; HeavyBall from w₋ = w₀ walks the same path."""
+    """25 steps agree with torch.optim.SGD with the rule's momentum; HeavyBall from w₋ = w₀ takes the same path."""
     params, hparams = case(False)
     theirs = [w.clone().requires_grad_() for w in params]
     sgd = torch.optim.SGD(theirs, lr=ETA, momentum=0.0 if name == "GradientDescent" else MU)
@@ -167,7 +167,7 @@ def test_steps_are_torch_optims(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_get_opt_params(name):
-    """Params and a zero like each for a buffer; from a list, a tuple or model.parameters()."""
+    """It returns params, and zeros of their shapes as buffers, from a list, a tuple or model.parameters()."""
     params, _ = case()
     optimizer = make(name)
     for given in (params, tuple(params), iter(params)):
@@ -181,7 +181,7 @@ def test_get_opt_params(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_create_graph(name):
-    """With it every derivative of the step; without it none through the gradient, and the same numbers."""
+    """With it all derivatives of the step exist; without it those through the gradient are missing. Values agree."""
     params, hparams = case()
     optimizer = make(name)
     state = optimizer.get_opt_params(params)
@@ -198,7 +198,7 @@ def test_create_graph(name):
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", RULES)
 def test_gradcheck_in_params_hparams_step_size_and_momentum(name, steps):
-    """Steps against finite differences, through all that a step depends on."""
+    """The derivatives of steps in all their inputs agree with finite differences."""
     params, hparams = case()
     numbers = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (ETA, MU)]
     aux = [rand(4, requires_grad=True), rand(requires_grad=True)]
@@ -218,7 +218,7 @@ def test_gradcheck_in_params_hparams_step_size_and_momentum(name, steps):
 
 @pytest.mark.parametrize("name", RULES)
 def test_step_size_and_momentum_as_callables_of_hparams(name):
-    """η = e^{λ₀}, μ = σ(λ₁₀): the same as numbers of those values, and differentiable through them."""
+    """η = e^{λ₀} and μ = σ(λ₁₀) act as numbers of the same values, and are differentiated."""
     params, hparams = case()
     optimizer = make(name, lambda h: h[0].exp(), lambda h: torch.sigmoid(h[1][0]))
     state = optimizer.get_opt_params(params)
@@ -245,7 +245,7 @@ def data_loss(params, hparams, data):
 
 @pytest.mark.parametrize("name", RULES)
 def test_data_as_one_batch_or_an_iterator(name):
-    """A tuple serves every step; an iterator gives each step its own; curr_loss is the loss that was stepped on."""
+    """A tuple is used at every step, an iterator gives each step a batch; curr_loss is the loss before the step."""
     batches = [(rand(6, 3), rand(6)) for _ in range(4)]
     hparams = [rand(requires_grad=True)]
     w = rand(3)
@@ -274,7 +274,7 @@ def test_data_as_one_batch_or_an_iterator(name):
 
 
 def test_a_list_of_batches_is_one_datum():
-    """As in HyperTorch: only what has __next__ is an iterator, so a list or a DataLoader goes to the loss whole."""
+    """As in HyperTorch, only an object with __next__ is an iterator; a list or a DataLoader is passed whole."""
     seen = []
 
     def loss(params, hparams, data):
@@ -292,7 +292,7 @@ def test_a_list_of_batches_is_one_datum():
 
 @pytest.mark.parametrize("name", RULES)
 def test_an_optimizer_is_an_fp_map(name):
-    """On ridge at its solution every rule's Φ gives the oracle's gradient; HeavyBall's state there is (w, w)."""
+    """At the solution of ridge each rule as Φ gives the oracle's ∇f; the state of HeavyBall is (w, w) there."""
     p = problems.problem("ridge", random=1)
     optimizer = make(name, 0.3, 0.4, loss=lambda w, h: p.inner_loss(w[0], h[0]))
     aux = [p.params.clone()] if name == "HeavyBall" else [torch.zeros_like(p.params)]
@@ -311,8 +311,8 @@ def test_an_optimizer_is_an_fp_map(name):
     assert max(errors(grads, p.grads)) < 1e-10
 
 
-def test_the_optimizers_steps_differentiate_alike_in_every_way():
-    """Five steps of Momentum with a learned step size: reverse, reverse_unroll and finite differences of f."""
+def test_derivatives_of_optimizer_steps_agree_in_every_mode():
+    """reverse, reverse_unroll and finite differences of f agree for five steps of Momentum with a learned step size."""
     params, hparams = case(False)
     hparams.append(torch.tensor(-2.5, dtype=torch.float64, requires_grad=True))
     optimizer = hg.Momentum(loss_f, lambda h: h[2].exp(), 0.5)
@@ -341,7 +341,7 @@ def test_the_optimizers_steps_differentiate_alike_in_every_way():
 @pytest.mark.parametrize("name", ["HeavyBall", "Momentum"])
 @pytest.mark.parametrize("random", [False, True])
 def test_the_heavy_ball_row(name, random):
-    """DESIGN's row: 30 steps, v ← μv + ∇g, w ← w − ηv; HeavyBall is the same recursion from w₋ = w₀."""
+    """30 steps v ← μv + ∇g, w ← w − ηv as in DESIGN's row; HeavyBall is the same recursion from w₋ = w₀."""
     u = problems.heavy_ball(random=random)
     curvature = torch.linspace(0.1, 1.0, 10, dtype=torch.float64)
     optimizer = getattr(hg, name)(

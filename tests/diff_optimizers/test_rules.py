@@ -47,10 +47,10 @@ EVERY = [
     ("RAdam", {"lr": 0.02, "eps": 0.01, "maximize": True}),
     ("RAdam", {"lr": 0.02, "decoupled_weight_decay": True, "betas": (0.8, 0.9), **PLAIN}),
 ]
-# Before 2.7 Adam had no decoupled weight decay.
+# In torch before 2.7, Adam has no decoupled weight decay.
 OPTIONS = [row for row in EVERY if row[1].keys() <= inspect.signature(getattr(torch.optim, row[0])).parameters.keys()]
 IDS = [f"{name}-{'-'.join(options)}" for name, options in OPTIONS]
-# All others walk torch's path bit for bit.
+# These rules agree with torch to 1e-12, all others bit for bit.
 TO_1E_12 = {
     "RAdam": "torch takes one of two branches; here both are computed and one chosen, for a derivative in beta_2",
 }
@@ -95,7 +95,7 @@ def advance_torch(optimizer, params, loss, steps, sign=1):
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=IDS)
 def test_trajectories_are_torch_optims(name, options, problem):
-    """50 steps, bit for bit but for the one above."""
+    """50 steps agree bit for bit, except for the rules in TO_1E_12."""
     start, loss = PROBLEMS[problem]()
     theirs = [w.clone().requires_grad_() for w in start]
     optimizer = getattr(torch.optim, name)(theirs, **options)
@@ -111,7 +111,7 @@ def test_trajectories_are_torch_optims(name, options, problem):
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=IDS)
 def test_from_torch_mid_training(name, options):
-    """Twelve steps by torch, in two groups, then ten by both."""
+    """After twelve steps of torch with two parameter groups, ten steps of both agree."""
     start, loss = mlp()
     theirs = [w.clone().requires_grad_() for w in start]
     groups = [{"params": theirs[:2]}, {"params": theirs[2:], "lr": options["lr"] / 2}]
@@ -134,15 +134,15 @@ def test_from_torch_at_the_start_with_a_tensor_lr():
 
 
 def test_every_option_is_compared_with_torch():
-    """Each field of each rule that torch.optim has, in a row that changes it."""
+    """Each option of each rule of torch.optim is changed in at least one row of the comparison."""
     for kind in {type(getattr(D, name)()) for name, _ in EVERY}:
         given = {key for name, options in EVERY if isinstance(getattr(D, name)(), kind) for key in options}
         assert {field.name for field in fields(kind)} - {"frozen"} <= given, kind
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=IDS)
-def test_a_hyperparameter_as_a_tensor_walks_the_same_path(name, options):
-    """To rounding: then the formula itself is computed, for torch's fused operations want numbers."""
+def test_a_hyperparameter_as_a_tensor_gives_the_same_trajectory(name, options):
+    """They agree to rounding, because torch's fused operations need numbers, and tensors take the plain formula."""
     start, loss = mlp()
     tensors = {key: x if isinstance(x, (bool, tuple)) or x == 0 else torch.tensor(x) for key, x in options.items()}
     if "betas" in options:
@@ -183,7 +183,7 @@ def build(make, keys, values, betas):
 
 
 def learned(config):
-    """(class, field) of every hyperparameter that is a tensor with a graph, and of every option that is chosen."""
+    """(class, field) of every hyperparameter that is a tensor, and of every option that is True."""
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, D.Prox):
@@ -209,7 +209,7 @@ def test_every_hyperparameter_and_option_is_in_gradcheck():
 
 @pytest.mark.parametrize("name", RULES)
 def test_gradcheck_in_params_state_grads_and_each_hyperparameter(name):
-    """Two updates from a random state at step 6, where RAdam rectifies."""
+    """Two updates start from a random state at step 6, where RAdam rectifies."""
     make, numbers = RULES[name]
     keys = list(numbers)
     betas = [0.6, 0.9] if name in BETAS else []
@@ -218,7 +218,7 @@ def test_gradcheck_in_params_state_grads_and_each_hyperparameter(name):
     w, g = (torch.rand(3, requires_grad=True) + 0.1 for _ in range(2))
     slots = [k for k in plain.init(w) if k not in ("step", "missed")]
     s = [(torch.rand_like(plain.init(w)[k]) * 0.5 + 0.1) for k in slots]
-    s = [x + (k == "square_avg") for x, k in zip(s, slots, strict=True)]  # v > a², away from the root's kink
+    s = [x + (k == "square_avg") for x, k in zip(s, slots, strict=True)]  # v > a²: no singularity of the root
     inputs = [x.detach().requires_grad_() for x in (w, g, *s)]
 
     def run(w, g, *rest):
@@ -236,7 +236,7 @@ def test_gradcheck_in_params_state_grads_and_each_hyperparameter(name):
 
 @pytest.mark.parametrize("name", [*RULES][:9])
 def test_derivatives_where_every_gradient_was_zero(name):
-    """Finite and, for the first Adam step, η/ε · dg."""
+    """Derivatives are finite, and that of Adam's first step is η/ε · dg."""
     make, numbers = RULES[name]
     rule = make(**numbers | {"weight_decay": 0.0})
     w, g = torch.randn(2), torch.zeros(2, requires_grad=True)
@@ -247,7 +247,7 @@ def test_derivatives_where_every_gradient_was_zero(name):
 
 
 def test_every_form_of_a_hyperparameter():
-    """Numbers, tensors, PerLeaf, PerStep, nested, and callables of hparams: the formula, step by step."""
+    """Numbers, tensors, PerLeaf, PerStep, nested ones and callables of hparams follow the formula at each step."""
     w, g = [torch.randn(3), torch.randn(2)], [torch.randn(3), torch.randn(2)]
     table = torch.rand(3, requires_grad=True)
     own = torch.rand(3)
@@ -270,7 +270,7 @@ def test_every_form_of_a_hyperparameter():
 
 
 def test_an_unrolled_loop_of_a_rule():
-    """Five steps of Adam on a loss that depends on λ, with a schedule and momentum made from λ: finite differences."""
+    """Five steps of Adam, whose loss, schedule and momentum depend on λ, agree with finite differences."""
     w, x = torch.randn(3), torch.randn(6, 3)
     rule = D.Adam(lr=lambda h: D.PerStep(h[0].exp()), betas=(lambda h: h[1].sigmoid(), 0.9), eps=1e-3)
     step = rule.on(lambda w, h: (x @ w).cosh().log().mean() + h[1].exp() * (w**2).sum())
@@ -299,7 +299,7 @@ PROXES = {
 
 @pytest.mark.parametrize("name", PROXES)
 def test_prox_operators_minimise(name):
-    """prox_{ηr}(w) beside scipy's minimiser of ½‖u − w‖² + η r(u)."""
+    """prox_{ηr}(w) agrees with scipy's minimiser of ½‖u − w‖² + η r(u)."""
     prox, r, bounds, total = PROXES[name]
     w, eta = torch.randn(4), 0.6
     ours = D.ProximalGradient(lr=eta, prox=prox).update(w, {"step": torch.zeros(())}, torch.zeros(4))[0].numpy()
@@ -347,7 +347,7 @@ def test_prox_operators_against_closed_forms_and_bisection(scale):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
 
 
-def test_fista_walks_its_formula():
+def test_fista_follows_its_formula():
     a, b = torch.randn(5, 3), torch.randn(5)
     eta, rule = 0.02, D.FISTA(lr=0.02, prox=D.L1(strength=0.4))
     w = torch.randn(3)
@@ -417,7 +417,7 @@ def test_a_list_of_values_is_in_the_order_of_the_leaves():
     assert torch.allclose(new["a"], torch.tensor(0.9)) and torch.allclose(new["b"], torch.tensor(0.8))
 
 
-def test_a_detached_state_is_told():
+def test_a_detached_state_is_warned_of():
     w = torch.randn(3, requires_grad=True)
     rule = replace(D.Adam(lr=0.1), eps=1e-3)
     step = rule.on(lambda w, h: (w**4).sum())
@@ -436,4 +436,4 @@ def test_frozen_parameters_of_a_module_are_named():
     moved = rule.on(lambda w, h: sum((x**2).sum() for x in w.values()))((params, rule.init(params)))[0]
     assert torch.equal(moved["bias"], layer.bias) and not torch.equal(moved["weight"], layer.weight)
     layer.requires_grad_(False)
-    rule.init(params)  # a point, none of whose tensors requires grad
+    rule.init(params)  # if no tensor requires grad, params are constants, and none is frozen

@@ -69,7 +69,7 @@ def test_a_path_of_dampings():
 
 
 def test_damping_that_is_too_small_is_named():
-    """At the maximum of a mean the Hessian is negative."""
+    """The params maximise the mean loss, so the Hessian is negative definite."""
     case = {"train": [torch.tensor([1.0, 3.0])], "queries": [torch.ones(1)]}
     bowl = lambda w, x: -((x - w) ** 2) / 2  # noqa: E731
     with pytest.warns(hg.HypergradientWarning, match=r"damping 0.5 \(of 2 dampings 1 failed\)"):
@@ -78,7 +78,7 @@ def test_damping_that_is_too_small_is_named():
 
 
 def network():
-    """An MLP away from its minimum, its per-example losses, and dense Hessian and Gauss–Newton matrices."""
+    """An MLP away from its minimum, with per-example losses and dense Hessian and Gauss–Newton matrices."""
     torch.manual_seed(0)
     w = {"a": torch.randn(4, 3, dtype=F64), "b": torch.randn(3, 3, dtype=F64)}
     x, y, xq, yq = tensors()
@@ -193,7 +193,7 @@ class Inverse:
 
 
 def test_approximate_inverses():
-    """params' own order is not that of sorted keys."""
+    """The keys of params are not in sorted order, and the inverse must follow the order of params."""
     from influence_cases import curvature, fitted
 
     a = torch.tensor(curvature(fitted(np.ones(N)), np.ones(N)))
@@ -240,14 +240,14 @@ def test_curvlinops():
 
 
 def test_memory_does_not_grow_with_the_examples():
-    """Batches are made when they are asked for; the scores of groups do not grow."""
+    """Batches are generated lazily, and the scores of groups have a fixed size."""
 
     def peak(count):
         x, y, _, _ = tensors()
         train = lambda: ((x[:10], y[:10]) for _ in range(count))  # noqa: E731
         groups = torch.arange(10 * count) % 3
         case = problem(train=train, groups=groups, solver=solvers.CG(max_steps=2, on_failure="ignore"))
-        return peak_memory(lambda: influence.scores(**case)) - 10 * count  # a byte says whether an example was seen
+        return peak_memory(lambda: influence.scores(**case)) - 10 * count  # a byte per example says if it was seen
 
     few, many = peak(4), peak(60)
     assert many < 1.3 * few, (few, many)
@@ -308,7 +308,7 @@ def test_a_penalty_that_does_not_use_its_argument_is_an_error(live):
 
 
 def test_empty_batches_and_inference_mode():
-    """Batches without examples, as a filter gives them, change no scores; nor does inference_mode."""
+    """Neither empty batches, as a filter may give them, nor inference_mode change the scores."""
     x = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     loss, w = lambda w, b: ((w - b) ** 2).sum(1), x.mean(0)
     step = lambda w, weights: w - 0.1 * (weights[:, None] * 2 * (w - x)).mean(0)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Scores through a training against finite differences of trainings; interrupted runs; low precision."""
+"""Scores through an unrolled training against finite differences of trainings; interrupted runs; low precision."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def start():
 
 
 def step(state, weights, t):
-    """SGD with momentum on batches in turn, with a falling step size and noise."""
+    """A step of SGD with momentum on the batch of this t, with a decreasing step size and noise."""
     x, y, _, _ = tensors()
     rows = torch.arange(N)[t % 3 :: 3]
     value = (weights[rows] * loss(state["w"], (x[rows], y[rows]))).mean()
@@ -34,7 +34,7 @@ def query_loss(state, batch):
 
 
 def trained(weights):
-    """The losses of the queries after a training, without hypergrad."""
+    """The losses of the queries after a training in plain torch."""
     torch.manual_seed(5)
     state = start()
     torch.manual_seed(5)
@@ -89,7 +89,7 @@ def test_a_folder_changes_nothing(tmp_path, segments):
 
 
 @pytest.mark.parametrize("fails_at", [1, 5, 13, 20, 24])
-def test_an_interrupted_run_goes_on(tmp_path, fails_at):
+def test_an_interrupted_run_continues_from_its_folder(tmp_path, fails_at):
     expected, calls = called(folder=tmp_path / "whole", segments=4), []
 
     def failing(state, weights, t):
@@ -104,7 +104,7 @@ def test_an_interrupted_run_goes_on(tmp_path, fails_at):
     assert torch.equal(result.scores, expected.scores)
     total = []
     called(folder=tmp_path / "counted", segments=4, step=lambda *a: total.append(0) or step(*a))
-    assert len(calls) <= len(total) + 2 * 3 + 1  # at most what its segment had done is done again
+    assert len(calls) <= len(total) + 2 * 3 + 1  # at most one segment is repeated
 
 
 def test_a_folder_of_another_run(tmp_path):
@@ -117,7 +117,7 @@ def test_a_folder_of_another_run(tmp_path):
             called(folder=tmp_path, segments=3, queries=other)
     with pytest.raises(ValueError, match="pass folder="):
         called(segments=3)
-    with pytest.raises(ValueError, match="the iterates of another step"):  # though all is done
+    with pytest.raises(ValueError, match="the iterates of another step"):  # an error although the run is complete
         called(folder=tmp_path, segments=3, step=lambda state, *rest: step(step(state, *rest), *rest))
 
     calls = []

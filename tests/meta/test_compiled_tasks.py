@@ -1,4 +1,4 @@
-"""Compiled inner loops of meta-learning: the numbers of the loops themselves, for other tasks too."""
+"""Compiled inner loops of meta-learning agree with uncompiled ones, also for tasks other than the first."""
 
 import optree
 import pytest
@@ -63,12 +63,12 @@ RULES = {
 
 @pytest.mark.parametrize("frozen", [(), ("b1",)])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_numbers_of_the_loop_for_one_batch_of_tasks_after_the_other(rule, frozen):
+def test_compiled_loops_agree_for_one_batch_of_tasks_after_the_other(rule, frozen):
     losses, h = Losses(), hparams(frozen)
     for seed in range(3):
         tasks = tasks_of(seed)
         check(losses.grad(False, tasks, h, rule=rule), losses.grad("eager", tasks, h, rule=rule))
-        assert seed == 0 or losses.calls == 1  # the step, compared at the second iterate
+        assert seed == 0 or losses.calls == 1  # one call compares the step at the second iterate
 
 
 def test_biased_and_parts_of_all_tasks():
@@ -109,7 +109,7 @@ def test_tasks_that_diverge_are_left_out_without_compiling_anew():
                 plain = losses.grad(False, tasks, h)
             with pytest.warns(hg.HypergradientWarning, match=rf"tasks \({seed}\)"):
                 compiled = losses.grad("eager", tasks, h)
-            # The step, compared at the second iterate, and the other tasks in the memory of iterates.
+            # One call compares the step at the second iterate; seven are for the other tasks, whose iterates are kept.
             assert losses.calls == 1 + 7
         else:
             plain, compiled = losses.grad(False, tasks, h), losses.grad("eager", tasks, h)
@@ -117,7 +117,7 @@ def test_tasks_that_diverge_are_left_out_without_compiling_anew():
 
 
 @pytest.mark.filterwarnings("ignore::hypergrad.LostDerivative")
-def test_what_cannot_be_compiled_is_evaluated_as_it_is():
+def test_losses_that_cannot_be_compiled_are_evaluated_uncompiled():
     losses, h, tasks = Losses(), hparams(), tasks_of(0)
     rule = hg.diff_optimizers.SGD(lr=lambda h: 0.1 * h["b1"][0].exp() * float(h["w2"][0].detach()))
     plain = losses.grad(False, tasks, h, rule=rule)

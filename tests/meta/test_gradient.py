@@ -1,4 +1,4 @@
-"""hg.meta against a loop over tasks in plain torch: each task by itself, dense Hessians, autograd through the steps."""
+"""hg.meta against a loop over single tasks in plain torch, with dense Hessians and autograd through the steps."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ RULE = hg.diff_optimizers.SGD(lr=LR)
 
 
 class Problem:
-    """Regression by a small net from λ = its start and its regularisation's centre; task i is noisier and steeper."""
+    """Regression by a small net; λ is its start and the centre of its regulariser; tasks get steeper with i."""
 
     def __init__(self, tanh=True, batch_norm=False, dtype=torch.float64):
         torch.manual_seed(0)
@@ -65,7 +65,7 @@ def flat(tree):
 
 
 def looped(p, name, i, steps=4, lr=LR):
-    """(∇fᵢ, w_T) of one task as one vector each, in plain torch."""
+    """∇fᵢ and w_T of one task in plain torch, as one vector each."""
     h = {key: x.detach().requires_grad_() for key, x in p.hparams.items()}
     keys, task = list(h), task_of(p.tasks, i)
     w = dict(h) if name == "unrolled" else {key: x.detach().requires_grad_() for key, x in h.items()}
@@ -133,7 +133,7 @@ DIVERGING = [
 @pytest.mark.parametrize("chunk", [None, 1, 2])
 @pytest.mark.parametrize(("name", "bad"), DIVERGING)
 def test_a_diverging_task_is_left_out_and_named(name, chunk, bad):
-    """The step of task 3 overflows; its data hold NaN; or its loss is finite with a derivative that is not."""
+    """The step of task 3 overflows, its data hold NaN, or its loss is finite but its derivative is not."""
     p = Problem()
     good = [0, 1, 2, 4]
     truth = torch.stack([looped(p, name, i)[0] for i in good])
@@ -167,7 +167,7 @@ def test_a_diverging_task_is_left_out_and_named(name, chunk, bad):
 
 
 def _root(w, a):
-    """0 with a finite derivative for a = 1, an infinite one for a = 0."""
+    """A function with value 0 whose derivative is finite for a = 1 and infinite for a = 0."""
     return torch.sqrt(a + 0 * w["0.bias"].sum()) - a
 
 
@@ -183,7 +183,7 @@ def test_all_diverge():
 @pytest.mark.parametrize("chunk", [1, COUNT])
 @pytest.mark.parametrize("name", METHODS)
 def test_biased_regularisation_by_its_derivative_is_that_of_its_value(name, chunk):
-    """Around hparams or a part of them, twice, with a strength that is a number or a tensor; of all tasks or each."""
+    """Centres are hparams or a part of them, one or two; strengths are numbers or tensors, of all tasks or of each."""
     p = Problem()
     truth = torch.stack([looped(p, name, i)[0] for i in range(COUNT)])
     half = p.rho / 2
@@ -275,7 +275,7 @@ def test_memory_of_unrolling(kept):
 
 
 def test_a_learned_learning_rate():
-    """Meta-SGD: one rate for each parameter, learned with the start."""
+    """In Meta-SGD one learning rate for each parameter is learned together with the start."""
     p = Problem()
     log_lr = {key: torch.full_like(x, -2.0).requires_grad_() for key, x in p.hparams.items()}
     h = {"start": p.hparams, "log_lr": log_lr}
@@ -356,7 +356,7 @@ def test_unsolved_systems_are_named():
 
 
 def test_the_default_solver_takes_params_that_only_the_outer_loss_uses():
-    """The Hessian is singular there, and a gradient in its null space has no effect on hparams."""
+    """The Hessian is then singular, and the part of ∇₁E in its null space has no effect on ∇f."""
     torch.manual_seed(0)
     x, y = torch.randn(3, 8, 4, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
     lam = torch.randn(4, dtype=torch.float64, requires_grad=True)
@@ -394,7 +394,7 @@ def test_plan():
         key: torch.cat([x, torch.zeros(5000, *x.shape[1:])]) for key, x in {"support": p.tasks["support"][0]}.items()
     }
     views = p.tasks | {"support": (other["support"][:COUNT], p.tasks["support"][1])}
-    assert p.grad("implicit", tasks=views).plan.task_bytes == need  # not the memory that the tasks are views of
+    assert p.grad("implicit", tasks=views).plan.task_bytes == need  # not the larger memory of which the tasks are views
     big = lambda w, h, task: (w * task).sin().sum()  # noqa: E731
     plan = meta.grad(
         big, big, torch.ones(2**17, requires_grad=True), torch.ones(3, 2**17), method=meta.FirstOrder(), steps=1
@@ -409,7 +409,7 @@ def test_plan():
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", ["implicit", "graph", "iterates", "sqrt", 2, "first-order", "reptile"])
 def test_the_budget_is_kept(memory):
-    """The most that torch's allocator holds at once, beside what was there, for nets whose graph or params dominate."""
+    """The allocator's peak stays within the budget, both for nets with large graphs and for nets with large params."""
     kept = {"memory": "sqrt", "checkpoints": 2} if memory == 2 else {"memory": memory}
     method = METHODS.get(memory) or meta.Unrolled(**kept)
     if memory == "implicit":
@@ -424,7 +424,7 @@ def test_the_budget_is_kept(memory):
         options = {"method": method, "steps": 8, "memory": 2**23}
         given = (loss, meta.biased(loss, 1.0), h, (torch.randn(24, samples, 20), torch.randn(24, samples, 1)))
         chosen = meta.grad(*given, **options).plan.chunk
-        back = 24 * sum(x.nbytes for x in h.values())  # params of all tasks are given back, whatever the chunk
+        back = 24 * sum(x.nbytes for x in h.values())  # params of all tasks are returned, whatever the chunk
         assert 1 < chosen <= 24
         assert peak_memory(lambda given=given, options=options: meta.grad(*given, **options)) - back <= 2**23
 
@@ -513,7 +513,7 @@ def test_more_bad_input():
 
 
 def test_classification_of_images_in_a_loop_and_side_by_side():
-    """A convolutional net: vmap makes grouped convolutions of it, the loop does not."""
+    """vmap turns the convolutions of the net into grouped ones; the loop does not."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, track_running_stats=False), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4)

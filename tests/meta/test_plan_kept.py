@@ -1,4 +1,4 @@
-"""The plan of a call is kept for the next call of its kind, and made anew for another kind."""
+"""The plan of a call (chunk sizes, vmap or a loop) is reused by the next call with the same losses and shapes."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import hypergrad as hg
 
 
 def meta(width: int, tasks: int = 3) -> Any:
-    """A meta-gradient whose losses keep `width` numbers beside their arguments."""
+    """A meta-gradient whose losses hold `width` further numbers in the graph."""
     features = torch.ones(width, 2, dtype=torch.float64)
 
     def loss(w: Tensor, start: Tensor, task: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def test_a_second_call_evaluates_each_loss_no_more_than_it_needs() -> None:
         result = hg.meta.grad(loss, loss, start, torch.ones(3, 2, dtype=torch.float64), method=method, steps=2)
         once.append(len(calls))
         calls.clear()
-    assert once[1] == once[2] == once[0] - 2  # one of each loss, which told their sizes
+    assert once[1] == once[2] == once[0] - 2  # one more evaluation of each loss, which measured memory
     assert result.plan.chunk == 3
 
 
@@ -52,7 +52,7 @@ class Learner:
         return ((self.features @ w).tanh() - task.mean()).square().mean()
 
 
-def test_methods_of_one_object_share_a_plan_and_those_of_others_do_not() -> None:
+def test_methods_of_one_object_share_a_plan_and_those_of_another_object_do_not() -> None:
     start, method = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True), hg.meta.Unrolled()
     sizes = []
     for width in (4, 400):

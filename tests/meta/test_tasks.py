@@ -1,4 +1,4 @@
-"""Programs as users write them: hooks, frozen leaves, containers, closures, lists of tasks, and losses without vmap."""
+"""Meta-gradients of real programs: hooks, frozen leaves, containers, closures, lists of tasks, losses without vmap."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def plain(name, reduction="mean"):
 @every_chunk
 @every_method
 def test_a_hook_on_hparams_acts_once_on_the_whole_gradient(name, chunk):
-    """As in loss.backward(): a clamp of the sum is not the sum of clamps, and a reversal done twice is none."""
+    """It acts as in loss.backward(): once on the sum over tasks, which a clamp or a change of sign would reveal."""
     bound = 0.2 * float(plain(name, "sum").abs().max())
     hook = lambda g: -g.clamp(-bound, bound)  # noqa: E731
     hparams = start_of()
@@ -131,7 +131,7 @@ def test_hooks_that_the_inner_loss_puts_on_params_are_refused(name, chunk):
 @every_chunk
 @every_method
 def test_frozen_leaves_are_not_adapted(name, chunk, rule):
-    """As if the frozen leaf were a constant of the losses."""
+    """The result is the same as with the frozen leaf as a constant of the losses."""
     b = draw(1, seed=3)
     part = {"a": start_of()["a"]}
     with_b = lambda w: w | {"b": b}  # noqa: E731
@@ -172,7 +172,7 @@ def test_frozen_parameters_of_a_module_in_the_start(name):
 
 @every_chunk
 def test_a_start_without_a_graph_is_adapted(chunk):
-    """A head of zeros, or a start that is not learned, is no frozen parameter."""
+    """A head that starts at zeros, or a start that is not learned, does not count as frozen."""
     hparams = {"a": start_of()["a"], "w0": draw(1, seed=3)}
     heads = lambda h, task: {"a": h["a"], "b": torch.zeros(1, dtype=torch.float64)}  # noqa: E731
     assert grad("first-order", hparams, start=heads, inner=fit, chunk=chunk).params["b"].all()
@@ -187,7 +187,7 @@ def test_a_start_without_a_graph_is_adapted(chunk):
 @every_chunk
 @every_method
 def test_containers_are_matched_by_key(name, chunk):
-    """Params in an order of their own, an OrderedDict's, are drawn to a plain dict, whose keys optree sorts."""
+    """Params are an OrderedDict in another order than the centre, a plain dict whose keys optree sorts."""
     result = grad(name, start_of(), start=lambda h, task: OrderedDict(b=h["b"], a=h["a"]), chunk=chunk)
     assert list(result.params) == ["b", "a"]
     assert relative(flat(result.grads), plain(name)) < 1e-10
@@ -224,7 +224,7 @@ def test_containers_that_are_unknown_are_named(tasks, message):
 
 
 def closures(hparams, late):
-    """The problem, some parts of which use hparams, or what was computed from them, not by their argument."""
+    """A problem whose functions use hparams, or tensors computed from them, by closures as well as by arguments."""
     rho = 1 + late["b"].sum()
     within = meta.biased(lambda w, h, t: fit(w, h, t) + 0.1 * (late["b"] * w["a"]).sum(), rho, centre=lambda h: late)
     return {
@@ -238,9 +238,9 @@ def closures(hparams, late):
 @every_chunk
 @every_method
 def test_tensors_that_losses_and_rules_close_over(name, chunk):
-    """Each task's gradient is that of the task alone, whatever the chunk, and they sum up to the sum."""
+    """For each chunk size the tasks' gradients are those of single calls, and reduction="sum" gives their sum."""
     hparams, alone = start_of(), []
-    late = {key: x * x.exp() for key, x in hparams.items()}  # with a graph that all calls share
+    late = {key: x * x.exp() for key, x in hparams.items()}  # all calls share this graph
     for i in range(COUNT):
         tasks = (X[i : i + 1], Y[i : i + 1])
         alone.append(flat(grad(name, hparams, tasks=tasks, **closures(hparams, late)).grads))
@@ -253,7 +253,7 @@ def test_tensors_that_losses_and_rules_close_over(name, chunk):
 
 @every_chunk
 @pytest.mark.parametrize("form", ["strength", "loss"])
-def test_the_derivative_by_a_strength_that_is_closed_over(chunk, form):
+def test_the_derivative_in_a_strength_that_is_closed_over(chunk, form):
     """w = (c + ρ λ) / (1 + ρ) and E = w: dE/dρ = (λ − w) / (1 + ρ), dE/dλ = ρ / (1 + ρ)."""
     h = {key: torch.tensor(x, dtype=torch.float64).requires_grad_() for key, x in (("rho", 1.3), ("lam", 0.3))}
     c = draw(COUNT)
@@ -362,7 +362,7 @@ def test_random_numbers_are_those_of_one_task_after_the_other():
     assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[3])
 
 
-def test_an_error_of_the_loss_itself_is_raised_as_it_is():
+def test_an_error_of_the_loss_itself_passes_unchanged():
     def wrong(w, h, task):
         raise KeyError("of the loss itself")
 
@@ -415,7 +415,7 @@ def test_tasks_of_different_sizes(form, chunk, name):
     assert relative(adapted.params["a"], result.params["a"]) < 1e-12
 
 
-def test_lists_of_tasks_of_one_size_go_side_by_side():
+def test_lists_of_tasks_of_one_size_are_batched():
     for tasks in (
         [{"x": x, "y": y} for x, y in zip(X, Y, strict=True)],
         DataLoader(Listed([{"x": x, "y": y} for x, y in zip(X, Y, strict=True)]), batch_size=2),
@@ -439,7 +439,7 @@ def test_a_list_that_may_be_a_batch_or_tasks_is_refused():
 
 
 def test_params_of_different_shapes():
-    """Weights of samples: a list of the params of each task."""
+    """Params are weights of samples, so that their shapes differ; the result has a list of the params of each task."""
     lam = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     loss = lambda w, h, t: ((w - h * t[1]) ** 2).mean()  # noqa: E731
     result = meta.grad(
@@ -448,7 +448,7 @@ def test_params_of_different_shapes():
     assert [len(w) for w in result.params] == list(SIZES)
 
 
-# Gradients and tensors of other kinds
+# Sparse, empty and complex tensors
 
 
 @every_chunk
@@ -471,7 +471,7 @@ def test_sparse_gradients(name, chunk):
 
 @every_method
 def test_empty_leaves_and_batches(name):
-    """A bias of no entries changes nothing; a task without samples gives NaN, and is left out by its number."""
+    """A bias without entries changes nothing; a task without samples gives NaN, and is left out with a warning."""
     hparams = start_of(empty=torch.zeros(0, dtype=torch.float64, requires_grad=True))
     with pytest.warns(hg.HypergradientWarning, match="empty") if name == "none" else nothing_changed(hparams):
         result = grad(name, hparams, inner=meta.biased(lambda w, h, t: fit(w, h, t) + w["empty"].sum(), RHO))
@@ -508,7 +508,7 @@ def test_complex_hparams_are_refused_with_what_to_do(name):
         grad(name, lam)
 
 
-# Losses that do not use what they are given
+# Losses that do not use their arguments
 
 
 @pytest.mark.parametrize("name", ["implicit", "unrolled", "first-order"])
@@ -537,7 +537,7 @@ def test_losses_that_do_not_use_their_params(name, chunk):
 
 @pytest.mark.parametrize("name", ["implicit", "unrolled", "first-order", "reptile"])
 def test_hparams_that_nothing_depends_on_are_named(name):
-    """A learning rate or strength read as a number; of FirstOrder any learning rate."""
+    """A learning rate or a strength is read as a number, or the method is FirstOrder, which ignores learning rates."""
     hparams = start_of(rate=torch.tensor(0.1, dtype=torch.float64, requires_grad=True))
     by_number = meta.biased(fit, float(hparams["rate"].detach()), centre=lambda h: {"a": h["a"], "b": h["b"]})
     own = {"start": lambda h, t: {"a": h["a"], "b": h["b"]}, "inner": by_number, "outer": fit}

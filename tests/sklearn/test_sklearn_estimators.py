@@ -1,4 +1,4 @@
-"""The estimators as scikit-learn's tools use them, and what the search returns."""
+"""The estimators within scikit-learn's tools, and the result of the search."""
 
 import pickle
 import subprocess
@@ -32,7 +32,7 @@ def data_of(kind):
 
 
 def bands(seed=0, targets=3, n=120, width=60):
-    """Three groups of features, of which each target needs others."""
+    """Three groups of features, and targets that each depend on other groups."""
     rng = np.random.RandomState(seed)
     x, labels = rng.randn(2 * n, 3 * width), np.repeat(np.arange(3), width)
     use = np.array([rng.permutation([4.0, 0.3, 0.0]) for _ in range(targets)])
@@ -42,7 +42,7 @@ def bands(seed=0, targets=3, n=120, width=60):
 
 
 def checks_of(*estimators):
-    """parametrize_with_checks with a list of cases, which pytest 9 wants and scikit-learn before 1.8 does not give."""
+    """parametrize_with_checks with a list of cases, as pytest 9 needs; scikit-learn before 1.8 returns none."""
     mark = parametrize_with_checks(list(estimators))
     names, cases = mark.args
     return pytest.mark.parametrize(names, list(cases), **mark.kwargs)
@@ -153,7 +153,7 @@ def test_warm_start_and_groups_and_class_penalty():
 
 
 def test_groups_of_named_columns():
-    class Frame:  # what validate_data asks of a data frame
+    class Frame:  # validate_data needs these of a data frame
         columns = np.array(["age__a", "age__b", "sex__a"], dtype=object)
 
     from hypergrad.sklearn._folds import make_labels

@@ -1,4 +1,4 @@
-"""Hypergradients of the CV loss: closed forms in NumPy to 1e-10, and differences of re-solved problems."""
+"""Hypergradients of the CV loss, against closed forms in NumPy to 1e-10 and finite differences of solved problems."""
 
 import warnings
 
@@ -22,7 +22,7 @@ def scaled(load):
 
 
 def whole(data):
-    """X, y and the split of a reference problem, whose halves follow one another."""
+    """X, y and the splitter of a reference problem: training rows first, then validation rows."""
     x, y = np.concatenate([data["x"], data["xv"]]), np.concatenate([data["y"], data["yv"]])
     return x, y, PredefinedSplit(np.r_[np.full(len(data["x"]), -1), np.zeros(len(data["xv"]))])
 
@@ -51,7 +51,7 @@ def test_reference_problems(name):
 
 
 def numpy_ridge(x, y, alpha, weights, splits):
-    """CV loss and gradient, of weighted rows with an intercept, from normal equations and explicit inverses."""
+    """The CV loss and its gradient for weighted rows and an intercept, by normal equations and explicit inverses."""
     total, loss, gradient = weights.sum(), 0.0, np.zeros_like(alpha)
     mass = sum(weights[valid].sum() for _, valid in splits)
     for train, valid in splits:
@@ -83,7 +83,7 @@ def test_closed_form_of_weighted_folds(shape):
 
 
 def differences(model, x, y, alpha, step, **given):
-    """The largest relative distance from fourth-order differences, over random directions."""
+    """The largest relative error against fourth-order finite differences, over random directions."""
     _, gradient = model.cv_loss(x, y, alpha, **given)
     rng, worst = np.random.RandomState(1), 0.0
     for _ in range(2):
@@ -132,7 +132,7 @@ def test_differences_for_each_class_and_with_weights():
 
 
 def test_large_sparse_ridge_is_solved_without_factors():
-    """More than 20 million numbers: products with the sparse X alone, and the CV loss of its few columns."""
+    """X has more than 20 million entries, so only products with it are used; the CV loss is that of its few columns."""
     rng = np.random.RandomState(0)
     few = scipy.sparse.random_array((3_100, 25), density=0.3, rng=rng, format="csr")
     wide = scipy.sparse.hstack([few, scipy.sparse.csr_array((3_100, 7_000))], format="csr")
@@ -165,7 +165,7 @@ def test_units_of_alpha_are_those_of_scikit_learn(ours, theirs, load):
     np.testing.assert_allclose(model.predict(x), other.predict(x), rtol=1e-7)
 
 
-def test_strengths_of_features_are_those_of_divided_features():
+def test_strengths_of_features_act_as_scaled_features():
     x, y = scaled(load_diabetes)
     model = RidgeHG(shrinkage=0.1).fit(x, y)
     other = Ridge(alpha=1.0).fit(x / np.sqrt(model.alpha_), y)
@@ -220,7 +220,7 @@ def test_an_estimator_that_solves_another_problem_is_refused():
 
 
 def test_large_sparse_classifier_is_that_of_its_columns_in_use():
-    """More than 20 million numbers: CG in float32 on the few columns that some row uses gives the dense solution."""
+    """X has more than 20 million entries; CG in float32 on the few columns in use gives the dense solution."""
     rng = np.random.RandomState(0)
     few = scipy.sparse.random_array((2_100, 20), density=0.5, rng=rng, format="csr")
     wide = scipy.sparse.hstack([few, scipy.sparse.csr_array((2_100, 9_600))], format="csr")
@@ -236,7 +236,7 @@ def test_large_sparse_classifier_is_that_of_its_columns_in_use():
 
 
 def test_targets_of_equal_strengths_share_factors_and_nothing_else():
-    """Losses and hypergradients of many targets are those of each by itself, some of their strengths alike."""
+    """Losses and hypergradients of many targets, some of equal strengths, are those of each target alone."""
     rng = np.random.RandomState(0)
     x = rng.randn(40, 60)
     y = x[:, :4] @ rng.randn(4, 5) + rng.randn(40, 5)

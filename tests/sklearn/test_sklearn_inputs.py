@@ -1,4 +1,4 @@
-"""Wrong, scaled and degenerate inputs: a clear error, a warning, or the right answer."""
+"""Wrong, scaled and degenerate inputs give a clear error, a warning, or the right result."""
 
 import warnings
 
@@ -17,7 +17,7 @@ def diabetes():
 
 
 class Splits:
-    """A splitter with one split without validation rows."""
+    """A splitter one of whose splits has no validation rows."""
 
     def get_n_splits(self, X=None, y=None, groups=None):
         return 2
@@ -87,8 +87,8 @@ def test_constant_columns_and_a_constant_target():
         np.testing.assert_allclose(constant.predict(x), 7.0)
 
 
-def test_features_that_predict_nothing_are_said_to():
-    """The second target's α_max is a thousandth of the first one's, and below all of alphas."""
+def test_features_that_predict_nothing_are_warned_of():
+    """The α_max of the second target is a thousandth of that of the first one, and below all alphas."""
     x, y = diabetes()
     both = np.stack([y, y / 1000], 1)
     with pytest.warns(ConvergenceWarning, match="every coefficient is zero at the best single strength"):
@@ -97,8 +97,8 @@ def test_features_that_predict_nothing_are_said_to():
     assert model.stop_reason_[1].startswith("the CV loss depends on no strength")
 
 
-def test_a_tiny_target_is_tuned_as_any_other():
-    """Where others take a gradient of 1e-14 for zero."""
+def test_a_target_with_tiny_numbers_is_tuned_as_any_other():
+    """A gradient of 1e-14 must not count as zero."""
     rng = np.random.RandomState(0)
     x = rng.randn(100, 20)
     y, labels = x[:, :3].sum(1) + rng.randn(100), [0] * 3 + [1] * 17
@@ -107,7 +107,7 @@ def test_a_tiny_target_is_tuned_as_any_other():
     np.testing.assert_allclose(tiny.alpha_, model.alpha_, rtol=1e-6)
 
 
-def test_nothing_of_the_caller_is_changed():
+def test_no_argument_is_changed():
     x, y = diabetes()
     before, weights = x.copy(), np.linspace(0, 1, len(y))
     with warnings.catch_warnings():
@@ -126,7 +126,7 @@ def test_too_few_steps_warn():
 
 @pytest.mark.parametrize("kind", [RidgeHG, LogisticRegressionHG, ElasticNetHG])
 def test_another_default_device_changes_nothing(kind):
-    """As for those who train on a GPU by torch.set_default_device: the numbers are NumPy's, and the work the CPU's."""
+    """With a GPU set by torch.set_default_device, results are still NumPy arrays, and are computed on the CPU."""
     random = np.random.RandomState(0)
     X = random.randn(40, 3)
     y = (X[:, 0] + 0.3 * random.randn(40) > 0).astype(int)
