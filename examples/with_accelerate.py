@@ -1,8 +1,8 @@
 # %% [markdown]
 # # With Accelerate: a weight decay for each pixel, while the model trains
 #
-# `prepare` takes both loaders and both optimizers, `register_for_checkpointing` the tracker. On many ranks use
-# `hg.distributed` in place of DDP: docs/distributed.md.
+# `prepare` takes both loaders and both optimizers, `register_for_checkpointing` the tracker. On several ranks use
+# `hg.distributed` instead of DDP: docs/distributed.md.
 
 # %%
 import tempfile
@@ -22,7 +22,7 @@ from examples.common import Base, parse
 @dataclass
 class Config(Base):
     epochs: int = 30
-    """Over the training digits."""
+    """Epochs over the training digits."""
 
 
 class Training:
@@ -50,7 +50,7 @@ class Training:
 
 if __name__ == "__main__":
     config = parse(Config, "A weight decay for each pixel with Accelerate", {"epochs": 2})
-    with tempfile.TemporaryDirectory() as folder:  # half of the epochs, a checkpoint, the others from the checkpoint
+    with tempfile.TemporaryDirectory() as folder:  # the second half of the epochs continues from a checkpoint
         first, second = Training(), Training()
         first.run(config.epochs // 2)
         first.accelerator.save_state(folder)

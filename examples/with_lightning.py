@@ -1,6 +1,6 @@
 # %% [markdown]
 # # In Lightning: a weight decay for each pixel, while the model trains
-# Both loaders are in one `CombinedLoader`, the tracker in the checkpoint and the log.
+# A `CombinedLoader` holds both loaders; the tracker's state is saved in checkpoints, and its metrics are logged.
 
 # %%
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from examples.common import Base, parse
 @dataclass
 class Config(Base):
     epochs: int = 30
-    """Over the training digits."""
+    """Epochs over the training digits."""
 
 
 class Digits(lightning.LightningModule):

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Loggers: what a tracker says of itself, in TensorBoard and in a CSV file
+# # Loggers: the metrics of a tracker in TensorBoard and in a CSV file
 #
 # `tracker.metrics()` is a flat dict of numbers, which every logger takes: `wandb.log(metrics, step)`,
 # `mlflow.log_metrics(metrics, step)`, Lightning's `log_dict(metrics)`, the Trainer's `log(metrics)`.
@@ -20,9 +20,9 @@ from examples.common import Base, parse
 @dataclass
 class Config(Base):
     steps: int = 300
-    """Of training."""
+    """Training steps."""
     every: int = 10
-    """Steps from one log to the next."""
+    """Steps between two logs."""
 
 
 if __name__ == "__main__":
@@ -52,5 +52,5 @@ if __name__ == "__main__":
                 if table is None:
                     table = csv.DictWriter(file, [*metrics], restval="", extrasaction="ignore")
                     table.writeheader()
-                table.writerow(metrics)  # "step" is how many steps the tracker has made
+                table.writerow(metrics)  # "step" is the number of steps of the tracker
     print(f"{config.steps // config.every} rows in {folder / 'metrics.csv'}; curves: tensorboard --logdir {folder}")

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # In skorch: a weight decay for each pixel, while the model trains
-# The tracker's `backward` takes the place of the loss's; the rows that `train_split` keeps are the validation data.
+# The tracker's `backward` replaces that of the loss; the rows that `train_split` holds out are the validation data.
 
 # %%
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from examples.common import Base, parse
 @dataclass
 class Config(Base):
     epochs: int = 30
-    """Over the training digits."""
+    """Epochs over the training digits."""
 
 
 class Net(NeuralNetClassifier):
@@ -26,7 +26,7 @@ class Net(NeuralNetClassifier):
         super().initialize()
         self.decay_ = torch.full((64,), -4.0, requires_grad=True)
         self.tracker_ = hg.bilevel.SOBA(self.module_.parameters(), [self.decay_], lr=0.1)
-        self.others_ = [torch.optim.Adam([self.decay_], 0.05)]  # in a list, for skorch steps its attributes
+        self.others_ = [torch.optim.Adam([self.decay_], 0.05)]  # a list, as skorch steps optimizers in attributes
         return self
 
     def get_split_datasets(self, *args: Any, **kwargs: Any) -> Any:
