@@ -1,4 +1,4 @@
-"""What a loss or map takes out of autograd's graph: a warning where its derivative is lost, none where it is not."""
+"""Losses and maps that detach tensors: a warning if a derivative is lost by it, and none otherwise."""
 
 import contextlib
 import dataclasses
@@ -69,7 +69,7 @@ def outer_loss(w, lam):
 
 
 def stepped(w, lam, take):
-    """A step of gradient descent with the weight that the loss is given."""
+    """A gradient step on a loss with the given weight."""
     return fp_map(w, lam, take)
 
 
@@ -107,7 +107,7 @@ ENTRY_POINTS = {
 
 
 def lost(call):
-    """The result, and the LostDerivative warnings, of which no other kind may come."""
+    """The result and the texts of its LostDerivative warnings; there must be no other warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -129,7 +129,7 @@ def test_a_lost_derivative_is_warned_of(entry_point, way):
     "entry_point", ["residual", "backward", "root", "fixed_point", "forward mode", "CG", "reverse", "forward"]
 )
 def test_no_warning_where_all_is_in_the_graph(entry_point):
-    """And the value is the right one."""
+    """The hypergradient is right, too."""
     lam = LAM.clone().requires_grad_()
     grads, texts = lost(lambda: ENTRY_POINTS[entry_point](lambda x: x * 1, lam))
     assert not texts
@@ -144,7 +144,7 @@ def kept_of(numbers, value):
     return value
 
 
-HARMLESS = {  # what is taken out and changes no derivative
+HARMLESS = {  # detached tensors that change no derivative
     "softmax": lambda w, lam, kept: (
         ((z := torch.stack([w * lam, w])) - (top := z.max().detach())).exp().sum().log() + top + (w**2).sum()
     ),
@@ -175,8 +175,8 @@ def test_no_warning_where_the_derivative_is_whole(name, dtype):
     assert not any(isinstance(x, torch.Tensor) and x.requires_grad for x in kept)
 
 
-def test_the_derivative_of_a_weighting_network_that_is_fed_detached_losses():
-    """Against differences of the trained solution: without the warning the answer is 16 % off."""
+def test_detached_inputs_of_a_weighting_network_are_warned_of():
+    """By finite differences of the trained solution, the result that is warned of is off by 16 %."""
     draw = torch.Generator().manual_seed(0)
     x, y, v = (torch.randn(*shape, generator=draw, **F64) for shape in ((30, 4), (30,), (4,)))
 
@@ -215,7 +215,7 @@ def test_the_derivative_of_a_weighting_network_that_is_fed_detached_losses():
 
 
 def test_the_check_leaves_everything_as_it_was():
-    """Running statistics and random numbers; and only a function that takes something out is evaluated once more."""
+    """Running statistics and random numbers do not change; only a function that detaches is evaluated once more."""
     net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5)).double()
     lam, x, calls = LAM.clone().requires_grad_(), torch.randn(8, 2, **F64), []
     params = {name: p.detach() for name, p in net.named_parameters()}
@@ -258,7 +258,7 @@ def test_what_the_user_keeps_requires_no_grad_afterwards():
 
 
 class Cell(torch.nn.Module):
-    """A cell whose size is taken out of the graph, or not."""
+    """A cell that divides by 1 + ‖z‖², which it detaches or not."""
 
     def __init__(self, cut):
         super().__init__()
@@ -276,8 +276,8 @@ def test_a_cell_of_an_equilibrium(cut):
     assert len(texts) == cut
 
 
-def test_nothing_is_said_where_it_is_declared():
-    """allow_detached, a solver that ignores failures, and a filter."""
+def test_there_is_no_warning_if_it_is_declared():
+    """allow_detached, a solver that ignores failures, or a warning filter silences it."""
     lam, take = LAM.clone().requires_grad_(), torch.detach
     quiet = hg.solvers.GMRES(on_failure="ignore")
     _, texts = lost(lambda: hg.unroll.reverse(partial(stepped, take=take), W, lam, outer_loss, 3, allow_detached=True))
@@ -289,7 +289,7 @@ def test_nothing_is_said_where_it_is_declared():
 
 
 class Losses:
-    """A loss whose work is done by another method; `logged` is called by nobody."""
+    """A loss that calls other methods; nothing calls `logged`."""
 
     def loss(self, w, lam):
         return self.distance(w, lam)
@@ -318,7 +318,7 @@ def test_methods_that_a_method_calls_are_followed(losses, lost):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_of_a_single_step_only_the_derivative_in_hparams_counts(steps):
-    """A weight that is fed the detached loss of w: exact for one step from a constant, and not for two."""
+    """A weight computed from the detached loss of w is exact for one step from a constant start, but not for two."""
     lam = LAM.clone().requires_grad_()
     step = lambda w, lam: w - 0.1 * (w.detach() ** 2 * lam).sigmoid() * w  # noqa: E731
     found, texts = lost(lambda: hg.unroll.reverse(step, W, lam, outer_loss, steps).grads)
@@ -330,7 +330,7 @@ def test_of_a_single_step_only_the_derivative_in_hparams_counts(steps):
 
 
 class Trap:
-    """It cannot be asked what it is, as torch's deprecated names cannot without a warning."""
+    """An object that raises when its class is read; torch's deprecated names would warn then."""
 
     @property
     def __class__(self):
@@ -348,7 +348,7 @@ def test_modules_of_python_in_a_closure_are_not_entered():
 
 @dataclasses.dataclass
 class Fitted:
-    """An attribute called data is no tensor's .data; what dataclasses write compares it."""
+    """A class with an attribute called data, which is no tensor's .data, and which the generated __eq__ compares."""
 
     data: torch.Tensor
 
@@ -356,7 +356,7 @@ class Fitted:
         return ((w - lam * self.data) ** 2).sum()
 
 
-def test_attributes_called_data_are_no_reason_to_watch(monkeypatch):
+def test_attributes_called_data_do_not_start_the_check(monkeypatch):
     seen = []
     enter = torch.overrides.TorchFunctionMode.__enter__
     monkeypatch.setattr(torch.overrides.TorchFunctionMode, "__enter__", lambda mode: seen.append(mode) or enter(mode))

@@ -1,6 +1,6 @@
-"""Every entry_point of the library on other devices: nothing is made on the wrong one, and no number is read unsaid.
+"""Every public function on other devices: no tensor is made on the wrong one, and all reads of numbers are documented.
 
-`pytest tests/test_devices.py --device cuda` runs them on an accelerator too.
+`pytest tests/test_devices.py --device cuda` runs the tests on an accelerator too.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CG, GMRES, NEUMANN = S.CG(**FIXED), S.GMRES(**FIXED), S.Neumann(**FIXED)
 
 
 class Data(NamedTuple):
-    """Rows of three small regressions, params and hparams."""
+    """The data of three small regressions, with params and hparams."""
 
     x: Tensor  # [3, 8, 4]
     y: Tensor  # [3, 8]
@@ -41,7 +41,7 @@ def data(move: Callable[[Tensor], Tensor] = lambda x: x) -> Data:
 
 
 def losses(d: Data) -> tuple[Callable[..., Any], ...]:
-    """g, E and Φ."""
+    """The inner loss g, the outer loss E and the map Φ."""
 
     def outer(w, h):
         return (d.x[1] @ w["w"] + w["b"] - d.y[1]).tanh().square().sum()
@@ -90,13 +90,13 @@ def evaluated(d):
 
 
 def sequence(d):
-    """With what is kept from one outer step to the next."""
+    """Two outer steps that keep solutions by Recycled."""
     kept = S.Recycled()
     return [implicit(d, x0=kept) for _ in range(2)]
 
 
 def reused(d):
-    """With a preconditioner that is kept."""
+    """Two outer steps that keep a preconditioner by Reused."""
     solver = S.CG(rtol=1e-8, preconditioner=S.Reused(S.Dense()))
     return [implicit(d, solver)[0] for _ in range(2)]
 
@@ -404,7 +404,7 @@ METHODS = {
 }
 reverse, forward = partial(unrolled, how=hg.unroll.reverse), partial(unrolled, how=hg.unroll.forward)
 
-# name: what is done, and how many reads its documentation counts for it; None where that depends on the numbers.
+# name: (call, number of reads by its documentation; None if it depends on the numbers)
 ENTRY_POINTS: dict[str, tuple[Callable[[Data], Any], int | None]] = {
     "grad": (implicit, 0),
     "grad, fp_map": (partial(implicit, form="fp_map", solver=GMRES), 0),
@@ -484,7 +484,7 @@ def compare(found: Any, due: Any, tolerance: float) -> None:
 
 @quiet
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
-def test_another_device_has_the_numbers_of_the_cpu_and_few_are_read(entry_point, device):
+def test_another_device_gives_the_results_of_the_cpu_with_the_documented_reads(entry_point, device):
     run, reads = ENTRY_POINTS[entry_point]
     due, kind = run(data()), "meta" if device.type == "cpu" else device.type
     with Device(kind) as counted:
@@ -494,7 +494,7 @@ def test_another_device_has_the_numbers_of_the_cpu_and_few_are_read(entry_point,
     for leaf in optree.tree_leaves(found):
         assert not isinstance(leaf, Tensor) or leaf.device.type == kind
     found = optree.tree_map(lambda x: counted.on_cpu(x).cpu() if isinstance(x, Tensor) else x, found)
-    compare(found, due, 1e-9 if reads is not None else 1e-5)  # a tolerance is looked at every fifth step
+    compare(found, due, 1e-9 if reads is not None else 1e-5)  # tolerances are checked at every fifth step
 
 
 @pytest.mark.parametrize(
@@ -508,7 +508,7 @@ def test_another_device_has_the_numbers_of_the_cpu_and_few_are_read(entry_point,
     ],
 )
 def test_the_checks_behind_warnings_read_few_numbers(run, most, device):
-    """At a solution, where no warning is due."""
+    """The test is at a solution, where no warning is due."""
     kind = "meta" if device.type == "cpu" else device.type
     with Device(kind) as counted:
         d = data(counted.on_meta if kind == "meta" else lambda x: x.to(device))
@@ -522,8 +522,8 @@ def test_the_checks_behind_warnings_read_few_numbers(run, most, device):
 
 @quiet
 @pytest.mark.parametrize("entry_point", SILENT)
-def test_what_reads_nothing_runs_where_there_are_no_numbers(entry_point):
-    """As torch.compile and the capture of graphs need."""
+def test_calls_without_reads_run_on_the_meta_device(entry_point):
+    """torch.compile and the capture of graphs need calls without reads."""
     run = ENTRY_POINTS[entry_point][0]
     due, found = run(data()), run(data(lambda x: x.to("meta")))
     for a, b in zip(optree.tree_leaves(found), optree.tree_leaves(due), strict=True):
@@ -535,9 +535,9 @@ def test_what_reads_nothing_runs_where_there_are_no_numbers(entry_point):
 @pytest.mark.parametrize("default", ["meta", torch.float16])
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_the_default_device_and_dtype_do_not_matter(entry_point, default):
-    """On a default device without numbers, anything that is made there fails or is lost.
+    """A tensor made on this default device, which holds no numbers, would raise an error or lose its numbers.
 
-    Where tensors lie in memory decides the last digit of a matrix product, so it is not asked for.
+    Results are compared to 1e-9, because the position of tensors in memory decides the last digit of a matrix product.
     """
     run, dtype = ENTRY_POINTS[entry_point][0], torch.get_default_dtype()
     due = run(data())

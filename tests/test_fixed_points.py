@@ -124,13 +124,13 @@ def test_a_start_at_the_solution_takes_no_step(name):
     assert solution.steps == 0 and solution.ok  # 0 ≤ rtol · 0
 
 
-# --- each method's own promise ----------------------------------------------------------------------------------------
+# --- properties of single methods -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])
 @pytest.mark.parametrize("norm", [0.5, 3.0])
 def test_anderson_solves_an_affine_problem_in_n_plus_one_steps(n, norm):
-    """With m > n it is GMRES on (I − M)w = c, contraction or not."""
+    """With m > n Anderson's method is GMRES on (I − M)w = c, whether or not M contracts."""
     m, c, truth = affine(n, norm)
     solver = FP.Anderson(history=n + 2, regularisation=0.0, rtol=1e-9, max_steps=n + 1)
     assert rel(solver(lambda w: m @ w + c, torch.zeros(n).double()).value, truth) < 1e-7
@@ -220,7 +220,7 @@ def test_it_stops_at_the_first_w_within_the_tolerance(options, limit):
     assert rel(solution.value, CASE.user(w, CASE.hparams)) < 1e-15  # known, and closer than w
 
 
-def test_looking_seldom_ends_at_a_multiple():
+def test_with_check_every_the_number_of_steps_is_a_multiple():
     options = {"rtol": 1e-6, "max_steps": 200}
     exact = FP.Picard(check_every=1, **options)(CASE.user, torch.zeros(12).double(), CASE.hparams)
     seldom = FP.Picard(check_every=7, **options)(CASE.user, torch.zeros(12).double(), CASE.hparams)
@@ -228,7 +228,7 @@ def test_looking_seldom_ends_at_a_multiple():
 
 
 def failing(name: str):
-    """Φ and start for each way to fail."""
+    """Φ and a start for each kind of failure."""
     return {
         "MAX_STEPS": (lambda w: 0.99 * w + 1.0, torch.zeros(2).double()),
         "DIVERGED": (lambda w: 2.0 * w + 1.0, torch.ones(2).double()),
@@ -259,8 +259,8 @@ def test_divergence_in_fixed_step_mode_and_the_growth_rate():
     assert abs(FP.Picard(max_steps=10)(slow, start).growth_rate - 0.99) < 1e-12
 
 
-def test_a_hump_is_no_divergence():
-    """A map far from normal: the residual 50 k 2^(1−k) rises from 1 to 50 and falls; in step 8 it is at 3."""
+def test_a_residual_that_grows_for_a_while_is_no_divergence():
+    """For a nonnormal map the residual 50 k 2^(1−k) rises from 1 to 50 and falls; in step 8 it is at 3."""
     a = torch.tensor([[0.5, 50.0], [0.0, 0.5]]).double()
     b = torch.tensor([0.0, 1.0]).double()
     for options in ({"max_steps": 8}, {"max_steps": 8, "rtol": 1e-9}):
@@ -270,7 +270,7 @@ def test_a_hump_is_no_divergence():
 
 
 def test_with_a_tolerance_the_best_w_is_kept():
-    """A residual that falls, then grows."""
+    """The residual falls and then grows."""
     scales = iter([0.5, 0.5, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0])
     seen = []
 
@@ -285,7 +285,7 @@ def test_with_a_tolerance_the_best_w_is_kept():
     assert 0 < best < 6
 
 
-def test_a_nan_on_the_way_does_not_spoil_the_best_w():
+def test_a_nan_in_one_step_does_not_spoil_the_best_w():
     calls = counted(lambda w: 0.5 * w + 1.0 if calls.calls < 6 else w * torch.nan)
     solution = FP.Picard(rtol=1e-14, max_steps=8, **QUIET)(calls, torch.zeros(2).double())
     assert solution.status is Status.NON_FINITE and torch.isfinite(solution.value).all()
@@ -320,7 +320,7 @@ def test_a_batch_is_its_samples_one_by_one(name, options):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_solved_sample_rests(name):
+def test_a_solved_sample_takes_no_more_steps(name):
     h, _ = batch()
     seen = []
 
@@ -447,7 +447,7 @@ SCALES += [(torch.float64, 1e-200), (torch.float64, 1e-290), (torch.float64, 1e2
 @pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=str)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_map_at_any_scale_is_solved_as_at_scale_one(name, dtype, scale, batch_dims):
-    """Squares of its numbers leave the range of the dtype."""
+    """Squares of the numbers overflow or underflow in this dtype."""
     m, c, truth = affine(6, 0.6)
     c, m, shape = c.expand(3, -1) if batch_dims else c, m.to(dtype), (3, 6) if batch_dims else (6,)
     shift = (c * scale).to(dtype)
@@ -507,7 +507,7 @@ def proximal(kind: str, seed: int) -> tuple:
 @pytest.mark.parametrize("kind", ["soft thresholding", "box", "non-negative", "ball"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_proximal_map_never_counts_as_solved_far_away(name, kind, dtype):
-    """Where Φ(w) − w rounds to 0 at |w| = 1e16, and ‖Φ(w) − w‖ ≤ rtol ‖Φ(w)‖ holds by growth alone."""
+    """At |w| = 1e16 Φ(w) − w rounds to 0, and ‖Φ(w) − w‖ ≤ rtol ‖Φ(w)‖ holds only because w is large."""
     for seed in range(6):
         phi, truth = proximal(kind, seed)
         start = torch.zeros(6, dtype=dtype)
@@ -553,7 +553,7 @@ class Unregistered:
 
 
 def tangled(w):
-    """Two leaves of one shape, so that an exchange would not be noticed by shapes."""
+    """A map of two leaves of the same shape, so that shapes would not reveal a swap."""
     return {"b": 0.5 * w["b"] + w["a"] / 4 + 1, "a": 0.25 * w["a"] - 2}
 
 

@@ -1,4 +1,4 @@
-"""Losses and maps that do not use what they are given: an error where the result would be a zero that nobody meant."""
+"""Losses and maps that do not use their arguments: an error if the result would be an unintended zero."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def live_model():
 
 
 def as_params(model, form):
-    """The model's parameters as callers of HyperTorch pass them."""
+    """The model's parameters in the form that callers of HyperTorch pass."""
     params = list(model.parameters())
     return params if form == "live" else [p.detach().clone() for p in params]
 
@@ -97,8 +97,8 @@ def test_a_map_of_the_live_model(method, form):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_reaches_hparams(method):
-    """Read as a number, detached, or another tensor."""
+def test_losses_that_do_not_depend_on_hparams_are_an_error(method):
+    """hparams are read as numbers, detached, or other tensors are used."""
     w, h = as_params(live_model(), "copies"), hparams()
     other = h[0].detach().clone().requires_grad_()
     for change in (
@@ -130,7 +130,7 @@ def test_nothing_reaches_hparams_by_backpropagation(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_used_in_part_is_right(method):
-    """An outer loss of hparams alone, a map of hparams alone, hparams of which one reaches nothing."""
+    """An outer loss or a map may use hparams alone, and one of several hparams may be unused."""
     h = [*hparams(), torch.ones(2, dtype=torch.float64, requires_grad=True)]
     solution = [h[0].detach().clone(), h[0].detach().sum().reshape(1)]
     call = METHODS[method]
@@ -144,7 +144,7 @@ def test_what_is_used_in_part_is_right(method):
 
 
 class WeightNormSquare(torch.autograd.Function):
-    """w², with a tensor in its context under the name that torch gives to a leaf's own, and torch's name of a layer."""
+    """w², with a tensor in its context under the name that leaf nodes of torch use, and a class name like a layer's."""
 
     other = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
 
@@ -159,7 +159,7 @@ class WeightNormSquare(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * g
 
 
-def test_what_a_function_of_the_users_keeps_in_its_context_is_not_taken_for_a_part_of_the_graph():
+def test_a_tensor_in_the_context_of_a_users_function_is_not_taken_for_a_leaf_of_the_graph():
     w, lam = torch.tensor([3.0, 3.0], dtype=torch.float64).unbind()
     lam = lam.clone().requires_grad_()
     root = hg.implicit.root(lambda w, lam: WeightNormSquare.apply(w) - lam**2, w, lam)

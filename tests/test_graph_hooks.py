@@ -1,4 +1,4 @@
-"""Gradient hooks inside losses and maps: those that change products are said by name, those that look on are not."""
+"""Gradient hooks inside losses and maps: hooks that change products are named in a warning, hooks that read are not."""
 
 import sys
 import warnings
@@ -65,7 +65,7 @@ def test_a_hook_on_a_hidden_tensor_of_an_evaluated_loss_is_named(hook):
 
 
 @pytest.mark.parametrize("hook", [None, lambda g: None, lambda g: g], ids=["none", "looks on", "gives the same"])
-def test_hooks_that_change_nothing_are_not_said_and_change_nothing(hook):
+def test_hooks_that_change_nothing_are_not_warned_of(hook):
     net, plain = Net(hook), Net()
     plain.load_state_dict(net.state_dict())
     plain.x, plain.y = net.x, net.y
@@ -76,7 +76,7 @@ def test_hooks_that_change_nothing_are_not_said_and_change_nothing(hook):
 
 
 def test_a_hook_in_the_outer_loss_acts_once_as_in_backward():
-    """∇₁E is that of `torch.autograd.grad`, the clipped one."""
+    """∇₁E is the clipped gradient, as from `torch.autograd.grad`."""
     net = Net(CLIP)
     outer = net(net.x).sin().sum()
     net.hook = None
@@ -153,7 +153,7 @@ def test_every_entry_point_warns(entry_point):
 
 
 @pytest.mark.parametrize("closures", [False, True])
-def test_trackers_of_second_order_say_it(closures):
+def test_second_order_trackers_warn(closures):
     net = Net(CLIP)
     tracker = hg.bilevel.SOBA(net.parameters(), net.h, lr=0.1)
 

@@ -1,5 +1,5 @@
-"""The order of the source and its limits: what a file may import, how long files, functions and signatures are, and how
-many files a small call runs through.
+"""Limits of the source: what a file may import, how long files, functions and signatures may be, and how many files a
+small call may enter.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ TREES = {name: ast.parse(file.read_text()) for name, file in zip(NAMES, FILES, s
 
 
 def room(name: str) -> str:
-    """The entry of ORDER that a file belongs to."""
+    """The entry of ORDER to which a file belongs."""
     return name.split("/")[0].removesuffix(".py")
 
 
@@ -72,7 +72,7 @@ def test_contributing_names_every_file_and_folder():
 
 
 def imported(name: str) -> list[tuple[str, str]]:
-    """(room, module within the room or "") of each import of the package's own files."""
+    """(entry of ORDER, module within it or "") for each file of the package that this file imports."""
     depth, found = name.count("/"), []
     for node in ast.walk(TREES[name]):
         if not isinstance(node, ast.ImportFrom) or not node.level:
@@ -117,7 +117,7 @@ def test_files_functions_and_signatures_are_short(name):
 
 
 def lines_of_examples(file: Path) -> int:
-    """Those of doctests, with what they print, and of the title above them: tests that stand where they are read."""
+    """The number of lines of doctests, with their output and title, which do not count for the limits."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     texts = [
         ast.get_docstring(node) or ""
@@ -172,7 +172,7 @@ def test_private_interfaces_of_torch_are_used_in_one_file(name):
 
 
 def small_calls() -> dict[str, tuple[int, Callable[[], Any]]]:
-    """Calls on one number, and the files of src/hypergrad that each may enter, `__init__` not counted."""
+    """Calls on one number, with the number of files of src/hypergrad that each may enter, `__init__` not counted."""
     lam = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
     w, listed = lam.detach(), ([lam.detach()], [lam], 20, lambda w, lam: [(w[0] + lam[0]) / 2])
 

@@ -1,8 +1,7 @@
-"""Wrong methods on purpose: the comparison that the other tests make must refuse every one of them.
+"""Deliberately wrong methods (mutants): the comparisons of the other tests must reject every one of them.
 
-A mutant stands in for the adjoint solver inside every public method (`_hypergradient.solve` is the one place that all
-of them go through), or for the product of one step in `reverse`. Each test counts the mutants that it ran and that it
-caught.
+A mutant replaces the adjoint solver inside every public method (all of them call `_hypergradient.solve`), or the
+product of one step in `reverse`. Each test prints how many mutants it ran and how many it caught.
 """
 
 from dataclasses import replace
@@ -27,12 +26,12 @@ QUIET = {"on_failure": "ignore"}
 
 
 def exact(op, b):
-    """v of Aᵀv = b to the last digits."""
+    """The solution of Aᵀv = b to rounding."""
     return S.Dense(**QUIET)(op, b).value
 
 
 def blocks(a: torch.Tensor, cut: int) -> torch.Tensor:
-    """The two diagonal blocks of a matrix, the rest zero."""
+    """The matrix with everything outside of its two diagonal blocks set to zero."""
     kept = torch.zeros_like(a)
     kept[..., :cut, :cut] = a[..., :cut, :cut]
     kept[..., cut:, cut:] = a[..., cut:, cut:]
@@ -40,7 +39,7 @@ def blocks(a: torch.Tensor, cut: int) -> torch.Tensor:
 
 
 def dense(op, b, change):
-    """The solution of a changed system: change(Aᵀ) v = b."""
+    """A solver of the wrong system change(Aᵀ) v = b."""
     factors = torch.linalg.lu_factor(change(materialise(op, b)))
     return b.space.from_flat(torch.linalg.lu_solve(*factors, b.flat()[..., None])[..., 0])
 
@@ -58,7 +57,7 @@ def rounded(op, b):
 
 
 def without_last(op, b):
-    """The exact v with its last entry lost."""
+    """The exact v with its last entry set to zero."""
     v = exact(op, b).flat().clone()
     v[..., -1] = 0.0
     return b.space.from_flat(v)
@@ -82,7 +81,7 @@ MUTANTS = {
 
 
 def applicable(p, mutant: str) -> bool:
-    """Whether the mutant is wrong here. The transposed system of a symmetric problem is the same system."""
+    """Whether the mutant gives a wrong result: the transposed system of a symmetric problem is the right system."""
     return not (mutant == "transposed" and p.symmetric)
 
 
@@ -95,14 +94,14 @@ def caught(comparison) -> bool:
 
 
 def report(capsys, what: str, fates: dict[str, bool]) -> None:
-    """Print the count, and fail where a mutant survived."""
+    """Print the counts, and fail if a mutant survived."""
     with capsys.disabled():
         print(f"\n{what}: {sum(fates.values())} of {len(fates)} mutants caught", end="")
     assert [name for name, was_caught in fates.items() if not was_caught] == []
 
 
 def replaced(monkeypatch, mutant) -> None:
-    """Every method of the library now solves its adjoint system with the mutant."""
+    """Make every method of the library solve its adjoint system by the mutant."""
 
     def wrong_solve(solver, op, b, x0, last_product=None):
         return solve(lambda op, b, x0: mutant(op, b), op, b, x0, last_product)
@@ -110,7 +109,7 @@ def replaced(monkeypatch, mutant) -> None:
     monkeypatch.setattr(_hypergradient, "solve", wrong_solve)
 
 
-# The unbatched cell is one system of 1280; its batched twin has the same blocks.
+# The unbatched equilibrium is one system of 1280 unknowns; the batched one has the same blocks.
 SMALL = [name for name in PROBLEMS if name != "equilibrium"]
 FORMS = [(name, form) for name in SMALL for form in forms(problem_at(name))]
 
@@ -118,7 +117,7 @@ FORMS = [(name, form) for name in SMALL for form in forms(problem_at(name))]
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("form", ["inner_loss", "fp_map", "residual"])
 def test_wrong_solvers_in_implicit_grad(form, seed, capsys):
-    """Every problem × wrong solver fails test_implicit's comparison, and the right one passes it."""
+    """Every wrong solver fails the comparison of the tests of implicit on every problem, and the right one passes."""
     fates = {}
     for name in SMALL:
         p = problem_at(name, seed)
@@ -156,14 +155,14 @@ FOR_METHODS = ["logistic", "quadratic-10", "contraction-.9"]  # HyperTorch's met
 
 
 def fresh(name: str):
-    """The problem in lists, with hparams whose .grad may be written."""
+    """The problem with lists for params and hparams, whose .grad tests may write."""
     p = as_lists(problem_at(name, 1))
     return replace(p, hparams=[h.detach().clone().requires_grad_() for h in p.hparams])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_wrong_solvers_in_every_method(method, monkeypatch, capsys):
-    """The methods pass as they are (CG where A is symmetric), and fail with each wrong solver inside."""
+    """The methods pass unchanged (CG only if A is symmetric), and fail with each wrong solver inside."""
     fates = {}
     for name in FOR_METHODS:
         p = fresh(name)
@@ -207,7 +206,7 @@ EARLY = {
 
 @pytest.mark.parametrize("method", EARLY)
 def test_iterates_before_and_after(method, monkeypatch, capsys):
-    """After K steps the K-th iterate is owed: not the one before (HyperTorch's CG), not the one after."""
+    """K steps must give the K-th iterate, not the one before, which HyperTorch's CG returns, nor the one after."""
     function, kind, truth, more = EARLY[method]
     fates = {}
     for name in SMALL:
@@ -277,9 +276,9 @@ LAST = {
 
 
 def test_wrong_assembly_of_the_result(monkeypatch, capsys):
-    """∇₂E and −∂₂Fᵀv put together wrongly, where both are there: the quadratics.
+    """Wrong sums of ∇₂E and −∂₂Fᵀv are caught on the quadratics, where neither is zero.
 
-    Not at κ = 1e5: there ∇₂E is 1e-11 of ∇f, and every assembly of it is right to 1e-10.
+    κ = 1e5 is left out, because ∇₂E is 1e-11 of ∇f there, and every sum is right to 1e-10.
     """
     fates = {}
     original = _autodiff.add_or_none

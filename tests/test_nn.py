@@ -1,4 +1,4 @@
-"""The equilibrium layer: gradients against the unrolled iteration, and life among torch's other parts."""
+"""The equilibrium layer: gradients against the unrolled iteration, and use together with other parts of torch."""
 
 import copy
 import gc
@@ -59,7 +59,7 @@ class Steps(nn.Module):
 
 
 def gradients(module: nn.Module, x: Tensor, parameters=None) -> tuple[Tensor, list[Tensor]]:
-    """The output, and gradients of a bent function of it in the parameters and x."""
+    """The output, and the gradients of a nonlinear function of it in the parameters and x."""
     x = x.detach().requires_grad_()
     z = module(x)
     wanted = [x, *(module.parameters() if parameters is None else parameters)]
@@ -74,7 +74,7 @@ def assert_same(got, expected, tolerance: float = 1e-10) -> None:
 
 
 def batch_of(n: int = 6, count: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Inputs of growing size, so that samples differ in difficulty."""
+    """Inputs of growing size, so that some samples are more difficult than others."""
     draw = torch.randn(count, n, generator=torch.Generator().manual_seed(n))
     return (draw * torch.linspace(0.1, 2.0, count)[:, None]).to(dtype)
 
@@ -240,7 +240,7 @@ def test_a_failed_backward_pass_is_reported_at_the_line_that_called_it():
 
 
 def test_coupled_samples_by_batch_dims():
-    """A graph: samples mix in the cell, which the layer must be told."""
+    """In a graph network the cell couples the samples, so batch_dims=0 must be given."""
     mixing = torch.rand(5, 5).double()
     mixing = mixing / mixing.sum(1, keepdim=True)
     w = torch.randn(6, 6).double()
@@ -512,7 +512,7 @@ def live_bytes() -> int:
 
 
 def test_memory_does_not_depend_on_the_number_of_forward_steps():
-    """Between the passes: what the graph keeps, seen by its saved tensors and by live storages."""
+    """The memory of the graph between the passes is measured by saved tensors and by live storages."""
     x = batch_of(64, 32).requires_grad_()
     used = {}
     for steps in (5, 100):
@@ -567,7 +567,7 @@ def test_jacobian_penalty_is_the_mean_square_of_the_jacobian():
 
 
 def test_jacobian_penalty_is_differentiable():
-    """With z = x = scalar cells the estimate is v² (∂cell)², so its gradient is known."""
+    """For scalar cells the estimate is v² (∂cell)², whose gradient is known."""
     weight = nn.Parameter(torch.tensor(0.3).double())
 
     class Scale(nn.Module):
@@ -624,7 +624,7 @@ def test_functional_leaves_the_module_alone():
     assert module[1].track_running_stats  # also after an error
 
 
-# --- modules that torch itself takes wrongly --------------------------------------------------------------------------
+# --- modules that torch itself differentiates wrongly -----------------------------------------------------------------
 
 
 class Shared(nn.Module):
@@ -745,7 +745,7 @@ class Checkpointed(Cell):
 
 
 def test_a_checkpoint_inside_a_functional_module():
-    """It is recomputed with the parameters that it was called at, where torch's own takes those of the module."""
+    """It recomputes with the parameters of the call; torch's checkpoint would take those of the module."""
     cell, x = Checkpointed(3).double(), batch_of(3)
     parameters = {name: (2 * p).detach().requires_grad_() for name, p in cell.named_parameters()}
     plain = Cell(3).double()

@@ -1,4 +1,4 @@
-"""compile=: products by a recording of one of them are the same products, whatever is in the user's code."""
+"""compile=: products by replaying a recording of one product agree with ordinary ones, whatever code the user has."""
 
 import gc
 import warnings
@@ -56,7 +56,7 @@ LAYERS = [0.5 * draw(6, 7, seed=3), 0.1 * draw(7, seed=4), 0.5 * draw(7, 3, seed
 
 
 def network(hidden):
-    """The loss of a network with this in the middle."""
+    """The loss of a network with this module in the middle."""
 
     def loss(w, lam):
         return F.cross_entropy(hidden(X @ w[0] + w[1]) @ w[2], Y) + (lam.exp() * w[0] ** 2).sum()
@@ -144,7 +144,7 @@ def losses():
 
 
 def products(vectors, compile, **problem):
-    """Aᵀv for each of the vectors, asked for by a user's own solver; and the result."""
+    """Aᵀv for each of the vectors, requested by a user's solver, and the result of implicit.grad."""
     found = []
 
     def solver(op, b, x0):
@@ -152,7 +152,7 @@ def products(vectors, compile, **problem):
         return b
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", hg.HypergradientWarning)  # of a "solution" that is none
+        warnings.simplefilter("ignore", hg.HypergradientWarning)  # the solver returns no solution
         warnings.simplefilter("error", hg.NotCompiled)
         result = hg.implicit.grad(solver=solver, compile=compile, **problem)
     return found, result
@@ -172,7 +172,7 @@ def decay():
 
 @pytest.mark.parametrize("name", list(losses()))
 def test_products_at_other_vectors(name):
-    """One network after the other, each twice: the second time what was built for the first is used again."""
+    """Each network is differentiated twice; the second time reuses the code built for the first."""
     loss, values = losses()[name]
     for seed in (100, 500):
         given = vectors(values, seed)
@@ -186,7 +186,7 @@ def test_products_at_other_vectors(name):
 
 
 class Applied(torch.autograd.Function):
-    """A function of w whose reverse pass is the linear function that it is given."""
+    """A function of w whose backward pass is the given linear function."""
 
     @staticmethod
     def forward(ctx, w, linear):
@@ -249,7 +249,7 @@ def in_views(v):
 
 
 def changed(v):
-    """A constant that is used, and changed afterwards."""
+    """A loss that uses a constant and changes it in place afterwards."""
     scale = torch.zeros_like(v).add_(1)
     scaled = scale * v
     scale.add_(1)
@@ -268,7 +268,7 @@ def changed(v):
         (lambda v: torch.from_numpy(2 * v.numpy()) + v, "a recording is off by"),
     ],
 )
-def test_what_cannot_be_recorded_is_done_as_usual_and_said(linear, reason):
+def test_products_that_cannot_be_recorded_are_ordinary_ones_with_a_warning(linear, reason):
     given = linear_problem(linear) | {"solver": S.FixedPoint(max_steps=MANY, on_failure="ignore")}
     results = []
     for compile in (True, True, False):
@@ -284,7 +284,7 @@ def test_what_cannot_be_recorded_is_done_as_usual_and_said(linear, reason):
 
 
 class Unseen(torch.autograd.Function):
-    """m x, whose backward pass is done where torch does not see it, in one way or another."""
+    """m x, whose backward pass computes in NumPy, where torch does not see it, and returns memory made by `way`."""
 
     @staticmethod
     def forward(ctx, x, m, way):
@@ -302,8 +302,8 @@ class Unseen(torch.autograd.Function):
 
 @pytest.mark.parametrize("way", [lambda grad: None, torch.zeros_like, torch.empty_like])
 @pytest.mark.parametrize("alone", [True, False])
-def test_what_torch_does_not_see_may_be_zero_at_first(way, alone):
-    """m = 0 at the first outer step: the recording is right there, and is not taken at the next one."""
+def test_a_recording_is_not_reused_if_numpy_changes_the_product(way, alone):
+    """m = 0 at the first outer step, so a recording is right there, but must not be used at the next step."""
     a, lam = 0.1 * draw(6, 6), draw(6, seed=2).requires_grad_()
     options = {"outer_loss": cubes, "params": draw(6, seed=3), "hparams": lam, "solver": S.FixedPoint(max_steps=30)}
     for m in (0.0, 0.1, 0.2):
@@ -335,8 +335,8 @@ def grads_of(given, compile, **options):
     return hg.implicit.grad(cubes, inner_loss=loss, params=w, hparams=lam, compile=compile, **options)
 
 
-def test_products_are_recorded_only_where_enough_follow():
-    """Where their number is known, from the first on; else after some; with a backend always."""
+def test_products_are_recorded_only_if_enough_of_them_follow():
+    """If many are known to follow, the first one is recorded; if unknown, a later one; with a backend it always is."""
     too_few = "reverse passes: too few products to record one"
     for solver, due in [
         (S.MINRES(max_steps=10, on_failure="ignore"), too_few),
@@ -349,8 +349,8 @@ def test_products_are_recorded_only_where_enough_follow():
     assert str(grads_of(problem(0), EAGER, solver=few).compiled).startswith(f"compiled by {EAGER}")
 
 
-def test_a_logistic_regression_is_left_as_its_formula():
-    """Xᵀ(d ∘ Xv) + e ∘ v, of which the sum is done with the last product: four operations."""
+def test_the_recording_of_a_logistic_regression_is_its_formula():
+    """Xᵀ(d ∘ Xv) + e ∘ v takes four operations, because the sum is fused into the last product."""
     x, y = draw(30, 5), (draw(30, seed=8) > 0).double()
 
     def loss(w, lam):
@@ -376,7 +376,7 @@ class Counted(torch.autograd.Function):
 
 
 def test_every_product_but_the_first_two_is_the_recording():
-    """The last product, for hparams, is a reverse pass too."""
+    """The last product, for hparams, takes a reverse pass too."""
     counts = []
     for seed in range(3):
         loss, w, lam = problem(seed, rows=30 + seed)
@@ -400,9 +400,9 @@ def test_every_product_but_the_first_two_is_the_recording():
 
 @pytest.mark.parametrize("compile", [True, EAGER])
 def test_a_sequence_of_outer_steps(compile):
-    """New closures, data, numbers in them and batch sizes: nothing of one outer step is left in the next."""
+    """Closures, data, numbers and batch sizes change between outer steps; none of the old ones may be used."""
     for seed in range(4):
-        grads_of(problem(seed, rows=20 + seed, factor=1 + seed), compile)  # two sizes that differ make it general
+        grads_of(problem(seed, rows=20 + seed, factor=1 + seed), compile)  # after two sizes the code takes any size
     graphs = counters["stats"]["unique_graphs"]
     for seed in range(4, 14):
         given = problem(seed, rows=20 + seed, factor=1 + seed)
@@ -442,7 +442,7 @@ def test_a_check_of_a_compiled_hypergradient():
 
 
 def test_random_draws_are_those_of_the_graph():
-    """One mask for the products and the last product; and torch's random state goes on as without compile."""
+    """All products share one dropout mask, and torch's random state is the same as without compile."""
     loss, w = losses()["dropout"]
     found, states = [], []
     for compile in (True, False):
@@ -455,7 +455,7 @@ def test_random_draws_are_those_of_the_graph():
 
 
 def in_other_memory(w, lam):
-    """A loss whose products look at v as rows, which it is or is not."""
+    """A loss whose products reshape v into rows, which may or may not be possible without a copy."""
     flat = (1.0 * w).reshape(-1)
     return (flat.sin() ** 2).sum() + (lam.exp() * w**2).sum() + (2 * w).reshape(6, 2).tanh().sum()
 
@@ -467,7 +467,7 @@ def test_independent_systems_in_any_memory(solver, transposed, begun):
     w, lam = draw(3, 4), draw(4, seed=5).requires_grad_()
     w = w.t().contiguous().t() if transposed else w
     options = {"params": w, "hparams": lam, "inner_loss": in_other_memory, "batch_dims": 1}
-    steps = 2 if solver is S.BiCGStab else 4  # of four unknowns: beyond their end rounding is divided by itself
+    steps = 2 if solver is S.BiCGStab else 4  # for the four unknowns; further steps would amplify rounding
     options |= {"solver": solver(max_steps=steps, on_failure="ignore"), "x0": draw(3, 4, seed=7) if begun else None}
 
     def outer_loss(w, lam):
@@ -480,7 +480,7 @@ def test_independent_systems_in_any_memory(solver, transposed, begun):
     assert result.compiled is not None and result.compiled.startswith(f"compiled by {EAGER}")
 
 
-def test_a_product_that_is_not_finite_says_nothing_of_the_next_hypergradient():
+def test_a_non_finite_product_does_not_affect_the_next_hypergradient():
     loss, w, lam = problem(0)
     for factor in (float("nan"), 0.1):
         given = (lambda w, lam, factor=factor: factor * loss(w, lam)), w, lam
@@ -505,7 +505,7 @@ def test_many_recordings_are_compiled_in_one_process():
         assert result.compiled is not None and result.compiled.startswith(f"compiled by {EAGER}")
 
 
-def test_a_backend_that_is_not_there():
+def test_a_backend_that_does_not_exist():
     p = problem_at("ridge")
     with pytest.warns(hg.NotCompiled, match="no_such_backend"):
         result = hypergradient(p, "inner_loss", S.CG(rtol=1e-13, on_failure="ignore"), compile="no_such_backend")
@@ -559,7 +559,7 @@ def test_evaluated_losses_of_a_live_module():
 
 
 def test_nothing_is_kept_beyond_the_last_product():
-    """The saved tensors go with the graph, without the garbage collector."""
+    """Saved tensors are freed together with the graph, without the garbage collector."""
     made: list[weakref.ref] = []
     x = draw(20, 6)
 
@@ -579,7 +579,7 @@ def test_nothing_is_kept_beyond_the_last_product():
 
 
 def test_a_product_may_be_written_into():
-    """It is the caller's: no constant of the recording, nor v, nor the other part of the product."""
+    """A product shares no memory with constants of the recording, with v, or with its other leaves."""
     w = [draw(3).requires_grad_(), draw(3, seed=1).requires_grad_(), draw(4, seed=2).requires_grad_()]
     outputs = [w[0] + 0.0, w[0] + w[1], w[2]]
     space = Vector.of(w, "w").space

@@ -1,4 +1,4 @@
-"""Embeddings with sparse=True behind every entry_point: the numbers of dense ones."""
+"""Embeddings with sparse=True give the results of dense ones in every public function."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ DENSE, TIGHT = S.Dense(), S.GMRES(rtol=1e-13)
 
 
 class Case:
-    """A regression on the rows of a small table, at its solution to rounding."""
+    """A regression on the rows of a small embedding table, solved to rounding."""
 
     def __init__(self, sparse):
         draw = torch.Generator().manual_seed(0)
@@ -105,7 +105,7 @@ ENTRY_POINTS = {
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
-def test_the_numbers_are_those_of_dense_gradients(entry_point):
+def test_sparse_gradients_give_the_results_of_dense_ones(entry_point):
     due, found = (ENTRY_POINTS[entry_point](Case(sparse)) for sparse in (False, True))
     torch.testing.assert_close(found, due, rtol=1e-8, atol=0.0)
     assert due != 0

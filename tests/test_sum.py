@@ -1,4 +1,4 @@
-"""operators.Sum: sums over batches beside one graph of all rows, behind every entry_point."""
+"""operators.Sum: sums over batches agree with one graph of all rows, in every public function."""
 
 import functools
 import warnings
@@ -56,7 +56,7 @@ def penalty(w, lam):
 
 
 def losses(data, form="list", **options):
-    """(inner, outer) as sums, and (inner, outer) in one graph."""
+    """(inner, outer) as sums over batches, and (inner, outer) in one graph."""
     x, y, xv, yv = data
 
     def batch_loss(w, lam, batch):
@@ -202,7 +202,7 @@ def test_gauss_newton_over_batches(data, solver):
 @pytest.mark.parametrize("own", ["loader", "sampler", None])
 @pytest.mark.parametrize("keep", [None, 4000, "1GiB"])
 def test_shuffling_dropout_and_augmentation_are_replayed(data, own, keep):
-    """Rows get noise when they are fetched, and dropout in the loss; every pass sees the same draw of both."""
+    """Rows get noise when they are fetched, and the loss has dropout; every pass uses the same draws."""
     x, y = data[:2]
 
     class Noisy(torch.utils.data.Dataset):
@@ -241,7 +241,7 @@ def test_shuffling_dropout_and_augmentation_are_replayed(data, own, keep):
 
 
 class Node:
-    """It lives as long as the graph that holds it."""
+    """An object that lives as long as the graph that holds it."""
 
 
 class Marked(torch.autograd.Function):
@@ -257,7 +257,7 @@ class Marked(torch.autograd.Function):
 
 
 def test_the_graph_of_one_batch_at_a_time(data):
-    """However many batches there are, at most two of their graphs are alive at once; with keep= as many as fit."""
+    """At most two graphs of batches are alive at once; with keep= as many as fit."""
 
     def most(count, keep):
         alive, largest = weakref.WeakSet(), 0

@@ -66,7 +66,7 @@ ENTRY_POINTS = {
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 @pytest.mark.parametrize("of_network", [False, True])
 def test_a_hook_on_hparams_acts_once(entry_point, hook, of_network):
-    """On a leaf, and on what a network computed."""
+    """The hook may be on a leaf or on the output of a network."""
 
     def grad_of(backward):
         leaf = start()
@@ -92,7 +92,7 @@ def test_a_retained_gradient_is_the_whole(entry_point):
 
 
 def test_hooks_act_on_what_is_returned():
-    """The list that is returned is what hooks make of ∇f(λ), as torch.autograd.grad gives it."""
+    """The returned list holds ∇f(λ) after the hooks, as from torch.autograd.grad."""
     h = start()
     truth = torch.autograd.grad(outer_loss(solution([h]), [h]), h)[0]
     h.register_hook(lambda g: -g)
@@ -137,7 +137,7 @@ def test_hooks_are_there_again_after_an_error():
 
 
 def test_a_step_of_an_optimiser_sees_hooks_as_training_does():
-    """A mask on params keeps entries where they are."""
+    """A hook that masks gradients of params keeps the masked entries unchanged."""
     w = start()
     w.register_hook(HOOKS["mask"])
     step = hg.GradientDescent(lambda w, h: w[0].square().sum(), 0.1)
