@@ -88,7 +88,7 @@ def test_fewer_rows_than_a_block():
 # --- the problems -----------------------------------------------------------------------------------------------------
 
 SMALL = {name: problems.problem(name, None, True) for name in runs.ROWS}
-for each in ("covtype", "mnist"):  # equal to rounding is asked below
+for each in ("covtype", "mnist"):  # the tests below compare to rounding
     for part in ("x", "xv", "xt"):
         setattr(SMALL[each], part, getattr(SMALL[each], part).double())
 
@@ -134,7 +134,7 @@ def numpys(of: Any, lam: np.ndarray) -> tuple[float, np.ndarray]:
 
     w = minimize(g, np.zeros(x.shape[1]), jac=True, method="BFGS", options={"gtol": 1e-12}).x
     hessian = np.eye(len(w))
-    for _ in range(3):  # BFGS ends where its line search does
+    for _ in range(3):  # BFGS stops when its line search fails
         p = 1 / (1 + np.exp(x @ w))
         hessian = (x.T * p * (1 - p)) @ x / len(x) + np.diag(np.exp(lam))
         w = w - np.linalg.solve(hessian, g(w)[1])
@@ -249,7 +249,7 @@ class Bar:
 
 
 @pytest.mark.parametrize(("name", "method"), [each for each in EVERY if each[0] in ("simulated", "mnist")])
-def test_a_killed_run_goes_on_to_the_same_numbers(name, method, tmp_path):
+def test_a_killed_run_resumes_to_the_same_numbers(name, method, tmp_path):
     blocks = runs.ROWS[name][method].blocks
     part = 64 * blocks * 23 / runs.BUDGETS[name]
     options: dict[str, Any] = {"seeds": 2, "evaluations": part, "points": 4, "checkpoint_every": 0.0}
@@ -278,7 +278,7 @@ def test_a_run_with_other_options_is_not_gone_on_with(tmp_path):
 
 
 def test_evaluations_are_those_of_the_trackers():
-    """What trackers count in losses of blocks; two products in one reverse pass are two."""
+    """The counts are those of the trackers, in losses of blocks; two products in one reverse pass count as two."""
     of = SMALL["simulated"]
     for method, inner, outer, products in [("SOBA", 1, 1, 1), ("SABA", 1, 1, 1), ("F2SA-2", 30, 20, 0)]:
         made = runs.Run(of, runs.ROWS["simulated"][method], [1], 64)
@@ -293,7 +293,7 @@ def test_evaluations_are_those_of_the_trackers():
     made = runs.Run(of, runs.ROWS["simulated"]["AmIGO"], [1], 64)
     made.iterate()
     assert made.tracker.oracles.counts == {"inner_gradients": 11, "outer_gradients": 1, "products": 11}
-    # Nine inner steps are the user's; the last product is of the cross derivative alone.
+    # Nine inner steps belong to the user's loop; the last product is that of the cross derivative alone.
     assert made.state["evaluations"] == 64 * (9 + 11 + 1 + 10 + 1)
 
 
@@ -306,7 +306,7 @@ def test_decay():
     assert steps == pytest.approx([0.25, 1.25, 0.25], rel=1e-12)
 
 
-def test_rows_that_are_named():
+def test_rows_can_be_selected_by_name():
     of = SMALL["simulated"]
     config = bench.Config(methods=("SABA", "simulated/SRBA", "ijcnn1/AmIGO", bench.BATCH))
     assert bench.methods_of("simulated", of, config) == ["SABA", "SRBA", bench.BATCH]

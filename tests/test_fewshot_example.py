@@ -1,4 +1,4 @@
-"""The few-shot example: its readers on made files, its methods against each other, and a run that is killed."""
+"""The few-shot example: its readers on generated files, its methods compared, and a run that is killed and resumed."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SMALL = imaml.resolved(replace(SMALL, filters=3, queries=3, curve_tasks=2))
 
 
 def write_omniglot(folder: Path, zipped: bool) -> None:
-    """Two sets; alphabet B is in both. Drawing j of a character is a dot whose place says which character it is."""
+    """Two sets that share alphabet B. Drawing j of a character is a dot whose position tells the character."""
     sets = {"images_background": {"A": 3, "B": 2}, "images_evaluation": {"B": 2, "C": 1}}
     for name, alphabets in sets.items():
         files = {}
@@ -70,7 +70,7 @@ def test_omniglot(zipped, tmp_path):
 
 
 def test_omniglot_validation(tmp_path):
-    """Its alphabets are neither learned from nor tested on, and a mix-up of the parts is refused."""
+    """Its alphabets are in neither the training nor the test set, and a mix-up of the sets is refused."""
     write_omniglot(tmp_path, zipped=False)
     data = fewshot.omniglot(tmp_path, test=("C",), validation=("B",))
     parts = [{name.split("/")[0] for name in part.names} for part in (data.train, data.test, data.validation)]
@@ -84,7 +84,7 @@ def test_omniglot_validation(tmp_path):
 
 
 def test_a_drawing_that_two_sets_share_is_one(tmp_path):
-    """Else an image to classify could be one that was learned from."""
+    """Otherwise a query image could also be a training image."""
     write_omniglot(tmp_path, zipped=False)
     shutil.copytree(tmp_path / "images_background" / "A", tmp_path / "images_evaluation" / "A")
     data = fewshot.omniglot(tmp_path, ("A",), ("C",), rotations=False)
@@ -181,7 +181,7 @@ def test_options_that_are_refused(options, message):
 
 
 def test_an_exploding_meta_gradient_is_clipped():
-    """It would stay in Adam's moments, and later meta-gradients, to the other side, would move nothing."""
+    """Otherwise it would stay in Adam's moments, so that later meta-gradients of the other sign had no effect."""
     towards = {}
     for clip in (1.0, float("inf")):
         learner = imaml.Learner("MAML", fewshot.digits(), replace(SMALL, clip=clip), 0)
@@ -194,7 +194,7 @@ def test_an_exploding_meta_gradient_is_clipped():
             before = [p.detach().clone() for p in parameters]
             for p, d in zip(parameters, directions, strict=True):
                 p.grad = size * d / length
-            assert learner.descend()["gradient norm"] == pytest.approx(abs(size))  # as it came, not as clipped
+            assert learner.descend()["gradient norm"] == pytest.approx(abs(size))  # the norm before clipping
         steps = zip(before, parameters, directions, strict=True)
         towards[clip] = sum(float(((old - p.detach()) * d).sum()) for old, p, d in steps)
     assert towards[float("inf")] < 0 < towards[1.0]
@@ -273,7 +273,7 @@ def test_the_page_says_what_was_learned_from_and_chosen_by():
 
 
 def test_the_test_is_of_the_best_point_of_the_validation(tmp_path, monkeypatch):
-    """Also where the run was killed after that point; and the classes of the test are not looked at before."""
+    """This holds also if the run was killed after that point; test classes are not used before the end."""
     digits = fewshot.digits()
     data = digits._replace(validation=fewshot.Classes(digits.test.names[8:], digits.test.x[8:]))
     config = replace(SMALL, iterations=6, curve_every=1, save_every=1)

@@ -1,4 +1,4 @@
-"""HyperTorch's interface: its signatures, its meaning of K, and the right numbers where HyperTorch's own are not."""
+"""HyperTorch's interface: its signatures, its meaning of K, and right results in cases where HyperTorch's are wrong."""
 
 import inspect
 import warnings
@@ -159,7 +159,7 @@ def test_list_in_list_out_and_unused_hparams_are_zero(method, container):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_set_grad_adds_as_backward_does(method):
-    """Into what is there already; twice is double; a leaf that requires no grad is left alone; no shared memory."""
+    """It adds to an existing .grad, skips leaves that require no grad, and shares no memory with the result."""
     q = Quadratic()
     q.hparams.append(q.frozen)
     marks = [torch.randn_like(h) for h in q.hparams[:3]]
@@ -188,7 +188,7 @@ def test_set_grad_into_no_grad_yet(method):
 
 @pytest.mark.parametrize("method", ["exact", "reverse_unroll", "reverse"])
 def test_gradients_of_sums_are_tensors_of_their_own(method):
-    """E = Σ(λ₀ + λ₁): autograd hands out one expanded tensor for both."""
+    """E = Σ(λ₀ + λ₁): autograd returns one expanded tensor for both."""
     hparams = [rand(3, requires_grad=True), rand(3, requires_grad=True)]
 
     def outer(w, h):
@@ -207,7 +207,7 @@ def test_gradients_of_sums_are_tensors_of_their_own(method):
 # --- the meaning of K -------------------------------------------------------------------------------------------------
 
 
-FEW = pytest.mark.filterwarnings("ignore::hypergrad.InaccurateHypergradient")  # fewer steps than do, on purpose
+FEW = pytest.mark.filterwarnings("ignore::hypergrad.InaccurateHypergradient")  # deliberately too few steps
 
 
 @FEW
@@ -215,7 +215,7 @@ FEW = pytest.mark.filterwarnings("ignore::hypergrad.InaccurateHypergradient")  #
 @pytest.mark.parametrize("name", LISTS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_fixed_point_with_k_is_reverse_over_k_steps_at_the_solution(name, steps, seed):
-    """… and is neumann with K − 1, the sum of K powers of ∂₁Φᵀ; reverse holds the iterates, which are all w*."""
+    """Both equal neumann with K − 1, the sum of K powers of ∂₁Φᵀ; all iterates of reverse are w* here."""
     p = listed(name, seed)
     options = {"set_grad": False}
     fixed = hg.fixed_point(p.params, p.hparams, steps, p.fp_map, p.outer_loss, **options)
@@ -233,7 +233,7 @@ def test_fixed_point_with_k_is_reverse_over_k_steps_at_the_solution(name, steps,
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", AFFORDABLE)
 def test_every_method_converges_to_the_oracle(name, seed):
-    """Nothing but K and tol tells these methods how far to go."""
+    """These methods stop only by K and tol."""
     p = listed(name, seed)
     options = {"tol": 1e-13, "set_grad": False}
     methods = {"fixed_point": 3000, "neumann": 3000, "CG_normaleq": 3000} | ({"CG": 300} if p.symmetric else {})
@@ -250,7 +250,7 @@ def test_krylov_methods_converge_where_the_map_hardly_contracts(name):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", [name for name in LISTS if name != "quadratic-1e5"])
-def test_float32_users_are_not_warned_of_what_float32_cannot_do(name, seed):
+def test_float32_results_at_float32_accuracy_are_not_warned_of(name, seed):
     """The default tol is below what float32 reaches: all its accuracy is no failure. 16 κ ε as in test_implicit."""
     p = as_lists(problem_at(name, seed, torch.float32))
     for method in ("CG",) if p.symmetric else ("fixed_point", "neumann"):
@@ -314,7 +314,7 @@ def test_stochastic_draws_at_every_product(method):
 
 
 def hypertorchs_cg(matvec, b: np.ndarray, steps: int, tol: float) -> np.ndarray:
-    """HyperTorch's conjugate gradients, restated: once ‖r‖ is below an absolute tol it returns the iterate before."""
+    """HyperTorch's conjugate gradients: once ‖r‖ is below an absolute tol, it returns the iterate before."""
     x, r, p = np.zeros_like(b), b.copy(), b.copy()
     for _ in range(steps):
         image = matvec(p)
@@ -395,16 +395,16 @@ def test_b_zero():
         assert torch.equal(grad, 3 * h.detach() ** 2)
 
 
-def test_asymmetry_is_told():
-    """CG on a map whose Jacobian is not symmetric: HyperTorch says nothing."""
+def test_asymmetry_is_warned_of():
+    """CG is used for a map whose Jacobian is not symmetric, of which HyperTorch does not warn."""
     p = listed("contraction-.9")
     with pytest.warns(hg.HypergradientWarning, match="NOT_SYMMETRIC"):
         hg.CG(p.params, p.hparams, 10, p.fp_map, p.outer_loss, set_grad=False)
 
 
 @FEW
-def test_an_unsolved_inner_problem_is_told():
-    """w far from Φ(w): the warning names the residual, and set_grad has still been obeyed."""
+def test_an_unsolved_inner_problem_is_warned_of():
+    """w is far from Φ(w): the warning names the residual, and set_grad still writes .grad."""
     p = listed("ridge")
     params = [torch.ones_like(w) for w in p.params]
     residual = (params[0] - p.fp_map(params, p.hparams)[0]).norm().item()
@@ -678,7 +678,7 @@ def test_cg_of_lists():
     assert torch.equal(hg.CG_torch.cg(lambda v: [2 * v[0]], [torch.ones(3)], 1)[0], torch.full((3,), 0.5))
 
 
-def test_cg_tells_of_failures():
+def test_cg_warns_of_failures():
     rhs = [rand(4)]
     with pytest.warns(hg.NotConverged, match="NOT_POSITIVE_DEFINITE"):
         hg.CG_torch.cg(lambda v: [-v[0]], rhs)
@@ -764,7 +764,7 @@ def test_stoch_aid_runs_the_optimizer_that_is_built(form, build):
 
 
 class Cycle:
-    """A loss or map that takes its samples in turn."""
+    """A loss or map whose successive calls use successive samples."""
 
     def __init__(self, functions):
         self.functions, self.calls = functions, 0
@@ -911,8 +911,8 @@ def test_the_published_run_was_not_at_a_solution():
 
 
 @FEW
-def test_solvers_are_what_stands_behind_the_names():
-    """The functional interface is implicit.grad with a solver: the very same numbers."""
+def test_each_function_is_implicit_grad_with_a_solver():
+    """Results of the functional interface equal those of implicit.grad with the solver of that name."""
     p = listed("biased", 1)
     pairs = {
         "CG": S.CG(max_steps=5, rtol=1e-10, on_failure="ignore"),

@@ -1,4 +1,4 @@
-"""Numbers in README, CHANGELOG and the pages: each is that of a committed result, or a test shows it."""
+"""Numbers in README, CHANGELOG and the pages must be those of committed results, or be shown by a test."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def speed() -> list[str]:
 
 
 def short(value: float, digits: int = 2) -> str:
-    """A number without the 0 before its point."""
+    """A number as text, without the 0 before the decimal point."""
     return f"{value:.{digits}f}".replace("-", "−").replace("0.", ".", 1 if abs(value) < 1 else 0)
 
 
@@ -93,7 +93,7 @@ NAMES = {
 
 
 def each(key: str, method: str, part: str, rows: list[str] = MIDWAY, by_row: bool = False) -> list[float]:
-    """All values over networks and seeds, or the median of each network."""
+    """The values of all networks and seeds, or the median of each network."""
     found = [r[key] for r in ESTIMATORS["results"] if (r["method"], r["part"]) == (method, part) and r["row"] in rows]
     return [median(values) for values in found] if by_row else [value for values in found for value in values]
 
@@ -183,7 +183,7 @@ def sizes() -> list[str]:
 
 
 def plan(parameters: float, ranks: int) -> dict[str, float]:
-    """What parameters sharded over ranks take, in GB for each: weights in bfloat16, all else in float32."""
+    """The memory of sharded parameters in GB per rank: weights in bfloat16, everything else in float32."""
     weights, part = 2 * parameters / 1e9, parameters / 1e9 / ranks
     sent = weights * (ranks - 1) / ranks
     return {
@@ -231,7 +231,7 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-# What pages say in numbers, from the results; the test below asks for the numbers of the rest.
+# Sentences of pages with numbers from the results; the test below checks all other numbers.
 SAID = {"README.md": speed(), "docs/estimators.md": estimators(), "docs/size.md": [*sizes(), *on_paper()]}
 
 
@@ -247,13 +247,13 @@ def test_the_readme_is_one_page():
 NUMBER = re.compile(
     r"(?<![\w.])\d*[.·]\d+(?![\w.])|\d+(?:\.\d+)? ?%|\d[\d,]* times|\d+(?:\.\d+)? (?:s|ms|MiB|minutes|seconds)\b"
 )
-# Thresholds of the library, each of which a test of its own asserts, and versions, which pyproject.toml has.
+# Thresholds of the library, each of which a separate test asserts, and versions, which are in pyproject.toml.
 KNOWN = {"10 %": "hg.InaccurateHypergradient", "3.10": "requires-python", "2.6": "torch>=", "2.13": "constraints.txt"}
 KNOWN |= dict.fromkeys(("3.11", "3.12", "3.13", "3.14"), "noxfile.py")
 
 
 def prose(file: Path) -> str:
-    """A page without what the results are known to say, code, formulas and addresses."""
+    """A page without sentences taken from the results, code, formulas and addresses."""
     text = re.sub(r"```.*?```|\$\$.*?\$\$", "", file.read_text(), flags=re.DOTALL)
     text = plain(text)
     for words in SAID.get(str(file.relative_to(ROOT)), ()):

@@ -99,7 +99,7 @@ INTERNAL = {
 }
 API = "\n".join(file.read_text() for file in sorted((DOCS / "api").glob("*.md")))
 DOCUMENTED = set(re.findall(r"auto(?:function|class|exception|data):: hypergrad\.(\S+)", API)) | {"torch_grad"}
-DOCUMENTED -= {name for name in DOCUMENTED if name.startswith("transformers.")}  # a large package, not always there
+DOCUMENTED -= {name for name in DOCUMENTED if name.startswith("transformers.")}  # may not be installed
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in INTERNAL])
@@ -150,8 +150,8 @@ def test_each_public_name_of_the_trainer_has_an_example():
         assert ">>> " in (ast.get_docstring(found[name]) or ""), name
 
 
-def test_the_way_of_a_newcomer_from_the_demo_to_a_cure():
-    """The page that the demo names runs; a warning refers to a section that exists and has the cure; the cure works."""
+def test_the_page_of_the_demo_runs_and_warnings_lead_to_a_cure():
+    """The page named by the demo runs; a warning refers to an existing section with a cure; the cure works."""
     (page,) = re.findall(r"next: (\S+\.md)", (ROOT / "examples" / "tune_digits.py").read_text())
     code = re.findall(r"^(?:>>>|\.\.\.) (.*)$", (ROOT / page).read_text(), flags=re.MULTILINE)
     own: dict = {}
@@ -204,7 +204,7 @@ def test_pictures_can_be_read_on_a_phone(file):
     assert width <= 930
 
 
-def test_the_map_of_the_source_is_that_of_the_house():
+def test_the_source_map_lists_the_files_in_their_order():
     rows = re.findall(r"^\| (`.*?) \|", (DOCS / "explanation" / "source_map.md").read_text(), flags=re.MULTILINE)
     named = [name.removesuffix(".py").removesuffix("/") for row in rows for name in re.findall(r"`(.*?)`", row)]
     assert named == [name for name in ORDER if name != "__init__"]

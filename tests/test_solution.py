@@ -1,4 +1,4 @@
-"""Too few steps of a linear solver: a warning where the hypergradient is far off, which names the steps needed."""
+"""Too few steps of a linear solver: a warning if the hypergradient is far off, which names the steps needed."""
 
 import re
 import warnings
@@ -50,7 +50,7 @@ class Slow:
 @pytest.mark.parametrize("method", [hg.fixed_point, hg.neumann])
 @pytest.mark.parametrize("steps", [1, 3, 5, 20, 100])
 def test_steps_of_a_slow_map(method, steps):
-    """The error is named to a few percent, and the steps that are named bring it near a tenth."""
+    """The error in the message is right to a few percent, and the number of steps in it reduces it to about a tenth."""
     p = Slow()
 
     def run(k):
@@ -72,7 +72,7 @@ def test_steps_of_a_slow_map(method, steps):
 )
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 100])
 def test_the_warning_comes_where_the_hypergradient_is_off(name, steps, method):
-    """Of all problems: no error above 60 % without it, none below 2 % with it."""
+    """Over all problems, no error above 60 % comes without the warning, and none below 2 % with it."""
     p = as_lists(problem_at(name))
     call = METHODS[method]
     grads, texts = told(lambda: call(p.params, p.hparams, steps, p.fp_map, p.outer_loss, set_grad=False))
@@ -99,7 +99,7 @@ def test_implicit_grad_of_a_fixed_number_of_steps(form):
 
 
 def test_the_part_of_the_outer_loss_alone_counts():
-    """What λ does directly is exact: where it is most of the hypergradient, few steps are enough."""
+    """The direct part ∇₂E is exact, so few steps are enough if it is most of the hypergradient."""
     p = Slow()
 
     def run(size):
@@ -128,7 +128,7 @@ def test_the_size_of_the_outer_loss_does_not_matter(size):
 
 
 def test_float32_at_its_accuracy_is_no_failure():
-    """Normal equations see an eigenvector of eigenvalue λ by λ²: what is left of it may be above rounding level."""
+    """In normal equations an eigenvalue λ acts as λ², so the error along its eigenvector may exceed rounding level."""
     h = torch.tensor([0.5, -0.2], requires_grad=True)
 
     def run(low, b):
