@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._reach import reached
+from ._torch import version_of
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -38,19 +39,39 @@ def couples_samples(module: nn.Module) -> bool:
     return module.training or not getattr(module, "track_running_stats", True)
 
 
-def statistics_of(closure: Any) -> list[tuple[Tensor, Tensor]]:
-    """Running statistics and copies of them, for modules in any mode, since the closure may switch the mode."""
-    parts = {id(part): part for module in modules_of(closure) for part in module.modules()}.values()
-    modules = [part for part in parts if getattr(part, "track_running_stats", False)]
-    return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
+def statistics_of(closure: Any) -> list[Tensor]:
+    """The running statistics of modules in any mode, since the closure may switch the mode."""
+    modules = [part for part in _parts(closure) if getattr(part, "track_running_stats", False)]
+    return [buffer for module in modules for buffer in module.buffers(recurse=False)]
 
 
-def changed(kept: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """The running statistics that no longer have the values that `statistics_of` copied."""
-    return [buffer for buffer, values in kept if not torch.equal(buffer, values)]
+def _parts(closure: Any) -> list[nn.Module]:
+    return list({id(part): part for module in modules_of(closure) for part in module.modules()}.values())
 
 
-def put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
-    """Give running statistics the values that `statistics_of` copied."""
-    for buffer, values in reversed(kept):  # the oldest copies last
-        buffer.data.copy_(values)  # hidden from autograd, because no graph in training mode uses running statistics
+class Buffers:
+    """The buffers of modules that functions use, which evaluations may write, with copies of their values."""
+
+    def __init__(self, functions: Any):
+        found = {id(x): x for part in _parts(functions) for x in part.buffers(recurse=False)}
+        self.tensors = list(found.values())
+        self.versions, self.values = list(map(version_of, self.tensors)), [x.clone() for x in self.tensors]
+        self._statistics = set(map(id, statistics_of(functions)))  # torch does not count writes into these
+
+    def copies(self) -> list[Tensor]:
+        """Copies of the present values. The copy of a buffer that was not written since the last call is shared."""
+        each = zip(self.tensors, self.versions, self.values, strict=True)
+        self.values = [value if self._unwritten(x, version, value) else x.clone() for x, version, value in each]
+        self.versions = list(map(version_of, self.tensors))
+        return self.values
+
+    def _unwritten(self, x: Tensor, version: int, value: Tensor) -> bool:
+        return version_of(x) == version and (id(x) not in self._statistics or torch.equal(x, value))
+
+    def restore(self, values: list[Tensor]) -> None:
+        """Give the buffers values that `copies` returned."""
+        with torch.no_grad():
+            for x, present, value in zip(self.tensors, self.copies(), values, strict=True):
+                if value is not present:  # no graph in training mode uses running statistics
+                    (x.data if id(x) in self._statistics else x).copy_(value)
+        self.values, self.versions = values, list(map(version_of, self.tensors))

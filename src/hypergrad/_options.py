@@ -1,9 +1,12 @@
-"""Checks of options that users give (whole numbers, bytes), and progress bars."""
+"""Checks of options that users give (whole numbers, bytes, batches), and progress bars."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+Batches: TypeAlias = "Sequence[Any] | Callable[[int], Any] | None"
 
 LONG = 3.0  # seconds after which a bar appears that was not asked for
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -21,6 +24,20 @@ def memory_bytes(memory: Any, name: str) -> float:
     if isinstance(found, bool) or not isinstance(found, (int, float)) or found < 0:
         raise ValueError(f'{name} must be bytes, as a number or like "64MiB", got {memory!r}')
     return float(found)
+
+
+def batch_at(batches: Batches, steps: int) -> Callable[[int], Any] | None:
+    """Batches, given by index or by call, as a function of t."""
+    if batches is None or callable(batches):
+        return batches
+    if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
+        raise TypeError(
+            f"batches must be a sequence or a function of t (in reverse mode a batch is drawn again at a replay), got "
+            f"{type(batches).__name__}: pass list(...), or in forward mode lambda t: next(iterator)"
+        )
+    if len(batches) < steps:
+        raise ValueError(f"{steps} steps need as many batches, got {len(batches)}; batches may be a function of t")
+    return batches.__getitem__
 
 
 def check_whole(**numbers: tuple[Any, int]) -> None:

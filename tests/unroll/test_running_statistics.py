@@ -1,4 +1,4 @@
-"""Steps of a network with BatchNorm in training mode, which writes running statistics whenever it is evaluated."""
+"""Steps of networks with BatchNorm or spectral_norm in training mode: each evaluation writes buffers."""
 
 import warnings
 from functools import partial
@@ -107,3 +107,17 @@ def test_statistics_in_eval_mode_are_constants_and_not_warned_of():
     program.net.eval()
     program.step = lambda w, log_decay: {name: p * (1 - 0.1 * log_decay.exp()) for name, p in w.items()}
     assert run(program, "sqrt")[1] == set()
+
+
+@every_way
+def test_spectral_norm_is_replayed_with_the_buffers_of_each_step(way):
+    """Its power iteration goes on at each evaluation, so a replay with the present buffers would give other numbers."""
+    plain, program = (Program(True, nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5))) for _ in range(2))
+    value = plain.plain(log_decay())
+    result, kinds = run(program, way)
+    graph, _ = run(Program(True, nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5))), "graph")
+    torch.testing.assert_close(result.outer_value, value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(result.grads, graph.grads, rtol=1e-10, atol=0)
+    assert (hg.NotCompiled in kinds) == ("compiled" in way)
+    for one, other in zip(program.norm.buffers(), plain.norm.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from .. import _random
 from .._autodiff import users_autocast
-from .._modules import put_back, statistics_of
 from .._recorded import NotCompiled
 from .._solution import warn
 from .._traced import ROUNDING, Traced, autocast_state, gap, size
-from ._oracles import Batch
+from ._oracles import Batch, kept_statistics, put_back
 
 if TYPE_CHECKING:
     from ._tracker import Directions, Tracker
@@ -65,7 +64,7 @@ class CompiledDirections:
         judged = all(bool(x.isfinite().all()) for x in _parts(found, outer, inner))
         if not judged or (key in self.programs and program is None):
             return found
-        recorded, after = statistics_of(self.losses), _random.capture(devices)
+        recorded, after = kept_statistics(self.losses), _random.capture(devices)
         counts = self.tracker.oracles.counts
         delta = {name: counts[name] - before[name] for name in counts}
         kept = list(self.tracker.oracles.recorded)

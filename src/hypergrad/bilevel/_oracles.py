@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _autodiff, _random, _torch
 from .._autodiff import ATTENTION, COMPILED, as_scalar, check_hparams, users_autocast, without_autocast
 from .._graph import refuse_weight_norm, undeclared_leaves
-from .._modules import put_back, statistics_of
+from .._modules import statistics_of
 from .._tree import PyTree, check_distinct, flatten
 from .._vector import Space, sharded_dot
 from ..implicit import warn_of_hooks, warn_of_local
@@ -83,7 +83,7 @@ class Batch:
                 stack.enter_context(_random.replayed(self.state))
             else:
                 self.state = _random.capture(_random.devices_of(self.oracles.params))
-            statistics = statistics_of(self.loss)
+            statistics = kept_statistics(self.loss)
             if self.evaluated or moved:
                 stack.callback(put_back, statistics)
             else:
@@ -94,6 +94,16 @@ class Batch:
         self.last = value.detach()
         self.value = self.last if self.value is None else self.value
         return value
+
+
+def kept_statistics(closure: Any) -> list[tuple[Tensor, Tensor]]:
+    """Running statistics and copies of them."""
+    return [(buffer, buffer.clone()) for buffer in statistics_of(closure)]
+
+
+def put_back(kept: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, values in reversed(kept):  # the oldest copies last
+        buffer.data.copy_(values)  # hidden from autograd, because no graph in training mode uses running statistics
 
 
 class Oracles:

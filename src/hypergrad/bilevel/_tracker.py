@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _random
-from .._modules import put_back
 from .._solution import UnsolvedInnerProblem, warn
 from .._torch import has_gradient_hooks, version_of
 from .._tree import PyTree
@@ -23,7 +22,7 @@ from ..implicit import grad as implicit_grad
 from ..operators import Sum
 from ._compiled import CompiledDirections
 from ._filters import Average, Filter
-from ._oracles import Batch, Grads, LossLike, Oracles, copy_all, dot, plus, times
+from ._oracles import Batch, Grads, LossLike, Oracles, copy_all, dot, plus, put_back, times
 from ._report import Comparison, Report, Watch
 
 OnNonfinite: TypeAlias = Literal["raise", "skip", "ignore"]

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from .. import _autodiff, _random
-from .._modules import changed, put_back
 from .._options import parse_bytes
 from .._recorded import NotCompiled
 from .._solution import warn
@@ -37,9 +36,9 @@ OTHER_VALUES = (
     "reads something that is not a tensor and that changes between calls (an iterator, a counter, NumPy's random "
     "numbers). Pass it as batches= or t"
 )
-WRITES_STATISTICS = (
-    "step writes the running statistics of a normalisation layer (BatchNorm in training mode), which a compiled step "
-    "does not: use track_running_stats=False, or evaluate the layer in eval mode"
+WRITES_BUFFERS = (
+    "step writes buffers of a module (BatchNorm or spectral_norm in training mode), which a compiled step does not: "
+    "use track_running_stats=False or another layer, or evaluate the layer in eval mode"
 )
 OTHER_DERIVATIVE = (
     "the derivative of the compiled step {} has a relative error of {:.1e}: does step use hparams from outside in "
@@ -224,13 +223,13 @@ class Compiled(ABC):
     def _evaluated(self, iterate: Iterate, t: int, off: float = 0.0) -> Recorded:
         """The user's step with its graph, at (1 + off) w: off = eps shows by how much rounding changes the result."""
         _random.restore(iterate.random)
-        statistics = self.run.statistics()
+        buffers = self.run.buffers.copies()
         leaves = [leaf(x * (1 + off) if off and is_continuous(x) else x) for x in iterate.tensors]
         with correct_derivatives(dense=True):
             true = Recorded(leaves, *self.run.evaluate(leaves, iterate.rebuild, t))
-        if changed(statistics):
-            put_back(statistics)
-            raise NotCompiled(WRITES_STATISTICS)
+        if any(x is not y for x, y in zip(self.run.buffers.copies(), buffers, strict=True)):
+            self.run.buffers.restore(buffers)
+            raise NotCompiled(WRITES_BUFFERS)
         return true
 
     def _compare(self, functions: Functions, iterate: Iterate, t: int, true: Recorded) -> list[Tensor]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .. import _random
-from .._modules import put_back
 from .._options import check_whole, parse_bytes
 from .._torch import Allocated, random_state_kept_on_error
 from .._tree import PyTree
@@ -24,8 +23,8 @@ POLICIES = ("graph", "iterates", "sqrt")
 NO_REPLAY = (
     "steps {} to {} gave other numbers when they were evaluated again. torch's random numbers are replayed (does "
     "another thread draw from the same generator? Give it a separate torch.Generator). Anything else that changes (the "
-    "random module, NumPy's random numbers, a torch.Generator, an iterator or counter outside, buffers of a module, "
-    'nondeterministic kernels) must enter through params, t or batches; or use memory="graph", which replays nothing'
+    "random module, NumPy's random numbers, a torch.Generator, an iterator or counter outside, nondeterministic "
+    'kernels) must enter through params, t or batches; or use memory="graph", which replays nothing'
 )
 
 
@@ -77,8 +76,9 @@ def reverse(
 
     Iterates that are not stored are recomputed from the last one that is (a checkpoint). torch's random numbers, on
     the CPU and on the CUDA devices in use, are replayed bit for bit, and every replay is checked to end at the iterate
-    of the first run. Afterwards the random state is as after one run of the steps and outer_loss. Compute the inner
-    gradient with create_graph=True: without it second derivatives are lost, with a warning.
+    of the first run; so are the buffers that modules write (BatchNorm). Afterwards both are as after one run of the
+    steps and outer_loss. Compute the inner gradient with create_graph=True: without it second derivatives are lost,
+    with a warning.
 
     Args:
         step: Φ(params, hparams), returns the structure of params (mappings are matched by key). It is called with
@@ -120,7 +120,7 @@ def reverse(
         part of params (a momentum detached between steps), if the first step computes a gradient without a graph, if
         start has gradient hooks, which are not called, if the result is not finite, and if step detaches what its
         derivative needs (LostDerivative, which takes one more evaluation of such a step), or outer_loss reads running
-        statistics (BatchNorm in eval mode) that step wrote. Afterwards these are as after one run of the steps.
+        statistics (BatchNorm in eval mode) that step wrote.
     Cost: the evaluations above and T reverse passes. In addition to `memory`: five iterates, hparams, and the
         working memory of a step, of its reverse pass or of outer_loss, whichever is the most. "sqrt" and a budget
         measure I and G at the first two steps; a budget also measures the working memory, by one more reverse pass and
@@ -233,13 +233,13 @@ def _measured(run: Run, first: Iterate, begin: int) -> tuple[int, int, int, int]
     allocated = Allocated()
     with allocated:
         iterate, graph, both = run.measure(first, begin)
-        random, statistics = _random.capture(run.devices), run.statistics()
+        random, buffers = _random.capture(run.devices), run.buffers.copies()
         after, most = allocated.now, allocated.peak
         final = [y.detach() for y in both.outputs]
         ahead = allocated.taken(lambda: run.close(final, both.rebuild))
         ahead = max(ahead, allocated.taken(pull))
         _random.restore(random)
-        put_back(statistics)
+        run.buffers.restore(buffers)
     params, hparams, drawn = (sum(x.nbytes for x in xs) for xs in (first.tensors, run.differentiated, random.values()))
     several, hparams = params * (prod(run.lead) - 1), hparams * prod(run.lead)  # for k losses: k − 1 more α, k ∇
     # Beside the checkpoints: five iterates (the one in which a block must end, the block's outputs, α, w_T, and the one

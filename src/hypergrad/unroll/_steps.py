@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import _autodiff, _graph, _random
 from .._autodiff import as_losses, as_scalar, check_hparams
 from .._detached import LostDerivative, warn_of_lost
-from .._modules import changed, put_back, statistics_of
-from .._options import check_whole
+from .._modules import Buffers, statistics_of
+from .._options import Batches, batch_at, check_whole
 from .._reach import found_of, noticing
 from .._solution import warn, warn_if_not_finite
 from .._torch import correct_derivatives, hooks_suspended, outside_inference_mode, with_hooks
@@ -24,7 +24,6 @@ from .._tree import KIND, Paths, PyTree, describe, difference, filled, flatten, 
 from ..implicit import LIVE_TOO, warn_of_local
 
 Rebuild: TypeAlias = Callable[[Iterable[Tensor]], PyTree]
-Batches: TypeAlias = "Sequence[Any] | Callable[[int], Any] | None"
 
 LIVE, VERSION = attrgetter("requires_grad"), attrgetter("_version")  # inference tensors have no _version
 NODE = 512  # bytes of one node of a graph, beside the tensors it keeps
@@ -34,7 +33,8 @@ IN_PLACE = (
 )
 CHANGED_LATER = (
     "a tensor that the derivative of a step needs was changed in place, by the step itself or a later one (the error "
-    "above names it). A buffer of a module, or a tensor outside, must enter through params, and step return a new one"
+    "above names it). A buffer that a later step writes is replayed with memory='iterates'; a tensor outside must enter "
+    "through params, and step return a new one"
 )
 NO_SECOND = (
     "step takes a gradient with respect to its params that has no graph, so the second derivatives are lost: write "
@@ -74,6 +74,7 @@ class Iterate(NamedTuple):
     rebuild: Rebuild
     random: dict[torch.device, Tensor]
     versions: list[int]
+    buffers: list[Tensor] | None = None  # of modules
 
 
 class Recorded(NamedTuple):
@@ -100,7 +101,7 @@ class Run:
     ):
         check_whole(steps=(steps, 0))
         self.step, self.outer_loss, self.allow_detached = step, outer_loss, allow_detached
-        self.batches, self.indexed = _batch_at(batches, steps), not callable(batches)
+        self.batches, self.indexed = batch_at(batches, steps), not callable(batches)
         self.with_time = with_time or batches is not None
         start = list(start) if isinstance(start, Iterator) else start
         self.leaves, spec = optree.tree_flatten(start)
@@ -123,7 +124,8 @@ class Run:
         self.params: PyTree = None
         self.outer_value: Any = None
         self.random_after: dict[torch.device, Tensor] = {}
-        self._statistics = self._first_statistics = statistics_of((step, outer_loss))  # of BatchNorm
+        self.buffers = Buffers((step, outer_loss))
+        self._first_buffers = self._buffers_after = self.buffers.values
         self.evaluations = 0
         self.several, self.lead = False, ()  # whether outer_loss returns [k] losses; then (k,), once it was called
         self._random: dict[torch.device, Tensor] = {}
@@ -151,13 +153,15 @@ class Run:
         new = _random.capture(self.devices)
         if not self._random or not _random.equal(new, self._random):
             self._random = new
-        return Iterate(tensors, rebuild, self._random, list(map(VERSION, tensors)))
+        return Iterate(tensors, rebuild, self._random, list(map(VERSION, tensors)), self.buffers.copies())
 
     def resume(self, iterate: Iterate) -> list[Tensor]:
         """The leaves of a new graph at this iterate."""
         if list(map(VERSION, iterate.tensors)) != iterate.versions:
             raise RuntimeError(IN_PLACE)
         _random.restore(iterate.random)
+        if iterate.buffers is not None:
+            self.buffers.restore(iterate.buffers)
         return [leaf(x) for x in iterate.tensors]
 
     def evaluate(self, tensors: list[Tensor], rebuild: Rebuild, t: int) -> tuple[list[Tensor], Rebuild]:
@@ -312,11 +316,12 @@ class Run:
         both = Recorded(leaves, outputs, rebuild)
         self._known, self._recorded = {begin + 1: one, begin + 2: two}, (begin, 2, both)
         drawn = 0 if two.random is one.random else sum(x.nbytes for x in two.random.values())
+        drawn += sum(y.nbytes for x, y in zip(one.buffers or (), two.buffers or (), strict=True) if x is not y)
         return max(sum(x.nbytes for x in two.tensors) + drawn, 1), own + NODE * max(len(seen) - nodes, 1), both
 
     def close(self, final: list[Tensor], rebuild: Rebuild) -> tuple[list[Tensor], list[Tensor | None]]:
         """∇₁E and ∇₂E at the final iterate. Stores the value of E, and the random state after it."""
-        self.params, before = rebuild(final), self.statistics()
+        self.params, before = rebuild(final), self.buffers.copies()
         leaves = [leaf(x) for x in final]
         try:
             value = self.outer_loss(rebuild(leaves), self.hparams)
@@ -331,23 +336,24 @@ class Run:
         both = self._vjp([loss], inputs, [torch.diag(unit) if self.several else unit], of_steps=False)
         if not self.allow_detached:
             self._check_outer(loss, any(g is not None for g in both[: len(inputs)]))
-            written = {id(x) for x in changed(self._first_statistics)} - {id(x) for x in changed(before)}
-            if written and written & {id(x) for x, _ in statistics_of(self.outer_loss)}:
-                warn(STATISTICS, LostDerivative)
+            self._warn_of_statistics(before)
         alpha = _autodiff.new_zeros(both[: len(inputs)], inputs, *self.lead)
         self.random_after = _random.capture(self.devices)
-        self._statistics = self.statistics()
+        self._buffers_after = self.buffers.copies()
         self._final = (final, rebuild, alpha) if self._detaches else None
         return alpha, both[len(inputs) :]
 
-    def statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """Running statistics (of BatchNorm) that step or outer_loss may write, and copies of them."""
-        return [(buffer, buffer.clone()) for buffer, _ in self._first_statistics]
+    def _warn_of_statistics(self, before: list[Tensor]) -> None:
+        """Warn if outer_loss may read running statistics that the steps wrote. before: buffers before outer_loss."""
+        each = zip(self.buffers.tensors, self._first_buffers, before, self.buffers.copies(), strict=True)
+        written = {id(x) for x, first, last, after in each if first is not last and last is after}
+        if written and any(id(x) in written for x in statistics_of(self.outer_loss)):
+            warn(STATISTICS, LostDerivative)
 
     def end_replays(self) -> None:
-        """Random state and running statistics are as after one run of the steps and outer_loss."""
+        """Restore the random state and the buffers of modules to those after one run of the steps and outer_loss."""
         _random.restore(self.random_after)
-        put_back(self._statistics)
+        self.buffers.restore(self._buffers_after)
 
     def _warn_of_lost(self, final: list[Tensor], rebuild: Rebuild, alpha: list[Tensor]) -> None:
         """Warn (LostDerivative) if step detaches what its derivative needs."""
@@ -432,17 +438,3 @@ class Run:
 
 def _among(x: Any, tensors: Sequence[Tensor]) -> bool:
     return any(x is y for y in tensors)
-
-
-def _batch_at(batches: Batches, steps: int) -> Callable[[int], Any] | None:
-    """Batches, given by index or by call, as a function of t."""
-    if batches is None or callable(batches):
-        return batches
-    if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
-        raise TypeError(
-            f"batches must be a sequence or a function of t (in reverse mode a batch is drawn again at a replay), got "
-            f"{type(batches).__name__}: pass list(...), or in forward mode lambda t: next(iterator)"
-        )
-    if len(batches) < steps:
-        raise ValueError(f"{steps} steps need as many batches, got {len(batches)}; batches may be a function of t")
-    return batches.__getitem__
