@@ -33,8 +33,8 @@ IN_PLACE = (
 )
 CHANGED_LATER = (
     "a tensor that the derivative of a step needs was changed in place, by the step itself or a later one (the error "
-    "above names it). A buffer that a later step writes is replayed with memory='iterates'; a tensor outside must enter "
-    "through params, and step return a new one"
+    "above names it). A buffer that a later step writes is replayed with memory='iterates'; a tensor outside must "
+    "enter through params, and step return a new one"
 )
 NO_SECOND = (
     "step takes a gradient with respect to its params that has no graph, so the second derivatives are lost: write "
