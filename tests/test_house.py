@@ -55,7 +55,7 @@ ORDER = (
     "sklearn",
     "__init__",
 )
-LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS = 13_060, 450, 50, 12
+LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS = 13_061, 450, 50, 12
 FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [str(file.relative_to(SOURCE)) for file in FILES]
 TREES = {name: ast.parse(file.read_text()) for name, file in zip(NAMES, FILES, strict=True)}

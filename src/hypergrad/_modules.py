@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ._reach import reached
 from ._torch import version_of
@@ -53,7 +54,7 @@ class Buffers:
     """The buffers of modules that functions use, which evaluations may write, with copies of their values."""
 
     def __init__(self, functions: Any):
-        found = {id(x): x for part in _parts(functions) for x in part.buffers(recurse=False)}
+        found = {id(x): x for part in _parts(functions) for x in part.buffers(recurse=False) if not is_lazy(x)}
         self.tensors = list(found.values())
         self.versions, self.values = list(map(version_of, self.tensors)), [x.clone() for x in self.tensors]
         self._statistics = set(map(id, statistics_of(functions)))  # torch does not count writes into these

@@ -121,3 +121,9 @@ def test_spectral_norm_is_replayed_with_the_buffers_of_each_step(way):
     assert (hg.NotCompiled in kinds) == ("compiled" in way)
     for one, other in zip(program.norm.buffers(), plain.norm.buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_a_layer_that_is_built_at_its_first_evaluation():
+    plain, program = Program(True, nn.LazyBatchNorm1d(affine=False)), Program(True, nn.LazyBatchNorm1d(affine=False))
+    value = plain.plain(log_decay())
+    torch.testing.assert_close(run(program, "iterates")[0].outer_value, value, rtol=1e-12, atol=0)
