@@ -149,8 +149,11 @@ COUNTED = {  # by the number of the step, or by a tensor that counts
 
 
 @either
-@pytest.mark.parametrize("counter", [torch.int64, torch.int32], ids=str)
-@pytest.mark.parametrize("counted", COUNTED.values(), ids=COUNTED)
+@pytest.mark.parametrize(
+    ("counted", "counter"),
+    [*((each, torch.int64) for each in COUNTED.values()), (COUNTED["counter"], torch.int32)],
+    ids=[*COUNTED, "counter, int32"],
+)
 def test_the_step_number_acts_as_a_python_int_and_a_counting_tensor_as_a_tensor(differentiate, counted, counter):
     """1 / (t + 1) is computed in double precision, and 1 / (n + 1) for a tensor n in single precision."""
     w, lam = start()
