@@ -118,7 +118,9 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "MAML" else name for name in SMALL]
+)
 def test_small_rows_are_right(name: str, tmp_path: Path) -> None:
     """Every column agrees with its oracle, and gets a time; all that the section writes."""
     row = replace(SMALL[name](), repeat=1)

@@ -80,7 +80,7 @@ def check(plain: Any, compiled: Any) -> None:
     assert plain[1] == compiled[1]
 
 
-SLOW = ("MA-SOBA", "stocBiO", "F2SA-4", "BOME")  # beside the others of their kind
+SLOW = ("MA-SOBA", "AmIGO", "stocBiO", "F2SA-4", "BOME")  # beside the others of their kind
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,7 @@ def test_random_numbers_that_are_drawn_again_are_not_compiled():
     check(plain, compiled)
 
 
+@pytest.mark.slow
 def test_batches_of_two_sizes():
     check(trained(Program(), "SOBA", False, sizes=(8, 5)), trained(Program(), "SOBA", "eager", sizes=(8, 5)))
 
@@ -134,6 +135,7 @@ def test_frozen_and_loaded_parameters_are_read_at_each_step():
     check(*results)
 
 
+@pytest.mark.slow
 def test_a_number_that_changes_is_noticed():
     program = Program()
     tracker = hg.bilevel.SOBA(program.model.parameters(), [program.decay])
@@ -153,6 +155,7 @@ def test_a_number_that_changes_is_noticed():
     assert torch.allclose(direction("eager"), direction(False), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_data_of_another_shape_is_compiled_anew():
     """A table that the losses read is replaced by one of another size, between two comparisons with the losses."""
     results = []
@@ -173,6 +176,7 @@ def test_data_of_another_shape_is_compiled_anew():
         torch.testing.assert_close(y, x, rtol=1e-11, atol=0)
 
 
+@pytest.mark.slow
 def test_autocast_is_that_of_the_call():
     program = Program()
     program.model.float()
