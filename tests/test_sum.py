@@ -7,6 +7,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.func import functional_call
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, TensorDataset
 
 import hypergrad as hg
@@ -373,3 +375,37 @@ def test_a_penalty_that_uses_the_live_params_is_an_error():
     loss = hg.operators.Sum(lambda w, lam, b: ((w - lam) ** 2).sum(), [0], penalty=lambda _, lam: (w**2).sum())
     with pytest.raises(ValueError, match="the penalty uses a tensor of shape"):
         hg.implicit.grad(lambda w, lam: w.sum(), inner_loss=loss, params=w, hparams=lam)
+
+
+@pytest.mark.parametrize("keep", [0, "1GiB"])
+@pytest.mark.parametrize("layer", [lambda: torch.nn.BatchNorm1d(3), lambda: spectral_norm(torch.nn.Linear(3, 3))])
+def test_buffers_that_the_loss_writes_are_replayed_and_end_as_after_one_pass(keep, layer):
+    """The products evaluate each batch again, and diagnostics.check the whole problem; neither is a further pass."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), layer(), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
+    w = {name: p.detach().clone() for name, p in net.named_parameters()}
+    x, lam = torch.randn(9, 2, dtype=torch.float64), torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(w, lam, rows):
+        return functional_call(net, w, (x[rows],)).square().mean() + lam.exp() * sum(
+            p.square().sum() for p in w.values()
+        )
+
+    def outer(w, lam):
+        return sum(p.sum() for p in w.values())
+
+    before, rows = [b.clone() for b in net.buffers()], [slice(0, 3), slice(3, 6), slice(6, 9)]
+    for each in rows:
+        loss(w, lam, each)
+    once = [b.clone() for b in net.buffers()]
+    for buffer, values in zip(net.buffers(), before, strict=True):
+        buffer.data.copy_(values)
+    inner = hg.operators.Sum(loss, rows, keep=keep)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hg.HypergradientWarning)
+        options = {"params": w, "hparams": lam, "solver": hg.solvers.CG(max_steps=6)}
+        result = hg.implicit.grad(outer, inner_loss=inner, **options)
+        close_to_once = [torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(net.buffers(), once, strict=True)]
+        hg.diagnostics.check(result, max_products=30)
+    assert all(close_to_once)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(net.buffers(), once, strict=True))

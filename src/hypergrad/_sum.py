@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _autodiff, _graph, _random, _torch
 from ._autodiff import Linearisation, as_scalar, users_autocast
+from ._modules import Buffers
 from ._options import memory_bytes, progress_bar
 from ._tree import PyTree, split
 
@@ -25,19 +26,25 @@ Weigh: TypeAlias = "Callable[[int, Any], float]"
 class Batches:
     """Passes through all batches. Every pass repeats the batches and the random numbers of the first one.
 
+    Buffers that the loss writes (BatchNorm) are replayed too, and stay as the first pass left them.
+
     Args:
         source: a DataLoader or another iterable, or a function that returns one.
         weigh: (number, batch) ↦ the weight of the batch's loss.
         devices: devices besides the CPU on which random numbers may be drawn.
-        by_batch: record the random state at every batch, for passes that do not evaluate all batches.
+        loss: the function that is evaluated, whose modules' buffers are replayed.
+        by_batch: record the states at every batch, for passes that do not evaluate all batches.
         progress: show a bar.
 
     Attributes:
         count, total: the number of batches and the sum of their weights, known after the first pass.
     """
 
-    def __init__(self, source: Any, weigh: Weigh, devices: list[torch.device], by_batch: bool, progress: bool):
+    def __init__(
+        self, source: Any, weigh: Weigh, devices: list[torch.device], loss: Any, by_batch: bool, progress: bool
+    ):
         self.source, self.weigh, self.devices, self.progress = source, weigh, devices, progress
+        self.buffers = Buffers(loss)
         self.start, self.recorded = self._states(), [] if by_batch else None
         self.count, self.total = 0, 0.0
         self.first: list[Tensor] = []  # the losses of the first pass, until they are compared with those of the second
@@ -107,11 +114,12 @@ class Batches:
         found = {id(g): g for g in (getattr(each, "generator", None) for each in holders)}
         return [g for g in found.values() if isinstance(g, torch.Generator)]
 
-    def _states(self) -> tuple[Any, list[Tensor]]:
-        return _random.capture(self.devices), [g.get_state() for g in self._generators]
+    def _states(self) -> tuple[Any, list[Tensor], list[Tensor]]:
+        return _random.capture(self.devices), [g.get_state() for g in self._generators], self.buffers.copies()
 
-    def _restore(self, states: tuple[Any, list[Tensor]]) -> None:
+    def _restore(self, states: tuple[Any, list[Tensor], list[Tensor]]) -> None:
         _random.restore(states[0])
+        self.buffers.restore(states[2])
         for generator, state in zip(self._generators, states[1], strict=True):
             generator.set_state(state)
 
@@ -297,7 +305,7 @@ class Sum:
     def _new_batches(self, tensors: Sequence[Tensor]) -> Batches:
         """The batches of one evaluation and of its derivatives."""
         devices = _random.devices_of(tensors)
-        return Batches(self.batches, self._weight, devices, self.keep > 0, self.progress)
+        return Batches(self.batches, self._weight, devices, self.loss, self.keep > 0, self.progress)
 
     @property
     def curvature(self) -> Any:

@@ -26,12 +26,16 @@ WAYS = {
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
+def spectral():
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5))
+
+
 class Program:
     """Gradient steps on a network whose second layer is a normalisation, and a loss in one of its modes."""
 
-    def __init__(self, train_outer, norm=None):
+    def __init__(self, train_outer, norm=lambda: nn.BatchNorm1d(5)):
         torch.manual_seed(0)
-        self.norm, self.train_outer = norm or nn.BatchNorm1d(5), train_outer
+        self.norm, self.train_outer = norm(), train_outer
         self.net = nn.Sequential(nn.Linear(4, 5), self.norm, nn.Tanh(), nn.Linear(5, 3)).double()
         self.start = {name: p.detach().clone() for name, p in self.net.named_parameters()}
 
@@ -96,8 +100,8 @@ def test_an_outer_loss_in_eval_mode_loses_the_derivative_of_the_running_statisti
 @every_way
 @pytest.mark.parametrize("norm", [partial(nn.BatchNorm1d, 5, track_running_stats=False), partial(nn.GroupNorm, 1, 5)])
 def test_layers_without_running_statistics_are_compiled_and_right_in_eval_mode(way, norm):
-    high, low = (Program(False, norm()).plain(log_decay(off)) for off in (1e-5, -1e-5))
-    result, kinds = run(Program(False, norm()), way)
+    high, low = (Program(False, norm).plain(log_decay(off)) for off in (1e-5, -1e-5))
+    result, kinds = run(Program(False, norm), way)
     torch.testing.assert_close(result.grads, (high - low) / 2e-5, rtol=1e-7, atol=0)
     assert not kinds
 
@@ -112,10 +116,10 @@ def test_statistics_in_eval_mode_are_constants_and_not_warned_of():
 @every_way
 def test_spectral_norm_is_replayed_with_the_buffers_of_each_step(way):
     """Its power iteration goes on at each evaluation, so a replay with the present buffers would give other numbers."""
-    plain, program = (Program(True, nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5))) for _ in range(2))
+    plain, program = (Program(True, spectral) for _ in range(2))
     value = plain.plain(log_decay())
     result, kinds = run(program, way)
-    graph, _ = run(Program(True, nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5))), "graph")
+    graph, _ = run(Program(True, spectral), "graph")
     torch.testing.assert_close(result.outer_value, value, rtol=1e-12, atol=0)
     torch.testing.assert_close(result.grads, graph.grads, rtol=1e-10, atol=0)
     assert (hg.NotCompiled in kinds) == ("compiled" in way)
@@ -124,6 +128,9 @@ def test_spectral_norm_is_replayed_with_the_buffers_of_each_step(way):
 
 
 def test_a_layer_that_is_built_at_its_first_evaluation():
-    plain, program = Program(True, nn.LazyBatchNorm1d(affine=False)), Program(True, nn.LazyBatchNorm1d(affine=False))
+    plain, program = (
+        Program(True, partial(nn.LazyBatchNorm1d, affine=False)),
+        Program(True, partial(nn.LazyBatchNorm1d, affine=False)),
+    )
     value = plain.plain(log_decay())
     torch.testing.assert_close(run(program, "iterates")[0].outer_value, value, rtol=1e-12, atol=0)

@@ -21,7 +21,7 @@ from ._advice import better_solver, findings_about_the_check, remedies, verdict
 from ._differences import Differences, finite_differences
 from ._error import Budget, Estimate, estimate, total
 from ._findings import Finding, findings
-from ._structure import Structure, require_callable, solver_choice, solver_rows, structure
+from ._structure import Structure, require_callable, solver_choice, solver_rows, structure, unchanged
 
 UNROLLED = (ReverseResult, ForwardResult)
 STEPS = 50  # dimension of the Krylov space for the structure of A
@@ -174,7 +174,7 @@ def check(
     solution = None if known is None else known.solution
     solved = math.inf if solution is None else total(solution.residual_norm)
     before = None if known is None else total(known.inner_residual)
-    with _torch.outside_inference_mode(), closing(budget):
+    with _torch.outside_inference_mode(), closing(budget), unchanged(problem):
         system = there = _structure(problem, budget)
         minimum = problem.kind != "inner_loss" or system is None or system.definiteness != "indefinite"
         adjoint = None if known is None else known.adjoint

@@ -121,8 +121,8 @@ class Compiled(ABC):
                 return [after.tensors, last]
             except NotCompiled:  # something that the step reads from outside has changed since
                 del self.known[self.key]
+        true = self._evaluated(first, t)
         with self._noted():
-            true = self._evaluated(first, t)
             self.used[self.key] = self.known[self.key] = self._built(first, t, true)
         return [[y.detach().contiguous() for y in true.outputs]]
 

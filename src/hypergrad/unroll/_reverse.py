@@ -74,11 +74,11 @@ def reverse(
 ) -> ReverseResult:
     """Gradient of E(w_T(λ), λ) through T steps of w_{t+1} = Φ_t(w_t, λ), in reverse mode. Writes no .grad.
 
-    Iterates that are not stored are recomputed from the last one that is (a checkpoint). torch's random numbers, on
-    the CPU and on the CUDA devices in use, are replayed bit for bit, and every replay is checked to end at the iterate
-    of the first run; so are the buffers that modules write (BatchNorm). Afterwards both are as after one run of the
-    steps and outer_loss. Compute the inner gradient with create_graph=True: without it second derivatives are lost,
-    with a warning.
+    Iterates that are not stored are recomputed from the last one that is (a checkpoint). torch's random numbers, on the
+    CPU and on the CUDA devices in use, are replayed bit for bit, and every replay is checked to end at the iterate of
+    the first run; so are buffers of the modules that step can be seen to use (BatchNorm). Afterwards both are as after
+    one run of the steps and outer_loss. Compute the inner gradient with create_graph=True: without it second
+    derivatives are lost, with a warning.
 
     Args:
         step: Φ(params, hparams), returns the structure of params (mappings are matched by key). It is called with
